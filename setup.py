@@ -1,0 +1,54 @@
+"""Packaging of llamafactory-ddm: a plugin that adds diffusion language models to an unmodified LLaMA-Factory."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def _version() -> str:
+    for line in (ROOT / "src" / "llamafactory_ddm" / "_version.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("src/llamafactory_ddm/_version.py holds no __version__ line")
+
+
+setup(
+    name="llamafactory-ddm",
+    version=_version(),
+    description="Diffusion language models for LLaMA-Factory: adapt, train and sample them from YAML.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"llamafactory_ddm": ["py.typed"]},
+    install_requires=[
+        # LLaMA-Factory imports torchaudio, whose last release (2.11) refuses another torch.
+        "torch>=2.5,<2.12",
+        "llamafactory>=0.9.4,<0.9.7",
+        # 5.6.0 has a broken FlashAttention-2 path.
+        "transformers>=4.57,!=5.6.0",
+        "safetensors>=0.4",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "mypy>=1.11",
+            "import-linter>=2.1",
+            "types-PyYAML",
+            "tensorboard>=2.15",
+            "build>=1.2",
+        ],
+    },
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,93 @@
+"""The forward process: which t each row gets, and which of its tokens become [MASK]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from .philox import keyed_uniform
+from .schedules import NoiseSchedule
+
+
+class Stream(IntEnum):
+    """What a keyed draw is for; each has its own independent numbers."""
+
+    TIME = 1
+    MASK = 2
+    ATTENTION = 3
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """A batch after the forward process.
+
+    Attributes:
+        z_t: [batch, length] int64, the noised ids.
+        is_masked: [batch, length] bool, True where the noise put [MASK]; a [MASK] already in the clean text is False.
+        t: [batch] float32, the time of each row.
+    """
+
+    z_t: Tensor
+    is_masked: Tensor
+    t: Tensor
+
+
+def draw_time(
+    seed: int, rows: Tensor, *, time_epsilon: float = 1e-3, antithetic: bool = False, group_size: int = 1
+) -> Tensor:
+    """Draw t = (1 - time_epsilon) u + time_epsilon for each row.
+
+    Args:
+        seed: of the run.
+        rows: [batch] int64, ordinals in the run's global order.
+        time_epsilon: the smallest t, in [0, 1).
+        antithetic: stratify u over each group of `group_size` consecutive ordinals: u_i = (u_group + i / group_size) mod 1.
+            Each u_i is still uniform by itself, so the objective stays unbiased.
+        group_size: rows of one optimiser step over all ranks and micro-steps.
+    Returns:
+        [batch] float32 in [time_epsilon, 1).
+    Raises:
+        ValueError: if `time_epsilon` or `group_size` is out of range.
+    Source: DiffuLLaMA (arXiv 2410.17891) for eps = 1e-3; Kingma et al. 2021 (arXiv 2107.00630), appendix I.1 for the stratification.
+    """
+    if not 0.0 <= time_epsilon < 1.0:
+        raise ValueError(f"time_epsilon must lie in [0, 1), got {time_epsilon}")
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    if antithetic:
+        group = torch.div(rows, group_size, rounding_mode="floor")
+        offset = (rows - group * group_size).to(torch.float64) / group_size
+        u = ((keyed_uniform(seed, Stream.TIME, group, 1)[:, 0].to(torch.float64) + offset) % 1.0).to(torch.float32)
+    else:
+        u = keyed_uniform(seed, Stream.TIME, rows, 1)[:, 0]
+    return (1.0 - time_epsilon) * u + time_epsilon
+
+
+def mask_tokens(
+    x_0: Tensor, maskable: Tensor, t: Tensor, schedule: NoiseSchedule, *, seed: int, rows: Tensor, mask_id: int
+) -> NoisedBatch:
+    """Replace each maskable token by [MASK] with probability 1 - alpha(t), independently.
+
+    Args:
+        x_0: [batch, length] int64, clean ids.
+        maskable: [batch, length] bool, True where noise may fall.
+        t: [batch] float32, the time of each row.
+        schedule: gives alpha.
+        seed: of the run.
+        rows: [batch] int64, ordinals in the run's global order.
+        mask_id: the id of [MASK].
+    Raises:
+        ValueError: if the shapes disagree.
+    Source: MDLM (arXiv 2406.07524), eq. 3.
+    """
+    if x_0.shape != maskable.shape or t.shape != x_0.shape[:1] or rows.shape != x_0.shape[:1]:
+        raise ValueError(
+            f"shapes disagree: x_0 {tuple(x_0.shape)}, maskable {tuple(maskable.shape)}, t {tuple(t.shape)}, "
+            f"rows {tuple(rows.shape)}"
+        )
+    u = keyed_uniform(seed, Stream.MASK, rows, x_0.shape[1])
+    is_masked = (u < (1.0 - schedule.alpha(t))[:, None]) & maskable
+    return NoisedBatch(z_t=x_0.masked_fill(is_masked, mask_id), is_masked=is_masked, t=t)
