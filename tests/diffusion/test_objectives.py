@@ -20,7 +20,7 @@ def toy_logits(seed):
 
 
 def any_order_bound(table, x_0):
-    """Return the mean over all orders of -log p(x_0) when tokens are revealed one at a time: what the bound equals exactly."""
+    """Return the mean over all reveal orders of -log p(x_0), one token at a time: what the bound equals exactly."""
     total = 0.0
     for order in itertools.permutations(range(LENGTH)):
         z = [MASK] * LENGTH
@@ -45,7 +45,8 @@ def likelihood(table, x_0):
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_the_weighted_loss_integrates_to_the_any_order_bound_and_bounds_the_likelihood(name):
     table, x_0, schedule = toy_logits(0), (0, 2, 1), get_schedule(name)
-    # Exact expectation over the 2**3 masks at each t, then Gauss-Legendre quadrature over alpha, which removes the weight's pole.
+    # Exact expectation over the 2**3 masks at each t, then Gauss-Legendre quadrature over alpha, which removes the
+    # weight's pole.
     nodes, weights = (torch.from_numpy(a) for a in __import__("numpy").polynomial.legendre.leggauss(40))
     alphas, bound = (nodes + 1) / 2, 0.0
     for alpha, weight in zip(alphas, weights / 2, strict=True):

@@ -50,7 +50,8 @@ def annealed_visibility(length: int, ratio: float, *, seed: int, draw: int, devi
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 0 where `visible` and the smallest finite number of `dtype` elsewhere, in `dtype`.
 
-    A boolean mask is silently wrong under eager attention, and minus infinity gives NaN in a row without a visible key.
+    A boolean mask is silently wrong under eager attention, and minus infinity gives NaN in a row without a visible
+    key.
     """
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)

@@ -44,14 +44,16 @@ def draw_time(
         seed: of the run.
         rows: [batch] int64, ordinals in the run's global order.
         time_epsilon: the smallest t, in [0, 1).
-        antithetic: stratify u over each group of `group_size` consecutive ordinals: u_i = (u_group + i / group_size) mod 1.
+        antithetic: stratify u over each group of `group_size` consecutive ordinals: u_i = (u_group + i / group_size)
+            mod 1.
             Each u_i is still uniform by itself, so the objective stays unbiased.
         group_size: rows of one optimiser step over all ranks and micro-steps.
     Returns:
         [batch] float32 in [time_epsilon, 1).
     Raises:
         ValueError: if `time_epsilon` or `group_size` is out of range.
-    Source: DiffuLLaMA (arXiv 2410.17891) for eps = 1e-3; Kingma et al. 2021 (arXiv 2107.00630), appendix I.1 for the stratification.
+    Source: DiffuLLaMA (arXiv 2410.17891) for eps = 1e-3; Kingma et al. 2021 (arXiv 2107.00630), appendix I.1 for the
+        stratification.
     """
     if not 0.0 <= time_epsilon < 1.0:
         raise ValueError(f"time_epsilon must lie in [0, 1), got {time_epsilon}")

@@ -70,8 +70,10 @@ def denominator(is_masked: Tensor, maskable: Tensor, norm: LossNorm) -> Tensor:
     Args:
         is_masked: [batch, length] bool.
         maskable: [batch, length] bool.
-        norm: `tokens` counts maskable tokens (the evidence bound per token), `masked` counts masked tokens (DiffuLLaMA's code),
-            `sequence` counts rows that hold a maskable token (each row is already divided by its own length, as LLaDA does).
+        norm: `tokens` counts maskable tokens (the evidence bound per token), `masked` counts masked tokens
+            (DiffuLLaMA's code),
+            `sequence` counts rows that hold a maskable token (each row is already divided by its own length, as LLaDA
+            does).
     Returns:
         int64 scalar, possibly 0.
     """

@@ -1,7 +1,9 @@
 """A counter-based random generator in integer tensor operations.
 
-A draw is a pure function of (seed, stream, row, column): nothing is consumed, so a resumed run, another rank, another batch size or
-another device sees the same number. That is what makes training noise exact under resume, accumulation and data parallelism.
+A draw is a pure function of (seed, stream, row, column): nothing is consumed, so a resumed run, another rank, another
+batch size or
+another device sees the same number. That is what makes training noise exact under resume, accumulation and data
+parallelism.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
         Four int64 tensors of the broadcast shape, each value in [0, 2**32).
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the tests hold its known answers.
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
     k0, k1 = key
     for _ in range(_ROUNDS):
         high_0, low_0 = _multiply_high_low(c0, _MULTIPLIER_0)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 @runtime_checkable
 class NoiseSchedule(Protocol):
-    """alpha(t) = P(a token is kept at time t), with alpha(0) = 1 and alpha(1) = 0; every tensor keeps the shape of `t`."""
+    """alpha(t) = P(a token is kept at time t), with alpha(0) = 1 and alpha(1) = 0; tensors keep the shape of `t`."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Return the name used in YAML."""
 
     def alpha(self, t: Tensor) -> Tensor:
         """Return P(a token is kept), in [0, 1]."""
