@@ -18,6 +18,9 @@ class Stream(IntEnum):
     TIME = 1
     MASK = 2
     ATTENTION = 3
+    EVALUATION = 4
+    SAMPLE_TOKEN = 5
+    SAMPLE_ORDER = 6
 
 
 @dataclass(frozen=True)

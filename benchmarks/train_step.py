@@ -1,0 +1,220 @@
+"""What a training step of `stage: ddm` costs, as ratios against baselines timed interleaved in the same process.
+
+    python benchmarks/train_step.py            times, a minute or two
+    python benchmarks/train_step.py --memory   peak resident memory too, one fresh process for each kind of step
+
+Kinds of step, all on the same Hugging Face GPT-2 with random weights, run by the trainer that users run:
+    ar        upstream's pre-training step, labels = input_ids
+    dense     a DiffuLLaMA-style step: a 4-D mask built every step, logits at every position, cross-entropy without
+    reduction full      ours with full attention
+    annealed  ours while attention anneals
+Reported: CPU seconds (process time) of forward, backward and optimiser, the median over rounds of the ratio within a
+    round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from llamafactory.hparams import FinetuningArguments, TrainingArguments
+from llamafactory.train.pt.trainer import CustomTrainer
+from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from llamafactory_ddm.diffusion.schedules import get_schedule
+from llamafactory_ddm.integration.trainer import DiffusionTrainer
+from llamafactory_ddm.modeling.bidirectional import make_bidirectional
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.modeling.objective import MaskedObjective
+
+KINDS = ("ar", "dense", "full", "annealed")
+# (kind, baseline, what must hold)
+TIME_CLAIMS = (("full", "ar", 0.85), ("full", "dense", 0.82), ("annealed", "full", 1.08))
+MEMORY_CLAIMS = (("full", "ar", 0.94), ("full", "dense", 0.88))
+OVERHEAD_CLAIM = 0.02
+
+
+class DenseTrainer(CustomTrainer):
+    """The baseline that builds everything: mask, logits and losses of all positions."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the 1/t-weighted loss over masked tokens, divided by their number."""
+        x_0, mask_id = inputs["input_ids"], model.config.vocab_size - 1
+        batch, length = x_0.shape
+        t = torch.rand(batch, 1) * (1 - 1e-3) + 1e-3
+        is_masked = torch.rand(batch, length) < t
+        visible = torch.rand(length, length) < 1.0
+        visible |= torch.ones(length, length, dtype=torch.bool).tril()
+        mask = torch.zeros(batch, 1, length, length).masked_fill(~visible, torch.finfo(torch.float32).min)
+        z_t = x_0.masked_fill(is_masked, mask_id)
+        logits = model(input_ids=z_t, attention_mask=mask, use_cache=False).logits[:, :-1]
+        nll = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), x_0[:, 1:].reshape(-1), reduction="none")
+        kept = is_masked[:, 1:].reshape(-1).float()
+        weight = (1 / t).expand(batch, length - 1).reshape(-1)
+        return (nll * kept * weight).sum() / kept.sum()
+
+
+def make_model(shape: argparse.Namespace) -> GPT2LMHeadModel:
+    """Return a GPT-2 with the vocabulary padded by one row for [MASK], with a fixed seed."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50258,
+        n_layer=shape.layers,
+        n_embd=shape.width,
+        n_head=shape.width // 64,
+        n_positions=max(1024, shape.length),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def make_step(kind: str, shape: argparse.Namespace, folder: str) -> Callable[[], tuple[float, float]]:
+    """Return a function that takes one optimiser step and returns its CPU seconds and those spent before the model."""
+    model = make_model(shape)
+    rows = [
+        {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        for ids in torch.randint(0, 50257, (8 * shape.batch, shape.length))
+    ]
+    common: dict[str, Any] = {
+        "model": model,
+        "args": TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=shape.batch,
+            max_steps=10**6,
+            report_to="none",
+            use_cpu=True,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        ),
+        "finetuning_args": FinetuningArguments(stage="pt", finetuning_type="full"),
+        "processor": None,
+        "tokenizer": None,
+        "train_dataset": rows,
+    }
+    if kind == "ar":
+        trainer: Any = CustomTrainer(**common)
+    else:
+        make_bidirectional(model)
+        if kind == "dense":
+            trainer = DenseTrainer(**common)
+        else:
+            trainer = _diffusion_trainer(kind, common)
+    loader = trainer.get_train_dataloader()
+    trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
+    trainer._nll = None
+
+    def batches() -> Any:
+        while True:
+            yield from loader
+
+    iterator = batches()
+
+    def step() -> tuple[float, float]:
+        start = time.process_time()
+        samples, count = trainer.get_batch_samples(iterator, 1, trainer.args.device)
+        prepared = time.process_time()
+        trainer.training_step(model, samples[0], count)
+        trainer.optimizer.step()
+        model.zero_grad()
+        trainer.state.global_step += 1
+        return time.process_time() - start, prepared - start
+
+    return step
+
+
+def _diffusion_trainer(kind: str, common: dict[str, Any]) -> DiffusionTrainer:
+    return DiffusionTrainer(
+        objective=MaskedObjective(mask_id=50257, shift=True, schedule=get_schedule("linear")),
+        diffusion_config=DiffusionConfig(
+            mask_token="<|mask|>",
+            mask_token_id=50257,
+            shift=True,
+            noise_process="masked",
+            uniform_ratio=0.0,
+            noise_schedule="linear",
+            attention_ratio=0.0,
+        ),
+        anneal_steps=10**6 if kind == "annealed" else 0,
+        eval_time_samples=1,
+        **common,
+    )
+
+
+def time_steps(shape: argparse.Namespace) -> bool:
+    """Print the ratios of CPU seconds; return whether all claims hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {kind: make_step(kind, shape, folder) for kind in KINDS}
+        for step in steps.values():
+            step()
+        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        before: list[float] = []
+        for _ in range(shape.rounds):
+            for kind, step in steps.items():
+                total, prepared = step()
+                seconds[kind].append(total)
+                if kind == "full":
+                    before.append(prepared / total)
+    good = True
+    for kind, baseline, limit in TIME_CLAIMS:
+        ratio = statistics.median(a / b for a, b in zip(seconds[kind], seconds[baseline], strict=True))
+        good &= _report(f"CPU seconds, {kind} / {baseline}", ratio, limit)
+    return good & _report(
+        "CPU seconds before the model (data, noise), share of full", statistics.median(before), OVERHEAD_CLAIM
+    )
+
+
+def peak_memory(kind: str, shape: argparse.Namespace) -> float:
+    """Return the peak resident memory of a fresh process that takes three steps, in MiB."""
+    words = [sys.executable, __file__, "--child", kind]
+    for name in ("batch", "length", "layers", "width", "threads"):
+        words += [f"--{name}", str(getattr(shape, name))]
+    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> int:
+    """Run what the command line asks for; exit status 1 if a claim does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="measure peak resident memory as well")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
+    shape = parser.parse_args()
+    torch.set_num_threads(shape.threads)
+    if shape.child:
+        with tempfile.TemporaryDirectory() as folder:
+            step = make_step(shape.child, shape, folder)
+            for _ in range(3):
+                step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return 0
+    good = time_steps(shape)
+    if shape.memory:
+        peak = {kind: peak_memory(kind, shape) for kind in ("ar", "dense", "full")}
+        for kind, baseline, limit in MEMORY_CLAIMS:
+            good &= _report(f"peak resident memory, {kind} / {baseline}", peak[kind] / peak[baseline], limit)
+    return 0 if good else 1
+
+
+def _report(what: str, value: float, limit: float) -> bool:
+    held = value <= limit
+    print(f"{what:<58} {value:6.3f}   claimed <= {limit:<5} {'held' if held else 'NOT HELD'}")
+    return held
+
+
+if __name__ == "__main__":
+    sys.exit(main())

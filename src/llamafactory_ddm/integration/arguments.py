@@ -1,0 +1,202 @@
+"""The plugin's YAML keys, as a dataclass of its own that is mixed into LLaMA-Factory's finetuning arguments."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "noise_schedule": ("linear", "cosine"),
+    "loss_weighting": ("elbo", "uniform"),
+    "loss_norm": ("tokens", "masked", "sequence"),
+    "denoising_strategy": ("random", "low_confidence"),
+}
+# Inclusive bounds; None is unbounded.
+_INTEGERS: dict[str, tuple[int, int | None]] = {
+    "anneal_steps": (0, None),
+    "diffusion_steps": (1, None),
+    "num_samples": (1, None),
+    "eval_time_samples": (1, None),
+}
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "uniform_ratio": (0.0, 1.0),
+    "time_epsilon": (0.0, 0.5),
+    "logits_temp": (0.0, float("inf")),
+    "topp_temp": (0.0, 1.0),
+}
+_BOOLEANS = ("shift", "antithetic_time")
+
+
+@dataclass
+class DiffusionArguments:
+    """Arguments of the diffusion stages; a key left at None takes what the checkpoint's diffusion_config.json says."""
+
+    # An id may come as an int from YAML; the annotation is for the command line's parser, which takes one type.
+    mask_token: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Diffusion: the [MASK] token: a token of the vocabulary, an id, or a new special token to add "
+                "such as '<|mask|>'. Defaults to the checkpoint's, then to the tokenizer's own mask token."
+            )
+        },
+    )
+    shift: bool | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Diffusion: keep the autoregressive convention that the logits at position i predict token i + 1. "
+                "Defaults to the checkpoint's, then to true."
+            )
+        },
+    )
+    anneal_steps: int = field(
+        default=10000,
+        metadata={
+            "help": (
+                "Diffusion: optimiser steps over which attention grows from causal to full; 0 is full from the start. "
+                "A checkpoint whose attention is already full does not anneal again."
+            )
+        },
+    )
+    noise_schedule: str | None = field(
+        default=None,
+        metadata={"help": "Diffusion: linear or cosine. Defaults to the checkpoint's, then to linear."},
+    )
+    uniform_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Diffusion: share of noised tokens that become a random token instead of [MASK], in [0, 1]. "
+                "This version trains masked noise alone, so 0 is the only value it accepts."
+            )
+        },
+    )
+    time_epsilon: float = field(
+        default=1e-3,
+        metadata={"help": "Diffusion: the smallest noise time that training draws, in [0, 0.5]."},
+    )
+    loss_weighting: str = field(
+        default="elbo",
+        metadata={"help": "Diffusion: weight of a masked token, elbo (the evidence bound; 1/t if linear) or uniform."},
+    )
+    loss_norm: str = field(
+        default="tokens",
+        metadata={
+            "help": (
+                "Diffusion: what the summed loss is divided by: tokens (the evidence bound per token), masked "
+                "(DiffuLLaMA's code) or sequence (each row by its own length, then by the rows)."
+            )
+        },
+    )
+    antithetic_time: bool = field(
+        default=False,
+        metadata={"help": "Diffusion: stratify the noise times over the rows of an optimiser step (lower variance)."},
+    )
+    eval_time_samples: int = field(
+        default=4,
+        metadata={"help": "Diffusion: noise levels per evaluated row, stratified over the time axis."},
+    )
+    checkpoint_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Diffusion: folder of a diffusion checkpoint whose weights are used in place of those of "
+                "model_name_or_path (DiffuLLaMA's key)."
+            )
+        },
+    )
+    denoising_strategy: str = field(
+        default="random",
+        metadata={"help": "Diffusion: which masked tokens a sampling step commits, random or low_confidence."},
+    )
+    diffusion_steps: int = field(
+        default=64,
+        metadata={"help": "Diffusion: number of denoising steps in sampling."},
+    )
+    logits_temp: float = field(
+        default=0.95,
+        metadata={"help": "Diffusion: sampling temperature; 0 takes the most probable token."},
+    )
+    topp_temp: float = field(
+        default=0.9,
+        metadata={"help": "Diffusion: nucleus mass of sampling, in (0, 1]; 1 keeps every token."},
+    )
+    num_samples: int = field(
+        default=8,
+        metadata={"help": "Diffusion: how many texts `do_predict` generates when it is given no data set."},
+    )
+
+    def validate(self) -> None:
+        """Check and coerce every key.
+
+        Raises:
+            ValueError: naming the key, the value given, what is accepted and, for a misspelt choice, the nearest one.
+        """
+        for key, choices in _CHOICES.items():
+            value = getattr(self, key)
+            if value is not None and value not in choices:
+                raise ValueError(_unknown_choice(key, value, choices))
+        for key, (low, high) in _INTEGERS.items():
+            setattr(self, key, _integer(key, getattr(self, key), low, high))
+        for key, (least, most) in _NUMBERS.items():
+            if getattr(self, key) is not None:
+                setattr(self, key, _number(key, getattr(self, key), least, most))
+        for key in _BOOLEANS:
+            if not (getattr(self, key) is None and key == "shift"):
+                setattr(self, key, _boolean(key, getattr(self, key)))
+        if self.topp_temp == 0.0:
+            raise ValueError("topp_temp must lie in (0, 1], got 0; for the most probable token set logits_temp: 0")
+        if self.uniform_ratio:
+            raise ValueError(
+                f"uniform_ratio: {self.uniform_ratio} asks for mixed noise, which this version does not train; "
+                "set uniform_ratio: 0 or remove the key"
+            )
+
+    def changed_keys(self) -> list[str]:
+        """Return the keys that differ from their defaults, in the order of the dataclass."""
+        return [f.name for f in fields(DiffusionArguments) if getattr(self, f.name) != _default(f)]
+
+
+def _default(spec: Any) -> Any:
+    return None if spec.default is MISSING else spec.default
+
+
+def _unknown_choice(key: str, value: object, choices: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}"
+
+
+def _integer(key: str, value: object, low: int, high: int | None) -> int:
+    try:
+        number = int(value)  # type: ignore[call-overload]
+        whole = not isinstance(value, bool) and number == float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{key} must be a whole number, got {value!r}")
+    if number < low or (high is not None and number > high):
+        raise ValueError(
+            f"{key} must be at least {low}{'' if high is None else f' and at most {high}'}, got {value!r}"
+        )
+    return int(number)
+
+
+def _number(key: str, value: object, least: float, most: float) -> float:
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not least <= number <= most:
+        raise ValueError(f"{key} must lie in [{least:g}, {most:g}], got {value!r}")
+    return number
+
+
+def _boolean(key: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError(f"{key} must be true or false, got {value!r}")

@@ -1,0 +1,107 @@
+"""A user's mistakes about files, data and lengths, found before anything is written, each with its cure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..modeling.checkpoints import verify_checkpoint
+
+
+def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
+    """Check the folders of `model_name_or_path` and `checkpoint_dir`.
+
+    Raises:
+        ValueError: if one does not exist or is truncated.
+    """
+    for key, folder in (
+        ("model_name_or_path", model_args.model_name_or_path),
+        ("checkpoint_dir", finetuning_args.checkpoint_dir),
+    ):
+        if folder is None:
+            continue
+        path = Path(folder)
+        if path.is_dir():
+            if key == "checkpoint_dir" or not model_args.train_from_scratch:
+                verify_checkpoint(path)
+        elif key == "checkpoint_dir" or not _may_be_on_a_hub(folder):
+            raise ValueError(f"{key}: {folder} is not a folder; check the path (it is relative to {Path.cwd()})")
+
+
+@contextmanager
+def datasets_explained(data_args: Any) -> Iterator[None]:
+    """Turn what upstream raises for an empty or too short data set into an error with a cure."""
+    try:
+        yield
+    except (RuntimeError, StopIteration, IndexError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and "sufficient samples" not in text and "valid samples" not in text:
+            raise
+        raise ValueError(no_block(data_args)) from error
+
+
+def no_block(data_args: Any) -> str:
+    """Return what to say when the data give no training row."""
+    name = data_args.dataset or data_args.tokenized_path
+    if isinstance(name, (list, tuple)):
+        name = ", ".join(name)
+    packed = f", because all texts together are shorter than one block of cutoff_len: {data_args.cutoff_len} tokens"
+    return (
+        f"dataset: {name} is empty or gives no row{packed if data_args.packing else ''}; "
+        "check the file, lower cutoff_len or set packing: false"
+    )
+
+
+def _may_be_on_a_hub(name: str) -> bool:
+    """Tell whether `name` looks like gpt2 or owner/name; any other path can only be a folder."""
+    owner, _, rest = name.partition("/")
+    if not rest:
+        return True
+    return "/" not in rest and not name.startswith((".", "/", "~")) and not Path(owner).is_dir()
+
+
+def check_lengths(model: Any, data_args: Any, dataset_module: dict[str, Any]) -> None:
+    """Check that rows fit the model's positions.
+
+    Raises:
+        ValueError: naming cutoff_len and the number of positions.
+    """
+    limit = max_positions(model)
+    if limit is None:
+        return
+    if data_args.cutoff_len > limit:
+        raise ValueError(
+            f"cutoff_len: {data_args.cutoff_len} exceeds the model's {limit} positions; "
+            f"set cutoff_len: {limit} or less"
+        )
+    rows = dataset_module.get("train_dataset")
+    if data_args.tokenized_path is not None and rows is not None and not data_args.streaming and len(rows):
+        length = len(rows[0]["input_ids"])
+        if length > limit:
+            raise ValueError(
+                f"tokenized_path: {data_args.tokenized_path} holds rows of {length} tokens, more than the model's "
+                f"{limit} positions; prepare it again with cutoff_len: {limit} or less"
+            )
+
+
+def max_positions(model: Any) -> int | None:
+    """Return the longest sequence the model was built for, or None where its config does not say."""
+    config = model.config
+    for name in ("n_positions", "max_position_embeddings"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def check_data(trainer: Any, data_args: Any) -> None:
+    """Check that there is at least one training row.
+
+    Raises:
+        ValueError: if the data set is empty.
+    """
+    rows = trainer.train_dataset
+    if rows is None or (hasattr(rows, "__len__") and len(rows) == 0):
+        raise ValueError(no_block(data_args))

@@ -1,0 +1,118 @@
+"""Held-out evaluation inside upstream's trainer: the evidence bound, and the likelihood by quarter of the noise."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..diffusion.likelihood import bound_per_row, evaluation_times, mask_exactly
+from ..diffusion.objectives import masked_cross_entropy
+from ..modeling.denoiser import head_rows, predictable
+
+if TYPE_CHECKING:
+    from .trainer import DiffusionTrainer
+
+# Evaluation draws the same masks whatever seed trained the model, so that runs compare.
+EVALUATION_SEED = 0
+_QUARTERS = 4
+
+
+@torch.inference_mode()
+def evaluate_bound(
+    trainer: DiffusionTrainer, dataloader: DataLoader, *, description: str, prefix: str
+) -> tuple[dict[str, float], int]:
+    """Return the metrics of a data set and the number of its rows.
+
+    `{prefix}_loss` is the evidence bound in nats per token, `{prefix}_perplexity_bound` its exponential,
+    `{prefix}_nll` the cross-entropy in nats per masked token, and `{prefix}_nll_q1` to `q4` the same by quarter of the
+    masked fraction.
+
+    Raises:
+        ValueError: if the data set holds no token to predict.
+    """
+    model = _prepared(trainer, dataloader)
+    was_training = model.training
+    model.eval()
+    # Columns: bound, maskable tokens, then summed nll and masked tokens of each quarter.
+    total = torch.zeros(2 + 2 * _QUARTERS, dtype=torch.float64)
+    n_rows = 0
+    args = trainer.args
+    progress = tqdm(dataloader, desc=description, disable=args.disable_tqdm or not trainer.is_world_process_zero())
+    for ordinal, batch in enumerate(progress):
+        first = (ordinal * args.world_size + args.process_index) * args.eval_batch_size
+        rows = torch.arange(first, first + len(batch["input_ids"]))
+        statistics = _row_statistics(trainer, model, batch, rows)
+        gathered: Tensor = trainer.accelerator.gather_for_metrics(statistics.to(args.device))
+        total += gathered.double().sum(dim=0).cpu()
+        n_rows += len(gathered)
+    model.train(was_training)
+    if total[1] == 0:
+        raise ValueError(
+            "the evaluation data set holds no token to predict; check eval_dataset, val_size and cutoff_len"
+        )
+    return _metrics(total.tolist(), prefix), n_rows
+
+
+def _prepared(trainer: DiffusionTrainer, dataloader: DataLoader) -> Any:
+    model = trainer._wrap_model(trainer.model, training=False, dataloader=dataloader)
+    if not trainer.accelerator._models and model is trainer.model:
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            model = trainer.accelerator.prepare(model)
+        else:
+            model = trainer.accelerator.prepare_model(model, evaluation_mode=True)
+        if trainer.is_fsdp_enabled:
+            trainer.model = model
+    if not trainer.is_in_train:
+        if trainer.args.fp16_full_eval:
+            model = model.to(dtype=torch.float16, device=trainer.args.device)
+        elif trainer.args.bf16_full_eval:
+            model = model.to(dtype=torch.bfloat16, device=trainer.args.device)
+    return model
+
+
+def _row_statistics(trainer: DiffusionTrainer, model: Any, batch: dict[str, Tensor], rows: Tensor) -> Tensor:
+    """Return [batch, 10] float32 on the CPU: see `evaluate_bound` for the columns."""
+    shift, samples = trainer.objective.shift, trainer.eval_time_samples
+    x_0 = batch["input_ids"].to("cpu")
+    is_padding: Tensor | None = batch["attention_mask"].to("cpu") == 0 if "attention_mask" in batch else None
+    if is_padding is not None and not bool(is_padding.any()):
+        is_padding = None
+    maskable = predictable(torch.ones_like(x_0, dtype=torch.bool) if is_padding is None else ~is_padding, shift)
+    statistics = torch.zeros(len(x_0), 2 + 2 * _QUARTERS, dtype=torch.float64)
+    statistics[:, 1] = maskable.sum(dim=1)
+    levels = evaluation_times(rows, samples)
+    device = trainer.args.device
+    padding_on_device = None if is_padding is None else is_padding.to(device)
+    for sample in range(samples):
+        level = levels[:, sample]
+        is_masked = mask_exactly(maskable, level, seed=EVALUATION_SEED, rows=rows * samples + sample)
+        z = x_0.masked_fill(is_masked, trainer.objective.mask_id)
+        logits = trainer.bound_logits(model, z.to(device), padding_on_device, head_rows(is_masked, shift).to(device))
+        nll = masked_cross_entropy(logits, x_0[is_masked].to(device)).cpu().double()
+        statistics[:, 0] += bound_per_row(nll, is_masked, maskable) / samples
+        quarter = (level * _QUARTERS).long()
+        row = is_masked.nonzero()[:, 0]
+        statistics.index_put_((row, 2 + 2 * quarter[row]), nll, accumulate=True)
+        statistics.index_put_(
+            (torch.arange(len(x_0)), 3 + 2 * quarter), is_masked.sum(dim=1).double(), accumulate=True
+        )
+    return statistics.float()
+
+
+def _metrics(total: list[float], prefix: str) -> dict[str, float]:
+    loss = total[0] / total[1]
+    nll, masked = sum(total[2::2]), sum(total[3::2])
+    metrics = {
+        f"{prefix}_loss": loss,
+        f"{prefix}_perplexity_bound": math.exp(min(loss, 700.0)),
+        f"{prefix}_nll": nll / masked,
+    }
+    for quarter in range(_QUARTERS):
+        if total[3 + 2 * quarter]:
+            metrics[f"{prefix}_nll_q{quarter + 1}"] = total[2 + 2 * quarter] / total[3 + 2 * quarter]
+    return metrics

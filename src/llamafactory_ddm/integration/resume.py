@@ -1,0 +1,66 @@
+"""Which checkpoint a run continues from, never one that a kill or a full disk left incomplete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llamafactory.extras import logging
+
+from ..modeling.checkpoints import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
+
+logger = logging.get_logger(__name__)
+
+
+def settle_resume(training_args: Any, finetuning_args: Any) -> str | None:
+    """Return the folder to resume from, or None to start anew.
+
+    A folder that the user named must be complete. `resume_from_checkpoint: true`, and upstream's own search in an
+    output_dir that is not overwritten, take the newest complete checkpoint, and say which ones they passed over.
+
+    Raises:
+        ValueError: if the named folder is missing or incomplete, or `true` finds no checkpoint.
+    """
+    if not training_args.do_train:
+        return None
+    asked = finetuning_args.resume_requested
+    if asked is not None and not _is_true(asked):
+        if _is_false(asked):
+            return None
+        folder = Path(str(asked))
+        if not folder.is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint: {asked} does not exist; name a checkpoint-N folder, or set it to true"
+            )
+        try:
+            verify_checkpoint(folder, resume=True)
+        except BrokenCheckpointError as error:
+            raise ValueError(
+                f"resume_from_checkpoint: {asked} cannot be resumed: {error}. Name another checkpoint, or set "
+                "resume_from_checkpoint: true to take the last complete one in output_dir"
+            ) from error
+        return str(folder)
+    found = training_args.resume_from_checkpoint
+    if asked is None and found is None:
+        return None
+    best, skipped = last_complete_checkpoint(training_args.output_dir)
+    for folder, reason in skipped:
+        logger.warning_rank0(f"Passing over the incomplete checkpoint {folder}: {reason}")
+    if best is None and asked is not None:
+        raise ValueError(
+            f"resume_from_checkpoint: true found no complete checkpoint in output_dir: {training_args.output_dir}; "
+            "set it to null to start anew"
+        )
+    if best is None:
+        logger.warning_rank0(f"No complete checkpoint in {training_args.output_dir}: training starts anew.")
+        return None
+    logger.info_rank0(f"Resuming from {best}.")
+    return str(best)
+
+
+def _is_true(value: Any) -> bool:
+    return value is True or str(value).lower() == "true"
+
+
+def _is_false(value: Any) -> bool:
+    return value is False or str(value).lower() in ("false", "null", "none", "")

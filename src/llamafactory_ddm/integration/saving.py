@@ -1,0 +1,76 @@
+"""Writing a checkpoint so that a kill or a full disk at any moment leaves the previous one loadable."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+_PREFIX = ".unfinished-"
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+
+def _rank(name: str, last: str) -> tuple[int, str]:
+    """Order of publication: weights first, then what describes them, `last` at the very end."""
+    if name == last:
+        return (3, name)
+    if name.endswith(".index.json"):
+        return (1, name)
+    return (0 if _WEIGHTS.fullmatch(name) else 2, name)
+
+
+@contextmanager
+def published_together(folder: str | Path, *, last: str) -> Iterator[Path]:
+    """Yield an empty folder inside `folder`; on success its files replace those of the same name in `folder`.
+
+    Every file is complete on disk before the first one is moved, each move is atomic, and weights of an earlier save
+    that the new one does not replace are deleted at the end.
+
+    Args:
+        folder: where the files end up; made if absent.
+        last: name of the file that is moved last, the mark of a complete save.
+    Raises:
+        OSError: if writing fails (disk full, no permission), naming the folder; what was in `folder` is untouched.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    for stale in target.glob(f"{_PREFIX}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
+    try:
+        yield scratch
+        _flush(scratch)
+        _move(scratch, target, last)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"could not save to {target}: {error}. Free some space or choose another output_dir; "
+            "checkpoints saved earlier are complete, and resume_from_checkpoint: true continues from the last of them."
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _flush(scratch: Path) -> None:
+    for path in scratch.rglob("*"):
+        if path.is_file():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
+def _move(scratch: Path, target: Path, last: str) -> None:
+    names = sorted(
+        (p.relative_to(scratch).as_posix() for p in scratch.rglob("*") if p.is_file()), key=lambda n: _rank(n, last)
+    )
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(scratch / name, target / name)
+    if any(_WEIGHTS.fullmatch(name) for name in names):
+        for path in target.iterdir():
+            if _WEIGHTS.fullmatch(path.name) and path.name not in names:
+                path.unlink()

@@ -1,0 +1,245 @@
+"""The training loop of `stage: ddm`: noised batches, logits of masked tokens only, and exact averaging."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from llamafactory.train.pt.trainer import CustomTrainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..diffusion.attention import annealed_visibility, annealing_ratio
+from ..modeling.bidirectional import full_attention_mask, probe_bidirectional
+from ..modeling.denoiser import RowSelectingHead
+from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ..modeling.objective import MaskedObjective
+from .evaluation import evaluate_bound
+from .saving import published_together
+
+
+class DiffusionTrainer(CustomTrainer):
+    """Upstream's pre-training trainer with a diffusion objective.
+
+    Args:
+        objective: noise and loss; holds every formula.
+        diffusion_config: what the checkpoints say about themselves; its attention ratio is where annealing starts.
+        anneal_steps: optimiser steps from causal to full attention.
+        eval_time_samples: noise levels per evaluated row.
+        kwargs: upstream's.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: MaskedObjective,
+        diffusion_config: DiffusionConfig,
+        anneal_steps: int,
+        eval_time_samples: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process drives {self.args.n_gpu} GPUs, which splits batches inexactly; "
+                "start with FORCE_TORCHRUN=1, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
+        self.objective = objective
+        self.diffusion_config = diffusion_config
+        self.anneal_steps = anneal_steps
+        self.eval_time_samples = eval_time_samples
+        # The denominator covers the whole optimiser step, so upstream must not average over micro-batches again.
+        self.model_accepts_loss_kwargs = True
+        self._head = RowSelectingHead(self.model)
+        self._probed = False
+        self._mask_key: tuple[Any, ...] | None = None
+        self._mask: Any = None
+        self._nll: Tensor | None = None
+        self._counts = torch.zeros(3, dtype=torch.int64)  # masked, maskable, tokens since the last log
+        self._clock: float | None = None
+        self._paused = 0.0
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Leave batches on the CPU: noise is drawn there, and only what the step needs is sent to the device."""
+        loader = super().get_train_dataloader()
+        if getattr(loader, "device", None) is not None:
+            loader.device = None
+        return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """Take the micro-batches of one optimiser step and noise them.
+
+        Returns:
+            The noised micro-batches, and the loss's denominator summed over all of them and over ranks.
+        """
+        if self._clock is None:
+            self._clock = time.perf_counter()
+        batches: list[dict[str, Any]] = []
+        total = torch.zeros((), dtype=torch.int64)
+        for micro in range(num_batches):
+            try:
+                clean = next(epoch_iterator)
+            except StopIteration:
+                break
+            inputs, share = self._noise(clean, micro)
+            batches.append(inputs)
+            total += share
+        if not batches:
+            return batches, None
+        total = total.to(device, non_blocking=True)
+        return batches, self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
+
+    def _noise(self, clean: dict[str, Tensor], micro: int) -> tuple[dict[str, Any], Tensor]:
+        args = self.args
+        x_0 = clean["input_ids"].to("cpu")
+        is_padding = clean["attention_mask"].to("cpu") == 0 if "attention_mask" in clean else None
+        if is_padding is not None and not bool(is_padding.any()):
+            is_padding = None
+        per_rank = args.train_batch_size
+        micro_step = self.state.global_step * args.gradient_accumulation_steps + micro
+        first = (micro_step * args.world_size + args.process_index) * per_rank
+        batch = self.objective.noise(
+            x_0,
+            is_padding,
+            rows=torch.arange(first, first + len(x_0)),
+            group_size=per_rank * args.world_size * args.gradient_accumulation_steps,
+        )
+        n_tokens = x_0.numel() if is_padding is None else int((~is_padding).sum())
+        self._counts += torch.tensor([len(batch.targets), int(batch.n_maskable), n_tokens])
+        # Upstream counts tokens and operations by this key.
+        inputs: dict[str, Any] = {
+            "input_ids": batch.z_t,
+            "head_rows": batch.head_rows,
+            "targets": batch.targets,
+            "weight": batch.weight,
+        }
+        if is_padding is not None:
+            inputs["is_padding"] = is_padding
+        return inputs, batch.denominator
+
+    # ---- the step ----
+
+    def attention_ratio(self, step: int) -> float:
+        """Return the share of future keys visible at optimiser step `step`, at least what the checkpoint reached."""
+        return max(self.diffusion_config.attention_ratio, annealing_ratio(step, self.anneal_steps))
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Return the micro-batch's share of the step's loss, scaled so that averaging over ranks is exact."""
+        if num_items_in_batch is None:
+            raise RuntimeError(
+                "the trainer was called outside its training loop; use evaluate() for the evidence bound"
+            )
+        z_t = inputs["input_ids"]
+        if not self._probed:
+            probe_bidirectional(getattr(model, "_orig_mod", model), inner=self.model)
+            self._probed = True
+        mask = self._attention_mask(z_t, inputs.get("is_padding"))
+        with self._head.only(inputs["head_rows"]):
+            output = model(input_ids=z_t, attention_mask=mask, use_cache=False)
+        logits = output.logits.reshape(-1, output.logits.shape[-1])
+        loss, nll = self.objective.loss(logits, inputs["targets"], inputs["weight"], num_items_in_batch)
+        self._nll = nll if self._nll is None else self._nll + nll
+        loss = loss * self.args.world_size  # gradients are averaged over ranks, the denominator is their sum
+        return (loss, output) if return_outputs else loss
+
+    def _attention_mask(self, z_t: Tensor, is_padding: Tensor | None) -> Any:
+        """Return the forward's attention mask, built once an optimiser step where no padding makes batches differ."""
+        ratio = self.attention_ratio(self.state.global_step)
+        draw = self.state.global_step if ratio < 1.0 else -1
+        key = None if is_padding is not None else (draw, *z_t.shape)
+        if key is None or key != self._mask_key:
+            length, device = z_t.shape[1], z_t.device
+            visible = None
+            if ratio < 1.0:
+                visible = annealed_visibility(length, ratio, seed=self.objective.seed, draw=draw, device=device)
+            self._mask = self._full_attention_mask(z_t, is_padding, visible)
+            self._mask_key = key
+        return self._mask
+
+    def _full_attention_mask(self, z: Tensor, is_padding: Tensor | None, visible: Tensor | None = None) -> Any:
+        dtype = (
+            torch.get_autocast_dtype(z.device.type) if torch.is_autocast_enabled(z.device.type) else self.model.dtype
+        )
+        return full_attention_mask(
+            self.model,
+            batch=z.shape[0],
+            length=z.shape[1],
+            is_padding=is_padding,
+            visible=visible,
+            dtype=dtype,
+            device=z.device,
+        )
+
+    # ---- evaluation ----
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Estimate the evidence bound with full attention: the same for any batch size or number of ranks."""
+        with self._pause():
+            metrics, rows = evaluate_bound(self, dataloader, description=description, prefix=metric_key_prefix)
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=rows)
+
+    def bound_logits(self, model: Any, z: Tensor, is_padding: Tensor | None, rows: Tensor) -> Tensor:
+        """Return the logits of `rows`, [n, vocab], under full attention, for `z` [batch, length]."""
+        with self.compute_loss_context_manager(), self._head.only(rows):
+            mask = self._full_attention_mask(z, is_padding)
+            logits: Tensor = model(input_ids=z, attention_mask=mask, use_cache=False).logits
+        return logits.reshape(-1, logits.shape[-1])
+
+    # ---- logs and checkpoints ----
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Keep the block's time out of tokens_per_second."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add to a training log the diffusion's own figures since the last one."""
+        if "loss" in logs and self._nll is not None:
+            nll = self.accelerator.reduce(self._nll, "sum").item()
+            counts = self.accelerator.reduce(self._counts.to(self.args.device), "sum").tolist()
+            elapsed = time.perf_counter() - (self._clock or 0.0) - self._paused
+            logs["nll"] = nll / max(counts[0], 1)
+            logs["masked_fraction"] = counts[0] / max(counts[1], 1)
+            logs["attention_ratio"] = self.attention_ratio(max(self.state.global_step - 1, 0))
+            logs["tokens_per_second"] = round(counts[2] / elapsed, 1) if elapsed > 0 else 0.0
+            self._nll, self._clock, self._paused = None, None, 0.0
+            self._counts.zero_()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._pause():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with published_together(output_dir or self.args.output_dir, last=FILE_NAME) as scratch:
+            super()._save(str(scratch), state_dict=state_dict)
+            steps = self.state.global_step
+            ratio = self.attention_ratio(steps - 1) if steps else self.diffusion_config.attention_ratio
+            replace(self.diffusion_config, attention_ratio=ratio).save(scratch)

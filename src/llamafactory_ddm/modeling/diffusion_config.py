@@ -1,0 +1,133 @@
+"""What a checkpoint says about its diffusion process: `diffusion_config.json`, beside the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "diffusion_config.json"
+FORMAT_VERSION = 1
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "mask_token": (str,),
+    "mask_token_id": (int,),
+    "shift": (bool,),
+    "noise_process": (str,),
+    "uniform_ratio": (float, int),
+    "noise_schedule": (str,),
+    "attention_ratio": (float, int),
+    "format_version": (int,),
+    "variable_length": (dict, type(None)),
+}
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The facts that sampling, evaluation and further training of a checkpoint need.
+
+    Attributes:
+        mask_token: spelling of [MASK] in the vocabulary.
+        mask_token_id: its id.
+        shift: whether logits at i predict token i + 1.
+        noise_process: `masked`, the only one of this version.
+        uniform_ratio: share of noised tokens that become a random token; 0 for masked noise.
+        noise_schedule: name of the schedule.
+        attention_ratio: share of future keys visible at the last training step; 1 once annealing is finished.
+        format_version: of the file.
+        variable_length: reserved for the format of variable-length checkpoints.
+    """
+
+    mask_token: str
+    mask_token_id: int
+    shift: bool
+    noise_process: str
+    uniform_ratio: float
+    noise_schedule: str
+    attention_ratio: float
+    format_version: int = FORMAT_VERSION
+    variable_length: dict[str, Any] | None = None
+
+    def save(self, folder: str | Path) -> None:
+        """Write the file so that a reader sees the old one or the complete new one."""
+        path = Path(folder) / FILE_NAME
+        scratch = path.with_suffix(".json.tmp")
+        with open(scratch, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DiffusionConfig:
+        """Read `diffusion_config.json` of `folder`.
+
+        Raises:
+            ValueError: naming the file and the fault: not JSON, a key missing, unknown or of the wrong type, a value
+                out of range, or a newer format.
+            FileNotFoundError: if there is none.
+        """
+        path = Path(folder) / FILE_NAME
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path} is not valid JSON ({error}); restore it from a copy of the checkpoint"
+            ) from error
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path} must hold a JSON object, found {type(raw).__name__}")
+        _check(path, raw)
+        return cls(**raw)
+
+    @classmethod
+    def find(cls, folder: str | Path | None) -> DiffusionConfig | None:
+        """Return the config of `folder`, or None where there is no such file."""
+        if folder is None or not (Path(folder) / FILE_NAME).is_file():
+            return None
+        return cls.load(folder)
+
+    def check_against(self, **yaml_values: Any) -> None:
+        """Compare keys of a YAML with this config; None means that the YAML leaves the key to the checkpoint.
+
+        Raises:
+            ValueError: naming the first key that contradicts, and both values.
+        """
+        for key, value in yaml_values.items():
+            stored = getattr(self, key)
+            if value is not None and value != stored:
+                raise ValueError(
+                    f"{key}: {value} contradicts the checkpoint, whose {FILE_NAME} says {key}: {stored}; "
+                    f"remove {key} from the YAML, or start from another checkpoint"
+                )
+
+
+def _check(path: Path, raw: dict[str, Any]) -> None:
+    version = raw.get("format_version", FORMAT_VERSION)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {version}, this version reads up to {FORMAT_VERSION}; upgrade llamafactory-ddm"
+        )
+    required = {f.name for f in fields(DiffusionConfig) if f.default is MISSING}
+    missing, unknown = sorted(required - raw.keys()), sorted(raw.keys() - _TYPES.keys())
+    if missing or unknown:
+        faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(
+            unknown
+        )
+        raise ValueError(f"{path} {' and '.join(faults)}; restore it from a copy of the checkpoint")
+    for key, value in raw.items():
+        kinds = _TYPES[key]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path}: {key} must be {names}, found {value!r}")
+    for key in ("uniform_ratio", "attention_ratio"):
+        if not 0.0 <= raw[key] <= 1.0:
+            raise ValueError(f"{path}: {key} must lie in [0, 1], found {raw[key]!r}")
+    if raw["noise_process"] != "masked" or raw["uniform_ratio"] != 0:
+        raise ValueError(
+            f"{path}: noise_process {raw['noise_process']!r} with uniform_ratio {raw['uniform_ratio']} is not "
+            "supported by "
+            "this version, which knows masked noise; upgrade llamafactory-ddm"
+        )

@@ -1,0 +1,155 @@
+"""Which token is [MASK], and adding one to a model that has none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_SPECIAL = re.compile(r"<.+>|\[.+\]")
+_CURE = (
+    "set mask_token to a token of the vocabulary that text does not use, to its id, or to a new special token "
+    "such as '<|mask|>'"
+)
+
+
+@dataclass(frozen=True)
+class ResolvedMaskToken:
+    """The mask token of a run.
+
+    Attributes:
+        token: its spelling in the vocabulary.
+        id: its id.
+        is_new: whether the tokenizer does not have it yet.
+        is_trained: whether the checkpoint's weights hold a trained row for it.
+    """
+
+    token: str
+    id: int
+    is_new: bool
+    is_trained: bool = False
+
+
+def resolve_mask_token(
+    tokenizer: Any, mask_token: str | int | None, *, config_mask: tuple[str, int] | None = None
+) -> ResolvedMaskToken:
+    """Find the mask token: the YAML's, else the checkpoint's, else the tokenizer's own.
+
+    An int is an id. A string is a token of the vocabulary if there is one of that spelling, or of that text; else an
+    id if it consists of digits; else, if it is written as special tokens are, `<...>` or `[...]`, a new token.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        mask_token: the YAML key.
+        config_mask: token and id that the checkpoint's diffusion_config.json names.
+    Raises:
+        ValueError: if there is none, if the id does not exist, if the string splits into several ids, or if it is the
+            padding, start or end token.
+    """
+    if mask_token is None and config_mask is not None:
+        token, index = config_mask
+        known = tokenizer.get_vocab().get(token)
+        if known is not None and known != index:
+            raise ValueError(
+                f"the checkpoint's mask token {token!r} has id {index}, but this tokenizer gives it {known}; "
+                "use the tokenizer that was saved with the checkpoint"
+            )
+        return ResolvedMaskToken(token, index, known is None, is_trained=True)
+    if mask_token is None:
+        if tokenizer.mask_token_id is None:
+            raise ValueError(f"the tokenizer of this model has no mask token, and none is given: {_CURE}")
+        return ResolvedMaskToken(tokenizer.mask_token, int(tokenizer.mask_token_id), False)
+    resolved = _by_id(tokenizer, mask_token) if _is_id(tokenizer, mask_token) else _by_text(tokenizer, str(mask_token))
+    for role in ("pad", "eos", "bos"):
+        if resolved.id == getattr(tokenizer, f"{role}_token_id"):
+            raise ValueError(f"mask_token: {mask_token!r} is the tokenizer's {role} token, which text needs; {_CURE}")
+    return resolved
+
+
+def _is_id(tokenizer: Any, mask_token: str | int) -> bool:
+    if isinstance(mask_token, int):
+        return True
+    return mask_token.isdecimal() and mask_token not in tokenizer.get_vocab()
+
+
+def _by_id(tokenizer: Any, mask_token: str | int) -> ResolvedMaskToken:
+    index = int(mask_token)
+    if not 0 <= index < len(tokenizer):
+        raise ValueError(
+            f"mask_token: {mask_token} is not an id of the vocabulary, which has {len(tokenizer)} tokens; {_CURE}"
+        )
+    return ResolvedMaskToken(tokenizer.convert_ids_to_tokens(index), index, False)
+
+
+def _by_text(tokenizer: Any, text: str) -> ResolvedMaskToken:
+    known = tokenizer.get_vocab().get(text)
+    if known is not None:
+        return ResolvedMaskToken(text, int(known), False)
+    if text and _SPECIAL.fullmatch(text):
+        return ResolvedMaskToken(text, len(tokenizer), True)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) == 1:
+        return ResolvedMaskToken(tokenizer.convert_ids_to_tokens(ids[0]), int(ids[0]), False)
+    pieces = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r}" for i in ids)
+    raise ValueError(f"mask_token: {text!r} is not one token but {len(ids)} ({pieces}); {_CURE}")
+
+
+def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
+    """Make `mask` the tokenizer's mask token and give the model a row for it where it has none.
+
+    A new row of the input embedding, and of an untied output embedding, is the float32 mean of the rows of the old
+    vocabulary.
+
+    Raises:
+        ValueError: if a row is needed and the model is quantised, or if the tokenizer gives the token another id.
+    """
+    old_size = len(tokenizer)
+    weight = model.get_input_embeddings().weight
+    rows = getattr(weight, "ds_shape", weight.shape)[0]  # under DeepSpeed ZeRO-3 a rank holds only a part
+    if mask.is_new and _is_quantized(model):
+        raise ValueError(
+            f"mask_token: {mask.token!r} is new, and a quantised model cannot grow; name a token that exists, "
+            "or add it once without quantisation_bit: run stage: ddm on the full model, save, and quantise the result"
+        )
+    if mask.is_new:
+        tokenizer.add_special_tokens({"mask_token": mask.token})
+    if tokenizer.convert_tokens_to_ids(mask.token) != mask.id:
+        raise ValueError(
+            f"the tokenizer gives {mask.token!r} the id {tokenizer.convert_tokens_to_ids(mask.token)}, expected "
+            f"{mask.id}; "
+            "use the tokenizer that was saved with the checkpoint"
+        )
+    if mask.id >= rows:
+        model.resize_token_embeddings(mask.id + 1, mean_resizing=False)
+    if mask.is_new and not mask.is_trained:
+        _write_mean(model, mask.id, min(old_size, rows))
+
+
+def _write_mean(model: Any, index: int, known: int) -> None:
+    tables = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not tables[0]:
+        tables.append(head.weight)
+    with torch.no_grad(), _gathered(tables):
+        for table in tables:
+            table[index] = table[:known].float().mean(dim=0).to(table.dtype)
+
+
+@contextmanager
+def _gathered(parameters: list[Any]) -> Iterator[None]:
+    """Make whole parameters that DeepSpeed ZeRO-3 has split, for the block."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        yield
+
+
+def _is_quantized(model: Any) -> bool:
+    return bool(getattr(model, "is_quantized", False)) or getattr(model, "quantization_method", None) is not None

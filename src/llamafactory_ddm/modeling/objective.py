@@ -1,0 +1,104 @@
+"""The training objective as one frozen value: a clean batch in, what the forward needs out, and its logits' loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..diffusion.noise import draw_time, mask_tokens
+from ..diffusion.objectives import LossNorm, LossWeighting, denominator, masked_cross_entropy, token_weight
+from ..diffusion.schedules import NoiseSchedule
+from .denoiser import head_rows, predictable
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A noised micro-batch, reduced to what the step needs.
+
+    Attributes:
+        z_t: [batch, length] int64, noised ids.
+        is_padding: [batch, length] bool, or None where no token is padding.
+        head_rows: [n_masked] int64, rows of the flattened hidden states that predict the masked tokens.
+        targets: [n_masked] int64, the clean ids of the masked tokens.
+        weight: [n_masked] float32, multiplies each token's cross-entropy.
+        denominator: int64 scalar, this batch's share of what the weighted sum is divided by.
+        n_maskable: int64 scalar, tokens that noise could fall on.
+    """
+
+    z_t: Tensor
+    is_padding: Tensor | None
+    head_rows: Tensor
+    targets: Tensor
+    weight: Tensor
+    denominator: Tensor
+    n_maskable: Tensor
+
+
+@dataclass(frozen=True)
+class MaskedObjective:
+    """Masked diffusion with its schedule, weights and normalisation.
+
+    Attributes:
+        mask_id: the id of [MASK].
+        shift: whether logits at i - 1 predict token i.
+        schedule: alpha and its weight.
+        weighting: `elbo` or `uniform`.
+        norm: `tokens`, `masked` or `sequence`.
+        time_epsilon: the smallest t drawn.
+        antithetic: stratify t over an optimiser step.
+        seed: of the run's noise.
+    """
+
+    mask_id: int
+    shift: bool
+    schedule: NoiseSchedule
+    weighting: LossWeighting = "elbo"
+    norm: LossNorm = "tokens"
+    time_epsilon: float = 1e-3
+    antithetic: bool = False
+    seed: int = 0
+
+    def noise(self, x_0: Tensor, is_padding: Tensor | None, *, rows: Tensor, group_size: int) -> TrainingBatch:
+        """Draw t and the masks of a micro-batch.
+
+        Args:
+            x_0: [batch, length] int64, clean ids.
+            is_padding: [batch, length] bool, or None; padding is neither noised nor scored.
+            rows: [batch] int64, ordinals in the run's global order.
+            group_size: rows of one optimiser step over ranks and micro-steps.
+        """
+        maskable = predictable(
+            torch.ones_like(x_0, dtype=torch.bool) if is_padding is None else ~is_padding, self.shift
+        )
+        t = draw_time(
+            self.seed, rows, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
+        )
+        noised = mask_tokens(x_0, maskable, t, self.schedule, seed=self.seed, rows=rows, mask_id=self.mask_id)
+        weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm)
+        return TrainingBatch(
+            z_t=noised.z_t,
+            is_padding=is_padding,
+            head_rows=head_rows(noised.is_masked, self.shift),
+            targets=x_0[noised.is_masked],
+            weight=weight[noised.is_masked],
+            denominator=denominator(noised.is_masked, maskable, self.norm),
+            n_maskable=maskable.sum(),
+        )
+
+    @staticmethod
+    def loss(logits: Tensor, targets: Tensor, weight: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of a micro-batch and its unweighted negative log-likelihood.
+
+        Args:
+            logits: [n_masked, vocab], logits for the masked tokens in row-major order.
+            targets: [n_masked] int64.
+            weight: [n_masked] float32.
+            denominator: scalar, summed over every micro-batch and rank of the optimiser step.
+        Returns:
+            The weighted cross-entropy summed and divided by `denominator` (by 1 where that is 0), and the plain sum in
+            nats, detached; both float32 scalars. Micro-batches and ranks add up to the loss of the whole step.
+        """
+        nll = masked_cross_entropy(logits, targets)
+        return (nll * weight).sum() / denominator.clamp(min=1), nll.detach().sum()

@@ -1,0 +1,72 @@
+"""A training run in memory."""
+
+import pytest
+
+from llamafactory_ddm.diffusion.schedules import get_schedule
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.modeling.objective import MaskedObjective
+from support.tiny import MASK_ID, Rows, stack, tiny_model
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """Return a function that builds a DiffusionTrainer on the CPU."""
+    from llamafactory.hparams import FinetuningArguments, TrainingArguments
+
+    from llamafactory_ddm.integration.trainer import DiffusionTrainer
+
+    def build(
+        *,
+        model=None,
+        train=None,
+        evaluation=None,
+        anneal_steps=0,
+        attention_ratio=0.0,
+        eval_time_samples=4,
+        objective=None,
+        folder="out",
+        **training,
+    ):
+        settings = {
+            "output_dir": str(tmp_path / folder),
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 4,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "max_grad_norm": 0.0,
+            "lr_scheduler_type": "constant",
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "seed": 5,
+            **training,
+        }
+        options = {"shift": True, "seed": 5, **(objective or {})}
+        schedule = get_schedule(options.pop("noise_schedule", "linear"))
+        return DiffusionTrainer(
+            objective=MaskedObjective(mask_id=MASK_ID, schedule=schedule, **options),
+            diffusion_config=DiffusionConfig(
+                mask_token="<|mask|>",
+                mask_token_id=MASK_ID,
+                shift=options["shift"],
+                noise_process="masked",
+                uniform_ratio=0.0,
+                noise_schedule=schedule.name,
+                attention_ratio=attention_ratio,
+            ),
+            anneal_steps=anneal_steps,
+            eval_time_samples=eval_time_samples,
+            model=model or tiny_model(),
+            args=TrainingArguments(**settings),
+            finetuning_args=FinetuningArguments(stage="pt", finetuning_type="full"),
+            processor=None,
+            tokenizer=None,
+            train_dataset=train if train is not None else Rows(64),
+            eval_dataset=evaluation,
+            data_collator=stack,
+        )
+
+    return build

@@ -1,0 +1,204 @@
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens
+from llamafactory_ddm.diffusion.schedules import get_schedule
+from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
+from support.tiny import MASK_ID, Rows, tiny_model
+
+
+def first_gradient(trainer):
+    """Return the gradients that the first optimiser step sees, before clipping."""
+    seen = {}
+
+    def keep(*args, **kwargs):
+        if not seen:
+            seen.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+
+    trainer.create_optimizer_and_scheduler(num_training_steps=2)
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    return seen
+
+
+def by_hand(shift, weighting, norm, ids, keep):
+    """The loss of the first step from dense logits: every formula written out again, one row at a time."""
+    model, schedule, rows = tiny_model(), get_schedule("linear"), torch.arange(len(ids))
+    maskable = keep.bool().clone()
+    if shift:
+        maskable[:, 0] = False
+    t = draw_time(5, rows)
+    noised = mask_tokens(ids, maskable, t, schedule, seed=5, rows=rows, mask_id=MASK_ID)
+    total, count = torch.zeros(()), 0
+    for b in range(len(ids)):
+        length = int(keep[b].sum())
+        logits = model(input_ids=noised.z_t[b : b + 1, :length], use_cache=False).logits[0]
+        row = torch.zeros(())
+        for i in range(length):
+            if noised.is_masked[b, i]:
+                weight = 1 / t[b] if weighting == "elbo" else 1.0
+                row = row + weight * functional.cross_entropy(logits[i - 1 if shift else i], ids[b, i])
+        n = int(maskable[b].sum())
+        total = total + (row / n if norm == "sequence" else row)
+        count += {"tokens": n, "masked": int(noised.is_masked[b].sum()), "sequence": 1}[norm]
+    loss = total / count
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("norm", ["tokens", "masked", "sequence"])
+@pytest.mark.parametrize("weighting", ["elbo", "uniform"])
+def test_gradient_equals_the_formula_written_out(make_trainer, shift, norm, weighting):
+    data = Rows(8, lengths=[16, 9, 3, 16, 12, 16, 5, 16])
+    trainer = make_trainer(
+        train=data,
+        max_steps=1,
+        objective={"shift": shift, "norm": norm, "weighting": weighting},
+        lr_scheduler_type="constant",
+    )
+    trainer.finetuning_args.disable_shuffling = True
+    gradient = first_gradient(trainer)
+    loss, expected = by_hand(shift, weighting, norm, data.ids, data.keep)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("norm", ["tokens", "masked", "sequence"])
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_accumulation_is_exact(make_trainer, norm, antithetic):
+    data = Rows(16, lengths=[16, 9, 3, 16, 12, 16, 5, 16, 4, 4, 4, 4, 16, 16, 16, 2])
+    objective = {"norm": norm, "antithetic": antithetic}
+    whole = make_trainer(train=data, objective=objective)
+    split = make_trainer(
+        train=data, objective=objective, per_device_train_batch_size=2, gradient_accumulation_steps=4, folder="split"
+    )
+    first, second = first_gradient(whole), first_gradient(split)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-7, msg=name)
+    for one, two in zip(whole.state.log_history[:2], split.state.log_history[:2], strict=True):
+        for key in ("loss", "nll", "masked_fraction", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4), key
+
+
+def test_evaluating_more_often_changes_nothing(make_trainer):
+    often = make_trainer(evaluation=Rows(6, seed=1), eval_strategy="steps", eval_steps=1, folder="often")
+    never = make_trainer(folder="never")
+    often.train()
+    never.train()
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (often, never)]
+    assert losses[0] == losses[1]
+
+
+def test_the_log_holds_the_diffusion_figures(make_trainer):
+    trainer = make_trainer(anneal_steps=4, max_steps=3, logging_steps=1)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["attention_ratio"] for log in logs] == [0.25, 0.5, 0.75]
+    for log in logs:
+        assert 0 < log["masked_fraction"] < 1
+        assert log["tokens_per_second"] > 0
+        assert log["nll"] == pytest.approx(math.log(40), rel=0.3)
+
+
+def test_attention_never_anneals_backwards(make_trainer):
+    trainer = make_trainer(anneal_steps=10, attention_ratio=0.5)
+    assert [trainer.attention_ratio(step) for step in (0, 4, 5, 20)] == [0.5, 0.5, 0.6, 1.0]
+
+
+def test_annealing_reaches_the_model(make_trainer):
+    full = make_trainer(max_steps=1)
+    annealed = make_trainer(max_steps=1, anneal_steps=1000, folder="annealed")
+    full.train()
+    annealed.train()
+    assert full.state.log_history[0]["loss"] != annealed.state.log_history[0]["loss"]
+
+
+def test_a_step_without_a_masked_token_has_a_zero_gradient(make_trainer):
+    trainer = make_trainer(train=Rows(8, lengths=[1] * 8), max_steps=1)  # with shift, one token is nothing to predict
+    gradient = first_gradient(trainer)
+    assert trainer.state.log_history[0]["loss"] == 0.0
+    assert all((value == 0).all() for value in gradient.values())
+
+
+def test_a_causal_model_is_stopped_at_the_first_step(make_trainer):
+    model = tiny_model()
+    model.config.is_causal = True
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = True
+    with pytest.raises(NotBidirectionalError):
+        make_trainer(model=model).train()
+
+
+def test_evaluation_is_the_same_for_any_batch_size_and_any_training_seed(make_trainer):
+    data = Rows(10, lengths=[16, 9, 3, 16, 12, 16, 5, 16, 16, 2], seed=2)
+    one = make_trainer(evaluation=data).evaluate()
+    two = make_trainer(evaluation=data, per_device_eval_batch_size=3, seed=6, objective={"seed": 6}).evaluate()
+    for key in ("eval_loss", "eval_nll", "eval_nll_q1", "eval_nll_q4", "eval_perplexity_bound"):
+        assert one[key] == pytest.approx(two[key], rel=1e-5), key
+    assert one["eval_perplexity_bound"] == pytest.approx(math.exp(one["eval_loss"]))
+
+
+def test_evaluation_agrees_with_monte_carlo_over_the_training_noise(make_trainer):
+    """Many samples of the training estimator of the bound average to eval_loss."""
+    data, model, schedule = Rows(4, seed=3), tiny_model(), get_schedule("linear")
+    trainer = make_trainer(evaluation=data, model=model, eval_time_samples=64)
+    estimate = trainer.evaluate()["eval_loss"]
+    total, draws = 0.0, 300
+    model.eval()
+    with torch.inference_mode():
+        for draw in range(draws):
+            rows = torch.arange(4) + 4 * draw
+            maskable = torch.ones_like(data.ids, dtype=torch.bool)
+            maskable[:, 0] = False
+            t = draw_time(9, rows, time_epsilon=1e-3, antithetic=True, group_size=4 * draws)
+            noised = mask_tokens(data.ids, maskable, t, schedule, seed=9, rows=rows, mask_id=MASK_ID)
+            logp = model(input_ids=noised.z_t, use_cache=False).logits.log_softmax(-1)[:, :-1]
+            nll = -logp.gather(-1, data.ids[:, 1:, None])[..., 0] * noised.is_masked[:, 1:]
+            total += (nll.sum(dim=1) / t).sum().item() / (4 * 15)
+    assert estimate == pytest.approx(total / draws, rel=0.03)
+
+
+def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(make_trainer):
+    settings = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "anneal_steps": 8,
+        "lr_scheduler_type": "linear",
+    }
+    whole = make_trainer(folder="whole", per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings)
+    whole.train()
+    again = make_trainer(
+        folder="whole",
+        model=tiny_model(seed=99),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        **settings,
+    )
+    again.train(resume_from_checkpoint=whole.args.output_dir + "/checkpoint-3")
+    for key in ("loss", "nll", "grad_norm", "attention_ratio", "masked_fraction"):
+        expected = [log[key] for log in whole.state.log_history if key in log]
+        assert [log[key] for log in again.state.log_history if key in log] == expected, key
+    for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_checkpoint_says_what_it_is(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1, anneal_steps=4)
+    trainer.train()
+    stored = [json.loads((tmp_path / f"out/checkpoint-{n}/diffusion_config.json").read_text()) for n in (1, 2)]
+    assert [s["attention_ratio"] for s in stored] == [0.25, 0.5]
+    assert stored[0]["mask_token_id"] == MASK_ID
+    assert not list((tmp_path / "out").rglob(".unfinished-*"))
+
+
+def test_an_empty_evaluation_set_is_an_error(make_trainer):
+    with pytest.raises(ValueError, match="no token to predict"):
+        make_trainer(evaluation=Rows(4, lengths=[1] * 4)).evaluate()

@@ -1,0 +1,46 @@
+"""A small GPT-2 and data for it, made in memory."""
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from llamafactory_ddm.modeling.bidirectional import make_bidirectional
+
+VOCABULARY, MASK_ID, LENGTH = 40, 39, 16
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of random ids; `lengths` gives each row's real tokens, the rest is padding."""
+
+    def __init__(self, count, lengths=None, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(0, MASK_ID, (count, LENGTH), generator=generator)
+        self.keep = torch.ones(count, LENGTH, dtype=torch.long)
+        for row, length in enumerate(lengths or []):
+            self.keep[row, length:] = 0
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index], "attention_mask": self.keep[index]}
+
+
+def stack(rows):
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    )
+    model = GPT2LMHeadModel(config)
+    make_bidirectional(model)
+    return model
