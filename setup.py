@@ -33,6 +33,11 @@ setup(
         "transformers>=4.57,!=5.6.0",
         "safetensors>=0.4",
     ],
+    entry_points={
+        # torch >= 2.5 calls this at the end of its import, in every process.
+        "torch.backends": ["llamafactory_ddm = llamafactory_ddm._autoload:activate"],
+        "console_scripts": ["llamafactory-ddm = llamafactory_ddm.cli:main"],
+    },
     extras_require={
         "dev": [
             "pytest>=8",

@@ -20,7 +20,7 @@ from ..sampling.logits import LogitsConfig
 from ..sampling.loop import sample
 from ..sampling.strategies import get_strategy
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"llamafactory.{__name__}")
 
 FILE = "generated_predictions.jsonl"
 _SHOWN = 3

@@ -9,7 +9,7 @@ from llamafactory.extras import logging
 
 from ..modeling.checkpoints import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"llamafactory.{__name__}")
 
 
 def settle_resume(training_args: Any, finetuning_args: Any) -> str | None:

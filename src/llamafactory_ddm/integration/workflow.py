@@ -24,7 +24,7 @@ from .predict import generate_unconditionally
 from .resume import settle_resume
 from .trainer import DiffusionTrainer
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"llamafactory.{__name__}")
 
 
 @dataclass

@@ -1,0 +1,87 @@
+"""`llamafactory-ddm`: is the plugin active, and LLaMA-Factory's own commands where PyTorch's autoload is off."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from ._version import __version__
+
+_FORWARDED = ("train", "chat", "api", "export", "webchat", "webui", "env", "version")
+_PROBE = """
+import json, sys
+import llamafactory.hparams.parser
+patches = sys.modules.get("llamafactory_ddm.integration.patches")
+print(json.dumps(patches.status() if patches else "PyTorch's autoload did not call it"))
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in _FORWARDED:
+        return forward(words)
+    parser = argparse.ArgumentParser(
+        prog="llamafactory-ddm",
+        description="Diffusion language models for LLaMA-Factory.",
+        epilog=f"{' | '.join(_FORWARDED)} work as with llamafactory-cli, also where TORCH_DEVICE_BACKEND_AUTOLOAD=0 "
+        "keeps the plugin out of that.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=("doctor", *_FORWARDED), help="doctor: is the plugin active, and why not")
+    parser.parse_args(words)
+    return doctor()
+
+
+def doctor() -> int:
+    """Print versions and whether a fresh `llamafactory-cli` would have the plugin; 0 if so, else 1."""
+    print(f"llamafactory-ddm {__version__}")
+    for name in ("llamafactory", "transformers", "torch"):
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name} is not installed: pip install {name}")
+    child = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    lines = child.stdout.strip().splitlines()
+    if child.returncode != 0 or not lines:
+        print(f"NOT ACTIVE: LLaMA-Factory cannot be imported:\n{child.stderr.strip()[-2000:]}")
+        return 1
+    state = json.loads(lines[-1])
+    if state == "active":
+        print("active: llamafactory-cli knows the diffusion stages")
+        return 0
+    print(f"NOT ACTIVE: {state}")
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
+        print(
+            "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches it off: unset it, or call llamafactory-ddm train, not "
+            "llamafactory-cli"
+        )
+    elif os.environ.get("LLAMAFACTORY_DDM_DISABLE"):
+        print("LLAMAFACTORY_DDM_DISABLE switches it off: unset it")
+    elif not any(e.name == "llamafactory_ddm" for e in metadata.entry_points(group="torch.backends")):
+        print("its entry point is not installed: pip install llamafactory-ddm, or call llamafactory-ddm train")
+    return 1
+
+
+def forward(words: list[str]) -> int:
+    """Activate the plugin and run LLaMA-Factory's command line with `words`."""
+    from ._autoload import activate
+
+    activate()
+    import llamafactory.launcher
+    from llamafactory.cli import main as upstream
+
+    # Upstream starts torchrun on this file.
+    llamafactory.launcher.__file__ = str(Path(__file__).with_name("_launcher.py"))
+    sys.argv = ["llamafactory-cli", *words]
+    upstream()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Upstream's finetuning arguments with the diffusion keys mixed in, and the checks that need the other arguments too.
+
+The annotations of this module are evaluated at once (no `from __future__ import annotations`): upstream's parser
+reads them.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from llamafactory.hparams.finetuning_args import FinetuningArguments
+
+from .arguments import DiffusionArguments
+from .stages import STAGES
+
+UPSTREAM_STAGES: tuple[str, ...] = get_args(get_type_hints(FinetuningArguments)["stage"])
+_STAGES = (*UPSTREAM_STAGES, *STAGES)
+# Environment variables that send upstream down another path, where `stage` would train autoregressively.
+_ENVIRONMENT = {"USE_MCA": "Megatron", "USE_V1": "LLaMA-Factory's v1 trainer"}
+# Keys that stage: ddm cannot honour -> why.
+_REFUSED = {
+    "use_mca": "Megatron trains autoregressively only",
+    "use_hyper_parallel": "its trainer is autoregressive",
+    "use_unsloth": "its kernels are causal",
+    "use_unsloth_gc": "its kernels are causal",
+    "use_kt": "its kernels are causal",
+    "enable_liger_kernel": "its fused loss computes the autoregressive loss over all positions",
+    "shift_attn": "S^2 attention is causal",
+    "mixture_of_depths": "its routing is causal",
+    "neat_packing": "its masks are causal",
+    "label_smoothing_factor": "the diffusion loss is a likelihood bound, which smoothing would falsify",
+}
+
+
+@dataclass
+class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
+    """What replaces upstream's FinetuningArguments in every parser.
+
+    For one of our stages `stage` becomes the upstream stage that it is based on, so that upstream's checks and data
+    processing apply; `diffusion_stage` holds the real one.
+    """
+
+    stage: Literal[_STAGES] = field(  # type: ignore[valid-type]
+        default="sft",
+        metadata={
+            "help": "Which stage will be performed in training. " + ", ".join(STAGES) + ": diffusion language models."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the diffusion keys and set `diffusion_stage`.
+
+        Raises:
+            ValueError: for an unknown stage, a wrong value, or diffusion keys under another stage.
+        """
+        self.diffusion_stage: str | None = None
+        self.resume_requested: Any = None
+        self.generating_args: Any = None
+        if self.stage not in _STAGES:
+            raise ValueError(
+                f"stage must be one of {', '.join(_STAGES)}, got {self.stage!r}{nearest(str(self.stage), _STAGES)}"
+            )
+        stage = STAGES.get(self.stage)
+        if stage is None:
+            changed = self.changed_keys()
+            if changed:
+                raise ValueError(
+                    f"{', '.join(changed)} belong to the diffusion stages ({', '.join(STAGES)}), but stage is "
+                    f"{self.stage}; "
+                    "set stage: ddm or remove them"
+                )
+        else:
+            self.validate()
+            self.diffusion_stage, self.stage = stage.name, stage.base
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every key with its value, for loggers; `stage` is the one that the user set."""
+        return {**super().to_dict(), "stage": self.diffusion_stage or self.stage}
+
+
+def nearest(word: str, known: Any) -> str:
+    """Return "; did you mean ...?" for the known word most like `word`, or nothing."""
+    near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def requested_stage(args: Any) -> str | None:
+    """Return the stage that raw arguments ask for: a dict, or a list of command-line words."""
+    if isinstance(args, dict):
+        return args.get("stage")
+    words = list(args or ())
+    for place, word in enumerate(words):
+        if word == "--stage" and place + 1 < len(words):
+            return str(words[place + 1])
+        if str(word).startswith("--stage="):
+            return str(word).partition("=")[2]
+    return None
+
+
+def check_keys(parser: Any, args: Any) -> None:
+    """Check that every key is known to one of the parser's dataclasses.
+
+    Raises:
+        ValueError: listing each unknown key with the nearest known one.
+    """
+    known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
+    if isinstance(args, dict):
+        given = [str(key) for key in args]
+    else:
+        given = [str(w)[2:].partition("=")[0] for w in args or () if str(w).startswith("--")]
+        given = [g.replace("-", "_") for g in given if g not in ("help",)]
+        known |= {f"no_{name}" for name in known}
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise ValueError(
+            "; ".join(f"unknown key {key!r}{nearest(key, known).replace(';', ',', 1)}" for key in unknown)
+        )
+
+
+def check_environment() -> None:
+    """Refuse environment variables under which upstream would not run our stage.
+
+    Raises:
+        ValueError: naming the variable.
+    """
+    for name, what in _ENVIRONMENT.items():
+        if os.environ.get(name, "0").lower() in ("true", "y", "1"):
+            raise ValueError(f"{name}={os.environ[name]} selects {what}, which does not know diffusion; unset {name}")
+
+
+def check_together(finetuning_args: Any, *others: Any) -> None:
+    """Refuse keys of any dataclass that a diffusion stage cannot honour.
+
+    Raises:
+        ValueError: naming the key and the reason.
+    """
+    stage = STAGES[finetuning_args.diffusion_stage]
+    for holder in (finetuning_args, *others):
+        for key, why in _REFUSED.items():
+            if getattr(holder, key, None):
+                raise ValueError(
+                    f"{key}: {getattr(holder, key)} does not work with stage: {stage.name}: {why}; remove the key"
+                )
+    if finetuning_args.finetuning_type not in stage.finetuning_types:
+        raise ValueError(
+            f"stage: {stage.name} supports finetuning_type {' or '.join(stage.finetuning_types)}, got "
+            f"{finetuning_args.finetuning_type}; set finetuning_type: {stage.finetuning_types[0]}"
+        )
