@@ -1,7 +1,8 @@
 """A small GPT-2 and data for it, made in memory."""
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 
@@ -44,3 +45,14 @@ def tiny_model(seed=0):
     model = GPT2LMHeadModel(config)
     make_bidirectional(model)
     return model
+
+
+def tiny_tokenizer():
+    """Return a byte-level tokenizer made by hand, with <|endoftext|> as its only special token."""
+    pieces = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ca", "cat", "do", "dog", "Ġdog"]
+    merges = [("c", "a"), ("ca", "t"), ("d", "o"), ("do", "g"), ("Ġ", "dog")]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)

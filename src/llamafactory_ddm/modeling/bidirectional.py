@@ -140,12 +140,13 @@ def probe_bidirectional(model: nn.Module, *, inner: nn.Module | None = None) -> 
     """
     inner = model if inner is None else inner
     device = next(inner.parameters()).device
-    one = torch.zeros(1, _PROBE_LENGTH, dtype=torch.int64, device=device)
+    length = max(2, min(_PROBE_LENGTH, _window(inner) or _PROBE_LENGTH))
+    one = torch.zeros(1, length, dtype=torch.int64, device=device)
     other = one.clone()
     other[:, -1] = 1
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else _dtype(inner)
     mask = full_attention_mask(
-        inner, batch=1, length=_PROBE_LENGTH, is_padding=None, visible=None, dtype=dtype, device=device
+        inner, batch=1, length=length, is_padding=None, visible=None, dtype=dtype, device=device
     )
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

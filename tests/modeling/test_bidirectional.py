@@ -1,0 +1,249 @@
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from llamafactory_ddm.modeling import bidirectional
+from llamafactory_ddm.modeling.bidirectional import (
+    NotBidirectionalError,
+    full_attention_mask,
+    is_bidirectional,
+    make_bidirectional,
+    probe_bidirectional,
+)
+
+LENGTH, WINDOW = 10, 3
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def build(name, attention="sdpa", layers=1):
+    torch.manual_seed(1)
+    small = {**SMALL, "num_hidden_layers": layers}
+    qwen2 = {key: value for key, value in small.items() if key != "head_dim"}
+    window = {"sliding_window": WINDOW}
+    always = {**window, "use_sliding_window": True, "max_window_layers": 0}
+    full, sliding = {"layer_types": ["full_attention"] * layers}, {"layer_types": ["sliding_attention"] * layers}
+    soft = {**window, "attn_logit_softcapping": None, "final_logit_softcapping": 5.0}
+    gpt2 = {"vocab_size": 40, "n_positions": 64, "n_embd": 32, "n_layer": layers, "n_head": 2}
+    kind, config_kind, settings = {
+        "gpt2": (GPT2LMHeadModel, GPT2Config, gpt2),
+        "llama": (LlamaForCausalLM, LlamaConfig, small),
+        "qwen2": (Qwen2ForCausalLM, Qwen2Config, qwen2),
+        "qwen2_window": (Qwen2ForCausalLM, Qwen2Config, {**qwen2, **always}),
+        "qwen3": (Qwen3ForCausalLM, Qwen3Config, small),
+        "qwen3_window": (Qwen3ForCausalLM, Qwen3Config, {**small, **always}),
+        "mistral": (MistralForCausalLM, MistralConfig, {**small, "sliding_window": None}),
+        "mistral_window": (MistralForCausalLM, MistralConfig, {**small, **window}),
+        "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**small, **soft, **full}),
+        "gemma2_window": (Gemma2ForCausalLM, Gemma2Config, {**small, **soft, **sliding}),
+        "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**small, **soft, **full}),
+        "gemma3_window": (Gemma3ForCausalLM, Gemma3TextConfig, {**small, **soft, **sliding}),
+    }[name]
+    config = config_kind(**settings)
+    config._attn_implementation = attention
+    model = kind(config).eval()
+    # Larger weights, so that every dependence shows in float32.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model
+
+
+NAMES = [
+    "gpt2",
+    "llama",
+    "qwen2",
+    "qwen2_window",
+    "qwen3",
+    "qwen3_window",
+    "mistral",
+    "mistral_window",
+    "gemma2",
+    "gemma2_window",
+    "gemma3",
+    "gemma3_window",
+]
+
+
+def forward(model, ids, *, is_padding=None, visible=None):
+    mask = full_attention_mask(
+        model,
+        batch=len(ids),
+        length=ids.shape[1],
+        is_padding=is_padding,
+        visible=visible,
+        dtype=torch.float32,
+        device=ids.device,
+    )
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def dependence(model, **masks):
+    """Entry [i, j]: whether changing token j moves the logits at i. One layer shows exactly what is attended to."""
+    ids = torch.arange(1, LENGTH + 1)[None]
+    base = forward(model, ids, **masks)[0]
+    result = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+    for j in range(LENGTH):
+        other = ids.clone()
+        other[0, j] = 30
+        result[:, j] = (forward(model, other, **masks)[0] - base).abs().amax(dim=1) > 0
+    return result
+
+
+def expected(name):
+    position = torch.arange(LENGTH)
+    near = (position[:, None] - position[None, :]).abs() < WINDOW
+    return near if name.endswith("window") else torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_position_depends_on_exactly_what_it_may_see(name, attention):
+    model = build(name, attention)
+    make_bidirectional(model)
+    assert is_bidirectional(model)
+    assert torch.equal(dependence(model), expected(name))
+    visible = (torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.4) | torch.ones(
+        LENGTH, LENGTH, dtype=torch.bool
+    ).tril()
+    assert torch.equal(dependence(model, visible=visible[None, None]), expected(name) & visible)
+    is_padding = torch.zeros(1, LENGTH, dtype=torch.bool)
+    is_padding[0, -3:] = True
+    seen = dependence(model, is_padding=is_padding)[: LENGTH - 3]
+    assert torch.equal(seen, (expected(name) & ~is_padding)[: LENGTH - 3])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eager_and_sdpa_agree(name):
+    ids = torch.randint(0, 40, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    is_padding = torch.zeros(2, LENGTH, dtype=torch.bool)
+    is_padding[1, 6:] = True
+    outputs = []
+    for attention in ("eager", "sdpa"):
+        model = build(name, attention, layers=1)
+        make_bidirectional(model)
+        outputs.append(forward(model, ids, is_padding=is_padding)[~is_padding])
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_padded_row_equals_the_row_alone(name, attention):
+    model = build(name, attention)
+    make_bidirectional(model)
+    ids = torch.randint(1, 40, (2, LENGTH), generator=torch.Generator().manual_seed(4))
+    is_padding = torch.zeros(2, LENGTH, dtype=torch.bool)
+    is_padding[1, 4:] = True
+    together = forward(model, ids, is_padding=is_padding)
+    assert together.isfinite().all()
+    torch.testing.assert_close(together[1, :4], forward(model, ids[1:, :4])[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
+def test_a_row_of_nothing_but_padding_is_finite(name):
+    model = build(name, "eager")
+    make_bidirectional(model)
+    ids = torch.ones(1, LENGTH, dtype=torch.int64)
+    assert forward(model, ids, is_padding=torch.ones(1, LENGTH, dtype=torch.bool)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "qwen3", "mistral"])
+def test_full_attention_passes_no_mask_so_that_fast_kernels_run(name, monkeypatch):
+    monkeypatch.setattr(bidirectional, "_READS_CONFIG", True)
+    model = build(name)
+    make_bidirectional(model)
+    mask = full_attention_mask(
+        model, batch=2, length=8, is_padding=None, visible=None, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert mask is None or set(mask.values()) == {None}
+
+
+def test_older_transformers_get_an_explicit_mask_of_zeros(monkeypatch):
+    monkeypatch.setattr(bidirectional, "_READS_CONFIG", False)
+    model = build("gpt2", "eager")
+    make_bidirectional(model)
+    mask = full_attention_mask(
+        model, batch=2, length=8, is_padding=None, visible=None, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert torch.equal(mask, torch.zeros(1, 1, 8, 8))
+    assert torch.equal(dependence(model), expected("gpt2"))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_probe_tells_causal_from_bidirectional(name, attention):
+    model = build(name, attention, layers=3)
+    # Under eager attention a mask of "nothing hidden", which some models take as a dict, opens them by itself.
+    if attention == "sdpa" or name.split("_")[0] in ("gpt2", "llama", "mistral"):
+        with pytest.raises(NotBidirectionalError, match="still attends causally"):
+            probe_bidirectional(model)
+    assert not is_bidirectional(model)
+    make_bidirectional(model)
+    model.train()
+    probe_bidirectional(model)
+    assert model.training
+
+
+def test_the_probe_leaves_random_numbers_and_modes_alone():
+    model = build("gpt2")
+    make_bidirectional(model)
+    model.train()
+    model.lm_head.eval()
+    before = torch.get_rng_state()
+    probe_bidirectional(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and not model.lm_head.training
+
+
+def test_flash_attention_gets_a_two_dimensional_mask_and_no_annealing():
+    model = build("llama")
+    make_bidirectional(model)
+    model.config._attn_implementation = "flash_attention_2"
+    is_padding = torch.tensor([[False, True]])
+    options = {"batch": 1, "length": 2, "dtype": torch.float32, "device": torch.device("cpu")}
+    assert full_attention_mask(model, is_padding=None, visible=None, **options) is None
+    assert full_attention_mask(model, is_padding=is_padding, visible=None, **options).tolist() == [[1, 0]]
+    with pytest.raises(ValueError, match=r"anneal_steps.*flash_attn: sdpa.*anneal_steps: 0"):
+        full_attention_mask(model, is_padding=None, visible=torch.ones(1, 1, 2, 2, dtype=torch.bool), **options)
+
+
+def test_what_cannot_be_made_bidirectional_is_an_error():
+    model = build("llama")
+    model.config.layer_types = ["chunked_attention"]
+    with pytest.raises(NotBidirectionalError, match="chunked_attention"):
+        make_bidirectional(model)
+    model = build("llama")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(NotBidirectionalError, match="flash_attn: sdpa"):
+        make_bidirectional(model)
+    model = build("llama")
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            del module.is_causal
+    with pytest.raises(NotBidirectionalError, match="no attention module"):
+        make_bidirectional(model)
