@@ -191,7 +191,7 @@ def sharing(random: Random) -> str:
     """Two people put together what they have."""
     a, b = two_people(random)
     noun = random.choice(COUNTED)
-    x, y = random.randint(1, 30), random.randint(1, 30)
+    x, y = random.randint(2, 30), random.randint(2, 30)
     more, less = (a, b) if x >= y else (b, a)
     text = f"{a.name} has {x} {noun}s and {b.name} has {y} {noun}s. Together they have {x} + {y} = {x + y} {noun}s."
     if x != y:

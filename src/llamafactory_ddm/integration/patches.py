@@ -148,14 +148,21 @@ def incompatibilities(parser: ModuleType) -> list[str]:
 
 
 def _apply(patch: Patch) -> None:
-    """Replace the attribute, also where other modules of upstream have imported it by name."""
+    """Replace the attribute, also where other modules of upstream have imported the parser's functions by name."""
     path, _, name = patch.target.partition(":")
     original = getattr(sys.modules[path], name)
     replacement = patch.make(original)
-    for module in [m for n, m in list(sys.modules.items()) if n.split(".")[0] == "llamafactory" and m is not None]:
-        if vars(module).get(name) is original:
-            setattr(module, name, replacement)
-            _undo.append(functools.partial(setattr, module, name, original))
+    only = None if path == "llamafactory.hparams.parser" else path
+    _swap(name, original, replacement, only)
+    # A module that is imported later binds the replacement, so undoing looks for it anew.
+    _undo.append(functools.partial(_swap, name, replacement, original, only))
+
+
+def _swap(name: str, old: Any, new: Any, only: str | None) -> None:
+    for path, module in list(sys.modules.items()):
+        swept = path == only if only else path.split(".")[0] == "llamafactory"
+        if swept and vars(module).get(name) is old:
+            setattr(module, name, new)
 
 
 def _mix_in(parser: ModuleType) -> None:

@@ -99,7 +99,7 @@ def _by_text(tokenizer: Any, text: str) -> ResolvedMaskToken:
 
 
 def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
-    """Make `mask` the tokenizer's mask token and give the model a row for it where it has none.
+    """Give tokenizer and model the mask token where they do not have it; a token that exists stays an ordinary one.
 
     A new row of the input embedding, and of an untied output embedding, is the float32 mean of the rows of the old
     vocabulary.

@@ -1,0 +1,64 @@
+"""Small data and a trained checkpoint that the end-to-end tests share."""
+
+import json
+
+import pytest
+
+from support.cli import ROOT, train_here
+
+SMALL = {
+    "max_steps": 3,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "eval_strategy": "no",
+    "do_eval": False,
+    "save_strategy": "no",
+    "plot_loss": False,
+    "cutoff_len": 32,
+    "anneal_steps": 0,
+    "overwrite_cache": True,
+}
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """A data folder with the first lines of the built-in corpus, as tiny_corpus_train and tiny_corpus_eval."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 80), ("eval", 6)):
+        lines = (ROOT / "data" / f"tiny_corpus_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        (folder / f"tiny_corpus_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "dataset_info.json").write_text((ROOT / "data" / "dataset_info.json").read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_small(small_data):
+    """Return a function that runs tiny_gpt2_full_ddm.yaml with small sizes in this process."""
+
+    def train(folder, **keys):
+        train_here("tiny_gpt2_full_ddm.yaml", dataset_dir=small_data, output_dir=folder, **{**SMALL, **keys})
+        return folder
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, train_small):
+    """A checkpoint of three steps."""
+    return train_small(tmp_path_factory.mktemp("trained") / "out")
+
+
+@pytest.fixture(scope="session")
+def generate(checkpoint):
+    """Return a function that runs tiny_gpt2_inference.yaml on the shared checkpoint in this process."""
+
+    def predict(folder, **keys):
+        small = {"model_name_or_path": checkpoint, "num_samples": 3, "diffusion_steps": 4, "cutoff_len": 12}
+        train_here("tiny_gpt2_inference.yaml", output_dir=folder, **{**small, **keys})
+        return [
+            json.loads(line)["predict"] for line in (folder / "generated_predictions.jsonl").read_text().splitlines()
+        ]
+
+    return predict

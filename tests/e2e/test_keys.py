@@ -1,0 +1,105 @@
+"""Every YAML key of ours changes what happens."""
+
+import dataclasses
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamafactory_ddm.integration.arguments import DiffusionArguments
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from support.cli import evaluations, history
+
+TRAINING = {
+    "shift": False,
+    "noise_schedule": "cosine",
+    "time_epsilon": 0.5,
+    "loss_weighting": "uniform",
+    "loss_norm": "masked",
+    "antithetic_time": False,  # the recipe says true
+    "anneal_steps": 50,
+}
+SAMPLING = {"denoising_strategy": "low_confidence", "diffusion_steps": 9, "logits_temp": 0.1, "topp_temp": 0.05}
+ELSEWHERE = {"mask_token", "uniform_ratio", "eval_time_samples", "checkpoint_dir", "num_samples"}
+
+
+def test_no_key_is_forgotten():
+    assert {f.name for f in dataclasses.fields(DiffusionArguments)} == {*TRAINING, *SAMPLING, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("key", TRAINING)
+def test_training_keys(key, checkpoint, train_small, tmp_path):
+    changed = train_small(tmp_path / "out", **{key: TRAINING[key]})
+    losses = [[log["loss"] for log in history(folder)] for folder in (checkpoint, changed)]
+    assert losses[0][0] != losses[1][0]
+    stored = DiffusionConfig.load(changed)
+    if key in ("shift", "noise_schedule"):
+        assert getattr(stored, key) == TRAINING[key]
+    if key == "anneal_steps":
+        assert [log["attention_ratio"] for log in history(changed)] == [1 / 50, 2 / 50, 3 / 50]
+        assert stored.attention_ratio == 3 / 50
+
+
+def test_loss_norm_sequence(checkpoint, train_small, tmp_path):
+    """Rows of one length: dividing each by its own length and by the rows is dividing by all tokens."""
+    changed = train_small(tmp_path / "out", loss_norm="sequence")
+    assert history(changed)[0]["loss"] == pytest.approx(history(checkpoint)[0]["loss"], rel=1e-5)
+    padded = [
+        train_small(tmp_path / norm, loss_norm=norm, packing=False, cutoff_len=96, max_steps=1)
+        for norm in ("sequence", "tokens")
+    ]
+    assert history(padded[0])[0]["loss"] != history(padded[1])[0]["loss"]
+
+
+@pytest.mark.parametrize("key", SAMPLING)
+def test_sampling_keys(key, generate, tmp_path):
+    base = generate(tmp_path / "base")
+    assert generate(tmp_path / "again") == base
+    assert generate(tmp_path / "changed", **{key: SAMPLING[key]}) != base
+
+
+def test_num_samples(generate, tmp_path):
+    five = generate(tmp_path / "five", num_samples=5)
+    assert len(five) == 5
+    assert generate(tmp_path / "three", num_samples=3) == five[:3]
+    # A text depends on its number and the seed, not on the batch.
+    assert generate(tmp_path / "single", num_samples=5, per_device_eval_batch_size=2) == five
+    assert generate(tmp_path / "seed", num_samples=5, seed=1) != five
+
+
+def test_eval_time_samples(train_small, tmp_path):
+    keys = {"do_eval": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    one, four = (
+        evaluations(train_small(tmp_path / str(n), eval_time_samples=n, **keys))[0]["eval_loss"] for n in (1, 4)
+    )
+    assert one != four
+    assert one == pytest.approx(four, rel=0.2)
+
+
+def test_mask_token_that_exists(train_small, tmp_path):
+    folder = train_small(tmp_path / "out", mask_token=10)
+    stored, tokenizer = DiffusionConfig.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert (stored.mask_token, stored.mask_token_id) == (tokenizer.convert_ids_to_tokens(10), 10)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == AutoModelForCausalLM.from_pretrained("data/tiny_gpt2").config.vocab_size
+
+
+def test_uniform_ratio(train_small, tmp_path, checkpoint):
+    same = train_small(tmp_path / "zero", uniform_ratio=0)
+    assert history(same)[0]["loss"] == history(checkpoint)[0]["loss"]
+    with pytest.raises(ValueError, match="does not train"):
+        train_small(tmp_path / "half", uniform_ratio=0.5)
+    assert not (tmp_path / "half").exists()
+
+
+def test_checkpoint_dir(generate, checkpoint, tmp_path):
+    """The base model's name with the checkpoint's folder, as DiffuLLaMA's YAMLs have it, with and without its "
+    "other files."""
+    expected = generate(tmp_path / "base")
+    whole = generate(tmp_path / "whole", model_name_or_path="data/tiny_gpt2", checkpoint_dir=checkpoint)
+    assert whole == expected
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("model.safetensors", "diffusion_config.json"):
+        (bare / name).write_bytes((checkpoint / name).read_bytes())
+    weights_only = generate(tmp_path / "weights", model_name_or_path="data/tiny_gpt2", checkpoint_dir=bare)
+    assert weights_only == expected
