@@ -22,6 +22,7 @@ HOOKS = {
     "llamafactory.v1.launcher": "llamafactory_ddm.integration.patches:after_v1_launcher",
 }
 DISABLE = "LLAMAFACTORY_DDM_DISABLE"
+_said: set[str] = set()
 
 
 def activate() -> None:
@@ -46,8 +47,11 @@ def deactivate() -> None:
 
 
 def not_active(reason: object) -> None:
-    """Say in one line why the plugin does nothing."""
-    print(f"[llamafactory_ddm] NOT ACTIVE: {' '.join(str(reason).split())}", file=sys.stderr)
+    """Say in one line, once, why the plugin does nothing."""
+    line = f"[llamafactory_ddm] NOT ACTIVE: {' '.join(str(reason).split()) or type(reason).__name__}"
+    if line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr)
 
 
 def _call_hook(module: ModuleType) -> None:

@@ -38,7 +38,7 @@ def train_small(small_data):
     """Return a function that runs tiny_gpt2_full_ddm.yaml with small sizes in this process."""
 
     def train(folder, **keys):
-        train_here("tiny_gpt2_full_ddm.yaml", dataset_dir=small_data, output_dir=folder, **{**SMALL, **keys})
+        train_here("tiny_gpt2_full_ddm.yaml", output_dir=folder, **{"dataset_dir": small_data, **SMALL, **keys})
         return folder
 
     return train

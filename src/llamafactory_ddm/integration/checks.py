@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datasets.arrow_writer import SchemaInferenceError
+from datasets.exceptions import DatasetGenerationError
+
 from ..modeling.checkpoints import verify_checkpoint
 
 
@@ -35,6 +38,14 @@ def datasets_explained(data_args: Any) -> Iterator[None]:
     """Turn what upstream raises for an empty or too short data set into an error with a cure."""
     try:
         yield
+    except DatasetGenerationError as error:
+        cause = error.__cause__
+        if isinstance(cause, SchemaInferenceError):
+            raise ValueError(no_block(data_args)) from error
+        raise ValueError(
+            f"dataset: {_names(data_args)} could not be read ({cause or error}); check the file against its entry in "
+            "dataset_info.json"
+        ) from error
     except (RuntimeError, StopIteration, IndexError) as error:
         text = str(error)
         if isinstance(error, RuntimeError) and "sufficient samples" not in text and "valid samples" not in text:
@@ -44,12 +55,9 @@ def datasets_explained(data_args: Any) -> Iterator[None]:
 
 def no_block(data_args: Any) -> str:
     """Return what to say when the data give no training row."""
-    name = data_args.dataset or data_args.tokenized_path
-    if isinstance(name, (list, tuple)):
-        name = ", ".join(name)
     packed = f", because all texts together are shorter than one block of cutoff_len: {data_args.cutoff_len} tokens"
     return (
-        f"dataset: {name} is empty or gives no row{packed if data_args.packing else ''}; "
+        f"dataset: {_names(data_args)} is empty or gives no row{packed if data_args.packing else ''}; "
         "check the file, lower cutoff_len or set packing: false"
     )
 
@@ -60,6 +68,11 @@ def _may_be_on_a_hub(name: str) -> bool:
     if not rest:
         return True
     return "/" not in rest and not name.startswith((".", "/", "~")) and not Path(owner).is_dir()
+
+
+def _names(data_args: Any) -> str:
+    name = data_args.dataset or data_args.tokenized_path
+    return ", ".join(name) if isinstance(name, (list, tuple)) else str(name)
 
 
 def check_lengths(model: Any, data_args: Any, dataset_module: dict[str, Any]) -> None:

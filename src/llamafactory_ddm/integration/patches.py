@@ -216,6 +216,10 @@ def _hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]
         if finetuning_args.diffusion_stage is not None:
             check_together(finetuning_args, model_args, data_args, training_args)
             finetuning_args.generating_args = generating_args
+            if data_args.packing and finetuning_args.stage == "pt":
+                # Upstream takes one token off for sft's packing, and pt never gives it back: rows have cutoff_len
+                # tokens.
+                data_args.cutoff_len += 1
             finetuning_args.resume_requested = training_args.resume_from_checkpoint
             # Upstream's checks want a data set for every prediction; generation needs none. get_train_args puts it
             # back.

@@ -1,0 +1,159 @@
+"""How the plugin comes to life: every way to start LLaMA-Factory, other kinds of install, an unfit upstream."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamafactory_ddm import __version__
+from support.cli import QUIET, ROOT, run
+
+ACTIVE = f"`llamafactory-ddm` version: {__version__} (active)"
+OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+def site_packages():
+    import torch
+
+    return Path(torch.__file__).parents[1]
+
+
+def farm(folder, *, without=("llamafactory_ddm", "__editable__")):
+    """A folder of links to everything installed here except what `without` names: an environment beside this one."""
+    folder.mkdir()
+    for entry in site_packages().iterdir():
+        if not entry.name.startswith(without) and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+def python(*words, path, env=None, check=True):
+    """Run this Python with `path` in place of its own site-packages."""
+    done = subprocess.run(
+        [sys.executable, "-S", *words],
+        env={**os.environ, **QUIET, **(env or {}), "PYTHONPATH": str(path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("program", ["llamafactory-cli", "lmf"])
+def test_the_scripts_say_that_it_is_active(program):
+    assert ACTIVE in run("env", program=program).stdout
+
+
+def test_the_module_and_help():
+    assert ACTIVE in run("-m", "llamafactory.cli", "env", program=sys.executable).stdout
+    text = " ".join(run("train", "-h", check=False).stdout.split())
+    assert "--anneal_steps" in text
+    assert "optimiser steps over which attention grows from causal to full" in text
+    assert "ddm" in text
+
+
+def test_doctor():
+    done = run("doctor", program="llamafactory-ddm")
+    assert "active: llamafactory-cli knows the diffusion stages" in done.stdout
+    done = run("doctor", program="llamafactory-ddm", env=OFF, check=False)
+    assert done.returncode == 1
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches it off: unset it" in done.stdout
+    done = run("doctor", program="llamafactory-ddm", env={"LLAMAFACTORY_DDM_DISABLE": "1"}, check=False)
+    assert (done.returncode, "LLAMAFACTORY_DDM_DISABLE switches it off" in done.stdout) == (1, True)
+
+
+def test_the_explicit_launcher_needs_no_autoload():
+    assert ACTIVE in run("env", program="llamafactory-ddm", env=OFF).stdout
+    assert "llamafactory-ddm" not in run("env", env=OFF).stdout
+
+
+def test_the_v1_trainer_is_refused():
+    done = run("train", "examples/tiny_gpt2_full_ddm.yaml", env={"USE_V1": "1"}, check=False)
+    assert done.returncode != 0
+    assert "USE_V1=1 selects LLaMA-Factory's v1 trainer, which does not know diffusion; unset USE_V1" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The package as a wheel installs it."""
+    target = tmp_path_factory.mktemp("wheel") / "site"
+    source = tmp_path_factory.mktemp("source") / "tree"
+    source.mkdir()
+    for name in ("src", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    words = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), "."]
+    copy = source.parent / "copy"
+    subprocess.run(["cp", "-rL", str(source), str(copy)], check=True)
+    subprocess.run(words, cwd=copy, check=True, capture_output=True, timeout=300)
+    return target
+
+
+def test_a_wheel_install_is_active(tmp_path, wheel):
+    environment = farm(tmp_path / "site")
+    assert ACTIVE in python("-m", "llamafactory.cli", "env", path=f"{environment}{os.pathsep}{wheel}").stdout
+
+
+WITHOUT = """
+import llamafactory.hparams.parser as parser, llamafactory.train.tuner as tuner
+from llamafactory.extras.constants import TRAINING_STAGES
+assert "ddm" not in TRAINING_STAGES.values()
+assert parser._TRAIN_ARGS[3].__module__ == "llamafactory.hparams.finetuning_args"
+assert tuner.run_pt.__module__ == "llamafactory.train.pt.workflow"
+try:
+    tuner.run_exp({"stage": "ddm", "anneal_steps": 3, "model_name_or_path": "x", "output_dir": "x"})
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+def test_without_the_plugin_upstream_is_as_it_was(tmp_path):
+    environment = farm(tmp_path / "site")
+    assert "refused: Some keys are not used" in python("-c", WITHOUT, path=environment).stdout
+    assert "llamafactory-ddm" not in python("-m", "llamafactory.cli", "env", path=environment).stdout
+
+
+UNFIT = """
+import torch, llamafactory.hparams.parser as parser
+from llamafactory.hparams import get_train_args
+words = {"model_name_or_path": "x", "output_dir": "x", "dataset": "x", "do_train": True, "report_to": "none"}
+assert get_train_args({**words, "stage": "pt"})[3].stage == "pt"
+try:
+    get_train_args({**words, "stage": "ddm", "anneal_steps": 3})
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+def test_an_unsupported_upstream_leaves_every_other_stage_working(tmp_path, wheel):
+    """The same LLaMA-Factory, whose metadata say another version."""
+    from importlib import metadata
+
+    version = metadata.version("llamafactory")
+    environment = farm(tmp_path / "site", without=("llamafactory_ddm", "__editable__", "llamafactory-"))
+    info = environment / "llamafactory-9.9.9.dist-info"
+    info.mkdir()
+    real = site_packages() / f"llamafactory-{version}.dist-info" / "METADATA"
+    (info / "METADATA").write_text(
+        real.read_text(encoding="utf-8").replace(f"Version: {version}", "Version: 9.9.9", 1)
+    )
+    done = python("-c", UNFIT, path=f"{environment}{os.pathsep}{wheel}")
+    assert done.stderr.count("[llamafactory_ddm] NOT ACTIVE: llamafactory 9.9.9 is not supported") == 1
+    assert "refused:" in done.stdout
+
+
+def test_a_failure_in_the_plugin_never_breaks_torch(tmp_path, wheel):
+    """A plugin whose files are damaged."""
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", str(wheel), str(broken)], check=True)
+    (broken / "llamafactory_ddm" / "integration" / "patches.py").write_text("raise OSError('damaged')")
+    environment = farm(tmp_path / "site")
+    done = python(
+        "-c", "import torch, llamafactory.hparams.parser; print('fine')", path=f"{environment}{os.pathsep}{broken}"
+    )
+    assert "fine" in done.stdout
+    assert done.stderr.count("[llamafactory_ddm] NOT ACTIVE: damaged") == 1

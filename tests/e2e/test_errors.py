@@ -1,0 +1,144 @@
+"""A user's mistakes: one error that names the cause and the cure, and nothing half written."""
+
+import json
+import shutil
+
+import pytest
+
+from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
+
+
+def expect(train, folder, words, error=ValueError, **keys):
+    with pytest.raises(error, match=words):
+        train(folder, **keys)
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_files_that_do_not_exist(train_small, tmp_path):
+    out = tmp_path / "out"
+    expect(train_small, out, r"model_name_or_path: data/tiny_gpt is not a folder", model_name_or_path="data/tiny_gpt")
+    expect(train_small, out, r"model_name_or_path: \./x is not a folder", model_name_or_path="./x")
+    expect(train_small, out, "checkpoint_dir: nowhere is not a folder", checkpoint_dir="nowhere")
+    expect(train_small, out, "gpt9 has no tokenizer that could be loaded", model_name_or_path="gpt9")
+
+
+def test_no_mask_token(train_small, tmp_path):
+    out = tmp_path / "out"
+    expect(train_small, out, "no mask token, and none is given: set mask_token", mask_token=None)
+    expect(train_small, out, "is not one token but", mask_token="the cat sat on")
+    expect(train_small, out, "is not an id of the vocabulary, which has", mask_token=99999)
+
+
+def test_a_key_that_contradicts_the_checkpoint(train_small, checkpoint, tmp_path):
+    out, base = tmp_path / "out", {"model_name_or_path": checkpoint}
+    expect(train_small, out, "shift: False contradicts the checkpoint", shift=False, **base)
+    expect(train_small, out, "noise_schedule: cosine contradicts", noise_schedule="cosine", **base)
+    expect(train_small, out, "mask_token: 5 has id 5, but .*diffusion_config.json says", mask_token=5, **base)
+    train_small(out, mask_token="<|mask|>", noise_schedule="linear", shift=True, max_steps=1, **base)
+
+
+def test_lengths(train_small, small_data, tmp_path):
+    out = tmp_path / "out"
+    expect(train_small, out, "cutoff_len: 300 exceeds the model's 256 positions; set cutoff_len: 256", cutoff_len=300)
+
+
+def test_tokenised_rows_that_are_too_long(train_small, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    row = {"input_ids": [[1] * 300], "attention_mask": [[1] * 300]}
+    DatasetDict({"train": Dataset.from_dict(row)}).save_to_disk(tmp_path / "rows")
+    expect(
+        train_small, tmp_path / "out", "holds rows of 300 tokens", tokenized_path=tmp_path / "rows", eval_dataset=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty or gives no row"),
+        ('{"text": \n', "short could not be read"),
+        (json.dumps({"text": "Too short."}) + "\n", "shorter than one block of cutoff_len: 64 tokens"),
+    ],
+)
+def test_empty_and_short_data(train_small, tmp_path, text, words):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "short.jsonl").write_text(text)
+    info = {"short": {"file_name": "short.jsonl", "columns": {"prompt": "text"}}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    keys = {"dataset": "short", "dataset_dir": folder, "eval_dataset": None, "cutoff_len": 64}
+    expect(train_small, tmp_path / "out", words, **keys)
+
+
+def test_a_data_file_that_is_missing(train_small, tmp_path):
+    info = {"gone": {"file_name": "gone.jsonl", "columns": {"prompt": "text"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    keys = {"dataset": "gone", "dataset_dir": tmp_path, "eval_dataset": None}
+    expect(train_small, tmp_path / "out", "gone", **keys)
+    expect(train_small, tmp_path / "out", "undefined_name", dataset="undefined_name")
+
+
+def test_broken_checkpoints(train_small, generate, checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="truncated or altered"):
+        generate(tmp_path / "out", model_name_or_path=broken)
+    with pytest.raises(ValueError, match="truncated or altered"):
+        generate(tmp_path / "out", model_name_or_path="data/tiny_gpt2", checkpoint_dir=broken)
+    shutil.copytree(checkpoint, broken, dirs_exist_ok=True)
+    config = broken / "diffusion_config.json"
+    config.write_text(config.read_text().replace('"shift": true', '"shift": "maybe"'))
+    with pytest.raises(ValueError, match="shift must be bool"):
+        generate(tmp_path / "out", model_name_or_path=broken)
+    assert not (tmp_path / "out").exists()
+
+
+def test_generating_with_a_model_that_is_no_diffusion_model(generate, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no diffusion_config\.json"):
+        generate(tmp_path / "out", model_name_or_path="data/tiny_gpt2")
+    # The user may say that it is one.
+    assert len(generate(tmp_path / "out", model_name_or_path="data/tiny_gpt2", mask_token=5)) == 3
+
+
+def test_annealing_under_flash_attention(train_small, tmp_path, monkeypatch):
+    from llamafactory_ddm.modeling import bidirectional
+
+    monkeypatch.setattr(bidirectional, "_implementation", lambda model: "flash_attention_2")
+    expect(train_small, tmp_path / "out", "anneal_steps needs an attention mask", anneal_steps=10)
+
+
+def test_a_model_that_cannot_be_made_bidirectional(train_small, tmp_path):
+    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+
+    folder = tmp_path / "mamba"
+    MambaForCausalLM(MambaConfig(vocab_size=800, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained("data/tiny_gpt2").save_pretrained(folder)
+    expect(
+        train_small, tmp_path / "out", "cannot be made bidirectional", NotBidirectionalError, model_name_or_path=folder
+    )
+
+
+def test_diffullamas_own_inference_yaml_works(generate, checkpoint, tmp_path, small_data):
+    """It names a data set, packing and val_size, none of which unconditional generation needs."""
+    texts = generate(
+        tmp_path / "out",
+        model_name_or_path="data/tiny_gpt2",
+        checkpoint_dir=checkpoint,
+        shift=True,
+        dataset="tiny_corpus_train",
+        dataset_dir=small_data,
+        template="empty",
+        packing=True,
+        streaming=False,
+        overwrite_cache=True,
+        preprocessing_num_workers=1,
+        overwrite_output_dir=True,
+        val_size=4,
+        logits_temp=0.98,
+        diffusion_steps=8,
+    )
+    assert len(texts) == 3

@@ -1,0 +1,67 @@
+"""Every YAML of examples/, through the real command line, with small sizes and the built-in model."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from support.cli import ROOT, predictions, run
+
+RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
+SMALL_TRAINING = (
+    "max_steps=2",
+    "warmup_steps=0",
+    "per_device_train_batch_size=2",
+    "per_device_eval_batch_size=4",
+    "gradient_accumulation_steps=2",
+    "logging_steps=1",
+    "save_steps=1",
+    "cutoff_len=32",
+    "use_cpu=true",
+    "overwrite_cache=true",
+)
+
+
+def overrides(name, folder, data, checkpoint):
+    """The keys that make a recipe small; everything else runs as it stands."""
+    keys = OmegaConf.load(ROOT / "examples" / name)
+    result = [f"output_dir={folder / 'out'}"]
+    if keys.get("do_predict"):
+        return [*result, f"model_name_or_path={checkpoint}", "num_samples=2", "diffusion_steps=3", "cutoff_len=12"]
+    result += ["model_name_or_path=data/tiny_gpt2", f"dataset_dir={data}"]
+    if keys.get("dataset") == "fineweb":
+        result.append("dataset=tiny_corpus_train")
+    if "eval_steps" in keys:
+        result += ["eval_steps=1", "val_size=4"] if "val_size" in keys else ["eval_steps=1"]
+    if isinstance(keys.get("mask_token"), int):
+        result.append("mask_token=10")  # the id that the recipe names is one of GPT-2's
+    if "tokenized_path" in keys:
+        result += [f"tokenized_path={folder / 'rows'}", "preprocessing_num_workers=1", "dataloader_num_workers=0"]
+    if keys.get("streaming"):
+        result.append("dataloader_num_workers=1")
+    if keys.get("do_train"):
+        return [*result, *SMALL_TRAINING]
+    return [*result, "cutoff_len=32", "val_size=4"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_runs(name, tmp_path, small_data, checkpoint):
+    keys = OmegaConf.load(ROOT / "examples" / name)
+    run("train", f"examples/{name}", *overrides(name, tmp_path, small_data, checkpoint))
+    out = tmp_path / "out"
+    if keys.get("do_predict"):
+        assert len(predictions(out)) == 2
+    elif keys.get("do_train") and keys.stage == "ddm":
+        assert DiffusionConfig.load(out).attention_ratio == 2 / keys.anneal_steps
+    elif keys.get("do_train"):
+        assert (out / "model.safetensors").is_file()
+    else:
+        assert (tmp_path / "rows" / "train").is_dir()
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_header_says_what_a_user_wants_to_know(name):
+    header = (ROOT / "examples" / name).read_text().split("\n###")[0]
+    for word in (f"examples/{name}", "Hardware:", "Result:"):
+        assert word in header, word
+    assert "Time:" in header or "preprocess" in name
