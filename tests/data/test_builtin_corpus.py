@@ -1,0 +1,77 @@
+import importlib.util
+import json
+import re
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from support.cli import ROOT
+
+DATA = ROOT / "data"
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return {
+        split: [
+            json.loads(line)["text"]
+            for line in (DATA / f"tiny_corpus_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        for split in ("train", "eval")
+    }
+
+
+def test_the_script_writes_the_committed_files(tmp_path):
+    spec = importlib.util.spec_from_file_location("make_corpus", DATA / "make_corpus.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_corpus"] = module
+    spec.loader.exec_module(module)
+    module.write(tmp_path)
+    for split in ("train", "eval"):
+        name = f"tiny_corpus_{split}.jsonl"
+        assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_the_held_out_split_is_held_out(texts):
+    assert not set(texts["train"]) & set(texts["eval"])
+    assert len(texts["eval"]) > 400
+    assert len(set(texts["train"])) == len(texts["train"])
+
+
+def test_every_sum_is_right(texts):
+    sums = 0
+    for text in texts["train"] + texts["eval"]:
+        for a, sign, b, c in re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", text):
+            assert int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+            sums += 1
+    assert sums > 3000
+
+
+def test_the_repository_stays_small():
+    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < 10_000_000
+
+
+def test_the_tokenizer_loses_nothing_and_splits_digits(texts):
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny_gpt2")
+    assert len(tokenizer) <= 1024
+    assert tokenizer.eos_token == "<|endoftext|>"
+    assert tokenizer.mask_token is None
+    for text in texts["eval"][:100]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("427")] == ["4", "2", "7"]
+
+
+def test_the_model_knows_the_corpus(texts):
+    """Its loss on held-out text is near what data/README.md says; a model that knew word frequencies alone would "
+    "have 4.9."""
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny_gpt2")
+    model = AutoModelForCausalLM.from_pretrained(DATA / "tiny_gpt2", torch_dtype=torch.float32).eval()
+    total = count = 0
+    with torch.inference_mode():
+        for text in texts["eval"][:60]:
+            ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(text)]])
+            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    assert total / count < 0.8
