@@ -7,8 +7,9 @@ from torch.nn import functional
 
 from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens
 from llamafactory_ddm.diffusion.schedules import get_schedule
+from llamafactory_ddm.modeling import bidirectional
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
-from support.tiny import MASK_ID, Rows, tiny_model
+from support.tiny import LENGTH, MASK_ID, Rows, tiny_model
 
 
 def first_gradient(trainer):
@@ -36,7 +37,8 @@ def by_hand(shift, weighting, norm, ids, keep):
     total, count = torch.zeros(()), 0
     for b in range(len(ids)):
         length = int(keep[b].sum())
-        logits = model(input_ids=noised.z_t[b : b + 1, :length], use_cache=False).logits[0]
+        everything = torch.zeros(1, 1, length, length)
+        logits = model(input_ids=noised.z_t[b : b + 1, :length], attention_mask=everything, use_cache=False).logits[0]
         row = torch.zeros(())
         for i in range(length):
             if noised.is_masked[b, i]:
@@ -126,7 +128,8 @@ def test_a_step_without_a_masked_token_has_a_zero_gradient(make_trainer):
     assert all((value == 0).all() for value in gradient.values())
 
 
-def test_a_causal_model_is_stopped_at_the_first_step(make_trainer):
+def test_a_causal_model_is_stopped_at_the_first_step(make_trainer, monkeypatch):
+    monkeypatch.setattr(bidirectional, "_READS_CONFIG", True)  # so that no mask opens it
     model = tiny_model()
     model.config.is_causal = True
     for module in model.modules():
@@ -159,7 +162,10 @@ def test_evaluation_agrees_with_monte_carlo_over_the_training_noise(make_trainer
             maskable[:, 0] = False
             t = draw_time(9, rows, time_epsilon=1e-3, antithetic=True, group_size=4 * draws)
             noised = mask_tokens(data.ids, maskable, t, schedule, seed=9, rows=rows, mask_id=MASK_ID)
-            logp = model(input_ids=noised.z_t, use_cache=False).logits.log_softmax(-1)[:, :-1]
+            everything = torch.zeros(1, 1, LENGTH, LENGTH)
+            logp = model(input_ids=noised.z_t, attention_mask=everything, use_cache=False).logits.log_softmax(-1)[
+                :, :-1
+            ]
             nll = -logp.gather(-1, data.ids[:, 1:, None])[..., 0] * noised.is_masked[:, 1:]
             total += (nll.sum(dim=1) / t).sum().item() / (4 * 15)
     assert estimate == pytest.approx(total / draws, rel=0.03)

@@ -56,6 +56,9 @@ def make_bidirectional(model: nn.Module) -> None:
         )
     for module in modules:
         module.is_causal = False
+        triangle = getattr(module, "bias", None)
+        if isinstance(triangle, Tensor) and triangle.dtype == torch.bool:
+            triangle.fill_(True)  # GPT-2 under transformers 4 applies its own causal buffer whatever the mask says
     for module in model.modules():
         # The warning is wrong here (padding is known from the data), and on a GPU its check waits for the device
         # every step.

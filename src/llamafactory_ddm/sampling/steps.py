@@ -39,13 +39,18 @@ def transfer_budget(n_masked: Tensor, steps: int, schedule: NoiseSchedule) -> Te
         schedule: gives alpha.
     Returns:
         [batch, steps] int64; each row sums to n_masked.
+    Raises:
+        ValueError: if `steps` is below 1.
     Source: LLaDA (arXiv 2502.09992), get_num_transfer_tokens of its published code.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     if schedule.name == "linear":
         place = torch.arange(steps, device=n_masked.device)
         share = torch.div(n_masked, steps, rounding_mode="floor")
         return share[:, None] + (place[None, :] < (n_masked - share * steps)[:, None])
-    times = 1.0 - torch.arange(1, steps + 1, device=n_masked.device, dtype=torch.float64) / steps
-    revealed = (n_masked.double()[:, None] * schedule.alpha(times)[None, :]).round().to(torch.int64)
+    # alpha is computed on the CPU whatever the device, so that a product near one half rounds alike everywhere.
+    alpha = schedule.alpha(1.0 - torch.arange(1, steps + 1, dtype=torch.float64) / steps).to(n_masked.device)
+    revealed = (n_masked.double()[:, None] * alpha[None, :]).round().to(torch.int64)
     revealed[:, -1] = n_masked
     return revealed.diff(dim=1, prepend=torch.zeros_like(revealed[:, :1]))

@@ -20,6 +20,7 @@ class Plan:
     """What stays the same over the steps of one call.
 
     Attributes:
+        mask_id: of [MASK].
         steps: number of denoising steps.
         schedule: sets the pace.
         budget: [batch, steps] int64, tokens that each step commits where a strategy goes by number.
@@ -27,6 +28,7 @@ class Plan:
         rows: [batch] int64, ordinal of each sample; with `seed` it fixes the sample's draws.
     """
 
+    mask_id: int
     steps: int
     schedule: NoiseSchedule
     budget: Tensor
@@ -36,6 +38,14 @@ class Plan:
     def uniform(self, stream: Stream, step: int, length: int) -> Tensor:
         """Return [batch, length] uniform numbers that depend on seed, sample, stream and step alone."""
         return keyed_uniform(self.seed, stream, self.rows * self.steps + step, length)
+
+    def token_draws(self, step: int, length: int) -> Tensor:
+        """Return [batch, length] float64 uniform numbers in [0, 1), multiples of 2**-48, that decide the tokens.
+
+        A large vocabulary has many tokens less probable than 2**-24, the grain of a single draw, so two are joined.
+        """
+        pair = self.uniform(Stream.SAMPLE_TOKEN, step, 2 * length).double()
+        return pair[:, 0::2] + pair[:, 1::2] * 2.0**-24
 
 
 class Strategy(Protocol):
