@@ -1,43 +1,15 @@
-import itertools
+"""The laws of the denoising loop on random input, and its errors."""
+
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_sampling import MASK, NAMES, V, run, toy
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.sampling import STRATEGIES, LogitsConfig, get_strategy, sample
-from llamafactory_ddm.sampling.strategies import RandomOrder, register
-
-V, MASK = 12, 11
-NAMES = sorted(STRATEGIES)
-
-
-def toy(z, select):
-    """Logits that depend on the whole row, and like [MASK] best, which must never be drawn."""
-    value = (z * (torch.arange(z.shape[1]) + 3)).sum(dim=1, keepdim=True) % 7
-    table = torch.sin(
-        value[..., None] + torch.arange(z.shape[1])[None, :, None] + torch.arange(V)[None, None, :] * 1.7
-    )
-    table[..., MASK] = 50.0
-    return table[select]
-
-
-def run(x, editable, *, denoiser=toy, steps=5, name="random", config=None, seed=0, rows=None, **rest):
-    return sample(
-        denoiser,
-        x,
-        editable=editable,
-        mask_id=MASK,
-        steps=steps,
-        strategy=get_strategy(name),
-        logits=config or LogitsConfig(),
-        seed=seed,
-        rows=torch.arange(len(x)) if rows is None else rows,
-        schedule=get_schedule("linear"),
-        **rest,
-    )
+from llamafactory_ddm.sampling import LogitsConfig, denoise_step, get_strategy, start
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,97 +76,68 @@ def test_greedy_in_one_step_is_the_argmax():
     assert torch.equal(output.sequences, table.argmax(dim=-1))
 
 
-def test_low_confidence_commits_the_most_confident_first():
-    sharpness = torch.tensor([0.5, 3.0, 1.0, 2.0, 4.0, 0.1])
-
-    def denoiser(z, select):
-        logits = torch.zeros(1, 6, V)
-        logits[0, :, 2] = sharpness
-        return logits[select]
-
-    x = torch.zeros(1, 6, dtype=torch.int64)
-    output = run(x, x == 0, denoiser=denoiser, steps=3, name="low_confidence", config=LogitsConfig(0.0))
-    assert output.committed.tolist() == [[2, 0, 1, 1, 0, 2]]
-
-
-def test_random_projects_only_what_it_commits():
-    projected = []
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_that_choose_nothing_need_no_forward(name):
+    calls = []
 
     def counting(z, select):
-        projected.append(int(select.sum()))
+        assert bool(select.any())
+        calls.append(1)
         return toy(z, select)
 
-    x = torch.zeros(1, 50, dtype=torch.int64)
-    run(x, x == 0, denoiser=counting, steps=10)
-    assert sum(projected) == 50
+    x = torch.zeros(1, 3, dtype=torch.int64)
+    output = run(x, x == 0, denoiser=counting, steps=50, name=name)
+    assert output.steps == 50
+    assert output.forwards == len(calls) == len(output.committed.unique()) <= 3
 
 
-def test_random_reveals_evenly_over_the_steps():
-    x = torch.zeros(400, 10, dtype=torch.int64)
-    committed = run(x, x == 0, steps=8).committed
-    counts = torch.bincount(committed.flatten(), minlength=8)
-    assert (counts - 500).abs().max() < 5 * math.sqrt(500)
+def test_a_row_with_nothing_to_edit_does_not_disturb_the_others():
+    x = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    editable = torch.tensor([[False] * 3, [True] * 3])
+    for name in NAMES:
+        output = run(x, editable, name=name)
+        assert output.sequences[0].tolist() == [1, 2, 3] and output.committed[0].tolist() == [-1] * 3
+        alone = run(x[1:], editable[1:], name=name, rows=torch.tensor([1]))
+        assert torch.equal(output.sequences[1:], alone.sequences)
 
 
-JOINT = torch.tensor([[0.30, 0.05, 0.05], [0.02, 0.20, 0.08], [0.01, 0.04, 0.25]])
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_driven_by_hand_give_the_same_and_leave_the_old_state_alone(name):
+    x = torch.randint(0, MASK, (3, 6), generator=torch.Generator().manual_seed(5))
+    editable = torch.ones_like(x, dtype=torch.bool)
+    editable[1, :4] = False
+    given_x, given_editable = x.clone(), editable.clone()
+    schedule, rows = get_schedule("linear"), torch.arange(3)
+    state, plan = start(x, editable=editable, mask_id=MASK, steps=4, seed=9, rows=rows, schedule=schedule)
+    trace = [(state, state.z.clone(), state.is_masked.clone(), state.committed.clone())]
+    for _ in range(4):
+        state = denoise_step(toy, state, plan, strategy=get_strategy(name), logits=LogitsConfig())
+        trace.append((state, state.z.clone(), state.is_masked.clone(), state.committed.clone()))
+    output = run(x, editable, name=name, steps=4, seed=9)
+    assert torch.equal(state.z, output.sequences) and torch.equal(state.committed, output.committed)
+    assert (state.step, state.forwards) == (output.steps, output.forwards)
+    for old, z, is_masked, committed in trace:
+        assert torch.equal(old.z, z) and torch.equal(old.is_masked, is_masked)
+        assert torch.equal(old.committed, committed)
+    assert torch.equal(x, given_x) and torch.equal(editable, given_editable)
+    with pytest.raises(ValueError, match="all 4 steps are taken"):
+        denoise_step(toy, state, plan, strategy=get_strategy(name), logits=LogitsConfig())
 
 
-def exact(z, select):
-    """The true conditionals of JOINT, over three values and [MASK] (id 11)."""
-    logits = torch.full((*z.shape, V), -torch.inf)
-    for row, (a, b) in enumerate(z.tolist()):
-        first = JOINT.sum(dim=1) if b == MASK else JOINT[:, b] / JOINT[:, b].sum()
-        second = JOINT.sum(dim=0) if a == MASK else JOINT[a] / JOINT[a].sum()
-        logits[row, 0, :3], logits[row, 1, :3] = first.log(), second.log()
-    return logits[select]
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_does_not_depend_on_the_length_behind_it(name):
+    """Fixed positions to the right change neither the draws nor the order, if the model does not look at them."""
 
+    def local(z, select):
+        position = torch.arange(z.shape[1])[None, :, None]
+        return torch.sin(position + torch.arange(V) * 1.7).expand(len(z), -1, -1)[select]
 
-def test_one_token_at_a_time_with_true_conditionals_gives_the_joint():
-    n = 4000
-    x = torch.zeros(n, 2, dtype=torch.int64)
-    output = run(x, x == 0, denoiser=exact, steps=2, name="low_confidence")
-    # Which position goes first depends on the draw itself, which biases the joint; a fixed order does not.
-    assert output.forwards == 2
-    fixed = sample(
-        exact,
-        x,
-        editable=x == 0,
-        mask_id=MASK,
-        steps=2,
-        strategy=LeftToRight(),
-        logits=LogitsConfig(),
-        seed=1,
-        rows=torch.arange(n),
-        schedule=get_schedule("linear"),
-    ).sequences
-    for a, b in itertools.product(range(3), repeat=2):
-        share = ((fixed[:, 0] == a) & (fixed[:, 1] == b)).float().mean().item()
-        p = JOINT[a, b].item()
-        assert abs(share - p) < 4.5 * math.sqrt(p * (1 - p) / n), (a, b)
-
-
-class LeftToRight:
-    """The first masked position of each row."""
-
-    name = "left_to_right"
-
-    def candidates(self, is_masked, step, plan):
-        return is_masked & (is_masked.cumsum(dim=1) == 1)
-
-    def commit(self, candidate, confidence, step, plan):
-        return candidate
-
-
-def test_many_random_steps_approach_the_joint_and_one_step_gives_the_marginals():
-    n = 4000
-    x = torch.zeros(n, 2, dtype=torch.int64)
-    many = run(x, x == 0, denoiser=exact, steps=64).sequences
-    once = run(x, x == 0, denoiser=exact, steps=1).sequences
-    independent = JOINT.sum(dim=1)[:, None] * JOINT.sum(dim=0)[None, :]
-    # Two tokens fall into the same of 64 steps with probability 1/64, and are then independent.
-    for got, expected in ((many, JOINT * 63 / 64 + independent / 64), (once, independent)):
-        table = torch.zeros(3, 3).index_put_((got[:, 0], got[:, 1]), torch.ones(n), accumulate=True) / n
-        assert (table - expected).abs().max() < 4.5 * math.sqrt(0.25 / n)
+    x = torch.zeros(2, 6, dtype=torch.int64)
+    short = run(x, x == 0, denoiser=local, name=name)
+    wide = torch.zeros(2, 11, dtype=torch.int64)
+    editable = torch.zeros_like(wide, dtype=torch.bool)
+    editable[:, :6] = True
+    assert torch.equal(run(wide, editable, denoiser=local, name=name).sequences[:, :6], short.sequences)
 
 
 @pytest.mark.parametrize(
@@ -202,19 +145,55 @@ def test_many_random_steps_approach_the_joint_and_one_step_gives_the_marginals()
     [
         ({"steps": 0}, "steps must be at least 1"),
         ({"rows": torch.arange(3)}, "rows"),
+        ({"rows": torch.zeros(1)}, "rows"),
+        ({"mask_id": -1}, "mask_id"),
+        ({"x": torch.zeros(4, dtype=torch.int64)}, "x must be"),
+        ({"x": torch.zeros(1, 0, dtype=torch.int64)}, "length at least 1"),
+        ({"x": torch.zeros(1, 4)}, "int64"),
         ({"editable": torch.ones(1, 4)}, "bool"),
         ({"editable": torch.ones(1, 3, dtype=torch.bool)}, "editable"),
     ],
 )
 def test_wrong_arguments(change, words):
-    x = torch.zeros(1, 4, dtype=torch.int64)
-    editable = change.pop("editable", x == 0)
+    arguments = {"x": torch.zeros(1, 4, dtype=torch.int64), **change}
+    arguments.setdefault("editable", arguments["x"] == 0)
     with pytest.raises(ValueError, match=words):
-        run(x, editable, **change)
+        run(**arguments)
 
 
-def test_unknown_and_taken_strategies():
-    with pytest.raises(ValueError, match="did you mean 'low_confidence'"):
-        get_strategy("low-confidence")
-    with pytest.raises(ValueError, match="exists already"):
-        register(RandomOrder())
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("denoiser", "words"),
+    [
+        (lambda z, select: torch.full((int(select.sum()), V), math.nan), "NaN"),
+        (
+            lambda z, select: torch.full((int(select.sum()), V), -math.inf).index_fill(1, torch.tensor(MASK), 0.0),
+            "NaN",
+        ),
+        (lambda z, select: torch.zeros(int(select.sum()) + 1, V), "one row a selected position"),
+        (lambda z, select: torch.zeros(*z.shape, V), "one row a selected position"),
+    ],
+)
+def test_unusable_logits_are_an_error_and_never_a_text_with_masks(name, denoiser, words):
+    x = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=words):
+        run(x, x == 0, denoiser=denoiser, name=name)
+
+
+def test_a_mask_token_outside_the_models_vocabulary_needs_no_suppression():
+    x = torch.zeros(1, 4, dtype=torch.int64)
+    output = run(x, x == 0, denoiser=lambda z, select: torch.zeros(int(select.sum()), 5), mask_id=MASK)
+    assert bool((output.sequences < 5).all())
+
+
+def test_no_gradients_are_kept():
+    weight = torch.zeros(V, requires_grad=True)
+    seen = []
+
+    def learning(z, select):
+        seen.append((weight * 2).requires_grad)
+        return weight.expand(int(select.sum()), V)
+
+    x = torch.zeros(1, 4, dtype=torch.int64)
+    run(x, x == 0, denoiser=learning)
+    assert seen and not any(seen)

@@ -1,3 +1,5 @@
+"""Budgets and reveal probabilities against their laws and values worked out by hand."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +28,12 @@ def test_linear_budgets_are_even_with_the_larger_shares_first(n, steps):
     assert budget[0] - budget[-1] <= 1
 
 
+def test_a_linear_budget_by_hand():
+    budget = transfer_budget(torch.tensor([10, 3, 0]), 4, get_schedule("linear"))
+    assert budget.tolist() == [[3, 3, 2, 2], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert budget.dtype == torch.int64
+
+
 def test_a_cosine_budget_by_hand():
     # alpha(0.5) = 1 - cos(pi/4) = 0.2929
     assert transfer_budget(torch.tensor([10]), 2, get_schedule("cosine")).tolist() == [[3, 7]]
@@ -50,3 +58,5 @@ def test_reveals_leave_the_share_of_the_schedule(name):
 def test_steps_out_of_range():
     with pytest.raises(ValueError, match="step must lie in"):
         reveal_probability(4, 4, get_schedule("linear"))
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        transfer_budget(torch.tensor([3]), 0, get_schedule("linear"))

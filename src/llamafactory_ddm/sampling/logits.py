@@ -151,6 +151,7 @@ def _candidates(values: Tensor, config: LogitsConfig) -> tuple[Tensor, Tensor]:
 def _scaled(values: Tensor, temperature: float) -> Tensor:
     """Return float64 logits over temperature, the highest of each row being 0, whatever the temperature."""
     exact = values.double()
+    # A device may multiply by the reciprocal, which must stay finite.
     return (exact - exact.amax(dim=1, keepdim=True)) / max(temperature, _SMALLEST_TEMPERATURE)
 
 

@@ -1,0 +1,49 @@
+"""A toy denoiser, a strategy with a fixed order, and a short way to call the sampler."""
+
+import torch
+
+from llamafactory_ddm.diffusion.schedules import get_schedule
+from llamafactory_ddm.sampling import STRATEGIES, LogitsConfig, sample
+
+V, MASK = 12, 11
+
+
+NAMES = sorted(STRATEGIES)
+
+
+def toy(z, select):
+    """Logits that depend on the whole row, and like [MASK] best, which must never be drawn."""
+    value = (z * (torch.arange(z.shape[1]) + 3)).sum(dim=1, keepdim=True) % 7
+    table = torch.sin(
+        value[..., None] + torch.arange(z.shape[1])[None, :, None] + torch.arange(V)[None, None, :] * 1.7
+    )
+    table[..., MASK] = 50.0
+    return table[select]
+
+
+def run(x, editable, *, denoiser=toy, steps=5, name="random", config=None, seed=0, rows=None, **rest):
+    rest.setdefault("strategy", STRATEGIES.get(name))
+    rest.setdefault("mask_id", MASK)
+    rest.setdefault("schedule", get_schedule("linear"))
+    return sample(
+        denoiser,
+        x,
+        editable=editable,
+        steps=steps,
+        logits=config or LogitsConfig(),
+        seed=seed,
+        rows=torch.arange(len(x)) if rows is None else rows,
+        **rest,
+    )
+
+
+class LeftToRight:
+    """The first masked position of each row."""
+
+    name = "left_to_right"
+
+    def candidates(self, is_masked, step, plan):
+        return is_masked & (is_masked.cumsum(dim=1) == 1)
+
+    def commit(self, candidate, confidence, step, plan):
+        return candidate
