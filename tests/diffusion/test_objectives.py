@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from llamafactory_ddm.diffusion import objectives
 from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens
 from llamafactory_ddm.diffusion.objectives import denominator, masked_cross_entropy, row_weight, token_weight
 from llamafactory_ddm.diffusion.schedules import SCHEDULES, get_schedule
@@ -99,3 +100,22 @@ def test_weights_and_denominators_by_hand():
         assert int(denominator(is_masked, maskable, norm)) == below
     nothing = torch.zeros_like(maskable)
     assert all(int(denominator(nothing, nothing, norm)) == 0 for norm in ("tokens", "masked", "sequence"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_cross_entropy_and_its_gradient_equal_pytorchs(monkeypatch, dtype, rows_at_once):
+    monkeypatch.setattr(objectives, "_ELEMENTS_AT_ONCE", rows_at_once * 11)
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(7, 11, generator=generator) * 20).to(dtype)
+    x_0 = torch.randint(0, 11, (7,), generator=generator)
+    weight = torch.rand(7, generator=generator)
+    ours, theirs = (values.clone().requires_grad_() for _ in range(2))
+    nll = objectives.masked_cross_entropy(ours, x_0)
+    expected = torch.nn.functional.cross_entropy(theirs.float(), x_0, reduction="none")
+    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
+    (nll * weight).sum().backward()
+    (expected * weight).sum().backward()
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)
+    assert torch.equal(ours.detach(), values)  # the caller's logits are left alone

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .schedules import NoiseSchedule
 
 LossWeighting = Literal["elbo", "uniform"]
 LossNorm = Literal["tokens", "masked", "sequence"]
+_ELEMENTS_AT_ONCE = 2**23
 
 
 def masked_cross_entropy(logits: Tensor, x_0: Tensor) -> Tensor:
@@ -28,7 +28,43 @@ def masked_cross_entropy(logits: Tensor, x_0: Tensor) -> Tensor:
     """
     if logits.dim() != 2 or x_0.shape != logits.shape[:1]:
         raise ValueError(f"logits must be [n, vocab] and x_0 [n], got {tuple(logits.shape)} and {tuple(x_0.shape)}")
-    return functional.cross_entropy(logits.float(), x_0, reduction="none")
+    nll: Tensor = _CrossEntropy.apply(logits, x_0)  # type: ignore[no-untyped-call]
+    return nll
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy that keeps the logits alone for the backward pass and allocates one gradient of their size.
+
+    The usual one also keeps the log-probabilities and passes a gradient of their size along: twice the memory at the
+    peak.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x_0: Tensor) -> Tensor:
+        """Return [n] float32."""
+        log_total = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        for part in _row_parts(logits):
+            log_total[part] = logits[part].float().logsumexp(dim=1)
+        ctx.save_for_backward(logits, x_0, log_total)
+        return log_total - logits.gather(1, x_0[:, None])[:, 0].float()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return (softmax - one-hot) times the incoming gradient, in the dtype of the logits."""
+        logits, x_0, log_total = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for part in _row_parts(logits):
+            share = logits[part].float().sub(log_total[part, None]).exp_()
+            share.scatter_add_(1, x_0[part, None], -torch.ones_like(x_0[part, None], dtype=share.dtype))
+            result[part] = share.mul_(grad[part, None])
+        return result, None
+
+
+def _row_parts(logits: Tensor) -> list[slice]:
+    """Cut the rows so that a float32 copy of one part stays small."""
+    rows = max(1, _ELEMENTS_AT_ONCE // max(1, logits.shape[1]))
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
 def row_weight(t: Tensor, schedule: NoiseSchedule, weighting: LossWeighting) -> Tensor:
