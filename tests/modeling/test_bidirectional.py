@@ -1,16 +1,22 @@
 import pytest
 import torch
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -89,18 +95,18 @@ NAMES = [
 ]
 
 
-def forward(model, ids, *, is_padding=None, visible=None):
+def forward(model, ids, *, is_padding=None, visible=None, **rest):
     mask = full_attention_mask(
         model,
         batch=len(ids),
         length=ids.shape[1],
         is_padding=is_padding,
         visible=visible,
-        dtype=torch.float32,
+        dtype=model.dtype,
         device=ids.device,
     )
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return model(input_ids=ids, attention_mask=mask, use_cache=False, **rest).logits
 
 
 def dependence(model, **masks):
@@ -164,6 +170,74 @@ def test_a_padded_row_equals_the_row_alone(name, attention):
     torch.testing.assert_close(together[1, :4], forward(model, ids[1:, :4])[0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_padded_on_the_left_equals_the_row_alone_at_the_same_positions(name, attention):
+    model = build(name, attention, layers=2)
+    make_bidirectional(model)
+    ids = torch.randint(1, 40, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+    is_padding = torch.zeros(2, LENGTH, dtype=torch.bool)
+    is_padding[1, :6] = True
+    positions = torch.arange(LENGTH).repeat(2, 1)
+    positions[1] = (positions[1] - 6).clamp(min=0)
+    together = forward(model, ids, is_padding=is_padding, position_ids=positions)
+    assert together.isfinite().all()
+    torch.testing.assert_close(together[:1], forward(model, ids[:1]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(together[1, 6:], forward(model, ids[1:, 6:])[0], rtol=1e-3, atol=1e-3)
+
+
+def test_padding_that_sees_nothing_does_not_spread_nan_in_float16():
+    """Scores far below zero, added to float16's smallest number, are minus infinity in a row that hides everything."""
+    model = build("qwen2_window", "eager", layers=2)
+    make_bidirectional(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.fill_(8.0)
+            layer.self_attn.k_proj.bias.fill_(-8.0)
+            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                part.weight.zero_()
+    model.half()
+    ids = torch.randint(1, 40, (1, LENGTH), generator=torch.Generator().manual_seed(5))
+    is_padding = torch.zeros(1, LENGTH, dtype=torch.bool)
+    is_padding[0, :6] = True
+    assert forward(model, ids, is_padding=is_padding).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["padding", "annealing", "window"])
+def test_masks_are_additive_finite_and_hide_what_they_should(kind):
+    model = build("gemma2_window" if kind == "window" else "llama")
+    make_bidirectional(model)
+    is_padding = torch.tensor([[False, False, False, True, True], [True, True, True, True, False]])
+    visible = torch.rand(1, 1, 5, 5, generator=torch.Generator().manual_seed(0)) < 0.4
+    visible |= torch.eye(5, dtype=torch.bool)
+    masks = {
+        "padding": {"is_padding": is_padding, "visible": None},
+        "annealing": {"is_padding": None, "visible": visible},
+        "window": {"is_padding": is_padding, "visible": visible},
+    }[kind]
+    mask = full_attention_mask(model, batch=2, length=5, dtype=torch.bfloat16, device=torch.device("cpu"), **masks)
+    for layers, part in mask.items() if isinstance(mask, dict) else [("full_attention", mask)]:
+        assert part.dtype == torch.bfloat16
+        assert set(part.unique().tolist()) == {0.0, torch.finfo(torch.bfloat16).min}
+        for row, query, key in torch.cartesian_prod(torch.arange(2), torch.arange(5), torch.arange(5)).tolist():
+            if is_padding[row, query] and kind != "annealing":
+                continue
+            seen = (kind == "annealing" or not is_padding[row, key]) and (
+                kind == "padding" or visible[0, 0, query, key]
+            )
+            seen = seen and (layers == "full_attention" or abs(query - key) < WINDOW)
+            assert bool(part.expand(2, 1, 5, 5)[row, 0, query, key] == 0) == bool(seen)
+
+
+def test_a_mask_of_another_shape_is_an_error():
+    model = build("llama")
+    options = {"batch": 2, "length": 4, "dtype": torch.float32, "device": torch.device("cpu")}
+    with pytest.raises(ValueError, match=r"is_padding has shape \(2, 3\), expected \(2, 4\)"):
+        full_attention_mask(model, is_padding=torch.zeros(2, 3, dtype=torch.bool), visible=None, **options)
+    with pytest.raises(ValueError, match=r"visible has shape \(4, 4\)"):
+        full_attention_mask(model, is_padding=None, visible=torch.ones(4, 4, dtype=torch.bool), **options)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
 def test_a_row_of_nothing_but_padding_is_finite(name):
     model = build(name, "eager")
@@ -222,6 +296,62 @@ def test_the_probe_leaves_random_numbers_and_modes_alone():
     assert model.training and not model.lm_head.training
 
 
+def test_the_probe_works_in_bfloat16_and_through_a_wrapper():
+    model = build("llama", layers=2)
+    make_bidirectional(model)
+    model.bfloat16()
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+        def forward(self, **inputs):
+            return self.module(**inputs)
+
+    probe_bidirectional(Wrapper(), inner=model)
+    model.model.layers[0].self_attn.is_causal = model.model.layers[1].self_attn.is_causal = True
+    model.config.is_causal = True
+    if bidirectional._READS_CONFIG:
+        with pytest.raises(NotBidirectionalError, match="LlamaForCausalLM under 'sdpa' attention still attends"):
+            probe_bidirectional(Wrapper(), inner=model)
+
+
+def test_equal_rows_of_the_embedding_do_not_fool_the_probe():
+    model = build("llama", layers=2)
+    make_bidirectional(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:12] = model.model.embed_tokens.weight[0].clone()
+    probe_bidirectional(model)
+
+
+def test_nan_is_no_proof():
+    model = build("llama")
+    make_bidirectional(model)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NotBidirectionalError, match=r"NaN logits in torch\.float32"):
+        probe_bidirectional(model)
+
+
+def test_a_model_that_takes_no_additive_mask_is_found_before_training():
+    """OPT counts its positions in the mask, so that a four-dimensional one breaks its forward."""
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=40,
+            hidden_size=32,
+            ffn_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            word_embed_proj_dim=32,
+            max_position_embeddings=64,
+        )
+    )
+    make_bidirectional(model)
+    with pytest.raises(NotBidirectionalError, match=r"OPTForCausalLM .*does not take the attention masks"):
+        probe_bidirectional(model)
+
+
 def test_flash_attention_gets_a_two_dimensional_mask_and_no_annealing():
     model = build("llama")
     make_bidirectional(model)
@@ -249,3 +379,49 @@ def test_what_cannot_be_made_bidirectional_is_an_error():
             del module.is_causal
     with pytest.raises(NotBidirectionalError, match="no attention module"):
         make_bidirectional(model)
+
+
+def gpt_neo(kind):
+    config = GPTNeoConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        max_position_embeddings=64,
+        attention_types=[[["global", kind], 1]],
+        window_size=3,
+    )
+    return GPTNeoForCausalLM(config)
+
+
+def test_a_window_built_into_the_attention_is_refused_and_the_model_left_as_it_was():
+    model = gpt_neo("local")
+    with pytest.raises(NotBidirectionalError, match=r"GPTNeoForCausalLM .*local window"):
+        make_bidirectional(model)
+    assert not is_bidirectional(model)
+    assert not model.transformer.h[0].attn.attention.bias.all()
+    model = gpt_neo("global")
+    make_bidirectional(model)
+    probe_bidirectional(model)
+
+
+def test_alibi_is_refused():
+    config = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(NotBidirectionalError, match="ALiBi"):
+        make_bidirectional(FalconForCausalLM(FalconConfig(alibi=True, **config)))
+    make_bidirectional(FalconForCausalLM(FalconConfig(alibi=False, **config)))
+
+
+def test_a_recurrent_layer_beside_attention_is_refused():
+    """Its attention would pass the probe, while the recurrent layer goes on looking back only."""
+
+    class Recurrent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1d = torch.nn.Conv1d(8, 8, 4, groups=8, padding=3)
+
+    model = build("llama")
+    model.model.layers[0].mixer = Recurrent()
+    with pytest.raises(NotBidirectionalError, match="mixes tokens by Recurrent"):
+        make_bidirectional(model)
+    assert not is_bidirectional(model)

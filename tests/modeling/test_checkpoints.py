@@ -1,5 +1,7 @@
 import json
 import shutil
+import struct
+import zipfile
 
 import pytest
 import torch
@@ -87,8 +89,13 @@ def test_no_weights(folder):
         verify_checkpoint(folder)
 
 
+def read(folder):
+    """Return the weights in memory of their own, so that the file may be written over."""
+    return {key: value.clone() for key, value in load_file(folder / "model.safetensors").items()}
+
+
 def shard(folder):
-    weights = load_file(folder / "model.safetensors")
+    weights = read(folder)
     names = list(weights)
     halves = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
     for file, keys in halves.items():
@@ -144,7 +151,7 @@ def test_weights_are_loaded_exactly(folder, kind):
     ],
 )
 def test_weights_that_do_not_fit_change_nothing(folder, change, words):
-    weights = load_file(folder / "model.safetensors")
+    weights = read(folder)
     change(weights)
     save_file(weights, folder / "model.safetensors")
     model = tiny_model(seed=5)
@@ -163,3 +170,182 @@ def test_a_pickle_is_not_run(folder):
     torch.save({"a": Evil()}, folder / "pytorch_model.bin")
     with pytest.raises(BrokenCheckpointError, match="cannot be read"):
         load_weights(tiny_model(), folder)
+
+
+WRITTEN = ("config.json", "model.safetensors", "diffusion_config.json", "optimizer.pt", "scheduler.pt")
+WRITTEN += ("rng_state.pth", "trainer_state.json")
+
+
+@pytest.mark.parametrize("count", range(len(WRITTEN)))
+def test_a_save_killed_at_any_file_is_passed_over(folder, count):
+    """The trainer writes in this order; a kill leaves the first ones whole, the next one cut, the others absent."""
+    dead = folder.parent / "checkpoint-10"
+    dead.mkdir()
+    for name in WRITTEN[: count + 1]:
+        shutil.copy(folder / name, dead / name)
+    if count > 0:
+        cut(dead / WRITTEN[count], 0.7)
+    best, skipped = last_complete_checkpoint(folder.parent)
+    assert best == folder
+    assert [path for path, _ in skipped] == [dead]
+
+
+def test_the_newest_is_that_of_the_highest_step(folder):
+    for step in (9, 10, 100):
+        shutil.copytree(folder, folder.parent / f"checkpoint-{step}")
+    (folder.parent / "checkpoint-100" / "trainer_state.json").unlink()
+    best, skipped = last_complete_checkpoint(folder.parent)
+    assert best == folder.parent / "checkpoint-10"
+    assert [path.name for path, _ in skipped] == ["checkpoint-100"]
+
+
+def test_no_complete_checkpoint(folder):
+    cut(folder / "model.safetensors")
+    best, skipped = last_complete_checkpoint(folder.parent)
+    assert best is None and "model.safetensors" in skipped[0][1]
+
+
+def test_resuming_without_an_optimizer_would_not_be_resuming(folder):
+    (folder / "optimizer.pt").unlink()
+    verify_checkpoint(folder)
+    with pytest.raises(BrokenCheckpointError, match=r"no optimizer\.pt.*save_only_model.*model_name_or_path"):
+        verify_checkpoint(folder, resume=True)
+    (folder / "global_step4").mkdir()  # where DeepSpeed keeps it
+    verify_checkpoint(folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"a": "x"},
+        {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 0]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, None]}},
+        {"a": {"dtype": "F32", "shape": [1]}},
+        "[" * 100_000,
+    ],
+)
+def test_a_tampered_header(folder, header):
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(BrokenCheckpointError, match=r"model\.safetensors"):
+        verify_checkpoint(folder)
+
+
+def test_a_file_of_zeros(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(BrokenCheckpointError, match="is not a safetensors file"):
+        verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize("table", [{"a": 5}, {"a": None}, {"a": []}, [1], {}])
+def test_a_tampered_index(folder, table):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(BrokenCheckpointError, match=r"model\.safetensors\.index\.json"):
+        verify_checkpoint(folder)
+
+
+def test_a_shard_of_another_save(folder):
+    shard(folder)
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    with pytest.raises(BrokenCheckpointError, match=r"b\.safetensors lacks .*not of the same save"):
+        verify_checkpoint(folder)
+    with pytest.raises(BrokenCheckpointError, match=r"b\.safetensors repeats"):
+        load_weights(tiny_model(), folder)
+
+
+def test_a_truncated_shard(folder):
+    shard(folder)
+    cut(folder / "b.safetensors", 0.9)
+    with pytest.raises(BrokenCheckpointError, match=r"b\.safetensors has \d+ bytes"):
+        verify_checkpoint(folder)
+
+
+def as_bin(folder, state, **options):
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    torch.save(state, folder / "pytorch_model.bin", **options)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_bin(folder, share):
+    as_bin(folder, read(folder))
+    cut(folder / "pytorch_model.bin", share)
+    with pytest.raises(BrokenCheckpointError, match=r"pytorch_model\.bin is truncated"):
+        verify_checkpoint(folder)
+
+
+def test_the_end_of_a_zip_alone_is_no_zip(folder):
+    path = folder / "optimizer.pt"
+    path.write_bytes(b"\0" * 300 + path.read_bytes()[-60:])
+    assert zipfile.is_zipfile(path)
+    with pytest.raises(BrokenCheckpointError, match=r"optimizer\.pt"):
+        verify_checkpoint(folder)
+
+
+def test_weights_in_the_format_of_old_pytorch(folder):
+    """Models on the hub from before 2020 have no zip; what is cut off shows only in loading them."""
+    as_bin(folder, read(folder), _use_new_zipfile_serialization=False)
+    verify_checkpoint(folder)
+    model = tiny_model(seed=5)
+    load_weights(model, folder)
+    assert torch.equal(model.transformer.wte.weight, tiny_model().transformer.wte.weight)
+    cut(folder / "pytorch_model.bin", 0.6)
+    with pytest.raises(BrokenCheckpointError, match=r"pytorch_model\.bin cannot be read"):
+        load_weights(tiny_model(), folder)
+
+
+@pytest.mark.parametrize("state", [[1], {"state_dict": {"a": torch.zeros(1)}}, {"lm_head.weight": 3}])
+def test_a_bin_of_something_else(folder, state):
+    as_bin(folder, state)
+    with pytest.raises(BrokenCheckpointError, match="must hold a dict of tensors"):
+        load_weights(tiny_model(), folder)
+
+
+def test_tied_weights_may_be_there_twice_but_not_differ(folder):
+    weights = read(folder)
+    assert "lm_head.weight" not in weights  # saved once
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    save_file(weights, folder / "model.safetensors")
+    load_weights(tiny_model(seed=5), folder)
+    weights["lm_head.weight"][0] += 1
+    save_file(weights, folder / "model.safetensors")
+    model = tiny_model(seed=5)
+    with pytest.raises(ValueError, match=r"tied in the model but different.*(wte|lm_head).* and .*(wte|lm_head)"):
+        load_weights(model, folder)
+    assert torch.equal(model.lm_head.weight, tiny_model(seed=5).lm_head.weight)
+
+
+def test_an_untied_output_embedding_may_not_be_absent(folder):
+    model = tiny_model(seed=5)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match=r"missing lm_head\.weight"):
+        load_weights(model, folder)
+
+
+def test_a_prefix_is_part_of_the_name(folder):
+    save_file({f"model.{key}": value for key, value in read(folder).items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing transformer\..*and \d+ more; unexpected model\.transformer\."):
+        load_weights(tiny_model(), folder)
+
+
+def test_the_model_keeps_its_own_dtype(folder):
+    model = tiny_model(seed=5).bfloat16()
+    load_weights(model, folder)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.transformer.wte.weight, tiny_model().transformer.wte.weight.bfloat16())
+
+
+def test_a_model_without_memory_is_an_error(folder):
+    with pytest.raises(ValueError, match="meta device"):
+        load_weights(tiny_model().to("meta"), folder)
+
+
+def test_empty_weights_are_not_tied_to_each_other(tmp_path):
+    """Tensors of no elements all lie at the same address, none."""
+    model = torch.nn.ParameterDict({"a": torch.empty(0), "b": torch.empty(0)})
+    save_file({"a": torch.empty(0)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="missing b"):
+        load_weights(model, tmp_path)

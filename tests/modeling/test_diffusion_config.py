@@ -1,4 +1,5 @@
 import json
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
@@ -47,7 +48,15 @@ def test_no_file_is_none(tmp_path):
         ({"mask_token_id": True}, "mask_token_id must be int"),
         ({"mask_token_id": "40"}, "mask_token_id must be int"),
         ({"attention_ratio": 1.5}, r"attention_ratio must lie in \[0, 1\]"),
+        ({"attention_ratio": float("nan")}, r"attention_ratio must lie in \[0, 1\]"),
         ({"format_version": 2}, "upgrade llamafactory-ddm"),
+        ({"format_version": 2, "colour": 1}, "upgrade llamafactory-ddm"),
+        ({"format_version": 0}, "format_version must be 1 or more"),
+        ({"format_version": "1"}, "format_version must be int"),
+        ({"mask_token_id": -1}, "is no token"),
+        ({"mask_token": ""}, "is no token"),
+        ({"mask_token": None}, "mask_token must be str, found None"),
+        ({"variable_length": []}, r"variable_length must be dict or NoneType"),
         ({"noise_process": "mixed"}, "not supported by"),
         ({"uniform_ratio": 0.1}, "not supported by"),
     ],
@@ -59,9 +68,9 @@ def test_a_tampered_file_is_an_error_that_names_it(tmp_path, changes, words):
     assert FILE_NAME in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\x00", b"\xff\xfe", b"[" * 100_000])
 def test_a_truncated_file_is_an_error(tmp_path, text):
-    (tmp_path / FILE_NAME).write_text(text)
+    (tmp_path / FILE_NAME).write_bytes(text)
     with pytest.raises(ValueError, match=FILE_NAME):
         DiffusionConfig.find(tmp_path)
 
@@ -72,3 +81,43 @@ def test_a_yaml_key_may_repeat_but_not_contradict():
         CONFIG.check_against(shift=False)
     with pytest.raises(ValueError, match=r"noise_schedule: cosine.*linear"):
         CONFIG.check_against(noise_schedule="cosine")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+def test_every_cut_of_the_file_is_an_error(tmp_path, share):
+    CONFIG.save(tmp_path)
+    raw = (tmp_path / FILE_NAME).read_bytes()
+    (tmp_path / FILE_NAME).write_bytes(raw[: int(len(raw) * share)])
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        DiffusionConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
+    CONFIG.save(tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"llamafactory_ddm.modeling.diffusion_config.os.{call}", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace(CONFIG, shift=False).save(tmp_path)
+    assert DiffusionConfig.load(tmp_path) == CONFIG
+    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_load_says_that_there_is_no_file_and_find_does_not(tmp_path):
+    with pytest.raises(FileNotFoundError, match=FILE_NAME):
+        DiffusionConfig.load(tmp_path)
+    assert DiffusionConfig.find(tmp_path / "nowhere") is None
+
+
+def test_a_token_outside_ascii_survives(tmp_path):
+    config = replace(CONFIG, mask_token="\u2581\u63a9")
+    config.save(tmp_path)
+    assert DiffusionConfig.load(tmp_path) == config
+
+
+def test_the_config_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        CONFIG.shift = False

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from llamafactory_ddm.modeling.mask_token import ResolvedMaskToken, add_mask_token, resolve_mask_token
 from support.tiny import tiny_tokenizer
@@ -66,6 +67,8 @@ def test_the_checkpoints_comes_before_the_tokenizers(tokenizer):
         (-1, "is not an id of the vocabulary"),
         ("<|endoftext|>", "is the tokenizer's (pad|eos|bos) token"),
         (0, "is the tokenizer's (pad|eos|bos) token"),
+        ("", "is not one token but 0"),
+        (True, "mask_token: true is neither a token nor an id"),
     ],
 )
 def test_what_is_no_mask_token(tokenizer, given, words):
@@ -124,3 +127,96 @@ def test_a_quantised_model_cannot_grow(tokenizer):
         add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, "<|mask|>"))
     assert tokenizer.mask_token is None  # nothing half done
     add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, "cat"))
+
+
+def word_tokenizer(vocabulary, **special):
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+
+
+def test_text_that_the_tokenizer_does_not_know_is_not_the_unknown_token():
+    with pytest.raises(ValueError, match="'zebra' is unknown to the tokenizer, which reads it as '<unk>'"):
+        resolve_mask_token(word_tokenizer({"<unk>": 0, "cat": 1}), "zebra")
+
+
+def test_a_vocabulary_with_gaps():
+    tokenizer = word_tokenizer({"<unk>": 0, "cat": 1, "dog": 7})
+    assert resolve_mask_token(tokenizer, 7) == ResolvedMaskToken("dog", 7, False)
+    with pytest.raises(ValueError, match="mask_token: 2 is not an id of the vocabulary"):
+        resolve_mask_token(tokenizer, 2)
+    mask = resolve_mask_token(tokenizer, "<|mask|>")
+    assert tokenizer.mask_token is None  # asking adds nothing
+    model = model_of(8)
+    add_mask_token(model, tokenizer, mask)
+    assert tokenizer.mask_token_id == mask.id
+
+
+def test_neither_the_checkpoint_nor_the_tokenizer_may_name_the_padding_token(tokenizer):
+    with pytest.raises(ValueError, match=r"'<\|endoftext\|>' is the tokenizer's pad token"):
+        resolve_mask_token(tokenizer, None, config_mask=("<|endoftext|>", 0))
+    tokenizer.mask_token = tokenizer.pad_token
+    with pytest.raises(ValueError, match="is the tokenizer's pad token"):
+        resolve_mask_token(tokenizer, None)
+
+
+def test_a_yaml_that_repeats_the_checkpoints_token_leaves_the_trained_row(tokenizer):
+    model = model_of(len(tokenizer) + 1)
+    old = model.get_input_embeddings().weight.detach().clone()
+    mask = resolve_mask_token(tokenizer, "<|mask|>", config_mask=("<|mask|>", len(tokenizer)))
+    add_mask_token(model, tokenizer, mask)
+    assert mask.is_new and mask.is_trained
+    assert torch.equal(model.get_input_embeddings().weight, old)
+    assert not resolve_mask_token(tokenizer, "cat", config_mask=("<|mask|>", len(tokenizer) - 1)).is_trained
+
+
+def test_the_bias_of_the_output_embedding_gets_the_mean_too(tokenizer):
+    model = model_of(len(tokenizer) + 3, tied=False)
+    model.lm_head.bias = torch.nn.Parameter(torch.arange(float(len(tokenizer) + 3)))
+    known = len(tokenizer)
+    add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, "<|mask|>"))
+    assert model.lm_head.bias[known].item() == pytest.approx((known - 1) / 2)
+
+
+def test_the_mean_of_half_precision_rows_is_taken_in_float32(tokenizer):
+    """A sum of equal bfloat16 numbers stops growing; their mean in float32 is the number itself."""
+    model = model_of(len(tokenizer)).bfloat16()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(1.0078125)
+    mask = resolve_mask_token(tokenizer, "<|mask|>")
+    add_mask_token(model, tokenizer, mask)
+    assert set(model.get_input_embeddings().weight[mask.id].tolist()) == {1.0078125}
+
+
+def test_a_quantised_model_takes_a_trained_row_it_already_has(tokenizer):
+    model = model_of(len(tokenizer) + 1)
+    model.is_quantized = True
+    add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, None, config_mask=("<|mask|>", len(tokenizer))))
+    assert tokenizer.mask_token == "<|mask|>"
+
+
+@pytest.mark.parametrize("sign", ["quantization_method", "bitsandbytes"])
+def test_other_signs_of_a_quantised_model(tokenizer, sign):
+    model = model_of(len(tokenizer))
+    if sign == "quantization_method":
+        model.quantization_method = "gptq"
+    else:
+        model.extra = type("Linear4bit", (torch.nn.Identity,), {"__module__": "bitsandbytes.nn.modules"})()
+    with pytest.raises(ValueError, match="quantised model cannot grow"):
+        add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, "<|mask|>"))
+    assert tokenizer.mask_token is None
+
+
+def test_a_token_beyond_the_rows_of_a_quantised_model_is_refused(tokenizer):
+    model = model_of(len(tokenizer) - 3)
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="quantised model cannot grow"):
+        add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, len(tokenizer) - 1))
+
+
+def test_a_token_beyond_the_rows_gets_the_mean(tokenizer):
+    model = model_of(len(tokenizer) - 3)
+    mean = model.get_input_embeddings().weight.detach().mean(dim=0)
+    add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, len(tokenizer) - 1))
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    torch.testing.assert_close(model.get_input_embeddings().weight[-1], mean)

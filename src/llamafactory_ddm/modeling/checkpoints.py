@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,6 +24,9 @@ _SINGLE, _INDEX = (
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _ZIPPED = ("optimizer.pt", "scheduler.pt", "training_args.bin")
+# DeepSpeed and FSDP keep the optimizer in folders of their own.
+_OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*", "rank*-of-*-optimizer.pt")
+_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # the magic number of torch.save's old format
 _LISTED = 8
 
 
@@ -41,10 +44,11 @@ def verify_checkpoint(folder: str | Path, *, resume: bool = False) -> None:
         BrokenCheckpointError: naming the file and the fault.
     """
     folder = Path(folder)
-    for path in weight_files(folder):
+    table = _weight_table(folder)
+    for path, keys in table.items():
         if path.suffix == ".safetensors":
-            _verify_safetensors(path)
-        else:
+            _verify_safetensors(path, keys)
+        elif not _is_legacy(path):
             _verify_zip(path)
     try:
         DiffusionConfig.find(folder)
@@ -64,11 +68,16 @@ def _verify_resumable(folder: Path) -> None:
     try:
         if not isinstance(json.loads(state.read_text(encoding="utf-8"))["global_step"], int):
             raise ValueError("no global_step")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BrokenCheckpointError(f"{state} is not readable ({error})") from error
     if not (folder / FILE_NAME).is_file():
         raise BrokenCheckpointError(
             f"{folder / FILE_NAME} is missing: not a checkpoint of a diffusion stage, or not saved to the end"
+        )
+    if not any(any(folder.glob(pattern)) for pattern in _OPTIMIZER):
+        raise BrokenCheckpointError(
+            f"{folder} holds no optimizer.pt, so training would go on with a fresh optimizer: it was saved with "
+            "save_only_model: true, or is no checkpoint-N folder; start a new run from it with model_name_or_path"
         )
 
 
@@ -78,26 +87,33 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         BrokenCheckpointError: if there are none, or one that the index names is missing.
     """
+    return list(_weight_table(folder))
+
+
+def _weight_table(folder: Path) -> dict[Path, set[str]]:
+    """Return each file of weights with the keys that an index promises in it; the set is empty without an index."""
     for name in (*_SINGLE, *_ADAPTER):
         if (folder / name).is_file():
-            return [folder / name]
+            return {folder / name: set()}
     for name in _INDEX:
         index = folder / name
         if not index.is_file():
             continue
+        table: dict[Path, set[str]] = {}
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            for key, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+                table.setdefault(folder / shard, set()).add(key)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BrokenCheckpointError(f"{index} is not a readable index of weights ({error})") from error
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing or not shards:
+        missing = [path.name for path in table if not path.is_file()]
+        if missing or not table:
             raise BrokenCheckpointError(f"{index} names {', '.join(missing) or 'no shard'}, not found in {folder}")
-        return [folder / shard for shard in shards]
+        return table
     raise BrokenCheckpointError(f"{folder} holds no weights (none of {', '.join((*_SINGLE, *_INDEX))})")
 
 
-def _verify_safetensors(path: Path) -> None:
-    """Check the header and that the file is exactly as long as the header says."""
+def _verify_safetensors(path: Path, keys: set[str]) -> None:
+    """Check the header, that the file is exactly as long as the header says, and that it holds `keys`."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -105,24 +121,45 @@ def _verify_safetensors(path: Path) -> None:
             if header_length > size:
                 raise ValueError("the header is cut off")
             header = json.loads(file.read(header_length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise BrokenCheckpointError(f"{path} is not a safetensors file ({error}); copy or save it again") from error
     expected = 8 + header_length + max(ends, default=0)
     if size != expected:
         raise BrokenCheckpointError(
             f"{path} has {size} bytes, its header says {expected}: truncated or altered; copy or save it again"
         )
+    try:
+        with safe_open(path, framework="pt"):  # checks shapes, types and gaps; reads no tensor
+            pass
+    except SafetensorError as error:
+        raise BrokenCheckpointError(f"{path} is not a safetensors file ({error}); copy or save it again") from error
+    absent = sorted(keys - header.keys())
+    if absent:
+        raise BrokenCheckpointError(
+            f"{path} lacks {_some(absent)}, which the index places there: not of the same save; copy or save it again"
+        )
+
+
+def _is_legacy(path: Path) -> bool:
+    """Tell whether `path` has the format that torch.save wrote before 1.6, with no directory that one could check."""
+    with open(path, "rb") as file:
+        return file.read(len(_LEGACY)) == _LEGACY
 
 
 def _verify_zip(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
+    """Check the directory at the end of a zip, which is what torch.save writes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = bool(archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        whole = False
+    if not whole:
         raise BrokenCheckpointError(f"{path} is truncated or not a file that torch.save wrote; copy or save it again")
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the newest complete `checkpoint-N` of `output_dir`, and the newer ones passed over with what they "
-    "lack."""
+    """Return the newest complete `checkpoint-N` of `output_dir`, and the newer ones passed over with their faults."""
     root = Path(output_dir)
     found = [
         (int(m.group(1)), path)
@@ -148,12 +185,19 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         folder: with safetensors or `.bin` weights, whole or sharded.
     Raises:
         BrokenCheckpointError: if a file is missing or truncated.
-        ValueError: if a key is missing or unexpected or a shape differs, listing them.
+        ValueError: if a key is missing or unexpected, a shape differs, or tied weights differ in the files, listing
+            them. The model is then unchanged.
     """
     state: dict[str, Tensor] = {}
     for path in weight_files(Path(folder)):
-        state.update(_read(path))
+        part = _read(path)
+        twice = sorted(state.keys() & part.keys())
+        if twice:
+            raise BrokenCheckpointError(f"{path} repeats {_some(twice)} of another shard; copy or save them again")
+        state.update(part)
     own = model.state_dict()
+    if any(value.is_meta for value in own.values()):
+        raise ValueError(f"{type(model).__name__} is on the meta device, which holds no weights; load it with memory")
     missing = [key for key in own if key not in state and not _has_twin(key, own, state)]
     unexpected = [key for key in state if key not in own]
     shapes = [
@@ -163,6 +207,9 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     ]
     faults = [f"missing {_some(missing)}"] * bool(missing) + [f"unexpected {_some(unexpected)}"] * bool(unexpected)
     faults += [f"of another shape {_some(shapes)}"] * bool(shapes)
+    if not faults:
+        torn = _untied(own, state)
+        faults += [f"tied in the model but different in the files {_some(torn)}"] * bool(torn)
     if faults:
         raise ValueError(
             f"the weights in {folder} do not fit {type(model).__name__}: {'; '.join(faults)}. "
@@ -177,15 +224,33 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise BrokenCheckpointError(f"{path} cannot be read ({error}); copy or save it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BrokenCheckpointError(f"{path} must hold a dict of tensors by name, and holds something else")
+    return state
 
 
 def _has_twin(key: str, own: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
     """Tell whether `key` shares its memory with a key that the files hold, as a tied output embedding does."""
-    return any(own[other].data_ptr() == own[key].data_ptr() and other != key for other in own if other in state)
+    return any(other != key and other in state and _are_tied(own[other], own[key]) for other in own)
+
+
+def _untied(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """Return the keys that share memory in the model with an earlier one whose values in the files are others."""
+    seen: dict[tuple[int, torch.Size], str] = {}
+    torn = []
+    for key in state:
+        first = seen.setdefault((own[key].data_ptr(), own[key].shape), key)
+        if first != key and _are_tied(own[first], own[key]) and not torch.equal(state[first], state[key]):
+            torn.append(f"{first} and {key}")
+    return torn
+
+
+def _are_tied(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are the same memory, which is what tying makes of them; empty ones have none."""
+    return one.data_ptr() == other.data_ptr() != 0 and one.shape == other.shape and one.device == other.device
 
 
 def _some(names: list[str]) -> str:

@@ -54,12 +54,16 @@ class DiffusionConfig:
         """Write the file so that a reader sees the old one or the complete new one."""
         path = Path(folder) / FILE_NAME
         scratch = path.with_suffix(".json.tmp")
-        with open(scratch, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        try:
+            with open(scratch, "w", encoding="utf-8") as file:
+                json.dump(asdict(self), file, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, folder: str | Path) -> DiffusionConfig:
@@ -73,12 +77,14 @@ class DiffusionConfig:
         path = Path(folder) / FILE_NAME
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not valid JSON ({error}); restore it from a copy of the checkpoint"
             ) from error
         if not isinstance(raw, dict):
-            raise ValueError(f"{path} must hold a JSON object, found {type(raw).__name__}")
+            raise ValueError(
+                f"{path} must hold a JSON object, found {type(raw).__name__}; restore it from a copy of the checkpoint"
+            )
         _check(path, raw)
         return cls(**raw)
 
@@ -110,6 +116,8 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
         raise ValueError(
             f"{path} has format_version {version}, this version reads up to {FORMAT_VERSION}; upgrade llamafactory-ddm"
         )
+    if isinstance(version, int) and version < 1:
+        raise ValueError(f"{path}: format_version must be 1 or more, found {version!r}")
     required = {f.name for f in fields(DiffusionConfig) if f.default is MISSING}
     missing, unknown = sorted(required - raw.keys()), sorted(raw.keys() - _TYPES.keys())
     if missing or unknown:
@@ -125,9 +133,13 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
     for key in ("uniform_ratio", "attention_ratio"):
         if not 0.0 <= raw[key] <= 1.0:
             raise ValueError(f"{path}: {key} must lie in [0, 1], found {raw[key]!r}")
+    if raw["mask_token_id"] < 0 or not raw["mask_token"]:
+        raise ValueError(
+            f"{path}: mask_token {raw['mask_token']!r} with mask_token_id {raw['mask_token_id']} is no token; "
+            "restore the file from a copy of the checkpoint"
+        )
     if raw["noise_process"] != "masked" or raw["uniform_ratio"] != 0:
         raise ValueError(
             f"{path}: noise_process {raw['noise_process']!r} with uniform_ratio {raw['uniform_ratio']} is not "
-            "supported by "
-            "this version, which knows masked noise; upgrade llamafactory-ddm"
+            "supported by this version, which knows masked noise; upgrade llamafactory-ddm"
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ def resolve_mask_token(
 ) -> ResolvedMaskToken:
     """Find the mask token: the YAML's, else the checkpoint's, else the tokenizer's own.
 
-    An int is an id. A string is a token of the vocabulary if there is one of that spelling, or of that text; else an
-    id if it consists of digits; else, if it is written as special tokens are, `<...>` or `[...]`, a new token.
+    An int is an id. A string is a token of the vocabulary if there is one of that spelling; else an id if it consists
+    of digits; else, if it is written as special tokens are, `<...>` or `[...]`, a new token; else the token that its
+    text encodes to, if that is a single one.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -50,6 +52,17 @@ def resolve_mask_token(
         ValueError: if there is none, if the id does not exist, if the string splits into several ids, or if it is the
             padding, start or end token.
     """
+    resolved = _find(tokenizer, mask_token, config_mask)
+    for role in ("pad", "eos", "bos"):
+        if resolved.id == getattr(tokenizer, f"{role}_token_id"):
+            raise ValueError(
+                f"mask_token: {mask_token if mask_token is not None else resolved.token!r} is the tokenizer's {role} "
+                f"token, which text needs; {_CURE}"
+            )
+    return resolved
+
+
+def _find(tokenizer: Any, mask_token: str | int | None, config_mask: tuple[str, int] | None) -> ResolvedMaskToken:
     if mask_token is None and config_mask is not None:
         token, index = config_mask
         known = tokenizer.get_vocab().get(token)
@@ -63,11 +76,11 @@ def resolve_mask_token(
         if tokenizer.mask_token_id is None:
             raise ValueError(f"the tokenizer of this model has no mask token, and none is given: {_CURE}")
         return ResolvedMaskToken(tokenizer.mask_token, int(tokenizer.mask_token_id), False)
-    resolved = _by_id(tokenizer, mask_token) if _is_id(tokenizer, mask_token) else _by_text(tokenizer, str(mask_token))
-    for role in ("pad", "eos", "bos"):
-        if resolved.id == getattr(tokenizer, f"{role}_token_id"):
-            raise ValueError(f"mask_token: {mask_token!r} is the tokenizer's {role} token, which text needs; {_CURE}")
-    return resolved
+    if isinstance(mask_token, bool):
+        raise ValueError(f"mask_token: {str(mask_token).lower()} is neither a token nor an id; {_CURE}")
+    found = _by_id(tokenizer, mask_token) if _is_id(tokenizer, mask_token) else _by_text(tokenizer, str(mask_token))
+    # A YAML that repeats what the checkpoint says must not have the trained row overwritten.
+    return replace(found, is_trained=(found.token, found.id) == config_mask)
 
 
 def _is_id(tokenizer: Any, mask_token: str | int) -> bool:
@@ -78,11 +91,13 @@ def _is_id(tokenizer: Any, mask_token: str | int) -> bool:
 
 def _by_id(tokenizer: Any, mask_token: str | int) -> ResolvedMaskToken:
     index = int(mask_token)
-    if not 0 <= index < len(tokenizer):
+    # Not by convert_ids_to_tokens: for an id in a gap of the vocabulary it returns None or the unknown token.
+    token = next((token for token, known in tokenizer.get_vocab().items() if known == index), None)
+    if token is None:
         raise ValueError(
             f"mask_token: {mask_token} is not an id of the vocabulary, which has {len(tokenizer)} tokens; {_CURE}"
         )
-    return ResolvedMaskToken(tokenizer.convert_ids_to_tokens(index), index, False)
+    return ResolvedMaskToken(token, index, False)
 
 
 def _by_text(tokenizer: Any, text: str) -> ResolvedMaskToken:
@@ -90,19 +105,31 @@ def _by_text(tokenizer: Any, text: str) -> ResolvedMaskToken:
     if known is not None:
         return ResolvedMaskToken(text, int(known), False)
     if text and _SPECIAL.fullmatch(text):
-        return ResolvedMaskToken(text, len(tokenizer), True)
+        return ResolvedMaskToken(text, _next_id(tokenizer, text), True)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) == 1:
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return ResolvedMaskToken(tokenizer.convert_ids_to_tokens(ids[0]), int(ids[0]), False)
     pieces = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r}" for i in ids)
+    if len(ids) == 1:
+        raise ValueError(f"mask_token: {text!r} is unknown to the tokenizer, which reads it as {pieces}; {_CURE}")
     raise ValueError(f"mask_token: {text!r} is not one token but {len(ids)} ({pieces}); {_CURE}")
+
+
+def _next_id(tokenizer: Any, text: str) -> int:
+    """Return the id that `tokenizer` will give to a new token, without adding it."""
+    ids = tokenizer.get_vocab().values()
+    if max(ids, default=-1) + 1 == len(ids):
+        return len(ids)
+    trial = copy.deepcopy(tokenizer)  # slow, but where ids have gaps only the tokenizer knows which one comes next
+    trial.add_special_tokens({"mask_token": text})
+    return int(trial.convert_tokens_to_ids(text))
 
 
 def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
     """Give tokenizer and model the mask token where they do not have it; a token that exists stays an ordinary one.
 
-    A new row of the input embedding, and of an untied output embedding, is the float32 mean of the rows of the old
-    vocabulary.
+    A new row of the input embedding, and of an untied output embedding and its bias, is the float32 mean of the rows
+    of the old vocabulary.
 
     Raises:
         ValueError: if a row is needed and the model is quantised, or if the tokenizer gives the token another id.
@@ -110,10 +137,11 @@ def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
     old_size = len(tokenizer)
     weight = model.get_input_embeddings().weight
     rows = getattr(weight, "ds_shape", weight.shape)[0]  # under DeepSpeed ZeRO-3 a rank holds only a part
-    if mask.is_new and _is_quantized(model):
+    needs_row = mask.id >= rows or (mask.is_new and not mask.is_trained)
+    if needs_row and _is_quantized(model):
         raise ValueError(
             f"mask_token: {mask.token!r} is new, and a quantised model cannot grow; name a token that exists, "
-            "or add it once without quantisation_bit: run stage: ddm on the full model, save, and quantise the result"
+            "or add it once without quantization_bit: run stage: ddm on the full model, save, and quantise the result"
         )
     if mask.is_new:
         tokenizer.add_special_tokens({"mask_token": mask.token})
@@ -125,7 +153,7 @@ def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
         )
     if mask.id >= rows:
         model.resize_token_embeddings(mask.id + 1, mean_resizing=False)
-    if mask.is_new and not mask.is_trained:
+    if needs_row:
         _write_mean(model, mask.id, min(old_size, rows))
 
 
@@ -134,9 +162,11 @@ def _write_mean(model: Any, index: int, known: int) -> None:
     head = model.get_output_embeddings()
     if head is not None and head.weight is not tables[0]:
         tables.append(head.weight)
+    if getattr(head, "bias", None) is not None:
+        tables.append(head.bias)
     with torch.no_grad(), _gathered(tables):
         for table in tables:
-            table[index] = table[:known].float().mean(dim=0).to(table.dtype)
+            table[index] = table[:known].mean(dim=0, dtype=torch.float32).to(table.dtype)
 
 
 @contextmanager
@@ -152,4 +182,6 @@ def _gathered(parameters: list[Any]) -> Iterator[None]:
 
 
 def _is_quantized(model: Any) -> bool:
-    return bool(getattr(model, "is_quantized", False)) or getattr(model, "quantization_method", None) is not None
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+        return True
+    return any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
