@@ -1,0 +1,103 @@
+"""README tells the truth: its commands, files, links, keys and versions."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from llamafactory_ddm.integration import patches
+from llamafactory_ddm.integration.arguments import DiffusionArguments
+from support.cli import QUIET, ROOT, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+
+
+def test_the_commands_are_those_that_are_exercised():
+    """Installing and testing is what .ci/run does; the YAMLs run in test_examples.py."""
+    assert COMMANDS == [
+        "python -m venv v && . v/bin/activate",
+        'pip install -e ".[dev]"',
+        "llamafactory-cli train examples/tiny_gpt2_full_ddm.yaml",
+        "llamafactory-cli train examples/tiny_gpt2_inference.yaml",
+        "pytest",
+    ]
+    check = (ROOT / ".ci" / "run").read_text()
+    assert 'pip install -q -e ".[dev]"' in check
+    assert check.rstrip().endswith("pytest")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_recipe_is_in_the_table():
+    for path in (ROOT / "examples").glob("*.yaml"):
+        assert f"(examples/{path.name})" in README, path.name
+
+
+def test_every_key_is_documented_with_its_default():
+    section = README[README.index("## The keys") : README.index("## The idea")]
+    for f in dataclasses.fields(DiffusionArguments):
+        row = next(line for line in section.splitlines() if line.startswith("|") and f"`{f.name}`" in line)
+        if f.default is not None:
+            text = str(f.default).lower() if isinstance(f.default, bool) else f"{f.default}"
+            assert f"`{text}`" in row, f.name
+
+
+def test_glossary_files_exist():
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`(\w+/\w+\.py)`", text):
+        assert (ROOT / "src" / "llamafactory_ddm" / name).is_file(), name
+
+
+def test_supported_versions_agree():
+    low, high = patches.SUPPORTED
+    setup = (ROOT / "setup.py").read_text()
+    assert f"llamafactory>={low},<{high}" in setup
+    assert f"llamafactory >= {low}, < {high}" in README
+    for name, limits in re.findall(r'"(torch|transformers)(>=[^"]+)"', setup):
+        assert limits.split(",")[0].replace(">=", ">= ") in README, name
+
+
+def test_the_benchmark_runs():
+    """Small shapes: the ratios mean nothing then, only that the command works and reports every claim."""
+    words = ["--rounds", "1", "--batch", "1", "--length", "16", "--layers", "1", "--width", "64", "--memory"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/train_step.py", *words],
+        cwd=ROOT,
+        env={**os.environ, **QUIET},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    assert done.stdout.count("claimed <=") == 6, done.stdout + done.stderr[-2000:]
+
+
+def test_the_scripts_of_docs_run(checkpoint, tmp_path):
+    done = run(
+        "docs/make_trace.py", checkpoint, "--length", "8", "--steps", "4", "--show", "2", program=sys.executable
+    )
+    assert [line[:8] for line in done.stdout.splitlines()] == ["step   1", "step   4"]
+    words = (
+        "--steps",
+        "1",
+        "--seeds",
+        "1",
+        "--variants",
+        "1",
+        "--work",
+        tmp_path / "w",
+        "--out",
+        tmp_path / "page.md",
+    )
+    run("docs/make_adaptation_table.py", *words, "--override", "cutoff_len=16", program=sys.executable)
+    assert "| autoregressive | yes | yes |" in (tmp_path / "page.md").read_text()
