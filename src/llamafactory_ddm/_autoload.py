@@ -28,17 +28,25 @@ _said: set[str] = set()
 def activate() -> None:
     """Watch for LLaMA-Factory's modules. Never raises; a failure is one line on stderr."""
     try:
-        if os.environ.get(DISABLE, "").lower() in ("1", "true", "yes") or any(
-            isinstance(f, _Finder) for f in sys.meta_path
-        ):
+        if disabled() or any(isinstance(f, _Finder) for f in sys.meta_path):
             return
         sys.meta_path.insert(0, _Finder())
         for name in HOOKS:
             module = sys.modules.get(name)
-            if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
+            if module is None:
+                continue
+            if getattr(getattr(module, "__spec__", None), "_initializing", False):
+                # Its loader is at work already, so nothing would tell when it is done.
+                not_active(f"{name} was imported before torch; import torch first")
+            else:
                 _call_hook(module)
     except Exception as error:
         not_active(error)
+
+
+def disabled() -> bool:
+    """Tell whether the user has switched the plugin off."""
+    return os.environ.get(DISABLE, "").lower() in ("1", "true", "yes")
 
 
 def deactivate() -> None:

@@ -10,11 +10,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from ._autoload import disabled
 from ._version import __version__
 
 _FORWARDED = ("train", "chat", "api", "export", "webchat", "webui", "env", "version")
+# A console script has no current folder on its path, as -c has.
 _PROBE = """
 import json, sys
+sys.path[:] = [entry for entry in sys.path if entry]
 import llamafactory.hparams.parser
 patches = sys.modules.get("llamafactory_ddm.integration.patches")
 print(json.dumps(patches.status() if patches else "PyTorch's autoload did not call it"))
@@ -55,13 +58,17 @@ def doctor() -> int:
     if state == "active":
         print("active: llamafactory-cli knows the diffusion stages")
         return 0
-    print(f"NOT ACTIVE: {state}")
-    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
+    said = [line.partition("NOT ACTIVE: ")[2] for line in child.stderr.splitlines() if "NOT ACTIVE: " in line]
+    print(f"NOT ACTIVE: {said[0] if said else state}")
+    if said:
+        return 1
+    autoload = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
+    if autoload != "1":
         print(
-            "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches it off: unset it, or call llamafactory-ddm train, not "
+            f"TORCH_DEVICE_BACKEND_AUTOLOAD={autoload} switches it off: unset it, or call llamafactory-ddm train, not "
             "llamafactory-cli"
         )
-    elif os.environ.get("LLAMAFACTORY_DDM_DISABLE"):
+    elif disabled():
         print("LLAMAFACTORY_DDM_DISABLE switches it off: unset it")
     elif not any(e.name == "llamafactory_ddm" for e in metadata.entry_points(group="torch.backends")):
         print("its entry point is not installed: pip install llamafactory-ddm, or call llamafactory-ddm train")

@@ -65,11 +65,19 @@ def test_doctor():
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches it off: unset it" in done.stdout
     done = run("doctor", program="llamafactory-ddm", env={"LLAMAFACTORY_DDM_DISABLE": "1"}, check=False)
     assert (done.returncode, "LLAMAFACTORY_DDM_DISABLE switches it off" in done.stdout) == (1, True)
+    assert "NOT ACTIVE: PyTorch's autoload did not call it" in done.stdout
 
 
 def test_the_explicit_launcher_needs_no_autoload():
     assert ACTIVE in run("env", program="llamafactory-ddm", env=OFF).stdout
     assert "llamafactory-ddm" not in run("env", env=OFF).stdout
+
+
+def test_chat_is_refused_and_never_autoregressive():
+    words = ("model_name_or_path=data/tiny_gpt2", "template=empty", "stage=ddm", "finetuning_type=full")
+    done = run("chat", "examples/tiny_gpt2_inference.yaml", *words, env={"ALLOW_EXTRA_ARGS": "1"}, check=False)
+    assert done.returncode != 0
+    assert "this command does not serve stage: ddm; generate with do_predict: true" in done.stderr
 
 
 def test_the_v1_trainer_is_refused():
@@ -119,13 +127,16 @@ def test_without_the_plugin_upstream_is_as_it_was(tmp_path):
 
 UNFIT = """
 import torch, llamafactory.hparams.parser as parser
-from llamafactory.hparams import get_train_args
+from llamafactory.hparams import get_infer_args, get_train_args
 words = {"model_name_or_path": "x", "output_dir": "x", "dataset": "x", "do_train": True, "report_to": "none"}
 assert get_train_args({**words, "stage": "pt"})[3].stage == "pt"
-try:
-    get_train_args({**words, "stage": "ddm", "anneal_steps": 3})
-except ValueError as error:
-    print("refused:", error)
+for call, keys in ((get_train_args, {**words, "anneal_steps": 3}), (get_infer_args, {"model_name_or_path": "x"})):
+    try:
+        call({**keys, "stage": "ddm"})
+    except ValueError as error:
+        print("refused:", error)
+from llamafactory_ddm.cli import doctor
+print("doctor:", doctor())
 """
 
 
@@ -137,13 +148,68 @@ def test_an_unsupported_upstream_leaves_every_other_stage_working(tmp_path, whee
     environment = farm(tmp_path / "site", without=("llamafactory_ddm", "__editable__", "llamafactory-"))
     info = environment / "llamafactory-9.9.9.dist-info"
     info.mkdir()
-    real = site_packages() / f"llamafactory-{version}.dist-info" / "METADATA"
+    real = next(
+        path
+        for path in (Path(entry) / f"llamafactory-{version}.dist-info" / "METADATA" for entry in sys.path)
+        if path.is_file()
+    )
     (info / "METADATA").write_text(
         real.read_text(encoding="utf-8").replace(f"Version: {version}", "Version: 9.9.9", 1)
     )
+    # -S is for this process; what doctor starts finds its packages by PYTHONPATH too.
     done = python("-c", UNFIT, path=f"{environment}{os.pathsep}{wheel}")
-    assert done.stderr.count("[llamafactory_ddm] NOT ACTIVE: llamafactory 9.9.9 is not supported") == 1
-    assert "refused:" in done.stdout
+    reason = "llamafactory 9.9.9 is not supported, which is >=0.9.4,<0.9.7"
+    assert done.stderr.count(f"[llamafactory_ddm] NOT ACTIVE: {reason}") == 1
+    assert done.stdout.count(f"refused: stage: ddm needs llamafactory-ddm, which is not active: {reason}") == 2
+    assert f"\nNOT ACTIVE: {reason}" in done.stdout
+    assert "doctor: 1" in done.stdout
+
+
+STUB = {
+    "__init__": "",
+    "hparams/__init__": "",
+    "hparams/parser": "import torch\nFinetuningArguments = object\nprint('parsed by', torch.__name__)",
+    "train/__init__": "",
+    "train/tuner": "import importlib.util, sys\ndef run_exp():\n"
+    "    print([importlib.util.find_spec(n) for n in ('diffusion', 'integration', 'cli')], sys.argv[1:])",
+}
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """A package llamafactory that is nothing like upstream's, and its folder."""
+    for name, text in STUB.items():
+        path = tmp_path / "stub" / "llamafactory" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "stub"
+
+
+def test_an_upstream_of_another_structure(stub):
+    """Once with torch imported first, as upstream does, and once by the parser itself."""
+    package = ROOT / "src"
+    path = {"PYTHONPATH": f"{stub}{os.pathsep}{package}"}
+    done = run("-c", "import torch, llamafactory.hparams.parser", program=sys.executable, env=path)
+    assert "parsed by torch" in done.stdout
+    assert done.stderr.count("[llamafactory_ddm] NOT ACTIVE: llamafactory.hparams.parser has no function") == 1
+    assert done.stderr.count("NOT ACTIVE") == 1
+    done = run("-c", "import llamafactory.hparams.parser", program=sys.executable, env=path)
+    assert "parsed by torch" in done.stdout
+    assert done.stderr.count("NOT ACTIVE: llamafactory.hparams.parser was imported before torch") == 1
+
+
+def test_our_modules_are_not_top_level_ones_in_torchruns_children(stub, tmp_path):
+    """Python puts the launcher's own folder on the path; and the parent may have found the package in its folder."""
+    launcher = ROOT / "src" / "llamafactory_ddm" / "_launcher.py"
+    done = subprocess.run(
+        [sys.executable, "-S", str(launcher), "x.yaml", "a=b"],
+        env={**os.environ, **QUIET, **OFF, "PYTHONPATH": str(stub)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "[None, None, None] ['x.yaml', 'a=b']", done.stderr
 
 
 def test_a_failure_in_the_plugin_never_breaks_torch(tmp_path, wheel):

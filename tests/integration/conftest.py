@@ -1,4 +1,4 @@
-"""A training run in memory."""
+"""A training run in memory, and upstream's parser as the plugin leaves it."""
 
 import pytest
 
@@ -68,5 +68,46 @@ def make_trainer(tmp_path):
             eval_dataset=evaluation,
             data_collator=stack,
         )
+
+    return build
+
+
+@pytest.fixture
+def upstream():
+    """Upstream's parser and tuner with the patches applied, and the patches; afterwards all is as it was before."""
+    import sys
+
+    import llamafactory.hparams.parser as parser
+    import llamafactory.train.tuner as tuner
+
+    from llamafactory_ddm.integration import patches
+
+    applied = {target.partition(":")[0] for target, _ in patches._applied}
+    patches.undo()
+    patches.after_parser(parser)
+    yield parser, tuner, patches
+    patches.undo()
+    if parser.__name__ in applied:
+        patches.after_parser(parser)
+        applied.remove(parser.__name__)
+    for name in applied & set(sys.modules):
+        patches.apply(name)
+
+
+@pytest.fixture
+def basic(tmp_path):
+    """Return a function that gives the least arguments of a training run of stage: ddm, and more."""
+
+    def build(**keys):
+        return {
+            "model_name_or_path": "nowhere",
+            "stage": "ddm",
+            "do_train": True,
+            "finetuning_type": "full",
+            "dataset": "x",
+            "output_dir": str(tmp_path / "out"),
+            "report_to": "none",
+            **keys,
+        }
 
     return build

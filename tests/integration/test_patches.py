@@ -1,223 +1,290 @@
 """The patch table, in this process: applied to upstream's real modules and undone again."""
 
-import copy
+import ast
+import importlib
+import inspect
 import multiprocessing
-import pickle
+import os
+import subprocess
 import sys
+from dataclasses import make_dataclass
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-
-@pytest.fixture
-def upstream():
-    """Upstream's parser and tuner with the patches applied; afterwards everything is as it was."""
-    import llamafactory.hparams.parser as parser
-    import llamafactory.train.tuner as tuner
-
-    from llamafactory_ddm.integration import patches
-
-    was_active = patches.is_active()
-    if not was_active:
-        patches.after_parser(parser)
-    yield parser, tuner, patches
-    if patches.is_active() and not was_active:
-        patches.undo()
-    if was_active and not patches.is_active():
-        patches.after_parser(parser)
-
-
-def picture(parser, tuner):
-    import llamafactory.hparams
-    from llamafactory.extras.constants import TRAINING_STAGES
-
-    names = ("_parse_args", "_parse_train_args", "get_train_args", "get_infer_args")
-    return {
-        "functions": [getattr(parser, n) for n in names],
-        "bound": [llamafactory.hparams.get_train_args, tuner.get_train_args, tuner.run_pt, tuner.run_sft],
-        "lists": [list(parser._TRAIN_ARGS), list(parser._INFER_ARGS), list(parser._EVAL_ARGS)],
-        "labels": dict(TRAINING_STAGES),
-    }
-
-
-def basic(tmp_path, **keys):
-    return {
-        "model_name_or_path": "nowhere",
-        "stage": "ddm",
-        "do_train": True,
-        "finetuning_type": "full",
-        "dataset": "x",
-        "output_dir": str(tmp_path / "out"),
-        "report_to": "none",
-        **keys,
-    }
-
-
-def test_applied_once_and_undone_to_the_last_name(upstream):
-    parser, tuner, patches = upstream
-    patches._patch_tuner()
-    active = picture(parser, tuner)
-    patches.after_parser(parser)
-    assert picture(parser, tuner) == active
-    patches.undo()
-    assert not patches.is_active()
-    plain = picture(parser, tuner)
-    assert "Diffusion Adaptation" not in plain["labels"]
-    assert all(f.__module__.startswith("llamafactory.") and not hasattr(f, "__wrapped__") for f in plain["functions"])
-    assert all(not hasattr(f, "__wrapped__") for f in plain["bound"])
-    assert parser.FinetuningArguments in plain["lists"][0]
-    patches.after_parser(parser)
-    patches._patch_tuner()
-    again = picture(parser, tuner)
-    assert again["labels"] == active["labels"]
-    assert again["lists"] == active["lists"]
-    assert all(hasattr(f, "__wrapped__") for f in again["bound"])
-
-
-def test_our_stage_rides_on_its_base_and_keeps_its_keys(upstream, tmp_path):
-    parser, _, _ = upstream
-    _, data_args, training_args, finetuning_args, generating_args = parser.get_train_args(
-        basic(tmp_path, mask_token=7, anneal_steps=5, do_predict=True, dataset="x")
-    )
-    assert (finetuning_args.stage, finetuning_args.diffusion_stage) == ("pt", "ddm")
-    assert (finetuning_args.mask_token, finetuning_args.anneal_steps) == (7, 5)
-    assert training_args.do_predict
-    assert data_args.packing
-    assert finetuning_args.generating_args is generating_args
-    assert finetuning_args.to_dict()["stage"] == "ddm"
-    twin = pickle.loads(pickle.dumps(finetuning_args))
-    assert (twin.diffusion_stage, twin.anneal_steps) == ("ddm", 5)
-    assert copy.deepcopy(finetuning_args).diffusion_stage == "ddm"
-
-
-def test_command_line_words_work_as_a_dict_does(upstream, tmp_path):
-    parser, _, _ = upstream
-    words = [
-        w for key, value in basic(tmp_path, anneal_steps=5, shift="false").items() for w in (f"--{key}", str(value))
-    ]
-    finetuning_args = parser.get_train_args(words)[3]
-    assert (finetuning_args.diffusion_stage, finetuning_args.anneal_steps, finetuning_args.shift) == ("ddm", 5, False)
-
-
-def test_generation_needs_no_data_set(upstream, tmp_path):
-    parser, _, _ = upstream
-    keys = basic(tmp_path, do_predict=True)
-    del keys["do_train"], keys["dataset"]
-    training_args = parser.get_train_args(keys)[2]
-    assert training_args.do_predict and not training_args.do_train
-
-
-def test_other_stages_are_untouched(upstream, tmp_path):
-    parser, _, _ = upstream
-    finetuning_args = parser.get_train_args(basic(tmp_path, stage="sft", finetuning_type="lora"))[3]
-    assert (finetuning_args.stage, finetuning_args.diffusion_stage) == ("sft", None)
-    with pytest.raises(ValueError, match="predict_with_generate"):
-        parser.get_train_args(basic(tmp_path, stage="sft", finetuning_type="lora", do_predict=True))
-
-
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ({"anneal_step": 5}, "unknown key 'anneal_step', did you mean 'anneal_steps'"),
-        ({"learning_rat": 5}, "unknown key 'learning_rat', did you mean 'learning_rate'"),
-        ({"stage": "dmd"}, "stage must be one of .*did you mean 'ddm'"),
-        ({"stage": "pt", "anneal_steps": 5}, "anneal_steps belong to the diffusion stages"),
-        ({"loss_norm": "token"}, "did you mean 'tokens'"),
-        ({"diffusion_steps": 0}, "diffusion_steps must be at least 1"),
-        ({"uniform_ratio": 2}, r"uniform_ratio must lie in \[0, 1\]"),
-        ({"finetuning_type": "lora"}, "supports finetuning_type full, got lora"),
-        ({"use_unsloth": True}, "use_unsloth: True does not work with stage: ddm"),
-        ({"enable_liger_kernel": True}, "enable_liger_kernel: True does not work"),
-        ({"shift_attn": True}, "shift_attn: True does not work"),
-        ({"mixture_of_depths": "convert"}, "mixture_of_depths: convert does not work"),
-        ({"use_kt": True}, "use_kt: True does not work"),
-        ({"neat_packing": True}, "neat_packing: True does not work"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: 0.1 does not work"),
-        ({"use_hyper_parallel": True}, "use_hyper_parallel: True does not work"),
-    ],
+MODULES = (
+    "llamafactory.hparams.parser",
+    "llamafactory.hparams",
+    "llamafactory.train.tuner",
+    "llamafactory.train.pt",
+    "llamafactory.train.sft",
+    "llamafactory.extras.constants",
+    "llamafactory.extras.env",
+    "llamafactory.v1.launcher",
+    "llamafactory.hparams.finetuning_args",
 )
-def test_wrong_keys(upstream, tmp_path, keys, words):
-    parser, _, _ = upstream
+
+
+def picture():
+    """Every name of upstream that the table could touch, by identity, and the content of lists and dicts."""
+    seen = {}
+    for path in MODULES:
+        for name, value in vars(importlib.import_module(path)).items():
+            if not name.startswith("__"):
+                seen[path, name] = (id(value), repr(value) if isinstance(value, (list, dict)) else None)
+    from llamafactory.hparams import FinetuningArguments
+
+    return {**seen, "post_init": id(FinetuningArguments.__post_init__)}
+
+
+def apply_all(parser, patches):
+    patches.after_parser(parser)
+    for name in {patch.module for patch in patches.PATCHES}:
+        importlib.import_module(name)
+        patches.apply(name)
+
+
+def test_undone_to_the_last_name_and_applied_once(upstream):
+    parser, _, patches = upstream
+    for name in MODULES:
+        importlib.import_module(name)
+    patches.undo()
+    plain = picture()
+    apply_all(parser, patches)
+    active = picture()
+    # 0.9.4's v1 launcher has imported print_env by name.
+    changed = {key for key in plain if plain[key] != active[key]} - {("llamafactory.v1.launcher", "print_env")}
+    assert changed == {
+        *{("llamafactory.hparams.parser", f"_{kind}_ARGS") for kind in ("TRAIN", "INFER", "EVAL")},
+        *{("llamafactory.hparams.parser", name) for name in ("_parse_args", "_parse_train_args")},
+        *{(m, f"get_{kind}_args") for m in MODULES[:3] for kind in ("train", "infer")},
+        *{("llamafactory.train.tuner", name) for name in ("run_pt", "run_sft")},
+        ("llamafactory.extras.constants", "TRAINING_STAGES"),
+        ("llamafactory.extras.env", "print_env"),
+        ("llamafactory.v1.launcher", "launch"),
+    }
+    in_place = {key for key in changed if plain[key][1] is not None}
+    assert len(in_place) == 4 and all(plain[key][0] == active[key][0] for key in in_place)
+    apply_all(parser, patches)
+    assert picture() == active
+    patches.undo()
+    assert picture() == plain
+    assert not patches.is_active()
+
+
+def test_every_row_says_why_and_on_what_it_was_tried(upstream):
+    patches = upstream[2]
+    table = (Path(__file__).parents[2] / "docs" / "patches.md").read_text(encoding="utf-8")
+    for patch in patches.PATCHES:
+        assert patch.why and patch.checked
+        name = patch.target.removeprefix("llamafactory.").replace(":", ".")
+        assert f"| `{name}` |" in table
+
+
+def test_names_bound_by_other_modules_follow(upstream):
+    """Also those outside of upstream, such as a script that was there before the plugin."""
+    parser, _, patches = upstream
+    patches.undo()
+    script = ModuleType("a_script_of_the_user")
+    script.get_train_args = parser.get_train_args
+    sys.modules[script.__name__] = script
+    try:
+        patches.after_parser(parser)
+        assert script.get_train_args is parser.get_train_args
+        patches.undo()
+        assert script.get_train_args is parser.get_train_args
+        assert not hasattr(script.get_train_args, "__wrapped__")
+    finally:
+        del sys.modules[script.__name__]
+
+
+def test_a_failure_halfway_leaves_nothing_behind_but_the_refusal(upstream, monkeypatch):
+    parser, _, patches = upstream
+    patches.undo()
+    plain = picture()
+
+    def fail(original):
+        raise OSError("broken\nhalfway")
+
+    rows = [
+        patches.Patch(row.target, fail, row.why) if row.target.endswith("TRAINING_STAGES") else row
+        for row in patches.PATCHES
+    ]
+    monkeypatch.setattr(patches, "PATCHES", tuple(rows))
+    with pytest.raises(OSError, match="broken"):
+        patches.after_parser(parser)
+    assert (patches.is_active(), patches.status()) == (False, "broken halfway")
+    assert {key for key, value in picture().items() if value != plain[key]} == {"post_init"}
+    monkeypatch.undo()
+    patches.after_parser(parser)
+    assert patches.is_active()
+
+
+def test_an_upstream_that_does_not_fit_refuses_our_stage_and_no_other(upstream, basic, monkeypatch):
+    """Upstream itself never looks at the stage when it chats, serves or exports."""
+    parser, _, patches = upstream
+    patches.undo()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9.9")
+    with pytest.raises(patches.IncompatibleUpstream, match=r"llamafactory 9\.9\.9 is not supported"):
+        patches.after_parser(parser)
+    words = r"stage: ddm needs llamafactory-ddm, which is not active: llamafactory 9\.9\.9 is not supported"
+    inference = {"model_name_or_path": "nowhere", "finetuning_type": "full"}
     with pytest.raises(ValueError, match=words):
-        parser.get_train_args(basic(tmp_path, **keys))
-    assert not (tmp_path / "out").exists()
+        parser.get_infer_args({**inference, "stage": "ddm"})
+    with pytest.raises(ValueError, match=words):
+        parser.get_train_args(basic(anneal_steps=3))
+    assert parser.get_infer_args(inference)[2].stage == "sft"
+    assert parser.get_train_args(basic(stage="pt"))[3].stage == "pt"
 
 
-def test_a_misspelt_word_on_the_command_line(upstream, tmp_path):
-    parser, _, _ = upstream
-    with pytest.raises(ValueError, match="unknown key 'anneal_step', did you mean 'anneal_steps'"):
-        parser.get_train_args(["--stage", "ddm", "--anneal_step", "3", "--output_dir", str(tmp_path)])
+def test_run_pt_dispatches_by_stage(upstream, basic, monkeypatch):
+    parser, tuner, _ = upstream
+    from llamafactory.train import pt
 
-
-@pytest.mark.parametrize("name", ["USE_MCA", "USE_V1"])
-def test_environment_variables_that_lead_elsewhere(upstream, tmp_path, monkeypatch, name):
-    parser, _, _ = upstream
-    monkeypatch.setenv(name, "1")
-    with pytest.raises(ValueError, match=f"{name}=1 selects .*; unset {name}"):
-        parser.get_train_args(basic(tmp_path))
-
-
-def test_chat_and_export_say_what_to_do(upstream):
-    parser, _, _ = upstream
-    keys = {"model_name_or_path": "nowhere", "stage": "ddm", "finetuning_type": "full"}
-    with pytest.raises(ValueError, match="do_predict: true"):
-        parser.get_infer_args(keys)
-    with pytest.raises(ValueError, match="nothing to export"):
-        parser.get_infer_args({**keys, "export_dir": "x"})
-    assert parser.get_infer_args({**keys, "stage": "sft"})[2].stage == "sft"
-
-
-def test_an_autoregressive_stage_on_a_diffusion_model_is_warned_of(upstream, tmp_path, caplog):
-    parser, _, _ = upstream
-    (tmp_path / "diffusion_config.json").write_text("{}")
-    parser.get_train_args(basic(tmp_path, stage="pt", model_name_or_path=str(tmp_path)))
-    assert "is a diffusion model" in caplog.text
-
-
-def test_run_pt_dispatches_by_stage(upstream, tmp_path, monkeypatch):
-    parser, tuner, patches = upstream
     from llamafactory_ddm.integration import stages
 
-    calls = []
-    patches._patch_tuner()
-    parsed = parser.get_train_args(basic(tmp_path))
+    calls, parsed = [], parser.get_train_args(basic())
     monkeypatch.setattr(stages.Stage, "load_runner", lambda self: lambda *args: calls.append((self.name, args)))
     model_args, data_args, training_args, finetuning_args, generating_args = parsed
     tuner.run_pt(model_args, data_args, training_args, finetuning_args, ["callback"])
     assert calls == [("ddm", (model_args, data_args, training_args, finetuning_args, generating_args, ["callback"]))]
+    assert pt.run_pt is inspect.unwrap(tuner.run_pt)
+
+
+def test_run_exp_keeps_upstreams_prelude_for_our_runner(upstream, basic, monkeypatch):
+    _, tuner, _ = upstream
+    from llamafactory_ddm.integration import stages
+
+    calls = []
+    monkeypatch.setattr(stages.Stage, "load_runner", lambda self: lambda *args: calls.append(args))
+    tuner.run_exp(basic(temperature=0.3))
+    ((*_, finetuning_args, generating_args, callbacks),) = calls
+    assert (finetuning_args.diffusion_stage, generating_args.temperature) == ("ddm", 0.3)
+    assert [type(c).__name__ for c in callbacks] == ["LogCallback", "ReporterCallback"]
+
+
+def test_other_stages_reach_their_own_runner(upstream, basic, monkeypatch):
+    parser, tuner, patches = upstream
+    patches.undo()
+    calls = []
+    monkeypatch.setattr(tuner, "run_pt", lambda *args: calls.append(args))
+    patches.after_parser(parser)
+    tuner.run_exp(basic(stage="pt"))
+    assert [(len(args), args[3].stage, args[3].diffusion_stage) for args in calls] == [(5, "pt", None)]
+    patches.undo()
 
 
 @pytest.mark.parametrize("version", ["0.9.3", "0.9.7", "1.0.0", "0.9.7.dev0"])
-def test_an_unsupported_upstream_is_named(upstream, monkeypatch, version):
+def test_an_unsupported_version_is_named(upstream, monkeypatch, version):
     parser, _, patches = upstream
-    monkeypatch.setattr(patches.metadata, "version", lambda name: version)
+    patches.undo()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     assert f"llamafactory {version} is not supported" in patches.incompatibilities(parser)[0]
 
 
-@pytest.mark.parametrize("version", ["0.9.4", "0.9.5", "0.9.6.dev0"])
+@pytest.mark.parametrize("version", ["0.9.4", "0.9.5", "0.9.6.dev0", None])
 def test_supported_versions(upstream, monkeypatch, version):
+    """None: a source tree, which has no metadata."""
+    from importlib.metadata import PackageNotFoundError
+
+    def answer(name):
+        if version is None:
+            raise PackageNotFoundError(name)
+        return version
+
     parser, _, patches = upstream
     patches.undo()
-    monkeypatch.setattr(patches.metadata, "version", lambda name: version)
+    monkeypatch.setattr("importlib.metadata.version", answer)
     assert patches.incompatibilities(parser) == []
 
 
-def test_a_changed_upstream_is_noticed(upstream, monkeypatch):
+def inlined(args=None):
+    """As if upstream had moved the parsing into the function, which then never calls what is replaced."""
+    return args
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("_parse_args", lambda words: None, "llamafactory.hparams.parser._parse_args has changed"),
+        ("get_train_args", inlined, "llamafactory.hparams.parser.get_train_args has changed"),
+        ("_parse_train_args", inlined, "llamafactory.hparams.parser._parse_train_args has changed"),
+        ("read_args", None, "llamafactory.hparams.parser has no function read_args"),
+        ("_TRAIN_ARGS", [], "llamafactory.hparams.parser._TRAIN_ARGS has changed"),
+        (
+            "FinetuningArguments",
+            make_dataclass("FinetuningArguments", [("stage", str)]),
+            "the stages of llamafactory's FinetuningArguments have changed",
+        ),
+        ("_INFER_ARGS", [make_dataclass("Rival", [("shift", bool)])], "llamafactory's Rival has keys of ours: shift"),
+        ("_NEW_ARGS", [make_dataclass("Rival", [("shift", bool)])], "llamafactory's Rival has keys of ours: shift"),
+    ],
+)
+def test_a_changed_parser_is_noticed(upstream, monkeypatch, name, value, problem):
     parser, _, patches = upstream
     patches.undo()
-    monkeypatch.setattr(parser, "_parse_args", lambda words: None)
-    assert patches.incompatibilities(parser) == ["llamafactory.hparams.parser._parse_args has changed"]
+    monkeypatch.setattr(parser, name, value, raising=False)
+    assert patches.incompatibilities(parser) == [problem]
     with pytest.raises(patches.IncompatibleUpstream):
         patches.after_parser(parser)
-    assert patches.status() == "llamafactory.hparams.parser._parse_args has changed"
+    assert patches.status() == problem
 
 
-def test_a_key_that_upstream_took_is_noticed(upstream, monkeypatch):
-    from dataclasses import make_dataclass
-
-    parser, _, patches = upstream
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("run_pt(", "run_pretraining(", "llamafactory's _training_function does not call run_pt"),
+        ("get_train_args(", "parse(", "llamafactory's _training_function does not call get_train_args"),
+        ("def _training_function", "def train", "llamafactory's _training_function does not call run_pt"),
+        ("run_sft(model_args, data_args", "run_sft(data_args, model_args", "calls run_sft with other arguments"),
+        ("import os", "import os os", "tuner.py cannot be read"),
+        (None, None, "tuner.py cannot be read"),
+    ],
+)
+def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new, problem):
+    parser, tuner, patches = upstream
     patches.undo()
-    monkeypatch.setattr(parser, "_INFER_ARGS", [make_dataclass("Rival", [("shift", bool)])])
-    assert patches.incompatibilities(parser) == ["llamafactory's Rival has keys of ours: shift"]
+    for folder in ("hparams", "train"):
+        (tmp_path / folder).mkdir()
+    if old is not None:
+        source = inspect.getsource(tuner)
+        assert old in source and ast.parse(source)
+        (tmp_path / "train" / "tuner.py").write_text(source.replace(old, new), encoding="utf-8")
+    monkeypatch.setattr(parser, "__file__", str(tmp_path / "hparams" / "parser.py"))
+    assert problem in patches.incompatibilities(parser)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["train", "ours.yaml"], True),
+        (["train", "theirs.yaml"], False),
+        (["train", "theirs.yaml", "stage=ddm"], True),
+        (["train", "--stage", "ddm"], True),
+        (["train", "--output_dir", "ddm"], False),
+        (["train", "ours.json"], True),
+        (["train", "missing.yaml"], False),
+    ],
+)
+def test_the_v1_launcher_is_kept_from_our_stage(upstream, monkeypatch, tmp_path, words, refused):
+    patches = upstream[2]
+    launcher = importlib.import_module("llamafactory.v1.launcher")
+    patches.undo("llamafactory.v1.launcher")
+    monkeypatch.setattr(launcher, "launch", lambda: "v1")
+    patches.after_v1_launcher(launcher)
+    (tmp_path / "ours.yaml").write_text("model: x\nstage: 'ddm'  # diffusion\n")
+    (tmp_path / "theirs.yaml").write_text("model: x\n# stage: ddm\nname: 'stage: ddm'\n")
+    (tmp_path / "ours.json").write_text('{"model": "x",\n "stage": "ddm"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("USE_V1", "1")
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", *words])
+    if refused:
+        with pytest.raises(ValueError, match="USE_V1=1 selects LLaMA-Factory's v1 trainer"):
+            launcher.launch()
+    else:
+        assert launcher.launch() == "v1"
+    patches.undo("llamafactory.v1.launcher")
 
 
 def in_a_child(queue):
@@ -238,17 +305,24 @@ def test_a_spawned_process_is_patched_even_when_the_parser_is_loaded_already():
     child.join()
 
 
+IMPORT = """
+import sys
+before = list(sys.meta_path)
+import llamafactory_ddm, llamafactory_ddm.cli, llamafactory_ddm._autoload, llamafactory_ddm._launcher
+assert sys.meta_path == before
+assert not {"llamafactory", "torch", "transformers"} & set(sys.modules), "an import that should not be"
+import llamafactory_ddm.diffusion
+assert sys.meta_path == before and "llamafactory" not in sys.modules
+print(llamafactory_ddm.__version__)
+"""
+
+
 def test_importing_the_package_changes_nothing():
-    import subprocess
-
-    words = (
-        "import sys; before = list(sys.meta_path); import llamafactory_ddm, llamafactory_ddm.diffusion;"
-        "assert 'llamafactory' not in sys.modules; print(llamafactory_ddm.__version__)"
-    )
-    environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    import os
-
     done = subprocess.run(
-        [sys.executable, "-c", words], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", IMPORT],
+        env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.stdout.strip()
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr

@@ -12,15 +12,20 @@ from typing import Any, Literal, get_args, get_type_hints
 from llamafactory.hparams.finetuning_args import FinetuningArguments
 
 from .arguments import DiffusionArguments
-from .stages import STAGES
+from .stages import STAGES, requested_stage
 
 UPSTREAM_STAGES: tuple[str, ...] = get_args(get_type_hints(FinetuningArguments)["stage"])
 _STAGES = (*UPSTREAM_STAGES, *STAGES)
 # Environment variables that send upstream down another path, where `stage` would train autoregressively.
-_ENVIRONMENT = {"USE_MCA": "Megatron", "USE_V1": "LLaMA-Factory's v1 trainer"}
+_ENVIRONMENT = {
+    "USE_MCA": "Megatron",
+    "USE_MEGATRON_BRIDGE": "Megatron Bridge",
+    "USE_V1": "LLaMA-Factory's v1 trainer",
+}
 # Keys that stage: ddm cannot honour -> why.
 _REFUSED = {
     "use_mca": "Megatron trains autoregressively only",
+    "use_megatron_bridge": "Megatron trains autoregressively only",
     "use_hyper_parallel": "its trainer is autoregressive",
     "use_unsloth": "its kernels are causal",
     "use_unsloth_gc": "its kernels are causal",
@@ -29,6 +34,9 @@ _REFUSED = {
     "shift_attn": "S^2 attention is causal",
     "mixture_of_depths": "its routing is causal",
     "neat_packing": "its masks are causal",
+    "use_dft_loss": "it is a loss of autoregressive training",
+    "use_asft_loss": "it is a loss of autoregressive training",
+    "use_eaft_loss": "it is a loss of autoregressive training",
     "label_smoothing_factor": "the diffusion loss is a likelihood bound, which smoothing would falsify",
 }
 
@@ -57,6 +65,7 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
         self.diffusion_stage: str | None = None
         self.resume_requested: Any = None
         self.generating_args: Any = None
+        self.hidden: dict[str, Any] = {}
         if self.stage not in _STAGES:
             raise ValueError(
                 f"stage must be one of {', '.join(_STAGES)}, got {self.stage!r}{nearest(str(self.stage), _STAGES)}"
@@ -86,21 +95,10 @@ def nearest(word: str, known: Any) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def requested_stage(args: Any) -> str | None:
-    """Return the stage that raw arguments ask for: a dict, or a list of command-line words."""
-    if isinstance(args, dict):
-        return args.get("stage")
-    words = list(args or ())
-    for place, word in enumerate(words):
-        if word == "--stage" and place + 1 < len(words):
-            return str(words[place + 1])
-        if str(word).startswith("--stage="):
-            return str(word).partition("=")[2]
-    return None
-
-
 def check_keys(parser: Any, args: Any) -> None:
     """Check that every key is known to one of the parser's dataclasses.
+
+    Words of the command line are checked for our stages alone: argparse lets the others abbreviate.
 
     Raises:
         ValueError: listing each unknown key with the nearest known one.
@@ -108,6 +106,8 @@ def check_keys(parser: Any, args: Any) -> None:
     known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
     if isinstance(args, dict):
         given = [str(key) for key in args]
+    elif requested_stage(args) not in STAGES:
+        return
     else:
         given = [str(w)[2:].partition("=")[0] for w in args or () if str(w).startswith("--")]
         given = [g.replace("-", "_") for g in given if g not in ("help",)]

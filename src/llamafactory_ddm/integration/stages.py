@@ -47,6 +47,21 @@ def register(stage: Stage) -> None:
     STAGES[stage.name] = stage
 
 
+def requested_stage(args: Any) -> str | None:
+    """Return the stage that raw arguments ask for: a dict, or a list of command-line words, of which the last wins."""
+    if isinstance(args, dict):
+        stage = args.get("stage")
+        return stage if isinstance(stage, str) else None
+    words = [str(word) for word in args or ()]
+    asked = None
+    for place, word in enumerate(words):
+        if word == "--stage" and place + 1 < len(words):
+            asked = words[place + 1]
+        elif word.startswith("--stage="):
+            asked = word.partition("=")[2]
+    return asked
+
+
 register(
     Stage(
         name="ddm",

@@ -1,0 +1,111 @@
+"""Whether the LLaMA-Factory that is installed looks as the patches need it; asked before anything is changed."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import fields, is_dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args, get_type_hints
+
+from packaging.version import Version
+
+from .arguments import DiffusionArguments
+
+SUPPORTED = ("0.9.4", "0.9.7")  # from, up to but not including
+# Function of hparams.parser -> its parameters, and the functions that it must look up by name, as those are replaced.
+_FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
+    "_parse_args": (["parser", "args", "allow_extra_keys"], []),
+    "_parse_train_args": (["args"], ["_parse_args"]),
+    "get_train_args": (["args"], ["_parse_train_args"]),
+    "get_infer_args": (["args"], []),
+    "read_args": (["args"], []),
+}
+_PARSED = ["ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments"]
+# What _training_function hands to run_pt and run_sft, of which the dispatcher takes these by place.
+_FIRST, _LAST = ["model_args", "data_args", "training_args", "finetuning_args"], "callbacks"
+
+
+class IncompatibleUpstream(RuntimeError):
+    """The LLaMA-Factory that is installed does not look as the patches need it."""
+
+
+def incompatibilities(parser: ModuleType) -> list[str]:
+    """Return what keeps this LLaMA-Factory from being patched; empty if nothing does.
+
+    Args:
+        parser: llamafactory.hparams.parser, unpatched.
+    """
+    version = _version()
+    low, high = SUPPORTED
+    if not Version(low) <= Version(Version(version).base_version) < Version(high):
+        return [
+            f"llamafactory {version} is not supported, which is >={low},<{high}: pip install "
+            f"'llamafactory>={low},<{high}'"
+        ]
+    return [*_changed_functions(parser), *_changed_arguments(parser), *_changed_dispatch(parser)]
+
+
+def _version() -> str:
+    try:
+        return metadata.version("llamafactory")
+    except metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
+        return str(import_module("llamafactory.extras.env").VERSION)
+
+
+def _changed_functions(parser: ModuleType) -> list[str]:
+    problems = []
+    for name, (words, calls) in _FUNCTIONS.items():
+        function = getattr(parser, name, None)
+        if not inspect.isfunction(function):
+            problems.append(f"llamafactory.hparams.parser has no function {name}")
+        elif list(inspect.signature(function).parameters)[: len(words)] != words or not set(calls) <= set(
+            inspect.unwrap(function).__code__.co_names
+        ):
+            problems.append(f"llamafactory.hparams.parser.{name} has changed")
+    return problems
+
+
+def _changed_arguments(parser: ModuleType) -> list[str]:
+    upstream: Any = getattr(parser, "FinetuningArguments", None)
+    if upstream is None or not {"pt", "sft"} <= set(get_args(get_type_hints(upstream).get("stage"))):
+        return ["the stages of llamafactory's FinetuningArguments have changed"]
+    problems = []
+    if [kind.__name__ for kind in getattr(parser, "_TRAIN_ARGS", ())] != _PARSED:
+        problems.append("llamafactory.hparams.parser._TRAIN_ARGS has changed")
+    ours = {f.name for f in fields(DiffusionArguments)}
+    lists: list[list[Any]] = [
+        value for name, value in vars(parser).items() if name.endswith("_ARGS") and isinstance(value, list)
+    ]
+    for kind in dict.fromkeys(kind for kinds in lists for kind in kinds):
+        taken = ours & {f.name for f in fields(kind)} if is_dataclass(kind) else set()
+        if taken:
+            problems.append(f"llamafactory's {kind.__name__} has keys of ours: {', '.join(sorted(taken))}")
+    return problems
+
+
+def _changed_dispatch(parser: ModuleType) -> list[str]:
+    """Check how `_training_function` calls the stages, in its source: importing train.tuner is slow."""
+    path = Path(inspect.getfile(parser)).parents[1] / "train" / "tuner.py"
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        return [f"{path} cannot be read ({error})"]
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_training_function"]
+    calls: dict[str, list[str]] = {}
+    for node in ast.walk(found[0]) if found else ():
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            calls[node.func.id] = [a.id if isinstance(a, ast.Name) else "?" for a in node.args]
+    problems = [
+        f"llamafactory's _training_function does not call {name}"
+        for name in ("run_pt", "run_sft", "get_train_args")
+        if name not in calls
+    ]
+    problems += [
+        f"llamafactory's _training_function calls {name} with other arguments"
+        for name in ("run_pt", "run_sft")
+        if name in calls and (calls[name][:4] != _FIRST or calls[name][-1] != _LAST)
+    ]
+    return problems

@@ -1,0 +1,195 @@
+"""What stands in for upstream's functions: each takes the original and returns its replacement."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from .stages import STAGES, requested_stage
+
+_HIDDEN = ("do_predict", "predict_with_generate")
+
+
+def checked_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the keys before upstream's parser sees them."""
+
+    @functools.wraps(original)
+    def _parse_args(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
+        from .hparams import check_keys
+
+        args = sys.modules["llamafactory.hparams.parser"].read_args(args)
+        if not allow_extra_keys:
+            check_keys(parser, args)
+        return original(parser, args, allow_extra_keys)
+
+    return _parse_args
+
+
+def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the keys of our stages together, and hide from get_train_args what it would want a data set for."""
+
+    @functools.wraps(original)
+    def _parse_train_args(args: Any = None) -> Any:
+        from .hparams import check_together
+
+        parsed = original(args)
+        model_args, data_args, training_args, finetuning_args, generating_args = parsed
+        if finetuning_args.diffusion_stage is not None:
+            check_together(finetuning_args, model_args, data_args, training_args)
+            finetuning_args.generating_args = generating_args
+            if data_args.packing and finetuning_args.stage == "pt":
+                # Upstream takes one token off for sft's packing, and pt never gives it back: rows have cutoff_len
+                # tokens.
+                data_args.cutoff_len += 1
+            finetuning_args.resume_requested = training_args.resume_from_checkpoint
+            # Upstream's checks want a data set, and packages of its own metrics; generation needs neither.
+            # get_train_args puts them back.
+            finetuning_args.hidden = {key: getattr(training_args, key) for key in _HIDDEN}
+            for key in _HIDDEN:
+                setattr(training_args, key, False)
+        return parsed
+
+    return _parse_train_args
+
+
+def dispatching_get_train_args(original: Callable[..., Any], rebind_tuner: Callable[[], None]) -> Callable[..., Any]:
+    """Refuse other trainers for our stages, put back what was hidden, and prepare the dispatch."""
+
+    @functools.wraps(original)
+    def get_train_args(args: Any = None) -> Any:
+        from .hparams import check_environment
+
+        args = sys.modules["llamafactory.hparams.parser"].read_args(args)
+        # Before parsing, as another trainer may need packages; and after, as argparse takes --stag for --stage.
+        if requested_stage(args) in STAGES:
+            check_environment()
+        parsed = original(args)
+        model_args, _, training_args, finetuning_args, _ = parsed
+        if finetuning_args.diffusion_stage is None:
+            warn_of_diffusion_model(model_args.model_name_or_path, f"stage: {finetuning_args.stage}")
+        else:
+            check_environment()
+            for key, value in finetuning_args.hidden.items():
+                setattr(training_args, key, value)
+        rebind_tuner()
+        return parsed
+
+    return get_train_args
+
+
+def refusing_get_infer_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse our stages where upstream would generate autoregressively."""
+
+    @functools.wraps(original)
+    def get_infer_args(args: Any = None) -> Any:
+        parsed = original(args)
+        model_args, _, finetuning_args, *_ = parsed
+        stage = finetuning_args.diffusion_stage
+        if stage is None:
+            warn_of_diffusion_model(model_args.model_name_or_path, "this command")
+        elif model_args.export_dir is not None:
+            raise ValueError(
+                f"there is nothing to export for stage: {stage}: its output_dir is a complete Hugging Face folder "
+                "already; copy it"
+            )
+        else:
+            raise ValueError(
+                f"this command does not serve stage: {stage}; generate with do_predict: true and llamafactory-cli "
+                "train"
+            )
+        return parsed
+
+    return get_infer_args
+
+
+def dispatching_run(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Hand our stages to their runner, and the others to the original."""
+
+    @functools.wraps(original)
+    def run(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any, *rest: Any) -> Any:
+        stage = STAGES.get(getattr(finetuning_args, "diffusion_stage", None) or "")
+        if stage is None:
+            return original(model_args, data_args, training_args, finetuning_args, *rest)
+        callbacks = rest[-1] if rest else None
+        return stage.load_runner()(
+            model_args, data_args, training_args, finetuning_args, finetuning_args.generating_args, callbacks
+        )
+
+    return run
+
+
+def telling_print_env(original: Callable[..., Any], status: Callable[[], str]) -> Callable[..., Any]:
+    """Say in `llamafactory-cli env` whether the plugin is active."""
+
+    @functools.wraps(original)
+    def print_env() -> None:
+        original()
+        __import__("llamafactory.hparams.parser")  # or the status would not be known yet
+        print(f"- `llamafactory-ddm` version: {__version__} ({status()})\n")  # noqa: T201
+
+    return print_env
+
+
+def refusing_v1_launch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a command line of ours before the v1 trainer, another program with other keys, reads it."""
+
+    @functools.wraps(original)
+    def launch() -> Any:
+        if _names_our_stage(sys.argv[1:]):
+            from .hparams import check_environment
+
+            check_environment()
+        return original()
+
+    return launch
+
+
+def refusing_post_init(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """Refuse our stages where the plugin is not active: upstream looks at `stage` in training alone."""
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        if getattr(self, "stage", None) in tuple(STAGES):
+            raise ValueError(f"stage: {self.stage} needs llamafactory-ddm, which is not active: {reason}")
+        original(self)
+
+    return __post_init__
+
+
+def with_our_keys(kinds: list[Any]) -> list[Any]:
+    """Return the dataclasses with upstream's FinetuningArguments exchanged for the one that has our keys too."""
+    from llamafactory.hparams.finetuning_args import FinetuningArguments
+
+    from .hparams import DiffusionFinetuningArguments
+
+    return [DiffusionFinetuningArguments if kind is FinetuningArguments else kind for kind in kinds]
+
+
+def with_our_labels(stages: dict[str, str]) -> dict[str, str]:
+    """Return LlamaBoard's table of stages with ours."""
+    return {**stages, **{stage.label: stage.name for stage in STAGES.values()}}
+
+
+def warn_of_diffusion_model(folder: str | None, what: str) -> None:
+    """Warn if `folder` is a model of ours, which `what` is about to treat as autoregressive."""
+    if folder is not None and (Path(folder) / "diffusion_config.json").is_file():
+        from llamafactory.extras import logging
+
+        logging.get_logger(f"llamafactory.{__name__}").warning_rank0(
+            f"{folder} is a diffusion model (it holds diffusion_config.json), but {what} treats it as autoregressive; "
+            f"use one of {', '.join(f'stage: {name}' for name in STAGES)} to go on with it as what it is."
+        )
+
+
+def _names_our_stage(words: list[str]) -> bool:
+    """Tell whether the command line says one of our stages itself or in a file that it names."""
+    if requested_stage(words) in STAGES or any(word == f"stage={name}" for word in words for name in STAGES):
+        return True
+    said = re.compile(rf"""^[\s{{,]*["']?stage["']?\s*:\s*["']?({"|".join(STAGES)})["']?\s*([,#}}]|$)""", re.M)
+    files = [Path(word) for word in words if word.endswith((".yaml", ".yml", ".json"))]
+    return any(f.is_file() and said.search(f.read_text(encoding="utf-8", errors="replace")) for f in files)
