@@ -59,8 +59,8 @@ def test_the_tokenizer_loses_nothing_and_splits_digits(texts):
     assert tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer.mask_token is None
     for text in texts["eval"][:100]:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("427")] == ["4", "2", "7"]
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("427", add_special_tokens=False)] == ["4", "2", "7"]
 
 
 def test_the_model_knows_the_corpus(texts):
@@ -71,7 +71,7 @@ def test_the_model_knows_the_corpus(texts):
     total = count = 0
     with torch.inference_mode():
         for text in texts["eval"][:60]:
-            ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(text)]])
+            ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(text, add_special_tokens=False)]])
             total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
     assert total / count < 0.8

@@ -17,6 +17,7 @@ SMALL = {
     "save_strategy": "no",
     "plot_loss": False,
     "cutoff_len": 32,
+    "packing": True,
     "anneal_steps": 0,
     "overwrite_cache": True,
 }

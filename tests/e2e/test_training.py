@@ -26,6 +26,7 @@ SMALL = (
     'save_strategy="no"',
     "plot_loss=false",
     "cutoff_len=32",
+    "packing=true",
     "anneal_steps=4",
     "disable_tqdm=true",
 )
