@@ -44,8 +44,6 @@ def main() -> None:
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # Rows of one text each then start with <|endoftext|>, which is what generation starts from.
-    config["add_bos_token"] = True
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from llamafactory.extras import logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.collators import start_token_id
 from ..diffusion.schedules import get_schedule
 from ..modeling.bidirectional import full_attention_mask
 from ..modeling.denoiser import ModelDenoiser
@@ -93,7 +94,7 @@ def _sample(
     x = torch.full((len(rows), length), config.mask_token_id, dtype=torch.int64, device=device)
     editable = torch.ones_like(x, dtype=torch.bool)
     if config.shift:
-        x[:, 0] = _start_id(tokenizer)
+        x[:, 0] = start_token_id(tokenizer)
         editable[:, 0] = False
     mask = full_attention_mask(
         model, batch=len(rows), length=length, is_padding=None, visible=None, dtype=model.dtype, device=device
@@ -116,16 +117,6 @@ def _sample(
     finally:
         denoiser.close()
     return output.sequences[:, int(config.shift) :]
-
-
-def _start_id(tokenizer: Any) -> int:
-    for name in ("bos_token_id", "eos_token_id"):
-        value = getattr(tokenizer, name)
-        if value is not None:
-            return int(value)
-    raise ValueError(
-        "with shift: true the first token is given, but the tokenizer has neither a bos nor an eos token to give"
-    )
 
 
 def _gather(texts: dict[int, str], world: int) -> dict[int, str]:

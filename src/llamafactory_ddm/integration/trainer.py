@@ -217,7 +217,8 @@ class DiffusionTrainer(CustomTrainer):
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - start
+            if self._clock is not None:  # else the clock starts at the next batch, after this
+                self._paused += time.perf_counter() - start
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a training log the diffusion's own figures since the last one."""

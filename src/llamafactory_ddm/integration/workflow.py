@@ -13,13 +13,14 @@ from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.trainer_utils import create_modelcard_and_push
 from transformers import DataCollatorWithPadding
 
+from ..data.collators import StartTokenCollator, start_token_id
 from ..diffusion.schedules import get_schedule
 from ..modeling.bidirectional import make_bidirectional
 from ..modeling.checkpoints import load_weights
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.mask_token import ResolvedMaskToken, add_mask_token, resolve_mask_token
 from ..modeling.objective import MaskedObjective
-from .checks import check_checkpoint_folders, check_data, check_lengths, datasets_explained
+from .checks import check_checkpoint_folders, check_data, check_lengths, datasets_explained, max_positions
 from .predict import generate_unconditionally
 from .resume import settle_resume
 from .trainer import DiffusionTrainer
@@ -66,7 +67,7 @@ def run_ddm(
         return
     loaded = _load_model(tokenizer, mask, config, model_args, finetuning_args, training_args)
     check_lengths(loaded.model, data_args, dataset_module)
-    trainer = _make_trainer(loaded, dataset_module, model_args, training_args, finetuning_args, callbacks)
+    trainer = _make_trainer(loaded, dataset_module, model_args, data_args, training_args, finetuning_args, callbacks)
     if training_args.do_train:
         check_data(trainer, data_args)
         _train(trainer, dataset_module, resume, finetuning_args)
@@ -172,6 +173,7 @@ def _make_trainer(
     loaded: LoadedModel,
     dataset_module: dict[str, Any],
     model_args: Any,
+    data_args: Any,
     training_args: Any,
     finetuning_args: Any,
     callbacks: list[Any] | None,
@@ -198,12 +200,19 @@ def _make_trainer(
         args=training_args,
         finetuning_args=finetuning_args,
         model_args=model_args,
-        data_collator=DataCollatorWithPadding(loaded.tokenizer),
+        data_collator=_make_collator(loaded, data_args),
         callbacks=callbacks,
         tokenizer=loaded.tokenizer,
         processor=None,
         **dataset_module,
     )
+
+
+def _make_collator(loaded: LoadedModel, data_args: Any) -> Any:
+    collator = DataCollatorWithPadding(loaded.tokenizer)
+    if data_args.packing or not loaded.diffusion_config.shift:
+        return collator
+    return StartTokenCollator(collator, start_token_id(loaded.tokenizer), max_positions(loaded.model))
 
 
 def _train(

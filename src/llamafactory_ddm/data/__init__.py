@@ -1,0 +1,1 @@
+"""Sequence formats and collators."""
