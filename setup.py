@@ -39,6 +39,7 @@ setup(
         "console_scripts": ["llamafactory-ddm = llamafactory_ddm.cli:main"],
     },
     extras_require={
+        "deepspeed": ["deepspeed>=0.14"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6.100",

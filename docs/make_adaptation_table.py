@@ -92,7 +92,7 @@ def table(arguments: argparse.Namespace) -> str:
 def main() -> None:
     """Read the command line, run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--variants", type=int, default=len(VARIANTS), help="only the first so many")

@@ -142,3 +142,28 @@ def test_diffullamas_own_inference_yaml_works(generate, checkpoint, tmp_path, sm
         diffusion_steps=8,
     )
     assert len(texts) == 3
+
+
+def test_resuming_another_process_is_an_error(train_small, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 1, "overwrite_output_dir": False}
+    out = train_small(tmp_path / "out", **keys)
+    with pytest.raises(ValueError, match="shift: False contradicts the checkpoint to resume from"):
+        train_small(out, **keys, resume_from_checkpoint=True, shift=False)
+    with pytest.raises(ValueError, match=r"mask_token: .* contradicts the checkpoint to resume from"):
+        train_small(out, **keys, resume_from_checkpoint=True, mask_token=9)
+
+
+def test_keys_of_autoregressive_generation_are_refused(generate, tmp_path):
+    with pytest.raises(ValueError, match=r"temperature belong to autoregressive generation .* use logits_temp"):
+        generate(tmp_path / "out", temperature=0.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_generation_needs_the_whole_model(generate, tmp_path):
+    from types import SimpleNamespace
+
+    from llamafactory_ddm.integration.checks import check_predict
+
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 and FSDP do not give"):
+        check_predict(SimpleNamespace(do_predict=True, fsdp="full_shard"), None)
+    check_predict(SimpleNamespace(do_predict=False, fsdp="full_shard"), None)

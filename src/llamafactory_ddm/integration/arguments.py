@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -173,7 +174,7 @@ def _integer(key: str, value: object, low: int, high: int | None) -> int:
     try:
         number = int(value)  # type: ignore[call-overload]
         whole = not isinstance(value, bool) and number == float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
         raise ValueError(f"{key} must be a whole number, got {value!r}")
@@ -189,7 +190,7 @@ def _number(key: str, value: object, least: float, most: float) -> float:
         number = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = float("nan")
-    if not least <= number <= most:
+    if not (math.isfinite(number) and least <= number <= most):
         raise ValueError(f"{key} must lie in [{least:g}, {most:g}], got {value!r}")
     return number
 

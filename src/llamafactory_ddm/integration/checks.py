@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetGenerationError
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..modeling.checkpoints import verify_checkpoint
 
@@ -75,21 +77,57 @@ def _names(data_args: Any) -> str:
     return ", ".join(name) if isinstance(name, (list, tuple)) else str(name)
 
 
-def check_lengths(model: Any, data_args: Any, dataset_module: dict[str, Any]) -> None:
-    """Check that rows fit the model's positions.
+def check_predict(training_args: Any, generating_args: Any) -> None:
+    """Refuse what generation cannot honour.
+
+    Raises:
+        ValueError: for sharded parameters, and for keys of autoregressive generation.
+    """
+    if not training_args.do_predict:
+        return
+    if is_deepspeed_zero3_enabled() or training_args.fsdp:
+        raise ValueError(
+            "do_predict needs the whole model in every process, which DeepSpeed ZeRO-3 and FSDP do not give; "
+            "generate in a run of its own, without deepspeed and fsdp"
+        )
+    if generating_args is None:
+        return
+    changed = [f.name for f in fields(generating_args) if getattr(generating_args, f.name) != _default_of(f)]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} belong to autoregressive generation and do nothing with stage: ddm; "
+            "use logits_temp, topp_temp, diffusion_steps and denoising_strategy, and cutoff_len for the length"
+        )
+
+
+def _default_of(spec: Any) -> Any:
+    return spec.default_factory() if spec.default is MISSING else spec.default
+
+
+def check_cutoff(config: Any, data_args: Any) -> None:
+    """Check that rows of cutoff_len fit the model's positions.
 
     Raises:
         ValueError: naming cutoff_len and the number of positions.
     """
-    limit = max_positions(model)
-    if limit is None:
-        return
-    if data_args.cutoff_len > limit:
+    limit = max_positions(config)
+    if limit is not None and data_args.cutoff_len > limit:
         raise ValueError(
             f"cutoff_len: {data_args.cutoff_len} exceeds the model's {limit} positions; "
             f"set cutoff_len: {limit} or less"
         )
+
+
+def check_rows(config: Any, data_args: Any, dataset_module: dict[str, Any]) -> None:
+    """Check that rows which were tokenised earlier fit the model's positions.
+
+    Raises:
+        ValueError: naming tokenized_path and the number of positions.
+    """
+    limit = max_positions(config)
     rows = dataset_module.get("train_dataset")
+    if limit is None:
+        return
     if data_args.tokenized_path is not None and rows is not None and not data_args.streaming and len(rows):
         length = len(rows[0]["input_ids"])
         if length > limit:
@@ -99,9 +137,9 @@ def check_lengths(model: Any, data_args: Any, dataset_module: dict[str, Any]) ->
             )
 
 
-def max_positions(model: Any) -> int | None:
-    """Return the longest sequence the model was built for, or None where its config does not say."""
-    config = model.config
+def max_positions(config: Any) -> int | None:
+    """Return the longest sequence a model of this config was built for, or None where it does not say."""
+    config = config.get_text_config()
     for name in ("n_positions", "max_position_embeddings"):
         value = getattr(config, name, None)
         if isinstance(value, int):

@@ -22,7 +22,7 @@ EVALUATION_SEED = 0
 _QUARTERS = 4
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate_bound(
     trainer: DiffusionTrainer, dataloader: DataLoader, *, description: str, prefix: str
 ) -> tuple[dict[str, float], int]:
@@ -38,6 +38,7 @@ def evaluate_bound(
     model = _prepared(trainer, dataloader)
     was_training = model.training
     model.eval()
+    trainer.probe(model)
     # Columns: bound, maskable tokens, then summed nll and masked tokens of each quarter.
     total = torch.zeros(2 + 2 * _QUARTERS, dtype=torch.float64)
     n_rows = 0
@@ -48,7 +49,7 @@ def evaluate_bound(
         rows = torch.arange(first, first + len(batch["input_ids"]))
         statistics = _row_statistics(trainer, model, batch, rows)
         gathered: Tensor = trainer.accelerator.gather_for_metrics(statistics.to(args.device))
-        total += gathered.double().sum(dim=0).cpu()
+        total += gathered.cpu().double().sum(dim=0)
         n_rows += len(gathered)
     model.train(was_training)
     if total[1] == 0:

@@ -33,6 +33,7 @@ _REFUSED = {
     "enable_liger_kernel": "its fused loss computes the autoregressive loss over all positions",
     "shift_attn": "S^2 attention is causal",
     "mixture_of_depths": "its routing is causal",
+    "compute_accuracy": "it measures next-token accuracy",
     "neat_packing": "its masks are causal",
     "use_dft_loss": "it is a loss of autoregressive training",
     "use_asft_loss": "it is a loss of autoregressive training",

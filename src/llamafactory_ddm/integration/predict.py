@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from ..data.collators import start_token_id
 from ..diffusion.schedules import get_schedule
-from ..modeling.bidirectional import full_attention_mask
+from ..modeling.bidirectional import full_attention_mask, probe_bidirectional
 from ..modeling.denoiser import ModelDenoiser
 from ..modeling.diffusion_config import DiffusionConfig
 from ..sampling.logits import LogitsConfig
 from ..sampling.loop import sample
 from ..sampling.strategies import get_strategy
+from .saving import explained
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 
@@ -53,7 +54,8 @@ def generate_unconditionally(
         )
     rank, world = training_args.process_index, training_args.world_size
     model = model.to(training_args.device).eval()
-    ordinals = torch.arange(rank, finetuning_args.num_samples, world)
+    probe_bidirectional(model)
+    ordinals = torch.arange(finetuning_args.num_samples)[rank::world]
     per_forward = training_args.per_device_eval_batch_size
     batches = ordinals.split(per_forward) if len(ordinals) else ()
     texts: dict[int, str] = {}
@@ -131,9 +133,12 @@ def write_predictions(path: Path, texts: list[str]) -> None:
     """Write one {"predict": text} a line, so that `path` is either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".jsonl.tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
-        for text in texts:
-            file.write(json.dumps({"predict": text}, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with explained(path.parent), open(scratch, "w", encoding="utf-8") as file:
+            for text in texts:
+                file.write(json.dumps({"predict": text}, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

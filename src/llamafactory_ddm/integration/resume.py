@@ -8,6 +8,7 @@ from typing import Any
 from llamafactory.extras import logging
 
 from ..modeling.checkpoints import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
+from ..modeling.diffusion_config import DiffusionConfig
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 
@@ -56,6 +57,22 @@ def settle_resume(training_args: Any, finetuning_args: Any) -> str | None:
         return None
     logger.info_rank0(f"Resuming from {best}.")
     return str(best)
+
+
+def check_resumed(config: DiffusionConfig, folder: str) -> None:
+    """Check that the run is the one that `folder` was saved by.
+
+    Raises:
+        ValueError: naming the key that differs, and both values.
+    """
+    stored = DiffusionConfig.load(folder)
+    for key in ("mask_token", "mask_token_id", "shift", "noise_schedule", "noise_process", "uniform_ratio"):
+        here, there = getattr(config, key), getattr(stored, key)
+        if here != there:
+            raise ValueError(
+                f"{key}: {here} contradicts the checkpoint to resume from, {folder}, which says {key}: {there}; "
+                f"set {key} as it was, or choose another output_dir"
+            )
 
 
 def _is_true(value: Any) -> bool:

@@ -44,16 +44,36 @@ def published_together(folder: str | Path, *, last: str) -> Iterator[Path]:
         shutil.rmtree(stale, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
     try:
-        yield scratch
-        _flush(scratch)
-        _move(scratch, target, last)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"could not save to {target}: {error}. Free some space or choose another output_dir; "
-            "checkpoints saved earlier are complete, and resume_from_checkpoint: true continues from the last of them."
-        ) from error
+        with explained(target):
+            yield scratch
+            _flush(scratch)
+            _move(scratch, target, last)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+class CouldNotSave(OSError):
+    """A file could not be written; the message names the folder and the cure."""
+
+
+@contextmanager
+def explained(folder: str | Path) -> Iterator[None]:
+    """Turn what a full disk raises, of which torch and safetensors have their own kinds, into one error with a cure.
+
+    Raises:
+        CouldNotSave: naming `folder`.
+    """
+    try:
+        yield
+    except CouldNotSave:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "file" not in str(error):
+            raise
+        raise CouldNotSave(
+            f"could not save to {folder}: {error}. Free some space or choose another output_dir; "
+            "checkpoints saved earlier are complete, and resume_from_checkpoint: true continues from the last of them."
+        ) from error
 
 
 def _flush(scratch: Path) -> None:

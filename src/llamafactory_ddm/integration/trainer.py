@@ -21,7 +21,7 @@ from ..modeling.denoiser import RowSelectingHead
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.objective import MaskedObjective
 from .evaluation import evaluate_bound
-from .saving import published_together
+from .saving import explained, published_together
 
 
 class DiffusionTrainer(CustomTrainer):
@@ -60,6 +60,8 @@ class DiffusionTrainer(CustomTrainer):
         self._probed = False
         self._mask_key: tuple[Any, ...] | None = None
         self._mask: Any = None
+        self._visible_key: tuple[int, int] | None = None
+        self._visible = torch.empty(0)
         self._nll: Tensor | None = None
         self._counts = torch.zeros(3, dtype=torch.int64)  # masked, maskable, tokens since the last log
         self._clock: float | None = None
@@ -83,7 +85,7 @@ class DiffusionTrainer(CustomTrainer):
             The noised micro-batches, and the loss's denominator summed over all of them and over ranks.
         """
         if self._clock is None:
-            self._clock = time.perf_counter()
+            self._clock, self._paused = time.perf_counter(), 0.0
         batches: list[dict[str, Any]] = []
         total = torch.zeros((), dtype=torch.int64)
         for micro in range(num_batches):
@@ -92,6 +94,8 @@ class DiffusionTrainer(CustomTrainer):
             except StopIteration:
                 break
             inputs, share = self._noise(clean, micro)
+            if device.type == "cuda":  # pinned copies do not make the host wait
+                inputs = {key: value.pin_memory().to(device, non_blocking=True) for key, value in inputs.items()}
             batches.append(inputs)
             total += share
         if not batches:
@@ -121,7 +125,8 @@ class DiffusionTrainer(CustomTrainer):
             "input_ids": batch.z_t,
             "head_rows": batch.head_rows,
             "targets": batch.targets,
-            "weight": batch.weight,
+            # As bits: DeepSpeed would round every floating input to half precision on its way to the device.
+            "weight_bits": batch.weight.view(torch.int32),
         }
         if is_padding is not None:
             inputs["is_padding"] = is_padding
@@ -132,6 +137,11 @@ class DiffusionTrainer(CustomTrainer):
     def attention_ratio(self, step: int) -> float:
         """Return the share of future keys visible at optimiser step `step`, at least what the checkpoint reached."""
         return max(self.diffusion_config.attention_ratio, annealing_ratio(step, self.anneal_steps))
+
+    def reached_ratio(self) -> float:
+        """Return the share of future keys that the last finished step saw."""
+        steps = self.state.global_step
+        return self.attention_ratio(steps - 1) if steps else self.diffusion_config.attention_ratio
 
     def compute_loss(
         self,
@@ -146,17 +156,26 @@ class DiffusionTrainer(CustomTrainer):
                 "the trainer was called outside its training loop; use evaluate() for the evidence bound"
             )
         z_t = inputs["input_ids"]
-        if not self._probed:
-            probe_bidirectional(getattr(model, "_orig_mod", model), inner=self.model)
-            self._probed = True
+        self.probe(model)
         mask = self._attention_mask(z_t, inputs.get("is_padding"))
         with self._head.only(inputs["head_rows"]):
             output = model(input_ids=z_t, attention_mask=mask, use_cache=False)
         logits = output.logits.reshape(-1, output.logits.shape[-1])
-        loss, nll = self.objective.loss(logits, inputs["targets"], inputs["weight"], num_items_in_batch)
+        weight = inputs["weight_bits"].view(torch.float32)
+        loss, nll = self.objective.loss(logits, inputs["targets"], weight, num_items_in_batch)
         self._nll = nll if self._nll is None else self._nll + nll
         loss = loss * self.args.world_size  # gradients are averaged over ranks, the denominator is their sum
         return (loss, output) if return_outputs else loss
+
+    def probe(self, model: Any) -> None:
+        """Prove once that `model` attends in both directions.
+
+        Raises:
+            NotBidirectionalError: if it does not.
+        """
+        if not self._probed:
+            probe_bidirectional(getattr(model, "_orig_mod", model), inner=self.model)
+            self._probed = True
 
     def _attention_mask(self, z_t: Tensor, is_padding: Tensor | None) -> Any:
         """Return the forward's attention mask, built once an optimiser step where no padding makes batches differ."""
@@ -164,18 +183,22 @@ class DiffusionTrainer(CustomTrainer):
         draw = self.state.global_step if ratio < 1.0 else -1
         key = None if is_padding is not None else (draw, *z_t.shape)
         if key is None or key != self._mask_key:
-            length, device = z_t.shape[1], z_t.device
-            visible = None
-            if ratio < 1.0:
-                visible = annealed_visibility(length, ratio, seed=self.objective.seed, draw=draw, device=device)
+            visible = None if ratio == 1.0 else self._visibility(ratio, draw, z_t.shape[1], z_t.device)
             self._mask = self._full_attention_mask(z_t, is_padding, visible)
             self._mask_key = key
         return self._mask
 
+    def _visibility(self, ratio: float, draw: int, length: int, device: torch.device) -> Tensor:
+        """Return the step's matrix, drawn once for every micro-batch of one length."""
+        if self._visible_key != (draw, length):
+            self._visible = annealed_visibility(length, ratio, seed=self.objective.seed, draw=draw, device=device)
+            self._visible_key = (draw, length)
+        return self._visible
+
     def _full_attention_mask(self, z: Tensor, is_padding: Tensor | None, visible: Tensor | None = None) -> Any:
-        dtype = (
-            torch.get_autocast_dtype(z.device.type) if torch.is_autocast_enabled(z.device.type) else self.model.dtype
-        )
+        # Autocast is entered inside the prepared model's forward, so ask the accelerator what the queries will be.
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = half.get(str(self.accelerator.mixed_precision), self.model.dtype)
         return full_attention_mask(
             self.model,
             batch=z.shape[0],
@@ -217,8 +240,7 @@ class DiffusionTrainer(CustomTrainer):
         try:
             yield
         finally:
-            if self._clock is not None:  # else the clock starts at the next batch, after this
-                self._paused += time.perf_counter() - start
+            self._paused += time.perf_counter() - start
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a training log the diffusion's own figures since the last one."""
@@ -235,12 +257,10 @@ class DiffusionTrainer(CustomTrainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._pause():
+        with self._pause(), explained(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with published_together(output_dir or self.args.output_dir, last=FILE_NAME) as scratch:
             super()._save(str(scratch), state_dict=state_dict)
-            steps = self.state.global_step
-            ratio = self.attention_ratio(steps - 1) if steps else self.diffusion_config.attention_ratio
-            replace(self.diffusion_config, attention_ratio=ratio).save(scratch)
+            replace(self.diffusion_config, attention_ratio=self.reached_ratio()).save(scratch)

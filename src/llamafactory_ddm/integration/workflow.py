@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
-from llamafactory.model import load_model, load_tokenizer
+from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.train.trainer_utils import create_modelcard_and_push
 from transformers import DataCollatorWithPadding
 
 from ..data.collators import StartTokenCollator, start_token_id
 from ..diffusion.schedules import get_schedule
 from ..modeling.bidirectional import make_bidirectional
-from ..modeling.checkpoints import load_weights
+from ..modeling.checkpoints import load_weights, stored_dtype
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.mask_token import ResolvedMaskToken, add_mask_token, resolve_mask_token
 from ..modeling.objective import MaskedObjective
-from .checks import check_checkpoint_folders, check_data, check_lengths, datasets_explained, max_positions
+from .checks import (
+    check_checkpoint_folders,
+    check_cutoff,
+    check_data,
+    check_predict,
+    check_rows,
+    datasets_explained,
+    max_positions,
+)
 from .predict import generate_unconditionally
-from .resume import settle_resume
+from .resume import check_resumed, settle_resume
 from .trainer import DiffusionTrainer
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
@@ -52,9 +60,12 @@ def run_ddm(
         OSError: if a file is missing or cannot be written.
     """
     check_checkpoint_folders(model_args, finetuning_args)
+    check_predict(training_args, generating_args)
     resume = settle_resume(training_args, finetuning_args)
     tokenizer_module, config, mask = _load_tokenizer(model_args, finetuning_args, training_args)
     tokenizer = tokenizer_module["tokenizer"]
+    model_config = load_config(model_args)
+    check_cutoff(model_config, data_args)
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     dataset_module: dict[str, Any] = {}
     if training_args.do_train or training_args.do_eval or not training_args.do_predict:
@@ -66,7 +77,9 @@ def run_ddm(
         logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
         return
     loaded = _load_model(tokenizer, mask, config, model_args, finetuning_args, training_args)
-    check_lengths(loaded.model, data_args, dataset_module)
+    check_rows(model_config, data_args, dataset_module)
+    if resume is not None:
+        check_resumed(loaded.diffusion_config, resume)
     trainer = _make_trainer(loaded, dataset_module, model_args, data_args, training_args, finetuning_args, callbacks)
     if training_args.do_train:
         check_data(trainer, data_args)
@@ -79,7 +92,7 @@ def run_ddm(
         generate_unconditionally(
             trainer.model,
             tokenizer,
-            loaded.diffusion_config,
+            replace(loaded.diffusion_config, attention_ratio=trainer.reached_ratio()),
             length=data_args.cutoff_len,
             training_args=training_args,
             finetuning_args=finetuning_args,
@@ -153,6 +166,8 @@ def _load_model(
     add_mask_token(model, tokenizer, mask)
     checkpoint = finetuning_args.checkpoint_dir
     if checkpoint and not (Path(checkpoint) / "config.json").is_file():
+        if not training_args.do_train:  # training has set its own dtype
+            model.to(stored_dtype(checkpoint))
         load_weights(model, Path(checkpoint))
     make_bidirectional(model)
     if config is None:
@@ -191,6 +206,9 @@ def _make_trainer(
     )
     # The filter would hide a diverged loss behind the last good one, and costs a device synchronisation every step.
     training_args.logging_nan_inf_filter = False
+    if training_args.accelerator_config.dispatch_batches is None:
+        # A dispatcher would put streamed batches on the device, where noise is not drawn, and cut up the last one.
+        training_args.accelerator_config.dispatch_batches = False
     return DiffusionTrainer(
         objective=objective,
         diffusion_config=config,
@@ -212,7 +230,7 @@ def _make_collator(loaded: LoadedModel, data_args: Any) -> Any:
     collator = DataCollatorWithPadding(loaded.tokenizer)
     if data_args.packing or not loaded.diffusion_config.shift:
         return collator
-    return StartTokenCollator(collator, start_token_id(loaded.tokenizer), max_positions(loaded.model))
+    return StartTokenCollator(collator, start_token_id(loaded.tokenizer), max_positions(loaded.model.config))
 
 
 def _train(
@@ -223,7 +241,7 @@ def _train(
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
-    reached = trainer.attention_ratio(max(trainer.state.global_step - 1, 0))
+    reached = trainer.reached_ratio()
     if reached < 1.0:
         logger.warning_rank0(
             f"Training ended while attention was still annealing (ratio {reached:.3f}), but sampling and evaluation "

@@ -177,6 +177,19 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[
     return None, skipped
 
 
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """Return the floating dtype of the weights of `folder`, by its first file.
+
+    Raises:
+        BrokenCheckpointError: if a file is missing, truncated or holds no floating weights.
+    """
+    path = weight_files(Path(folder))[0]
+    for value in _read(path).values():
+        if value.is_floating_point():
+            return value.dtype
+    raise BrokenCheckpointError(f"{path} holds no floating-point weights")
+
+
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Load the weights of a folder into `model`; every key must match exactly.
 
