@@ -1,6 +1,6 @@
 """Print how a text comes out of noise, step by step: the trace in README.
 
-python docs/make_trace.py saves/tiny_gpt2/full/ddm --length 48 --steps 48 --show 8
+python docs/make_trace.py saves/tiny_gpt2/full/ddm --seed 42
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ def main() -> None:
     """Read the command line, sample and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--length", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--show", type=int, default=8, help="how many of the steps to print")
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--show", type=int, default=6, help="how many of the steps to print")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--strategy", default="low_confidence")
+    parser.add_argument("--temperature", type=float, default=1.0)
     arguments = parser.parse_args()
     config = DiffusionConfig.load(arguments.checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
@@ -55,8 +56,8 @@ def main() -> None:
         editable=editable,
         mask_id=config.mask_token_id,
         steps=arguments.steps,
-        strategy=get_strategy("random"),
-        logits=LogitsConfig(temperature=arguments.temperature, top_p=0.9),
+        strategy=get_strategy(arguments.strategy),
+        logits=LogitsConfig(temperature=arguments.temperature, top_p=0.95),
         seed=arguments.seed,
         rows=torch.tensor([0]),
         schedule=get_schedule(config.noise_schedule),

@@ -18,7 +18,7 @@ TRAINING = {
     "antithetic_time": False,  # the recipe says true
     "anneal_steps": 50,
 }
-SAMPLING = {"denoising_strategy": "low_confidence", "diffusion_steps": 9, "logits_temp": 0.1, "topp_temp": 0.05}
+SAMPLING = {"denoising_strategy": "random", "diffusion_steps": 9, "logits_temp": 0.1, "topp_temp": 0.05}
 ELSEWHERE = {"mask_token", "uniform_ratio", "eval_time_samples", "checkpoint_dir", "num_samples"}
 
 
