@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from llamafactory_ddm.integration import patches
+from llamafactory_ddm.integration import compatibility
 from llamafactory_ddm.integration.arguments import DiffusionArguments
 from support.cli import QUIET, ROOT, run
 
@@ -58,7 +58,7 @@ def test_glossary_files_exist():
 
 
 def test_supported_versions_agree():
-    low, high = patches.SUPPORTED
+    low, high = compatibility.SUPPORTED
     setup = (ROOT / "setup.py").read_text()
     assert f"llamafactory>={low},<{high}" in setup
     assert f"llamafactory >= {low}, < {high}" in README
