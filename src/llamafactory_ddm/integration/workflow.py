@@ -66,13 +66,7 @@ def run_ddm(
     tokenizer = tokenizer_module["tokenizer"]
     model_config = load_config(model_args)
     check_cutoff(model_config, data_args)
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    dataset_module: dict[str, Any] = {}
-    if training_args.do_train or training_args.do_eval or not training_args.do_predict:
-        with datasets_explained(data_args):
-            dataset_module = get_dataset(
-                template, model_args, data_args, training_args, stage="pt", **tokenizer_module
-            )
+    dataset_module = _load_data(tokenizer_module, model_args, data_args, training_args)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
         return
@@ -99,6 +93,20 @@ def run_ddm(
             has_data=data_args.dataset is not None or data_args.eval_dataset is not None,
         )
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+
+
+def _load_data(
+    tokenizer_module: dict[str, Any], model_args: Any, data_args: Any, training_args: Any
+) -> dict[str, Any]:
+    """Return upstream's `train_dataset` and `eval_dataset`; generation alone needs none."""
+    template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
+    if training_args.do_predict and not (training_args.do_train or training_args.do_eval):
+        return {}
+    with datasets_explained(data_args):
+        module: dict[str, Any] = get_dataset(
+            template, model_args, data_args, training_args, stage="pt", **tokenizer_module
+        )
+    return module
 
 
 def _load_tokenizer(
