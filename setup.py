@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"llamafactory_ddm": ["py.typed"]},
+    package_data={"llamafactory_ddm": ["py.typed", "sampling/*.html"]},
     install_requires=[
         # LLaMA-Factory imports torchaudio, whose last release (2.11) refuses another torch.
         "torch>=2.5,<2.12",
@@ -40,6 +40,8 @@ setup(
     },
     extras_require={
         "deepspeed": ["deepspeed>=0.14"],
+        # ROUGE of generated texts.
+        "eval": ["rouge-score>=0.1.2"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6.100",
@@ -49,6 +51,7 @@ setup(
             "types-PyYAML",
             "tensorboard>=2.15",
             "build>=1.2",
+            "rouge-score>=0.1.2",
         ],
     },
     classifiers=[

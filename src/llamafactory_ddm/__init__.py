@@ -1,5 +1,30 @@
 """Diffusion language models for LLaMA-Factory. Importing this package has no side effect."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from .generation import SamplingSettings, TextGenerator, load
+    from .sampling import EarlyStop, LogitsConfig
+
+__all__ = ["EarlyStop", "LogitsConfig", "SamplingSettings", "TextGenerator", "__version__", "load"]
+
+_HOMES = {
+    "EarlyStop": "sampling",
+    "LogitsConfig": "sampling",
+    "SamplingSettings": "generation",
+    "TextGenerator": "generation",
+    "load": "generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -29,14 +29,23 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in _FORWARDED:
         return forward(words)
+    if words and words[0] == "generate":
+        from .generate_command import main as generate
+
+        return generate(words[1:])
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm",
         description="Diffusion language models for LLaMA-Factory.",
-        epilog=f"{' | '.join(_FORWARDED)} work as with llamafactory-cli, also where TORCH_DEVICE_BACKEND_AUTOLOAD=0 "
+        epilog="generate --help says how to generate text with a model. "
+        f"{' | '.join(_FORWARDED)} work as with llamafactory-cli, also where TORCH_DEVICE_BACKEND_AUTOLOAD=0 "
         "keeps the plugin out of that.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=("doctor", *_FORWARDED), help="doctor: is the plugin active, and why not")
+    parser.add_argument(
+        "command",
+        choices=("doctor", "generate", *_FORWARDED),
+        help="doctor: is the plugin active, and why not; generate: text from a checkpoint",
+    )
     parser.parse_args(words)
     return doctor()
 

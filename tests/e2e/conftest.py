@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from support.cli import ROOT, train_here
+from support.cli import ABSENT, ROOT, train_here
 
 SMALL = {
     "max_steps": 3,
@@ -57,7 +57,12 @@ def generate(checkpoint):
 
     def predict(folder, **keys):
         small = {"model_name_or_path": checkpoint, "num_samples": 3, "diffusion_steps": 4, "cutoff_len": 12}
-        train_here("tiny_gpt2_inference.yaml", output_dir=folder, **{**small, **keys})
+        recipe = str(keys.pop("recipe", "tiny_gpt2_inference.yaml"))
+        given = {**small, **keys}
+        for key, twin in (("temperature", "logits_temp"), ("top_p", "topp_temp")):
+            if key in keys and twin not in keys:
+                given[twin] = ABSENT
+        train_here(recipe, output_dir=folder, **given)
         return [
             json.loads(line)["predict"] for line in (folder / "generated_predictions.jsonl").read_text().splitlines()
         ]

@@ -153,10 +153,52 @@ def test_resuming_another_process_is_an_error(train_small, tmp_path):
         train_small(out, **keys, resume_from_checkpoint=True, mask_token=9)
 
 
-def test_keys_of_autoregressive_generation_are_refused(generate, tmp_path):
-    with pytest.raises(ValueError, match=r"temperature belong to autoregressive generation .* use logits_temp"):
-        generate(tmp_path / "out", temperature=0.5)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"do_sample": False}, "do_sample: for the most probable tokens set logits_temp: 0"),
+        ({"num_beams": 4}, "num_beams: a diffusion model has no beams"),
+        ({"denoising_strategy": "topq"}, "denoising_strategy must be one of .* did you mean 'topk'"),
+        ({"diffusion_steps": 0}, "diffusion_steps must be at least 1"),
+        ({"diffusion_steps": 4, "block_length": 2}, "4 steps cannot finish 6 blocks"),
+        ({"cutoff_len": 1}, "cutoff_len: 1: .*at least 1 token"),
+        ({"confidence_threshold": 0.5}, "is read by denoising_strategy: confidence_threshold only"),
+        ({"entropy_bound": 3}, "is read by denoising_strategy: entropy_bound only"),
+        ({"guidance_scale": 2}, "needs a prompt to guide by, but generate_from is noise"),
+        ({"prefix_length": 4}, "prefix_length needs generate_from: prefix"),
+        ({"generate_from": "prompt"}, "generate_from: prompt does not go with stage: ddm"),
+        ({"generate_from": "prefix"}, "nothing to generate from: set eval_dataset"),
+        ({"suppress_tokens": "nonsuch"}, "'nonsuch' is neither a token of the vocabulary nor an id"),
+        ({"stage": "ddm-sft", "do_predict": False, "do_train": True, "dataset": "x"}, "ddm-sft generates only"),
+    ],
+)
+def test_keys_of_generation_that_do_not_fit(generate, tmp_path, keys, words):
+    with pytest.raises(ValueError, match=words):
+        generate(tmp_path / "out", **keys)
+    assert not (tmp_path / "out" / "generated_predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "keys", "words"),
+    [
+        (["A cat.", ""], {}, "text 1: the prompt is empty"),
+        (["A cat.", "A dog saw a cat. " * 9], {}, "text 1: its .* tokens leave no room within cutoff_len: 12"),
+        (["A cat.", "A <|mask|> cat."], {}, r"text 1: the text holds the mask token '<\|mask\|>'"),
+        (["A cat."], {"prefix_length": 10}, "text 0: it has .* tokens, so prefix_length: 10 leaves nothing"),
+        (["A cat."], {"max_new_tokens": 300}, "more than the model's 256 positions"),
+        (["A cat."], {"generate_from": "infill"}, "text 0: there is nothing to fill in"),
+        (["A <|infill:0|> cat."], {"generate_from": "infill"}, "leaves no room"),
+        (["A <|infill|> cat."], {"generate_from": "infill"}, "takes its length from the label, and there is none"),
+    ],
+)
+def test_prompts_that_cannot_be_used(generate, tmp_path, texts, keys, words):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    info = {"prompts": {"file_name": "prompts.jsonl", "columns": {"prompt": "text"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    keys = {"generate_from": "prefix", "eval_dataset": "prompts", "dataset_dir": tmp_path, **keys}
+    with pytest.raises(ValueError, match=words):
+        generate(tmp_path / "out", **keys)
+    assert not (tmp_path / "out" / "generated_predictions.jsonl").exists()
 
 
 def test_generation_needs_the_whole_model(generate, tmp_path):
@@ -165,5 +207,5 @@ def test_generation_needs_the_whole_model(generate, tmp_path):
     from llamafactory_ddm.integration.checks import check_predict
 
     with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 and FSDP do not give"):
-        check_predict(SimpleNamespace(do_predict=True, fsdp="full_shard"), None)
-    check_predict(SimpleNamespace(do_predict=False, fsdp="full_shard"), None)
+        check_predict(SimpleNamespace(do_predict=True, fsdp="full_shard"), frozenset())
+    check_predict(SimpleNamespace(do_predict=False, fsdp="full_shard"), frozenset({"num_beams"}))

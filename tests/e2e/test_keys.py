@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm.integration.arguments import DiffusionArguments
+from llamafactory_ddm.integration.sampling_arguments import UPSTREAM_KEYS
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import evaluations, history
 
@@ -18,12 +19,41 @@ TRAINING = {
     "antithetic_time": False,  # the recipe says true
     "anneal_steps": 50,
 }
-SAMPLING = {"denoising_strategy": "random", "diffusion_steps": 9, "logits_temp": 0.1, "topp_temp": 0.05}
-ELSEWHERE = {"mask_token", "uniform_ratio", "eval_time_samples", "checkpoint_dir", "num_samples"}
+# A key -> its value, and the keys without which it does nothing.
+SAMPLING = {
+    "denoising_strategy": ("random", {}),
+    "diffusion_steps": (9, {}),
+    "block_length": (3, {"diffusion_steps": 12}),
+    "logits_temp": (0.1, {}),
+    "topp_temp": (0.05, {}),
+    "guidance_scale": (3.0, {"generate_from": "prefix", "prefix_length": 4}),
+    "suppress_tokens": ("10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,<|endoftext|>", {}),
+    "confidence_threshold": (0.01, {"denoising_strategy": "confidence_threshold", "diffusion_steps": 12}),
+    "entropy_bound": (30.0, {"denoising_strategy": "entropy_bound", "diffusion_steps": 12}),
+    "stable_steps": (1, {"stable_entropy": 100.0, "diffusion_steps": 12}),
+    "stable_entropy": (100.0, {"stable_steps": 1, "diffusion_steps": 12}),
+    "prefix_length": (7, {"generate_from": "prefix", "prefix_length": 4}),
+    # Upstream's own keys.
+    "temperature": (0.1, {}),
+    "top_p": (0.05, {}),
+    "top_k": (1, {}),
+    "repetition_penalty": (50.0, {}),
+    "max_new_tokens": (3, {"generate_from": "prefix", "prefix_length": 4}),
+}
+ELSEWHERE = {
+    "mask_token",
+    "uniform_ratio",
+    "eval_time_samples",
+    "checkpoint_dir",
+    "num_samples",
+    "generate_from",
+    "save_trace",
+}
 
 
 def test_no_key_is_forgotten():
-    assert {f.name for f in dataclasses.fields(DiffusionArguments)} == {*TRAINING, *SAMPLING, *ELSEWHERE}
+    ours = {f.name for f in dataclasses.fields(DiffusionArguments)}
+    assert ours == {*TRAINING, *SAMPLING, *ELSEWHERE} - set(UPSTREAM_KEYS)
 
 
 @pytest.mark.parametrize("key", TRAINING)
@@ -51,10 +81,19 @@ def test_loss_norm_sequence(checkpoint, train_small, tmp_path):
 
 
 @pytest.mark.parametrize("key", SAMPLING)
-def test_sampling_keys(key, generate, tmp_path):
-    base = generate(tmp_path / "base")
-    assert generate(tmp_path / "again") == base
-    assert generate(tmp_path / "changed", **{key: SAMPLING[key]}) != base
+def test_sampling_keys(key, generate, small_data, tmp_path):
+    value, needed = SAMPLING[key]
+    keys = {**needed, "eval_dataset": "tiny_corpus_eval", "dataset_dir": small_data, "cutoff_len": 20}
+    base = generate(tmp_path / "base", **keys)
+    assert generate(tmp_path / "again", **keys) == base
+    assert generate(tmp_path / "changed", **{**keys, key: value}) != base
+
+
+def test_two_names_of_one_key(generate, tmp_path):
+    cold = generate(tmp_path / "cold", logits_temp=0.1, topp_temp=0.7)
+    assert generate(tmp_path / "same", logits_temp=0.1, temperature=0.1, topp_temp=0.7, top_p=0.7) == cold
+    with pytest.raises(ValueError, match=r"temperature: 0.2 and logits_temp: 0.1 mean the same and differ"):
+        generate(tmp_path / "out", logits_temp=0.1, temperature=0.2)
 
 
 def test_num_samples(generate, tmp_path):

@@ -69,4 +69,4 @@ def test_what_yaml_reads_as_text_is_understood(key, given, meant):
 
 
 def test_changed_keys_are_listed_in_order():
-    assert DiffusionArguments(num_samples=3, shift=False).changed_keys() == ["shift", "num_samples"]
+    assert DiffusionArguments(num_samples=3, shift=False).changed_keys() == ["num_samples", "shift"]

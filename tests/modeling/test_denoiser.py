@@ -1,9 +1,16 @@
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.denoiser import ModelDenoiser, RowSelectingHead, head_rows, predictable
-from support.tiny import LENGTH, Rows, tiny_model
+from support.tiny import LENGTH, VOCABULARY, Rows, tiny_model
+
+
+def copies(parts):
+    """Each part is valid only until the next is asked for."""
+    return [part.clone() for part in parts]
 
 
 def test_with_shift_position_zero_is_not_predictable():
@@ -22,10 +29,73 @@ def test_the_denoiser_gives_the_dense_logits_of_the_chosen_tokens(shift):
     dense = model(input_ids=z, use_cache=False).logits
     if shift:
         dense = torch.cat([dense[:, :1] * 0, dense[:, :-1]], dim=1)
-    denoiser = ModelDenoiser(model, shift=shift)
-    torch.testing.assert_close(denoiser(z, select), dense[select])
-    denoiser.close()
+    place = select.flatten().nonzero()[:, 0]
+    for rows_at_once in (1, 5, 1000):
+        denoiser = ModelDenoiser(model, shift=shift, elements_at_once=rows_at_once * VOCABULARY)
+        parts = copies(denoiser(z, place))
+        parts = copies(denoiser(z, place))  # the memory of the first call is used again
+        assert all(len(part) <= rows_at_once for part in parts)
+        torch.testing.assert_close(torch.cat(parts), dense[select])
+        denoiser.close()
     assert model(input_ids=z, use_cache=False).logits.shape == (3, LENGTH, model.config.vocab_size)
+
+
+def test_two_calls_at_a_time_do_not_share_their_memory():
+    """As guidance reads them: a part of one, a part of the other."""
+    model, one, two = tiny_model().eval(), Rows(2).ids, Rows(2, seed=1).ids
+    place = torch.arange(1, 2 * LENGTH)
+    denoiser = ModelDenoiser(model, shift=False, elements_at_once=6 * VOCABULARY)
+    pairs = [(a.clone(), b.clone()) for a, b in zip(denoiser(one, place), denoiser(two, place), strict=True)]
+    for column, z in enumerate((one, two)):
+        dense = model(input_ids=z, use_cache=False).logits.flatten(0, 1)[1:]
+        torch.testing.assert_close(torch.cat([pair[column] for pair in pairs]), dense)
+
+
+def test_a_model_that_changes_its_logits_is_not_taken_apart():
+    """The parts after the first are projected outside the model's forward, which must be found out."""
+    model, z = tiny_model().eval(), Rows(2).ids
+    model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits * 0.5))
+    dense = model(input_ids=z, use_cache=False).logits
+    place = torch.arange(2 * LENGTH)
+    parts = list(ModelDenoiser(model, shift=False, elements_at_once=4 * VOCABULARY)(z, place))
+    torch.testing.assert_close(torch.cat(parts), dense.flatten(0, 1))
+
+
+def test_soft_capped_logits_in_parts():
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+        sliding_window=4,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    model.lm_head.weight.data *= 50
+    make_bidirectional(model)
+    z = Rows(2).ids
+    place = torch.arange(2 * LENGTH)
+    whole = list(ModelDenoiser(model, shift=False)(z, place))
+    parts = copies(ModelDenoiser(model, shift=False, elements_at_once=7 * VOCABULARY)(z, place))
+    assert len(whole) == 1 and len(parts) == 5 and whole[0].abs().max() <= 0.5
+    torch.testing.assert_close(torch.cat(parts), whole[0])
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_padding_before_a_text_changes_nothing(shift):
+    model, text = tiny_model().eval(), Rows(1).ids[:, :9]
+    alone = torch.cat(list(ModelDenoiser(model, shift=shift)(text, torch.arange(1, 9))))
+    padded = torch.cat([torch.full((1, 5), 3), text], dim=1)
+    is_padding = torch.arange(14)[None] < 5
+    other = torch.cat([Rows(1, seed=1).ids[:, :14], padded])
+    both = torch.cat([torch.zeros_like(is_padding), is_padding])
+    denoiser = ModelDenoiser(model, shift=shift, is_padding=both)
+    torch.testing.assert_close(torch.cat(list(denoiser(other, 14 + 5 + torch.arange(1, 9)))), alone)
 
 
 def test_rows_apply_within_the_block_only_even_after_an_error():

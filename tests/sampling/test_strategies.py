@@ -1,10 +1,13 @@
 """Which positions the strategies commit, and the registry that holds them."""
 
+import math
+
 import pytest
 import torch
 from toy_sampling import MASK, LeftToRight, V, run, toy
 
-from llamafactory_ddm.sampling import LogitsConfig, get_strategy, register
+from llamafactory_ddm.diffusion.schedules import get_schedule
+from llamafactory_ddm.sampling import EarlyStop, LogitsConfig, get_strategy, register
 from llamafactory_ddm.sampling.strategies import RandomOrder
 
 
@@ -59,16 +62,16 @@ def test_low_confidence_ranks_by_the_models_own_confidence_under_greedy_filters(
 
 def test_a_strategy_that_leaves_positions_masked_is_an_error():
     x = torch.zeros(1, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"'left_to_right' left 1 positions masked after 2 steps"):
+    with pytest.raises(ValueError, match=r"'left_to_right' left 1 positions masked after its steps"):
         run(x, x == 0, steps=2, strategy=LeftToRight())
 
 
 def test_a_strategy_cannot_change_what_is_not_masked():
     class Greedy(LeftToRight):
-        def candidates(self, is_masked, step, plan):
-            return torch.ones_like(is_masked)
+        def candidates(self, turn):
+            return torch.ones_like(turn.is_masked)
 
-        def commit(self, candidate, confidence, step, plan):
+        def commit(self, turn, candidate, score):
             return torch.ones_like(candidate)
 
     x, editable = torch.tensor([[1, MASK, 3]]), torch.tensor([[False, False, True]])
@@ -82,3 +85,180 @@ def test_unknown_and_taken_strategies():
         get_strategy("low-confidence")
     with pytest.raises(ValueError, match="exists already"):
         register(RandomOrder())
+
+
+def certain(probabilities):
+    """A denoiser that gives token 2 the stated probability at each position, and shares the rest evenly."""
+
+    def denoiser(z, select):
+        p = torch.tensor(probabilities, dtype=torch.float64)[None, :, None].expand(len(z), -1, V).clone()
+        p = (1 - p) / (MASK - 1)
+        p[..., 2] = torch.tensor(probabilities, dtype=torch.float64)
+        return p.log().float()[select]
+
+    return denoiser
+
+
+def committed(probabilities, *, editable=None, **options):
+    x = torch.zeros(1, len(probabilities), dtype=torch.int64)
+    editable = x == 0 if editable is None else editable
+    return run(x, editable, denoiser=certain(probabilities), config=LogitsConfig(0.0), **options)
+
+
+def test_confidence_threshold_by_hand():
+    """All that reach 0.9 at once; then one at a time, the surest first."""
+    output = committed([0.95, 0.5, 0.91, 0.7, 0.3], steps=10, name="confidence_threshold")
+    assert output.committed.tolist() == [[0, 2, 0, 1, 3]]
+    assert (output.steps, output.forwards) == (4, 4)
+    loose = committed([0.95, 0.5, 0.91, 0.7, 0.3], steps=10, name="confidence_threshold", confidence_threshold=0.499)
+    assert loose.committed.tolist() == [[0, 0, 0, 0, 1]]
+
+
+def test_a_threshold_never_outlasts_the_steps():
+    output = committed([0.2, 0.3, 0.4, 0.5, 0.6, 0.7], steps=3, name="confidence_threshold")
+    assert output.committed.tolist() == [[2, 2, 1, 1, 0, 0]]
+
+
+def entropy_of(p):
+    rest = (1 - p) / (MASK - 1)
+    return -p * math.log(p) - (MASK - 1) * rest * math.log(rest)
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.5, 1.0, 2.5, 50.0])
+def test_entropy_bound_by_hand(bound):
+    """Of the positions in order of entropy the longest run in which all but the last stay within the bound."""
+    p = [0.97, 0.6, 0.9, 0.75, 0.4]
+    expected, left = [-1] * 5, list(range(5))
+    for step in range(5):
+        order = sorted(left, key=lambda i: entropy_of(p[i]))
+        chosen = [i for n, i in enumerate(order) if sum(entropy_of(p[j]) for j in order[:n]) <= bound + 1e-9]
+        for i in chosen:
+            expected[i] = step
+        left = [i for i in left if i not in chosen]
+        if not left:
+            break
+    assert committed(p, steps=9, name="entropy_bound", entropy_bound=bound).committed.tolist() == [expected]
+
+
+@pytest.mark.parametrize("name", ["margin", "entropy"])
+def test_margin_and_entropy_go_by_their_own_order(name):
+    """Position 0 has the larger top probability, position 1 the larger margin, position 2 the smallest entropy."""
+    p = torch.full((3, V), 1e-9, dtype=torch.float64)
+    p[0, :2] = torch.tensor([0.52, 0.48])
+    p[1, :11] = torch.tensor([0.45, *[0.055] * 10])
+    p[2, :3] = torch.tensor([0.50, 0.495, 0.005])
+    margins = [sorted(row)[-1] - sorted(row)[-2] for row in p[:, :MASK].tolist()]
+    entropies = [-sum(q * math.log(q) for q in row) for row in p[:, :MASK].tolist()]
+    keys = margins if name == "margin" else [-e for e in entropies]
+    order = sorted(range(3), key=lambda i: -keys[i])
+    x = torch.zeros(1, 3, dtype=torch.int64)
+    output = run(
+        x,
+        x == 0,
+        denoiser=lambda z, select: p.log().float()[None][select],
+        steps=3,
+        name=name,
+        config=LogitsConfig(0.0),
+    )
+    assert [order.index(i) for i in range(3)] == output.committed[0].tolist()
+
+
+def published_topk(n, steps, scores_at):
+    """DiffuLLaMA's decoding on one row, written out: `scores_at(step)` gives the score of each maskable position."""
+    is_masked, when = [True] * n, [None] * n
+    for step, t in enumerate(range(steps - 1, -1, -1)):
+        scores = scores_at(step)
+        k = int(torch.tensor(n * t, dtype=torch.float32) / steps)
+        cutoff = sorted(scores)[k] if k < n else math.inf
+        for i in range(n):
+            if is_masked[i] and not scores[i] < cutoff:
+                is_masked[i], when[i] = False, step
+    return when
+
+
+@pytest.mark.parametrize(("n", "steps"), [(7, 3), (10, 10), (5, 1), (9, 4), (12, 5)])
+def test_topk_follows_the_published_decoding(n, steps):
+    """Scores that change from step to step, so that decided positions take places of the k lowest."""
+    table = torch.rand(steps, n, generator=torch.Generator().manual_seed(n * steps)).double() * 0.8 + 0.1
+    calls = []
+
+    def denoiser(z, select):
+        assert bool(select[0, 1:].all()) and not bool(select[0, 0])  # decided ones are scored too
+        logits = torch.full((1, n + 1, V), -torch.inf, dtype=torch.float64)
+        p = torch.cat([torch.ones(1, dtype=torch.float64), table[len(calls)]])
+        logits[0, :, 2], logits[0, :, 3] = p.log(), (1 - p).log()
+        calls.append(1)
+        return logits.float()[select]
+
+    x = torch.zeros(1, n + 1, dtype=torch.int64)
+    editable = torch.ones_like(x, dtype=torch.bool)
+    editable[:, 0] = False
+    output = run(x, editable, denoiser=denoiser, steps=steps, name="topk", config=LogitsConfig(0.0))
+    scores = torch.maximum(table, 1 - table)
+    assert output.committed[0, 1:].tolist() == published_topk(n, steps, lambda step: scores[step].tolist())
+
+
+def test_topk_commits_ties_together():
+    output = committed([0.5] * 6, steps=3, name="topk")
+    assert output.committed.tolist() == [[0] * 6]  # none lies strictly below the cutoff
+
+
+@pytest.mark.parametrize("name", ["topk", "low_confidence"])
+def test_another_schedule_gives_its_own_pace(name):
+    """Cosine: alpha(3/4), alpha(1/2), alpha(1/4) of 100 tokens are revealed after three of four steps."""
+    p = torch.linspace(0.3, 0.9, 100).tolist()
+    output = committed(p, steps=4, name=name, schedule=get_schedule("cosine"))
+    done = [sum(c <= step for c in output.committed[0].tolist()) for step in range(4)]
+    expected = [100 * (1 - math.cos(math.pi / 2 * (1 - t))) for t in (0.75, 0.5, 0.25, 0.0)]
+    assert done == pytest.approx(expected, abs=1)
+
+
+def test_the_loop_stops_early_once_the_model_has_made_up_its_mind():
+    steady = [0.99, 0.98, 0.97, 0.96, 0.95, 0.94]
+    stop = EarlyStop(stable_steps=2, entropy=0.5)
+    output = committed(steady, steps=6, name="low_confidence", early_stop=stop)
+    # Guesses are seen in step 0, and stayed the same in steps 1 and 2, in which all that is left is committed.
+    assert output.committed.tolist() == [[0, 1, 2, 2, 2, 2]]
+    assert output.forwards == 3
+    unsure = committed(steady, steps=6, name="low_confidence", early_stop=EarlyStop(2, entropy=0.01))
+    assert unsure.committed.tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_a_guess_that_changes_puts_the_early_stop_off():
+    calls = []
+
+    def wavering(z, select):
+        logits = torch.full((1, 5, V), -50.0)
+        logits[..., 2] = 0.0
+        if len(calls) in (1, 2):
+            logits[0, 4, len(calls) + 2] = 9.0
+        calls.append(1)
+        return logits[select]
+
+    x = torch.zeros(1, 5, dtype=torch.int64)
+    output = run(
+        x,
+        x == 0,
+        denoiser=wavering,
+        steps=5,
+        strategy=LeftToRight(),
+        config=LogitsConfig(0.0),
+        early_stop=EarlyStop(1, entropy=1.0),
+    )
+    assert output.committed.tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(("values", "words"), [({"stable_steps": 0}, "stable_steps"), ({"entropy": -1.0}, "entropy")])
+def test_early_stop_out_of_range(values, words):
+    with pytest.raises(ValueError, match=words):
+        EarlyStop(**values)
+
+
+def test_a_strategy_gets_only_the_measures_that_it_names():
+    class Curious(LeftToRight):
+        def commit(self, turn, candidate, score):
+            return score("entropy") > 0
+
+    x = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="its measures do not name"):
+        run(x, x == 0, strategy=Curious())

@@ -21,12 +21,22 @@ def toy(z, select):
     return table[select]
 
 
+def by_selection(denoiser):
+    """Make of a function of a boolean selection what the sampler calls, which gets flat places."""
+
+    def call(z, place):
+        select = torch.zeros(z.numel(), dtype=torch.bool).index_fill(0, place, True).view_as(z)
+        return denoiser(z, select)
+
+    return call
+
+
 def run(x, editable, *, denoiser=toy, steps=5, name="random", config=None, seed=0, rows=None, **rest):
     rest.setdefault("strategy", STRATEGIES.get(name))
     rest.setdefault("mask_id", MASK)
     rest.setdefault("schedule", get_schedule("linear"))
     return sample(
-        denoiser,
+        by_selection(denoiser),
         x,
         editable=editable,
         steps=steps,
@@ -41,9 +51,10 @@ class LeftToRight:
     """The first masked position of each row."""
 
     name = "left_to_right"
+    measures = frozenset()
 
-    def candidates(self, is_masked, step, plan):
-        return is_masked & (is_masked.cumsum(dim=1) == 1)
+    def candidates(self, turn):
+        return turn.is_masked & (turn.is_masked.cumsum(dim=1) == 1)
 
-    def commit(self, candidate, confidence, step, plan):
+    def commit(self, turn, candidate, score):
         return candidate

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
+ABSENT = object()  # as an override: the key is taken out of the recipe
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -44,6 +45,7 @@ def train_here(recipe, **overrides):
     from llamafactory.train.tuner import run_exp
 
     config = OmegaConf.to_container(OmegaConf.load(ROOT / "examples" / recipe))
+    config = {key: value for key, value in config.items() if overrides.get(key) is not ABSENT}
     before = Path.cwd()
     os.chdir(ROOT)
     try:
@@ -52,7 +54,7 @@ def train_here(recipe, **overrides):
                 **config,
                 "disable_tqdm": True,
                 "use_cpu": True,
-                **{k: str(v) if isinstance(v, Path) else v for k, v in overrides.items()},
+                **{k: str(v) if isinstance(v, Path) else v for k, v in overrides.items() if v is not ABSENT},
             }
         )
     finally:

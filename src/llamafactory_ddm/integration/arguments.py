@@ -7,30 +7,30 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from . import sampling_arguments
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "noise_schedule": ("linear", "cosine"),
     "loss_weighting": ("elbo", "uniform"),
     "loss_norm": ("tokens", "masked", "sequence"),
-    "denoising_strategy": ("random", "low_confidence"),
+    **sampling_arguments.CHOICES,
 }
 # Inclusive bounds; None is unbounded.
 _INTEGERS: dict[str, tuple[int, int | None]] = {
     "anneal_steps": (0, None),
-    "diffusion_steps": (1, None),
-    "num_samples": (1, None),
     "eval_time_samples": (1, None),
+    **sampling_arguments.INTEGERS,
 }
 _NUMBERS: dict[str, tuple[float, float]] = {
     "uniform_ratio": (0.0, 1.0),
     "time_epsilon": (0.0, 0.5),
-    "logits_temp": (0.0, float("inf")),
-    "topp_temp": (0.0, 1.0),
+    **sampling_arguments.NUMBERS,
 }
-_BOOLEANS = ("shift", "antithetic_time")
+_BOOLEANS = ("shift", "antithetic_time", *sampling_arguments.BOOLEANS)
 
 
 @dataclass
-class DiffusionArguments:
+class DiffusionArguments(sampling_arguments.SamplingArguments):
     """Arguments of the diffusion stages; a key left at None takes what the checkpoint's diffusion_config.json says."""
 
     # An id may come as an int from YAML; the annotation is for the command line's parser, which takes one type.
@@ -108,26 +108,6 @@ class DiffusionArguments:
             )
         },
     )
-    denoising_strategy: str = field(
-        default="random",
-        metadata={"help": "Diffusion: which masked tokens a sampling step commits, random or low_confidence."},
-    )
-    diffusion_steps: int = field(
-        default=64,
-        metadata={"help": "Diffusion: number of denoising steps in sampling."},
-    )
-    logits_temp: float = field(
-        default=0.95,
-        metadata={"help": "Diffusion: sampling temperature; 0 takes the most probable token."},
-    )
-    topp_temp: float = field(
-        default=0.9,
-        metadata={"help": "Diffusion: nucleus mass of sampling, in (0, 1]; 1 keeps every token."},
-    )
-    num_samples: int = field(
-        default=8,
-        metadata={"help": "Diffusion: how many texts `do_predict` generates when it is given no data set."},
-    )
 
     def validate(self) -> None:
         """Check and coerce every key.
@@ -140,15 +120,15 @@ class DiffusionArguments:
             if value is not None and value not in choices:
                 raise ValueError(_unknown_choice(key, value, choices))
         for key, (low, high) in _INTEGERS.items():
-            setattr(self, key, _integer(key, getattr(self, key), low, high))
+            if getattr(self, key) is not None or _default(self.__dataclass_fields__[key]) is not None:
+                setattr(self, key, _integer(key, getattr(self, key), low, high))
         for key, (least, most) in _NUMBERS.items():
             if getattr(self, key) is not None:
                 setattr(self, key, _number(key, getattr(self, key), least, most))
         for key in _BOOLEANS:
             if not (getattr(self, key) is None and key == "shift"):
                 setattr(self, key, _boolean(key, getattr(self, key)))
-        if self.topp_temp == 0.0:
-            raise ValueError("topp_temp must lie in (0, 1], got 0; for the most probable token set logits_temp: 0")
+        self.check_sampling()
         if self.uniform_ratio:
             raise ValueError(
                 f"uniform_ratio: {self.uniform_ratio} asks for mixed noise, which this version does not train; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetGenerationError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ..modeling.attention_layers import max_positions
 from ..modeling.checkpoints import verify_checkpoint
 
 
@@ -33,6 +33,16 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
                 verify_checkpoint(path)
         elif key == "checkpoint_dir" or not _may_be_on_a_hub(folder):
             raise ValueError(f"{key}: {folder} is not a folder; check the path (it is relative to {Path.cwd()})")
+
+
+# Upstream's keys of autoregressive generation -> what to do in place of setting them.
+_AUTOREGRESSIVE = {
+    "do_sample": "for the most probable tokens set logits_temp: 0",
+    "num_beams": "a diffusion model has no beams",
+    "length_penalty": "a diffusion model has no beams",
+    "max_length": "set max_new_tokens, or cutoff_len for prompt and text together",
+    "skip_special_tokens": "special tokens are always left out",
+}
 
 
 @contextmanager
@@ -77,9 +87,12 @@ def _names(data_args: Any) -> str:
     return ", ".join(name) if isinstance(name, (list, tuple)) else str(name)
 
 
-def check_predict(training_args: Any, generating_args: Any) -> None:
+def check_predict(training_args: Any, given: frozenset[str]) -> None:
     """Refuse what generation cannot honour.
 
+    Args:
+        training_args: upstream's.
+        given: keys that the user wrote.
     Raises:
         ValueError: for sharded parameters, and for keys of autoregressive generation.
     """
@@ -90,18 +103,13 @@ def check_predict(training_args: Any, generating_args: Any) -> None:
             "do_predict needs the whole model in every process, which DeepSpeed ZeRO-3 and FSDP do not give; "
             "generate in a run of its own, without deepspeed and fsdp"
         )
-    if generating_args is None:
-        return
-    changed = [f.name for f in fields(generating_args) if getattr(generating_args, f.name) != _default_of(f)]
-    if changed:
+    refused = [key for key in _AUTOREGRESSIVE if key in given]
+    if refused:
         raise ValueError(
-            f"{', '.join(changed)} belong to autoregressive generation and do nothing with stage: ddm; "
-            "use logits_temp, topp_temp, diffusion_steps and denoising_strategy, and cutoff_len for the length"
+            f"{', '.join(refused)}: {_AUTOREGRESSIVE[refused[0]]}; a diffusion model reads denoising_strategy, "
+            "diffusion_steps, temperature (logits_temp), top_p (topp_temp), top_k, repetition_penalty and "
+            "max_new_tokens"
         )
-
-
-def _default_of(spec: Any) -> Any:
-    return spec.default_factory() if spec.default is MISSING else spec.default
 
 
 def check_cutoff(config: Any, data_args: Any) -> None:
@@ -135,16 +143,6 @@ def check_rows(config: Any, data_args: Any, dataset_module: dict[str, Any]) -> N
                 f"tokenized_path: {data_args.tokenized_path} holds rows of {length} tokens, more than the model's "
                 f"{limit} positions; prepare it again with cutoff_len: {limit} or less"
             )
-
-
-def max_positions(config: Any) -> int | None:
-    """Return the longest sequence a model of this config was built for, or None where it does not say."""
-    config = config.get_text_config()
-    for name in ("n_positions", "max_position_embeddings"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value
-    return None
 
 
 def check_data(trainer: Any, data_args: Any) -> None:

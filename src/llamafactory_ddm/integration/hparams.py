@@ -67,6 +67,7 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
         self.resume_requested: Any = None
         self.generating_args: Any = None
         self.hidden: dict[str, Any] = {}
+        self.given_keys: frozenset[str] = frozenset()
         if self.stage not in _STAGES:
             raise ValueError(
                 f"stage must be one of {', '.join(_STAGES)}, got {self.stage!r}{nearest(str(self.stage), _STAGES)}"
@@ -96,6 +97,14 @@ def nearest(word: str, known: Any) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def given_keys(args: Any) -> list[str]:
+    """Return the keys that the user wrote: those of a dict, or the options of a command line."""
+    if isinstance(args, dict):
+        return [str(key) for key in args]
+    given = [str(w)[2:].partition("=")[0] for w in args or () if str(w).startswith("--")]
+    return [g.replace("-", "_") for g in given if g not in ("help",)]
+
+
 def check_keys(parser: Any, args: Any) -> None:
     """Check that every key is known to one of the parser's dataclasses.
 
@@ -105,13 +114,10 @@ def check_keys(parser: Any, args: Any) -> None:
         ValueError: listing each unknown key with the nearest known one.
     """
     known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
-    if isinstance(args, dict):
-        given = [str(key) for key in args]
-    elif requested_stage(args) not in STAGES:
-        return
-    else:
-        given = [str(w)[2:].partition("=")[0] for w in args or () if str(w).startswith("--")]
-        given = [g.replace("-", "_") for g in given if g not in ("help",)]
+    given = given_keys(args)
+    if not isinstance(args, dict):
+        if requested_stage(args) not in STAGES:
+            return
         known |= {f"no_{name}" for name in known}
     unknown = [key for key in given if key not in known]
     if unknown:

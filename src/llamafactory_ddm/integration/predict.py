@@ -1,142 +1,314 @@
-"""Generation from YAML without a prompt: `do_predict: true`."""
+"""`do_predict: true`: texts are generated, written as they come, and measured."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from llamafactory.extras import logging
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.collators import start_token_id
-from ..diffusion.schedules import get_schedule
-from ..modeling.bidirectional import full_attention_mask, probe_bidirectional
-from ..modeling.denoiser import ModelDenoiser
-from ..modeling.diffusion_config import DiffusionConfig
-from ..sampling.logits import LogitsConfig
-from ..sampling.loop import sample
-from ..sampling.strategies import get_strategy
+from .._version import __version__
+from ..evaluation.metrics import exact_match, gsm8k_accuracy, rouge
+from ..generation import Generated, SamplingSettings, TextGenerator
+from ..modeling.checkpoints import weight_files
+from ..sampling.trace import Trace, write_html
+from .requests import Request
 from .saving import explained
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 
 FILE = "generated_predictions.jsonl"
+PAGE = "generated_predictions.html"
+_UNFINISHED = "generated_predictions.unfinished"
 _SHOWN = 3
 
 
-def generate_unconditionally(
-    model: Any,
-    tokenizer: Any,
-    config: DiffusionConfig,
+def generate_all(
+    generator: TextGenerator,
+    requests: Sequence[Request],
+    settings: SamplingSettings,
+    training_args: Any,
     *,
-    length: int,
-    training_args: Any,
-    finetuning_args: Any,
-    has_data: bool,
-) -> Path:
-    """Write `num_samples` generated texts to generated_predictions.jsonl in output_dir, and log the first few.
+    model_folder: str | None,
+    save_trace: bool,
+) -> dict[str, float]:
+    """Generate every request, shared out to the processes, and write the files of the run.
 
-    A text depends on `seed` and its own number only, not on the batch size or the number of processes.
+    A text depends on the seed and its own number only, not on the batch, the number of processes or an interruption:
+    what is done is kept in a folder beside the file, and a run of the same model, settings and requests goes on from
+    there. Files appear under their names when they are complete.
 
+    Args:
+        generator: the model.
+        requests: what to generate.
+        settings: how.
+        training_args: upstream's.
+        model_folder: where the weights lie, or None if they are not those of a file, so that nothing can be resumed.
+        save_trace: whether to write generated_predictions.html.
     Returns:
-        The file, complete once it has this name.
+        Metrics, with the prefix `predict_`.
+    Raises:
+        ValueError: if the settings do not fit the requests.
+        OSError: if a file cannot be written.
     """
-    if has_data:
-        logger.info_rank0("Generation starts from nothing but noise: the data set given is not used.")
-    if config.attention_ratio < 1.0:
-        logger.warning_rank0(
-            f"This model's attention was annealed to a ratio of {config.attention_ratio:.3f} only; "
-            "it generates with full attention."
-        )
     rank, world = training_args.process_index, training_args.world_size
-    model = model.to(training_args.device).eval()
-    probe_bidirectional(model)
-    ordinals = torch.arange(finetuning_args.num_samples)[rank::world]
-    per_forward = training_args.per_device_eval_batch_size
-    batches = ordinals.split(per_forward) if len(ordinals) else ()
-    texts: dict[int, str] = {}
-    bar = tqdm(
-        total=len(batches) * finetuning_args.diffusion_steps,
-        desc="Denoising",
-        disable=bool(training_args.disable_tqdm or rank),
-    )
-    with bar:
-        for rows in batches:
-            output = _sample(
-                model, tokenizer, config, length, rows.to(training_args.device), training_args, finetuning_args, bar
-            )
-            for row, ids in zip(rows.tolist(), output.tolist(), strict=True):
-                texts[row] = tokenizer.decode(ids, skip_special_tokens=True)
-    gathered = _gather(texts, world)
-    path = Path(training_args.output_dir) / FILE
-    if rank == 0:
-        write_predictions(path, [gathered[row] for row in sorted(gathered)])
-        for row in sorted(gathered)[:_SHOWN]:
-            logger.info_rank0(f"sample {row}:\n{gathered[row]}")
-        logger.info_rank0(f"{len(gathered)} generated texts are saved at {path}")
-    return path
-
-
-def _sample(
-    model: Any,
-    tokenizer: Any,
-    config: DiffusionConfig,
-    length: int,
-    rows: Tensor,
-    training_args: Any,
-    finetuning_args: Any,
-    bar: Any,
-) -> Tensor:
-    """Return [rows, length or length - 1] ids; with shift the first position is a given start token, left out."""
-    device = rows.device
-    x = torch.full((len(rows), length), config.mask_token_id, dtype=torch.int64, device=device)
-    editable = torch.ones_like(x, dtype=torch.bool)
-    if config.shift:
-        x[:, 0] = start_token_id(tokenizer)
-        editable[:, 0] = False
-    mask = full_attention_mask(
-        model, batch=len(rows), length=length, is_padding=None, visible=None, dtype=model.dtype, device=device
-    )
-    denoiser = ModelDenoiser(model, shift=config.shift, attention_mask=mask)
-    try:
-        output = sample(
-            denoiser,
-            x,
-            editable=editable,
-            mask_id=config.mask_token_id,
-            steps=finetuning_args.diffusion_steps,
-            strategy=get_strategy(finetuning_args.denoising_strategy),
-            logits=LogitsConfig(temperature=finetuning_args.logits_temp, top_p=finetuning_args.topp_temp),
-            seed=training_args.seed % 2**64,
-            rows=rows,
-            schedule=get_schedule(config.noise_schedule),
-            callback=lambda *_: bar.update(1),
+    folder = Path(training_args.output_dir)
+    most = max(request.canvas.n_editable for request in requests)
+    if settings.diffusion_steps > most:
+        logger.info_rank0(
+            f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to write; a step commits at "
+            "least one token, or costs nothing."
         )
-    finally:
-        denoiser.close()
-    return output.sequences[:, int(config.shift) :]
+    unfinished = _Unfinished(
+        folder / _UNFINISHED, _fingerprint(generator, requests, settings, model_folder, save_trace), rank, world
+    )
+    done = unfinished.open(resume=model_folder is not None)
+    if done:
+        logger.info_rank0(f"{len(done)} of {len(requests)} texts were generated before the run was interrupted.")
+    todo = [number for number in range(len(requests)) if number not in done][rank::world]
+    began, tokens = time.perf_counter(), 0
+    bar = tqdm(total=len(todo), desc="Denoising", unit="text", disable=bool(training_args.disable_tqdm or rank))
+    with bar:
+        for batch, results in _batches(generator, requests, settings, todo, training_args, save_trace, bar):
+            for number, result in zip(batch, results, strict=True):
+                unfinished.add(_record(number, requests[number], result))
+                tokens += result.n_tokens
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+    seconds, tokens = _over_ranks(time.perf_counter() - began, tokens, world)
+    records = unfinished.collect(len(requests))
+    if rank == 0:
+        _publish(folder, records, settings, save_trace=save_trace)
+        shutil.rmtree(folder / _UNFINISHED)
+    _barrier(world)
+    metrics = _metrics(records)
+    if tokens:
+        metrics["predict_runtime"] = seconds
+        metrics["predict_tokens_per_second"] = tokens / seconds
+    return metrics
 
 
-def _gather(texts: dict[int, str], world: int) -> dict[int, str]:
-    if world == 1:
-        return texts
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, texts)
-    return {row: text for part in parts for row, text in part.items()}
+def _batches(
+    generator: TextGenerator,
+    requests: Sequence[Request],
+    settings: SamplingSettings,
+    todo: list[int],
+    training_args: Any,
+    traced: bool,
+    bar: Any,
+) -> Iterator[tuple[list[int], list[Generated]]]:
+    """Yield the numbers of a batch and what was generated."""
+    size = training_args.per_device_eval_batch_size
+    for low in range(0, len(todo), size):
+        batch = todo[low : low + size]
+        yield (
+            batch,
+            generator.sample_batch(
+                [requests[number].canvas for number in batch],
+                settings,
+                ordinals=batch,
+                traced=traced,
+                callback=lambda step, pieces: bar.set_description(f"Denoising, step {step + 1}"),
+            ),
+        )
 
 
-def write_predictions(path: Path, texts: list[str]) -> None:
-    """Write one {"predict": text} a line, so that `path` is either the old file or the complete new one."""
+def _record(number: int, request: Request, result: Generated) -> dict[str, Any]:
+    record: dict[str, Any] = {"number": number}
+    if request.prompt is not None:
+        record["prompt"] = request.prompt
+    record["predict"] = result.predict
+    if request.prompt is not None:
+        record["text"] = result.text
+    if request.label is not None:
+        record["label"] = request.label
+    record["tokens"], record["forwards"] = result.n_tokens, result.forwards
+    if result.trace is not None:
+        record["trace"] = dataclasses.asdict(result.trace)
+    return record
+
+
+def _publish(folder: Path, records: list[dict[str, Any]], settings: SamplingSettings, *, save_trace: bool) -> None:
+    traces = [(record["number"], record.pop("trace", None)) for record in records]
+    for record in records:
+        del record["number"]
+    if save_trace:
+        with explained(folder):
+            write_html(
+                folder / PAGE,
+                [
+                    Trace(
+                        f"sample {number}",
+                        tuple(raw["start"]),
+                        tuple((step, place, piece) for step, place, piece in raw["events"]),
+                        raw["steps"],
+                    )
+                    for number, raw in traces
+                ],
+                heading="Generated texts",
+                facts=_facts(settings),
+            )
+        logger.info_rank0(f"How they came about can be watched in {folder / PAGE}")
+    write_predictions(folder / FILE, records)
+    for number, record in enumerate(records[:_SHOWN]):
+        prompt = f"{record['prompt']} >>> " if "prompt" in record else ""
+        logger.info_rank0(f"sample {number}:\n{prompt}{record['predict']}")
+    logger.info_rank0(f"{len(records)} generated texts are saved at {folder / FILE}")
+
+
+def _facts(settings: SamplingSettings) -> dict[str, str]:
+    facts = {
+        "strategy": settings.denoising_strategy,
+        "steps": str(settings.diffusion_steps),
+        "temperature": f"{settings.logits.temperature:g}",
+        "top-p": f"{settings.logits.top_p:g}",
+        "seed": str(settings.seed),
+    }
+    if settings.block_length is not None:
+        facts["block length"] = str(settings.block_length)
+    return facts
+
+
+def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:
+    tokens, forwards = (sum(record[key] for record in records) for key in ("tokens", "forwards"))
+    metrics: dict[str, float] = {"predict_samples": len(records), "predict_tokens_per_forward": tokens / forwards}
+    if not all("label" in record for record in records):
+        return metrics
+    predictions, labels = ([record[key] for record in records] for key in ("predict", "label"))
+    metrics["predict_exact_match"] = exact_match(predictions, labels)
+    accuracy = gsm8k_accuracy(predictions, labels)
+    if accuracy is not None:
+        metrics["predict_gsm8k_accuracy"] = accuracy
+    scores = rouge(predictions, labels)
+    if scores is None:
+        logger.warning_rank0(
+            'ROUGE is left out, as rouge-score is not installed: pip install "llamafactory-ddm[eval]"'
+        )
+    for name, value in (scores or {}).items():
+        metrics[f"predict_{name}"] = value
+    return metrics
+
+
+class _Unfinished:
+    """The texts of a run that is not complete: a file for each process, a line for each text."""
+
+    def __init__(self, folder: Path, fingerprint: str, rank: int, world: int) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+        self.rank, self.world = rank, world
+        self.path = folder / f"{rank}-of-{world}.jsonl"
+
+    def open(self, *, resume: bool) -> set[int]:
+        """Return the numbers of the texts that are there, after dropping what is not of this run."""
+        with explained(self.folder.parent):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        _barrier(self.world)
+        found = self._read_all() if resume else []
+        mine = [record for path, record in found if path == self.path]
+        _barrier(self.world)  # nobody writes before all have read
+        if self.rank == 0:
+            for path in set(self.folder.glob("*.jsonl")) - {path for path, _ in found}:
+                path.unlink()
+        _barrier(self.world)
+        with explained(self.folder.parent), open(self.path, "w", encoding="utf-8") as file:
+            for line in ({"fingerprint": self.fingerprint}, *mine):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        _barrier(self.world)
+        return {record["number"] for _, record in found}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a text."""
+        with explained(self.folder.parent), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def collect(self, count: int) -> list[dict[str, Any]]:
+        """Wait for the other processes and return all texts in order.
+
+        Raises:
+            RuntimeError: if one is missing.
+        """
+        _barrier(self.world)
+        records = {record["number"]: record for _, record in self._read_all()}
+        _barrier(self.world)
+        if len(records) != count:
+            raise RuntimeError(f"{count - len(records)} texts are missing in {self.folder}; run it again to go on")
+        return [records[number] for number in range(count)]
+
+    def _read_all(self) -> list[tuple[Path, dict[str, Any]]]:
+        found = []
+        for path in sorted(self.folder.glob("*.jsonl")):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            parsed = [line for line in map(_parsed, lines) if line is not None]
+            if parsed and parsed[0].get("fingerprint") == self.fingerprint:
+                found += [(path, record) for record in parsed[1:] if "number" in record]
+        return found
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """Return the object of a line, or None for one that an interruption has cut short."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _fingerprint(
+    generator: TextGenerator,
+    requests: Sequence[Request],
+    settings: SamplingSettings,
+    model_folder: str | None,
+    save_trace: bool,
+) -> str:
+    """Return a hash of all that decides what is generated."""
+    files = []
+    if model_folder is not None and Path(model_folder).is_dir():
+        for path in weight_files(Path(model_folder)):
+            stat = path.stat()
+            files.append([path.name, stat.st_size, stat.st_mtime_ns])
+    facts = [
+        __version__,
+        str(model_folder),
+        str(generator.model.dtype),
+        files,
+        dataclasses.asdict(generator.config),
+        dataclasses.asdict(settings),
+        save_trace,
+        [[request.canvas.ids, request.canvas.editable, request.prompt, request.label] for request in requests],
+    ]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def _over_ranks(seconds: float, tokens: int, world: int) -> tuple[float, int]:
+    """Return the longest time and the sum of the tokens over all processes."""
+    parts: list[Any] = [(seconds, tokens)] * world
+    if world > 1:
+        torch.distributed.all_gather_object(parts, (seconds, tokens))
+    return max(part[0] for part in parts), sum(part[1] for part in parts)
+
+
+def _barrier(world: int) -> None:
+    if world > 1:
+        torch.distributed.barrier()
+
+
+def write_predictions(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write one JSON object a line, so that `path` is either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".jsonl.tmp")
     try:
         with explained(path.parent), open(scratch, "w", encoding="utf-8") as file:
-            for text in texts:
-                file.write(json.dumps({"predict": text}, ensure_ascii=False) + "\n")
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)

@@ -35,13 +35,15 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _parse_train_args(args: Any = None) -> Any:
-        from .hparams import check_together
+        from .hparams import check_together, given_keys
 
+        args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         parsed = original(args)
         model_args, data_args, training_args, finetuning_args, generating_args = parsed
         if finetuning_args.diffusion_stage is not None:
             check_together(finetuning_args, model_args, data_args, training_args)
             finetuning_args.generating_args = generating_args
+            finetuning_args.given_keys = frozenset(given_keys(args))
             if data_args.packing and finetuning_args.stage == "pt":
                 # Upstream takes one token off for sft's packing, and pt never gives it back: rows have cutoff_len
                 # tokens.

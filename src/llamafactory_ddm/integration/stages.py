@@ -71,3 +71,12 @@ register(
         finetuning_types=("full",),
     )
 )
+register(
+    Stage(
+        name="ddm-sft",
+        base="sft",
+        runner="llamafactory_ddm.integration.workflow:run_ddm_sft",
+        label="Diffusion Finetuning",
+        finetuning_types=("full",),
+    )
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from transformers import DataCollatorWithPadding
 
 from ..data.collators import StartTokenCollator, start_token_id
 from ..diffusion.schedules import get_schedule
+from ..generation import TextGenerator
+from ..modeling.attention_layers import max_positions
 from ..modeling.bidirectional import make_bidirectional
 from ..modeling.checkpoints import load_weights, stored_dtype
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.mask_token import ResolvedMaskToken, add_mask_token, resolve_mask_token
 from ..modeling.objective import MaskedObjective
+from . import requests
 from .checks import (
     check_checkpoint_folders,
     check_cutoff,
@@ -27,9 +30,8 @@ from .checks import (
     check_predict,
     check_rows,
     datasets_explained,
-    max_positions,
 )
-from .predict import generate_unconditionally
+from .predict import generate_all
 from .resume import check_resumed, settle_resume
 from .trainer import DiffusionTrainer
 
@@ -60,13 +62,14 @@ def run_ddm(
         OSError: if a file is missing or cannot be written.
     """
     check_checkpoint_folders(model_args, finetuning_args)
-    check_predict(training_args, generating_args)
+    check_predict(training_args, finetuning_args.given_keys)
     resume = settle_resume(training_args, finetuning_args)
     tokenizer_module, config, mask = _load_tokenizer(model_args, finetuning_args, training_args)
     tokenizer = tokenizer_module["tokenizer"]
     model_config = load_config(model_args)
     check_cutoff(model_config, data_args)
-    dataset_module = _load_data(tokenizer_module, model_args, data_args, training_args)
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    dataset_module = _load_data(template, tokenizer_module, model_args, data_args, training_args)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
         return
@@ -83,23 +86,86 @@ def run_ddm(
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if training_args.do_predict:
-        generate_unconditionally(
-            trainer.model,
-            tokenizer,
-            replace(loaded.diffusion_config, attention_ratio=trainer.reached_ratio()),
-            length=data_args.cutoff_len,
-            training_args=training_args,
-            finetuning_args=finetuning_args,
-            has_data=data_args.dataset is not None or data_args.eval_dataset is not None,
-        )
+        _predict(trainer, loaded, template, tokenizer_module, model_args, data_args, finetuning_args, generating_args)
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
+def run_ddm_sft(
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    finetuning_args: Any,
+    generating_args: Any = None,
+    callbacks: list[Any] | None = None,
+) -> None:
+    """Run `stage: ddm-sft`, which answers the prompts of an instruction data set.
+
+    Raises:
+        ValueError: for every mistake in the YAML, naming the key and the cure, before anything is written.
+        OSError: if a file is missing or cannot be written.
+    """
+    if training_args.do_train or training_args.do_eval or not training_args.do_predict:
+        raise ValueError(
+            "stage: ddm-sft generates only in this version: set do_predict: true and neither do_train nor do_eval; "
+            "stage: ddm trains"
+        )
+    run_ddm(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+
+
+def _predict(
+    trainer: DiffusionTrainer,
+    loaded: LoadedModel,
+    template: Any,
+    tokenizer_module: dict[str, Any],
+    model_args: Any,
+    data_args: Any,
+    finetuning_args: Any,
+    generating_args: Any,
+) -> None:
+    """Generate what the YAML asks for, and save texts and metrics."""
+    args = trainer.args
+    given = finetuning_args.given_keys
+    ratio = trainer.reached_ratio()
+    if ratio < 1.0:
+        logger.warning_rank0(
+            f"This model's attention was annealed to a ratio of {ratio:.3f} only; it generates with full attention."
+        )
+    settings = finetuning_args.sampling_settings(
+        generating_args, given, seed=args.seed % 2**64, tokenizer=loaded.tokenizer
+    )
+    generator = TextGenerator(trainer.model.to(args.device), loaded.tokenizer, loaded.diffusion_config)
+    max_new_tokens = generating_args.max_new_tokens if "max_new_tokens" in given else None
+    source = finetuning_args.generation_source()
+    if source == "noise":
+        if data_args.dataset is not None or data_args.eval_dataset is not None:
+            logger.info_rank0("Generation starts from nothing but noise: the data set given is not used.")
+        asked = requests.from_noise(generator, count=finetuning_args.num_samples, length=data_args.cutoff_len)
+    elif source == "prompt":
+        asked = requests.from_examples(
+            generator, template, tokenizer_module, model_args, data_args, args, max_new_tokens=max_new_tokens
+        )
+    else:
+        asked = requests.from_texts(
+            generator,
+            model_args,
+            data_args,
+            args,
+            infill=source == "infill",
+            prefix_length=finetuning_args.prefix_length,
+            max_new_tokens=max_new_tokens,
+        )
+    folder = None if args.do_train else finetuning_args.checkpoint_dir or model_args.model_name_or_path
+    metrics = generate_all(
+        generator, asked, settings, args, model_folder=folder, save_trace=finetuning_args.save_trace
+    )
+    trainer.log_metrics("predict", metrics)
+    trainer.save_metrics("predict", metrics)
+
+
 def _load_data(
-    tokenizer_module: dict[str, Any], model_args: Any, data_args: Any, training_args: Any
+    template: Any, tokenizer_module: dict[str, Any], model_args: Any, data_args: Any, training_args: Any
 ) -> dict[str, Any]:
     """Return upstream's `train_dataset` and `eval_dataset`; generation alone needs none."""
-    template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)
     if training_args.do_predict and not (training_args.do_train or training_args.do_eval):
         return {}
     with datasets_explained(data_args):

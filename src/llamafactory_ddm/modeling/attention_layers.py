@@ -100,3 +100,13 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the dtype of the model's weights."""
     dtype: torch.dtype = getattr(model, "dtype", torch.float32)
     return dtype
+
+
+def max_positions(config: Any) -> int | None:
+    """Return the longest sequence a model of this config was built for, or None where it does not say."""
+    config = config.get_text_config()
+    for name in ("n_positions", "max_position_embeddings"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None

@@ -13,6 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from .attention_layers import dtype_of, text_config
+from .bidirectional import full_attention_mask
+
+_ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
+# A product of few rows with many outputs is half as fast again on a CPU if the outputs are taken 2,048 at a time and
+# come first, and the rows are a multiple of 16.
+_OUTPUTS_AT_ONCE, _ROWS_MULTIPLE = 2048, 16
 
 
 def predictable(maskable: Tensor, shift: bool) -> Tensor:
@@ -64,52 +73,162 @@ class RowSelectingHead:
         head: nn.Module | None = None if find is None else find()
         if head is None:
             raise ValueError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
+        self.module = head
+        self.hidden: Tensor | None = None
         self._rows: Tensor | None = None
+        self._at_once: int | None = None
         self._handle = head.register_forward_pre_hook(self._select)
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._rows is None:
             return None
         hidden = args[0]
-        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._rows), *args[1:])
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._rows)
+        if self._at_once is not None:
+            self.hidden = chosen
+            chosen = chosen[: self._at_once]
+        return (chosen, *args[1:])
 
     @contextmanager
-    def only(self, rows: Tensor) -> Iterator[None]:
-        """Within the block, forwards return logits [n_rows, vocab] for `rows`, [n_rows] into [batch * length]."""
-        self._rows = rows
+    def only(self, rows: Tensor, at_once: int | None = None) -> Iterator[None]:
+        """Within the block, forwards return logits [n_rows, vocab] for `rows`, [n_rows] into [batch * length].
+
+        With `at_once` they return those of the first `at_once` rows, and leave in `hidden` [n_rows, width], what the
+        output embedding would have been given for all.
+        """
+        self._rows, self._at_once = rows, at_once
         try:
             yield
         finally:
-            self._rows = None
+            self._rows = self._at_once = None
 
     def remove(self) -> None:
         """Take the hook away."""
         self._handle.remove()
+        self.hidden = None
 
 
 class ModelDenoiser:
-    """What the sampler calls: noised ids and a selection in, logits for the selected tokens out."""
+    """What the sampler calls: noised ids and places in, logits for the tokens at these places out.
 
-    def __init__(self, model: nn.Module, *, shift: bool, attention_mask: Any = None) -> None:
-        """Wrap a bidirectional `model`; `attention_mask` is passed to every forward as it is."""
+    Logits come in parts, so that [n, vocab] of a long batch need not exist at once, and in memory that later calls use
+    again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        shift: bool,
+        is_padding: Tensor | None = None,
+        elements_at_once: int = _ELEMENTS_AT_ONCE,
+    ) -> None:
+        """Wrap a bidirectional `model`.
+
+        Args:
+            model: a causal language model whose attention has been switched.
+            shift: whether its logits at i predict token i + 1. Then the first token of a row is never predicted, and
+                its place must not be asked for.
+            is_padding: [batch, length] bool, tokens before a text that are none; nothing attends to them, and
+                positions count from the first token that is real. None where all are real.
+            elements_at_once: logits that a part may hold, at least one row.
+        """
         self._model = model
         self._shift = shift
-        self._attention_mask = attention_mask
+        self._is_padding = is_padding
+        self._position_ids: Tensor | None = None
+        if is_padding is not None:
+            self._position_ids = ((~is_padding).cumsum(dim=1) - 1).clamp(min=0)
+        self._at_once = max(1, elements_at_once // int(text_config(model).vocab_size))
+        self._cap: float | None = getattr(text_config(model), "final_logit_softcapping", None)
+        self._knows_head: bool | None = None
+        self._buffers: list[Tensor] = []
+        self._mask: tuple[tuple[int, ...], Any] | None = None
         self._head = RowSelectingHead(model)
 
-    def __call__(self, z: Tensor, select: Tensor) -> Tensor:
-        """Return the logits of the selected tokens.
+    def __call__(self, z: Tensor, place: Tensor) -> Iterator[Tensor]:
+        """Yield the logits of the tokens at `place` in parts, each of which is valid until the next is asked for.
 
         Args:
             z: [batch, length] int64, noised ids.
-            select: [batch, length] bool.
-        Returns:
-            [n_selected, vocab], logits at i for token i, in row-major order of `select`.
+            place: [n] int64, ascending, into [batch * length].
+        Yields:
+            [n_part, vocab], logits at i for token i, in the order of `place`.
         """
-        with torch.inference_mode(), self._head.only(head_rows(select, self._shift)):
-            logits: Tensor = self._model(input_ids=z, attention_mask=self._attention_mask, use_cache=False).logits
+        rows = place - int(self._shift)
+        if self._knows_head is False:
+            yield self._forward(z, rows)
+            return
+        # At first the model itself projects one row, which shows whether projecting the others here gives the same.
+        first = self._forward(z, rows, at_once=0 if self._knows_head else 1)
+        hidden, self._head.hidden = self._head.hidden, None
+        if hidden is None:
+            raise RuntimeError(f"{type(self._model).__name__} did not call its output embedding")
+        if self._knows_head is None:
+            with self._projected(hidden[:1]) as own:
+                self._knows_head = torch.allclose(own.float(), first.float(), rtol=1e-2, atol=1e-3)
+            if not self._knows_head:
+                yield self._forward(z, rows)
+                return
+        for part in hidden.split(self._at_once):
+            with self._projected(part) as logits:
+                yield logits
+
+    def _forward(self, z: Tensor, rows: Tensor, at_once: int | None = None) -> Tensor:
+        positions = {} if self._position_ids is None else {"position_ids": self._position_ids}
+        with torch.inference_mode(), self._head.only(rows, at_once):
+            logits: Tensor = self._model(
+                input_ids=z, attention_mask=self._attention_mask(z), use_cache=False, **positions
+            ).logits
         return logits.reshape(-1, logits.shape[-1])
+
+    @contextmanager
+    def _projected(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Give the logits of [n, width] hidden states; their memory is used again after the block."""
+        head = self._head.module
+        plain = type(head) is nn.Linear and not head._forward_hooks and hidden.dtype == head.weight.dtype
+        if not (plain and hidden.device.type == "cpu" and isinstance(head, nn.Linear)):
+            with torch.inference_mode():
+                yield self._capped(head(hidden))
+            return
+        n, outputs = len(hidden), head.weight.shape[0]
+        needed = n * outputs
+        buffer = self._buffers.pop() if self._buffers else hidden.new_empty(0)
+        with torch.inference_mode():
+            if buffer.numel() < needed:
+                buffer = hidden.new_empty(needed)
+            logits = buffer[:needed].view(n, outputs)
+            columns = functional.pad(hidden, (0, 0, 0, -n % _ROWS_MULTIPLE)).T.contiguous()
+            for low in range(0, outputs, _OUTPUTS_AT_ONCE):
+                part = slice(low, low + _OUTPUTS_AT_ONCE)
+                logits[:, part] = torch.mm(head.weight[part], columns)[:, :n].T
+            if head.bias is not None:
+                logits += head.bias
+            logits = self._capped(logits)
+        try:
+            yield logits
+        finally:
+            self._buffers.append(buffer)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    def _attention_mask(self, z: Tensor) -> Any:
+        """Return the mask, made once for a shape of `z`."""
+        if self._mask is None or self._mask[0] != tuple(z.shape):
+            mask = full_attention_mask(
+                self._model,
+                batch=z.shape[0],
+                length=z.shape[1],
+                is_padding=self._is_padding,
+                visible=None,
+                dtype=dtype_of(self._model),
+                device=z.device,
+            )
+            self._mask = (tuple(z.shape), mask)
+        return self._mask[1]
 
     def close(self) -> None:
         """Take the hook off the model."""
         self._head.remove()
+        self._buffers.clear()

@@ -1,35 +1,51 @@
-"""From logits to a token: temperature, top-k, nucleus, and an exact draw from given uniform numbers."""
+"""From logits to a token: penalties, temperature, top-k, nucleus, and an exact draw from given uniform numbers."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-_FIRST_WIDTH = 128
-_WIDER = 8
-_ELEMENTS_AT_ONCE = 2**24
-_SMALLEST_TEMPERATURE = 1e-300
+from .nucleus import Weights, in_nucleus, nucleus_mask, sample_weights
+
+Measure = Literal["log_prob", "margin", "entropy", "argmax"]
+
+# Rows are worked on a few at a time, so that a row is still in the cache when the next operation reads it.
+_ELEMENTS_AT_ONCE = {"cpu": 2**20}
+_ELEMENTS_ELSEWHERE = 2**24
+_SMALLEST_TEMPERATURE, _LARGEST_TEMPERATURE = 1e-30, 1e30
 _LOW_32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class LogitsConfig:
-    """How a token is drawn from logits.
+    """How a token is drawn from logits; the steps are taken in the order of the attributes, guidance being the first.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most probable token.
-        top_p: nucleus mass in (0, 1]: the fewest most probable tokens whose mass reaches it stay, at least one.
-        top_k: how many of the most probable tokens stay, or None for all; the nucleus is taken of what it leaves.
+        guidance_scale: w of `unconditional + w (conditional - unconditional)`; 1 is no guidance and costs no second
+            forward. LLaDA's cfg_scale is w - 1.
+        repetition_penalty: divides the positive logits of tokens that the row holds already and multiplies the
+            negative ones; 1 changes nothing.
+        suppress: ids that are never drawn.
+        temperature: divides the logits; 0 takes the most probable token, of equal ones the lowest id.
+        top_k: how many of the most probable tokens stay, or None for all.
+        top_p: nucleus mass in (0, 1]: of what top-k leaves, the fewest most probable tokens whose mass reaches it
+            stay, at least one; of equal ones the lowest ids.
     Raises:
         ValueError: if a value is out of range.
+    Source: Ho & Salimans 2022 (arXiv 2207.12598) and LLaDA (arXiv 2502.09992), appendix A, for the guidance; CTRL
+        (arXiv 1909.05858), section 4.1, for the penalty; Holtzman et al. 2020 (arXiv 1904.09751) for the nucleus.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+    repetition_penalty: float = 1.0
+    guidance_scale: float = 1.0
+    suppress: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
@@ -38,6 +54,62 @@ class LogitsConfig:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for all tokens, got {self.top_k}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
+            raise ValueError(f"repetition_penalty must be a finite number above 0, got {self.repetition_penalty}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+        if any(token < 0 for token in self.suppress):
+            raise ValueError(f"ids to suppress must not be negative, got {self.suppress}")
+
+
+class Draws(NamedTuple):
+    """What `draw_tokens` returns; a measure that was not asked for is None.
+
+    All measures are of the model's own distribution: after guidance, penalty and suppression, before temperature and
+    filters, so that they tell positions apart in greedy decoding as well.
+
+    Attributes:
+        ids: [n] int64, the tokens drawn.
+        bad: [n] bool, True where a row of logits holds NaN or has no finite maximum; the rest then means nothing.
+        log_prob: [n] float32, log-probability of each id, in nats.
+        margin: [n] float32, probability of the most probable token less that of the second.
+        entropy: [n] float32, in nats.
+        argmax: [n] int64, the most probable token.
+    """
+
+    ids: Tensor
+    bad: Tensor
+    log_prob: Tensor | None = None
+    margin: Tensor | None = None
+    entropy: Tensor | None = None
+    argmax: Tensor | None = None
+
+
+def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Return [n, vocab] float32 logits of classifier-free guidance, `unconditional + scale (conditional - ...)`.
+
+    A token that the conditional model excludes with -inf stays excluded.
+    """
+    result = torch.lerp(unconditional.float(), conditional.float(), scale)
+    return torch.where(conditional == -torch.inf, -torch.inf, result)
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return logits in which the tokens that a row holds already are less probable.
+
+    Args:
+        logits: [n, vocab] float.
+        seen: [n, length] int64, ids, repeated as often as one likes; an id beyond the vocabulary stands for none.
+        penalty: above 1 makes them less probable, below 1 more.
+    Returns:
+        [n, vocab] float32, a new tensor.
+    """
+    values = logits.to(torch.float32, copy=True)
+    vocab = values.shape[1]
+    padded = torch.cat([values, values.new_zeros(len(values), 1)], dim=1)
+    ids = seen.clamp(max=vocab)
+    score = padded.gather(1, ids)
+    return padded.scatter_(1, ids, torch.where(score > 0, score / penalty, score * penalty))[:, :vocab]
 
 
 def filtered_log_probs(logits: Tensor, config: LogitsConfig, *, suppress: tuple[int, ...] = ()) -> Tensor:
@@ -46,48 +118,143 @@ def filtered_log_probs(logits: Tensor, config: LogitsConfig, *, suppress: tuple[
     Args:
         logits: [n, vocab] float; -inf is a token that must not be drawn.
         config: temperature and filters.
-        suppress: ids that must not be drawn.
+        suppress: further ids that must not be drawn.
     Returns:
         [n, vocab] float32 log-probabilities, -inf where a token is filtered out.
     Raises:
         ValueError: if `logits` is not two-dimensional or an id in `suppress` is negative.
     """
     _check(logits, suppress)
-    scores, ids = _candidates(_suppressed(logits, suppress), config)
-    result = torch.full(logits.shape, -torch.inf, dtype=torch.float32, device=logits.device)
-    return result.scatter_(1, ids, scores.log_softmax(dim=1).float())
+    values, _ = _from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
+    result = torch.full_like(values, -torch.inf)
+    if config.temperature == 0.0:
+        return result.scatter_(1, values.argmax(dim=1, keepdim=True), 0.0)
+    if config.top_k is not None and config.top_k < values.shape[1]:
+        ids, scores = _top_k(values, config, config.top_k)
+        return result.scatter_(1, ids, scores.log_softmax(dim=1).float())
+    scaled = values / _clamped(config.temperature)
+    if config.top_p < 1.0:
+        scaled = scaled.masked_fill(~nucleus_mask(values, scaled.exp(), config.top_p), -torch.inf)
+    return scaled.double().log_softmax(dim=1).float()
 
 
 def draw_tokens(
-    logits: Tensor, config: LogitsConfig, u: Tensor, *, suppress: tuple[int, ...] = ()
-) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution, a few rows at a time to bound the memory.
+    logits: Tensor,
+    config: LogitsConfig,
+    u: Tensor,
+    *,
+    suppress: tuple[int, ...] = (),
+    measures: frozenset[Measure] = frozenset(),
+) -> Draws:
+    """Draw one token a row, exactly, a few rows at a time to bound the memory.
+
+    A token is found by inverting the cumulative distribution in float64 with uniform numbers of 48 bits: like LLaDA's
+    Gumbel maximum in float64 it does not cut the tail off, and it needs one random number a row, not one a token. For
+    a nucleus the draw is from all tokens and is repeated while the token lies outside, which needs no sorting; with
+    the last column of `u` the nucleus is found and drawn from.
 
     Args:
-        logits: [n, vocab] float; -inf is a token that must not be drawn.
-        config: temperature and filters.
-        u: [n] float in [0, 1), the uniform number that decides a row.
-        suppress: ids that must not be drawn; one beyond the vocabulary changes nothing.
-    Returns:
-        [n] int64 ids, and [n] float32 confidences: the model's own log-probability of each id, before temperature and
-        filters, so that it tells positions apart in greedy decoding as well. It is NaN where a row of logits holds
-        NaN or has no finite maximum; the id means nothing there.
+        logits: [n, vocab] float; -inf is a token that must not be drawn. They are left as they are.
+        config: temperature and filters; guidance and penalty have been applied.
+        u: [n] or [n, tries] float in [0, 1), the uniform numbers that decide a row.
+        suppress: further ids that must not be drawn; one beyond the vocabulary changes nothing.
+        measures: what to compute beside the ids.
     Raises:
         ValueError: if the shapes disagree or an id in `suppress` is negative.
-    Source: LLaDA (arXiv 2502.09992), section 2.4, for the confidence.
+    Source: LLaDA (arXiv 2502.09992), appendix B.3 (after arXiv 2409.02908), for the precision.
     """
     _check(logits, suppress)
-    if u.shape != logits.shape[:1]:
+    u = u[:, None] if u.dim() == 1 else u
+    if u.shape[:1] != logits.shape[:1] or u.dim() != 2:
         raise ValueError(f"u must hold one number a row of logits, got {tuple(u.shape)} and {tuple(logits.shape)}")
-    rows = max(1, _ELEMENTS_AT_ONCE // max(1, logits.shape[1]))
-    ids = torch.empty(len(u), dtype=torch.int64, device=logits.device)
-    confidence = torch.empty(len(u), dtype=torch.float32, device=logits.device)
-    for start in range(0, len(u), rows):
-        part = slice(start, start + rows)
-        values = _suppressed(logits[part], suppress)
-        ids[part] = _draw(values, config, u[part])
-        confidence[part] = values.gather(1, ids[part, None])[:, 0] - values.logsumexp(dim=1)
-    return ids, confidence
+    at_once = _ELEMENTS_AT_ONCE.get(logits.device.type, _ELEMENTS_ELSEWHERE)
+    rows = max(1, at_once // max(1, logits.shape[1]))
+    parts = [
+        _draw(logits[place : place + rows], config, u[place : place + rows].double(), suppress, measures)
+        for place in range(0, len(u), rows)
+    ]
+    return concatenate(parts) if parts else _nothing(logits.device, measures)
+
+
+def concatenate(parts: list[Draws]) -> Draws:
+    """Return the rows of all parts, which must hold the same measures."""
+    columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+    return Draws(*columns)
+
+
+def _draw(
+    logits: Tensor, config: LogitsConfig, u: Tensor, suppress: tuple[int, ...], measures: frozenset[Measure]
+) -> Draws:
+    values, highest = _from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
+    greedy = config.temperature == 0.0
+    own = values.exp() if measures & {"log_prob", "margin", "entropy"} or config.temperature == 1.0 else None
+    top = values.argmax(dim=1) if greedy or "argmax" in measures else None
+    if greedy and top is not None:
+        ids = top
+    elif config.top_k is not None and config.top_k < values.shape[1]:
+        candidates, scores = _top_k(values, config, config.top_k)
+        weights = scores.exp()
+        ids = candidates.gather(1, sample_weights(Weights(weights), u[:, -1])[:, None])[:, 0]
+    else:
+        same = own is not None and config.temperature == 1.0
+        weights = own if same and own is not None else values.mul(1.0 / _clamped(config.temperature)).exp_()
+        ids = _draw_nucleus(values, weights, config.top_p, u)
+    total = None if own is None else Weights(own).total
+    log_prob = margin = entropy = None
+    if total is not None and "log_prob" in measures:
+        log_prob = (values.gather(1, ids[:, None])[:, 0].double() - total.log()).float()
+    if total is not None and own is not None and "margin" in measures:
+        second = own.scatter(1, own.argmax(dim=1, keepdim=True), 0.0).amax(dim=1)
+        margin = ((1.0 - second) / total).float()
+    if total is not None and own is not None and "entropy" in measures:
+        # A weight of 0 times a logit of -inf would be NaN.
+        energy = torch.linalg.vecdot(own, values.clamp(min=torch.finfo(torch.float32).min))
+        entropy = (total.log() - energy.double() / total).clamp(min=0.0).float()
+    return Draws(ids, ~highest.isfinite(), log_prob, margin, entropy, top if "argmax" in measures else None)
+
+
+def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor) -> Tensor:
+    """Draw [n] ids from the nucleus: by rejection with all columns of `u` but the last, then outright.
+
+    Most tokens are seen to lie inside in one pass over the row, which counts all equal ones as coming before; where
+    that leaves it open, the exact count decides, so that a token is turned down only if it lies outside.
+    """
+    table = Weights(weights)
+    if top_p == 1.0:
+        return sample_weights(table, u[:, 0])
+    rows = torch.arange(len(u), device=u.device)
+    ids = torch.zeros(len(u), dtype=torch.int64, device=u.device)
+    is_open = torch.ones(len(u), dtype=torch.bool, device=u.device)
+    compact = u.device.type == "cpu"  # elsewhere asking for the number of rows would stall the device
+    for column in range(u.shape[1] - 1):
+        drawn = sample_weights(table, u[rows, column])
+        if compact:
+            inside = _surely_inside(values, table, drawn, top_p)
+            unclear = (~inside).nonzero()[:, 0]
+            if len(unclear):
+                inside[unclear] = in_nucleus(values[unclear], table.values[unclear], drawn[unclear], top_p)
+        else:
+            inside = in_nucleus(values, table.values, drawn, top_p)
+        inside &= is_open[rows]
+        ids[rows] = torch.where(inside, drawn, ids[rows])
+        is_open[rows] &= ~inside
+        if compact:
+            left = (~inside).nonzero()[:, 0]
+            if not len(left):
+                return ids
+            rows, values, table = rows[left], values[left], Weights(table.values[left])
+    outright = sample_weights(Weights(table.values * nucleus_mask(values, table.values, top_p)), u[rows, -1])
+    ids[rows] = torch.where(is_open[rows], outright, ids[rows])
+    return ids
+
+
+def _surely_inside(values: Tensor, table: Weights, drawn: Tensor, top_p: float) -> Tensor:
+    """Tell where even all equal tokens coming first would leave [n] `drawn` inside, by more than float32 may err."""
+    at = drawn[:, None]
+    not_after = torch.ge(values, values.gather(1, at), out=torch.empty_like(values))
+    before = torch.linalg.vecdot(not_after, table.values) - table.values.gather(1, at)[:, 0]
+    inside: Tensor = before < top_p * (1.0 - 1e-5) * table.total
+    return inside
 
 
 def _check(logits: Tensor, suppress: tuple[int, ...]) -> None:
@@ -97,80 +264,36 @@ def _check(logits: Tensor, suppress: tuple[int, ...]) -> None:
         raise ValueError(f"ids to suppress must not be negative, got {suppress}")
 
 
-def _suppressed(logits: Tensor, suppress: tuple[int, ...]) -> Tensor:
-    """Return a float32 copy, the caller's logits being left alone, with -inf for the suppressed ids."""
-    values = logits.to(torch.float32, copy=True)
+def _from_highest(logits: Tensor, suppress: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return [n, vocab] float32 logits less the highest that may be drawn, in a new tensor, and [n] that highest.
+
+    Suppressed ids, ascending, become -inf.
+    """
+    vocab = logits.shape[1]
+    suppress = tuple(token for token in suppress if token < vocab)
+    ends = zip((0, *(token + 1 for token in suppress)), (*suppress, vocab), strict=True)
+    between = [logits[:, low:high].amax(dim=1) for low, high in ends if low < high]
+    highest = torch.stack(between).amax(dim=0).float() if between else logits.new_full((len(logits),), -torch.inf)
+    values = logits.float() - highest[:, None]
     for token in suppress:
-        values[:, token : token + 1] = -torch.inf
-    return values
+        values[:, token] = -torch.inf
+    return values, highest
 
 
-def _draw(values: Tensor, config: LogitsConfig, u: Tensor) -> Tensor:
-    scores, ids = _candidates(values, config)
-    weights = scores.exp()
-    cumulative = weights.cumsum(dim=1)
-    # `right`: the first entry above the target, which a token of weight 0 never is.
-    place = torch.searchsorted(cumulative, u.double()[:, None] * cumulative[:, -1:], right=True)
-    place = place.clamp(max=ids.shape[1] - 1)
-    # A parallel sum may fall by a rounding error from one entry to the next, so the promise is kept here as well.
-    place = torch.where(weights.gather(1, place) > 0.0, place, scores.argmax(dim=1, keepdim=True))
-    return ids.gather(1, place)[:, 0]
+def _clamped(temperature: float) -> float:
+    """Return a temperature by which float32 logits can be divided without making NaN of 0 and -inf."""
+    return min(max(temperature, _SMALLEST_TEMPERATURE), _LARGEST_TEMPERATURE)
 
 
-def _candidates(values: Tensor, config: LogitsConfig) -> tuple[Tensor, Tensor]:
-    """Return what top-k and nucleus leave, sorting no more of the vocabulary than they need.
-
-    Args:
-        values: [n, vocab] float32.
-        config: temperature and filters.
-    Returns:
-        [n, width] float64 log-probabilities up to a constant of the row, the highest being 0 and -inf standing for a
-        token that is filtered out, and [n, width] int64 ids.
-    """
-    vocab = values.shape[1]
-    if config.temperature == 0.0:
-        ids = values.argmax(dim=1, keepdim=True)
-        return torch.zeros(ids.shape, dtype=torch.float64, device=values.device), ids
-    if config.top_k is not None and config.top_k < vocab:
-        ids = _most_probable(values, config.top_k)
-        scores = _scaled(values.gather(1, ids), config.temperature)
-        return _nucleus(scores, scores.exp().sum(dim=1, keepdim=True), config.top_p)[0], ids
-    scaled = _scaled(values, config.temperature)
-    if config.top_p == 1.0:
-        return scaled, torch.arange(vocab, device=values.device).expand_as(scaled)
-    total = scaled.exp().sum(dim=1, keepdim=True)
-    width = min(_FIRST_WIDTH, vocab)
-    while True:
-        ids = _most_probable(values, width)
-        scores, reached = _nucleus(scaled.gather(1, ids), total, config.top_p)
-        if width == vocab or bool(reached.all()):
-            return scores, ids
-        width = min(width * _WIDER, vocab)
-
-
-def _scaled(values: Tensor, temperature: float) -> Tensor:
-    """Return float64 logits over temperature, the highest of each row being 0, whatever the temperature."""
-    exact = values.double()
-    # A device may multiply by the reciprocal, which must stay finite.
-    return (exact - exact.amax(dim=1, keepdim=True)) / max(temperature, _SMALLEST_TEMPERATURE)
-
-
-def _nucleus(scores: Tensor, total: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Drop each token before which the mass is reached already.
-
-    Args:
-        scores: [n, width] float64, descending.
-        total: [n, 1] float64, the sum of exp(scores) over all tokens, those beyond `width` included.
-        top_p: mass to reach.
-    Returns:
-        [n, width] float64, -inf where dropped, and [n] bool, True where `width` tokens reach the mass.
-    """
-    if top_p == 1.0:
-        return scores, torch.ones_like(total[:, 0], dtype=torch.bool)
-    full = (scores.exp() / total).cumsum(dim=1) >= top_p
-    result = scores.clone()
-    result[:, 1:].masked_fill_(full[:, :-1], -torch.inf)
-    return result, full[:, -1]
+def _top_k(values: Tensor, config: LogitsConfig, width: int) -> tuple[Tensor, Tensor]:
+    """Return [n, width] ids, and float64 scores up to a constant, -inf for those outside the nucleus of these k."""
+    ids = _most_probable(values, width)
+    scores = values.gather(1, ids).double() / _clamped(config.temperature)
+    if config.top_p < 1.0:
+        mass = scores.exp()
+        full = (mass / mass.sum(dim=1, keepdim=True)).cumsum(dim=1) >= config.top_p
+        scores[:, 1:].masked_fill_(full[:, :-1], -torch.inf)
+    return ids, scores
 
 
 def _most_probable(values: Tensor, width: int) -> Tensor:
@@ -189,3 +312,16 @@ def _most_probable(values: Tensor, width: int) -> Tensor:
     rank = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # the bits of negative floats order the wrong way round
     key = (rank << 32) | (_LOW_32 - torch.arange(values.shape[1], device=values.device))
     return _LOW_32 - (key.topk(width, dim=1).values & _LOW_32)
+
+
+def _nothing(device: torch.device, measures: frozenset[Measure]) -> Draws:
+    ids = torch.empty(0, dtype=torch.int64, device=device)
+    number = torch.empty(0, device=device)
+    return Draws(
+        ids,
+        ids.bool(),
+        number if "log_prob" in measures else None,
+        number if "margin" in measures else None,
+        number if "entropy" in measures else None,
+        ids if "argmax" in measures else None,
+    )

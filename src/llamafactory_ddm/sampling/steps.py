@@ -1,4 +1,4 @@
-"""How many tokens a denoising step commits."""
+"""How the positions of a row fall into blocks, and how many of them each denoising step commits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.schedules import NoiseSchedule
+
+NO_BLOCK = -1
 
 
 def reveal_probability(step: int, steps: int, schedule: NoiseSchedule) -> float:
@@ -54,3 +56,68 @@ def transfer_budget(n_masked: Tensor, steps: int, schedule: NoiseSchedule) -> Te
     revealed = (n_masked.double()[:, None] * alpha[None, :]).round().to(torch.int64)
     revealed[:, -1] = n_masked
     return revealed.diff(dim=1, prepend=torch.zeros_like(revealed[:, :1]))
+
+
+def kept_masked(n: Tensor, left: Tensor, steps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Return how many of n positions stay masked while `left` of `steps` steps are still to come.
+
+    With the linear schedule this is trunc(float32(n * left / steps)), as DiffuLLaMA computes it; with another
+    trunc(n * (1 - alpha(left / steps))).
+
+    Args:
+        n: [batch] int64.
+        left: [batch] int64.
+        steps: [batch] int64, at least 1.
+        schedule: gives alpha.
+    Returns:
+        [batch] int64.
+    Source: DiffuLLaMA (arXiv 2410.17891), the sampler of its GSM8K evaluation.
+    """
+    if schedule.name == "linear":
+        return ((n * left).to(torch.float32) / steps.to(torch.float32)).to(torch.int64)
+    return (n.double() * (1.0 - schedule.alpha(left.double() / steps.double()))).to(torch.int64)
+
+
+def split_into_blocks(editable: Tensor, block_length: int | None) -> Tensor:
+    """Return [batch, length] int64, the block of each editable position, from 0; NO_BLOCK for the others.
+
+    A block is `block_length` consecutive editable positions of a row, counted from the row's first, so that padding
+    and given tokens between them shift nothing; the last block holds what is left. None is one block for all.
+
+    Args:
+        editable: [batch, length] bool.
+        block_length: at least 1, or None.
+    Raises:
+        ValueError: if `block_length` is below 1.
+    Source: LLaDA (arXiv 2502.09992), section 2.4, semi-autoregressive remasking.
+    """
+    if block_length is not None and block_length < 1:
+        raise ValueError(f"block_length must be at least 1, or None for a single block, got {block_length}")
+    place = editable.cumsum(dim=1) - 1
+    block = torch.zeros_like(place) if block_length is None else torch.div(place, block_length, rounding_mode="floor")
+    return torch.where(editable, block, NO_BLOCK)
+
+
+def steps_of_blocks(block: Tensor, steps: int) -> Tensor:
+    """Share a row's steps out to its blocks, the earlier ones getting the one that does not divide.
+
+    Args:
+        block: [batch, length] int64, from `split_into_blocks`.
+        steps: of the whole row.
+    Returns:
+        [batch, n_blocks] int64, n_blocks of the row with most; each row that has blocks sums to `steps`.
+    Raises:
+        ValueError: if a row has more blocks than there are steps.
+    """
+    blocks = block.amax(dim=1) + 1
+    most = int(blocks.max()) if len(blocks) else 0
+    if most > steps:
+        raise ValueError(
+            f"{steps} steps cannot finish {most} blocks, each of which needs one at least; take at least {most} steps "
+            "(diffusion_steps) or longer blocks (block_length)"
+        )
+    place = torch.arange(max(most, 1), device=block.device)[None, :]
+    count = blocks.clamp(min=1)
+    share = torch.div(steps, count, rounding_mode="floor")
+    result = share[:, None] + (place < (steps - share * count)[:, None])
+    return torch.where(place < blocks[:, None], result, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +13,10 @@ from torch import Tensor
 from ..diffusion.noise import Stream
 from ..diffusion.philox import keyed_uniform
 from ..diffusion.schedules import NoiseSchedule
-from .steps import reveal_probability
+from .logits import Measure
+from .steps import kept_masked
+
+TRIES = 8  # columns of uniform numbers: draws outside the nucleus are repeated, see `draw_tokens`
 
 
 @dataclass(frozen=True)
@@ -21,31 +25,77 @@ class Plan:
 
     Attributes:
         mask_id: of [MASK].
-        steps: number of denoising steps.
+        steps: number of denoising steps of a row.
         schedule: sets the pace.
-        budget: [batch, steps] int64, tokens that each step commits where a strategy goes by number.
         seed: of every draw.
         rows: [batch] int64, ordinal of each sample; with `seed` it fixes the sample's draws.
+        ordinal: [batch, length] int64, how many editable positions of the row come before.
+        block: [batch, length] int64, which block a position belongs to; -1 for a given token.
+        block_steps: [batch, n_blocks] int64, denoising steps of each block.
+        budget: [batch, steps] int64, tokens to commit in each step where a strategy goes by number.
+        chance: [batch, steps] float64, chance to be revealed in each step where it goes by chance.
+        confidence_threshold: probability from which the strategy of this name commits.
+        entropy_bound: nats that the strategy of this name may spend on a step.
     """
 
     mask_id: int
     steps: int
     schedule: NoiseSchedule
-    budget: Tensor
     seed: int
     rows: Tensor
+    ordinal: Tensor
+    block: Tensor
+    block_steps: Tensor
+    budget: Tensor
+    chance: Tensor
+    confidence_threshold: float = 0.9
+    entropy_bound: float = 0.1
 
-    def uniform(self, stream: Stream, step: int, length: int) -> Tensor:
-        """Return [batch, length] uniform numbers that depend on seed, sample, stream and step alone."""
-        return keyed_uniform(self.seed, stream, self.rows * self.steps + step, length)
+    def uniform(self, stream: Stream, row_step: Tensor, *, depth: int = 1) -> Tensor:
+        """Return [batch, length, depth] uniform numbers that depend on seed, sample, stream and the row's step alone.
 
-    def token_draws(self, step: int, length: int) -> Tensor:
-        """Return [batch, length] float64 uniform numbers in [0, 1), multiples of 2**-48, that decide the tokens.
+        Editable positions take theirs in order, so that padding before a text changes nothing.
+        """
+        width = int(self.ordinal.shape[1])
+        u = keyed_uniform(self.seed, stream, self.rows * self.steps + row_step, width * depth)
+        return u.view(-1, width, depth).gather(1, self.ordinal[:, :, None].expand(-1, -1, depth))
+
+    def token_draws(self, row_step: Tensor, *, tries: int = TRIES) -> Tensor:
+        """Return [batch, length, tries] float64 in [0, 1), multiples of 2**-48, that decide the tokens.
 
         A large vocabulary has many tokens less probable than 2**-24, the grain of a single draw, so two are joined.
         """
-        pair = self.uniform(Stream.SAMPLE_TOKEN, step, 2 * length).double()
-        return pair[:, 0::2] + pair[:, 1::2] * 2.0**-24
+        pair = self.uniform(Stream.SAMPLE_TOKEN, row_step, depth=2 * tries).double()
+        return pair[..., 0::2] + pair[..., 1::2] * 2.0**-24
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a strategy decides upon: one step of each row, in the block that the row is at.
+
+    Attributes:
+        is_masked: [batch, length] bool, positions of the block that are still masked.
+        scope: [batch, length] bool, all positions of the block.
+        block: [batch] int64, which block it is.
+        step: [batch] int64, steps that the row has taken in this block.
+        steps: [batch] int64, steps of this block; 0 for a row that is finished.
+        row_step: [batch] int64, steps that the row has taken in all blocks.
+        place: [batch] int64, column of `plan.budget` and `plan.chance`.
+        plan: of the call.
+    """
+
+    is_masked: Tensor
+    scope: Tensor
+    block: Tensor
+    step: Tensor
+    steps: Tensor
+    row_step: Tensor
+    place: Tensor
+    plan: Plan
+
+    def of(self, table: Tensor) -> Tensor:
+        """Return [batch, 1], this step's entry of a [batch, steps] table."""
+        return table.gather(1, self.place.clamp(max=table.shape[1] - 1)[:, None])
 
 
 class Strategy(Protocol):
@@ -55,18 +105,34 @@ class Strategy(Protocol):
     def name(self) -> str:
         """Return the name used in YAML."""
 
-    def candidates(self, is_masked: Tensor, step: int, plan: Plan) -> Tensor:
-        """Return [batch, length] bool, the part of `is_masked` that needs logits in this step."""
+    @property
+    def measures(self) -> frozenset[Measure]:
+        """Return what `commit` needs to know of the positions."""
 
-    def commit(self, candidate: Tensor, confidence: Tensor, step: int, plan: Plan) -> Tensor:
-        """Return [batch, length] bool, the part of `candidate` that is committed.
+    def candidates(self, turn: Turn) -> Tensor:
+        """Return [batch, length] bool, the part of `turn.scope` that needs logits in this step."""
+
+    def commit(self, turn: Turn, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
+        """Return [batch, length] bool, the masked candidates that are committed.
 
         Args:
+            turn: of this step.
             candidate: [batch, length] bool, what `candidates` returned.
-            confidence: [batch, length] float32, log-probability of the token drawn there; -inf elsewhere.
-            step: from 0.
-            plan: of the call.
+            score: gives [batch, length] float32 of one of `measures`; NaN where there is no candidate.
         """
+
+
+def ranks(score: Tensor, candidate: Tensor) -> Tensor:
+    """Return [batch, length] int64, 0 for a row's highest-scoring candidate; of equal ones the earlier comes first."""
+    order = score.masked_fill(~candidate, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
+
+
+def still_needed(turn: Turn) -> Tensor:
+    """Return [batch, 1] how many positions a step must commit at least, lest the block's steps run out: 1 or more."""
+    left = (turn.steps - turn.step).clamp(min=1)
+    return torch.div(turn.is_masked.sum(dim=1) + left - 1, left, rounding_mode="floor").clamp(min=1)[:, None]
 
 
 @dataclass(frozen=True)
@@ -77,37 +143,127 @@ class RandomOrder:
     """
 
     name: str = "random"
+    measures: frozenset[Measure] = frozenset()
 
-    def candidates(self, is_masked: Tensor, step: int, plan: Plan) -> Tensor:
+    def candidates(self, turn: Turn) -> Tensor:
         """Return the masked positions whose draw falls below the step's reveal probability."""
-        chance = reveal_probability(step, plan.steps, plan.schedule)
-        return is_masked & (plan.uniform(Stream.SAMPLE_ORDER, step, is_masked.shape[1]) < chance)
+        u = turn.plan.uniform(Stream.SAMPLE_ORDER, turn.row_step)[..., 0]
+        return turn.is_masked & (u.double() < turn.of(turn.plan.chance))
 
-    def commit(self, candidate: Tensor, confidence: Tensor, step: int, plan: Plan) -> Tensor:
+    def commit(self, turn: Turn, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
         """Return all of them."""
         return candidate
 
 
 @dataclass(frozen=True)
-class LowConfidence:
-    """Every masked token is predicted, the step's budget of most confident ones is kept, the rest stays masked.
+class Budgeted:
+    """Every masked token is predicted, the step's budget of those with the highest score is kept.
 
-    Source: LLaDA (arXiv 2502.09992), section 2.4.
+    Args:
+        name: in YAML.
+        measure: the score: `log_prob` of the token drawn, `margin` between the two most probable tokens, or
+            `entropy`, of which the lowest is best.
+    Source: LLaDA (arXiv 2502.09992), section 2.4, for the budget and `low_confidence`; Kim et al. 2025 (arXiv
+        2502.06768), section 4, for the margin; Dream (arXiv 2508.15487) for the entropy.
+    Deviates: Dream takes margin and entropy of the filtered distribution; here all are the model's own.
     """
 
-    name: str = "low_confidence"
+    name: str
+    measure: Measure
 
-    def candidates(self, is_masked: Tensor, step: int, plan: Plan) -> Tensor:
+    @property
+    def measures(self) -> frozenset[Measure]:
+        """Return the one score."""
+        return frozenset({self.measure})
+
+    def candidates(self, turn: Turn) -> Tensor:
         """Return all masked positions, or none of a row whose budget for this step is 0."""
-        return is_masked & (plan.budget[:, step] > 0)[:, None]
+        return turn.is_masked & (turn.of(turn.plan.budget) > 0)
 
-    def commit(self, candidate: Tensor, confidence: Tensor, step: int, plan: Plan) -> Tensor:
-        """Return the budget's number of most confident positions; the earlier one wins a tie."""
-        order = confidence.masked_fill(~candidate, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-        rank = torch.empty_like(order).scatter_(
-            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-        )
-        return candidate & (rank < plan.budget[:, step][:, None])
+    def commit(self, turn: Turn, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
+        """Return the budget's number of best positions; the earlier one wins a tie."""
+        value = score(self.measure)
+        value = -value if self.measure == "entropy" else value
+        return candidate & (ranks(value, candidate) < turn.of(turn.plan.budget))
+
+
+@dataclass(frozen=True)
+class TopK:
+    """All positions of the block are scored anew in each step; those still masked that do not score low are committed.
+
+    At loop t of T, counted down to 0, k = trunc(float32(n t / T)) of the n positions are to stay masked. A position is
+    low if its score lies strictly below the (k + 1)-th lowest of all n, those decided already included, so that a step
+    commits at least as many as the schedule asks for; a decided token stays.
+
+    Source: DiffuLLaMA (arXiv 2410.17891), the sampler of its GSM8K evaluation; Zheng et al. 2023 (arXiv 2302.05737),
+        algorithm 2.
+    Deviates: with shift, position 0 is always given and takes no part, where DiffuLLaMA lends it the score of
+        position 1.
+    """
+
+    name: str = "topk"
+    measures: frozenset[Measure] = frozenset({"log_prob"})
+
+    def candidates(self, turn: Turn) -> Tensor:
+        """Return all positions of the block, as decided ones compete."""
+        return turn.scope & turn.is_masked.any(dim=1, keepdim=True)
+
+    def commit(self, turn: Turn, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
+        """Return the masked positions that do not score low."""
+        value = score("log_prob").masked_fill(~candidate, torch.inf)
+        k = kept_masked(turn.scope.sum(dim=1), turn.steps - 1 - turn.step, turn.steps.clamp(min=1), turn.plan.schedule)
+        cutoff = value.sort(dim=1).values.gather(1, k.clamp(0, value.shape[1] - 1)[:, None])
+        return turn.is_masked & candidate & ~(value < cutoff)
+
+
+@dataclass(frozen=True)
+class ConfidenceThreshold:
+    """Every token whose probability reaches a threshold is committed, and at least the most probable one.
+
+    More are committed only where the steps would run out otherwise, which cannot happen with as many steps as tokens.
+
+    Source: Fast-dLLM (arXiv 2505.22618), section 3.3.
+    """
+
+    name: str = "confidence_threshold"
+    measures: frozenset[Measure] = frozenset({"log_prob"})
+
+    def candidates(self, turn: Turn) -> Tensor:
+        """Return all masked positions."""
+        return turn.is_masked
+
+    def commit(self, turn: Turn, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
+        """Return those that reach the threshold, or the best."""
+        value = score("log_prob")
+        sure = value.exp() >= turn.plan.confidence_threshold
+        return candidate & (sure | (ranks(value, candidate) < still_needed(turn)))
+
+
+@dataclass(frozen=True)
+class EntropyBound:
+    """The largest set of positions whose joint uncertainty stays under a bound is committed, and at least one.
+
+    Positions are taken in order of entropy, lowest first, while the sum of the entropies, the largest left out, is at
+    most the bound: that sum limits how much the tokens of a step can depend on each other (their mutual information).
+
+    Source: Ben-Hamu et al. 2025 (arXiv 2505.24857), section 4.
+    """
+
+    name: str = "entropy_bound"
+    measures: frozenset[Measure] = frozenset({"entropy"})
+
+    def candidates(self, turn: Turn) -> Tensor:
+        """Return all masked positions."""
+        return turn.is_masked
+
+    def commit(self, turn: Turn, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
+        """Return the largest set within the bound."""
+        entropy = score("entropy").double()
+        rank = ranks(-entropy, candidate)
+        in_order = torch.zeros_like(entropy).scatter_(1, rank, entropy.masked_fill(~candidate, 0.0))
+        before = in_order.cumsum(dim=1) - in_order  # without the entropy of the position itself, the largest so far
+        within = before.gather(1, rank) <= turn.plan.entropy_bound
+        return candidate & (within | (rank < still_needed(turn)))
 
 
 STRATEGIES: dict[str, Strategy] = {}
@@ -137,5 +293,13 @@ def get_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-register(RandomOrder())
-register(LowConfidence())
+for _strategy in (
+    RandomOrder(),
+    TopK(),
+    Budgeted("low_confidence", "log_prob"),
+    Budgeted("margin", "margin"),
+    Budgeted("entropy", "entropy"),
+    ConfidenceThreshold(),
+    EntropyBound(),
+):
+    register(_strategy)

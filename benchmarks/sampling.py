@@ -1,0 +1,199 @@
+"""What sampling costs, as ratios to the trunk of the model alone, timed interleaved in the same process.
+
+    python benchmarks/sampling.py             the claims: seconds, batch 1 and 4, the strategies one after another
+    python benchmarks/sampling.py --memory    peak memory of a step, one fresh process for each
+    python benchmarks/sampling.py --table     the table of docs/performance.md
+
+Baseline: as many forwards of the GPT-2 body, without the output embedding, as there are denoising steps. Reported: the
+median over rounds of the ratio within a round, CPU seconds (process time). fp32, random weights, top-p 0.9; with such
+weights every distribution is nearly flat, the hardest case for a nucleus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from llamafactory_ddm.modeling.bidirectional import make_bidirectional
+from llamafactory_ddm.modeling.denoiser import ModelDenoiser
+from llamafactory_ddm.sampling import LogitsConfig, get_strategy, sample
+
+TIME_CLAIMS = {"random": 1.20, "low_confidence": 1.35, "margin": 1.35, "entropy": 1.35, "confidence_threshold": 1.35}
+MEMORY_CLAIM = 1.2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is sampled: a GPT-2 of `layers` x `width`, `batch` rows of `length` tokens in `steps` steps."""
+
+    layers: int = 12
+    width: int = 768
+    vocabulary: int = 50257
+    length: int = 256
+    steps: int = 32
+    batch: int = 1
+
+
+def make_model(shape: Shape) -> GPT2LMHeadModel:
+    """Return a bidirectional GPT-2 with random weights, the same each time."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=shape.vocabulary + 1,
+        n_layer=shape.layers,
+        n_embd=shape.width,
+        n_head=max(1, shape.width // 64),
+        n_positions=max(1024, shape.length),
+    )
+    model = GPT2LMHeadModel(config).eval()
+    make_bidirectional(model)
+    return model
+
+
+def sampler(model: GPT2LMHeadModel, shape: Shape, strategy: str) -> Callable[[], None]:
+    """Return a function that samples once."""
+    x = torch.zeros(shape.batch, shape.length, dtype=torch.int64)
+    editable = torch.ones_like(x, dtype=torch.bool)
+    editable[:, 0] = False
+
+    def run() -> None:
+        denoiser = ModelDenoiser(model, shift=True)
+        sample(
+            denoiser,
+            x,
+            editable=editable,
+            mask_id=shape.vocabulary,
+            steps=shape.steps,
+            strategy=get_strategy(strategy),
+            logits=LogitsConfig(temperature=0.95, top_p=0.9),
+        )
+        denoiser.close()
+
+    return run
+
+
+def trunk(model: GPT2LMHeadModel, shape: Shape) -> Callable[[], None]:
+    """Return a function that runs the body as often as there are steps."""
+    z = torch.full((shape.batch, shape.length), shape.vocabulary)
+
+    def run() -> None:
+        with torch.inference_mode():
+            for _ in range(shape.steps):
+                model.transformer(z, use_cache=False)
+
+    return run
+
+
+def cpu_seconds(run: Callable[[], None]) -> float:
+    """Return the process time of one call."""
+    before = time.process_time()
+    run()
+    return time.process_time() - before
+
+
+def measure(shape: Shape, strategies: list[str], rounds: int) -> dict[str, float]:
+    """Return strategy -> median ratio of its time to the trunk's."""
+    model = make_model(shape)
+    runs = {"trunk": trunk(model, shape), **{name: sampler(model, shape, name) for name in strategies}}
+    short = replace(shape, steps=2)
+    trunk(model, short)()
+    sampler(model, short, strategies[0])()
+    ratios: dict[str, list[float]] = {name: [] for name in strategies}
+    for _ in range(rounds):
+        seconds = {name: cpu_seconds(run) for name, run in runs.items()}
+        for name in strategies:
+            ratios[name].append(seconds[name] / seconds["trunk"])
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def peak_mib() -> float:
+    """Return the peak resident memory of this process so far, in MiB."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return int(re.search(r"VmHWM:\s+(\d+)", file.read())[1]) / 1024  # type: ignore[index]
+
+
+def report_memory(shape: Shape, kind: str) -> None:
+    """Run `kind` alone in this process and print its peak."""
+    model = make_model(shape)
+    short = replace(shape, steps=2)
+    (trunk(model, short) if kind == "trunk" else sampler(model, short, kind))()
+    print(peak_mib())
+
+
+def claim(text: str, value: float, limit: float, unit: str = "") -> None:
+    """Print one line."""
+    print(f"{text:<58} {value:8.2f}{unit}  claimed <= {limit:.2f}{unit}  {'held' if value <= limit else 'BROKEN'}")
+
+
+def memory(shape: Shape) -> None:
+    """Compare peaks: what a step of all undecided positions adds to the trunk, against their logits in float32."""
+    # Freed memory goes back at once, or what the allocator keeps would be counted.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    peaks = {}
+    for kind in ("trunk", "low_confidence"):
+        words = [sys.executable, __file__, "--peak", kind, "--batch", str(shape.batch), "--layers", str(shape.layers)]
+        words += ["--width", str(shape.width), "--vocabulary", str(shape.vocabulary), "--length", str(shape.length)]
+        done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
+        peaks[kind] = float(done.stdout.strip().splitlines()[-1])
+    logits = shape.batch * (shape.length - 1) * shape.vocabulary * 4 / 2**20
+    added = peaks["low_confidence"] - peaks["trunk"]
+    claim(f"batch {shape.batch}: memory beyond the trunk / undecided logits", added / logits, MEMORY_CLAIM)
+
+
+def table(shape: Shape, rounds: int) -> None:
+    """Print the table of docs/performance.md."""
+    print("| what varies | value | random | low_confidence |\n|---|---|---|---|")
+    variants: list[tuple[str, list[int]]] = [
+        ("length", [64, 128, 256, 512]),
+        ("steps", [8, 32, 128]),
+        ("batch", [1, 4, 8]),
+        ("vocabulary", [8000, 32000, 50257, 128000]),
+    ]
+    for name, values in variants:
+        for value in values:
+            got = measure(replace(shape, **{name: value}), ["random", "low_confidence"], rounds)
+            print(f"| {name} | {value} | {got['random']:.2f} | {got['low_confidence']:.2f} |", flush=True)
+
+
+def main() -> int:
+    """Run what the command line asks for; 1 if a claim is broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--strategies", default=",".join(TIME_CLAIMS))
+    parser.add_argument("--batches", default="1,4")
+    for name, value in Shape().__dict__.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    shape = Shape(**{name: getattr(arguments, name) for name in Shape().__dict__})
+    if arguments.peak:
+        report_memory(shape, arguments.peak)
+        return 0
+    if arguments.table:
+        table(shape, arguments.rounds)
+        return 0
+    for batch in (int(word) for word in arguments.batches.split(",")):
+        if arguments.memory:
+            memory(replace(shape, batch=batch))
+            continue
+        for name, ratio in measure(
+            replace(shape, batch=batch), arguments.strategies.split(","), arguments.rounds
+        ).items():
+            claim(f"batch {batch}: CPU seconds, {name} / trunk alone", ratio, TIME_CLAIMS.get(name, float("inf")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Make the prompts and gaps for trying out generation from the held-out split: python data/make_prompts.py
+
+tiny_prompts_eval.jsonl: worked problems, the story as instruction and the working as output.
+tiny_infill_eval.jsonl: texts with one gap of two to five words, marked <|infill|>, and what belongs there as label.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COUNT = 40
+
+
+def prompts(texts: list[str]) -> list[dict[str, str]]:
+    """Return worked problems, split before the first calculation."""
+    rows = []
+    for text in texts:
+        match = re.match(r"(.*?[.?])( \d+ [-+*] .*)", text)
+        if match:
+            rows.append({"instruction": match.group(1), "output": match.group(2)})
+    return rows[:COUNT]
+
+
+def gaps(texts: list[str], rng: random.Random) -> list[dict[str, str]]:
+    """Return texts with a run of words taken out; a word takes the space before it along, as its tokens do."""
+    rows = []
+    for text in texts:
+        words = re.findall(r" ?[^ ]+", text)
+        size = rng.randint(2, 5)
+        if len(words) < size + 8:
+            continue
+        begin = rng.randint(4, len(words) - size - 3)
+        label = "".join(words[begin : begin + size])
+        marked = "".join(words[:begin]) + "<|infill|>" + "".join(words[begin + size :])
+        rows.append({"instruction": marked, "output": label})
+    return rows[:COUNT]
+
+
+def write(name: str, rows: list[dict[str, str]]) -> None:
+    """Write one object a line."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (HERE / name).write_text(text, encoding="utf-8")
+    print(f"{name}: {len(rows)} rows")
+
+
+def main() -> None:
+    """Write both files."""
+    lines = (HERE / "tiny_corpus_eval.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    write("tiny_prompts_eval.jsonl", prompts(texts))
+    write("tiny_infill_eval.jsonl", gaps([text for text in texts if "=" not in text], random.Random(0)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""`llamafactory-ddm generate PATH`: text from a checkpoint, without a YAML."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+
+EPILOG = """examples:
+  llamafactory-ddm generate saves/tiny_gpt2/full/ddm --show
+  llamafactory-ddm generate saves/tiny_gpt2/full/ddm --prompt "Tom saw a small" --block-length 8
+  llamafactory-ddm generate saves/tiny_gpt2/full/ddm --infill "Tom saw a small<|infill:2|> in the forest."
+"""
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    arguments = _parser().parse_args(words)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        _generate(arguments)
+    except (ValueError, OSError) as error:
+        print(f"llamafactory-ddm generate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llamafactory-ddm generate",
+        description="Generate text with a diffusion model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", help="folder of a model that stage: ddm has saved")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", help="a text to continue; may be given several times")
+    source.add_argument("--infill", action="append", help="a text with gaps, <|infill:8|> for one of 8 tokens")
+    parser.add_argument("--show", action="store_true", help="watch the text come about")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write (default: 64)")
+    parser.add_argument("--num-samples", type=int, default=1, help="texts from noise, or for each prompt (default: 1)")
+    parser.add_argument("--strategy", default="low_confidence", help="denoising_strategy (default: low_confidence)")
+    parser.add_argument("--steps", type=int, default=64, help="diffusion_steps (default: 64)")
+    parser.add_argument("--block-length", type=int, help="tokens decided together, from left to right (default: all)")
+    parser.add_argument("--temperature", type=float, default=0.95, help="0 takes the most probable (default: 0.95)")
+    parser.add_argument("--top-p", type=float, default=0.9, help="nucleus mass (default: 0.9)")
+    parser.add_argument("--top-k", type=int, help="most probable tokens that stay (default: all)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1, none)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="(default: 1, none)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    return parser
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from .generation import SamplingSettings, load
+    from .sampling import LogitsConfig
+    from .sampling.trace import TerminalAnimation
+
+    settings = SamplingSettings(
+        denoising_strategy=arguments.strategy,
+        diffusion_steps=arguments.steps,
+        block_length=arguments.block_length,
+        logits=LogitsConfig(
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            top_k=arguments.top_k,
+            repetition_penalty=arguments.repetition_penalty,
+            guidance_scale=arguments.guidance_scale,
+        ),
+        seed=arguments.seed,
+    )
+    model = load(arguments.path)
+    with contextlib.ExitStack() as screen:
+        shown: list[TerminalAnimation] = []
+
+        def watch(step: int, pieces: Callable[[], list[list[str | None]]]) -> None:
+            text = pieces()[0]
+            if step == 0:  # the next text begins
+                for old in shown:
+                    old.close()
+                shown[:] = [screen.enter_context(TerminalAnimation([None] * len(text), stream=sys.stdout))]
+            shown[0].update(step + 1, arguments.steps, text)
+
+        texts = model.generate(
+            arguments.prompt,
+            infill=arguments.infill,
+            max_new_tokens=arguments.max_new_tokens,
+            num_samples=arguments.num_samples,
+            batch_size=1 if arguments.show else 8,
+            settings=settings,
+            callback=watch if arguments.show and sys.stdout.isatty() else None,
+        )
+    if arguments.show and sys.stdout.isatty():
+        print()
+    for text in texts:
+        print(text.strip() if len(texts) == 1 else f"- {text.strip()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

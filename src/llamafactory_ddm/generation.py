@@ -1,0 +1,343 @@
+"""Text from a diffusion model, for every caller: the YAML, the command line and notebooks.
+
+from llamafactory_ddm import load
+model = load("saves/tiny_gpt2/full/ddm")
+print(model.generate("Tom saw a small")[0])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .data.canvas import Canvas, canvas_of, infilling_canvas, stack_canvases
+from .data.collators import start_token_id
+from .diffusion.schedules import get_schedule
+from .modeling.attention_layers import max_positions
+from .modeling.bidirectional import make_bidirectional, probe_bidirectional
+from .modeling.checkpoints import verify_checkpoint
+from .modeling.denoiser import ModelDenoiser
+from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from .sampling import Context, EarlyStop, LogitsConfig, get_strategy, sample
+from .sampling.trace import Trace
+
+# Called after each step with the step and a function that gives the pieces of each text of the batch; None is [MASK].
+StepCallback = Callable[[int, Callable[[], list[list[str | None]]]], None]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How texts are sampled; the names are those of the YAML keys where there is one.
+
+    Attributes:
+        denoising_strategy: see `sampling.strategies`.
+        diffusion_steps: denoising steps of a text; a text of fewer tokens takes as many as it has tokens.
+        block_length: tokens decided together, from left to right; None is all at once.
+        logits: temperature, filters, penalty, guidance.
+        confidence_threshold: of the strategy of this name.
+        entropy_bound: of the strategy of this name, in nats.
+        early_stop: when to commit all that is left of a block.
+        seed: of every draw.
+    """
+
+    denoising_strategy: str = "low_confidence"
+    diffusion_steps: int = 64
+    block_length: int | None = None
+    logits: LogitsConfig = field(default_factory=lambda: LogitsConfig(temperature=0.95, top_p=0.9))
+    confidence_threshold: float = 0.9
+    entropy_bound: float = 0.1
+    early_stop: EarlyStop | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One text.
+
+    Attributes:
+        predict: what was written, up to the first end-of-text token, special tokens left out; spans that are apart are
+            joined by a line break.
+        text: the whole text, with what was given.
+        n_tokens: tokens written.
+        forwards: forwards that they took.
+        trace: how the text came about, if asked for.
+    """
+
+    predict: str
+    text: str
+    n_tokens: int
+    forwards: int
+    trace: Trace | None = None
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None, dtype: Any = None) -> TextGenerator:
+    """Load a diffusion model that this package has saved.
+
+    Args:
+        path: a folder with model, tokenizer and diffusion_config.json.
+        device: by default the first GPU if there is one, else the CPU.
+        dtype: of the weights; by default the one they are stored in, on a CPU float32.
+    Raises:
+        ValueError: if the folder is not there, is truncated, or is no diffusion model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{path} is not a folder; check the path (it is relative to {Path.cwd()})")
+    config = DiffusionConfig.find(folder)
+    if config is None:
+        raise ValueError(
+            f"{path} holds no {FILE_NAME}, so it is not a diffusion model of this package; adapt it with stage: ddm"
+        )
+    verify_checkpoint(folder)
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.to(device)  # type: ignore[arg-type]
+    make_bidirectional(model)
+    return TextGenerator(model, tokenizer, config)
+
+
+class TextGenerator:
+    """A bidirectional model with its tokenizer and the facts of its diffusion process."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: DiffusionConfig) -> None:
+        """Wrap a model whose attention has been switched, and prove that it was.
+
+        Raises:
+            NotBidirectionalError: if the model attends causally.
+            ValueError: if the model was trained with shift and the tokenizer has no token to start with.
+        """
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.config = config
+        self.start_id = start_token_id(tokenizer) if config.shift else None
+        probe_bidirectional(model)
+
+    def from_noise(self, length: int) -> Canvas:
+        """Return the canvas of a text of `length` tokens in all, the start token included.
+
+        Raises:
+            ValueError: if that leaves nothing to write, or is more than the model has positions.
+        """
+        return self._checked(canvas_of([length - (self.start_id is not None)], start_id=self.start_id))
+
+    def from_prompt(self, prompt: str | Sequence[int], n_tokens: int, *, start: bool = True) -> Canvas:
+        """Return the canvas of a prompt and `n_tokens` tokens that continue it.
+
+        Args:
+            prompt: text, or ids that are taken as they are.
+            n_tokens: to be written.
+            start: whether to put the start token in front where the model needs one.
+        Raises:
+            ValueError: if the prompt is empty, holds the mask token, or leaves no room.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty; give one, or generate from noise")
+        return self._checked(canvas_of([ids, n_tokens], start_id=self.start_id if start else None))
+
+    def from_marked(self, text: str, *, label: str | None = None) -> Canvas:
+        """Return the canvas of a text with markers such as <|infill:8|>; `label` gives the length of <|infill|>.
+
+        Raises:
+            ValueError: if there is no marker or a wrong one, if the text holds the mask token, or leaves no room.
+        """
+        return self._checked(infilling_canvas(text, self.encode, label=label, start_id=self.start_id))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without special tokens of the tokenizer's own."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _checked(self, canvas: Canvas) -> Canvas:
+        given = [token for token, editable in zip(canvas.ids, canvas.editable, strict=True) if not editable]
+        if self.config.mask_token_id in given:
+            raise ValueError(
+                f"the text holds the mask token {self.config.mask_token!r} (id {self.config.mask_token_id}), which "
+                "the model cannot tell from a place to be written; remove it, or mark places with <|infill:8|>"
+            )
+        limit = max_positions(self.model.config)
+        if limit is not None and len(canvas) > limit:
+            raise ValueError(
+                f"{len(given)} given tokens and {canvas.n_editable} to be written are more than the model's {limit} "
+                "positions; shorten the prompt or write fewer"
+            )
+        return canvas
+
+    def sample_batch(
+        self,
+        canvases: Sequence[Canvas],
+        settings: SamplingSettings,
+        *,
+        ordinals: Sequence[int],
+        traced: bool = False,
+        callback: StepCallback | None = None,
+    ) -> list[Generated]:
+        """Write on the canvases, all in one batch.
+
+        Args:
+            canvases: made by the methods above.
+            settings: see there.
+            ordinals: a number for each canvas, which with the seed fixes its random numbers.
+            traced: whether to return how the texts came about.
+            callback: called after each step.
+        Raises:
+            ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
+        """
+        device = self.model.device
+        batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
+        pads = bool(batch.is_padding.any())
+        is_padding = batch.is_padding.to(device) if pads else None
+        denoiser = ModelDenoiser(self.model, shift=self.config.shift, is_padding=is_padding)
+
+        def after_step(step: int, z: Tensor, fresh: Tensor) -> None:
+            if callback is not None:
+                callback(
+                    step,
+                    lambda: [
+                        self._pieces(row[len(row) - len(canvas) + canvas.n_start :])
+                        for row, canvas in zip(z.tolist(), canvases, strict=True)
+                    ],
+                )
+
+        prompt = batch.prompt.to(device) if bool(batch.prompt.any()) else None
+        try:
+            output = sample(
+                denoiser,
+                batch.x.to(device),
+                editable=batch.editable.to(device),
+                mask_id=self.config.mask_token_id,
+                steps=settings.diffusion_steps,
+                strategy=get_strategy(settings.denoising_strategy),
+                logits=settings.logits,
+                seed=settings.seed % 2**64,
+                rows=torch.tensor(list(ordinals), dtype=torch.int64, device=device),
+                schedule=get_schedule(self.config.noise_schedule),
+                block_length=settings.block_length,
+                confidence_threshold=settings.confidence_threshold,
+                entropy_bound=settings.entropy_bound,
+                early_stop=settings.early_stop,
+                context=Context(is_padding=is_padding, prompt=prompt),
+                callback=after_step,
+            )
+        finally:
+            denoiser.close()
+        forwards = output.row_forwards.tolist()
+        return [
+            self._generated(canvas, ids[-len(canvas) :], steps[-len(canvas) :], forwards[row], output.steps, traced)
+            for row, (canvas, ids, steps) in enumerate(
+                zip(canvases, output.sequences.tolist(), output.committed.tolist(), strict=True)
+            )
+        ]
+
+    def _generated(
+        self, canvas: Canvas, ids: list[int], committed: list[int], forwards: int, steps: int, traced: bool
+    ) -> Generated:
+        spans: list[list[int]] = []
+        for place, editable in enumerate(canvas.editable):
+            if editable and (place == 0 or not canvas.editable[place - 1]):
+                spans.append([])
+            if editable:
+                spans[-1].append(ids[place])
+        text = ids[canvas.n_start :]
+        ends = self.tokenizer.eos_token_id
+        if len(spans) == 1 and canvas.editable[-1] and ends in spans[0]:
+            behind = len(spans[0]) - spans[0].index(ends)
+            spans[0], text = spans[0][:-behind], text[:-behind]
+        trace = None
+        if traced:
+            pieces = self._pieces(ids)
+            events = sorted((step, place, pieces[place]) for place, step in enumerate(committed) if step >= 0)
+            given = tuple(None if e else piece for e, piece in zip(canvas.editable, pieces, strict=True))
+            shift = canvas.n_start
+            trace = Trace(
+                title="",
+                start=given[shift:],
+                events=tuple((step, place - shift, piece) for step, place, piece in events),
+                steps=steps,
+            )
+        return Generated(
+            predict="\n".join(self._decode(span) for span in spans),
+            text=self._decode(text),
+            n_tokens=canvas.n_editable,
+            forwards=forwards,
+            trace=trace,
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _pieces(self, ids: list[int]) -> list[str | None]:
+        return [None if i == self.config.mask_token_id else self.tokenizer.decode([i]) for i in ids]
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        infill: str | Sequence[str] | None = None,
+        max_new_tokens: int = 64,
+        num_samples: int = 1,
+        batch_size: int = 8,
+        settings: SamplingSettings | None = None,
+        callback: StepCallback | None = None,
+    ) -> list[str]:
+        """Return texts: continuations of prompts, texts with their gaps filled, or texts from noise.
+
+        Args:
+            prompt: one or several texts to continue; what comes back are the continuations.
+            infill: one or several texts with markers such as <|infill:8|>; what comes back are the whole texts.
+            max_new_tokens: tokens to write after a prompt or from noise.
+            num_samples: how many texts to write from noise, or for each prompt.
+            batch_size: texts that are denoised together; it does not change them.
+            settings: how to sample.
+            callback: called after each step of each batch.
+        Raises:
+            ValueError: if both prompt and infill are given, or a text cannot be used; it says which and why.
+        """
+        settings = settings or SamplingSettings()
+        if prompt is not None and infill is not None:
+            raise ValueError("give either prompt or infill, not both")
+        if num_samples < 1 or max_new_tokens < 1 or batch_size < 1:
+            raise ValueError("num_samples, max_new_tokens and batch_size must be at least 1")
+        canvases: list[Canvas] = []
+        given = prompt if prompt is not None else infill
+        if given is None:
+            canvases = [self.from_noise(max_new_tokens + (self.start_id is not None))] * num_samples
+        for number, text in enumerate([given] if isinstance(given, str) else given or ()):
+            with saying(f"text {number}"):
+                canvas = self.from_prompt(text, max_new_tokens) if prompt is not None else self.from_marked(text)
+            canvases += [canvas] * num_samples
+        results: list[Generated] = []
+        for low in range(0, len(canvases), batch_size):
+            part = canvases[low : low + batch_size]
+            ordinals = range(low, low + len(part))
+            results += self.sample_batch(part, settings, ordinals=ordinals, callback=callback)
+        return [result.predict if infill is None else result.text for result in results]
+
+
+class saying:
+    """A context that puts what it is about before the message of a ValueError."""
+
+    def __init__(self, what: str) -> None:
+        """Remember `what`, such as 'sample 3'."""
+        self.what = what
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Raise the error anew with `what` in front.
+
+        Raises:
+            ValueError: the one that left the block, with a longer message.
+        """
+        if isinstance(error, ValueError):
+            raise ValueError(f"{self.what}: {error}") from error

@@ -1,0 +1,177 @@
+"""What a run is asked to generate: nothing but noise, or the texts of a LLaMA-Factory data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from llamafactory.data import get_dataset
+from llamafactory.data.loader import _get_merged_dataset
+from llamafactory.extras.constants import IGNORE_INDEX
+
+from ..data.canvas import Canvas
+from ..generation import TextGenerator, saying
+from .checks import datasets_explained
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be generated.
+
+    Attributes:
+        canvas: what is given and where to write.
+        prompt: the text that is given, as the user wrote it; None for noise.
+        label: what should be written, if that is known.
+    """
+
+    canvas: Canvas
+    prompt: str | None = None
+    label: str | None = None
+
+
+def from_noise(generator: TextGenerator, *, count: int, length: int) -> list[Request]:
+    """Return `count` requests for texts of `length` tokens, the start token included.
+
+    Raises:
+        ValueError: if the length does not fit the model.
+    """
+    with saying(f"cutoff_len: {length}"):
+        canvas = generator.from_noise(length)
+    return [Request(canvas)] * count
+
+
+def from_texts(
+    generator: TextGenerator,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    *,
+    infill: bool,
+    prefix_length: int | None,
+    max_new_tokens: int | None,
+) -> list[Request]:
+    """Return a request for each text of the data set (eval_dataset, else dataset): to be continued, or filled in.
+
+    Args:
+        generator: makes the canvases.
+        model_args: upstream's.
+        data_args: upstream's; without `max_new_tokens`, a text is continued up to cutoff_len.
+        training_args: upstream's.
+        infill: fill in the markers of the texts; else continue them.
+        prefix_length: tokens of a text that are given; None for all.
+        max_new_tokens: tokens to write, or None.
+    Raises:
+        ValueError: if there is no data set, or a text of it cannot be used.
+    """
+    requests = []
+    for number, (text, label) in enumerate(_texts(model_args, data_args, training_args)):
+        with saying(f"dataset: text {number}"):
+            if infill:
+                canvas = generator.from_marked(text, label=label)
+                said = text
+            else:
+                canvas, said, label = _continued(
+                    generator, text, label, data_args.cutoff_len, prefix_length, max_new_tokens
+                )
+            requests.append(Request(canvas, said, label))
+    return _not_empty(requests, data_args)
+
+
+def _continued(
+    generator: TextGenerator,
+    text: str,
+    label: str | None,
+    cutoff_len: int,
+    prefix_length: int | None,
+    max_new_tokens: int | None,
+) -> tuple[Canvas, str, str | None]:
+    ids = generator.encode(text)
+    if prefix_length is not None:
+        if len(ids) <= prefix_length:
+            raise ValueError(f"it has {len(ids)} tokens, so prefix_length: {prefix_length} leaves nothing to write")
+        ids, rest = ids[:prefix_length], ids[prefix_length:]
+        text, label = generator.tokenizer.decode(ids), generator.tokenizer.decode(rest)
+    has_start = bool(ids) and ids[0] == generator.start_id
+    room = cutoff_len - len(ids) - int(generator.start_id is not None and not has_start)
+    if max_new_tokens is None and ids and room < 1:
+        raise ValueError(
+            f"its {len(ids)} tokens leave no room within cutoff_len: {cutoff_len}; raise cutoff_len, set "
+            "max_new_tokens, or give less of the text with prefix_length"
+        )
+    return generator.from_prompt(ids, max_new_tokens or max(room, 1)), text, label
+
+
+def from_examples(
+    generator: TextGenerator,
+    template: Any,
+    tokenizer_module: dict[str, Any],
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    *,
+    max_new_tokens: int | None,
+) -> list[Request]:
+    """Return a request for the last response of each example of an instruction data set, under its template.
+
+    Examples come through upstream's training-side processor, so that the prompt is what training gives the model.
+
+    Raises:
+        ValueError: if there is no data set, or an example leaves no room for a response.
+    """
+    _names(data_args)
+    data_args.packing = data_args.neat_packing = False
+    training_args.predict_with_generate = False
+    with datasets_explained(data_args):
+        module = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
+    rows = module.get("eval_dataset") if data_args.eval_dataset or data_args.val_size else module.get("train_dataset")
+    requests = []
+    for number, row in enumerate(_joined(rows)):
+        ids, labels = list(row["input_ids"]), list(row["labels"])
+        scored = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
+        with saying(f"dataset: example {number}"):
+            if not scored:
+                raise ValueError(f"it has no response within cutoff_len: {data_args.cutoff_len}; raise cutoff_len")
+            begin = scored[-1]
+            while begin > 0 and labels[begin - 1] != IGNORE_INDEX:
+                begin -= 1
+            room = data_args.cutoff_len - begin
+            canvas = generator.from_prompt(ids[:begin], max_new_tokens or max(room, 1), start=False)
+            prompt = generator.tokenizer.decode(ids[:begin])
+            label = generator.tokenizer.decode(ids[begin : scored[-1] + 1], skip_special_tokens=True)
+            requests.append(Request(canvas, prompt, label))
+    return _not_empty(requests, data_args)
+
+
+def _texts(model_args: Any, data_args: Any, training_args: Any) -> Iterator[tuple[str, str | None]]:
+    """Yield text and label (the response column, if there is one) of each example."""
+    names = _names(data_args)
+    with datasets_explained(data_args), training_args.main_process_first(desc="load dataset"):
+        rows = _get_merged_dataset(names, model_args, data_args, training_args, "pt")
+    for row in _joined(rows):
+        text = "".join(message["content"] for message in row["_prompt"])
+        label = "".join(message["content"] for message in row["_response"])
+        yield text, label or None
+
+
+def _names(data_args: Any) -> list[str]:
+    names = data_args.eval_dataset or data_args.dataset
+    if not names:
+        raise ValueError(
+            "there is nothing to generate from: set eval_dataset (or dataset) to a data set of prompts, or "
+            "generate_from: noise"
+        )
+    return list(names)
+
+
+def _joined(rows: Any) -> Iterable[Any]:
+    """Return the rows of one data set or of several by name."""
+    if isinstance(rows, dict):
+        return (row for part in rows.values() for row in part)
+    return rows if rows is not None else ()
+
+
+def _not_empty(requests: list[Request], data_args: Any) -> list[Request]:
+    if not requests:
+        raise ValueError(f"dataset: {', '.join(_names(data_args))} holds no text; check the file")
+    return requests

@@ -1,0 +1,237 @@
+"""The YAML keys of generation, as a dataclass that is mixed into the diffusion keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..generation import SamplingSettings
+from ..sampling import EarlyStop, LogitsConfig
+
+STRATEGIES = ("random", "topk", "low_confidence", "margin", "entropy", "confidence_threshold", "entropy_bound")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "denoising_strategy": STRATEGIES,
+    "generate_from": ("noise", "prefix", "infill", "prompt"),
+}
+INTEGERS: dict[str, tuple[int, int | None]] = {
+    "diffusion_steps": (1, None),
+    "block_length": (1, None),
+    "stable_steps": (0, None),
+    "num_samples": (1, None),
+    "prefix_length": (1, None),
+}
+NUMBERS: dict[str, tuple[float, float]] = {
+    "logits_temp": (0.0, float("inf")),
+    "topp_temp": (0.0, 1.0),
+    "guidance_scale": (0.0, float("inf")),
+    "confidence_threshold": (0.0, 1.0),
+    "entropy_bound": (0.0, float("inf")),
+    "stable_entropy": (0.0, float("inf")),
+}
+BOOLEANS = ("save_trace",)
+# Upstream's keys of generation that we honour -> ours of the same meaning, or None.
+UPSTREAM_KEYS: dict[str, str | None] = {
+    "temperature": "logits_temp",
+    "top_p": "topp_temp",
+    "top_k": None,
+    "repetition_penalty": None,
+    "max_new_tokens": None,
+}
+# A key that only one strategy reads -> that strategy.
+_OF_STRATEGY = {"confidence_threshold": "confidence_threshold", "entropy_bound": "entropy_bound"}
+
+
+@dataclass
+class SamplingArguments:
+    """Arguments of `do_predict: true`."""
+
+    generate_from: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Diffusion: what generation starts from: noise (num_samples texts), prefix (each text of the data set "
+                "is continued), infill (markers such as <|infill:8|> in the texts are filled) or prompt (stage: "
+                "ddm-sft, its default). stage: ddm starts from noise by default."
+            )
+        },
+    )
+    denoising_strategy: str = field(
+        default="random",
+        metadata={
+            "help": (
+                "Diffusion: which masked tokens a sampling step commits: random, topk, low_confidence, margin, "
+                "entropy, confidence_threshold or entropy_bound."
+            )
+        },
+    )
+    diffusion_steps: int = field(
+        default=64,
+        metadata={"help": "Diffusion: number of denoising steps in sampling, shared by the blocks of a text."},
+    )
+    block_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Diffusion: tokens that are decided together, from left to right. Defaults to all of a text."
+        },
+    )
+    logits_temp: float = field(
+        default=0.95,
+        metadata={"help": "Diffusion: sampling temperature; 0 takes the most probable token. Same as temperature."},
+    )
+    topp_temp: float = field(
+        default=0.9,
+        metadata={"help": "Diffusion: nucleus mass of sampling, in (0, 1]; 1 keeps every token. Same as top_p."},
+    )
+    guidance_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": (
+                "Diffusion: classifier-free guidance, unconditional + scale (conditional - unconditional); 1 is none, "
+                "another value doubles the forwards."
+            )
+        },
+    )
+    suppress_tokens: str | None = field(
+        default=None,
+        metadata={"help": "Diffusion: tokens that are never written, as tokens or ids, separated by commas."},
+    )
+    confidence_threshold: float = field(
+        default=0.9,
+        metadata={"help": "Diffusion: probability from which denoising_strategy: confidence_threshold commits."},
+    )
+    entropy_bound: float = field(
+        default=0.1,
+        metadata={"help": "Diffusion: nats that a step of denoising_strategy: entropy_bound may be unsure of."},
+    )
+    stable_steps: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "Diffusion: commit all that is left of a block once the most probable tokens stayed the same for so "
+                "many steps and stable_entropy holds; 0 never does."
+            )
+        },
+    )
+    stable_entropy: float = field(
+        default=0.1,
+        metadata={"help": "Diffusion: mean entropy in nats up to which stable_steps applies."},
+    )
+    num_samples: int = field(
+        default=8,
+        metadata={"help": "Diffusion: how many texts `do_predict` generates from noise."},
+    )
+    prefix_length: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Diffusion: with generate_from: prefix, how many tokens of a text are given; the rest is the label. "
+                "Defaults to the whole text."
+            )
+        },
+    )
+    save_trace: bool = field(
+        default=False,
+        metadata={
+            "help": "Diffusion: write generated_predictions.html, a page that replays the denoising of each text."
+        },
+    )
+
+    def check_sampling(self) -> None:
+        """Check the keys that depend on each other.
+
+        Raises:
+            ValueError: naming both keys.
+        """
+        if self.topp_temp == 0.0:
+            raise ValueError("topp_temp must lie in (0, 1], got 0; for the most probable token set logits_temp: 0")
+        if self.confidence_threshold == 0.0:
+            raise ValueError("confidence_threshold must lie in (0, 1], got 0; set diffusion_steps: 1 for all at once")
+        for key, strategy in _OF_STRATEGY.items():
+            if getattr(self, key) != SamplingArguments.__dataclass_fields__[key].default and (
+                self.denoising_strategy != strategy
+            ):
+                raise ValueError(
+                    f"{key} is read by denoising_strategy: {strategy} only, but denoising_strategy is "
+                    f"{self.denoising_strategy}; change one or remove {key}"
+                )
+        stage, source = str(getattr(self, "stage", "ddm")), self.generation_source()
+        if (source == "prompt") != (stage == "ddm-sft"):
+            raise ValueError(
+                f"generate_from: {source} does not go with stage: {stage}; stage: ddm-sft answers prompts, stage: ddm "
+                "takes noise, prefix or infill"
+            )
+        if self.prefix_length is not None and source != "prefix":
+            raise ValueError("prefix_length needs generate_from: prefix; set it or remove prefix_length")
+        if self.guidance_scale != 1.0 and source == "noise":
+            raise ValueError(
+                f"guidance_scale: {self.guidance_scale} needs a prompt to guide by, but generate_from is noise; set "
+                "generate_from: prefix or infill, or remove guidance_scale"
+            )
+
+    def generation_source(self) -> str:
+        """Return `generate_from`, or what the stage starts from where it is not set."""
+        ours = getattr(self, "diffusion_stage", None) or getattr(self, "stage", "ddm")
+        return self.generate_from or ("prompt" if ours == "ddm-sft" else "noise")
+
+    def sampling_settings(
+        self, generating_args: Any, given: frozenset[str], *, seed: int, tokenizer: Any
+    ) -> SamplingSettings:
+        """Return what the sampler wants.
+
+        Args:
+            generating_args: upstream's, of which the keys in `given` count.
+            given: keys that the user wrote.
+            seed: of the run.
+            tokenizer: finds suppress_tokens.
+        Raises:
+            ValueError: if two keys of the same meaning differ, or a token does not exist.
+        """
+        values = {"logits_temp": self.logits_temp, "topp_temp": self.topp_temp}
+        for theirs, ours in UPSTREAM_KEYS.items():
+            if ours is None or theirs not in given:
+                continue
+            value = getattr(generating_args, theirs)
+            if ours in given and value != values[ours]:
+                raise ValueError(
+                    f"{theirs}: {value} and {ours}: {values[ours]} mean the same and differ; remove one of them"
+                )
+            values[ours] = value
+        top_k = generating_args.top_k if "top_k" in given and generating_args.top_k > 0 else None
+        penalty = generating_args.repetition_penalty if "repetition_penalty" in given else 1.0
+        return SamplingSettings(
+            denoising_strategy=self.denoising_strategy,
+            diffusion_steps=self.diffusion_steps,
+            block_length=self.block_length,
+            logits=LogitsConfig(
+                temperature=values["logits_temp"],
+                top_p=values["topp_temp"],
+                top_k=top_k,
+                repetition_penalty=penalty,
+                guidance_scale=self.guidance_scale,
+                suppress=_token_ids(self.suppress_tokens, tokenizer),
+            ),
+            confidence_threshold=self.confidence_threshold,
+            entropy_bound=self.entropy_bound,
+            early_stop=EarlyStop(self.stable_steps, self.stable_entropy) if self.stable_steps else None,
+            seed=seed,
+        )
+
+
+def _token_ids(words: str | None, tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids of the tokens in a list separated by commas.
+
+    Raises:
+        ValueError: naming what is no token.
+    """
+    if words is None:
+        return ()
+    vocabulary = tokenizer.get_vocab()
+    ids = []
+    for word in (part.strip() for part in str(words).split(",")):
+        if word in vocabulary:
+            ids.append(vocabulary[word])
+        elif word.isdigit() and int(word) < len(tokenizer):
+            ids.append(int(word))
+        else:
+            raise ValueError(f"suppress_tokens: {word!r} is neither a token of the vocabulary nor an id")
+    return tuple(ids)

@@ -1,0 +1,107 @@
+"""Exact draws from unnormalised weights, and the nucleus of a distribution without sorting the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 256
+_INFINITY_BITS = 0x7F800000
+
+
+class Weights:
+    """Non-negative weights of which the sums over chunks are known, so that a draw reads one chunk only.
+
+    Attributes:
+        values: [n, vocab] float.
+        cumulative: [n, n_chunks] float64, weight of each chunk and those before it.
+        total: [n] float64.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        whole = values.shape[1] // _CHUNK * _CHUNK
+        # Summing 256 numbers of one precision loses a rounding error or two; only the sums need more digits.
+        sums = values[:, :whole].reshape(len(values), whole // _CHUNK, _CHUNK).sum(dim=2)
+        if whole < values.shape[1]:
+            sums = torch.cat([sums, values[:, whole:].sum(dim=1, keepdim=True)], dim=1)
+        self.values = values
+        self.sums = sums.double()
+        self.cumulative = self.sums.cumsum(dim=1)
+        self.total = self.cumulative[:, -1]
+
+
+def sample_weights(weights: Weights, u: Tensor) -> Tensor:
+    """Invert the cumulative distribution of each row, in the order of ids.
+
+    Args:
+        weights: of n rows.
+        u: [n] float64 in [0, 1).
+    Returns:
+        [n] int64 ids, never one of weight 0 unless all are.
+    """
+    values, target = weights.values, u * weights.total
+    chunk = _first_above(weights.cumulative, weights.sums, target)
+    before = weights.cumulative.gather(1, (chunk - 1).clamp(min=0)[:, None])[:, 0].masked_fill(chunk == 0, 0.0)
+    ids = chunk[:, None] * _CHUNK + torch.arange(_CHUNK, device=u.device)
+    inside = values.gather(1, ids.clamp(max=values.shape[1] - 1)).double().masked_fill(ids >= values.shape[1], 0.0)
+    # Where in the chunk the target lies, as a share of it, is exact whatever rounding the chunk's sum has seen.
+    share = (target - before) / weights.sums.gather(1, chunk[:, None])[:, 0]
+    cumulative = inside.cumsum(dim=1)
+    return chunk * _CHUNK + _first_above(cumulative, inside, share * cumulative[:, -1])
+
+
+def _first_above(cumulative: Tensor, parts: Tensor, target: Tensor) -> Tensor:
+    """Return [n] the first entry of `cumulative`, the running sum of `parts`, above `target`."""
+    place = torch.searchsorted(cumulative, target[:, None], right=True).clamp(max=parts.shape[1] - 1)
+    # Running sums are rounded, and may even fall by an error from one entry to the next; nothing of weight 0 is drawn.
+    return torch.where(parts.gather(1, place) > 0.0, place, parts.argmax(dim=1, keepdim=True))[:, 0]
+
+
+def nucleus_mask(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
+    """Tell which tokens belong to the nucleus: the fewest most probable ones whose mass reaches `top_p`.
+
+    The least probable member is found by bisection on the bits of the logits, which order as the logits do: 31 passes
+    over the row, no sorting.
+
+    Args:
+        values: [n, vocab] float32 logits, the highest of a row being 0.
+        weights: [n, vocab] float32, increasing with `values`.
+        top_p: mass to reach, in (0, 1].
+    Returns:
+        [n, vocab] bool; of equal logits the lowest ids.
+    Source: Holtzman et al. 2020 (arXiv 1904.09751), section 3.1.
+    """
+    depth = values.abs().view(torch.int32)  # 0 for the most probable token, larger for less probable ones
+    bound = top_p * weights.sum(dim=1, keepdim=True, dtype=torch.float64)
+    low = torch.full_like(depth[:, :1], -1)  # the mass down to here does not reach the bound
+    high = torch.full_like(depth[:, :1], _INFINITY_BITS)  # and down to here it does
+    for _ in range(32):
+        middle = low + torch.div(high - low, 2, rounding_mode="floor")
+        mass = (depth <= middle).mul(weights).sum(dim=1, keepdim=True, dtype=torch.float64)
+        reached = mass >= bound
+        high = torch.where(reached, middle, high)
+        low = torch.where(reached, low, middle)
+    sure, last = depth < high, depth == high
+    missing = bound - sure.mul(weights).sum(dim=1, keepdim=True, dtype=torch.float64)
+    one = weights.gather(1, last.to(torch.uint8).argmax(dim=1, keepdim=True)).double()
+    count = (missing / one).ceil().clamp(min=1.0)
+    return sure | (last & (last.cumsum(dim=1) <= count))
+
+
+def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Tensor:
+    """Tell whether a token of each row belongs to its nucleus: whether those before it have less than the mass.
+
+    Args:
+        values: [n, vocab] float32 logits.
+        weights: [n, vocab] float32, increasing with `values`.
+        ids: [n] int64.
+        top_p: mass to reach, in (0, 1].
+    Returns:
+        [n] bool; before a token come those of higher logit, and of equal logit and lower id.
+    """
+    here = ids[:, None]
+    level = values.gather(1, here)
+    lower = torch.arange(values.shape[1], device=values.device) < here
+    before = (values > level) | ((values == level) & lower)
+    mass = before.mul(weights).sum(dim=1, dtype=torch.float64)
+    return mass < top_p * weights.sum(dim=1, dtype=torch.float64)

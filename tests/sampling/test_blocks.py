@@ -1,0 +1,223 @@
+"""Blocks, prompts of different lengths, guidance, penalty and suppression in the loop."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_sampling import MASK, NAMES, V, by_selection, run
+
+from llamafactory_ddm.sampling import Context, LogitsConfig, sample, start
+from llamafactory_ddm.sampling.steps import kept_masked, split_into_blocks, steps_of_blocks
+from llamafactory_ddm.sampling.strategies import get_strategy
+
+GREEDY = LogitsConfig(0.0)
+
+
+@given(
+    flags=st.lists(st.booleans(), min_size=1, max_size=40),
+    block_length=st.none() | st.integers(1, 12),
+    extra=st.integers(0, 9),
+)
+def test_blocks_count_editable_places_and_share_the_steps_evenly(flags, block_length, extra):
+    editable = torch.tensor([flags])
+    block = split_into_blocks(editable, block_length)
+    places = [i for i, flag in enumerate(flags) if flag]
+    expected = {place: n // (block_length or len(flags)) for n, place in enumerate(places)}
+    assert block[0].tolist() == [expected.get(i, -1) for i in range(len(flags))]
+    n_blocks = max(expected.values(), default=-1) + 1
+    steps = n_blocks + extra
+    shares = steps_of_blocks(block, steps)[0].tolist()
+    if n_blocks:
+        assert sum(shares) == steps and len(shares) == n_blocks
+        assert shares == sorted(shares, reverse=True) and shares[0] - shares[-1] <= 1
+
+
+def test_shares_of_rows_with_different_numbers_of_blocks():
+    block = torch.tensor([[0, 0, 1, 1, 2], [-1, 0, 0, 1, -1], [-1] * 5])
+    assert steps_of_blocks(block, 7).tolist() == [[3, 2, 2], [4, 3, 0], [0, 0, 0]]
+
+
+def test_more_blocks_than_steps_is_an_error_that_names_the_cure():
+    x = torch.zeros(1, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"4 steps cannot finish 5 blocks.*take at least 5 steps .*block_length"):
+        run(x, x == 0, steps=4, block_length=2)
+    with pytest.raises(ValueError, match="block_length must be at least 1"):
+        run(x, x == 0, steps=4, block_length=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("block_length", [1, 2, 3, 4, 50])
+def test_a_block_is_finished_before_the_next_begins(name, block_length):
+    x = torch.zeros(3, 10, dtype=torch.int64)
+    editable = torch.rand(3, 10, generator=torch.Generator().manual_seed(1)) < 0.7
+    output = run(x, editable, steps=11, name=name, block_length=block_length)
+    block = split_into_blocks(editable, block_length)
+    for row in range(3):
+        ends = [output.committed[row][block[row] == b] for b in range(int(block[row].max()) + 1)]
+        for earlier, later in itertools.pairwise(ends):
+            assert earlier.max() < later.min()
+
+
+def test_budgets_of_blocks_by_hand():
+    """Ten tokens in blocks of four, eight steps: three, three and two steps for 4, 4 and 2 tokens."""
+    x = torch.zeros(1, 10, dtype=torch.int64)
+    output = run(x, x == 0, denoiser=lambda z, s: torch.zeros(int(s.sum()), V), steps=8, name="margin", block_length=4)
+    assert output.tokens_per_step.tolist() == [2, 1, 1, 2, 1, 1, 1, 1]
+    assert output.committed[0].tolist() == [0, 0, 1, 2, 3, 3, 4, 5, 6, 7]
+
+
+def relative(z, select):
+    """Logits that depend on the real tokens of a row and on the place among them, not on the padding (id 0)."""
+    real = z != 0
+    place = real.cumsum(dim=1)
+    value = (z * place * real).sum(dim=1, keepdim=True) % 13
+    table = torch.sin(value[..., None] + place[..., None] * 2.3 + torch.arange(V) * 1.7)
+    return table[select]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), name=st.sampled_from(NAMES), block_length=st.none() | st.integers(1, 5))
+def test_rows_of_different_lengths_give_what_each_gives_alone(seed, name, block_length):
+    """Left padding and places to fill anywhere; greedy, and sampled too."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 12, (4,), generator=generator).tolist()
+    longest = max(lengths)
+    x = torch.zeros(4, longest, dtype=torch.int64)
+    editable = torch.zeros_like(x, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        x[row, longest - length :] = torch.randint(1, MASK, (length,), generator=generator)
+        editable[row, longest - length :] = torch.rand(length, generator=generator) < 0.6
+    for config in (GREEDY, LogitsConfig(0.9, 0.8)):
+        options = {"denoiser": relative, "name": name, "steps": 12, "block_length": block_length, "config": config}
+        together = run(x, editable, **options)
+        for row, length in enumerate(lengths):
+            own = slice(longest - length, None)
+            alone = run(x[row : row + 1, own], editable[row : row + 1, own], rows=torch.tensor([row]), **options)
+            assert torch.equal(alone.sequences[0], together.sequences[row, own])
+            assert torch.equal(alone.committed[0], together.committed[row, own])
+            assert alone.row_forwards[0] == together.row_forwards[row] == alone.forwards
+
+
+def test_kept_masked_truncates_in_float32():
+    assert kept_masked(torch.tensor([10]), torch.tensor([2]), torch.tensor([3]), get_linear()).tolist() == [6]
+    n = torch.arange(1, 500)
+    for steps in (3, 7, 30):
+        for left in range(steps):
+            expected = [int(torch.tensor(int(i) * left, dtype=torch.float32) / steps) for i in n]
+            got = kept_masked(n, torch.full_like(n, left), torch.full_like(n, steps), get_linear())
+            assert got.tolist() == expected
+
+
+def get_linear():
+    from llamafactory_ddm.diffusion.schedules import get_schedule
+
+    return get_schedule("linear")
+
+
+def test_guidance_sees_the_prompt_masked_and_follows_the_formula():
+    """One step, greedy: the argmax of unconditional + w (conditional - unconditional)."""
+    tables = {}
+
+    def denoiser(z, select):
+        generator = torch.Generator().manual_seed(int((z[0] * torch.tensor([1, 3, 5, 7])).sum()))
+        tables[tuple(z[0].tolist())] = table = torch.randn(1, 4, V, generator=generator)
+        return table[select]
+
+    x = torch.tensor([[7, 4, 0, 0]])
+    editable = torch.tensor([[False, False, True, True]])
+    prompt = torch.tensor([[False, True, False, False]])  # the first token is the start token
+    output = run(
+        x,
+        editable,
+        denoiser=denoiser,
+        steps=1,
+        name="low_confidence",
+        config=LogitsConfig(0.0, guidance_scale=2.5),
+        context=Context(prompt=prompt),
+    )
+    conditional, unconditional = tables[7, 4, MASK, MASK], tables[7, MASK, MASK, MASK]
+    expected = (unconditional + 2.5 * (conditional - unconditional))[0, 2:, :MASK].argmax(dim=1)
+    assert output.sequences[0, 2:].tolist() == expected.tolist()
+    assert (output.forwards, output.row_forwards.tolist()) == (2, [2])
+    with pytest.raises(ValueError, match=r"guidance_scale: 2.0 needs a prompt"):
+        run(x, editable, config=LogitsConfig(guidance_scale=2.0))
+
+
+def test_guided_logits_come_in_matching_parts():
+    x = torch.tensor([[3, 0, 0, 0, 0]])
+    editable = x == 0
+    options = {
+        "editable": editable,
+        "mask_id": MASK,
+        "steps": 2,
+        "strategy": get_strategy("entropy"),
+        "logits": LogitsConfig(0.7, guidance_scale=1.5),
+        "context": Context(prompt=~editable),
+    }
+
+    def whole(z, select):
+        return torch.sin(z.sum() + torch.arange(5)[:, None] * 3.1 + torch.arange(V) * 1.3)[None][select]
+
+    def in_parts(z, place):
+        yield from by_selection(whole)(z, place).split(2)
+
+    one, two = (sample(d, x, **options) for d in (by_selection(whole), in_parts))
+    assert torch.equal(one.sequences, two.sequences)
+
+
+def test_the_penalty_counts_real_tokens_of_the_own_row_only():
+    """Token 2 is best, then 4. Row 0 holds a 2; row 1 has one as padding; a [MASK] is no token."""
+
+    def denoiser(z, select):
+        logits = torch.zeros(2, 4, V)
+        logits[..., 2], logits[..., 4] = 3.0, 2.0
+        return logits[select]
+
+    x = torch.tensor([[2, 7, 0, 0], [2, 7, 0, 0]])
+    editable = torch.tensor([[False, False, True, True]] * 2)
+    is_padding = torch.tensor([[False] * 4, [True, False, False, False]])
+    output = run(
+        x,
+        editable,
+        denoiser=denoiser,
+        steps=2,
+        name="low_confidence",
+        config=LogitsConfig(0.0, repetition_penalty=4.0),
+        context=Context(is_padding=is_padding),
+    )
+    # Once written, 4 is penalised as well, and 2 with 0.75 is ahead again.
+    assert output.sequences[:, 2:].tolist() == [[4, 2], [2, 4]]
+
+
+def test_suppressed_tokens_are_never_written():
+    x = torch.zeros(4, 8, dtype=torch.int64)
+    output = run(x, x == 0, config=LogitsConfig(3.0, suppress=tuple(range(9))))
+    assert set(output.sequences.flatten().tolist()) <= {9, 10}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"confidence_threshold": 0.0}, "confidence_threshold must lie in"),
+        ({"confidence_threshold": 1.5}, "confidence_threshold must lie in"),
+        ({"entropy_bound": -0.1}, "entropy_bound must be at least 0"),
+        ({"entropy_bound": float("nan")}, "entropy_bound must be at least 0"),
+        ({"context": Context(is_padding=torch.zeros(1, 3))}, "is_padding must be"),
+        ({"context": Context(prompt=torch.zeros(2, 2, dtype=torch.bool))}, "prompt must be"),
+    ],
+)
+def test_wrong_arguments(change, words):
+    x = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=words):
+        run(x, x == 0, **change)
+
+
+def test_defaults_are_enough_to_sample_and_to_step_by_hand():
+    x = torch.zeros(2, 3, dtype=torch.int64)
+    options = {"editable": x == 0, "mask_id": MASK, "steps": 3}
+    denoiser = by_selection(relative)
+    assert not (sample(denoiser, x, strategy=get_strategy("random"), **options).sequences == MASK).any()
+    state, plan = start(x, **options)
+    assert plan.block_steps.tolist() == [[3], [3]] and bool(state.is_masked.all())
