@@ -1,6 +1,6 @@
 """Make the prompts and gaps for trying out generation from the held-out split: python data/make_prompts.py
 
-tiny_prompts_eval.jsonl: worked problems, the story as instruction and the working as output.
+tiny_prompts_eval.jsonl: stories, the first two sentences as instruction and the rest as output.
 tiny_infill_eval.jsonl: texts with one gap of two to five words, marked <|infill|>, and what belongs there as label.
 """
 
@@ -16,10 +16,10 @@ COUNT = 40
 
 
 def prompts(texts: list[str]) -> list[dict[str, str]]:
-    """Return worked problems, split before the first calculation."""
+    """Return stories, split after the second sentence."""
     rows = []
     for text in texts:
-        match = re.match(r"(.*?[.?])( \d+ [-+*] .*)", text)
+        match = re.match(r"([^.]*\.[^.\"]*\.)( .*)", text)
         if match:
             rows.append({"instruction": match.group(1), "output": match.group(2)})
     return rows[:COUNT]
@@ -51,8 +51,9 @@ def main() -> None:
     """Write both files."""
     lines = (HERE / "tiny_corpus_eval.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
-    write("tiny_prompts_eval.jsonl", prompts(texts))
-    write("tiny_infill_eval.jsonl", gaps([text for text in texts if "=" not in text], random.Random(0)))
+    stories = [text for text in texts if "=" not in text]
+    write("tiny_prompts_eval.jsonl", prompts(stories))
+    write("tiny_infill_eval.jsonl", gaps(stories, random.Random(0)))
 
 
 if __name__ == "__main__":

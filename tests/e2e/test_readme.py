@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -17,6 +18,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
 
 
+INFILL = next(line for line in COMMANDS if "--infill" in line)
+
+
 def test_the_commands_are_those_that_are_exercised():
     """Installing and testing is what .ci/run does; the YAMLs run in test_examples.py."""
     assert COMMANDS == [
@@ -25,6 +29,11 @@ def test_the_commands_are_those_that_are_exercised():
         "llamafactory-cli train examples/tiny_gpt2_full_ddm.yaml",
         "llamafactory-cli train examples/tiny_gpt2_inference.yaml",
         "pytest",
+        "llamafactory-cli train examples/tiny_gpt2_prefix_inference.yaml",
+        "llamafactory-cli train examples/tiny_gpt2_infill_inference.yaml",
+        "llamafactory-cli train examples/tiny_gpt2_prompt_inference.yaml",
+        "llamafactory-ddm generate saves/tiny_gpt2/full/ddm --show",
+        INFILL,
     ]
     check = (ROOT / ".ci" / "run").read_text()
     assert 'pip install -q -e ".[dev]"' in check
@@ -64,6 +73,30 @@ def test_supported_versions_agree():
     assert f"llamafactory >= {low}, < {high}" in README
     for name, limits in re.findall(r'"(torch|transformers)(>=[^"]+)"', setup):
         assert limits.split(",")[0].replace(">=", ">= ") in README, name
+
+
+def test_the_commands_for_people_run(checkpoint):
+    """The two command lines and the three lines of Python, on a model of three steps."""
+    for line in COMMANDS:
+        if line.startswith("llamafactory-ddm generate"):
+            words = shlex.split(line.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)))
+            assert run(*words[1:], program=words[0]).stdout.strip()
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    done = run("-c", block.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)), program=sys.executable)
+    assert done.stdout.strip()
+
+
+def test_the_sampling_benchmark_runs(checkpoint):
+    words = ["--rounds", "1", "--length", "16", "--steps", "4", "--layers", "1", "--width", "64", "--vocabulary", "300"]
+    path = "benchmarks/sampling.py"
+    for more, count in (([], 10), (["--memory"], 2)):
+        done = run(path, *words, *more, program=sys.executable, check=False)
+        assert done.returncode in (0, 1), done.stderr[-2000:]
+        assert done.stdout.count("claimed <=") == count, done.stdout + done.stderr[-2000:]
+    table = run(path, *words, "--table", program=sys.executable).stdout
+    assert table.count("\n| ") >= 14
+    quality = run(path, "--quality", checkpoint, "--samples", "2", program=sys.executable).stdout
+    assert quality.count("| confidence_threshold: ") == 4
 
 
 def test_the_benchmark_runs():
