@@ -4,13 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import llamafactory_ddm
 from llamafactory_ddm import LogitsConfig, SamplingSettings, load
 from llamafactory_ddm.generation import TextGenerator
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.sampling import loop
 from support.tiny import tiny_tokenizer
 
 
@@ -90,8 +92,111 @@ def test_a_text_ends_at_the_first_end_token(generator, monkeypatch):
     ids = [*generator.encode("dog cat"), end, *generator.encode("cat")]
     canvas = generator.from_prompt("dog", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
-    result = generator._generated(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, 1, False)
+    result = generator._generated(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, False)
     assert (result.predict, result.text, result.forwards) == ("dog cat", "dogdog cat", 3)
+
+
+def test_an_end_token_inside_a_gap_does_not_end_the_text(generator):
+    end = generator.tokenizer.eos_token_id
+    canvas = generator.from_marked("dog<|infill:2|> cat")
+    ids = [end if editable else token for token, editable in zip(canvas.ids, canvas.editable, strict=True)]
+    result = generator._generated(canvas, ids, [-1] * len(ids), 1, False)
+    assert (result.predict, result.text, result.n_tokens) == ("", "dog cat", 2)
+
+
+def test_tokens_behind_the_end_do_not_count(generator):
+    end = generator.tokenizer.eos_token_id
+    ids = [*generator.encode("dog"), end, end, end]
+    canvas = generator.from_prompt("cat", len(ids))
+    given = list(canvas.ids[: len(canvas) - len(ids)])
+    result = generator._generated(canvas, [*given, *ids], [0] * len(canvas), 1, False)
+    assert result.n_tokens == len(ids) - 3
+
+
+@pytest.mark.parametrize("text", ["café 日本 dog", "dog\u2028cat\n  dog", "🏽👍", "é"])
+def test_pieces_join_to_the_text_whatever_the_letters(generator, text):
+    ids = generator.encode(text)
+    assert "".join(generator._pieces(ids)) == text
+    gap = [*ids[:2], generator.config.mask_token_id, *ids[2:]]
+    assert generator._pieces(gap)[2] is None
+
+
+def metaspace_generator():
+    """A model with a tokenizer that marks the space before a word and drops it at the beginning, as Llama 2's does."""
+    words = ["<s>", "</s>", "<unk>", "\n", "▁", "▁the", "▁dog", "▁cat", *"▁abcdefghijklmnopqrstuvwxyz"[1:]]
+    vocab = {word: i for i, word in enumerate(words)}
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "d"), ("▁d", "o"), ("▁do", "g")]
+    merges += [("▁", "c"), ("▁c", "a"), ("▁ca", "t")]
+    for pair in merges:
+        vocab.setdefault("".join(pair), len(vocab))
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    model = make_model(tokenizer)
+    make_bidirectional(model)
+    return TextGenerator(model, tokenizer, config_for(tokenizer))
+
+
+def test_tokenizers_that_mark_spaces_keep_them_where_they_are():
+    generator = metaspace_generator()
+    ids = generator.encode("the dog cat dog")
+    assert "".join(generator._pieces(ids)) == "the dog cat dog"
+    canvas = generator.from_marked("the d<|infill:1|>g cat<|infill:2|>")
+    given = [token for token, editable in zip(canvas.ids[1:], canvas.editable[1:], strict=True) if not editable]
+    assert generator.tokenizer.decode(given) == "the dg cat"
+    blank = iter([*generator.encode_after("o"), *generator.encode_after(" dog the")])
+    ids = [next(blank) if editable else i for i, editable in zip(canvas.ids, canvas.editable, strict=True)]
+    result = generator._generated(canvas, ids, [0] * len(ids), 1, True)
+    assert (result.text, result.predict) == ("the dog cat dog the", "o\n dog the")
+    assert "".join(result.trace.frame(1)) == result.text
+
+
+def test_rows_of_the_vocabulary_without_a_token_are_never_written():
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer) + 300, n_positions=32, n_embd=16, n_layer=1, n_head=1)
+    model = GPT2LMHeadModel(config).eval()
+    make_bidirectional(model)
+    generator = TextGenerator(model, tokenizer, config_for(tokenizer))
+    written = []
+    generator._generated = lambda canvas, ids, *rest: written.extend(ids)
+    settings = SamplingSettings(logits=LogitsConfig(5.0), diffusion_steps=30)
+    generator.sample_batch([generator.from_noise(32)] * 4, settings, ordinals=range(4))
+    assert len(written) == 128 and max(written) < len(tokenizer)
+
+
+def test_sampling_leaves_autograd_as_it_was(generator):
+    """A head that is no plain Linear takes the other way through the denoiser, guided or not."""
+
+    class Head(torch.nn.Linear):
+        pass
+
+    generator.model.lm_head.__class__ = Head
+    for scale in (1.0, 2.0):
+        settings = SamplingSettings(logits=LogitsConfig(guidance_scale=scale), diffusion_steps=4)
+        generator.generate("dog cat", max_new_tokens=4, settings=settings)
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        layer = torch.nn.Linear(2, 2)
+        layer(torch.ones(1, 2)).sum().backward()
+        assert layer.weight.grad is not None
+
+
+def test_the_start_token_is_no_repetition(generator):
+    """On GPT-2 it is the end token too, which a penalty for it would put off for ever."""
+    seen = []
+    plain = loop.penalise_repetition
+
+    def watched(logits, ids, penalty):
+        seen.append(ids)
+        return plain(logits, ids, penalty)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "penalise_repetition", watched)
+        settings = SamplingSettings(logits=LogitsConfig(0.0, repetition_penalty=9.0), diffusion_steps=1)
+        generator.generate("dog", max_new_tokens=3, settings=settings)
+    real = set(seen[0].flatten().tolist()) - {torch.iinfo(torch.int64).max}
+    assert real == set(generator.encode("dog"))
 
 
 def test_a_trace_replays_to_the_text(generator):
@@ -103,7 +208,13 @@ def test_a_trace_replays_to_the_text(generator):
     trace = result.trace
     assert "".join(piece for piece in trace.frame(trace.steps)) == result.text
     assert trace.frame(0).count(None) == 4
-    assert [trace.frame(step + 1) for step in range(trace.steps)] == seen
+    # Half a letter looks different until its other half is there.
+    assert trace.frame(trace.steps) == seen[-1]
+    for step, pieces in enumerate(seen):
+        assert [p is None for p in trace.frame(step + 1)] == [p is None for p in pieces]
+    longer = [canvas, generator.from_noise(20)]
+    together = generator.sample_batch(longer, GREEDY, ordinals=[0, 1], traced=True)[0]
+    assert together == result
 
 
 @pytest.mark.parametrize(

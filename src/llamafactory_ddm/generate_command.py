@@ -19,11 +19,13 @@ def main(words: list[str]) -> int:
     arguments = _parser().parse_args(words)
     from transformers.utils import logging
 
+    from .modeling.attention_layers import NotBidirectionalError
+
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         _generate(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotBidirectionalError) as error:
         print(f"llamafactory-ddm generate: {error}", file=sys.stderr)
         return 1
     return 0
@@ -51,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, help="most probable tokens that stay (default: all)")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1, none)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="(default: 1, none)")
+    parser.add_argument("--confidence-threshold", type=float, default=0.9, help="of this strategy (default: 0.9)")
+    parser.add_argument("--entropy-bound", type=float, default=0.1, help="of this strategy, nats (default: 0.1)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     return parser
 
@@ -71,6 +75,8 @@ def _generate(arguments: argparse.Namespace) -> None:
             repetition_penalty=arguments.repetition_penalty,
             guidance_scale=arguments.guidance_scale,
         ),
+        confidence_threshold=arguments.confidence_threshold,
+        entropy_bound=arguments.entropy_bound,
         seed=arguments.seed,
     )
     model = load(arguments.path)

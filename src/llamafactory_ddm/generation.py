@@ -25,6 +25,7 @@ from .modeling.checkpoints import verify_checkpoint
 from .modeling.denoiser import ModelDenoiser
 from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from .sampling import Context, EarlyStop, LogitsConfig, get_strategy, sample
+from .sampling.steps import split_into_blocks, steps_of_blocks
 from .sampling.trace import Trace
 
 # Called after each step with the step and a function that gives the pieces of each text of the batch; None is [MASK].
@@ -37,7 +38,7 @@ class SamplingSettings:
 
     Attributes:
         denoising_strategy: see `sampling.strategies`.
-        diffusion_steps: denoising steps of a text; a text of fewer tokens takes as many as it has tokens.
+        diffusion_steps: denoising steps of a text, at most.
         block_length: tokens decided together, from left to right; None is all at once.
         logits: temperature, filters, penalty, guidance.
         confidence_threshold: of the strategy of this name.
@@ -64,7 +65,7 @@ class Generated:
         predict: what was written, up to the first end-of-text token, special tokens left out; spans that are apart are
             joined by a line break.
         text: the whole text, with what was given.
-        n_tokens: tokens written.
+        n_tokens: tokens written that are part of `predict`; what stood behind an end-of-text token does not count.
         forwards: forwards that they took.
         trace: how the text came about, if asked for.
     """
@@ -107,8 +108,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
 class TextGenerator:
     """A bidirectional model with its tokenizer and the facts of its diffusion process."""
 
-    def __init__(self, model: Any, tokenizer: Any, config: DiffusionConfig) -> None:
-        """Wrap a model whose attention has been switched, and prove that it was.
+    def __init__(self, model: Any, tokenizer: Any, config: DiffusionConfig, *, probe: bool = True) -> None:
+        """Wrap a model whose attention has been switched, and prove that it was unless `probe` is off.
 
         Raises:
             NotBidirectionalError: if the model attends causally.
@@ -118,7 +119,11 @@ class TextGenerator:
         self.tokenizer = tokenizer
         self.config = config
         self.start_id = start_token_id(tokenizer) if config.shift else None
-        probe_bidirectional(model)
+        # What a text is decoded behind, as some tokenizers drop the space before the first token of a text.
+        self._anchor = self.encode("a")[-1:]
+        self._special = set(tokenizer.all_special_ids) | {config.mask_token_id}
+        if probe:
+            probe_bidirectional(model)
 
     def from_noise(self, length: int) -> Canvas:
         """Return the canvas of a text of `length` tokens in all, the start token included.
@@ -149,12 +154,38 @@ class TextGenerator:
         Raises:
             ValueError: if there is no marker or a wrong one, if the text holds the mask token, or leaves no room.
         """
-        return self._checked(infilling_canvas(text, self.encode, label=label, start_id=self.start_id))
+        return self._checked(
+            infilling_canvas(text, self.encode, encode_after=self.encode_after, label=label, start_id=self.start_id)
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens of the tokenizer's own."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+    def encode_after(self, text: str) -> list[int]:
+        """Return the ids of a text that follows other text: without the space that some tokenizers put before one."""
+        before = self.encode("\n")
+        both = self.encode("\n" + text)
+        return both[len(before) :] if both[: len(before)] == before else self.encode(text)
+
+    def check(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
+        """Find before the first forward what would fail in the middle of a run.
+
+        Raises:
+            ValueError: if a canvas has more blocks than there are steps, or guidance lacks a prompt.
+        """
+        get_strategy(settings.denoising_strategy)
+        for number, canvas in enumerate(canvases):
+            with saying(f"text {number}"):
+                steps_of_blocks(
+                    split_into_blocks(torch.tensor([canvas.editable]), settings.block_length), settings.diffusion_steps
+                )
+                if settings.logits.guidance_scale != 1.0 and all(canvas.editable[canvas.n_start :]):
+                    raise ValueError(
+                        f"guidance_scale: {settings.logits.guidance_scale} needs a prompt to guide by, and there is "
+                        "none; give one, or leave guidance_scale at 1"
+                    )
 
     def _checked(self, canvas: Canvas) -> Canvas:
         given = [token for token, editable in zip(canvas.ids, canvas.editable, strict=True) if not editable]
@@ -191,11 +222,14 @@ class TextGenerator:
         Raises:
             ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
         """
+        self.check(canvases, settings)
         device = self.model.device
         batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
         pads = bool(batch.is_padding.any())
         is_padding = batch.is_padding.to(device) if pads else None
-        denoiser = ModelDenoiser(self.model, shift=self.config.shift, is_padding=is_padding)
+        denoiser = ModelDenoiser(
+            self.model, shift=self.config.shift, is_padding=is_padding, outputs=len(self.tokenizer)
+        )
 
         def after_step(step: int, z: Tensor, fresh: Tensor) -> None:
             if callback is not None:
@@ -224,21 +258,21 @@ class TextGenerator:
                 confidence_threshold=settings.confidence_threshold,
                 entropy_bound=settings.entropy_bound,
                 early_stop=settings.early_stop,
-                context=Context(is_padding=is_padding, prompt=prompt),
+                context=Context(no_text=(~batch.editable & ~batch.prompt).to(device), prompt=prompt),
                 callback=after_step,
             )
         finally:
             denoiser.close()
         forwards = output.row_forwards.tolist()
         return [
-            self._generated(canvas, ids[-len(canvas) :], steps[-len(canvas) :], forwards[row], output.steps, traced)
+            self._generated(canvas, ids[-len(canvas) :], steps[-len(canvas) :], forwards[row], traced)
             for row, (canvas, ids, steps) in enumerate(
                 zip(canvases, output.sequences.tolist(), output.committed.tolist(), strict=True)
             )
         ]
 
     def _generated(
-        self, canvas: Canvas, ids: list[int], committed: list[int], forwards: int, steps: int, traced: bool
+        self, canvas: Canvas, ids: list[int], committed: list[int], forwards: int, traced: bool
     ) -> Generated:
         spans: list[list[int]] = []
         for place, editable in enumerate(canvas.editable):
@@ -253,30 +287,62 @@ class TextGenerator:
             spans[0], text = spans[0][:-behind], text[:-behind]
         trace = None
         if traced:
-            pieces = self._pieces(ids)
-            events = sorted((step, place, pieces[place]) for place, step in enumerate(committed) if step >= 0)
-            given = tuple(None if e else piece for e, piece in zip(canvas.editable, pieces, strict=True))
-            shift = canvas.n_start
+            begin = canvas.n_start
+            pieces = self._pieces(ids[begin:])
+            written = [(step, place) for place, step in enumerate(committed[begin:]) if step >= 0]
             trace = Trace(
                 title="",
-                start=given[shift:],
-                events=tuple((step, place - shift, piece) for step, place, piece in events),
-                steps=steps,
+                start=tuple(None if e else p for e, p in zip(canvas.editable[begin:], pieces, strict=True)),
+                events=tuple((step, place, pieces[place]) for step, place in sorted(written)),
+                steps=max(committed) + 1,
             )
+        first_is_given = not canvas.editable[canvas.n_start]
         return Generated(
-            predict="\n".join(self._decode(span) for span in spans),
-            text=self._decode(text),
-            n_tokens=canvas.n_editable,
+            predict="\n".join(
+                self._decode(span, follows=number > 0 or first_is_given) for number, span in enumerate(spans)
+            ),
+            text=self._decode(text, follows=False),
+            n_tokens=sum(map(len, spans)),
             forwards=forwards,
             trace=trace,
         )
 
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+    def _decode(self, ids: list[int], *, follows: bool) -> str:
+        """Return the text of ids without special tokens; `follows` keeps the space before text behind other text."""
+        plain = [token for token in ids if token not in self._special]
+        if not follows:
+            text: str = self.tokenizer.decode(plain)
+            return text
+        both: str = self.tokenizer.decode([*self._anchor, *plain])
+        return both[len(self.tokenizer.decode(self._anchor)) :]
 
     def _pieces(self, ids: list[int]) -> list[str | None]:
-        return [None if i == self.config.mask_token_id else self.tokenizer.decode([i]) for i in ids]
+        """Return the part of the text that each token stands for, None for [MASK].
+
+        A token is decoded behind those before it, as spaces and letters of several bytes are spread over tokens; a
+        letter belongs to the token that completes it.
+        """
+        pieces: list[str | None] = []
+        run: list[int] = []  # what a token is decoded behind
+        said = 0  # letters of that which are in pieces already
+        for place, token in enumerate(ids):
+            if token == self.config.mask_token_id:
+                pieces.append(None)
+                run = []
+                continue
+            if not run:
+                run = list(self._anchor) if place else []
+                said = len(self.tokenizer.decode(run)) if run else 0
+            run.append(token)
+            text: str = self.tokenizer.decode(run)
+            last = place + 1 == len(ids) or ids[place + 1] == self.config.mask_token_id
+            if text.endswith("\ufffd") and not last:
+                pieces.append("")
+                continue
+            pieces.append(text[said:])
+            run = [token] if not text.endswith("\ufffd") else []
+            said = len(self.tokenizer.decode(run)) if run else 0
+        return pieces
 
     def generate(
         self,
@@ -309,12 +375,15 @@ class TextGenerator:
             raise ValueError("num_samples, max_new_tokens and batch_size must be at least 1")
         canvases: list[Canvas] = []
         given = prompt if prompt is not None else infill
+        if given is not None and not isinstance(given, str) and not all(isinstance(text, str) for text in given):
+            raise ValueError("prompt and infill are texts; for ids use from_prompt and sample_batch")
         if given is None:
             canvases = [self.from_noise(max_new_tokens + (self.start_id is not None))] * num_samples
         for number, text in enumerate([given] if isinstance(given, str) else given or ()):
             with saying(f"text {number}"):
                 canvas = self.from_prompt(text, max_new_tokens) if prompt is not None else self.from_marked(text)
             canvases += [canvas] * num_samples
+        self.check(canvases, settings)
         results: list[Generated] = []
         for low in range(0, len(canvases), batch_size):
             part = canvases[low : low + batch_size]

@@ -42,6 +42,9 @@ def test_markers():
         ("a <|infill:0|>", r"<\|infill:0\|> leaves no room"),
         ("a <|infill:-3|>", "leaves no room"),
         ("a <|infill:many|> b <|infill:2|>", r"<\|infill:many\|> is no marker; write <\|infill:8\|>"),
+        ("a <|infill:3|> b <|infill:3>", "is no marker"),
+        ("a <|INFILL:3|>", "is no marker"),
+        ("a <|infill|> b <|infill|>", "only one"),
         ("a <|infill|> b", "takes its length from the label, and there is none"),
     ],
 )

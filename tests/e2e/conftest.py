@@ -64,7 +64,8 @@ def generate(checkpoint):
                 given[twin] = ABSENT
         train_here(recipe, output_dir=folder, **given)
         return [
-            json.loads(line)["predict"] for line in (folder / "generated_predictions.jsonl").read_text().splitlines()
+            json.loads(line)["predict"]
+            for line in (folder / "generated_predictions.jsonl").read_text().rstrip("\n").split("\n")
         ]
 
     return predict

@@ -25,6 +25,9 @@ def overrides(name, folder, data, checkpoint):
     """The keys that make a recipe small; everything else runs as it stands."""
     keys = OmegaConf.load(ROOT / "examples" / name)
     result = [f"output_dir={folder / 'out'}"]
+    if keys.get("do_predict") and "eval_dataset" in keys:
+        small = ["max_samples=2", "diffusion_steps=12", "cutoff_len=90", "overwrite_cache=true"]
+        return [*result, f"model_name_or_path={checkpoint}", *small]
     if keys.get("do_predict"):
         return [*result, f"model_name_or_path={checkpoint}", "num_samples=2", "diffusion_steps=3", "cutoff_len=12"]
     result += ["model_name_or_path=data/tiny_gpt2", f"dataset_dir={data}"]

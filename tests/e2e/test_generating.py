@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from llamafactory_ddm.integration import predict
 from support.cli import ROOT, predictions, run
 
 KINDS = {
@@ -63,6 +64,78 @@ def test_answers_are_counted_as_in_gsm8k(generate, tmp_path):
     assert metrics(tmp_path / "out")["predict_gsm8k_accuracy"] == 0.0
 
 
+def test_a_right_answer_counts(generate, tmp_path, monkeypatch):
+    from llamafactory_ddm.generation import Generated, TextGenerator
+
+    def answering(self, canvases, *args, **rest):
+        said = ("so #### 1000", "so #### 7")
+        return [Generated(said[i], said[i], 3, 2) for i in rest["ordinals"]]
+
+    monkeypatch.setattr(TextGenerator, "sample_batch", answering)
+    examples = [{"instruction": "What?", "output": f"thus #### {n}"} for n in ("1,000", "5")]
+    (tmp_path / "sums.json").write_text(json.dumps(examples))
+    info = {"sums": {"file_name": "sums.json", "columns": {"prompt": "instruction", "response": "output"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    generate(tmp_path / "out", recipe=KINDS["prompt"], eval_dataset="sums", dataset_dir=tmp_path, **SMALL)
+    got = metrics(tmp_path / "out")
+    assert (got["predict_gsm8k_accuracy"], got["predict_exact_match"]) == (50.0, 0.0)
+    assert got["predict_tokens_per_forward"] == 1.5
+
+
+def test_separators_of_lines_in_a_text_are_part_of_it(generate, tmp_path):
+    """Python splits lines at U+2028 and U+0085, JSON does not."""
+    text = "Tom saw\u2028a cat.\u0085\u2029"
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    info = {"texts": {"file_name": "texts.jsonl", "columns": {"prompt": "text"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    keys = {"generate_from": "prefix", "eval_dataset": "texts", "dataset_dir": tmp_path, "max_new_tokens": 4}
+    read = []
+    plain = predict._metrics
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "_metrics", lambda records: read.extend(records) or plain(records))
+        generate(tmp_path / "out", **keys)
+    assert [record["prompt"] for record in read] == [text]
+
+
+def test_nothing_of_a_long_conversation_is_cut_off(generate, tmp_path):
+    talk = [("human", "Tom saw a cat. " * 6), ("gpt", " a cat. " * 6), ("human", " Max saw"), ("gpt", " a small dog.")]
+    turns = {"conversations": [{"from": who, "value": value} for who, value in talk]}
+    (tmp_path / "talk.json").write_text(json.dumps([turns]))
+    info = {"talk": {"file_name": "talk.json", "formatting": "sharegpt"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    keys = {"recipe": KINDS["prompt"], "eval_dataset": "talk", "dataset_dir": tmp_path, **SMALL}
+    generate(tmp_path / "out", **keys, max_new_tokens=6, cutoff_len=30, train_on_prompt=True)
+    (row,) = lines(tmp_path / "out")
+    assert row["prompt"].endswith(" Max saw") and row["label"] == " a small dog."
+    with pytest.raises(ValueError, match=r"example 0: its prompt of .* tokens leaves no room within cutoff_len: 30"):
+        generate(tmp_path / "no", **keys, cutoff_len=30)
+
+
+def test_max_new_tokens_from_noise(generate, tmp_path):
+    generate(tmp_path / "out", max_new_tokens=5)
+    assert all(row["tokens"] <= 5 for row in lines(tmp_path / "out"))
+
+
+def test_no_training_is_lost_to_a_mistake_of_generation(train_small, tmp_path):
+    out = tmp_path / "out"
+    for keys, words in (
+        ({"suppress_tokens": "nonsuch"}, "suppress_tokens"),
+        ({"temperature": 0.3, "logits_temp": 0.4}, "mean the same and differ"),
+        ({"diffusion_steps": 2, "block_length": 4}, "2 steps cannot finish 8 blocks"),
+        ({"generate_from": "infill"}, "nothing to fill in"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train_small(out, do_predict=True, **keys)
+        assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_page_of_an_earlier_run_does_not_stay(generate, tmp_path):
+    generate(tmp_path / "out", save_trace=True)
+    generate(tmp_path / "out")
+    assert not (tmp_path / "out" / "generated_predictions.html").exists()
+
+
 def test_the_last_of_several_turns_is_answered(generate, tmp_path):
     talk = {
         "conversations": [
@@ -88,6 +161,12 @@ def test_save_trace_writes_a_page(generate, tmp_path):
     texts = generate(tmp_path / "traced", save_trace=True)
     assert "sample 2" in (tmp_path / "traced" / "generated_predictions.html").read_text()
     assert texts == predictions(tmp_path / "plain")
+
+
+def test_more_steps_than_tokens_is_said_and_costs_nothing(generate, tmp_path, caplog):
+    generate(tmp_path / "out", diffusion_steps=500)
+    assert "diffusion_steps: 500 is more than the 11 tokens to write" in caplog.text
+    assert [row["forwards"] for row in lines(tmp_path / "out")] == [11] * 3
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(generate, tmp_path, monkeypatch):

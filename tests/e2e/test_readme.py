@@ -87,7 +87,20 @@ def test_the_commands_for_people_run(checkpoint):
 
 
 def test_the_sampling_benchmark_runs(checkpoint):
-    words = ["--rounds", "1", "--length", "16", "--steps", "4", "--layers", "1", "--width", "64", "--vocabulary", "300"]
+    words = [
+        "--rounds",
+        "1",
+        "--length",
+        "16",
+        "--steps",
+        "4",
+        "--layers",
+        "1",
+        "--width",
+        "64",
+        "--vocabulary",
+        "300",
+    ]
     path = "benchmarks/sampling.py"
     for more, count in (([], 10), (["--memory"], 2)):
         done = run(path, *words, *more, program=sys.executable, check=False)

@@ -185,10 +185,34 @@ def test_the_penalty_counts_real_tokens_of_the_own_row_only():
         steps=2,
         name="low_confidence",
         config=LogitsConfig(0.0, repetition_penalty=4.0),
-        context=Context(is_padding=is_padding),
+        context=Context(no_text=is_padding),
     )
     # Once written, 4 is penalised as well, and 2 with 0.75 is ahead again.
     assert output.sequences[:, 2:].tolist() == [[4, 2], [2, 4]]
+
+
+def test_a_decided_position_does_not_count_as_its_own_repetition():
+    """topk scores it again; its own token must not make it look unsure."""
+    scores = {}
+
+    def denoiser(z, select):
+        logits = torch.zeros(1, 2, V)
+        logits[..., 2] = 4.0
+        return logits[select]
+
+    plain = get_strategy("topk")
+
+    class Watching:
+        name, measures, candidates = "watching", plain.measures, plain.candidates
+
+        def commit(self, turn, candidate, score):
+            scores[int(turn.step[0])] = score("log_prob")[0].tolist()
+            return turn.is_masked & (torch.arange(2) == turn.step[:, None])
+
+    x = torch.zeros(1, 2, dtype=torch.int64)
+    run(x, x == 0, denoiser=denoiser, steps=2, strategy=Watching(), config=LogitsConfig(0.0, repetition_penalty=2.0))
+    assert scores[1][0] == pytest.approx(scores[0][0])  # position 0 holds the only 2
+    assert scores[1][1] < scores[0][1]
 
 
 def test_suppressed_tokens_are_never_written():
@@ -204,7 +228,7 @@ def test_suppressed_tokens_are_never_written():
         ({"confidence_threshold": 1.5}, "confidence_threshold must lie in"),
         ({"entropy_bound": -0.1}, "entropy_bound must be at least 0"),
         ({"entropy_bound": float("nan")}, "entropy_bound must be at least 0"),
-        ({"context": Context(is_padding=torch.zeros(1, 3))}, "is_padding must be"),
+        ({"context": Context(no_text=torch.zeros(1, 3))}, "no_text must be"),
         ({"context": Context(prompt=torch.zeros(2, 2, dtype=torch.bool))}, "prompt must be"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamafactory_ddm.sampling import start
 from llamafactory_ddm.sampling.logits import (
     LogitsConfig,
     draw_tokens,
@@ -136,6 +137,19 @@ def test_measures_are_of_the_models_own_distribution(config):
     torch.testing.assert_close(draws.entropy.double(), -torch.special.xlogy(p, p).sum(dim=1), **close)
     assert draws.argmax.tolist() == [allowed[i] for i in p.argmax(dim=1).tolist()]
     assert not draws.bad.any()
+
+
+def test_uniform_numbers_have_48_bits():
+    x = torch.zeros(2, 500, dtype=torch.int64)
+    _, plan = start(x, editable=x == 0, mask_id=1, steps=3, seed=5)
+    u = plan.token_draws(torch.zeros(2, dtype=torch.int64), tries=2)
+    assert u.shape == (2, 500, 2) and u.dtype == torch.float64
+    grains = u * 2.0**48
+    assert torch.equal(grains, grains.round()) and not torch.equal(u * 2.0**24, (u * 2.0**24).round())
+    assert float(u.min()) >= 0.0 and float(u.max()) < 1.0
+    low = (grains % 2**24) / 2**24  # the lower half is as uniform as the whole
+    assert abs(float(low.mean()) - 0.5) < 0.04 and abs(float(u.mean()) - 0.5) < 0.04
+    assert abs(float(torch.corrcoef(torch.stack([u.flatten(), low.flatten()]))[0, 1])) < 0.12
 
 
 def test_a_single_token_has_the_whole_margin_and_no_entropy():

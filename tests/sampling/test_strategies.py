@@ -8,6 +8,7 @@ from toy_sampling import MASK, LeftToRight, V, run, toy
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.sampling import EarlyStop, LogitsConfig, get_strategy, register
+from llamafactory_ddm.sampling.steps import transfer_budget
 from llamafactory_ddm.sampling.strategies import RandomOrder
 
 
@@ -85,6 +86,15 @@ def test_unknown_and_taken_strategies():
         get_strategy("low-confidence")
     with pytest.raises(ValueError, match="exists already"):
         register(RandomOrder())
+
+
+def test_a_step_without_a_budget_asks_for_no_logits():
+    """Cosine, four tokens in nine steps: five steps have nothing to commit."""
+    x = torch.zeros(1, 4, dtype=torch.int64)
+    schedule = get_schedule("cosine")
+    budget = transfer_budget(torch.tensor([4]), 9, schedule)[0]
+    output = run(x, x == 0, steps=9, name="entropy", schedule=schedule)
+    assert output.forwards == int((budget > 0).sum()) < 9
 
 
 def certain(probabilities):

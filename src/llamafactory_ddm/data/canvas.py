@@ -11,7 +11,7 @@ from torch import Tensor
 
 # <|infill:8|> is a span of eight tokens, <|infill|> one of as many tokens as the label has.
 MARKER = re.compile(r"<\|infill(?::(-?\d+))?\|>")
-_ANY_MARKER = re.compile(r"<\|infill[^|]*\|>")
+_LIKE_A_MARKER = re.compile(r"<\|?\s*infill[^<>]*>", re.IGNORECASE)
 
 Encode = Callable[[str], list[int]]
 
@@ -81,7 +81,7 @@ def split_at_markers(text: str) -> list[str | int | None]:
     Raises:
         ValueError: if there is no marker, or one that is malformed or leaves no room.
     """
-    for found in _ANY_MARKER.findall(text):
+    for found in _LIKE_A_MARKER.findall(text):
         if not MARKER.fullmatch(found):
             raise ValueError(f"{found} is no marker; write <|infill:8|> for 8 tokens, or <|infill|> for the label's")
     parts: list[str | int | None] = []
@@ -94,6 +94,8 @@ def split_at_markers(text: str) -> list[str | int | None]:
             raise ValueError(f"{match.group(0)} leaves no room; a span is of at least 1 token")
         parts.append(None if length is None else int(length))
         place = match.end()
+    if parts.count(None) > 1:
+        raise ValueError("only one <|infill|> can take its length from the label; write <|infill:8|> for the others")
     if not place:
         raise ValueError("there is nothing to fill in; mark the places, as in 'Tom had <|infill:8|> dog.'")
     if place < len(text):
@@ -101,27 +103,37 @@ def split_at_markers(text: str) -> list[str | int | None]:
     return parts
 
 
-def infilling_canvas(text: str, encode: Encode, *, label: str | None = None, start_id: int | None = None) -> Canvas:
+def infilling_canvas(
+    text: str,
+    encode: Encode,
+    *,
+    encode_after: Encode | None = None,
+    label: str | None = None,
+    start_id: int | None = None,
+) -> Canvas:
     """Return the canvas of a text with markers.
 
     Args:
         text: with at least one marker.
         encode: of the tokenizer, without special tokens.
+        encode_after: the same for text that follows other text, by default `encode`; tokenizers that put a space
+            before a text make a difference.
         label: gives the length of <|infill|>.
         start_id: see `canvas_of`.
     Raises:
         ValueError: for a marker that is wrong, or one that needs a label where there is none.
     """
+    encode_after = encode_after or encode
     parts: list[list[int] | int] = []
-    for part in split_at_markers(text):
+    for number, part in enumerate(split_at_markers(text)):
         if isinstance(part, str):
-            parts.append(encode(part))
+            parts.append(encode(part) if number == 0 else encode_after(part))
         elif part is not None:
             parts.append(part)
         elif not label:
             raise ValueError("<|infill|> takes its length from the label, and there is none; write <|infill:8|>")
         else:
-            parts.append(len(encode(label)))
+            parts.append(len(encode_after(label)))
     return canvas_of(parts, start_id=start_id)
 
 

@@ -46,27 +46,35 @@ _AUTOREGRESSIVE = {
 
 
 @contextmanager
-def datasets_explained(data_args: Any) -> Iterator[None]:
-    """Turn what upstream raises for an empty or too short data set into an error with a cure."""
+def datasets_explained(data_args: Any, names: list[str] | None = None) -> Iterator[None]:
+    """Turn what upstream raises for an empty or too short data set into an error with a cure.
+
+    Args:
+        data_args: upstream's.
+        names: the data sets that are read to generate from; None for those that are trained on.
+    """
     try:
         yield
     except DatasetGenerationError as error:
         cause = error.__cause__
         if isinstance(cause, SchemaInferenceError):
-            raise ValueError(no_block(data_args)) from error
+            raise ValueError(no_block(data_args, names)) from error
+        said = ", ".join(names) if names else _names(data_args)
         raise ValueError(
-            f"dataset: {_names(data_args)} could not be read ({cause or error}); check the file against its entry in "
+            f"dataset: {said} could not be read ({cause or error}); check the file against its entry in "
             "dataset_info.json"
         ) from error
     except (RuntimeError, StopIteration, IndexError) as error:
         text = str(error)
         if isinstance(error, RuntimeError) and "sufficient samples" not in text and "valid samples" not in text:
             raise
-        raise ValueError(no_block(data_args)) from error
+        raise ValueError(no_block(data_args, names)) from error
 
 
-def no_block(data_args: Any) -> str:
-    """Return what to say when the data give no training row."""
+def no_block(data_args: Any, names: list[str] | None = None) -> str:
+    """Return what to say when the data give no row to train on, or with `names` to generate from."""
+    if names:
+        return f"dataset: {', '.join(names)} holds no text; check the file against its entry in dataset_info.json"
     packed = f", because all texts together are shorter than one block of cutoff_len: {data_args.cutoff_len} tokens"
     return (
         f"dataset: {_names(data_args)} is empty or gives no row{packed if data_args.packing else ''}; "

@@ -65,8 +65,7 @@ def generate_all(
     most = max(request.canvas.n_editable for request in requests)
     if settings.diffusion_steps > most:
         logger.info_rank0(
-            f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to write; a step commits at "
-            "least one token, or costs nothing."
+            f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to write: fewer will do."
         )
     unfinished = _Unfinished(
         folder / _UNFINISHED, _fingerprint(generator, requests, settings, model_folder, save_trace), rank, world
@@ -141,7 +140,9 @@ def _publish(folder: Path, records: list[dict[str, Any]], settings: SamplingSett
     traces = [(record["number"], record.pop("trace", None)) for record in records]
     for record in records:
         del record["number"]
-    if save_trace:
+    if not save_trace:
+        (folder / PAGE).unlink(missing_ok=True)  # of an earlier run
+    else:
         with explained(folder):
             write_html(
                 folder / PAGE,
@@ -181,9 +182,12 @@ def _facts(settings: SamplingSettings) -> dict[str, str]:
 def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     tokens, forwards = (sum(record[key] for record in records) for key in ("tokens", "forwards"))
     metrics: dict[str, float] = {"predict_samples": len(records), "predict_tokens_per_forward": tokens / forwards}
-    if not all("label" in record for record in records):
+    labelled = [record for record in records if "label" in record]
+    if not labelled:
         return metrics
-    predictions, labels = ([record[key] for record in records] for key in ("predict", "label"))
+    if len(labelled) < len(records):
+        metrics["predict_labelled_samples"] = len(labelled)
+    predictions, labels = ([record[key] for record in labelled] for key in ("predict", "label"))
     metrics["predict_exact_match"] = exact_match(predictions, labels)
     accuracy = gsm8k_accuracy(predictions, labels)
     if accuracy is not None:
@@ -219,9 +223,8 @@ class _Unfinished:
             for path in set(self.folder.glob("*.jsonl")) - {path for path, _ in found}:
                 path.unlink()
         _barrier(self.world)
-        with explained(self.folder.parent), open(self.path, "w", encoding="utf-8") as file:
-            for line in ({"fingerprint": self.fingerprint}, *mine):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with explained(self.folder.parent):
+            _write_lines(self.path, [{"fingerprint": self.fingerprint}, *mine])
         _barrier(self.world)
         return {record["number"] for _, record in found}
 
@@ -246,7 +249,8 @@ class _Unfinished:
     def _read_all(self) -> list[tuple[Path, dict[str, Any]]]:
         found = []
         for path in sorted(self.folder.glob("*.jsonl")):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            # Not splitlines, which also splits at separators that a text may hold.
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
             parsed = [line for line in map(_parsed, lines) if line is not None]
             if parsed and parsed[0].get("fingerprint") == self.fingerprint:
                 found += [(path, record) for record in parsed[1:] if "number" in record]
@@ -281,6 +285,10 @@ def _fingerprint(
         str(generator.model.dtype),
         files,
         dataclasses.asdict(generator.config),
+        generator.model.config.to_dict(),
+        getattr(generator.model.config, "_attn_implementation", None),
+        getattr(generator.model.config, "_commit_hash", None),
+        len(generator.tokenizer),
         dataclasses.asdict(settings),
         save_trace,
         [[request.canvas.ids, request.canvas.editable, request.prompt, request.label] for request in requests],
@@ -304,9 +312,14 @@ def _barrier(world: int) -> None:
 def write_predictions(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Write one JSON object a line, so that `path` is either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(path.parent):
+        _write_lines(path, records)
+
+
+def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
     scratch = path.with_suffix(".jsonl.tmp")
     try:
-        with explained(path.parent), open(scratch, "w", encoding="utf-8") as file:
+        with open(scratch, "w", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from llamafactory.extras.constants import IGNORE_INDEX
 from ..data.canvas import Canvas
 from ..generation import TextGenerator, saying
 from .checks import datasets_explained
+
+_UNLIMITED = 2**30  # tokens
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,18 @@ class Request:
     label: str | None = None
 
 
-def from_noise(generator: TextGenerator, *, count: int, length: int) -> list[Request]:
-    """Return `count` requests for texts of `length` tokens, the start token included.
+def from_noise(
+    generator: TextGenerator, *, count: int, length: int, max_new_tokens: int | None = None
+) -> list[Request]:
+    """Return `count` requests for texts of `length` tokens, the start token included, or of `max_new_tokens` without.
 
     Raises:
         ValueError: if the length does not fit the model.
     """
-    with saying(f"cutoff_len: {length}"):
+    said = f"cutoff_len: {length}"
+    if max_new_tokens is not None:
+        length, said = max_new_tokens + int(generator.start_id is not None), f"max_new_tokens: {max_new_tokens}"
+    with saying(said):
         canvas = generator.from_noise(length)
     return [Request(canvas)] * count
 
@@ -99,7 +107,7 @@ def _continued(
             f"its {len(ids)} tokens leave no room within cutoff_len: {cutoff_len}; raise cutoff_len, set "
             "max_new_tokens, or give less of the text with prefix_length"
         )
-    return generator.from_prompt(ids, max_new_tokens or max(room, 1)), text, label
+    return generator.from_prompt(ids, max(room, 1) if max_new_tokens is None else max_new_tokens), text, label
 
 
 def from_examples(
@@ -114,16 +122,19 @@ def from_examples(
 ) -> list[Request]:
     """Return a request for the last response of each example of an instruction data set, under its template.
 
-    Examples come through upstream's training-side processor, so that the prompt is what training gives the model.
+    Examples come through upstream's training-side processor, so that the prompt is what training gives the model; but
+    nothing is cut off, as an answer to half a question, or half a label, would be measured in silence.
 
     Raises:
         ValueError: if there is no data set, or an example leaves no room for a response.
     """
     _names(data_args)
-    data_args.packing = data_args.neat_packing = False
+    whole = copy.copy(data_args)
+    whole.packing = whole.neat_packing = whole.train_on_prompt = False
+    whole.cutoff_len = _UNLIMITED
     training_args.predict_with_generate = False
-    with datasets_explained(data_args):
-        module = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer_module)
+    with datasets_explained(data_args, _names(data_args)):
+        module = get_dataset(template, model_args, whole, training_args, stage="sft", **tokenizer_module)
     rows = module.get("eval_dataset") if data_args.eval_dataset or data_args.val_size else module.get("train_dataset")
     requests = []
     for number, row in enumerate(_joined(rows)):
@@ -131,12 +142,18 @@ def from_examples(
         scored = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
         with saying(f"dataset: example {number}"):
             if not scored:
-                raise ValueError(f"it has no response within cutoff_len: {data_args.cutoff_len}; raise cutoff_len")
+                raise ValueError("it has no response; give each example one, as its length and text are the label")
             begin = scored[-1]
             while begin > 0 and labels[begin - 1] != IGNORE_INDEX:
                 begin -= 1
             room = data_args.cutoff_len - begin
-            canvas = generator.from_prompt(ids[:begin], max_new_tokens or max(room, 1), start=False)
+            if max_new_tokens is None and room < 1:
+                raise ValueError(
+                    f"its prompt of {begin} tokens leaves no room within cutoff_len: {data_args.cutoff_len}; raise "
+                    "cutoff_len or set max_new_tokens"
+                )
+            n_tokens = room if max_new_tokens is None else max_new_tokens
+            canvas = generator.from_prompt(ids[:begin], n_tokens, start=False)
             prompt = generator.tokenizer.decode(ids[:begin])
             label = generator.tokenizer.decode(ids[begin : scored[-1] + 1], skip_special_tokens=True)
             requests.append(Request(canvas, prompt, label))
@@ -146,7 +163,7 @@ def from_examples(
 def _texts(model_args: Any, data_args: Any, training_args: Any) -> Iterator[tuple[str, str | None]]:
     """Yield text and label (the response column, if there is one) of each example."""
     names = _names(data_args)
-    with datasets_explained(data_args), training_args.main_process_first(desc="load dataset"):
+    with datasets_explained(data_args, names), training_args.main_process_first(desc="load dataset"):
         rows = _get_merged_dataset(names, model_args, data_args, training_args, "pt")
     for row in _joined(rows):
         text = "".join(message["content"] for message in row["_prompt"])
@@ -156,6 +173,8 @@ def _texts(model_args: Any, data_args: Any, training_args: Any) -> Iterator[tupl
 
 def _names(data_args: Any) -> list[str]:
     names = data_args.eval_dataset or data_args.dataset
+    if data_args.streaming:
+        raise ValueError("streaming: true does not go with generating from a data set; remove it, and set max_samples")
     if not names:
         raise ValueError(
             "there is nothing to generate from: set eval_dataset (or dataset) to a data set of prompts, or "

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..generation import SamplingSettings
-from ..sampling import EarlyStop, LogitsConfig
+from ..sampling import STRATEGIES, EarlyStop, LogitsConfig
 
-STRATEGIES = ("random", "topk", "low_confidence", "margin", "entropy", "confidence_threshold", "entropy_bound")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "denoising_strategy": STRATEGIES,
+    "denoising_strategy": tuple(STRATEGIES),
     "generate_from": ("noise", "prefix", "infill", "prompt"),
 }
 INTEGERS: dict[str, tuple[int, int | None]] = {
@@ -154,6 +153,8 @@ class SamplingArguments:
                     f"{key} is read by denoising_strategy: {strategy} only, but denoising_strategy is "
                     f"{self.denoising_strategy}; change one or remove {key}"
                 )
+        if self.stable_entropy != SamplingArguments.stable_entropy and not self.stable_steps:
+            raise ValueError("stable_entropy needs stable_steps; set stable_steps: 2, or remove stable_entropy")
         stage, source = str(getattr(self, "stage", "ddm")), self.generation_source()
         if (source == "prompt") != (stage == "ddm-sft"):
             raise ValueError(

@@ -15,7 +15,7 @@ from transformers import DataCollatorWithPadding
 
 from ..data.collators import StartTokenCollator, start_token_id
 from ..diffusion.schedules import get_schedule
-from ..generation import TextGenerator
+from ..generation import SamplingSettings, TextGenerator
 from ..modeling.attention_layers import max_positions
 from ..modeling.bidirectional import make_bidirectional
 from ..modeling.checkpoints import load_weights, stored_dtype
@@ -77,6 +77,18 @@ def run_ddm(
     check_rows(model_config, data_args, dataset_module)
     if resume is not None:
         check_resumed(loaded.diffusion_config, resume)
+    asked = None
+    if training_args.do_predict:
+        asked = _asked_for(
+            loaded,
+            template,
+            tokenizer_module,
+            model_args,
+            data_args,
+            training_args,
+            finetuning_args,
+            generating_args,
+        )
     trainer = _make_trainer(loaded, dataset_module, model_args, data_args, training_args, finetuning_args, callbacks)
     if training_args.do_train:
         check_data(trainer, data_args)
@@ -85,8 +97,8 @@ def run_ddm(
         metrics = trainer.evaluate(metric_key_prefix="eval")
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    if training_args.do_predict:
-        _predict(trainer, loaded, template, tokenizer_module, model_args, data_args, finetuning_args, generating_args)
+    if asked is not None:
+        _predict(trainer, loaded, *asked, model_args, finetuning_args)
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
@@ -112,48 +124,74 @@ def run_ddm_sft(
     run_ddm(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
 
 
-def _predict(
-    trainer: DiffusionTrainer,
+def _asked_for(
     loaded: LoadedModel,
     template: Any,
     tokenizer_module: dict[str, Any],
     model_args: Any,
     data_args: Any,
+    training_args: Any,
     finetuning_args: Any,
     generating_args: Any,
-) -> None:
-    """Generate what the YAML asks for, and save texts and metrics."""
-    args = trainer.args
+) -> tuple[SamplingSettings, list[requests.Request]]:
+    """Return how and what to generate, every mistake found, so that no training is lost to one.
+
+    Raises:
+        ValueError: naming the key, or the text of the data set.
+    """
     given = finetuning_args.given_keys
+    settings = finetuning_args.sampling_settings(
+        generating_args, given, seed=training_args.seed % 2**64, tokenizer=loaded.tokenizer
+    )
+    generator = TextGenerator(loaded.model, loaded.tokenizer, loaded.diffusion_config, probe=False)
+    max_new_tokens = generating_args.max_new_tokens if "max_new_tokens" in given else None
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    source = finetuning_args.generation_source()
+    if source == "noise":
+        if data_args.dataset is not None or data_args.eval_dataset is not None:
+            logger.info_rank0("Generation starts from nothing but noise: the data set given is not used for it.")
+        asked = requests.from_noise(
+            generator, count=finetuning_args.num_samples, length=data_args.cutoff_len, max_new_tokens=max_new_tokens
+        )
+    elif "num_samples" in given:
+        logger.info_rank0(
+            f"num_samples is for generation from noise; with generate_from: {source} max_samples counts."
+        )
+    if source == "prompt":
+        asked = requests.from_examples(
+            generator, template, tokenizer_module, model_args, data_args, training_args, max_new_tokens=max_new_tokens
+        )
+    elif source != "noise":
+        asked = requests.from_texts(
+            generator,
+            model_args,
+            data_args,
+            training_args,
+            infill=source == "infill",
+            prefix_length=finetuning_args.prefix_length,
+            max_new_tokens=max_new_tokens,
+        )
+    generator.check([request.canvas for request in asked], settings)
+    return settings, asked
+
+
+def _predict(
+    trainer: DiffusionTrainer,
+    loaded: LoadedModel,
+    settings: SamplingSettings,
+    asked: list[requests.Request],
+    model_args: Any,
+    finetuning_args: Any,
+) -> None:
+    """Generate what was asked for, and save texts and metrics."""
+    args = trainer.args
     ratio = trainer.reached_ratio()
     if ratio < 1.0:
         logger.warning_rank0(
             f"This model's attention was annealed to a ratio of {ratio:.3f} only; it generates with full attention."
         )
-    settings = finetuning_args.sampling_settings(
-        generating_args, given, seed=args.seed % 2**64, tokenizer=loaded.tokenizer
-    )
     generator = TextGenerator(trainer.model.to(args.device), loaded.tokenizer, loaded.diffusion_config)
-    max_new_tokens = generating_args.max_new_tokens if "max_new_tokens" in given else None
-    source = finetuning_args.generation_source()
-    if source == "noise":
-        if data_args.dataset is not None or data_args.eval_dataset is not None:
-            logger.info_rank0("Generation starts from nothing but noise: the data set given is not used.")
-        asked = requests.from_noise(generator, count=finetuning_args.num_samples, length=data_args.cutoff_len)
-    elif source == "prompt":
-        asked = requests.from_examples(
-            generator, template, tokenizer_module, model_args, data_args, args, max_new_tokens=max_new_tokens
-        )
-    else:
-        asked = requests.from_texts(
-            generator,
-            model_args,
-            data_args,
-            args,
-            infill=source == "infill",
-            prefix_length=finetuning_args.prefix_length,
-            max_new_tokens=max_new_tokens,
-        )
     folder = None if args.do_train else finetuning_args.checkpoint_dir or model_args.model_name_or_path
     metrics = generate_all(
         generator, asked, settings, args, model_folder=folder, save_trace=finetuning_args.save_trace

@@ -121,6 +121,7 @@ class ModelDenoiser:
         *,
         shift: bool,
         is_padding: Tensor | None = None,
+        outputs: int | None = None,
         elements_at_once: int = _ELEMENTS_AT_ONCE,
     ) -> None:
         """Wrap a bidirectional `model`.
@@ -131,10 +132,14 @@ class ModelDenoiser:
                 its place must not be asked for.
             is_padding: [batch, length] bool, tokens before a text that are none; nothing attends to them, and
                 positions count from the first token that is real. None where all are real.
-            elements_at_once: logits that a part may hold, at least one row.
+            outputs: how many of the ids, from 0, have a logit; models often have more rows than their tokenizer has
+                tokens. None for all.
+            elements_at_once: logits that a part may hold, at least one row. A model that changes its logits in a way
+                that is not known here gives all in one part.
         """
         self._model = model
         self._shift = shift
+        self._outputs = outputs
         self._is_padding = is_padding
         self._position_ids: Tensor | None = None
         if is_padding is not None:
@@ -180,7 +185,7 @@ class ModelDenoiser:
             logits: Tensor = self._model(
                 input_ids=z, attention_mask=self._attention_mask(z), use_cache=False, **positions
             ).logits
-        return logits.reshape(-1, logits.shape[-1])
+        return logits.reshape(-1, logits.shape[-1])[:, : self._outputs]
 
     @contextmanager
     def _projected(self, hidden: Tensor) -> Iterator[Tensor]:
@@ -189,9 +194,10 @@ class ModelDenoiser:
         plain = type(head) is nn.Linear and not head._forward_hooks and hidden.dtype == head.weight.dtype
         if not (plain and hidden.device.type == "cpu" and isinstance(head, nn.Linear)):
             with torch.inference_mode():
-                yield self._capped(head(hidden))
+                logits = self._capped(head(hidden))[:, : self._outputs]
+            yield logits
             return
-        n, outputs = len(hidden), head.weight.shape[0]
+        n, outputs = len(hidden), min(head.weight.shape[0], self._outputs or head.weight.shape[0])
         needed = n * outputs
         buffer = self._buffers.pop() if self._buffers else hidden.new_empty(0)
         with torch.inference_mode():
@@ -200,10 +206,10 @@ class ModelDenoiser:
             logits = buffer[:needed].view(n, outputs)
             columns = functional.pad(hidden, (0, 0, 0, -n % _ROWS_MULTIPLE)).T.contiguous()
             for low in range(0, outputs, _OUTPUTS_AT_ONCE):
-                part = slice(low, low + _OUTPUTS_AT_ONCE)
+                part = slice(low, min(low + _OUTPUTS_AT_ONCE, outputs))
                 logits[:, part] = torch.mm(head.weight[part], columns)[:, :n].T
             if head.bias is not None:
-                logits += head.bias
+                logits += head.bias[:outputs]
             logits = self._capped(logits)
         try:
             yield logits

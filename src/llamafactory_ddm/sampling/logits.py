@@ -14,7 +14,7 @@ from .nucleus import Weights, in_nucleus, nucleus_mask, sample_weights
 Measure = Literal["log_prob", "margin", "entropy", "argmax"]
 
 # Rows are worked on a few at a time, so that a row is still in the cache when the next operation reads it.
-_ELEMENTS_AT_ONCE = {"cpu": 2**20}
+_ELEMENTS_AT_ONCE = {"cpu": 2**19}
 _ELEMENTS_ELSEWHERE = 2**24
 _SMALLEST_TEMPERATURE, _LARGEST_TEMPERATURE = 1e-30, 1e30
 _LOW_32 = 0xFFFFFFFF

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Protocol
@@ -15,6 +15,7 @@ from .logits import Draws, LogitsConfig, Measure, concatenate, draw_tokens, guid
 from .steps import reveal_probability, split_into_blocks, steps_of_blocks, transfer_budget
 from .strategies import TRIES, Plan, Strategy, Turn
 
+_NO_TOKEN = torch.iinfo(torch.int64).max
 _OF_EARLY_STOP: frozenset[Measure] = frozenset({"argmax", "entropy"})
 
 
@@ -56,11 +57,12 @@ class Context:
     """What the sampler has to know of the given tokens; all is None where it does not matter.
 
     Attributes:
-        is_padding: [batch, length] bool, given tokens that are no text.
+        no_text: [batch, length] bool, given tokens that are no text, as padding and a start token; the repetition
+            penalty passes over them.
         prompt: [batch, length] bool, given tokens that the unconditional pass of guidance does not see.
     """
 
-    is_padding: Tensor | None = None
+    no_text: Tensor | None = None
     prompt: Tensor | None = None
 
 
@@ -155,8 +157,8 @@ def sample(
         x: [batch, length] int64; ids at editable positions do not matter.
         editable: [batch, length] bool; everything else stays as it is, even an id equal to `mask_id`.
         mask_id: of [MASK]; never drawn.
-        steps: number of denoising steps of a row, at least 1 and at least the number of its blocks; those that would
-            commit nothing are not taken.
+        steps: number of denoising steps of a row, at least 1 and at least the number of its blocks. A row that is
+            finished takes no more, and a step that needs no logits costs no forward.
         strategy: which positions each step commits.
         logits: how a token is drawn; by default from the model's own distribution.
         seed: of every draw.
@@ -166,7 +168,7 @@ def sample(
         confidence_threshold: probability in (0, 1], for the strategy of this name.
         entropy_bound: nats, at least 0, for the strategy of this name.
         early_stop: when to commit the rest of a block; never by default.
-        context: which given tokens are padding, and which are the prompt.
+        context: which given tokens are no text, and which are the prompt.
         callback: called after each step.
     Raises:
         ValueError: if an argument does not fit, the denoiser's logits are unusable or the strategy leaves a position
@@ -422,8 +424,8 @@ def _predict(
         u = plan.token_draws(turn.row_step, tries=tries).flatten(0, 1)[place]
     seen = None
     if config.repetition_penalty != 1.0:
-        hidden = state.is_masked if context.is_padding is None else state.is_masked | context.is_padding
-        seen = z.masked_fill(hidden, torch.iinfo(torch.int64).max)
+        hidden = state.is_masked if context.no_text is None else state.is_masked | context.no_text
+        seen = z.masked_fill(hidden, _NO_TOKEN)
     results: list[Draws] = []
     done = 0
     for values, other in zip(parts, others, strict=False):
@@ -434,10 +436,14 @@ def _predict(
         if other is not None:
             values = guided_logits(values, other, config.guidance_scale)
         if seen is not None:
-            values = penalise_repetition(
-                values, seen[torch.div(place[rows], length, rounding_mode="floor")], config.repetition_penalty
-            )
+            row = torch.div(place[rows], length, rounding_mode="floor")
+            # A position that is decided already does not repeat itself.
+            others_seen = seen[row].scatter(1, (place[rows] - row * length)[:, None], _NO_TOKEN)
+            values = penalise_repetition(values, others_seen, config.repetition_penalty)
         results.append(draw_tokens(values, config, u[rows], suppress=(plan.mask_id,), measures=measures))
+    for iterator in (parts, others):
+        if isinstance(iterator, Generator):
+            iterator.close()
     if done != len(place):
         raise ValueError(_wrong_shape(len(place), results[-1].ids if results else place[:0], done))
     return concatenate(results), 1 + guided
@@ -465,7 +471,7 @@ def _check_context(context: Context | None, x: Tensor, logits: LogitsConfig) -> 
             f"guidance_scale: {logits.guidance_scale} needs a prompt to guide by, and there is none; give one, or "
             "leave guidance_scale at 1"
         )
-    for name in ("is_padding", "prompt"):
+    for name in ("no_text", "prompt"):
         value = None if context is None else getattr(context, name)
         if value is not None and (value.shape != x.shape or value.dtype != torch.bool):
             raise ValueError(f"{name} must be {list(x.shape)} bool, got {list(value.shape)} {value.dtype}")

@@ -61,7 +61,7 @@ def transfer_budget(n_masked: Tensor, steps: int, schedule: NoiseSchedule) -> Te
 def kept_masked(n: Tensor, left: Tensor, steps: Tensor, schedule: NoiseSchedule) -> Tensor:
     """Return how many of n positions stay masked while `left` of `steps` steps are still to come.
 
-    With the linear schedule this is trunc(float32(n * left / steps)), as DiffuLLaMA computes it; with another
+    With the linear schedule this is trunc(float32(n * left / steps)); with another
     trunc(n * (1 - alpha(left / steps))).
 
     Args:
