@@ -162,7 +162,7 @@ def table(shape: Shape, rounds: int) -> None:
     print("| what varies | value | random | low_confidence |\n|---|---|---|---|")
     variants: list[tuple[str, list[int]]] = [
         ("length", [64, 128, 256, 512]),
-        ("steps", [8, 32, 64]),
+        ("steps", [8, 16, 32]),
         ("batch", [1, 4]),
         ("vocabulary", [8000, 32000, 50257, 128000]),
     ]

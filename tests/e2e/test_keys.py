@@ -30,7 +30,7 @@ SAMPLING = {
     "suppress_tokens": ("10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,<|endoftext|>", {}),
     "confidence_threshold": (0.01, {"denoising_strategy": "confidence_threshold", "diffusion_steps": 12}),
     "entropy_bound": (30.0, {"denoising_strategy": "entropy_bound", "diffusion_steps": 12}),
-    "stable_steps": (1, {"stable_entropy": 100.0, "diffusion_steps": 12}),
+    "stable_steps": (1, {"stable_steps": 5, "stable_entropy": 100.0, "diffusion_steps": 12}),
     "stable_entropy": (100.0, {"stable_steps": 1, "diffusion_steps": 12}),
     "prefix_length": (7, {"generate_from": "prefix", "prefix_length": 4}),
     # Upstream's own keys.

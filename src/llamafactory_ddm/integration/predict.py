@@ -67,9 +67,9 @@ def generate_all(
         logger.info_rank0(
             f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to write: fewer will do."
         )
-    unfinished = _Unfinished(
-        folder / _UNFINISHED, _fingerprint(generator, requests, settings, model_folder, save_trace), rank, world
-    )
+    # The first process speaks for all: saving a model leaves traces in its config that the others do not have.
+    fingerprint = _of_first_rank(_fingerprint(generator, requests, settings, model_folder, save_trace), world)
+    unfinished = _Unfinished(folder / _UNFINISHED, fingerprint, rank, world)
     done = unfinished.open(resume=model_folder is not None)
     if done:
         logger.info_rank0(f"{len(done)} of {len(requests)} texts were generated before the run was interrupted.")
@@ -302,6 +302,14 @@ def _over_ranks(seconds: float, tokens: int, world: int) -> tuple[float, int]:
     if world > 1:
         torch.distributed.all_gather_object(parts, (seconds, tokens))
     return max(part[0] for part in parts), sum(part[1] for part in parts)
+
+
+def _of_first_rank(value: str, world: int) -> str:
+    """Return what the first process holds."""
+    shared: list[Any] = [value]
+    if world > 1:
+        torch.distributed.broadcast_object_list(shared, src=0)
+    return str(shared[0])
 
 
 def _barrier(world: int) -> None:

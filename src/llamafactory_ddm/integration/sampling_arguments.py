@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..generation import SamplingSettings
 from ..sampling import STRATEGIES, EarlyStop, LogitsConfig
+
+if TYPE_CHECKING:
+    from ..generation import SamplingSettings
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "denoising_strategy": tuple(STRATEGIES),
@@ -187,6 +189,8 @@ class SamplingArguments:
         Raises:
             ValueError: if two keys of the same meaning differ, or a token does not exist.
         """
+        from ..generation import SamplingSettings  # which imports transformers, as parsing should not
+
         values = {"logits_temp": self.logits_temp, "topp_temp": self.topp_temp}
         for theirs, ours in UPSTREAM_KEYS.items():
             if ours is None or theirs not in given:
