@@ -2,9 +2,9 @@
 
     python benchmarks/sampling.py             the claims: seconds, batch 1 and 4, the strategies one after another
     python benchmarks/sampling.py --memory    peak memory of a step, one fresh process for each
-    python benchmarks/sampling.py --table     the first table of docs/performance.md
+    python benchmarks/sampling.py --table     cost against length, steps, batch and vocabulary
     python benchmarks/sampling.py --quality saves/tiny_gpt2/full/ddm
-                                              the second: tokens a forward, at which quality
+                                              the table of docs/performance.md
 
 Baseline: as many forwards of the GPT-2 body, without the output embedding, as there are denoising steps. Reported: the
 median over rounds of the ratio within a round, CPU seconds (process time). fp32, random weights, top-p 0.9; with such
