@@ -121,6 +121,7 @@ class TextGenerator:
         self.start_id = start_token_id(tokenizer) if config.shift else None
         # What a text is decoded behind, as some tokenizers drop the space before the first token of a text.
         self._anchor = self.encode("a")[-1:]
+        self._n_ids = max(tokenizer.get_vocab().values()) + 1  # rows of the model beyond are no tokens
         self._special = set(tokenizer.all_special_ids) | {config.mask_token_id}
         if probe:
             probe_bidirectional(model)
@@ -222,14 +223,11 @@ class TextGenerator:
         Raises:
             ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
         """
-        self.check(canvases, settings)
         device = self.model.device
         batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
         pads = bool(batch.is_padding.any())
         is_padding = batch.is_padding.to(device) if pads else None
-        denoiser = ModelDenoiser(
-            self.model, shift=self.config.shift, is_padding=is_padding, outputs=len(self.tokenizer)
-        )
+        denoiser = ModelDenoiser(self.model, shift=self.config.shift, is_padding=is_padding, outputs=self._n_ids)
 
         def after_step(step: int, z: Tensor, fresh: Tensor) -> None:
             if callback is not None:

@@ -118,9 +118,10 @@ def get_linear():
 
 def test_guidance_sees_the_prompt_masked_and_follows_the_formula():
     """One step, greedy: the argmax of unconditional + w (conditional - unconditional)."""
-    tables = {}
+    tables, calls = {}, []
 
     def denoiser(z, select):
+        calls.append(1)
         generator = torch.Generator().manual_seed(int((z[0] * torch.tensor([1, 3, 5, 7])).sum()))
         tables[tuple(z[0].tolist())] = table = torch.randn(1, 4, V, generator=generator)
         return table[select]
@@ -140,7 +141,10 @@ def test_guidance_sees_the_prompt_masked_and_follows_the_formula():
     conditional, unconditional = tables[7, 4, MASK, MASK], tables[7, MASK, MASK, MASK]
     expected = (unconditional + 2.5 * (conditional - unconditional))[0, 2:, :MASK].argmax(dim=1)
     assert output.sequences[0, 2:].tolist() == expected.tolist()
-    assert (output.forwards, output.row_forwards.tolist()) == (2, [2])
+    assert (len(calls), output.forwards, output.row_forwards.tolist()) == (2, 2, [2])
+    with pytest.raises(ValueError, match="needs a prompt"):  # one row of two has none
+        two, none = x.expand(2, 4), torch.stack([prompt[0], prompt[0] & False])
+        run(two, editable.expand(2, 4), config=LogitsConfig(guidance_scale=2.0), context=Context(prompt=none))
     with pytest.raises(ValueError, match=r"guidance_scale: 2.0 needs a prompt"):
         run(x, editable, config=LogitsConfig(guidance_scale=2.0))
 

@@ -102,14 +102,7 @@ def run_ddm(
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
-def run_ddm_sft(
-    model_args: Any,
-    data_args: Any,
-    training_args: Any,
-    finetuning_args: Any,
-    generating_args: Any = None,
-    callbacks: list[Any] | None = None,
-) -> None:
+def run_ddm_sft(model_args: Any, data_args: Any, training_args: Any, *rest: Any) -> None:
     """Run `stage: ddm-sft`, which answers the prompts of an instruction data set.
 
     Raises:
@@ -121,7 +114,7 @@ def run_ddm_sft(
             "stage: ddm-sft generates only in this version: set do_predict: true and neither do_train nor do_eval; "
             "stage: ddm trains"
         )
-    run_ddm(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+    run_ddm(model_args, data_args, training_args, *rest)
 
 
 def _asked_for(

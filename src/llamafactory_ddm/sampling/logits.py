@@ -171,9 +171,9 @@ def draw_tokens(
     rows = max(1, at_once // max(1, logits.shape[1]))
     parts = [
         _draw(logits[place : place + rows], config, u[place : place + rows].double(), suppress, measures)
-        for place in range(0, len(u), rows)
+        for place in range(0, max(len(u), 1), rows)
     ]
-    return concatenate(parts) if parts else _nothing(logits.device, measures)
+    return concatenate(parts)
 
 
 def concatenate(parts: list[Draws]) -> Draws:
@@ -312,16 +312,3 @@ def _most_probable(values: Tensor, width: int) -> Tensor:
     rank = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # the bits of negative floats order the wrong way round
     key = (rank << 32) | (_LOW_32 - torch.arange(values.shape[1], device=values.device))
     return _LOW_32 - (key.topk(width, dim=1).values & _LOW_32)
-
-
-def _nothing(device: torch.device, measures: frozenset[Measure]) -> Draws:
-    ids = torch.empty(0, dtype=torch.int64, device=device)
-    number = torch.empty(0, device=device)
-    return Draws(
-        ids,
-        ids.bool(),
-        number if "log_prob" in measures else None,
-        number if "margin" in measures else None,
-        number if "entropy" in measures else None,
-        ids if "argmax" in measures else None,
-    )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Protocol
 
 import torch
@@ -187,7 +186,7 @@ def sample(
         confidence_threshold=confidence_threshold,
         entropy_bound=entropy_bound,
     )
-    _check_context(context, x, logits)
+    _check_context(context, editable, logits)
     while True:
         before = state
         state = denoise_step(
@@ -413,11 +412,14 @@ def _predict(
 ) -> tuple[Draws, int]:
     """Return the draws at `place`, and how many forwards they took."""
     z, length = state.z, state.z.shape[1]
+    conditional = _parts(denoiser(z, place))
     guided = config.guidance_scale != 1.0 and context.prompt is not None
-    parts = _parts(denoiser(z, place))
-    others: Iterator[Tensor | None] = repeat(None)
+    pairs: Iterable[tuple[Tensor, Tensor | None]]
     if guided and context.prompt is not None:
-        others = _parts(denoiser(z.masked_fill(context.prompt, plan.mask_id), place))
+        unconditional = denoiser(z.masked_fill(context.prompt, plan.mask_id), place)
+        pairs = zip(conditional, _parts(unconditional), strict=True)
+    else:
+        pairs = ((part, None) for part in conditional)
     u = torch.zeros(len(place), 1, dtype=torch.float64, device=z.device)
     if config.temperature > 0.0:
         tries = TRIES if config.top_p < 1.0 and config.top_k is None else 1
@@ -428,7 +430,7 @@ def _predict(
         seen = z.masked_fill(hidden, _NO_TOKEN)
     results: list[Draws] = []
     done = 0
-    for values, other in zip(parts, others, strict=False):
+    for values, other in pairs:
         if values.dim() != 2 or done + len(values) > len(place):
             raise ValueError(_wrong_shape(len(place), values))
         rows = slice(done, done + len(values))
@@ -441,16 +443,13 @@ def _predict(
             others_seen = seen[row].scatter(1, (place[rows] - row * length)[:, None], _NO_TOKEN)
             values = penalise_repetition(values, others_seen, config.repetition_penalty)
         results.append(draw_tokens(values, config, u[rows], suppress=(plan.mask_id,), measures=measures))
-    for iterator in (parts, others):
-        if isinstance(iterator, Generator):
-            iterator.close()
     if done != len(place):
         raise ValueError(_wrong_shape(len(place), results[-1].ids if results else place[:0], done))
     return concatenate(results), 1 + guided
 
 
-def _parts(output: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-    return iter((output,)) if isinstance(output, Tensor) else iter(output)
+def _parts(output: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    return (output,) if isinstance(output, Tensor) else output
 
 
 def _wrong_shape(n: int, got: Tensor, rows: int | None = None) -> str:
@@ -465,13 +464,16 @@ def _settled(early_stop: EarlyStop, turn: Turn, stable: Tensor, entropy: Tensor)
     return turn.is_masked & ((stable >= early_stop.stable_steps) & (mean <= early_stop.entropy))[:, None]
 
 
-def _check_context(context: Context | None, x: Tensor, logits: LogitsConfig) -> None:
-    if logits.guidance_scale != 1.0 and (context is None or context.prompt is None):
+def _check_context(context: Context | None, editable: Tensor, logits: LogitsConfig) -> None:
+    for name in ("no_text", "prompt"):
+        value = None if context is None else getattr(context, name)
+        if value is not None and (value.shape != editable.shape or value.dtype != torch.bool):
+            raise ValueError(f"{name} must be {list(editable.shape)} bool, got {list(value.shape)} {value.dtype}")
+    if logits.guidance_scale == 1.0:
+        return
+    prompt = None if context is None else context.prompt
+    if prompt is None or bool((editable.any(dim=1) & ~prompt.any(dim=1)).any()):
         raise ValueError(
             f"guidance_scale: {logits.guidance_scale} needs a prompt to guide by, and there is none; give one, or "
             "leave guidance_scale at 1"
         )
-    for name in ("no_text", "prompt"):
-        value = None if context is None else getattr(context, name)
-        if value is not None and (value.shape != x.shape or value.dtype != torch.bool):
-            raise ValueError(f"{name} must be {list(x.shape)} bool, got {list(value.shape)} {value.dtype}")
