@@ -24,7 +24,7 @@ from .modeling.bidirectional import make_bidirectional, probe_bidirectional
 from .modeling.checkpoints import verify_checkpoint
 from .modeling.denoiser import ModelDenoiser
 from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from .sampling import Context, EarlyStop, LogitsConfig, get_strategy, sample
+from .sampling import Context, EarlyStop, LogitsConfig, Strategy, get_strategy, sample
 from .sampling.steps import split_into_blocks, steps_of_blocks
 from .sampling.trace import Trace
 
@@ -55,6 +55,16 @@ class SamplingSettings:
     entropy_bound: float = 0.1
     early_stop: EarlyStop | None = None
     seed: int = 0
+
+    def strategy(self) -> Strategy:
+        """Return the strategy with its own parameter.
+
+        Raises:
+            ValueError: if there is none of this name, or the parameter is out of range.
+        """
+        return get_strategy(
+            self.denoising_strategy, confidence_threshold=self.confidence_threshold, entropy_bound=self.entropy_bound
+        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,7 @@ class TextGenerator:
         Raises:
             ValueError: if a canvas has more blocks than there are steps, or guidance lacks a prompt.
         """
-        get_strategy(settings.denoising_strategy)
+        settings.strategy()
         for number, canvas in enumerate(canvases):
             with saying(f"text {number}"):
                 steps_of_blocks(
@@ -247,14 +257,12 @@ class TextGenerator:
                 editable=batch.editable.to(device),
                 mask_id=self.config.mask_token_id,
                 steps=settings.diffusion_steps,
-                strategy=get_strategy(settings.denoising_strategy),
+                strategy=settings.strategy(),
                 logits=settings.logits,
                 seed=settings.seed % 2**64,
                 rows=torch.tensor(list(ordinals), dtype=torch.int64, device=device),
                 schedule=get_schedule(self.config.noise_schedule),
                 block_length=settings.block_length,
-                confidence_threshold=settings.confidence_threshold,
-                entropy_bound=settings.entropy_bound,
                 early_stop=settings.early_stop,
                 context=Context(no_text=(~batch.editable & ~batch.prompt).to(device), prompt=prompt),
                 callback=after_step,

@@ -228,10 +228,10 @@ def test_suppressed_tokens_are_never_written():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"confidence_threshold": 0.0}, "confidence_threshold must lie in"),
-        ({"confidence_threshold": 1.5}, "confidence_threshold must lie in"),
-        ({"entropy_bound": -0.1}, "entropy_bound must be at least 0"),
-        ({"entropy_bound": float("nan")}, "entropy_bound must be at least 0"),
+        ({"name": "confidence_threshold", "confidence_threshold": 0.0}, "confidence_threshold must lie in"),
+        ({"name": "confidence_threshold", "confidence_threshold": 1.5}, "confidence_threshold must lie in"),
+        ({"name": "entropy_bound", "entropy_bound": -0.1}, "entropy_bound must be at least 0"),
+        ({"name": "entropy_bound", "entropy_bound": float("nan")}, "entropy_bound must be at least 0"),
         ({"context": Context(no_text=torch.zeros(1, 3))}, "no_text must be"),
         ({"context": Context(prompt=torch.zeros(2, 2, dtype=torch.bool))}, "prompt must be"),
     ],

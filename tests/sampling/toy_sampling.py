@@ -3,7 +3,7 @@
 import torch
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.sampling import STRATEGIES, LogitsConfig, sample
+from llamafactory_ddm.sampling import STRATEGIES, LogitsConfig, get_strategy, sample
 
 V, MASK = 12, 11
 
@@ -32,7 +32,8 @@ def by_selection(denoiser):
 
 
 def run(x, editable, *, denoiser=toy, steps=5, name="random", config=None, seed=0, rows=None, **rest):
-    rest.setdefault("strategy", STRATEGIES.get(name))
+    own = {key: rest.pop(key) for key in ("confidence_threshold", "entropy_bound") if key in rest}
+    rest.setdefault("strategy", get_strategy(name, **own))
     rest.setdefault("mask_id", MASK)
     rest.setdefault("schedule", get_schedule("linear"))
     return sample(

@@ -141,8 +141,6 @@ def sample(
     rows: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
-    confidence_threshold: float = 0.9,
-    entropy_bound: float = 0.1,
     early_stop: EarlyStop | None = None,
     context: Context | None = None,
     callback: Callback | None = None,
@@ -164,8 +162,6 @@ def sample(
         rows: [batch] int64, the ordinal of each sample; by default 0, 1, 2 …
         schedule: the noise schedule that sets the pace; by default linear.
         block_length: editable positions of a row that are decided together, from left to right; None is all at once.
-        confidence_threshold: probability in (0, 1], for the strategy of this name.
-        entropy_bound: nats, at least 0, for the strategy of this name.
         early_stop: when to commit the rest of a block; never by default.
         context: which given tokens are no text, and which are the prompt.
         callback: called after each step.
@@ -183,8 +179,6 @@ def sample(
         rows=rows,
         schedule=schedule,
         block_length=block_length,
-        confidence_threshold=confidence_threshold,
-        entropy_bound=entropy_bound,
     )
     _check_context(context, editable, logits)
     while True:
@@ -209,8 +203,6 @@ def start(
     rows: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
-    confidence_threshold: float = 0.9,
-    entropy_bound: float = 0.1,
 ) -> tuple[SamplerState, Plan]:
     """Return the state before the first step and what stays the same, for driving `denoise_step` by hand.
 
@@ -225,10 +217,6 @@ def start(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if mask_id < 0:
         raise ValueError(f"mask_id must be an id of the tokenizer, at least 0, got {mask_id}")
-    if not 0.0 < confidence_threshold <= 1.0:
-        raise ValueError(f"confidence_threshold must lie in (0, 1], got {confidence_threshold}")
-    if not entropy_bound >= 0.0:
-        raise ValueError(f"entropy_bound must be at least 0, got {entropy_bound}")
     fits = x.dim() == 2 and x.shape[1] > 0 and editable.shape == x.shape and rows.shape == x.shape[:1]
     if not fits or x.dtype != torch.int64 or editable.dtype != torch.bool or rows.dtype != torch.int64:
         given = ", ".join(
@@ -253,8 +241,6 @@ def start(
         block_steps=block_steps,
         budget=budget,
         chance=chance,
-        confidence_threshold=confidence_threshold,
-        entropy_bound=entropy_bound,
     )
     nothing, zero = torch.full_like(x, -1), torch.zeros_like(rows)
     state = SamplerState(

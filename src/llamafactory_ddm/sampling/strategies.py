@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +34,6 @@ class Plan:
         block_steps: [batch, n_blocks] int64, denoising steps of each block.
         budget: [batch, steps] int64, tokens to commit in each step where a strategy goes by number.
         chance: [batch, steps] float64, chance to be revealed in each step where it goes by chance.
-        confidence_threshold: probability from which the strategy of this name commits.
-        entropy_bound: nats that the strategy of this name may spend on a step.
     """
 
     mask_id: int
@@ -48,8 +46,6 @@ class Plan:
     block_steps: Tensor
     budget: Tensor
     chance: Tensor
-    confidence_threshold: float = 0.9
-    entropy_bound: float = 0.1
 
     def uniform(self, stream: Stream, row_step: Tensor, *, depth: int = 1) -> Tensor:
         """Return [batch, length, depth] uniform numbers that depend on seed, sample, stream and the row's step alone.
@@ -222,11 +218,20 @@ class ConfidenceThreshold:
 
     More are committed only where the steps would run out otherwise, which cannot happen with as many steps as tokens.
 
+    Args:
+        confidence_threshold: probability in (0, 1].
+    Raises:
+        ValueError: if it is out of range.
     Source: Fast-dLLM (arXiv 2505.22618), section 3.3.
     """
 
+    confidence_threshold: float = 0.9
     name: str = "confidence_threshold"
     measures: frozenset[Measure] = frozenset({"log_prob"})
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.confidence_threshold <= 1.0:
+            raise ValueError(f"confidence_threshold must lie in (0, 1], got {self.confidence_threshold}")
 
     def candidates(self, turn: Turn) -> Tensor:
         """Return all masked positions."""
@@ -235,7 +240,7 @@ class ConfidenceThreshold:
     def commit(self, turn: Turn, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
         """Return those that reach the threshold, or the best."""
         value = score("log_prob")
-        sure = value.exp() >= turn.plan.confidence_threshold
+        sure = value.exp() >= self.confidence_threshold
         return candidate & (sure | (ranks(value, candidate) < still_needed(turn)))
 
 
@@ -246,11 +251,20 @@ class EntropyBound:
     Positions are taken in order of entropy, lowest first, while the sum of the entropies, the largest left out, is at
     most the bound: that sum limits how much the tokens of a step can depend on each other (their mutual information).
 
+    Args:
+        entropy_bound: nats, at least 0.
+    Raises:
+        ValueError: if it is out of range.
     Source: Ben-Hamu et al. 2025 (arXiv 2505.24857), section 4.
     """
 
+    entropy_bound: float = 0.1
     name: str = "entropy_bound"
     measures: frozenset[Measure] = frozenset({"entropy"})
+
+    def __post_init__(self) -> None:
+        if not self.entropy_bound >= 0.0:
+            raise ValueError(f"entropy_bound must be at least 0, got {self.entropy_bound}")
 
     def candidates(self, turn: Turn) -> Tensor:
         """Return all masked positions."""
@@ -262,7 +276,7 @@ class EntropyBound:
         rank = ranks(-entropy, candidate)
         in_order = torch.zeros_like(entropy).scatter_(1, rank, entropy.masked_fill(~candidate, 0.0))
         before = in_order.cumsum(dim=1) - in_order  # without the entropy of the position itself, the largest so far
-        within = before.gather(1, rank) <= turn.plan.entropy_bound
+        within = before.gather(1, rank) <= self.entropy_bound
         return candidate & (within | (rank < still_needed(turn)))
 
 
@@ -280,17 +294,20 @@ def register(strategy: Strategy) -> None:
     STRATEGIES[strategy.name] = strategy
 
 
-def get_strategy(name: str) -> Strategy:
-    """Return the strategy called `name`.
+def get_strategy(name: str, **parameters: float) -> Strategy:
+    """Return the strategy called `name`, with those of the parameters that it has.
 
     Raises:
-        ValueError: if there is none, naming the nearest.
+        ValueError: if there is none, naming the nearest, or a parameter is out of range.
     """
     if name not in STRATEGIES:
         near = difflib.get_close_matches(name, STRATEGIES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown denoising_strategy {name!r}; choose one of {', '.join(STRATEGIES)}{hint}")
-    return STRATEGIES[name]
+    strategy: Any = STRATEGIES[name]
+    own = {key: value for key, value in parameters.items() if hasattr(strategy, key)}
+    chosen: Strategy = replace(strategy, **own) if own else strategy
+    return chosen
 
 
 for _strategy in (
