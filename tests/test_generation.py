@@ -89,7 +89,7 @@ def test_prompts_and_gaps_in_one_call(generator):
 
 def test_a_text_ends_at_the_first_end_token(generator, monkeypatch):
     end = generator.tokenizer.eos_token_id
-    ids = [*generator.encode("dog cat"), end, *generator.encode("cat")]
+    ids = [*generator.codec.encode("dog cat"), end, *generator.codec.encode("cat")]
     canvas = generator.from_prompt("dog", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
     result = generator._generated(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, False)
@@ -106,7 +106,7 @@ def test_an_end_token_inside_a_gap_does_not_end_the_text(generator):
 
 def test_tokens_behind_the_end_do_not_count(generator):
     end = generator.tokenizer.eos_token_id
-    ids = [*generator.encode("dog"), end, end, end]
+    ids = [*generator.codec.encode("dog"), end, end, end]
     canvas = generator.from_prompt("cat", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
     result = generator._generated(canvas, [*given, *ids], [0] * len(canvas), 1, False)
@@ -115,10 +115,10 @@ def test_tokens_behind_the_end_do_not_count(generator):
 
 @pytest.mark.parametrize("text", ["café 日本 dog", "dog\u2028cat\n  dog", "🏽👍", "é"])
 def test_pieces_join_to_the_text_whatever_the_letters(generator, text):
-    ids = generator.encode(text)
-    assert "".join(generator._pieces(ids)) == text
+    ids = generator.codec.encode(text)
+    assert "".join(generator.codec.pieces(ids)) == text
     gap = [*ids[:2], generator.config.mask_token_id, *ids[2:]]
-    assert generator._pieces(gap)[2] is None
+    assert generator.codec.pieces(gap)[2] is None
 
 
 def metaspace_generator():
@@ -140,12 +140,12 @@ def metaspace_generator():
 
 def test_tokenizers_that_mark_spaces_keep_them_where_they_are():
     generator = metaspace_generator()
-    ids = generator.encode("the dog cat dog")
-    assert "".join(generator._pieces(ids)) == "the dog cat dog"
+    ids = generator.codec.encode("the dog cat dog")
+    assert "".join(generator.codec.pieces(ids)) == "the dog cat dog"
     canvas = generator.from_marked("the d<|infill:1|>g cat<|infill:2|>")
     given = [token for token, editable in zip(canvas.ids[1:], canvas.editable[1:], strict=True) if not editable]
     assert generator.tokenizer.decode(given) == "the dg cat"
-    blank = iter([*generator.encode_after("o"), *generator.encode_after(" dog the")])
+    blank = iter([*generator.codec.encode_after("o"), *generator.codec.encode_after(" dog the")])
     ids = [next(blank) if editable else i for i, editable in zip(canvas.ids, canvas.editable, strict=True)]
     result = generator._generated(canvas, ids, [0] * len(ids), 1, True)
     assert (result.text, result.predict) == ("the dog cat dog the", "o\n dog the")
@@ -196,7 +196,7 @@ def test_the_start_token_is_no_repetition(generator):
         settings = SamplingSettings(logits=LogitsConfig(0.0, repetition_penalty=9.0), diffusion_steps=1)
         generator.generate("dog", max_new_tokens=3, settings=settings)
     real = set(seen[0].flatten().tolist()) - {torch.iinfo(torch.int64).max}
-    assert real == set(generator.encode("dog"))
+    assert real == set(generator.codec.encode("dog"))
 
 
 def test_a_trace_replays_to_the_text(generator):

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(arguments: argparse.Namespace) -> None:
     from .generation import SamplingSettings, load
     from .sampling import LogitsConfig
-    from .sampling.trace import TerminalAnimation
+    from .sampling.terminal import TerminalAnimation
 
     settings = SamplingSettings(
         denoising_strategy=arguments.strategy,

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data.canvas import Canvas, canvas_of, infilling_canvas, stack_canvases
 from .data.collators import start_token_id
+from .data.text_codec import TextCodec
 from .diffusion.schedules import get_schedule
 from .modeling.attention_layers import max_positions
 from .modeling.bidirectional import make_bidirectional, probe_bidirectional
@@ -129,10 +130,8 @@ class TextGenerator:
         self.tokenizer = tokenizer
         self.config = config
         self.start_id = start_token_id(tokenizer) if config.shift else None
-        # What a text is decoded behind, as some tokenizers drop the space before the first token of a text.
-        self._anchor = self.encode("a")[-1:]
+        self.codec = TextCodec(tokenizer, config.mask_token_id)
         self._n_ids = max(tokenizer.get_vocab().values()) + 1  # rows of the model beyond are no tokens
-        self._special = set(tokenizer.all_special_ids) | {config.mask_token_id}
         if probe:
             probe_bidirectional(model)
 
@@ -154,7 +153,7 @@ class TextGenerator:
         Raises:
             ValueError: if the prompt is empty, holds the mask token, or leaves no room.
         """
-        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ValueError("the prompt is empty; give one, or generate from noise")
         return self._checked(canvas_of([ids, n_tokens], start_id=self.start_id if start else None))
@@ -166,19 +165,10 @@ class TextGenerator:
             ValueError: if there is no marker or a wrong one, if the text holds the mask token, or leaves no room.
         """
         return self._checked(
-            infilling_canvas(text, self.encode, encode_after=self.encode_after, label=label, start_id=self.start_id)
+            infilling_canvas(
+                text, self.codec.encode, encode_after=self.codec.encode_after, label=label, start_id=self.start_id
+            )
         )
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without special tokens of the tokenizer's own."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    def encode_after(self, text: str) -> list[int]:
-        """Return the ids of a text that follows other text: without the space that some tokenizers put before one."""
-        before = self.encode("\n")
-        both = self.encode("\n" + text)
-        return both[len(before) :] if both[: len(before)] == before else self.encode(text)
 
     def check(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
         """Find before the first forward what would fail in the middle of a run.
@@ -244,7 +234,7 @@ class TextGenerator:
                 callback(
                     step,
                     lambda: [
-                        self._pieces(row[len(row) - len(canvas) + canvas.n_start :])
+                        self.codec.pieces(row[len(row) - len(canvas) + canvas.n_start :])
                         for row, canvas in zip(z.tolist(), canvases, strict=True)
                     ],
                 )
@@ -294,7 +284,7 @@ class TextGenerator:
         trace = None
         if traced:
             begin = canvas.n_start
-            pieces = self._pieces(ids[begin:])
+            pieces = self.codec.pieces(ids[begin:])
             written = [(step, place) for place, step in enumerate(committed[begin:]) if step >= 0]
             trace = Trace(
                 title="",
@@ -305,50 +295,13 @@ class TextGenerator:
         first_is_given = not canvas.editable[canvas.n_start]
         return Generated(
             predict="\n".join(
-                self._decode(span, follows=number > 0 or first_is_given) for number, span in enumerate(spans)
+                self.codec.decode(span, follows=number > 0 or first_is_given) for number, span in enumerate(spans)
             ),
-            text=self._decode(text, follows=False),
+            text=self.codec.decode(text, follows=False),
             n_tokens=sum(map(len, spans)),
             forwards=forwards,
             trace=trace,
         )
-
-    def _decode(self, ids: list[int], *, follows: bool) -> str:
-        """Return the text of ids without special tokens; `follows` keeps the space before text behind other text."""
-        plain = [token for token in ids if token not in self._special]
-        if not follows:
-            text: str = self.tokenizer.decode(plain)
-            return text
-        both: str = self.tokenizer.decode([*self._anchor, *plain])
-        return both[len(self.tokenizer.decode(self._anchor)) :]
-
-    def _pieces(self, ids: list[int]) -> list[str | None]:
-        """Return the part of the text that each token stands for, None for [MASK].
-
-        A token is decoded behind those before it, as spaces and letters of several bytes are spread over tokens; a
-        letter belongs to the token that completes it.
-        """
-        pieces: list[str | None] = []
-        run: list[int] = []  # what a token is decoded behind
-        said = 0  # letters of that which are in pieces already
-        for place, token in enumerate(ids):
-            if token == self.config.mask_token_id:
-                pieces.append(None)
-                run = []
-                continue
-            if not run:
-                run = list(self._anchor) if place else []
-                said = len(self.tokenizer.decode(run)) if run else 0
-            run.append(token)
-            text: str = self.tokenizer.decode(run)
-            last = place + 1 == len(ids) or ids[place + 1] == self.config.mask_token_id
-            if text.endswith("\ufffd") and not last:
-                pieces.append("")
-                continue
-            pieces.append(text[said:])
-            run = [token] if not text.endswith("\ufffd") else []
-            said = len(self.tokenizer.decode(run)) if run else 0
-        return pieces
 
     def generate(
         self,

@@ -7,8 +7,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ddm.sampling import logits as module
-from llamafactory_ddm.sampling.logits import LogitsConfig, draw_tokens, filtered_log_probs
+from llamafactory_ddm.sampling import draws as module
+from llamafactory_ddm.sampling.draws import draw_tokens
+from llamafactory_ddm.sampling.logits import LogitsConfig, filtered_log_probs
 
 
 def by_full_sort(logits, config, suppress=()):

@@ -94,7 +94,7 @@ def _continued(
     prefix_length: int | None,
     max_new_tokens: int | None,
 ) -> tuple[Canvas, str, str | None]:
-    ids = generator.encode(text)
+    ids = generator.codec.encode(text)
     if prefix_length is not None:
         if len(ids) <= prefix_length:
             raise ValueError(f"it has {len(ids)} tokens, so prefix_length: {prefix_length} leaves nothing to write")

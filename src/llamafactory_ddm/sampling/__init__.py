@@ -1,17 +1,11 @@
 """Sampling from masked diffusion models: one loop, with the choice of tokens and of positions as parts of it."""
 
-from .logits import Draws, LogitsConfig, draw_tokens, filtered_log_probs
-from .loop import (
-    Context,
-    Denoiser,
-    EarlyStop,
-    SamplerOutput,
-    SamplerState,
-    denoise_step,
-    sample,
-    start,
-)
-from .strategies import STRATEGIES, Plan, Strategy, Turn, get_strategy, register
+from .draws import Draws, draw_tokens
+from .logits import LogitsConfig, filtered_log_probs
+from .loop import EarlyStop, SamplerOutput, denoise_step, sample
+from .prediction import Context, Denoiser
+from .state import Plan, SamplerState, Turn, start
+from .strategies import STRATEGIES, Strategy, get_strategy, register
 
 __all__ = [
     "STRATEGIES",

@@ -1,21 +1,18 @@
-"""From logits to a token: penalties, temperature, top-k, nucleus, and an exact draw from given uniform numbers."""
+"""From a model's logits to a distribution: guidance, penalty, suppression, temperature, top-k and nucleus."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .nucleus import Weights, in_nucleus, nucleus_mask, sample_weights
+from .nucleus import nucleus_mask
 
 Measure = Literal["log_prob", "margin", "entropy", "argmax"]
 
-# Rows are worked on a few at a time, so that a row is still in the cache when the next operation reads it.
-_ELEMENTS_AT_ONCE = {"cpu": 2**19}
-_ELEMENTS_ELSEWHERE = 2**24
 _SMALLEST_TEMPERATURE, _LARGEST_TEMPERATURE = 1e-30, 1e30
 _LOW_32 = 0xFFFFFFFF
 
@@ -62,29 +59,6 @@ class LogitsConfig:
             raise ValueError(f"ids to suppress must not be negative, got {self.suppress}")
 
 
-class Draws(NamedTuple):
-    """What `draw_tokens` returns; a measure that was not asked for is None.
-
-    All measures are of the model's own distribution: after guidance, penalty and suppression, before temperature and
-    filters, so that they tell positions apart in greedy decoding as well.
-
-    Attributes:
-        ids: [n] int64, the tokens drawn.
-        bad: [n] bool, True where a row of logits holds NaN or has no finite maximum; the rest then means nothing.
-        log_prob: [n] float32, log-probability of each id, in nats.
-        margin: [n] float32, probability of the most probable token less that of the second.
-        entropy: [n] float32, in nats.
-        argmax: [n] int64, the most probable token.
-    """
-
-    ids: Tensor
-    bad: Tensor
-    log_prob: Tensor | None = None
-    margin: Tensor | None = None
-    entropy: Tensor | None = None
-    argmax: Tensor | None = None
-
-
 def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Return [n, vocab] float32 logits of classifier-free guidance, `unconditional + scale (conditional - ...)`.
 
@@ -124,147 +98,33 @@ def filtered_log_probs(logits: Tensor, config: LogitsConfig, *, suppress: tuple[
     Raises:
         ValueError: if `logits` is not two-dimensional or an id in `suppress` is negative.
     """
-    _check(logits, suppress)
-    values, _ = _from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
+    check_logits(logits, suppress)
+    values, _ = from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
     result = torch.full_like(values, -torch.inf)
     if config.temperature == 0.0:
         return result.scatter_(1, values.argmax(dim=1, keepdim=True), 0.0)
     if config.top_k is not None and config.top_k < values.shape[1]:
-        ids, scores = _top_k(values, config, config.top_k)
+        ids, scores = top_k_scores(values, config, config.top_k)
         return result.scatter_(1, ids, scores.log_softmax(dim=1).float())
-    scaled = values / _clamped(config.temperature)
+    scaled = values / clamped(config.temperature)
     if config.top_p < 1.0:
         scaled = scaled.masked_fill(~nucleus_mask(values, scaled.exp(), config.top_p), -torch.inf)
     return scaled.double().log_softmax(dim=1).float()
 
 
-def draw_tokens(
-    logits: Tensor,
-    config: LogitsConfig,
-    u: Tensor,
-    *,
-    suppress: tuple[int, ...] = (),
-    measures: frozenset[Measure] = frozenset(),
-) -> Draws:
-    """Draw one token a row, exactly, a few rows at a time to bound the memory.
+def check_logits(logits: Tensor, suppress: tuple[int, ...]) -> None:
+    """Look at shape and ids.
 
-    A token is found by inverting the cumulative distribution in float64 with uniform numbers of 48 bits: like LLaDA's
-    Gumbel maximum in float64 it does not cut the tail off, and it needs one random number a row, not one a token. For
-    a nucleus the draw is from all tokens and is repeated while the token lies outside, which needs no sorting; with
-    the last column of `u` the nucleus is found and drawn from.
-
-    Args:
-        logits: [n, vocab] float; -inf is a token that must not be drawn. They are left as they are.
-        config: temperature and filters; guidance and penalty have been applied.
-        u: [n] or [n, tries] float in [0, 1), the uniform numbers that decide a row.
-        suppress: further ids that must not be drawn; one beyond the vocabulary changes nothing.
-        measures: what to compute beside the ids.
     Raises:
-        ValueError: if the shapes disagree or an id in `suppress` is negative.
-    Source: LLaDA (arXiv 2502.09992), appendix B.3 (after arXiv 2409.02908), for the precision.
+        ValueError: if `logits` is not [n, vocab] or an id is negative.
     """
-    _check(logits, suppress)
-    u = u[:, None] if u.dim() == 1 else u
-    if u.shape[:1] != logits.shape[:1] or u.dim() != 2:
-        raise ValueError(f"u must hold one number a row of logits, got {tuple(u.shape)} and {tuple(logits.shape)}")
-    at_once = _ELEMENTS_AT_ONCE.get(logits.device.type, _ELEMENTS_ELSEWHERE)
-    rows = max(1, at_once // max(1, logits.shape[1]))
-    parts = [
-        _draw(logits[place : place + rows], config, u[place : place + rows].double(), suppress, measures)
-        for place in range(0, max(len(u), 1), rows)
-    ]
-    return concatenate(parts)
-
-
-def concatenate(parts: list[Draws]) -> Draws:
-    """Return the rows of all parts, which must hold the same measures."""
-    columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-    return Draws(*columns)
-
-
-def _draw(
-    logits: Tensor, config: LogitsConfig, u: Tensor, suppress: tuple[int, ...], measures: frozenset[Measure]
-) -> Draws:
-    values, highest = _from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
-    greedy = config.temperature == 0.0
-    own = values.exp() if measures & {"log_prob", "margin", "entropy"} or config.temperature == 1.0 else None
-    top = values.argmax(dim=1) if greedy or "argmax" in measures else None
-    if greedy and top is not None:
-        ids = top
-    elif config.top_k is not None and config.top_k < values.shape[1]:
-        candidates, scores = _top_k(values, config, config.top_k)
-        weights = scores.exp()
-        ids = candidates.gather(1, sample_weights(Weights(weights), u[:, -1])[:, None])[:, 0]
-    else:
-        same = own is not None and config.temperature == 1.0
-        weights = own if same and own is not None else values.mul(1.0 / _clamped(config.temperature)).exp_()
-        ids = _draw_nucleus(values, weights, config.top_p, u)
-    total = None if own is None else Weights(own).total
-    log_prob = margin = entropy = None
-    if total is not None and "log_prob" in measures:
-        log_prob = (values.gather(1, ids[:, None])[:, 0].double() - total.log()).float()
-    if total is not None and own is not None and "margin" in measures:
-        second = own.scatter(1, own.argmax(dim=1, keepdim=True), 0.0).amax(dim=1)
-        margin = ((1.0 - second) / total).float()
-    if total is not None and own is not None and "entropy" in measures:
-        # A weight of 0 times a logit of -inf would be NaN.
-        energy = torch.linalg.vecdot(own, values.clamp(min=torch.finfo(torch.float32).min))
-        entropy = (total.log() - energy.double() / total).clamp(min=0.0).float()
-    return Draws(ids, ~highest.isfinite(), log_prob, margin, entropy, top if "argmax" in measures else None)
-
-
-def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor) -> Tensor:
-    """Draw [n] ids from the nucleus: by rejection with all columns of `u` but the last, then outright.
-
-    Most tokens are seen to lie inside in one pass over the row, which counts all equal ones as coming before; where
-    that leaves it open, the exact count decides, so that a token is turned down only if it lies outside.
-    """
-    table = Weights(weights)
-    if top_p == 1.0:
-        return sample_weights(table, u[:, 0])
-    rows = torch.arange(len(u), device=u.device)
-    ids = torch.zeros(len(u), dtype=torch.int64, device=u.device)
-    is_open = torch.ones(len(u), dtype=torch.bool, device=u.device)
-    compact = u.device.type == "cpu"  # elsewhere asking for the number of rows would stall the device
-    for column in range(u.shape[1] - 1):
-        drawn = sample_weights(table, u[rows, column])
-        if compact:
-            inside = _surely_inside(values, table, drawn, top_p)
-            unclear = (~inside).nonzero()[:, 0]
-            if len(unclear):
-                inside[unclear] = in_nucleus(values[unclear], table.values[unclear], drawn[unclear], top_p)
-        else:
-            inside = in_nucleus(values, table.values, drawn, top_p)
-        inside &= is_open[rows]
-        ids[rows] = torch.where(inside, drawn, ids[rows])
-        is_open[rows] &= ~inside
-        if compact:
-            left = (~inside).nonzero()[:, 0]
-            if not len(left):
-                return ids
-            rows, values, table = rows[left], values[left], Weights(table.values[left])
-    outright = sample_weights(Weights(table.values * nucleus_mask(values, table.values, top_p)), u[rows, -1])
-    ids[rows] = torch.where(is_open[rows], outright, ids[rows])
-    return ids
-
-
-def _surely_inside(values: Tensor, table: Weights, drawn: Tensor, top_p: float) -> Tensor:
-    """Tell where even all equal tokens coming first would leave [n] `drawn` inside, by more than float32 may err."""
-    at = drawn[:, None]
-    not_after = torch.ge(values, values.gather(1, at), out=torch.empty_like(values))
-    before = torch.linalg.vecdot(not_after, table.values) - table.values.gather(1, at)[:, 0]
-    inside: Tensor = before < top_p * (1.0 - 1e-5) * table.total
-    return inside
-
-
-def _check(logits: Tensor, suppress: tuple[int, ...]) -> None:
     if logits.dim() != 2:
         raise ValueError(f"logits must be [n, vocab], got {tuple(logits.shape)}")
     if any(token < 0 for token in suppress):
         raise ValueError(f"ids to suppress must not be negative, got {suppress}")
 
 
-def _from_highest(logits: Tensor, suppress: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def from_highest(logits: Tensor, suppress: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return [n, vocab] float32 logits less the highest that may be drawn, in a new tensor, and [n] that highest.
 
     Suppressed ids, ascending, become -inf.
@@ -280,15 +140,15 @@ def _from_highest(logits: Tensor, suppress: tuple[int, ...]) -> tuple[Tensor, Te
     return values, highest
 
 
-def _clamped(temperature: float) -> float:
+def clamped(temperature: float) -> float:
     """Return a temperature by which float32 logits can be divided without making NaN of 0 and -inf."""
     return min(max(temperature, _SMALLEST_TEMPERATURE), _LARGEST_TEMPERATURE)
 
 
-def _top_k(values: Tensor, config: LogitsConfig, width: int) -> tuple[Tensor, Tensor]:
+def top_k_scores(values: Tensor, config: LogitsConfig, width: int) -> tuple[Tensor, Tensor]:
     """Return [n, width] ids, and float64 scores up to a constant, -inf for those outside the nucleus of these k."""
     ids = _most_probable(values, width)
-    scores = values.gather(1, ids).double() / _clamped(config.temperature)
+    scores = values.gather(1, ids).double() / clamped(config.temperature)
     if config.top_p < 1.0:
         mass = scores.exp()
         full = (mass / mass.sum(dim=1, keepdim=True)).cumsum(dim=1) >= config.top_p

@@ -11,87 +11,9 @@ import torch
 from torch import Tensor
 
 from ..diffusion.noise import Stream
-from ..diffusion.philox import keyed_uniform
-from ..diffusion.schedules import NoiseSchedule
 from .logits import Measure
+from .state import Turn
 from .steps import kept_masked
-
-TRIES = 8  # columns of uniform numbers: draws outside the nucleus are repeated, see `draw_tokens`
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What stays the same over the steps of one call.
-
-    Attributes:
-        mask_id: of [MASK].
-        steps: number of denoising steps of a row.
-        schedule: sets the pace.
-        seed: of every draw.
-        rows: [batch] int64, ordinal of each sample; with `seed` it fixes the sample's draws.
-        ordinal: [batch, length] int64, how many editable positions of the row come before.
-        block: [batch, length] int64, which block a position belongs to; -1 for a given token.
-        block_steps: [batch, n_blocks] int64, denoising steps of each block.
-        budget: [batch, steps] int64, tokens to commit in each step where a strategy goes by number.
-        chance: [batch, steps] float64, chance to be revealed in each step where it goes by chance.
-    """
-
-    mask_id: int
-    steps: int
-    schedule: NoiseSchedule
-    seed: int
-    rows: Tensor
-    ordinal: Tensor
-    block: Tensor
-    block_steps: Tensor
-    budget: Tensor
-    chance: Tensor
-
-    def uniform(self, stream: Stream, row_step: Tensor, *, depth: int = 1) -> Tensor:
-        """Return [batch, length, depth] uniform numbers that depend on seed, sample, stream and the row's step alone.
-
-        Editable positions take theirs in order, so that padding before a text changes nothing.
-        """
-        width = int(self.ordinal.shape[1])
-        u = keyed_uniform(self.seed, stream, self.rows * self.steps + row_step, width * depth)
-        return u.view(-1, width, depth).gather(1, self.ordinal[:, :, None].expand(-1, -1, depth))
-
-    def token_draws(self, row_step: Tensor, *, tries: int = TRIES) -> Tensor:
-        """Return [batch, length, tries] float64 in [0, 1), multiples of 2**-48, that decide the tokens.
-
-        A large vocabulary has many tokens less probable than 2**-24, the grain of a single draw, so two are joined.
-        """
-        pair = self.uniform(Stream.SAMPLE_TOKEN, row_step, depth=2 * tries).double()
-        return pair[..., 0::2] + pair[..., 1::2] * 2.0**-24
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a strategy decides upon: one step of each row, in the block that the row is at.
-
-    Attributes:
-        is_masked: [batch, length] bool, positions of the block that are still masked.
-        scope: [batch, length] bool, all positions of the block.
-        block: [batch] int64, which block it is.
-        step: [batch] int64, steps that the row has taken in this block.
-        steps: [batch] int64, steps of this block; 0 for a row that is finished.
-        row_step: [batch] int64, steps that the row has taken in all blocks.
-        place: [batch] int64, column of `plan.budget` and `plan.chance`.
-        plan: of the call.
-    """
-
-    is_masked: Tensor
-    scope: Tensor
-    block: Tensor
-    step: Tensor
-    steps: Tensor
-    row_step: Tensor
-    place: Tensor
-    plan: Plan
-
-    def of(self, table: Tensor) -> Tensor:
-        """Return [batch, 1], this step's entry of a [batch, steps] table."""
-        return table.gather(1, self.place.clamp(max=table.shape[1] - 1)[:, None])
 
 
 class Strategy(Protocol):

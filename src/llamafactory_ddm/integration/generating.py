@@ -1,0 +1,91 @@
+"""From the YAML to texts: what a run is asked to generate, and doing it once the model is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llamafactory.extras import logging
+
+from ..generation import SamplingSettings, TextGenerator
+from . import requests
+from .loading import LoadedModel
+from .predict import generate_all
+from .trainer import DiffusionTrainer
+
+logger = logging.get_logger(f"llamafactory.{__name__}")
+
+
+def what_to_generate(
+    loaded: LoadedModel,
+    template: Any,
+    tokenizer_module: dict[str, Any],
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    finetuning_args: Any,
+    generating_args: Any,
+) -> tuple[SamplingSettings, list[requests.Request]]:
+    """Return how and what to generate, every mistake found, so that no training is lost to one.
+
+    Raises:
+        ValueError: naming the key, or the text of the data set.
+    """
+    given = finetuning_args.given_keys
+    settings = finetuning_args.sampling_settings(
+        generating_args, given, seed=training_args.seed % 2**64, tokenizer=loaded.tokenizer
+    )
+    generator = TextGenerator(loaded.model, loaded.tokenizer, loaded.diffusion_config, probe=False)
+    max_new_tokens = generating_args.max_new_tokens if "max_new_tokens" in given else None
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    source = finetuning_args.generation_source()
+    if source == "noise":
+        if data_args.dataset is not None or data_args.eval_dataset is not None:
+            logger.info_rank0("Generation starts from nothing but noise: the data set given is not used for it.")
+        asked = requests.from_noise(
+            generator, count=finetuning_args.num_samples, length=data_args.cutoff_len, max_new_tokens=max_new_tokens
+        )
+    elif "num_samples" in given:
+        logger.info_rank0(
+            f"num_samples is for generation from noise; with generate_from: {source} max_samples counts."
+        )
+    if source == "prompt":
+        asked = requests.from_examples(
+            generator, template, tokenizer_module, model_args, data_args, training_args, max_new_tokens=max_new_tokens
+        )
+    elif source != "noise":
+        asked = requests.from_texts(
+            generator,
+            model_args,
+            data_args,
+            training_args,
+            infill=source == "infill",
+            prefix_length=finetuning_args.prefix_length,
+            max_new_tokens=max_new_tokens,
+        )
+    generator.check([request.canvas for request in asked], settings)
+    return settings, asked
+
+
+def generate(
+    trainer: DiffusionTrainer,
+    loaded: LoadedModel,
+    settings: SamplingSettings,
+    asked: list[requests.Request],
+    model_args: Any,
+    finetuning_args: Any,
+) -> None:
+    """Generate what was asked for, and save texts and metrics."""
+    args = trainer.args
+    ratio = trainer.reached_ratio()
+    if ratio < 1.0:
+        logger.warning_rank0(
+            f"This model's attention was annealed to a ratio of {ratio:.3f} only; it generates with full attention."
+        )
+    generator = TextGenerator(trainer.model.to(args.device), loaded.tokenizer, loaded.diffusion_config)
+    folder = None if args.do_train else finetuning_args.checkpoint_dir or model_args.model_name_or_path
+    metrics = generate_all(
+        generator, asked, settings, args, model_folder=folder, save_trace=finetuning_args.save_trace
+    )
+    trainer.log_metrics("predict", metrics)
+    trainer.save_metrics("predict", metrics)
