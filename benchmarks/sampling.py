@@ -176,7 +176,7 @@ def judged(texts: list[str], model: TextGenerator, judge: GPT2LMHeadModel) -> fl
     """Return the loss of the autoregressive model on the texts, in nats per token, their ends included."""
     total, count = 0.0, 0
     for text in texts:
-        ids = torch.tensor([[model.start_id, *model.encode(text), model.tokenizer.eos_token_id]])
+        ids = torch.tensor([[model.start_id, *model.codec.encode(text), model.tokenizer.eos_token_id]])
         with torch.inference_mode():
             log_p = judge(ids).logits[0, :-1].log_softmax(dim=-1)
         total -= float(log_p.gather(1, ids[0, 1:, None]).sum())

@@ -33,18 +33,22 @@ def main(argv: list[str] | None = None) -> int:
         from .generate_command import main as generate
 
         return generate(words[1:])
+    if words and words[0] == "convert":
+        from .convert_command import main as convert
+
+        return convert(words[1:])
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm",
         description="Diffusion language models for LLaMA-Factory.",
-        epilog="generate --help says how to generate text with a model. "
+        epilog="generate --help says how to generate text with a model, convert --help how to read published ones. "
         f"{' | '.join(_FORWARDED)} work as with llamafactory-cli, also where TORCH_DEVICE_BACKEND_AUTOLOAD=0 "
         "keeps the plugin out of that.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
         "command",
-        choices=("doctor", "generate", *_FORWARDED),
-        help="doctor: is the plugin active, and why not; generate: text from a checkpoint",
+        choices=("doctor", "generate", "convert", *_FORWARDED),
+        help="doctor: is the plugin active, and why not; generate: text; convert: published checkpoints",
     )
     parser.parse_args(words)
     return doctor()

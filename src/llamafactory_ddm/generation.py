@@ -20,6 +20,7 @@ from .data.canvas import Canvas, canvas_of, infilling_canvas, stack_canvases
 from .data.collators import start_token_id
 from .data.text_codec import TextCodec
 from .diffusion.schedules import get_schedule
+from .modeling.adapters import ADAPTER_CONFIG, merged_with_base
 from .modeling.attention_layers import max_positions
 from .modeling.bidirectional import make_bidirectional, probe_bidirectional
 from .modeling.checkpoints import verify_checkpoint
@@ -92,7 +93,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
     """Load a diffusion model that this package has saved.
 
     Args:
-        path: a folder with model, tokenizer and diffusion_config.json.
+        path: a folder with model, tokenizer and diffusion_config.json, or with a LoRA adapter in place of the model.
         device: by default the first GPU if there is one, else the CPU.
         dtype: of the weights; by default the one they are stored in, on a CPU float32.
     Raises:
@@ -110,7 +111,10 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if (folder / ADAPTER_CONFIG).is_file():
+        model = merged_with_base(folder, config, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device)  # type: ignore[arg-type]
     make_bidirectional(model)
     return TextGenerator(model, tokenizer, config)

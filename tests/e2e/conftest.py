@@ -1,4 +1,4 @@
-"""Small data and a trained checkpoint that the end-to-end tests share."""
+"""Small data and trained checkpoints that the end-to-end tests share."""
 
 import json
 
@@ -30,6 +30,8 @@ def small_data(tmp_path_factory):
     for split, count in (("train", 80), ("eval", 6)):
         lines = (ROOT / "data" / f"tiny_corpus_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         (folder / f"tiny_corpus_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        problems = (ROOT / "data" / f"tiny_problems_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        (folder / f"tiny_problems_{split}.jsonl").write_text("\n".join(problems) + "\n", encoding="utf-8")
     (folder / "dataset_info.json").write_text((ROOT / "data" / "dataset_info.json").read_text())
     return folder
 
@@ -49,6 +51,37 @@ def train_small(small_data):
 def checkpoint(tmp_path_factory, train_small):
     """A checkpoint of three steps."""
     return train_small(tmp_path_factory.mktemp("trained") / "out")
+
+
+@pytest.fixture(scope="session")
+def finetune(checkpoint, small_data):
+    """Return a function that finetunes that checkpoint for three steps in this process."""
+
+    def train(folder, **keys):
+        small = {
+            **SMALL,
+            "packing": ABSENT,
+            "anneal_steps": ABSENT,
+            "cutoff_len": 64,
+            "model_name_or_path": checkpoint,
+        }
+        recipe = keys.pop("recipe", "tiny_gpt2_full_ddm_sft.yaml")
+        train_here(recipe, output_dir=folder, **{"dataset_dir": small_data, **small, **keys})
+        return folder
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def finetuned(tmp_path_factory, finetune):
+    """A checkpoint finetuned for three steps."""
+    return finetune(tmp_path_factory.mktemp("finetuned") / "out")
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory, finetune):
+    """A LoRA adapter of the shared checkpoint, trained for three steps."""
+    return finetune(tmp_path_factory.mktemp("adapter") / "out", recipe="tiny_gpt2_lora_ddm_sft.yaml")
 
 
 @pytest.fixture(scope="session")

@@ -169,7 +169,6 @@ def test_resuming_another_process_is_an_error(train_small, tmp_path):
         ({"generate_from": "prompt"}, "generate_from: prompt does not go with stage: ddm"),
         ({"generate_from": "prefix"}, "nothing to generate from: set eval_dataset"),
         ({"suppress_tokens": "nonsuch"}, "'nonsuch' is neither a token of the vocabulary nor an id"),
-        ({"stage": "ddm-sft", "do_predict": False, "do_train": True, "dataset": "x"}, "ddm-sft generates only"),
     ],
 )
 def test_keys_of_generation_that_do_not_fit(generate, tmp_path, keys, words):

@@ -173,13 +173,13 @@ def test_an_abbreviated_stage_cannot_slip_past_the_environment(upstream, basic, 
         upstream[0].get_train_args(words)
 
 
-def test_chat_and_export_say_what_to_do(upstream):
+def test_chat_says_what_to_do_and_export_is_noted(upstream):
     parser = upstream[0]
     keys = {"model_name_or_path": "nowhere", "stage": "ddm", "finetuning_type": "full"}
     with pytest.raises(ValueError, match="does not serve stage: ddm; generate with do_predict: true"):
         parser.get_infer_args(keys)
-    with pytest.raises(ValueError, match="nothing to export for stage: ddm"):
-        parser.get_infer_args({**keys, "export_dir": "x"})
+    exported = parser.get_infer_args({**keys, "export_dir": "x"})
+    assert exported[0].exported_diffusion is exported[2]
     assert parser.get_infer_args({**keys, "stage": "sft"})[2].stage == "sft"
 
 

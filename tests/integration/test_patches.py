@@ -59,7 +59,7 @@ def test_undone_to_the_last_name_and_applied_once(upstream):
         *{("llamafactory.hparams.parser", f"_{kind}_ARGS") for kind in ("TRAIN", "INFER", "EVAL")},
         *{("llamafactory.hparams.parser", name) for name in ("_parse_args", "_parse_train_args")},
         *{(m, f"get_{kind}_args") for m in MODULES[:3] for kind in ("train", "infer")},
-        *{("llamafactory.train.tuner", name) for name in ("run_pt", "run_sft")},
+        *{("llamafactory.train.tuner", name) for name in ("run_pt", "run_sft", "load_model", "load_tokenizer")},
         ("llamafactory.extras.constants", "TRAINING_STAGES"),
         ("llamafactory.extras.env", "print_env"),
         ("llamafactory.v1.launcher", "launch"),

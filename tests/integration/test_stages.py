@@ -5,7 +5,7 @@ from llamafactory_ddm.integration.stages import STAGES, Stage, register
 
 def test_ddm_shares_the_data_path_of_pt():
     assert STAGES["ddm"].base == "pt"
-    assert STAGES["ddm"].load_runner().__name__ == "run_ddm"
+    assert STAGES["ddm"].load_runner().__name__ == "run"
 
 
 def test_a_stage_is_registered_once():

@@ -5,10 +5,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+from llamafactory_ddm.data.responses import ResponseCollator
 from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.modeling import bidirectional
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
+from llamafactory_ddm.modeling.denoiser import head_rows
+from llamafactory_ddm.modeling.objective import CleanBatch
 from support.tiny import LENGTH, MASK_ID, Rows, tiny_model
 
 
@@ -69,6 +72,80 @@ def test_gradient_equals_the_formula_written_out(make_trainer, shift, norm, weig
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
     for name, value in expected.items():
         torch.testing.assert_close(gradient[name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+class Responses(torch.utils.data.Dataset):
+    """Prompts of `prompts` tokens with responses up to `lengths`."""
+
+    def __init__(self, prompts, lengths):
+        generator = torch.Generator().manual_seed(3)
+        self.rows = []
+        for prompt, length in zip(prompts, lengths, strict=True):
+            ids = torch.randint(0, MASK_ID, (length,), generator=generator).tolist()
+            labels = [-100] * prompt + ids[prompt:]
+            self.rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels})
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@pytest.mark.parametrize("target_length", [None, LENGTH])
+def test_responses_alone_are_noised_and_scored(make_trainer, target_length):
+    """The first step of finetuning with every formula written out again, one row at a time."""
+    data = Responses([3, 1, 9, 2, 5, 15, 1, 4], [16, 9, 10, 16, 12, 16, 2, 7])
+    trainer = make_trainer(train=data, max_steps=1)
+    trainer.finetuning_args.disable_shuffling = True
+    trainer.data_collator = ResponseCollator(pad_id=7, shift=True, target_length=target_length)
+    gradient = first_gradient(trainer)
+
+    model, rows = tiny_model(), torch.arange(8)
+    ids = torch.full((8, LENGTH), 7)
+    maskable, keep = torch.zeros(8, LENGTH, dtype=torch.bool), [LENGTH] * 8
+    for b, row in enumerate(data.rows):
+        n = len(row["input_ids"])
+        ids[b, :n] = torch.tensor(row["input_ids"])
+        maskable[b, :n] = torch.tensor(row["labels"]) != -100
+        maskable[b, n:] = target_length is not None
+        keep[b] = LENGTH if target_length is not None else n
+    t = draw_time(5, rows)
+    noised = mask_tokens(ids, maskable, t, get_schedule("linear"), seed=5, rows=rows, mask_id=MASK_ID)
+    loss = torch.zeros(())
+    for b in range(8):
+        everything = torch.zeros(1, 1, keep[b], keep[b])
+        logits = model(input_ids=noised.z_t[b : b + 1, : keep[b]], attention_mask=everything).logits[0]
+        for i in range(keep[b]):
+            if noised.is_masked[b, i]:
+                loss = loss + functional.cross_entropy(logits[i - 1], ids[b, i]) / t[b]
+    loss = loss / int(maskable.sum())
+    loss.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_packed_row_is_its_documents(make_trainer):
+    """Evaluation of two documents in one row, with the masks that their row drew, document by document."""
+    ids = torch.randint(0, MASK_ID, (12,), generator=torch.Generator().manual_seed(8)).tolist()
+    row = {
+        "input_ids": ids,
+        "attention_mask": [1] * 5 + [2] * 7,
+        "position_ids": [*range(5), *range(7)],
+        "labels": [-100, *ids[1:5], -100, -100, *ids[7:]],
+    }
+    batch = ResponseCollator(pad_id=7, shift=True)([row])
+    trainer = make_trainer()
+    model = trainer.model.eval()
+    clean = CleanBatch.of(batch, shift=True)
+    z = clean.x_0.masked_fill(clean.maskable, MASK_ID)
+    rows = head_rows(clean.maskable, True)
+    with torch.no_grad():
+        together = trainer.bound_logits(model, z, rows, clean.placement())
+        first = model(input_ids=z[:, :5], attention_mask=torch.zeros(1, 1, 5, 5)).logits[0, :4]
+        second = model(input_ids=z[:, 5:], attention_mask=torch.zeros(1, 1, 7, 7)).logits[0, 1:6]
+    torch.testing.assert_close(together, torch.cat([first, second]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["tokens", "masked", "sequence"])

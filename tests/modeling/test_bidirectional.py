@@ -95,7 +95,7 @@ NAMES = [
 ]
 
 
-def forward(model, ids, *, is_padding=None, visible=None, **rest):
+def forward(model, ids, *, is_padding=None, visible=None, document=None, **rest):
     mask = full_attention_mask(
         model,
         batch=len(ids),
@@ -104,6 +104,7 @@ def forward(model, ids, *, is_padding=None, visible=None, **rest):
         visible=visible,
         dtype=model.dtype,
         device=ids.device,
+        document=document,
     )
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, use_cache=False, **rest).logits
@@ -184,6 +185,34 @@ def test_a_row_padded_on_the_left_equals_the_row_alone_at_the_same_positions(nam
     assert together.isfinite().all()
     torch.testing.assert_close(together[:1], forward(model, ids[:1]), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(together[1, 6:], forward(model, ids[1:, 6:])[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_documents_are_what_they_are_alone(name, attention):
+    model = build(name, attention, layers=2)
+    make_bidirectional(model)
+    ids = torch.randint(1, 40, (2, LENGTH), generator=torch.Generator().manual_seed(6))
+    document = torch.tensor([[1] * 4 + [2] * 5 + [0], [1] * LENGTH])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0], list(range(LENGTH))])
+    together = forward(model, ids, document=document, is_padding=document == 0, position_ids=positions)
+    for row, part in ((0, slice(0, 4)), (0, slice(4, 9)), (1, slice(0, LENGTH))):
+        alone = forward(model, ids[row : row + 1, part])[0]
+        torch.testing.assert_close(together[row, part], alone, rtol=1e-3, atol=1e-3)
+    other = ids.clone()
+    other[0, :4] = 3
+    changed = forward(model, other, document=document, is_padding=document == 0, position_ids=positions)
+    assert torch.equal(changed[0, 4:9], together[0, 4:9])
+    assert not torch.equal(changed[0, :4], together[0, :4])
+
+
+def test_annealing_and_packing_together():
+    model = build("gpt2")
+    make_bidirectional(model)
+    document = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2]])
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    seen = dependence(model, visible=causal[None, None], document=document)
+    assert torch.equal(seen, causal & (document[0][:, None] == document[0][None, :]))
 
 
 def test_padding_that_sees_nothing_does_not_spread_nan_in_float16():
@@ -362,6 +391,8 @@ def test_flash_attention_gets_a_two_dimensional_mask_and_no_annealing():
     assert full_attention_mask(model, is_padding=is_padding, visible=None, **options).tolist() == [[1, 0]]
     with pytest.raises(ValueError, match=r"anneal_steps.*flash_attn: sdpa.*anneal_steps: 0"):
         full_attention_mask(model, is_padding=None, visible=torch.ones(1, 1, 2, 2, dtype=torch.bool), **options)
+    with pytest.raises(ValueError, match=r"packing.*flash_attn: sdpa"):
+        full_attention_mask(model, is_padding=None, visible=None, document=torch.ones(1, 2).long(), **options)
 
 
 def test_what_cannot_be_made_bidirectional_is_an_error():

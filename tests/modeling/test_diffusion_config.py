@@ -59,6 +59,9 @@ def test_no_file_is_none(tmp_path):
         ({"variable_length": []}, r"variable_length must be dict or NoneType"),
         ({"noise_process": "mixed"}, "not supported by"),
         ({"uniform_ratio": 0.1}, "not supported by"),
+        ({"train_on_padding": "yes"}, "train_on_padding must be bool or NoneType"),
+        ({"sep_token": "x"}, "sep_token 'x' with sep_token_id None is no token"),
+        ({"sep_token": "x", "sep_token_id": -1}, "with sep_token_id -1 is no token"),
     ],
 )
 def test_a_tampered_file_is_an_error_that_names_it(tmp_path, changes, words):

@@ -7,7 +7,7 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from . import sampling_arguments
+from . import finetuning_keys, sampling_arguments
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "noise_schedule": ("linear", "cosine"),
@@ -26,11 +26,12 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "time_epsilon": (0.0, 0.5),
     **sampling_arguments.NUMBERS,
 }
-_BOOLEANS = ("shift", "antithetic_time", *sampling_arguments.BOOLEANS)
+_BOOLEANS = ("antithetic_time", *sampling_arguments.BOOLEANS)
+_BOOLEANS_OR_NONE = ("shift", "train_on_padding", "split_digits")
 
 
 @dataclass
-class DiffusionArguments(sampling_arguments.SamplingArguments):
+class DiffusionArguments(finetuning_keys.FinetuningKeys, sampling_arguments.SamplingArguments):
     """Arguments of the diffusion stages; a key left at None takes what the checkpoint's diffusion_config.json says."""
 
     # An id may come as an int from YAML; the annotation is for the command line's parser, which takes one type.
@@ -125,8 +126,8 @@ class DiffusionArguments(sampling_arguments.SamplingArguments):
         for key, (least, most) in _NUMBERS.items():
             if getattr(self, key) is not None:
                 setattr(self, key, _number(key, getattr(self, key), least, most))
-        for key in _BOOLEANS:
-            if not (getattr(self, key) is None and key == "shift"):
+        for key in (*_BOOLEANS, *_BOOLEANS_OR_NONE):
+            if getattr(self, key) is not None or key in _BOOLEANS:
                 setattr(self, key, _boolean(key, getattr(self, key)))
         self.check_sampling()
         if self.uniform_ratio:

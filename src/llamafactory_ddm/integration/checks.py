@@ -13,6 +13,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..modeling.attention_layers import max_positions
 from ..modeling.checkpoints import verify_checkpoint
+from ..modeling.published import layout_of_folder
 
 
 def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
@@ -21,17 +22,27 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
     Raises:
         ValueError: if one does not exist or is truncated.
     """
+    adapters = [("adapter_name_or_path", folder) for folder in model_args.adapter_name_or_path or ()]
     for key, folder in (
         ("model_name_or_path", model_args.model_name_or_path),
         ("checkpoint_dir", finetuning_args.checkpoint_dir),
+        *adapters,
     ):
         if folder is None:
             continue
         path = Path(folder)
         if path.is_dir():
-            if key == "checkpoint_dir" or not model_args.train_from_scratch:
-                verify_checkpoint(path)
-        elif key == "checkpoint_dir" or not _may_be_on_a_hub(folder):
+            if key == "model_name_or_path" and model_args.train_from_scratch:
+                continue
+            verify_checkpoint(path)
+            layout = None if key == "checkpoint_dir" else layout_of_folder(path)
+            if layout is not None:
+                raise ValueError(
+                    f"{key}: {folder} has the layout of {layout.name}, which Hugging Face cannot load: make it an "
+                    f"ordinary folder with llamafactory-ddm convert {folder} OUT"
+                    + (", or name it as checkpoint_dir, with its base as model_name_or_path" if not adapters else "")
+                )
+        elif key != "model_name_or_path" or not _may_be_on_a_hub(folder):
             raise ValueError(f"{key}: {folder} is not a folder; check the path (it is relative to {Path.cwd()})")
 
 

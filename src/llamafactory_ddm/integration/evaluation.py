@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from ..diffusion.likelihood import bound_per_row, evaluation_times, mask_exactly
 from ..diffusion.objectives import masked_cross_entropy
-from ..modeling.denoiser import head_rows, predictable
+from ..modeling.denoiser import head_rows
+from ..modeling.objective import CleanBatch
 
 if TYPE_CHECKING:
     from .trainer import DiffusionTrainer
@@ -79,21 +80,18 @@ def _prepared(trainer: DiffusionTrainer, dataloader: DataLoader) -> Any:
 def _row_statistics(trainer: DiffusionTrainer, model: Any, batch: dict[str, Tensor], rows: Tensor) -> Tensor:
     """Return [batch, 10] float32 on the CPU: see `evaluate_bound` for the columns."""
     shift, samples = trainer.objective.shift, trainer.eval_time_samples
-    x_0 = batch["input_ids"].to("cpu")
-    is_padding: Tensor | None = batch["attention_mask"].to("cpu") == 0 if "attention_mask" in batch else None
-    if is_padding is not None and not bool(is_padding.any()):
-        is_padding = None
-    maskable = predictable(torch.ones_like(x_0, dtype=torch.bool) if is_padding is None else ~is_padding, shift)
+    clean = CleanBatch.of(batch, shift=shift)
+    x_0, maskable = clean.x_0, clean.maskable
     statistics = torch.zeros(len(x_0), 2 + 2 * _QUARTERS, dtype=torch.float64)
     statistics[:, 1] = maskable.sum(dim=1)
     levels = evaluation_times(rows, samples)
     device = trainer.args.device
-    padding_on_device = None if is_padding is None else is_padding.to(device)
+    placement = {name: value.to(device) for name, value in clean.placement().items()}
     for sample in range(samples):
         level = levels[:, sample]
         is_masked = mask_exactly(maskable, level, seed=EVALUATION_SEED, rows=rows * samples + sample)
         z = x_0.masked_fill(is_masked, trainer.objective.mask_id)
-        logits = trainer.bound_logits(model, z.to(device), padding_on_device, head_rows(is_masked, shift).to(device))
+        logits = trainer.bound_logits(model, z.to(device), head_rows(is_masked, shift).to(device), placement)
         nll = masked_cross_entropy(logits, x_0[is_masked].to(device)).cpu().double()
         statistics[:, 0] += bound_per_row(nll, is_masked, maskable) / samples
         quarter = (level * _QUARTERS).long()

@@ -8,7 +8,7 @@ from llamafactory.extras import logging
 
 from ..generation import SamplingSettings, TextGenerator
 from . import requests
-from .loading import LoadedModel
+from .loading import LoadedModel, sources
 from .predict import generate_all
 from .trainer import DiffusionTrainer
 
@@ -50,6 +50,11 @@ def what_to_generate(
             f"num_samples is for generation from noise; with generate_from: {source} max_samples counts."
         )
     if source == "prompt":
+        if loaded.diffusion_config.train_on_padding is False and max_new_tokens is None:
+            logger.warning_rank0(
+                "This model was finetuned with train_on_padding: false, on canvases that end with the response; set "
+                "max_new_tokens near the length of the answers, or they are written into a canvas of cutoff_len."
+            )
         asked = requests.from_examples(
             generator, template, tokenizer_module, model_args, data_args, training_args, max_new_tokens=max_new_tokens
         )
@@ -83,9 +88,9 @@ def generate(
             f"This model's attention was annealed to a ratio of {ratio:.3f} only; it generates with full attention."
         )
     generator = TextGenerator(trainer.model.to(args.device), loaded.tokenizer, loaded.diffusion_config)
-    folder = None if args.do_train else finetuning_args.checkpoint_dir or model_args.model_name_or_path
+    folders = None if args.do_train else sources(model_args, finetuning_args.checkpoint_dir)
     metrics = generate_all(
-        generator, asked, settings, args, model_folder=folder, save_trace=finetuning_args.save_trace
+        generator, asked, settings, args, model_folders=folders, save_trace=finetuning_args.save_trace
     )
     trainer.log_metrics("predict", metrics)
     trainer.save_metrics("predict", metrics)

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from llamafactory.hparams.finetuning_args import FinetuningArguments
 
 from .arguments import DiffusionArguments
+from .finetuning_keys import KEYS as FINETUNING_KEYS
 from .stages import STAGES, requested_stage
 
 UPSTREAM_STAGES: tuple[str, ...] = get_args(get_type_hints(FinetuningArguments)["stage"])
@@ -34,10 +35,10 @@ _REFUSED = {
     "shift_attn": "S^2 attention is causal",
     "mixture_of_depths": "its routing is causal",
     "compute_accuracy": "it measures next-token accuracy",
-    "neat_packing": "its masks are causal",
     "use_dft_loss": "it is a loss of autoregressive training",
     "use_asft_loss": "it is a loss of autoregressive training",
     "use_eaft_loss": "it is a loss of autoregressive training",
+    "neat_packing": "its rows are continuous text, which packing: true makes",
     "label_smoothing_factor": "the diffusion loss is a likelihood bound, which smoothing would falsify",
 }
 
@@ -67,6 +68,7 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
         self.resume_requested: Any = None
         self.generating_args: Any = None
         self.hidden: dict[str, Any] = {}
+        self.around_adapter: Any = None
         self.given_keys: frozenset[str] = frozenset()
         if self.stage not in _STAGES:
             raise ValueError(
@@ -146,10 +148,13 @@ def check_together(finetuning_args: Any, *others: Any) -> None:
     stage = STAGES[finetuning_args.diffusion_stage]
     for holder in (finetuning_args, *others):
         for key, why in _REFUSED.items():
-            if getattr(holder, key, None):
+            if getattr(holder, key, None) and not (key == "neat_packing" and stage.base == "sft"):
                 raise ValueError(
                     f"{key}: {getattr(holder, key)} does not work with stage: {stage.name}: {why}; remove the key"
                 )
+    foreign = [key for key in FINETUNING_KEYS if getattr(finetuning_args, key) is not None]
+    if foreign and stage.base != "sft":
+        raise ValueError(f"{', '.join(foreign)}: a key of stage: ddm-sft, but stage is {stage.name}; remove it")
     if finetuning_args.finetuning_type not in stage.finetuning_types:
         raise ValueError(
             f"stage: {stage.name} supports finetuning_type {' or '.join(stage.finetuning_types)}, got "

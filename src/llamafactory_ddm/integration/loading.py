@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafactory.model import load_model, load_tokenizer
+import torch
+from llamafactory.model import load_config, load_model, load_tokenizer
 
+from ..modeling.adapters import settle_targets, stores_embedding, tie_again
 from ..modeling.bidirectional import make_bidirectional
 from ..modeling.checkpoints import load_weights, stored_dtype
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..modeling.mask_token import ResolvedMaskToken, add_mask_token, resolve_mask_token
+from ..modeling.mask_token import ResolvedMaskToken, add_mask_token, needs_row, resolve_mask_token
+from ..modeling.published import embedding_rows, is_model_folder, layout_of_folder, published_config
+
+# What two checkpoints of one run, a base and its adapter, must say alike.
+_AGREEING = ("mask_token", "mask_token_id", "shift", "noise_process", "uniform_ratio", "noise_schedule")
 
 
 @dataclass
@@ -23,19 +29,49 @@ class LoadedModel:
     diffusion_config: DiffusionConfig
 
 
+def find_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> DiffusionConfig | None:
+    """Return what the newest of adapter, checkpoint and base model says, or None if none says anything.
+
+    Raises:
+        ValueError: if two of them contradict each other, naming both.
+    """
+    found: list[tuple[str, DiffusionConfig]] = []
+    for folder in sources(model_args, checkpoint_dir):
+        config = DiffusionConfig.find(folder)
+        if config is not None:
+            found.append((folder, config))
+    for folder, config in found[1:]:
+        for key in _AGREEING:
+            ours, theirs = getattr(found[0][1], key), getattr(config, key)
+            if ours != theirs:
+                raise ValueError(
+                    f"{found[0][0]} was trained with {key}: {ours}, but {folder} says {key}: {theirs}; use the "
+                    "adapter with the model that it was trained on"
+                )
+    return found[0][1] if found else None
+
+
+def sources(model_args: Any, checkpoint_dir: str | None) -> list[str]:
+    """Return the folders that the model of a run comes from, the newest first."""
+    adapters = reversed(model_args.adapter_name_or_path or [])
+    return [*adapters, *([checkpoint_dir] if checkpoint_dir else []), model_args.model_name_or_path]
+
+
 def load_diffusion_tokenizer(
     model_args: Any, finetuning_args: Any, training_args: Any
 ) -> tuple[dict[str, Any], DiffusionConfig | None, ResolvedMaskToken]:
     """Return upstream's tokenizer module, the checkpoint's own diffusion config if it has one, and the mask token."""
     folder = finetuning_args.checkpoint_dir or model_args.model_name_or_path
-    config = DiffusionConfig.find(folder)
+    config = find_diffusion_config(model_args, finetuning_args.checkpoint_dir)
+    tokenizer_module = load_newest_tokenizer(model_args, finetuning_args.checkpoint_dir)
+    if config is None and finetuning_args.mask_token is None:
+        config = _of_published(model_args, finetuning_args.checkpoint_dir, tokenizer_module["tokenizer"])
     if config is None and not training_args.do_train and finetuning_args.mask_token is None:
         raise ValueError(
             f"{folder} holds no {FILE_NAME}, so nothing says that it is a diffusion model, and this run trains "
             "nothing. Point model_name_or_path (or checkpoint_dir) at a checkpoint of stage: ddm; if it is a "
             "diffusion model from elsewhere, say so with mask_token and shift"
         )
-    tokenizer_module = _tokenizer_module(model_args, finetuning_args.checkpoint_dir)
     stored = None
     if config is not None:
         config.check_against(
@@ -53,23 +89,98 @@ def load_diffusion_tokenizer(
     return tokenizer_module, config, mask
 
 
-def _tokenizer_module(model_args: Any, checkpoint: str | None) -> dict[str, Any]:
-    """Load the tokenizer; a `checkpoint` that is a whole Hugging Face folder takes the place of the base model."""
+def _of_published(model_args: Any, checkpoint_dir: str | None, tokenizer: Any) -> DiffusionConfig | None:
+    """Return what a checkpoint in a published layout would say about itself."""
+    if checkpoint_dir is None:
+        return None
+    layout = layout_of_folder(checkpoint_dir)
+    if layout is None:
+        return None
+    return published_config(load_config(model_args).model_type, embedding_rows(checkpoint_dir, layout), tokenizer)
+
+
+def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[str, Any]:
+    """Load the tokenizer of the newest folder that has one; a checkpoint that is a whole model replaces the base.
+
+    Raises:
+        ValueError: if none has one.
+    """
     base = model_args.model_name_or_path
-    folder = Path(checkpoint) if checkpoint is not None else None
-    has_model = folder is not None and (folder / "config.json").is_file()
-    if has_model and folder is not None and (folder / "tokenizer_config.json").is_file():
-        model_args.model_name_or_path = checkpoint
+    folders = sources(model_args, checkpoint_dir)
+    with_one = [folder for folder in folders[:-1] if (Path(folder) / "tokenizer_config.json").is_file()]
+    model_args.model_name_or_path = with_one[0] if with_one else base
     try:
-        tokenizer_module = load_tokenizer(model_args)
+        tokenizer_module: dict[str, Any] = load_tokenizer(model_args)
     except OSError as error:
         raise ValueError(
             f"model_name_or_path: {base} has no tokenizer that could be loaded ({error.__cause__ or error}); "
             "give a folder with a model and its tokenizer, or the name of one that can be downloaded"
         ) from error
-    if has_model:
-        model_args.model_name_or_path = checkpoint
+    finally:
+        is_whole = checkpoint_dir is not None and is_model_folder(checkpoint_dir)
+        model_args.model_name_or_path = checkpoint_dir if is_whole else base
     return tokenizer_module
+
+
+@dataclass
+class AroundAdapter:
+    """What is done to a base model before upstream adds or merges adapters, and after.
+
+    Attributes:
+        tokenizer: gets the mask token.
+        mask: of the run.
+        finetuning_args: upstream's, with our keys.
+        new_adapter: whether an adapter is about to be made.
+        do_train: whether the model is about to be trained.
+        autocast: whether it is trained in mixed precision.
+    """
+
+    tokenizer: Any
+    mask: ResolvedMaskToken
+    finetuning_args: Any
+    new_adapter: bool
+    do_train: bool
+    autocast: bool
+
+    def before(self, model: Any) -> None:
+        """Give the base model its mask token and the checkpoint's weights, and settle what LoRA takes hold of.
+
+        Raises:
+            ValueError: if an adapter could not hold the new token, a name matches nothing, or weights do not fit.
+        """
+        if self.new_adapter:
+            settle_targets(model, self.finetuning_args)
+            if needs_row(model, self.mask) and not stores_embedding(model, self.finetuning_args):
+                raise ValueError(
+                    f"mask_token: {self.mask.token!r} is new to the model, and a LoRA adapter does not hold its "
+                    "embedding; name a token that exists, add the name of the input embedding to additional_target "
+                    "(wte, embed_tokens), or adapt the model in full first, with stage: ddm"
+                )
+        add_mask_token(model, self.tokenizer, self.mask)
+        checkpoint = self.finetuning_args.checkpoint_dir
+        if checkpoint and not is_model_folder(checkpoint):
+            if not (self.do_train and self.finetuning_args.finetuning_type == "lora"):
+                model.to(
+                    stored_dtype(checkpoint)
+                )  # what is trained is made float32 after; rounding must not come first
+            layout = layout_of_folder(checkpoint)
+            load_weights(model, checkpoint, rename=None if layout is None else layout.to_standard)
+
+    def after(self, model: Any) -> None:
+        """Mend what adapters untie, and switch attention.
+
+        Raises:
+            ValueError: if the adapter's copy of an embedding has a precision that the model cannot be run in.
+        """
+        tie_again(model)
+        own = {p.dtype for name, p in model.named_parameters() if "lora_" not in name and p.is_floating_point()}
+        if self.do_train and self.finetuning_args.additional_target and len(own) > 1 and not self.autocast:
+            raise ValueError(
+                f"additional_target: {', '.join(self.finetuning_args.additional_target)} is trained in float32 beside "
+                f"a model in {', '.join(str(d).removeprefix('torch.') for d in own - {torch.float32})}, which needs "
+                "mixed precision: set bf16: true, or start from a model that is stored in float32"
+            )
+        make_bidirectional(model)
 
 
 def load_diffusion_model(
@@ -80,18 +191,22 @@ def load_diffusion_model(
     finetuning_args: Any,
     training_args: Any,
 ) -> LoadedModel:
+    """Load the model by upstream's own function, with what a diffusion model needs around its adapters."""
+    resumes = model_args.adapter_name_or_path is not None and not finetuning_args.create_new_adapter
+    finetuning_args.around_adapter = AroundAdapter(
+        tokenizer,
+        mask,
+        finetuning_args,
+        new_adapter=training_args.do_train and finetuning_args.finetuning_type == "lora" and not resumes,
+        do_train=training_args.do_train,
+        autocast=getattr(training_args, "bf16", False) or getattr(training_args, "fp16", False),
+    )
     base_stage, finetuning_args.stage = finetuning_args.stage, finetuning_args.diffusion_stage
     try:
         model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     finally:
         finetuning_args.stage = base_stage
-    add_mask_token(model, tokenizer, mask)
-    checkpoint = finetuning_args.checkpoint_dir
-    if checkpoint and not (Path(checkpoint) / "config.json").is_file():
-        if not training_args.do_train:  # training has set its own dtype
-            model.to(stored_dtype(checkpoint))
-        load_weights(model, Path(checkpoint))
-    make_bidirectional(model)
+        finetuning_args.around_adapter = None
     if config is None:
         config = DiffusionConfig(
             mask_token=mask.token,

@@ -17,10 +17,13 @@ from typing import Any
 from .compatibility import IncompatibleUpstream, incompatibilities
 from .replacements import (
     checked_parse_args,
+    diffusion_init_adapter,
+    diffusion_load_model,
+    diffusion_load_tokenizer,
+    dispatching_get_infer_args,
     dispatching_get_train_args,
     dispatching_run,
     hiding_parse_train_args,
-    refusing_get_infer_args,
     refusing_post_init,
     refusing_v1_launch,
     telling_print_env,
@@ -30,6 +33,7 @@ from .replacements import (
 
 CHECKED = ("0.9.4", "0.9.5")
 _PARSER, _TUNER = "llamafactory.hparams.parser", "llamafactory.train.tuner"
+_LOADER = "llamafactory.model.loader"
 _CONSTANTS, _ENV, _V1 = "llamafactory.extras.constants", "llamafactory.extras.env", "llamafactory.v1.launcher"
 
 
@@ -79,10 +83,11 @@ def status() -> str:
     return "active" if _state.active else _state.reason
 
 
-def _rebind_tuner() -> None:
-    """Rebind upstream's runners, which live in a module that may be loaded long after the parser."""
-    if _TUNER in sys.modules:
-        apply(_TUNER)
+def _rebind() -> None:
+    """Rebind upstream's names in modules that may be loaded long after the parser."""
+    for module in (_TUNER, _LOADER):
+        if module in sys.modules:
+            apply(module)
 
 
 PATCHES = (
@@ -90,15 +95,22 @@ PATCHES = (
     Patch(f"{_PARSER}:_parse_train_args", hiding_parse_train_args, "generation would need a data set"),
     Patch(
         f"{_PARSER}:get_train_args",
-        functools.partial(dispatching_get_train_args, rebind_tuner=_rebind_tuner),
+        functools.partial(dispatching_get_train_args, rebind=_rebind),
         "Megatron and v1 would train autoregressively in silence",
     ),
-    Patch(f"{_PARSER}:get_infer_args", refusing_get_infer_args, "chat would run autoregressively in silence"),
+    Patch(
+        f"{_PARSER}:get_infer_args",
+        functools.partial(dispatching_get_infer_args, rebind=_rebind),
+        "chat would run autoregressively in silence, and an export would not be a diffusion model any more",
+    ),
     Patch(f"{_PARSER}:*_ARGS", with_our_keys, "the keys and the stages would be unknown"),
     Patch(f"{_CONSTANTS}:TRAINING_STAGES", with_our_labels, "LlamaBoard would not offer the stages"),
     # Only the tuner's own names: run_pt and run_sft stay what they are in their packages.
     Patch(f"{_TUNER}:run_pt", dispatching_run, "stages based on pt would run as pt", swept=False),
     Patch(f"{_TUNER}:run_sft", dispatching_run, "stages based on sft would run as sft", swept=False),
+    Patch(f"{_TUNER}:load_tokenizer", diffusion_load_tokenizer, "an export would lose the mask token", swept=False),
+    Patch(f"{_TUNER}:load_model", diffusion_load_model, "an export would lose diffusion_config.json", swept=False),
+    Patch(f"{_LOADER}:init_adapter", diffusion_init_adapter, "adapters would miss the mask token", swept=False),
     Patch(
         f"{_ENV}:print_env",
         functools.partial(telling_print_env, status=status),

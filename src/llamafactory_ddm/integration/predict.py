@@ -38,7 +38,7 @@ def generate_all(
     settings: SamplingSettings,
     training_args: Any,
     *,
-    model_folder: str | None,
+    model_folders: Sequence[str] | None,
     save_trace: bool,
 ) -> dict[str, float]:
     """Generate every request, shared out to the processes, and write the files of the run.
@@ -52,7 +52,8 @@ def generate_all(
         requests: what to generate.
         settings: how.
         training_args: upstream's.
-        model_folder: where the weights lie, or None if they are not those of a file, so that nothing can be resumed.
+        model_folders: where the weights of model and adapters lie, or None if they are not those of files, so that
+            nothing can be resumed.
         save_trace: whether to write generated_predictions.html.
     Returns:
         Metrics, with the prefix `predict_`.
@@ -68,9 +69,9 @@ def generate_all(
             f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to write: fewer will do."
         )
     # The first process speaks for all: saving a model leaves traces in its config that the others do not have.
-    fingerprint = _of_first_rank(_fingerprint(generator, requests, settings, model_folder, save_trace), world)
+    fingerprint = _of_first_rank(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
     unfinished = _Unfinished(folder / _UNFINISHED, fingerprint, rank, world)
-    done = unfinished.open(resume=model_folder is not None)
+    done = unfinished.open(resume=model_folders is not None)
     if done:
         logger.info_rank0(f"{len(done)} of {len(requests)} texts were generated before the run was interrupted.")
     todo = [number for number in range(len(requests)) if number not in done][rank::world]
@@ -270,18 +271,18 @@ def _fingerprint(
     generator: TextGenerator,
     requests: Sequence[Request],
     settings: SamplingSettings,
-    model_folder: str | None,
+    model_folders: Sequence[str] | None,
     save_trace: bool,
 ) -> str:
     """Return a hash of all that decides what is generated."""
     files = []
-    if model_folder is not None and Path(model_folder).is_dir():
-        for path in weight_files(Path(model_folder)):
+    for folder in model_folders or ():
+        for path in weight_files(Path(folder)) if Path(folder).is_dir() else ():
             stat = path.stat()
             files.append([path.name, stat.st_size, stat.st_mtime_ns])
     facts = [
         __version__,
-        str(model_folder),
+        list(model_folders or ()),
         str(generator.model.dtype),
         files,
         dataclasses.asdict(generator.config),

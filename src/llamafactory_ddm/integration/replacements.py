@@ -59,13 +59,15 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return _parse_train_args
 
 
-def dispatching_get_train_args(original: Callable[..., Any], rebind_tuner: Callable[[], None]) -> Callable[..., Any]:
+def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[], None]) -> Callable[..., Any]:
     """Refuse other trainers for our stages, put back what was hidden, and prepare the dispatch."""
 
     @functools.wraps(original)
     def get_train_args(args: Any = None) -> Any:
         from .hparams import check_environment
+        from .templates import register_templates
 
+        register_templates()
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         # Before parsing, as another trainer may need packages; and after, as argparse takes --stag for --stage.
         if requested_stage(args) in STAGES:
@@ -78,35 +80,81 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind_tuner: Calla
             check_environment()
             for key, value in finetuning_args.hidden.items():
                 setattr(training_args, key, value)
-        rebind_tuner()
+        rebind()
         return parsed
 
     return get_train_args
 
 
-def refusing_get_infer_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse our stages where upstream would generate autoregressively."""
+def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[], None]) -> Callable[..., Any]:
+    """Have the export of a diffusion model be one, and refuse our stages where upstream would generate with them."""
 
     @functools.wraps(original)
     def get_infer_args(args: Any = None) -> Any:
+        from .templates import register_templates
+
+        register_templates()
         parsed = original(args)
         model_args, _, finetuning_args, *_ = parsed
         stage = finetuning_args.diffusion_stage
-        if stage is None:
-            warn_of_diffusion_model(model_args.model_name_or_path, "this command")
-        elif model_args.export_dir is not None:
-            raise ValueError(
-                f"there is nothing to export for stage: {stage}: its output_dir is a complete Hugging Face folder "
-                "already; copy it"
-            )
-        else:
+        folders = [*(model_args.adapter_name_or_path or []), model_args.model_name_or_path]
+        if model_args.export_dir is not None and (stage is not None or any(map(_is_ours, folders))):
+            rebind()
+            model_args.exported_diffusion = finetuning_args
+        elif stage is not None:
             raise ValueError(
                 f"this command does not serve stage: {stage}; generate with do_predict: true and llamafactory-cli "
                 "train"
             )
+        else:
+            warn_of_diffusion_model(model_args.model_name_or_path, "this command")
         return parsed
 
     return get_infer_args
+
+
+def diffusion_load_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Export the tokenizer that a diffusion model was trained with."""
+
+    @functools.wraps(original)
+    def load_tokenizer(model_args: Any) -> Any:
+        if getattr(model_args, "exported_diffusion", None) is None:
+            return original(model_args)
+        from .export import exported_tokenizer
+
+        return exported_tokenizer(model_args)
+
+    return load_tokenizer
+
+
+def diffusion_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Export a diffusion model with what it says about itself."""
+
+    @functools.wraps(original)
+    def load_model(tokenizer: Any, model_args: Any, *rest: Any, **named: Any) -> Any:
+        if getattr(model_args, "exported_diffusion", None) is None:
+            return original(tokenizer, model_args, *rest, **named)
+        from .export import exported_model
+
+        return exported_model(tokenizer, model_args)
+
+    return load_model
+
+
+def diffusion_init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a diffusion run prepare the base model before adapters are added or merged, and mend it after."""
+
+    @functools.wraps(original)
+    def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
+        around = getattr(finetuning_args, "around_adapter", None)
+        if around is None:
+            return original(config, model, model_args, finetuning_args, is_trainable)
+        around.before(model)
+        model = original(config, model, model_args, finetuning_args, is_trainable)
+        around.after(model)
+        return model
+
+    return init_adapter
 
 
 def dispatching_run(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,13 +227,17 @@ def with_our_labels(stages: dict[str, str]) -> dict[str, str]:
 
 def warn_of_diffusion_model(folder: str | None, what: str) -> None:
     """Warn if `folder` is a model of ours, which `what` is about to treat as autoregressive."""
-    if folder is not None and (Path(folder) / "diffusion_config.json").is_file():
+    if folder is not None and _is_ours(folder):
         from llamafactory.extras import logging
 
         logging.get_logger(f"llamafactory.{__name__}").warning_rank0(
             f"{folder} is a diffusion model (it holds diffusion_config.json), but {what} treats it as autoregressive; "
             f"use one of {', '.join(f'stage: {name}' for name in STAGES)} to go on with it as what it is."
         )
+
+
+def _is_ours(folder: str) -> bool:
+    return (Path(folder) / "diffusion_config.json").is_file()
 
 
 def _names_our_stage(words: list[str]) -> bool:

@@ -14,6 +14,7 @@ from llamafactory.extras.constants import IGNORE_INDEX
 from ..data.canvas import Canvas
 from ..generation import TextGenerator, saying
 from .checks import datasets_explained
+from .templates import without_cut
 
 _UNLIMITED = 2**30  # tokens
 
@@ -134,7 +135,7 @@ def from_examples(
     whole.cutoff_len = _UNLIMITED
     training_args.predict_with_generate = False
     with datasets_explained(data_args, _names(data_args)):
-        module = get_dataset(template, model_args, whole, training_args, stage="sft", **tokenizer_module)
+        module = get_dataset(without_cut(template), model_args, whole, training_args, stage="sft", **tokenizer_module)
     rows = module.get("eval_dataset") if data_args.eval_dataset or data_args.val_size else module.get("train_dataset")
     requests = []
     for number, row in enumerate(_joined(rows)):

@@ -66,7 +66,7 @@ register(
     Stage(
         name="ddm",
         base="pt",
-        runner="llamafactory_ddm.integration.workflow:run_ddm",
+        runner="llamafactory_ddm.integration.workflow:run",
         label="Diffusion Adaptation",
         finetuning_types=("full",),
     )
@@ -75,8 +75,8 @@ register(
     Stage(
         name="ddm-sft",
         base="sft",
-        runner="llamafactory_ddm.integration.workflow:run_ddm_sft",
+        runner="llamafactory_ddm.integration.workflow:run",
         label="Diffusion Finetuning",
-        finetuning_types=("full",),
+        finetuning_types=("full", "freeze", "lora"),
     )
 )

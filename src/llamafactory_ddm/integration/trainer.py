@@ -1,9 +1,9 @@
-"""The training loop of `stage: ddm`: noised batches, logits of masked tokens only, and exact averaging."""
+"""The training loop of the diffusion stages: noised batches, logits of masked tokens only, and exact averaging."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from ..diffusion.attention import annealed_visibility, annealing_ratio
 from ..modeling.bidirectional import full_attention_mask, probe_bidirectional
 from ..modeling.denoiser import RowSelectingHead
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..modeling.objective import MaskedObjective
+from ..modeling.objective import CleanBatch, MaskedObjective
 from .evaluation import evaluate_bound
 from .saving import explained, published_together
 
@@ -103,23 +103,19 @@ class DiffusionTrainer(CustomTrainer):
         total = total.to(device, non_blocking=True)
         return batches, self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
-    def _noise(self, clean: dict[str, Tensor], micro: int) -> tuple[dict[str, Any], Tensor]:
+    def _noise(self, collated: dict[str, Tensor], micro: int) -> tuple[dict[str, Any], Tensor]:
         args = self.args
-        x_0 = clean["input_ids"].to("cpu")
-        is_padding = clean["attention_mask"].to("cpu") == 0 if "attention_mask" in clean else None
-        if is_padding is not None and not bool(is_padding.any()):
-            is_padding = None
+        clean = CleanBatch.of(collated, shift=self.objective.shift)
+        n_rows = len(clean.x_0)
         per_rank = args.train_batch_size
         micro_step = self.state.global_step * args.gradient_accumulation_steps + micro
         first = (micro_step * args.world_size + args.process_index) * per_rank
         batch = self.objective.noise(
-            x_0,
-            is_padding,
-            rows=torch.arange(first, first + len(x_0)),
+            clean,
+            rows=torch.arange(first, first + n_rows),
             group_size=per_rank * args.world_size * args.gradient_accumulation_steps,
         )
-        n_tokens = x_0.numel() if is_padding is None else int((~is_padding).sum())
-        self._counts += torch.tensor([len(batch.targets), int(batch.n_maskable), n_tokens])
+        self._counts += torch.tensor([len(batch.targets), int(batch.n_maskable), clean.n_tokens])
         # Upstream counts tokens and operations by this key.
         inputs: dict[str, Any] = {
             "input_ids": batch.z_t,
@@ -127,9 +123,8 @@ class DiffusionTrainer(CustomTrainer):
             "targets": batch.targets,
             # As bits: DeepSpeed would round every floating input to half precision on its way to the device.
             "weight_bits": batch.weight.view(torch.int32),
+            **clean.placement(),
         }
-        if is_padding is not None:
-            inputs["is_padding"] = is_padding
         return inputs, batch.denominator
 
     # ---- the step ----
@@ -157,9 +152,11 @@ class DiffusionTrainer(CustomTrainer):
             )
         z_t = inputs["input_ids"]
         self.probe(model)
-        mask = self._attention_mask(z_t, inputs.get("is_padding"))
+        mask = self._attention_mask(z_t, inputs.get("is_padding"), inputs.get("document"))
         with self._head.only(inputs["head_rows"]):
-            output = model(input_ids=z_t, attention_mask=mask, use_cache=False)
+            output = model(
+                input_ids=z_t, attention_mask=mask, position_ids=inputs.get("position_ids"), use_cache=False
+            )
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         weight = inputs["weight_bits"].view(torch.float32)
         loss, nll = self.objective.loss(logits, inputs["targets"], weight, num_items_in_batch)
@@ -177,14 +174,14 @@ class DiffusionTrainer(CustomTrainer):
             probe_bidirectional(getattr(model, "_orig_mod", model), inner=self.model)
             self._probed = True
 
-    def _attention_mask(self, z_t: Tensor, is_padding: Tensor | None) -> Any:
-        """Return the forward's attention mask, built once an optimiser step where no padding makes batches differ."""
+    def _attention_mask(self, z_t: Tensor, is_padding: Tensor | None, document: Tensor | None) -> Any:
+        """Return the forward's attention mask, built once an optimiser step where no row differs from the others."""
         ratio = self.attention_ratio(self.state.global_step)
         draw = self.state.global_step if ratio < 1.0 else -1
-        key = None if is_padding is not None else (draw, *z_t.shape)
+        key = None if is_padding is not None or document is not None else (draw, *z_t.shape)
         if key is None or key != self._mask_key:
             visible = None if ratio == 1.0 else self._visibility(ratio, draw, z_t.shape[1], z_t.device)
-            self._mask = self._full_attention_mask(z_t, is_padding, visible)
+            self._mask = self._full_attention_mask(z_t, is_padding, document, visible)
             self._mask_key = key
         return self._mask
 
@@ -195,7 +192,9 @@ class DiffusionTrainer(CustomTrainer):
             self._visible_key = (draw, length)
         return self._visible
 
-    def _full_attention_mask(self, z: Tensor, is_padding: Tensor | None, visible: Tensor | None = None) -> Any:
+    def _full_attention_mask(
+        self, z: Tensor, is_padding: Tensor | None, document: Tensor | None, visible: Tensor | None = None
+    ) -> Any:
         # Autocast is entered inside the prepared model's forward, so ask the accelerator what the queries will be.
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = half.get(str(self.accelerator.mixed_precision), self.model.dtype)
@@ -204,6 +203,7 @@ class DiffusionTrainer(CustomTrainer):
             batch=z.shape[0],
             length=z.shape[1],
             is_padding=is_padding,
+            document=document,
             visible=visible,
             dtype=dtype,
             device=z.device,
@@ -224,11 +224,20 @@ class DiffusionTrainer(CustomTrainer):
             metrics, rows = evaluate_bound(self, dataloader, description=description, prefix=metric_key_prefix)
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=rows)
 
-    def bound_logits(self, model: Any, z: Tensor, is_padding: Tensor | None, rows: Tensor) -> Tensor:
-        """Return the logits of `rows`, [n, vocab], under full attention, for `z` [batch, length]."""
+    def bound_logits(self, model: Any, z: Tensor, rows: Tensor, placement: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of `rows`, [n, vocab], under full attention.
+
+        Args:
+            model: prepared.
+            z: [batch, length] int64.
+            rows: [n] int64, into [batch * length].
+            placement: what `CleanBatch.placement` returns, on the device of `z`.
+        """
         with self.compute_loss_context_manager(), self._head.only(rows):
-            mask = self._full_attention_mask(z, is_padding)
-            logits: Tensor = model(input_ids=z, attention_mask=mask, use_cache=False).logits
+            mask = self._full_attention_mask(z, placement.get("is_padding"), placement.get("document"))
+            logits: Tensor = model(
+                input_ids=z, attention_mask=mask, position_ids=placement.get("position_ids"), use_cache=False
+            ).logits
         return logits.reshape(-1, logits.shape[-1])
 
     # ---- logs and checkpoints ----

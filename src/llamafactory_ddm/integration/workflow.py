@@ -1,4 +1,4 @@
-"""What `stage: ddm` runs: tokenizer, data, model, then training, evaluation and generation."""
+"""What the diffusion stages run: tokenizer, data, model, then training, evaluation and generation."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .checks import (
     check_rows,
     datasets_explained,
 )
+from .finetuning import finetuned_config, response_collator, settle_digits, settle_template, with_own_cut
 from .generating import generate, what_to_generate
 from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
 from .resume import check_resumed, settle_resume
@@ -31,7 +32,7 @@ from .trainer import DiffusionTrainer
 logger = logging.get_logger(f"llamafactory.{__name__}")
 
 
-def run_ddm(
+def run(
     model_args: Any,
     data_args: Any,
     training_args: Any,
@@ -39,25 +40,36 @@ def run_ddm(
     generating_args: Any = None,
     callbacks: list[Any] | None = None,
 ) -> None:
-    """Run `stage: ddm` with upstream's parsed arguments.
+    """Run `stage: ddm` or `stage: ddm-sft` with upstream's parsed arguments.
 
     Raises:
         ValueError: for every mistake in the YAML, naming the key and the cure, before anything is written.
         OSError: if a file is missing or cannot be written.
     """
+    finetunes = finetuning_args.stage == "sft"
     check_checkpoint_folders(model_args, finetuning_args)
     check_predict(training_args, finetuning_args.given_keys)
     resume = settle_resume(training_args, finetuning_args)
     tokenizer_module, config, mask = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
+    if finetunes:
+        settle_digits(tokenizer_module, finetuning_args)
     tokenizer = tokenizer_module["tokenizer"]
     model_config = load_config(model_args)
     check_cutoff(model_config, data_args)
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    dataset_module = _load_data(template, tokenizer_module, model_args, data_args, training_args)
+    if finetunes:
+        template = settle_template(template, tokenizer, config, data_args, finetuning_args)
+    dataset_module = _load_data(
+        template, tokenizer_module, model_args, data_args, training_args, stage=finetuning_args.stage
+    )
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
         return
     loaded = load_diffusion_model(tokenizer, mask, config, model_args, finetuning_args, training_args)
+    if finetunes and (training_args.do_train or training_args.do_eval):
+        loaded.diffusion_config = finetuned_config(
+            loaded.diffusion_config, template, tokenizer, data_args, finetuning_args
+        )
     check_rows(model_config, data_args, dataset_module)
     if resume is not None:
         check_resumed(loaded.diffusion_config, resume)
@@ -86,30 +98,21 @@ def run_ddm(
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
 
 
-def run_ddm_sft(model_args: Any, data_args: Any, training_args: Any, *rest: Any) -> None:
-    """Run `stage: ddm-sft`, which answers the prompts of an instruction data set.
-
-    Raises:
-        ValueError: for every mistake in the YAML, naming the key and the cure, before anything is written.
-        OSError: if a file is missing or cannot be written.
-    """
-    if training_args.do_train or training_args.do_eval or not training_args.do_predict:
-        raise ValueError(
-            "stage: ddm-sft generates only in this version: set do_predict: true and neither do_train nor do_eval; "
-            "stage: ddm trains"
-        )
-    run_ddm(model_args, data_args, training_args, *rest)
-
-
 def _load_data(
-    template: Any, tokenizer_module: dict[str, Any], model_args: Any, data_args: Any, training_args: Any
+    template: Any,
+    tokenizer_module: dict[str, Any],
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    *,
+    stage: str,
 ) -> dict[str, Any]:
     """Return upstream's `train_dataset` and `eval_dataset`; generation alone needs none."""
     if training_args.do_predict and not (training_args.do_train or training_args.do_eval):
         return {}
     with datasets_explained(data_args):
         module: dict[str, Any] = get_dataset(
-            template, model_args, data_args, training_args, stage="pt", **tokenizer_module
+            template, model_args, with_own_cut(template, data_args), training_args, stage=stage, **tokenizer_module
         )
     return module
 
@@ -148,7 +151,7 @@ def _make_trainer(
         args=training_args,
         finetuning_args=finetuning_args,
         model_args=model_args,
-        data_collator=_make_collator(loaded, data_args),
+        data_collator=_make_collator(loaded, data_args, finetuning_args),
         callbacks=callbacks,
         tokenizer=loaded.tokenizer,
         processor=None,
@@ -156,7 +159,9 @@ def _make_trainer(
     )
 
 
-def _make_collator(loaded: LoadedModel, data_args: Any) -> Any:
+def _make_collator(loaded: LoadedModel, data_args: Any, finetuning_args: Any) -> Any:
+    if finetuning_args.stage == "sft":
+        return response_collator(loaded.diffusion_config, loaded.tokenizer, data_args)
     collator = DataCollatorWithPadding(loaded.tokenizer)
     if data_args.packing or not loaded.diffusion_config.shift:
         return collator

@@ -83,6 +83,7 @@ def full_attention_mask(
     visible: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
+    document: Tensor | None = None,
 ) -> Any:
     """Return what to pass to the model's forward as `attention_mask`.
 
@@ -99,15 +100,18 @@ def full_attention_mask(
             for all. A token must see itself.
         dtype: of the attention's queries.
         device: of the forward.
+        document: [batch, length] int64, for rows of several packed documents that must not see one another; their
+            positions are not this function's matter either.
     Returns:
         None where nothing is hidden, so that the fast kernels run; a [batch, length] mask under flash attention; an
         additive mask, [1 or batch, 1, 1 or length, length]; or a dict of them by layer type for models that want one.
     Raises:
-        ValueError: for `visible` under flash attention, which takes no mask of this form, or for a mask whose shape
-            is not that of the forward.
+        ValueError: for `visible` or `document` under flash attention, which takes no mask of this form, or for a
+            mask whose shape is not that of the forward.
     """
-    if is_padding is not None and is_padding.shape != (batch, length):
-        raise ValueError(f"is_padding has shape {tuple(is_padding.shape)}, expected {(batch, length)}")
+    for name, given in (("is_padding", is_padding), ("document", document)):
+        if given is not None and given.shape != (batch, length):
+            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {(batch, length)}")
     if visible is not None and (visible.shape[0] not in (1, batch) or visible.shape[1:] != (1, length, length)):
         raise ValueError(f"visible has shape {tuple(visible.shape)}, expected (1 or {batch}, 1, {length}, {length})")
     if _implementation(model) == "flash_attention_2":
@@ -116,11 +120,19 @@ def full_attention_mask(
                 "anneal_steps needs an attention mask that flash_attn: fa2 does not take; anneal under flash_attn: "
                 "sdpa, or set anneal_steps: 0"
             )
+        if document is not None:
+            raise ValueError(
+                "packing keeps documents apart by an attention mask that flash_attn: fa2 does not take; set "
+                "flash_attn: sdpa, or packing: false"
+            )
         return None if is_padding is None else (~is_padding).to(torch.int64)
     allowed = visible
+    if document is not None:
+        together = (document[:, :, None] == document[:, None, :])[:, None]
+        allowed = together if allowed is None else allowed & together
     if is_padding is not None:
         keys = ~is_padding[:, None, None, :]
-        allowed = keys if visible is None else visible & keys
+        allowed = keys if allowed is None else allowed & keys
     windowed = allowed
     window = window_of(model)
     if window is not None and window < length:

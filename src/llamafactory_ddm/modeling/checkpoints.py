@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,18 +185,19 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
         BrokenCheckpointError: if a file is missing, truncated or holds no floating weights.
     """
     path = weight_files(Path(folder))[0]
-    for value in _read(path).values():
+    for value in read_weights(path).values():
         if value.is_floating_point():
             return value.dtype
     raise BrokenCheckpointError(f"{path} holds no floating-point weights")
 
 
-def load_weights(model: nn.Module, folder: str | Path) -> None:
+def load_weights(model: nn.Module, folder: str | Path, *, rename: Callable[[str], str | None] | None = None) -> None:
     """Load the weights of a folder into `model`; every key must match exactly.
 
     Args:
         model: gets the weights, in its own dtype; tied weights may be absent from the files.
         folder: with safetensors or `.bin` weights, whole or sharded.
+        rename: gives the model's name of a key in the files, or None for one that is to be passed over.
     Raises:
         BrokenCheckpointError: if a file is missing or truncated.
         ValueError: if a key is missing or unexpected, a shape differs, or tied weights differ in the files, listing
@@ -203,7 +205,9 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     """
     state: dict[str, Tensor] = {}
     for path in weight_files(Path(folder)):
-        part = _read(path)
+        part = read_weights(path)
+        if rename is not None:
+            part = {name: value for key, value in part.items() if (name := rename(key)) is not None}
         twice = sorted(state.keys() & part.keys())
         if twice:
             raise BrokenCheckpointError(f"{path} repeats {_some(twice)} of another shard; copy or save them again")
@@ -233,7 +237,12 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             own[key].copy_(value)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a file of weights to the CPU.
+
+    Raises:
+        BrokenCheckpointError: if it cannot be read, or holds something else.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -21,6 +21,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "attention_ratio": (float, int),
     "format_version": (int,),
     "variable_length": (dict, type(None)),
+    "train_on_padding": (bool, type(None)),
+    "sep_token": (str, type(None)),
+    "sep_token_id": (int, type(None)),
 }
 
 
@@ -38,6 +41,10 @@ class DiffusionConfig:
         attention_ratio: share of future keys visible at the last training step; 1 once annealing is finished.
         format_version: of the file.
         variable_length: reserved for the format of variable-length checkpoints.
+        train_on_padding: whether finetuning filled rows up with padding that the model learned to write, None before
+            finetuning.
+        sep_token: spelling of the token between prompt and response in DiffuLLaMA's format, None where there is none.
+        sep_token_id: its id.
     """
 
     mask_token: str
@@ -49,6 +56,9 @@ class DiffusionConfig:
     attention_ratio: float
     format_version: int = FORMAT_VERSION
     variable_length: dict[str, Any] | None = None
+    train_on_padding: bool | None = None
+    sep_token: str | None = None
+    sep_token_id: int | None = None
 
     def save(self, folder: str | Path) -> None:
         """Write the file so that a reader sees the old one or the complete new one."""
@@ -136,6 +146,11 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
     if raw["mask_token_id"] < 0 or not raw["mask_token"]:
         raise ValueError(
             f"{path}: mask_token {raw['mask_token']!r} with mask_token_id {raw['mask_token_id']} is no token; "
+            "restore the file from a copy of the checkpoint"
+        )
+    if (raw.get("sep_token") is None) != (raw.get("sep_token_id") is None) or (raw.get("sep_token_id") or 0) < 0:
+        raise ValueError(
+            f"{path}: sep_token {raw.get('sep_token')!r} with sep_token_id {raw.get('sep_token_id')} is no token; "
             "restore the file from a copy of the checkpoint"
         )
     if raw["noise_process"] != "masked" or raw["uniform_ratio"] != 0:

@@ -83,6 +83,27 @@ def _find(tokenizer: Any, mask_token: str | int | None, config_mask: tuple[str, 
     return replace(found, is_trained=(found.token, found.id) == config_mask)
 
 
+def resolve_token(tokenizer: Any, key: str, value: str | int) -> tuple[str, int]:
+    """Return spelling and id of a token that the YAML names under `key`, by spelling, text or id.
+
+    Raises:
+        ValueError: if it is not one token of the vocabulary.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if not isinstance(value, bool):
+        if _is_id(tokenizer, value):
+            token = next((token for token, known in vocabulary.items() if known == int(value)), None)
+            if token is not None:
+                return token, int(value)
+        elif value in vocabulary:
+            return str(value), int(vocabulary[value])
+        else:
+            ids = tokenizer.encode(str(value), add_special_tokens=False)
+            if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+                return str(tokenizer.convert_ids_to_tokens(ids[0])), int(ids[0])
+    raise ValueError(f"{key}: {value!r} is not one token of the vocabulary; name a token that is, or its id")
+
+
 def _is_id(tokenizer: Any, mask_token: str | int) -> bool:
     if isinstance(mask_token, int):
         return True
@@ -134,11 +155,9 @@ def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
     Raises:
         ValueError: if a row is needed and the model is quantised, or if the tokenizer gives the token another id.
     """
-    old_size = len(tokenizer)
-    weight = model.get_input_embeddings().weight
-    rows = getattr(weight, "ds_shape", weight.shape)[0]  # under DeepSpeed ZeRO-3 a rank holds only a part
-    needs_row = mask.id >= rows or (mask.is_new and not mask.is_trained)
-    if needs_row and _is_quantized(model):
+    old_size, rows = len(tokenizer), _rows(model)
+    is_without_row = needs_row(model, mask)
+    if is_without_row and _is_quantized(model):
         raise ValueError(
             f"mask_token: {mask.token!r} is new, and a quantised model cannot grow; name a token that exists, "
             "or add it once without quantization_bit: run stage: ddm on the full model, save, and quantise the result"
@@ -153,8 +172,18 @@ def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
         )
     if mask.id >= rows:
         model.resize_token_embeddings(mask.id + 1, mean_resizing=False)
-    if needs_row:
+    if is_without_row:
         _write_mean(model, mask.id, min(old_size, rows))
+
+
+def needs_row(model: Any, mask: ResolvedMaskToken) -> bool:
+    """Tell whether the mask token has no row of the model's embedding that means something."""
+    return mask.id >= _rows(model) or (mask.is_new and not mask.is_trained)
+
+
+def _rows(model: Any) -> int:
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # under DeepSpeed ZeRO-3 a rank holds only a part
 
 
 def _write_mean(model: Any, index: int, known: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,64 @@ from .denoiser import head_rows, predictable
 
 
 @dataclass(frozen=True)
+class CleanBatch:
+    """A collated batch before noise.
+
+    Attributes:
+        x_0: [batch, length] int64, clean ids.
+        maskable: [batch, length] bool, tokens that noise may fall on and that the model can predict.
+        is_padding: [batch, length] bool, padding that nothing attends to; None where there is none.
+        document: [batch, length] int64, which of several packed documents a token belongs to; None for one a row.
+        position_ids: [batch, length] int64, places within the documents; None for one a row.
+    """
+
+    x_0: Tensor
+    maskable: Tensor
+    is_padding: Tensor | None = None
+    document: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor], *, shift: bool) -> CleanBatch:
+        """Read what a collator made, on the CPU.
+
+        Args:
+            batch: `input_ids` and perhaps `attention_mask` (0 is padding), `maskable`, `document`, `position_ids`;
+                without `maskable` every real token is.
+            shift: whether logits at i - 1 predict token i.
+        """
+        x_0 = batch["input_ids"].to("cpu")
+        is_padding: Tensor | None = None
+        if "attention_mask" in batch:
+            is_padding = batch["attention_mask"].to("cpu") == 0
+            if not bool(is_padding.any()):
+                is_padding = None
+        if "maskable" in batch:
+            maskable = batch["maskable"].to("cpu")
+        else:
+            maskable = torch.ones_like(x_0, dtype=torch.bool) if is_padding is None else ~is_padding
+        document, position_ids = (
+            batch[key].to("cpu") if key in batch else None for key in ("document", "position_ids")
+        )
+        return cls(x_0, predictable(maskable, shift), is_padding, document, position_ids)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens are no padding."""
+        return self.x_0.numel() if self.is_padding is None else int((~self.is_padding).sum())
+
+    def placement(self) -> dict[str, Tensor]:
+        """Return by name what the attention mask and the positions are made from, without what is None."""
+        named = {"is_padding": self.is_padding, "document": self.document, "position_ids": self.position_ids}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
 class TrainingBatch:
     """A noised micro-batch, reduced to what the step needs.
 
     Attributes:
         z_t: [batch, length] int64, noised ids.
-        is_padding: [batch, length] bool, or None where no token is padding.
         head_rows: [n_masked] int64, rows of the flattened hidden states that predict the masked tokens.
         targets: [n_masked] int64, the clean ids of the masked tokens.
         weight: [n_masked] float32, multiplies each token's cross-entropy.
@@ -28,7 +81,6 @@ class TrainingBatch:
     """
 
     z_t: Tensor
-    is_padding: Tensor | None
     head_rows: Tensor
     targets: Tensor
     weight: Tensor
@@ -60,18 +112,15 @@ class MaskedObjective:
     antithetic: bool = False
     seed: int = 0
 
-    def noise(self, x_0: Tensor, is_padding: Tensor | None, *, rows: Tensor, group_size: int) -> TrainingBatch:
+    def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int) -> TrainingBatch:
         """Draw t and the masks of a micro-batch.
 
         Args:
-            x_0: [batch, length] int64, clean ids.
-            is_padding: [batch, length] bool, or None; padding is neither noised nor scored.
+            clean: made with the same `shift`.
             rows: [batch] int64, ordinals in the run's global order.
             group_size: rows of one optimiser step over ranks and micro-steps.
         """
-        maskable = predictable(
-            torch.ones_like(x_0, dtype=torch.bool) if is_padding is None else ~is_padding, self.shift
-        )
+        x_0, maskable = clean.x_0, clean.maskable
         t = draw_time(
             self.seed, rows, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
         )
@@ -79,7 +128,6 @@ class MaskedObjective:
         weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm)
         return TrainingBatch(
             z_t=noised.z_t,
-            is_padding=is_padding,
             head_rows=head_rows(noised.is_masked, self.shift),
             targets=x_0[noised.is_masked],
             weight=weight[noised.is_masked],

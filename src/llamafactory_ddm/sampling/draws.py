@@ -69,11 +69,22 @@ def draw_tokens(
         raise ValueError(f"u must hold one number a row of logits, got {tuple(u.shape)} and {tuple(logits.shape)}")
     at_once = _ELEMENTS_AT_ONCE.get(logits.device.type, _ELEMENTS_ELSEWHERE)
     rows = max(1, at_once // max(1, logits.shape[1]))
-    parts = [
-        _draw(logits[place : place + rows], config, u[place : place + rows].double(), suppress, measures)
-        for place in range(0, max(len(u), 1), rows)
-    ]
-    return concatenate(parts)
+    # Asking how many rows are left would stall another device, so there every draw is made to the end at once.
+    in_two_passes = logits.device.type == "cpu" and config.uses_nucleus(logits.shape[1])
+    drawn = concatenate(
+        [
+            _draw(logits[place : place + rows], config, u[place : place + rows], suppress, measures, in_two_passes)
+            for place in range(0, max(len(u), 1), rows)
+        ]
+    )
+    left = (drawn.ids < 0).nonzero()[:, 0] if in_two_passes else drawn.ids[:0]
+    for place in range(0, len(left), rows):
+        some = left[place : place + rows]
+        again = _draw(logits[some], config, u[some], suppress, measures, False)
+        for whole, part in zip(drawn, again, strict=True):
+            if whole is not None and part is not None:
+                whole[some] = part
+    return drawn
 
 
 def concatenate(parts: list[Draws]) -> Draws:
@@ -83,59 +94,63 @@ def concatenate(parts: list[Draws]) -> Draws:
 
 
 def _draw(
-    logits: Tensor, config: LogitsConfig, u: Tensor, suppress: tuple[int, ...], measures: frozenset[Measure]
+    logits: Tensor,
+    config: LogitsConfig,
+    u: Tensor,
+    suppress: tuple[int, ...],
+    measures: frozenset[Measure],
+    may_leave: bool,
 ) -> Draws:
+    """Draw for a few rows; with `may_leave` an id is -1 where more than a first look is needed, for a second pass."""
+    u = u.double()
     values, highest = from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
-    greedy = config.temperature == 0.0
-    own = values.exp() if measures & {"log_prob", "margin", "entropy"} or config.temperature == 1.0 else None
-    top = values.argmax(dim=1) if greedy or "argmax" in measures else None
-    if greedy and top is not None:
+    top = values.argmax(dim=1) if config.temperature == 0.0 or "argmax" in measures else None
+    own = values.softmax(dim=1) if measures & {"margin", "entropy"} else None
+    if config.temperature == 0.0 and top is not None:
         ids = top
     elif config.top_k is not None and config.top_k < values.shape[1]:
         candidates, scores = top_k_scores(values, config, config.top_k)
-        weights = scores.exp()
-        ids = candidates.gather(1, sample_weights(Weights(weights), u[:, -1])[:, None])[:, 0]
+        ids = candidates.gather(1, sample_weights(Weights(scores.exp()), u[:, -1])[:, None])[:, 0]
+    elif config.temperature == 1.0:
+        ids = _draw_nucleus(values, values.softmax(dim=1) if own is None else own, config.top_p, u, may_leave)
     else:
-        same = own is not None and config.temperature == 1.0
-        weights = own if same and own is not None else values.mul(1.0 / clamped(config.temperature)).exp_()
-        ids = _draw_nucleus(values, weights, config.top_p, u)
-    total = None if own is None else Weights(own).total
+        weights = values.mul(1.0 / clamped(config.temperature)).softmax(dim=1)
+        ids = _draw_nucleus(values, weights, config.top_p, u, may_leave)
     log_prob = margin = entropy = None
-    if total is not None and "log_prob" in measures:
-        log_prob = (values.gather(1, ids[:, None])[:, 0].double() - total.log()).float()
-    if total is not None and own is not None and "margin" in measures:
-        second = own.scatter(1, own.argmax(dim=1, keepdim=True), 0.0).amax(dim=1)
-        margin = ((1.0 - second) / total).float()
-    if total is not None and own is not None and "entropy" in measures:
-        # A weight of 0 times a logit of -inf would be NaN.
+    if "log_prob" in measures:
+        log_prob = values.log_softmax(dim=1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
+    if own is not None and "entropy" in measures:
+        # The highest logit is 0, so the logarithm of its share is the log-partition with the other sign. A share of 0
+        # times a logit of -inf would be NaN.
         energy = torch.linalg.vecdot(own, values.clamp(min=torch.finfo(torch.float32).min))
-        entropy = (total.log() - energy.double() / total).clamp(min=0.0).float()
+        entropy = (-own.amax(dim=1).log() - energy).clamp(min=0.0)
+    if own is not None and "margin" in measures:
+        best = own.argmax(dim=1, keepdim=True)
+        first = own.gather(1, best)
+        margin = (first - own.scatter_(1, best, 0.0).amax(dim=1, keepdim=True))[:, 0]
     return Draws(ids, ~highest.isfinite(), log_prob, margin, entropy, top if "argmax" in measures else None)
 
 
-def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor) -> Tensor:
+def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor, may_leave: bool) -> Tensor:
     """Draw [n] ids from the nucleus: by rejection with all columns of `u` but the last, then outright.
 
     Most tokens are seen to lie inside in one pass over the row, which counts all equal ones as coming before; where
-    that leaves it open, the exact count decides, so that a token is turned down only if it lies outside.
+    that leaves it open, the exact count decides, so that a token is turned down only if it lies outside. With
+    `may_leave` that is left to another call, and the id is -1: on a CPU a few rows of many blocks are faster together.
     """
     table = Weights(weights)
     if top_p == 1.0:
         return sample_weights(table, u[:, 0])
+    if may_leave and u.shape[1] > 1:
+        drawn = sample_weights(table, u[:, 0])
+        return torch.where(_surely_inside(values, table, drawn, top_p), drawn, -1)
     rows = torch.arange(len(u), device=u.device)
     ids = torch.zeros(len(u), dtype=torch.int64, device=u.device)
     is_open = torch.ones(len(u), dtype=torch.bool, device=u.device)
-    compact = u.device.type == "cpu"  # elsewhere asking for the number of rows would stall the device
+    compact = u.device.type == "cpu"
     for column in range(u.shape[1] - 1):
         drawn = sample_weights(table, u[rows, column])
-        if compact:
-            inside = _surely_inside(values, table, drawn, top_p)
-            unclear = (~inside).nonzero()[:, 0]
-            if len(unclear):
-                inside[unclear] = in_nucleus(values[unclear], table.values[unclear], drawn[unclear], top_p)
-        else:
-            inside = in_nucleus(values, table.values, drawn, top_p)
-        inside &= is_open[rows]
+        inside = in_nucleus(values, table.values, drawn, top_p) & is_open[rows]
         ids[rows] = torch.where(inside, drawn, ids[rows])
         is_open[rows] &= ~inside
         if compact:

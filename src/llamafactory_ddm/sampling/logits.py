@@ -58,6 +58,10 @@ class LogitsConfig:
         if any(token < 0 for token in self.suppress):
             raise ValueError(f"ids to suppress must not be negative, got {self.suppress}")
 
+    def uses_nucleus(self, vocab: int) -> bool:
+        """Tell whether tokens are drawn from a nucleus of the whole vocabulary."""
+        return self.temperature > 0.0 and self.top_p < 1.0 and (self.top_k is None or self.top_k >= vocab)
+
 
 def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Return [n, vocab] float32 logits of classifier-free guidance, `unconditional + scale (conditional - ...)`.

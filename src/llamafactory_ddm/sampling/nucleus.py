@@ -103,5 +103,4 @@ def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Te
     level = values.gather(1, here)
     lower = torch.arange(values.shape[1], device=values.device) < here
     before = (values > level) | ((values == level) & lower)
-    mass = before.mul(weights).sum(dim=1, dtype=torch.float64)
-    return mass < top_p * weights.sum(dim=1, dtype=torch.float64)
+    return Weights(weights * before).total < top_p * Weights(weights).total

@@ -1,0 +1,89 @@
+"""Make the arithmetic problems for trying out finetuning: python data/make_problems.py
+
+tiny_problems_train.jsonl and tiny_problems_eval.jsonl: a story in numbers as instruction, and as output its working
+and then the answer behind ####. A problem is in one split only, and so are the numbers it begins with: no first number
+and first step of the held-out problems occur together in the training problems.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from random import Random
+
+from make_corpus import COUNTED, Person, two_people
+
+HERE = Path(__file__).parent
+SEED = 20250301
+N_TRAIN, N_EVAL = 6000, 200
+LARGEST = 20
+
+
+def one_person(random: Random, first: int, step: int) -> tuple[str, str]:
+    """Return a problem of two steps, the first of them `first` plus or minus `step`, and its solution."""
+    a, noun = Person(random), random.choice(COUNTED)
+    told, worked = [f"{a.name} has {first} {noun}s."], []
+    total = first
+    for number in (step, random.randint(2, LARGEST)):
+        if total > number and random.random() < 0.5:
+            told.append(f"{a.He} {random.choice(('gives away', 'loses', 'sells'))} {number}.")
+            worked.append(f"{total} - {number} = {total - number}.")
+            total -= number
+        else:
+            told.append(f"{a.He} {random.choice(('buys', 'finds', 'gets'))} {number} more.")
+            worked.append(f"{total} + {number} = {total + number}.")
+            total += number
+    return f"{' '.join(told)} How many {noun}s does {a.he} have?", f"{' '.join(worked)} #### {total}"
+
+
+def two_persons(random: Random, first: int, step: int) -> tuple[str, str]:
+    """Return a problem about the numbers of two people, and its solution."""
+    a, b = two_people(random)
+    noun = random.choice(COUNTED)
+    told = f"{a.name} has {first} {noun}s and {b.name} has {step} {noun}s."
+    if random.random() < 0.5 or first == step:
+        return (
+            f"{told} How many {noun}s do they have together?",
+            f"{first} + {step} = {first + step}. #### {first + step}",
+        )
+    more, most, least = (a, first, step) if first > step else (b, step, first)
+    other = b if more is a else a
+    return (
+        f"{told} How many more does {more.name} have than {other.name}?",
+        f"{most} - {least} = {most - least}. #### {most - least}",
+    )
+
+
+def is_held_out(first: int, step: int) -> bool:
+    """Tell which split a pair of numbers is in; about one in ten is held out."""
+    return hashlib.sha256(f"{first} {step}".encode()).digest()[0] < 26
+
+
+def problems() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return distinct problems for training and for evaluation, in a fixed order."""
+    random = Random(SEED)
+    seen: set[str] = set()
+    train: list[dict[str, str]] = []
+    held_out: list[dict[str, str]] = []
+    while len(train) < N_TRAIN or len(held_out) < N_EVAL:
+        first, step = random.randint(2, LARGEST), random.randint(2, LARGEST)
+        maker = random.choice((one_person, two_persons))
+        question, answer = maker(random, first, step)
+        split, size = (held_out, N_EVAL) if is_held_out(first, step) else (train, N_TRAIN)
+        if question not in seen and len(split) < size:
+            seen.add(question)
+            split.append({"instruction": question, "output": answer})
+    return train, held_out
+
+
+def main() -> None:
+    """Write both files."""
+    for split, rows in zip(("train", "eval"), problems(), strict=True):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (HERE / f"tiny_problems_{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        print(f"tiny_problems_{split}.jsonl: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

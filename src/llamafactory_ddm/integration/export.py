@@ -1,0 +1,44 @@
+"""What `llamafactory-cli export` writes of a diffusion model: the merged model, its own tokenizer, and its facts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ..modeling.diffusion_config import DiffusionConfig
+from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
+
+_NOT_TRAINING = SimpleNamespace(do_train=False)
+
+
+def exported_tokenizer(model_args: Any) -> dict[str, Any]:
+    """Return upstream's tokenizer module, with the tokenizer of the newest of adapter, checkpoint and base.
+
+    Raises:
+        ValueError: if nothing says that the model is a diffusion model, or what it says is contradicted.
+    """
+    args = model_args.exported_diffusion
+    tokenizer_module, config, mask = load_diffusion_tokenizer(model_args, args, _NOT_TRAINING)
+    model_args.exported_as = (config, mask)
+    return tokenizer_module
+
+
+def exported_model(tokenizer: Any, model_args: Any) -> Any:
+    """Return the model with its adapters merged, which saves diffusion_config.json with its weights."""
+    args = model_args.exported_diffusion
+    config, mask = model_args.exported_as
+    args.diffusion_stage = args.diffusion_stage or "ddm-sft"
+    loaded: LoadedModel = load_diffusion_model(tokenizer, mask, config, model_args, args, _NOT_TRAINING)
+    _save_with(loaded.model, loaded.diffusion_config)
+    return loaded.model
+
+
+def _save_with(model: Any, config: DiffusionConfig) -> None:
+    save = model.save_pretrained
+
+    def save_pretrained(save_directory: str | Path, **kwargs: Any) -> None:
+        save(save_directory, **kwargs)
+        config.save(save_directory)
+
+    model.save_pretrained = save_pretrained

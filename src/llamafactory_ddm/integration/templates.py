@@ -1,0 +1,69 @@
+"""Templates that LLaMA-Factory lacks: DiffuLLaMA's format of a prompt with its response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llamafactory.data.formatter import StringFormatter
+from llamafactory.data.template import TEMPLATES, Template, register_template
+
+DIFFULLAMA = "diffullama"
+_MARKS = 3  # bos, sep, eos
+
+
+@dataclass
+class DiffuLlamaTemplate(Template):  # type: ignore[misc]
+    """`[bos] prompt [sep] response [eos]`, the prompt cut from the left and the response from the right.
+
+    Attributes:
+        sep_token: spelling of [sep] in the vocabulary.
+        cutoff_len: tokens of a row, to which prompt and response are cut; None cuts nothing.
+    Source: DiffuLLaMA (arXiv 2410.17891), the data format of its finetuning code.
+    Deviates: a response that fills the row leaves no room for the prompt, and the row then holds no prompt; there it
+        would hold all of the prompt and lose the end of the response.
+    """
+
+    sep_token: str | None = None
+    cutoff_len: int | None = None
+
+    def _encode(
+        self, tokenizer: Any, messages: list[dict[str, str]], system: str | None, tools: str | None
+    ) -> list[list[int]]:
+        """Return the ids of the prompt with its marks, and of the response with its end.
+
+        Raises:
+            ValueError: if the example is not one prompt and one response, or [sep] is not set.
+        """
+        if len(messages) != 2 or tools:
+            raise ValueError(
+                f"template: {DIFFULLAMA} holds one prompt and one response, and an example has {len(messages)} "
+                f"messages{' and tools' if tools else ''}; use the template of a chat model"
+            )
+        if self.sep_token is None:
+            raise ValueError(f"template: {DIFFULLAMA} needs sep_token, the token between prompt and response")
+        prompt = tokenizer.encode((system or self.default_system) + messages[0]["content"], add_special_tokens=False)
+        response = tokenizer.encode(messages[1]["content"], add_special_tokens=False)
+        if self.cutoff_len is not None:
+            room = self.cutoff_len - _MARKS
+            response = response[:room]
+            prompt = prompt[max(0, len(prompt) - (room - len(response))) :]
+        bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        sep = tokenizer.convert_tokens_to_ids(self.sep_token)
+        return [[*bos, *prompt, sep], [*response, tokenizer.eos_token_id]]
+
+
+def without_cut(template: Any) -> Any:
+    """Return a template that cuts nothing off prompt and response."""
+    return replace(template, cutoff_len=None) if isinstance(template, DiffuLlamaTemplate) else template
+
+
+def register_templates() -> None:
+    """Make the templates known to LLaMA-Factory; doing so again changes nothing."""
+    if DIFFULLAMA not in TEMPLATES:
+        register_template(
+            name=DIFFULLAMA,
+            format_user=StringFormatter(slots=["{{content}}"]),
+            format_assistant=StringFormatter(slots=["{{content}}", {"eos_token"}]),
+            template_class=DiffuLlamaTemplate,
+        )

@@ -1,0 +1,118 @@
+"""What LoRA needs to be told of a diffusion model: which modules, and which embeddings stay tied."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from .diffusion_config import DiffusionConfig
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def merged_with_base(folder: str | Path, config: DiffusionConfig, *, dtype: Any) -> Any:
+    """Load the base model that an adapter names, and merge the adapter into it.
+
+    Args:
+        folder: with adapter_config.json and the adapter's weights.
+        config: of the adapter.
+        dtype: of the model's weights, as Hugging Face takes it.
+    Raises:
+        ValueError: if the base model cannot be loaded.
+    """
+    from peft import PeftModel
+
+    base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is an adapter of {base}, which cannot be loaded ({str(error).strip().splitlines()[0]}); start "
+            "where that path is right, or change base_model_name_or_path in its adapter_config.json"
+        ) from error
+    if config.mask_token_id >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(config.mask_token_id + 1, mean_resizing=False)
+    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    tie_again(merged)
+    return merged
+
+
+def settle_targets(model: Any, finetuning_args: Any) -> None:
+    """Put names in place of `lora_target: all`, GPT-2's included, and check that every name is one of the model's.
+
+    Args:
+        model: the base model.
+        finetuning_args: upstream's; `lora_target` is changed.
+    Raises:
+        ValueError: if a name of lora_target or additional_target matches no module, saying what the others match.
+    """
+    linear = linear_modules(model)
+    own = sorted({name.rpartition(".")[2] for name in linear})
+    targets = list(finetuning_args.lora_target)
+    if targets == ["all"]:
+        finetuning_args.lora_target = own
+    else:
+        _check_names("lora_target", targets, linear, own)
+    if finetuning_args.additional_target:
+        names = [name for name, _ in model.named_modules() if name]
+        others = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+        _check_names("additional_target", list(finetuning_args.additional_target), names, others)
+
+
+def linear_modules(model: Any) -> list[str]:
+    """Return the names of the modules that LoRA can take: all linear ones but the output embedding."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is not head
+        and (isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__)
+        and "lm_head" not in name
+    ]
+
+
+def stores_embedding(model: Any, finetuning_args: Any) -> bool:
+    """Tell whether additional_target names the input embedding, so that the adapter holds a copy of it."""
+    embedding = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module is embedding]
+    return any(_matches(target, name) for target in finetuning_args.additional_target or () for name in names)
+
+
+def tie_again(model: Any) -> None:
+    """Have the output embedding share the input embedding's weight, if the model's config says that it does.
+
+    PEFT trains, and merges, a copy of the input embedding that additional_target names, and leaves the output
+    embedding with the weight of before: saved, the model would be another one than was trained.
+    """
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    if head is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    embedding = model.get_input_embeddings()
+    trained = getattr(embedding, "modules_to_save", None)
+    weight = embedding.weight if trained is None else next(iter(trained.values())).weight
+    inner = getattr(head, "modules_to_save", None)
+    head = head if inner is None else next(iter(inner.values()))
+    if head.weight is not weight:
+        head.weight = weight
+
+
+def _check_names(key: str, targets: list[str], modules: list[str], known: list[str]) -> None:
+    counts = {target: sum(_matches(target, name) for name in modules) for target in targets}
+    missing = [target for target, count in counts.items() if not count]
+    if missing:
+        matched = ", ".join(f"{target} ({count} modules)" for target, count in counts.items() if count) or "nothing"
+        raise ValueError(
+            f"{key}: {', '.join(missing)} matches no module of this model; {matched} was matched. The model has "
+            f"{', '.join(known)}"
+        )
+
+
+def _matches(target: str, name: str) -> bool:
+    """Tell whether PEFT takes the module for the target."""
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,271 @@
+"""A published checkpoint into an ordinary Hugging Face folder with diffusion_config.json, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .checkpoints import read_weights, verify_checkpoint, weight_files
+from .diffusion_config import DiffusionConfig
+from .mask_token import resolve_token
+from .published import (
+    LAYOUTS,
+    TOKENS,
+    Layout,
+    embedding_rows,
+    keys_of,
+    layout_of,
+    published_config,
+    shapes_of,
+)
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_LISTED = 8
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    base: str | Path | None = None,
+    to_published: bool = False,
+    mask_token: str | None = None,
+    sep_token: str | None = None,
+    pad_token: str | None = None,
+    shift: bool = True,
+) -> None:
+    """Write `target`, a folder that does not exist yet; it appears when it is complete.
+
+    Args:
+        source: a published checkpoint, or with `to_published` an ordinary one; a model or a LoRA adapter.
+        target: where the result goes.
+        base: folder or name of the model that it was trained from, for a config or tokenizer that `source` lacks.
+        to_published: write the names of the published layout.
+        mask_token: spelling or id; by default what the table of published models says.
+        sep_token: the same, between prompt and response.
+        pad_token: the same, of padding.
+        shift: whether logits at i predict token i + 1.
+    Raises:
+        ValueError: if a file is missing, broken or holds other weights than the model has, if nothing says which token
+            is the mask, or if `target` exists.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a folder; check the path (it is relative to {Path.cwd()})")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists already; name a folder that does not")
+    verify_checkpoint(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        if (source / _ADAPTER_CONFIG).is_file():
+            _convert_adapter(source, scratch, base, to_published)
+        else:
+            tokens = {"mask_token": mask_token, "sep_token": sep_token, "pad_token": pad_token}
+            _convert_model(source, scratch, base, to_published, tokens, shift)
+        for path in scratch.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():
+            target.rmdir()
+        scratch.chmod(0o755)
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _convert_model(
+    source: Path,
+    scratch: Path,
+    base: str | Path | None,
+    to_published: bool,
+    tokens: dict[str, str | None],
+    shift: bool,
+) -> None:
+    config = _config(source, base)
+    layout = layout_of(key for path in weight_files(source) for key in keys_of(path))
+    if to_published and layout is not None:
+        raise ValueError(f"{source} has the layout of {layout.name} already")
+    if to_published and config.model_type not in LAYOUTS:
+        raise ValueError(f"no {config.model_type} model was published in another layout; {', '.join(LAYOUTS)} were")
+    rows = embedding_rows(source, layout) or int(config.vocab_size)
+    config.vocab_size = rows
+    _check_keys(source, layout, config)
+    rename = _renamer(layout, LAYOUTS[config.model_type] if to_published else None)
+    _write_weights(source, scratch, rename)
+    config.save_pretrained(scratch)
+    tokenizer = _tokenizer(source, base)
+    described = DiffusionConfig.find(source)
+    if described is None:
+        described = _described(config, rows, tokenizer, tokens, shift)
+    if described.mask_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"mask_token": described.mask_token})
+    if tokenizer.convert_tokens_to_ids(described.mask_token) != described.mask_token_id:
+        raise ValueError(
+            f"the tokenizer gives the mask token {described.mask_token!r} the id "
+            f"{tokenizer.convert_tokens_to_ids(described.mask_token)}, the weights were trained with "
+            f"{described.mask_token_id}; name the model that they were trained from with --base"
+        )
+    tokenizer.save_pretrained(scratch)
+    described.save(scratch)
+
+
+def _convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_published: bool) -> None:
+    keys = [key for path in weight_files(source) for key in keys_of(path)]
+    layout = layout_of(keys)
+    if to_published and layout is not None:
+        raise ValueError(f"{source} has the layout of {layout.name} already")
+    settings = json.loads((source / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if base is not None:
+        settings["base_model_name_or_path"] = str(base)
+    rename = _renamer(layout, _adapter_layout(keys) if to_published else None)
+    _write_weights(source, scratch, rename)
+    (scratch / _ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    described = DiffusionConfig.find(source)
+    if described is None and base is not None:
+        described = DiffusionConfig.find(base)
+    if described is None:
+        raise ValueError(
+            "nothing says which diffusion model this adapter belongs to: convert that first, and name the result with "
+            "--base"
+        )
+    described.save(scratch)
+    for path in source.glob("*token*"):
+        shutil.copy2(path, scratch)
+
+
+def _adapter_layout(keys: list[str]) -> Layout:
+    kinds = {"gpt2": "base_model.model.transformer.h.", "llama": "base_model.model.model.layers."}
+    for kind, prefix in kinds.items():
+        if any(key.startswith(prefix) for key in keys):
+            return LAYOUTS[kind]
+    raise ValueError("this adapter belongs to no kind of model that was published in another layout")
+
+
+def _renamer(layout: Layout | None, published: Layout | None) -> Callable[[str], str | None]:
+    if published is not None:
+        return published.to_published
+    return (lambda key: key) if layout is None else layout.to_standard
+
+
+def _config(source: Path, base: str | Path | None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source if base is None else base)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source if base is None else base} has no config.json of a known model ({_first_line(error)}); name the "
+            "model that the weights were trained from with --base, such as gpt2-medium or a folder"
+        ) from error
+
+
+def _tokenizer(source: Path, base: str | Path | None) -> Any:
+    has_own = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    folder = source if has_own or base is None else base
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no tokenizer ({_first_line(error)}); name the model that the weights were trained from "
+            "with --base"
+        ) from error
+
+
+def _described(config: Any, rows: int, tokenizer: Any, tokens: dict[str, str | None], shift: bool) -> DiffusionConfig:
+    """Return what the checkpoint says about itself, from the table of published models and the user's tokens."""
+    known = published_config(config.model_type, rows, tokenizer)
+    if known is None and tokens["mask_token"] is None:
+        raise ValueError(
+            f"nothing says which token is the mask of this {config.model_type} model of {rows} embeddings; name it "
+            "with --mask-token (and --sep-token)"
+        )
+    mask: tuple[str, int] = ("", 0) if known is None else (known.mask_token, known.mask_token_id)
+    if tokens["mask_token"] is not None:
+        mask = resolve_token(tokenizer, "--mask-token", tokens["mask_token"])
+    described = replace(
+        known or DiffusionConfig(mask[0], mask[1], shift, "masked", 0.0, "linear", 1.0),
+        mask_token=mask[0],
+        mask_token_id=mask[1],
+        shift=shift,
+    )
+    if tokens["sep_token"] is not None:
+        sep = resolve_token(tokenizer, "--sep-token", tokens["sep_token"])
+        described = replace(described, sep_token=sep[0], sep_token_id=sep[1])
+    published = TOKENS.get((config.model_type, rows))
+    if tokens["pad_token"] is not None:
+        tokenizer.pad_token = resolve_token(tokenizer, "--pad-token", tokens["pad_token"])[0]
+    elif published is not None:
+        pad = published.pad_id
+        tokenizer.pad_token = tokenizer.eos_token if pad is None else tokenizer.convert_ids_to_tokens(pad)
+    return described
+
+
+def _check_keys(source: Path, layout: Layout | None, config: Any) -> None:
+    """Compare names and shapes with those of the model.
+
+    Raises:
+        ValueError: listing what is missing, unexpected, there twice, or of another shape.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    tied = {"lm_head.weight"} if getattr(config.get_text_config(), "tie_word_embeddings", False) else set()
+    found: dict[str, tuple[int, ...]] = {}
+    twice = []
+    for path in weight_files(source):
+        for key, shape in shapes_of(path).items():
+            standard = key if layout is None else layout.to_standard(key)
+            if standard is None:
+                continue
+            twice += [standard] * (standard in found)
+            found[standard] = shape
+    missing = sorted(expected.keys() - found.keys() - tied)
+    unexpected = sorted(found.keys() - expected.keys())
+    shapes = [
+        f"{key} {found[key]} instead of {expected[key]}"
+        for key in sorted(found.keys() & expected.keys())
+        if found[key] != expected[key]
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "there twice": twice, "of another shape": shapes}
+    said = [f"{what} {_some(names)}" for what, names in faults.items() if names]
+    if said:
+        raise ValueError(f"the weights in {source} do not fit {config.model_type}: {'; '.join(said)}")
+
+
+def _write_weights(source: Path, scratch: Path, rename: Callable[[str], str | None]) -> None:
+    """Write each file of weights anew, as safetensors, with other names."""
+    files = weight_files(source)
+    index: dict[str, str] = {}
+    size = 0
+    for path in files:
+        kept: dict[str, Tensor] = {}
+        for key, value in read_weights(path).items():
+            name = rename(key)
+            if name is not None:
+                kept[name] = value.contiguous().clone()
+        stem = path.name.replace("pytorch_model", "model") if path.suffix == ".bin" else path.name
+        name = Path(stem).with_suffix(".safetensors").name
+        save_file(kept, scratch / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(kept, name)
+        size += sum(value.numel() * value.element_size() for value in kept.values())
+    if len(files) > 1:
+        table = {"metadata": {"total_size": size}, "weight_map": index}
+        (scratch / "model.safetensors.index.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,179 @@
+"""The layouts in which DiffuGPT, DiffuLLaMA and its GSM8K adapter were published, and what their tokens are.
+
+Their code wraps the decoder, so that weights are called `embed_tokens.`, `denoise_model.` and `lm_head.`; DiffuLLaMA
+as it was published has the names of any Llama. No file says which token is the mask, so that is a table here.
+
+Source: DiffuLLaMA (arXiv 2410.17891) and its code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from .checkpoints import read_weights, weight_files
+from .diffusion_config import DiffusionConfig
+
+_ADAPTER_PREFIX = "base_model.model."
+# Buffers of old GPT-2 files, and the autoregressive model that lies beside the other in DiffuGPT's .bin files.
+_IGNORED = re.compile(r"(denoise_model|transformer)\.h\.\d+\.attn\.(bias|masked_bias)|model\..*")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of weights as published, and as Hugging Face has them.
+
+    Attributes:
+        name: for messages.
+        decoder: what begins the names of the decoder in Hugging Face's model.
+        embedding: what begins those of its input embedding.
+    """
+
+    name: str
+    decoder: str
+    embedding: str
+
+    def to_standard(self, key: str) -> str | None:
+        """Return Hugging Face's name of a published one, or None for what belongs to no model.
+
+        Raises:
+            ValueError: if it is neither.
+        """
+        prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
+        bare = key.removeprefix(prefix)
+        if not prefix and _IGNORED.fullmatch(bare):
+            return None
+        for published, standard in self._pairs():
+            if bare.startswith(published):
+                return prefix + standard + bare.removeprefix(published)
+        raise ValueError(f"{key} is no name of the layout of {self.name}")
+
+    def to_published(self, key: str) -> str:
+        """Return the published name of one of Hugging Face's.
+
+        Raises:
+            ValueError: if it is none of this kind of model.
+        """
+        prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
+        bare = key.removeprefix(prefix)
+        for published, standard in self._pairs():
+            if bare.startswith(standard):
+                return prefix + published + bare.removeprefix(standard)
+        raise ValueError(f"{key} has no name in the layout of {self.name}")
+
+    def _pairs(self) -> tuple[tuple[str, str], ...]:
+        """Published and standard beginnings, the longer standard ones first."""
+        return (("embed_tokens.", self.embedding), ("denoise_model.", self.decoder), ("lm_head.", "lm_head."))
+
+
+DIFFUGPT = Layout("DiffuGPT", decoder="transformer.", embedding="transformer.wte.")
+WRAPPED_LLAMA = Layout("DiffuLLaMA's wrapper", decoder="model.", embedding="model.embed_tokens.")
+LAYOUTS = {"gpt2": DIFFUGPT, "llama": WRAPPED_LLAMA}
+
+
+@dataclass(frozen=True)
+class PublishedTokens:
+    """Ids of a published model's special tokens.
+
+    Attributes:
+        mask_id: of [MASK].
+        sep_id: between prompt and response of its finetuned models.
+        pad_id: of padding; None is the end-of-text token.
+        new_mask: spelling of [MASK] where it is not in the base model's vocabulary.
+    """
+
+    mask_id: int
+    sep_id: int
+    pad_id: int | None
+    new_mask: str | None = None
+
+
+# Kind of model and rows of its embedding -> its tokens. DiffuGPT-M added its mask to GPT-2's 50,257 tokens.
+TOKENS = {
+    ("gpt2", 50257): PublishedTokens(mask_id=10541, sep_id=50155, pad_id=None),
+    ("gpt2", 50258): PublishedTokens(mask_id=50257, sep_id=50155, pad_id=101, new_mask="[\u00a8M\u00a8]"),
+    ("llama", 32000): PublishedTokens(mask_id=811, sep_id=4936, pad_id=30399),
+}
+
+
+def layout_of(keys: Iterable[str]) -> Layout | None:
+    """Return the published layout that names of weights have, or None for Hugging Face's own."""
+    bare = {key.removeprefix(_ADAPTER_PREFIX) for key in keys}
+    if any(key.startswith("denoise_model.layers.") for key in bare):
+        return WRAPPED_LLAMA
+    if any(key.startswith("denoise_model.") for key in bare):
+        return DIFFUGPT
+    return None
+
+
+def layout_of_folder(folder: str | Path) -> Layout | None:
+    """Return the published layout of a folder's weights, or None for Hugging Face's own.
+
+    Raises:
+        BrokenCheckpointError: if the folder holds no weights.
+    """
+    return layout_of(key for path in weight_files(Path(folder)) for key in keys_of(path))
+
+
+def keys_of(path: Path) -> list[str]:
+    """Return the names in a file of weights."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    return list(read_weights(path))
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each weight in a file."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return {key: tuple(value.shape) for key, value in read_weights(path).items()}
+
+
+def embedding_rows(folder: str | Path, layout: Layout | None) -> int:
+    """Return how many rows the input embedding in a folder's weights has, 0 if it is not found."""
+    names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
+    for path in weight_files(Path(folder)):
+        for key, shape in shapes_of(path).items():
+            if (key if layout is None else layout.to_standard(key)) in names:
+                return shape[0]
+    return 0
+
+
+def is_model_folder(folder: str | Path) -> bool:
+    """Tell whether Hugging Face can load the model of a folder as it stands."""
+    return (Path(folder) / "config.json").is_file() and layout_of_folder(folder) is None
+
+
+def published_config(model_type: str, rows: int, tokenizer: Any) -> DiffusionConfig | None:
+    """Return what a published model would say about itself, or None if it is not in the table.
+
+    Args:
+        model_type: of its config.
+        rows: of its embedding.
+        tokenizer: its own, or that of the base model.
+    """
+    tokens = TOKENS.get((model_type, rows))
+    if tokens is None:
+        return None
+    mask = tokens.new_mask or tokenizer.convert_ids_to_tokens(tokens.mask_id)
+    sep = tokenizer.convert_ids_to_tokens(tokens.sep_id)
+    if mask is None or sep is None:
+        return None
+    return DiffusionConfig(
+        mask_token=mask,
+        mask_token_id=tokens.mask_id,
+        shift=True,
+        noise_process="masked",
+        uniform_ratio=0.0,
+        noise_schedule="linear",
+        attention_ratio=1.0,
+        sep_token=sep,
+        sep_token_id=tokens.sep_id,
+    )

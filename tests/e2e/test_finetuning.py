@@ -1,0 +1,318 @@
+"""`stage: ddm-sft` from YAML: in full, with adapters, packed, from published layouts, merged, resumed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamafactory_ddm import load
+from llamafactory_ddm.modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from llamafactory_ddm.modeling.digits import splits_digits
+from support.cli import ABSENT, ROOT, history, predictions, run, train_here
+
+SOLVE = "tiny_gpt2_sft_inference.yaml"
+LORA = "tiny_gpt2_lora_ddm_sft.yaml"
+IDS = torch.arange(40)[None]
+
+
+def losses(folder):
+    return [log["loss"] for log in history(folder)]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, attention_mask=torch.zeros(1, 1, 40, 40)).logits
+
+
+def merged(base, adapter):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, str(adapter))
+
+
+def export(folder, base, adapter, **keys):
+    words = {"model_name_or_path": base, "adapter_name_or_path": adapter, "finetuning_type": "lora", **keys}
+    words |= {"template": "diffullama", "export_dir": folder, "infer_dtype": "float32"}
+    run("export", *(word for key, value in words.items() for word in (f"--{key}", str(value))))
+
+
+def solve(folder, **keys):
+    small = {"max_samples": 3, "diffusion_steps": 4, "cutoff_len": 64, "overwrite_cache": True}
+    train_here(SOLVE, output_dir=folder, **{**small, **keys})
+    return predictions(folder)
+
+
+def test_the_checkpoint_says_how_it_was_finetuned(finetuned, tmp_path):
+    config, tokenizer = DiffusionConfig.load(finetuned), AutoTokenizer.from_pretrained(finetuned)
+    assert config.train_on_padding is True
+    assert (config.sep_token, config.sep_token_id) == ("Ċ", tokenizer.convert_tokens_to_ids("Ċ"))
+    assert len(solve(tmp_path / "solved", model_name_or_path=finetuned)) == 3
+    results = json.loads((tmp_path / "solved" / "predict_results.json").read_text())
+    assert "predict_gsm8k_accuracy" in results
+
+
+def test_only_the_response_is_noised(finetuned, small_data, tmp_path, finetune):
+    """With every response one token long, so much is masked as responses, ends and padding allow."""
+    rows = [{"instruction": "Tom has 3 apples.", "output": "3"}] * 16
+    data = tmp_path / "data"
+    shutil.copytree(small_data, data)
+    for split in ("train", "eval"):
+        (data / f"tiny_problems_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finetune(tmp_path / "hidden", dataset_dir=data, train_on_padding=False, max_steps=2, antithetic_time=False)
+    tokenizer = AutoTokenizer.from_pretrained(finetuned)
+    length = len(tokenizer.encode("Tom has 3 apples.", add_special_tokens=False)) + 4  # bos, sep, 3, eos
+    assert DiffusionConfig.load(tmp_path / "hidden").train_on_padding is False
+    for log in history(tmp_path / "hidden"):
+        assert (log["masked_fraction"] * 4 * 2) % 1 == pytest.approx(0, abs=1e-6)  # of 4 rows x 2 maskable tokens
+    assert length < 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train_on_padding": False},
+        {"sep_token": "!"},
+        {"train_on_prompt": True},
+        {"template": "alpaca", "sep_token": ABSENT, "cutoff_len": 120},
+        {"packing": True},
+        {"neat_packing": True},
+    ],
+    ids=str,
+)
+def test_each_key_changes_the_loss(change, finetuned, finetune, tmp_path):
+    assert losses(finetune(tmp_path / "out", **change)) != losses(finetuned)
+
+
+def test_packing_and_neat_packing_are_one(finetune, tmp_path):
+    packed = {"cutoff_len": 128, "max_steps": 2}
+    one, two = (
+        finetune(tmp_path / "one", packing=True, **packed),
+        finetune(tmp_path / "two", neat_packing=True, **packed),
+    )
+    assert losses(one) == pytest.approx(losses(two), rel=1e-6)
+    assert DiffusionConfig.load(one).train_on_padding is False
+
+
+def test_several_turns_and_mask_history(small_data, finetune, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(small_data, data)
+    row = {"instruction": "And 2 more?", "output": "5", "history": [["Tom has 3 apples.", "3"]]}
+    (data / "turns.json").write_text(json.dumps([row] * 16))
+    info = {"turns": {"file_name": "turns.json", "columns": {"prompt": "instruction", "response": "output"}}}
+    info["turns"]["columns"]["history"] = "history"
+    (data / "dataset_info.json").write_text(json.dumps(info))
+    keys = {"dataset_dir": data, "dataset": "turns", "eval_dataset": ABSENT, "template": "default"}
+    keys |= {"sep_token": ABSENT, "cutoff_len": 96, "train_on_padding": False}
+    both = finetune(tmp_path / "both", **keys)
+    last = finetune(tmp_path / "last", **keys, mask_history=True)
+    assert losses(both) != losses(last)
+    with pytest.raises(ValueError, match="one prompt and one response, and an example has 4 messages"):
+        finetune(tmp_path / "not", **{**keys, "template": "diffullama", "sep_token": "\n"})
+
+
+def test_freeze_trains_the_last_layers_alone(checkpoint, finetune, tmp_path):
+    out = finetune(tmp_path / "out", finetuning_type="freeze", freeze_trainable_layers=1)
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, out))
+    changed = {key for key in after if not torch.equal(before[key].float(), after[key].float())}
+    assert changed
+    assert all(".h.3." in key for key in changed)
+
+
+# ---- adapters ----
+
+
+def test_an_adapter_of_gpt2(adapter):
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert set(settings["target_modules"]) == {"c_attn", "c_proj", "c_fc"}
+    assert {path.name for path in adapter.iterdir()} >= {"adapter_model.safetensors", FILE_NAME, "tokenizer.json"}
+    assert not (adapter / "model.safetensors").exists()
+    assert DiffusionConfig.load(adapter).sep_token == "Ċ"
+
+
+def test_an_adapter_generates_and_is_trained_on(adapter, checkpoint, finetune, tmp_path):
+    keys = {"model_name_or_path": checkpoint, "adapter_name_or_path": str(adapter), "finetuning_type": "lora"}
+    texts = solve(tmp_path / "solved", **keys)
+    generator = load(adapter)
+    assert generator.config.sep_token == "Ċ"
+    torch.testing.assert_close(logits(generator.model), logits(merged(checkpoint, adapter)), rtol=1e-4, atol=1e-5)
+    assert len(texts) == 3
+    more = finetune(tmp_path / "more", recipe=LORA, adapter_name_or_path=str(adapter))
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, more))
+    assert old.keys() == new.keys()
+    assert losses(more)[0] < losses(adapter)[0]
+
+
+@pytest.mark.parametrize("stage", [None, "ddm-sft"])
+def test_export_is_base_and_adapter(adapter, checkpoint, tmp_path, stage):
+    out = tmp_path / "out"
+    export(out, checkpoint, adapter, **({"stage": stage} if stage else {}))
+    exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(logits(exported), logits(merged(checkpoint, adapter)), rtol=0, atol=1e-5)
+    assert DiffusionConfig.load(out) == DiffusionConfig.load(adapter)
+    assert AutoTokenizer.from_pretrained(out).mask_token == "<|mask|>"
+    assert len(solve(tmp_path / "solved", model_name_or_path=out)) == 3
+
+
+def test_a_trained_copy_of_tied_embeddings_stays_tied(checkpoint, finetune, tmp_path):
+    out = finetune(tmp_path / "adapter", recipe=LORA, additional_target="wte")
+    assert any("wte" in key for key in load_file(out / "adapter_model.safetensors"))
+    export(tmp_path / "out", checkpoint, out)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert exported.lm_head.weight is exported.transformer.wte.weight
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert not torch.equal(exported.transformer.wte.weight, base.transformer.wte.weight.float())
+    torch.testing.assert_close(logits(exported), logits(load(out).model), rtol=0, atol=1e-5)
+    # The loss goes on where it was: what is trained further is what was trained.
+    again = finetune(tmp_path / "again", recipe=LORA, model_name_or_path=tmp_path / "out", learning_rate=0.0)
+    same = finetune(tmp_path / "same", recipe=LORA, adapter_name_or_path=str(out), learning_rate=0.0)
+    assert losses(again) == pytest.approx(losses(same), rel=1e-4)
+
+
+def test_names_that_match_only_in_part_are_an_error(finetune, tmp_path):
+    with pytest.raises(ValueError, match=r"lora_target: q_proj matches no module.*c_attn \(4 modules\) was matched"):
+        finetune(tmp_path / "out", recipe=LORA, lora_target="c_attn,q_proj")
+    with pytest.raises(ValueError, match=r"additional_target: embed_tokens matches no module.*wte"):
+        finetune(tmp_path / "out", recipe=LORA, additional_target="embed_tokens")
+
+
+def test_a_new_mask_token_needs_a_place_in_the_adapter(finetune, tmp_path):
+    base = tmp_path / "base"  # the built-in model in float32
+    AutoModelForCausalLM.from_pretrained(ROOT / "data" / "tiny_gpt2", dtype=torch.float32).save_pretrained(base)
+    AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_gpt2").save_pretrained(base)
+    keys = {"recipe": LORA, "model_name_or_path": base, "mask_token": "<|mask|>", "anneal_steps": 0}
+    with pytest.raises(ValueError, match=r"a LoRA adapter does not hold its embedding.*additional_target"):
+        finetune(tmp_path / "out", **keys)
+    out = finetune(tmp_path / "out", **keys, additional_target="wte")
+    texts = solve(
+        tmp_path / "solved",
+        model_name_or_path=base,
+        adapter_name_or_path=str(out),
+        finetuning_type="lora",
+    )
+    assert len(texts) == 3
+    half = {**keys, "model_name_or_path": "data/tiny_gpt2", "additional_target": "wte"}
+    with pytest.raises(ValueError, match="additional_target: wte is trained in float32 beside a model in bfloat16"):
+        finetune(tmp_path / "half", **half)
+    assert load(out).generate(max_new_tokens=4)
+
+
+def test_an_adapter_of_another_model_is_refused(adapter, train_small, tmp_path):
+    other = train_small(tmp_path / "other", shift=False)
+    keys = {"model_name_or_path": other, "adapter_name_or_path": str(adapter), "finetuning_type": "lora"}
+    with pytest.raises(ValueError, match=r"trained with shift: True, but .* says shift: False"):
+        solve(tmp_path / "solved", **keys)
+
+
+@pytest.mark.parametrize("recipe", ["tiny_gpt2_full_ddm_sft.yaml", LORA])
+def test_a_resumed_run_is_the_uninterrupted_one(recipe, finetune, tmp_path):
+    keys = {"recipe": recipe, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = finetune(tmp_path / "whole", **keys)
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copytree(whole / "checkpoint-2", half / "checkpoint-2")
+    finetune(half, **keys, resume_from_checkpoint=str(half / "checkpoint-2"))
+    assert losses(whole) == losses(half)
+    name = "adapter_model.safetensors" if recipe == LORA else "model.safetensors"
+    one, two = load_file(whole / name), load_file(half / name)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+# ---- published layouts ----
+
+
+def as_published(checkpoint, folder):
+    """Write a checkpoint under DiffuGPT's names, without what this package adds."""
+    folder.mkdir()
+    names = {"transformer.wte.weight": "embed_tokens.weight"}
+    weights = load_file(checkpoint / "model.safetensors")
+    renamed = {
+        names.get(key) or key.replace("transformer.", "denoise_model."): value for key, value in weights.items()
+    }
+    renamed["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    save_file(renamed, folder / "model.safetensors")
+    return folder
+
+
+def test_checkpoint_dir_reads_diffugpts_layout(checkpoint, finetune, tmp_path):
+    source = as_published(checkpoint, tmp_path / "published")
+    keys = {"model_name_or_path": "data/tiny_gpt2", "checkpoint_dir": str(source), "mask_token": "<|mask|>"}
+    direct, through = finetune(tmp_path / "direct"), finetune(tmp_path / "through", **keys, anneal_steps=0)
+    assert losses(through) == pytest.approx(losses(direct), rel=1e-4)
+    with pytest.raises(ValueError, match=r"layout of DiffuGPT.*llamafactory-ddm convert.*checkpoint_dir"):
+        finetune(tmp_path / "not", model_name_or_path=source)
+
+
+def test_lora_on_a_published_checkpoint(checkpoint, finetune, tmp_path):
+    source = as_published(checkpoint, tmp_path / "published")
+    shutil.copytree(ROOT / "data" / "tiny_gpt2", tmp_path / "base")
+    base = {"model_name_or_path": tmp_path / "base", "checkpoint_dir": str(source), "mask_token": "<|mask|>"}
+    with pytest.raises(ValueError, match="a LoRA adapter does not hold its embedding"):
+        finetune(tmp_path / "out", recipe=LORA, **base, anneal_steps=0)
+    tokens = ("--mask-token", str(len(AutoTokenizer.from_pretrained(checkpoint)) - 1))
+    done = run("convert", source, tmp_path / "converted", "--base", checkpoint, *tokens, program="llamafactory-ddm")
+    assert "is ready" in done.stdout
+    direct = finetune(tmp_path / "direct", recipe=LORA)
+    through = finetune(tmp_path / "through", recipe=LORA, model_name_or_path=tmp_path / "converted")
+    assert losses(through) == pytest.approx(losses(direct), rel=1e-4)
+
+
+# ---- what a user gets wrong ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"sep_token": ABSENT}, "template: diffullama needs sep_token"),
+        ({"sep_token": "two words"}, "sep_token: 'two words' is not one token"),
+        ({"template": "alpaca"}, r"sep_token: '\\n' belongs to template: diffullama, but template is alpaca"),
+        ({"packing": True, "train_on_padding": True}, "train_on_padding: true contradicts packing: true"),
+        ({"split_digits": False}, "split_digits: false, but the tokenizer of this model makes every digit"),
+        ({"train_on_padding": "maybe"}, "train_on_padding must be true or false"),
+        ({"finetuning_type": "oft"}, "supports finetuning_type full or freeze or lora"),
+        (
+            {"adapter_name_or_path": "nowhere", "finetuning_type": "lora"},
+            "adapter_name_or_path: nowhere is not a folder",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_name_the_key_and_the_cure(keys, words, finetune, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        finetune(tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_contradicts_the_checkpoint(finetuned, finetune, tmp_path):
+    for keys, words in (
+        ({"train_on_padding": False}, "train_on_padding: False contradicts the checkpoint"),
+        ({"sep_token": "!"}, "sep_token: '!' .* contradicts the checkpoint"),
+        ({"packing": True}, "the checkpoint, which was trained with train_on_padding: true, contradicts packing"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            finetune(tmp_path / "out", model_name_or_path=finetuned, **keys)
+
+
+def test_keys_of_finetuning_belong_to_it(train_small, tmp_path):
+    with pytest.raises(ValueError, match="train_on_padding: a key of stage: ddm-sft, but stage is ddm"):
+        train_small(tmp_path / "out", train_on_padding=True)
+
+
+def test_digits_are_split_for_good(small_data, tmp_path, checkpoint, finetune):
+    """With a tokenizer that joins them."""
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint, base)
+    raw = json.loads((base / "tokenizer.json").read_text())
+    raw["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    vocabulary = raw["model"]["vocab"]
+    free = next(token for token in vocabulary if len(token) > 4 and not token.startswith("<"))
+    vocabulary["11"] = vocabulary.pop(free)
+    raw["model"]["merges"] = [["1", "1"]] + [m for m in raw["model"]["merges"] if free not in ("".join(m), *m)]
+    (base / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if splits_digits(tokenizer):
+        pytest.fail("the tokenizer of this test should join digits")
+    out = finetune(tmp_path / "out", model_name_or_path=base, split_digits=True)
+    assert splits_digits(AutoTokenizer.from_pretrained(out))

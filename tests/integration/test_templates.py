@@ -1,0 +1,47 @@
+"""DiffuLLaMA's format against its description written out in plain Python."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from llamafactory.data.template import TEMPLATES
+
+from llamafactory_ddm.integration.templates import register_templates, without_cut
+from support.tiny import tiny_tokenizer
+
+register_templates()
+register_templates()
+TOKENIZER = tiny_tokenizer()
+TEMPLATE = replace(TEMPLATES["diffullama"], sep_token="Ċ")
+END, SEP = TOKENIZER.eos_token_id, TOKENIZER.convert_tokens_to_ids("Ċ")
+
+
+def encode(prompt, response, cutoff_len, **keys):
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return replace(TEMPLATE, cutoff_len=cutoff_len, **keys).encode_multiturn(TOKENIZER, messages)
+
+
+@given(st.text(alphabet="cat dog", max_size=12), st.text(alphabet="cat dog", max_size=12), st.integers(4, 24))
+def test_prompt_and_response_are_cut_as_published(prompt, response, cutoff_len):
+    source = TOKENIZER.encode(prompt, add_special_tokens=False)
+    target = TOKENIZER.encode(response, add_special_tokens=False)[: cutoff_len - 3]
+    keep = cutoff_len - 3 - len(target)
+    source = source[-keep:] if keep else []
+    assert encode(prompt, response, cutoff_len) == [([END, *source, SEP], [*target, END])]
+
+
+def test_without_a_cut_nothing_is_lost():
+    [(prompt, response)] = without_cut(replace(TEMPLATE, cutoff_len=5)).encode_multiturn(
+        TOKENIZER, [{"role": "user", "content": "cat" * 9}, {"role": "assistant", "content": "dog" * 9}]
+    )
+    assert (len(prompt), len(response)) == (11, 10)
+    assert without_cut(TEMPLATES["alpaca"]) is TEMPLATES["alpaca"]
+
+
+def test_what_the_format_does_not_hold():
+    turn = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]
+    with pytest.raises(ValueError, match="one prompt and one response, and an example has 4 messages"):
+        TEMPLATE.encode_multiturn(TOKENIZER, turn * 2)
+    with pytest.raises(ValueError, match="needs sep_token"):
+        TEMPLATES["diffullama"].encode_multiturn(TOKENIZER, turn)

@@ -1,0 +1,117 @@
+"""Which modules LoRA takes, and embeddings that stay tied, on GPT-2 and on Llama."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from llamafactory_ddm.modeling.adapters import (
+    linear_modules,
+    merged_with_base,
+    settle_targets,
+    stores_embedding,
+    tie_again,
+)
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+
+GPT2_TARGETS = {"c_attn", "c_proj", "c_fc"}
+LLAMA_TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+IDS = torch.arange(12)[None]
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+
+
+def llama(tied=False):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, tie_word_embeddings=tied, **sizes))
+
+
+def args(lora_target=("all",), additional_target=None):
+    return SimpleNamespace(lora_target=list(lora_target), additional_target=additional_target)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "modules"), [(gpt2, GPT2_TARGETS, 8), (llama, LLAMA_TARGETS, 14)], ids=["gpt2", "llama"]
+)
+def test_all_means_every_linear_layer_but_the_head(build, targets, modules):
+    asked = args()
+    settle_targets(build(), asked)
+    assert set(asked.lora_target) == targets
+    assert len(linear_modules(build())) == modules
+    adapted = get_peft_model(build(), LoraConfig(target_modules=asked.lora_target, task_type="CAUSAL_LM"))
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == modules
+
+
+def test_names_are_kept_and_checked():
+    asked = args(["q_proj", "v_proj"], ["embed_tokens"])
+    settle_targets(llama(), asked)
+    assert asked.lora_target == ["q_proj", "v_proj"]
+    words = r"lora_target: c_attn matches no module.*q_proj \(2 modules\) was matched.*up_proj"
+    with pytest.raises(ValueError, match=words):
+        settle_targets(llama(), args(["q_proj", "c_attn"]))
+    words = r"additional_target: wte matches no module.*nothing was matched.*embed_tokens"
+    with pytest.raises(ValueError, match=words):
+        settle_targets(llama(), args(["q_proj"], ["wte"]))
+    assert stores_embedding(llama(), args(additional_target=["embed_tokens"]))
+    assert not stores_embedding(llama(), args(additional_target=["lm_head"]))
+    assert not stores_embedding(llama(), args())
+
+
+@pytest.mark.parametrize(
+    ("build", "embedding", "targets"),
+    [
+        (gpt2, "wte", ["c_attn"]),
+        (llama, "embed_tokens", ["q_proj"]),
+        (lambda: llama(True), "embed_tokens", ["q_proj"]),
+    ],
+    ids=["gpt2", "llama", "tied llama"],
+)
+def test_a_trained_embedding_goes_through_training_saving_and_merging(build, embedding, targets, tmp_path):
+    build().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tied = base.config.tie_word_embeddings
+    config = LoraConfig(target_modules=targets, modules_to_save=[embedding], task_type="CAUSAL_LM")
+    trained = get_peft_model(base, config)
+    tie_again(trained)
+    optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.5)
+    before = logits(trained)
+    for _ in range(2):
+        optimizer.zero_grad()
+        trained(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    after = logits(trained)
+    assert not torch.allclose(before, after, atol=1e-3)
+    trained.save_pretrained(tmp_path / "adapter")
+    described = DiffusionConfig("x", 3, True, "masked", 0.0, "linear", 1.0)
+    merged = merged_with_base(tmp_path / "adapter", described, dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), after, rtol=0, atol=1e-5)
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
+    merged.save_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(plain), after, rtol=0, atol=1e-5)
+    further = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter", is_trainable=True
+    )
+    tie_again(further)
+    torch.testing.assert_close(logits(further), after, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_whose_base_is_gone(tmp_path):
+    get_peft_model(gpt2(), LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    described = DiffusionConfig("x", 3, True, "masked", 0.0, "linear", 1.0)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "nowhere"}))
+    with pytest.raises(ValueError, match="is an adapter of nowhere, which cannot be loaded"):
+        merged_with_base(tmp_path, described, dtype=torch.float32)

@@ -1,0 +1,214 @@
+"""Miniatures of the published layouts, written out by hand, converted and converted back."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from llamafactory_ddm.cli import main
+from llamafactory_ddm.modeling import published
+from llamafactory_ddm.modeling.checkpoints import load_weights
+from llamafactory_ddm.modeling.conversion import convert
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from support.tiny import tiny_tokenizer
+
+ROWS = 272  # more than the tokenizer has tokens
+TOKENS = ["--mask-token", "!", "--sep-token", "\n"]
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=ROWS, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    names = {"transformer.wte.weight": "embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
+    return model, base, {names.get(k, k.replace("transformer.", "denoise_model.")): v for k, v in state(model).items()}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=ROWS, max_position_embeddings=16, **sizes))
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    names = {"model.embed_tokens.weight": "embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
+    return model, base, {names.get(k) or "denoise_" + k: v for k, v in state(model).items()}
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def logits(model):
+    return model.eval()(torch.arange(8)[None]).logits
+
+
+def test_diffugpt_becomes_an_ordinary_model_and_comes_back(gpt2, tmp_path):
+    model, base, weights = gpt2
+    source, there, back = tmp_path / "in", tmp_path / "out" / "there", tmp_path / "back"
+    source.mkdir()
+    save_file(weights, source / "model.safetensors")
+    assert main(["convert", str(source), str(there), "--base", str(base), *TOKENS]) == 0
+    converted = AutoModelForCausalLM.from_pretrained(there)
+    torch.testing.assert_close(logits(converted), logits(model), rtol=0, atol=0)
+    config = DiffusionConfig.load(there)
+    vocabulary = AutoTokenizer.from_pretrained(there).get_vocab()
+    assert (config.mask_token_id, config.sep_token_id) == (vocabulary["!"], vocabulary["Ċ"])
+    assert (config.shift, config.attention_ratio) == (True, 1.0)
+    assert main(["convert", str(there), str(back), "--published"]) == 0
+    again = load_file(back / "model.safetensors")
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[key], weights[key]) for key in weights)
+
+
+def test_bin_files_with_what_lies_beside_the_model(gpt2, tmp_path):
+    model, base, weights = gpt2
+    source = tmp_path / "in"
+    source.mkdir()
+    clutter = {"model.transformer.wte.weight": torch.ones(2), "denoise_model.h.0.attn.bias": torch.ones(1, 1, 16, 16)}
+    torch.save({**weights, **clutter}, source / "pytorch_model.bin")
+    convert(source, tmp_path / "out", base=base, mask_token="!")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_sharded_llama_in_the_wrappers_names(llama, tmp_path):
+    model, base, weights = llama
+    source, back = tmp_path / "in", tmp_path / "back"
+    source.mkdir()
+    shards, index = [dict(list(weights.items())[i::2]) for i in range(2)], {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-00002.safetensors"
+        save_file(shard, source / name)
+        index |= dict.fromkeys(shard, name)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    convert(source, tmp_path / "out", base=base, mask_token="!")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    convert(tmp_path / "out", back, to_published=True)
+    for number, shard in enumerate(shards, 1):
+        again = load_file(back / f"model-{number:05}-of-00002.safetensors")
+        assert again.keys() == shard.keys()
+        assert all(torch.equal(again[key], shard[key]) for key in shard)
+
+
+def test_the_table_says_which_tokens_a_published_model_has(llama, tmp_path, monkeypatch):
+    tokens = published.PublishedTokens(mask_id=7, sep_id=8, pad_id=9)
+    monkeypatch.setitem(published.TOKENS, ("llama", ROWS), tokens)
+    _, base, _ = llama
+    convert(base, tmp_path / "out")
+    config, tokenizer = DiffusionConfig.load(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (config.mask_token_id, config.sep_token_id, tokenizer.pad_token_id) == (7, 8, 9)
+    assert tokenizer.convert_tokens_to_ids([config.mask_token, config.sep_token]) == [7, 8]
+
+
+def test_the_table_adds_the_mask_of_diffugpt_m(gpt2, tmp_path, monkeypatch):
+    _, base, _ = gpt2
+    tokens = published.PublishedTokens(mask_id=len(tiny_tokenizer()), sep_id=8, pad_id=None, new_mask="[M]")
+    monkeypatch.setitem(published.TOKENS, ("gpt2", ROWS), tokens)
+    convert(base, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("[M]") == DiffusionConfig.load(tmp_path / "out").mask_token_id
+    monkeypatch.setitem(published.TOKENS, ("gpt2", ROWS), published.PublishedTokens(5, 8, None, "[other]"))
+    with pytest.raises(ValueError, match="the weights were trained with 5"):
+        convert(base, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_the_published_ids():
+    found = {key: (t.mask_id, t.sep_id, t.pad_id) for key, t in published.TOKENS.items()}
+    assert found == {
+        ("gpt2", 50257): (10541, 50155, None),
+        ("gpt2", 50258): (50257, 50155, 101),
+        ("llama", 32000): (811, 4936, 30399),
+    }
+
+
+def test_an_adapter_in_the_wrappers_names(tmp_path):
+    head = "base_model.model."
+    weights = {
+        f"{head}denoise_model.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(2, 4),
+        f"{head}denoise_model.layers.0.self_attn.q_proj.lora_B.weight": torch.randn(4, 2),
+        f"{head}embed_tokens.weight": torch.randn(8, 4),
+    }
+    source, base = tmp_path / "in", tmp_path / "model"
+    source.mkdir()
+    base.mkdir()
+    DiffusionConfig("x", 3, True, "masked", 0.0, "linear", 1.0).save(base)
+    save_file(weights, source / "adapter_model.safetensors")
+    (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    convert(source, tmp_path / "out", base=base)
+    assert set(load_file(tmp_path / "out" / "adapter_model.safetensors")) == {
+        f"{head}model.layers.0.self_attn.q_proj.lora_A.weight",
+        f"{head}model.layers.0.self_attn.q_proj.lora_B.weight",
+        f"{head}model.embed_tokens.weight",
+    }
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base)
+    assert DiffusionConfig.load(tmp_path / "out").mask_token_id == 3
+    convert(tmp_path / "out", tmp_path / "back", to_published=True)
+    again = load_file(tmp_path / "back" / "adapter_model.safetensors")
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[key], weights[key]) for key in weights)
+
+
+def test_weights_are_renamed_on_loading(gpt2, tmp_path):
+    model, base, weights = gpt2
+    save_file(weights, tmp_path / "model.safetensors")
+    layout = published.layout_of_folder(tmp_path)
+    assert layout is published.DIFFUGPT
+    other = GPT2LMHeadModel(model.config)
+    load_weights(other, tmp_path, rename=layout.to_standard)
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
+    assert published.layout_of_folder(base) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop("denoise_model.wpe.weight"), "missing transformer.wpe.weight"),
+        (lambda w: w.update({"denoise_model.more": torch.ones(1)}), "unexpected transformer.more"),
+        (lambda w: w.update({"denoise_model.wpe.weight": torch.ones(3, 16)}), "instead of \\(16, 16\\)"),
+        (lambda w: w.update({"other.weight": torch.ones(1)}), "other.weight is no name of the layout of DiffuGPT"),
+    ],
+)
+def test_weights_that_do_not_fit_leave_nothing_behind(gpt2, tmp_path, change, words):
+    _, base, weights = gpt2
+    change(weights)
+    source = tmp_path / "in"
+    source.mkdir()
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        convert(source, tmp_path / "out", base=base, mask_token="!")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in"]
+
+
+def test_what_a_user_gets_wrong(gpt2, tmp_path, capsys):
+    _, base, weights = gpt2
+    source, full = tmp_path / "in", tmp_path / "full"
+    source.mkdir()
+    full.mkdir()
+    (full / "precious").touch()
+    save_file(weights, source / "model.safetensors")
+    for words, said in (
+        (["nowhere", "out"], "nowhere is not a folder"),
+        ([source, full, "--base", base], "exists already"),
+        ([source, tmp_path / "out"], "--base"),
+        ([source, tmp_path / "out", "--base", base], "--mask-token"),
+        ([source, tmp_path / "out", "--base", base, "--mask-token", "two words"], "is not one token"),
+        ([source, tmp_path / "out", "--base", base, "--published"], "has the layout of DiffuGPT already"),
+    ):
+        assert main(["convert", *map(str, words)]) == 1
+        assert said in capsys.readouterr().err, said
+    assert not (tmp_path / "out").exists()
