@@ -1,8 +1,7 @@
 """Make the arithmetic problems for trying out finetuning: python data/make_problems.py
 
 tiny_problems_train.jsonl and tiny_problems_eval.jsonl: a story in numbers as instruction, and as output its working
-and then the answer behind ####. A problem is in one split only, and so are the numbers it begins with: no first number
-and first step of the held-out problems occur together in the training problems.
+and then the answer behind ####. A story is in one split only; sums of two small numbers are few, so they are in both.
 """
 
 from __future__ import annotations
@@ -17,24 +16,16 @@ from make_corpus import COUNTED, Person, two_people
 HERE = Path(__file__).parent
 SEED = 20250301
 N_TRAIN, N_EVAL = 6000, 200
-LARGEST = 20
+LARGEST = 9
 
 
 def one_person(random: Random, first: int, step: int) -> tuple[str, str]:
-    """Return a problem of two steps, the first of them `first` plus or minus `step`, and its solution."""
+    """Return a problem of somebody who has `first` and gets or gives away `step`, and its solution."""
     a, noun = Person(random), random.choice(COUNTED)
-    told, worked = [f"{a.name} has {first} {noun}s."], []
-    total = first
-    for number in (step, random.randint(2, LARGEST)):
-        if total > number and random.random() < 0.5:
-            told.append(f"{a.He} {random.choice(('gives away', 'loses', 'sells'))} {number}.")
-            worked.append(f"{total} - {number} = {total - number}.")
-            total -= number
-        else:
-            told.append(f"{a.He} {random.choice(('buys', 'finds', 'gets'))} {number} more.")
-            worked.append(f"{total} + {number} = {total + number}.")
-            total += number
-    return f"{' '.join(told)} How many {noun}s does {a.he} have?", f"{' '.join(worked)} #### {total}"
+    sign, total = ("-", first - step) if first > step and random.random() < 0.7 else ("+", first + step)
+    does = random.choice(("gives away", "loses", "sells") if sign == "-" else ("buys", "finds", "gets"))
+    told = f"{a.name} has {first} {noun}s. {a.He} {does} {step}{' more' if sign == '+' else ''}."
+    return f"{told} How many {noun}s does {a.he} have?", f"{first} {sign} {step} = {total}. #### {total}"
 
 
 def two_persons(random: Random, first: int, step: int) -> tuple[str, str]:
@@ -55,9 +46,9 @@ def two_persons(random: Random, first: int, step: int) -> tuple[str, str]:
     )
 
 
-def is_held_out(first: int, step: int) -> bool:
-    """Tell which split a pair of numbers is in; about one in ten is held out."""
-    return hashlib.sha256(f"{first} {step}".encode()).digest()[0] < 26
+def is_held_out(question: str) -> bool:
+    """Tell which split a problem is in; about one in ten is held out."""
+    return hashlib.sha256(question.encode()).digest()[0] < 26
 
 
 def problems() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -70,7 +61,7 @@ def problems() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         first, step = random.randint(2, LARGEST), random.randint(2, LARGEST)
         maker = random.choice((one_person, two_persons))
         question, answer = maker(random, first, step)
-        split, size = (held_out, N_EVAL) if is_held_out(first, step) else (train, N_TRAIN)
+        split, size = (held_out, N_EVAL) if is_held_out(question) else (train, N_TRAIN)
         if question not in seen and len(split) < size:
             seen.add(question)
             split.append({"instruction": question, "output": answer})

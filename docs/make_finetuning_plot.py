@@ -83,7 +83,7 @@ def accuracy(checkpoint: Path, arguments: argparse.Namespace) -> float:
 def main() -> None:
     """Read the command line, train, solve, and write plot and table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--every", type=int, default=200, help="steps between two points of a curve")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems to solve")
     parser.add_argument("--model", default=ADAPTED, help="the adapted model")
