@@ -39,7 +39,8 @@ setup(
         "console_scripts": ["llamafactory-ddm = llamafactory_ddm.cli:main"],
     },
     extras_require={
-        "deepspeed": ["deepspeed>=0.14"],
+        # Earlier ones fail without a GPU under torch 2.11.
+        "deepspeed": ["deepspeed>=0.19.8,<0.20"],
         # ROUGE of generated texts.
         "eval": ["rouge-score>=0.1.2"],
         "dev": [

@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--every", type=int, default=200, help="steps between two points of a curve")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems to solve")
+    parser.add_argument("--starts", type=int, default=len(STARTS), help="how many of the starts")
     parser.add_argument("--model", default=ADAPTED, help="the adapted model")
     parser.add_argument("--work", default="saves/finetuning", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
@@ -96,7 +97,7 @@ def main() -> None:
         "|---|" + "---|" * len(steps),
     ]
     figure, axes = pyplot.subplots(figsize=(6, 3.6))
-    for name, said, recipe, overrides in STARTS:
+    for name, said, recipe, overrides in STARTS[: arguments.starts]:
         folder = train(name, recipe, overrides, arguments)
         solved = [accuracy(folder / f"checkpoint-{step}", arguments) for step in steps]
         lines.append(f"| {said} | " + " | ".join(f"{share:.1f} %" for share in solved) + " |")

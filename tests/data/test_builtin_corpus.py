@@ -75,3 +75,25 @@ def test_the_model_knows_the_corpus(texts):
             total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
     assert total / count < 0.8
+
+
+def test_the_problems_are_what_their_script_writes(monkeypatch):
+    monkeypatch.syspath_prepend(str(DATA))
+    module = importlib.import_module("make_problems")
+    for split, rows in zip(("train", "eval"), module.problems(), strict=True):
+        lines = (DATA / f"tiny_problems_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == rows
+        for row in rows:
+            sums = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)", row["output"])
+            assert sums
+            assert all(int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) for a, sign, b, c in sums)
+            assert row["output"].endswith(f"#### {sums[-1][3]}")
+
+
+def test_no_problem_is_in_both_splits():
+    train, held_out = (
+        {json.loads(line)["instruction"] for line in (DATA / f"tiny_problems_{s}.jsonl").read_text().splitlines()}
+        for s in ("train", "eval")
+    )
+    assert len(held_out) == 200
+    assert not train & held_out

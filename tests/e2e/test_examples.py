@@ -3,6 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
+from llamafactory_ddm.integration.stages import STAGES
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import ROOT, predictions, run
 
@@ -21,22 +22,47 @@ SMALL_TRAINING = (
 )
 
 
-def overrides(name, folder, data, checkpoint):
+PROBLEMS = {"gsm8k": "tiny_problems_train", "gsm8k_test": "tiny_problems_eval"}
+
+
+def overrides(name, folder, data, checkpoint, finetuned, adapter):
     """The keys that make a recipe small; everything else runs as it stands."""
     keys = OmegaConf.load(ROOT / "examples" / name)
     result = [f"output_dir={folder / 'out'}"]
+    if "additional_target" in keys:
+        result.append("additional_target=wte")
+    for key in ("dataset", "eval_dataset"):
+        if keys.get(key) in PROBLEMS:
+            result += [f"{key}={PROBLEMS[keys[key]]}", f"dataset_dir={data}"]
+    if keys.get("do_predict") and "adapter_name_or_path" in keys:
+        result += [f"model_name_or_path={checkpoint}", f"adapter_name_or_path={adapter}"]
+        return [*result, "max_samples=2", "diffusion_steps=12", "cutoff_len=64", "overwrite_cache=true"]
     if keys.get("do_predict") and "eval_dataset" in keys:
+        model = finetuned if keys.template == "diffullama" else checkpoint
         small = ["max_samples=2", "diffusion_steps=12", "cutoff_len=90", "overwrite_cache=true"]
-        return [*result, f"model_name_or_path={checkpoint}", *small]
+        return [*result, f"model_name_or_path={model}", *small]
     if keys.get("do_predict"):
         return [*result, f"model_name_or_path={checkpoint}", "num_samples=2", "diffusion_steps=3", "cutoff_len=12"]
-    result += ["model_name_or_path=data/tiny_gpt2", f"dataset_dir={data}"]
+    base = "data/tiny_gpt2" if "mask_token" in keys or keys.stage in ("pt", "sft") else checkpoint
+    result += [f"model_name_or_path={base}", f"dataset_dir={data}"]
+    if keys.get("template") == "diffullama" and "sep_token" not in keys:
+        result.append("sep_token=10")  # which the converted model names
     if keys.get("dataset") == "fineweb":
         result.append("dataset=tiny_corpus_train")
     if "eval_steps" in keys:
         result += ["eval_steps=1", "val_size=4"] if "val_size" in keys else ["eval_steps=1"]
-    if isinstance(keys.get("mask_token"), int):
-        result.append("mask_token=10")  # the id that the recipe names is one of GPT-2's
+    if isinstance(keys.get("mask_token"), int) or keys.get("mask_token") == "<|fim_pad|>":
+        result.append("mask_token=10")  # what the recipe names is one of its model's
+    if keys.get("sep_token") == "======":
+        result.append("sep_token=10")
+    if keys.stage == "sft":
+        result.append("lora_target=c_attn")  # upstream's "all" does not find GPT-2's layers
+    if keys.get("save_strategy") == "epoch":
+        result += ["save_strategy=steps", "num_train_epochs=1", "warmup_ratio=0"]
+    if keys.get("eval_strategy") == "epoch":
+        result += ["eval_strategy=steps", "eval_steps=1"]
+    if "val_size" in keys:
+        result.append("val_size=4")
     if "tokenized_path" in keys:
         result += [f"tokenized_path={folder / 'rows'}", "preprocessing_num_workers=1", "dataloader_num_workers=0"]
     if keys.get("streaming"):
@@ -47,16 +73,18 @@ def overrides(name, folder, data, checkpoint):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_recipe_runs(name, tmp_path, small_data, checkpoint):
+def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adapter):
     keys = OmegaConf.load(ROOT / "examples" / name)
-    run("train", f"examples/{name}", *overrides(name, tmp_path, small_data, checkpoint))
+    run("train", f"examples/{name}", *overrides(name, tmp_path, small_data, checkpoint, finetuned, adapter))
     out = tmp_path / "out"
     if keys.get("do_predict"):
         assert len(predictions(out)) == 2
     elif keys.get("do_train") and keys.stage == "ddm":
         assert DiffusionConfig.load(out).attention_ratio == 2 / keys.anneal_steps
     elif keys.get("do_train"):
-        assert (out / "model.safetensors").is_file()
+        weights = "adapter_model" if keys.finetuning_type == "lora" else "model"
+        assert (out / f"{weights}.safetensors").is_file()
+        assert (out / "diffusion_config.json").is_file() == (keys.stage in STAGES)
     else:
         assert (tmp_path / "rows" / "train").is_dir()
         assert not out.exists()

@@ -48,6 +48,10 @@ ELSEWHERE = {
     "num_samples",
     "generate_from",
     "save_trace",
+    # tests/e2e/test_finetuning.py
+    "train_on_padding",
+    "sep_token",
+    "split_digits",
 }
 
 

@@ -18,6 +18,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
 
 
+EXPORT = next(line for line in COMMANDS if line.startswith("llamafactory-cli export"))
 INFILL = next(line for line in COMMANDS if "--infill" in line)
 
 
@@ -34,10 +35,14 @@ def test_the_commands_are_those_that_are_exercised():
         "llamafactory-cli train examples/tiny_gpt2_prompt_inference.yaml",
         "llamafactory-ddm generate saves/tiny_gpt2/full/ddm --show",
         INFILL,
+        "llamafactory-cli train examples/tiny_gpt2_full_ddm_sft.yaml",
+        "llamafactory-cli train examples/tiny_gpt2_sft_inference.yaml",
+        "llamafactory-cli train examples/tiny_gpt2_lora_ddm_sft.yaml",
+        EXPORT,
     ]
     check = (ROOT / ".ci" / "run").read_text()
     assert 'pip install -q -e ".[dev]"' in check
-    assert check.rstrip().endswith("pytest")
+    assert "\npytest\n" in check
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -84,6 +89,17 @@ def test_the_commands_for_people_run(checkpoint):
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     done = run("-c", block.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)), program=sys.executable)
     assert done.stdout.strip()
+
+
+def test_the_export_runs(checkpoint, adapter, tmp_path):
+    places = {
+        "saves/tiny_gpt2/full/ddm": checkpoint,
+        "saves/tiny_gpt2/lora/ddm_sft": adapter,
+        "saves/tiny_gpt2/lora/merged": tmp_path / "merged",
+    }
+    words = [str(places.get(word, word)) for word in shlex.split(EXPORT)]
+    run(*words[1:], program=words[0])
+    assert (tmp_path / "merged" / "diffusion_config.json").is_file()
 
 
 def test_the_sampling_benchmark_runs(checkpoint):
@@ -147,3 +163,8 @@ def test_the_scripts_of_docs_run(checkpoint, tmp_path):
     )
     run("docs/make_adaptation_table.py", *words, "--override", "cutoff_len=16", program=sys.executable)
     assert "| autoregressive | yes | yes |" in (tmp_path / "page.md").read_text()
+    small = ("--steps", "1", "--every", "1", "--problems", "2", "--starts", "1", "--model", checkpoint)
+    folders = ("--work", tmp_path / "finetuning", "--out", tmp_path / "docs")
+    run("docs/make_finetuning_plot.py", *small, *folders, program=sys.executable)
+    assert "| adapted weights | " in (tmp_path / "docs" / "finetuning_table.md").read_text()
+    assert (tmp_path / "docs" / "finetuning.png").stat().st_size > 5000
