@@ -38,7 +38,7 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
         result += [f"model_name_or_path={checkpoint}", f"adapter_name_or_path={adapter}"]
         return [*result, "max_samples=2", "diffusion_steps=12", "cutoff_len=64", "overwrite_cache=true"]
     if keys.get("do_predict") and "eval_dataset" in keys:
-        model = finetuned if keys.template == "diffullama" else checkpoint
+        model = finetuned if keys.get("template") == "diffullama" else checkpoint
         small = ["max_samples=2", "diffusion_steps=12", "cutoff_len=90", "overwrite_cache=true"]
         return [*result, f"model_name_or_path={model}", *small]
     if keys.get("do_predict"):
