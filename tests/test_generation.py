@@ -12,7 +12,7 @@ from llamafactory_ddm import LogitsConfig, SamplingSettings, load
 from llamafactory_ddm.generation import TextGenerator
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.sampling import loop
+from llamafactory_ddm.sampling import prediction
 from support.tiny import tiny_tokenizer
 
 
@@ -185,14 +185,14 @@ def test_sampling_leaves_autograd_as_it_was(generator):
 def test_the_start_token_is_no_repetition(generator):
     """On GPT-2 it is the end token too, which a penalty for it would put off for ever."""
     seen = []
-    plain = loop.penalise_repetition
+    plain = prediction.penalise_repetition
 
     def watched(logits, ids, penalty):
         seen.append(ids)
         return plain(logits, ids, penalty)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "penalise_repetition", watched)
+        patch.setattr(prediction, "penalise_repetition", watched)
         settings = SamplingSettings(logits=LogitsConfig(0.0, repetition_penalty=9.0), diffusion_steps=1)
         generator.generate("dog", max_new_tokens=3, settings=settings)
     real = set(seen[0].flatten().tolist()) - {torch.iinfo(torch.int64).max}

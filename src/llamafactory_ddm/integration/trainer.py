@@ -45,6 +45,9 @@ class DiffusionTrainer(CustomTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if self.args.device == torch.device("cpu", 0):
+            # Several processes without a GPU: torch cannot load an optimizer to "cpu:0", which upstream asks of it.
+            self.args.__dict__["_setup_devices"] = torch.device("cpu")
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"one process drives {self.args.n_gpu} GPUs, which splits batches inexactly; "
