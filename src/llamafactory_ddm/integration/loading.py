@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from llamafactory.model import load_config, load_model, load_tokenizer
+from llamafactory.model.patcher import patch_tokenizer
+from transformers import AutoTokenizer
 
 from ..modeling.adapters import settle_targets, stores_embedding, tie_again
 from ..modeling.bidirectional import make_bidirectional
@@ -107,10 +109,21 @@ def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[s
     """
     base = model_args.model_name_or_path
     folders = sources(model_args, checkpoint_dir)
-    with_one = [folder for folder in folders[:-1] if (Path(folder) / "tokenizer_config.json").is_file()]
-    model_args.model_name_or_path = with_one[0] if with_one else base
+    newest = next((Path(f) for f in folders[:-1] if (Path(f) / "tokenizer_config.json").is_file()), None)
+    # Upstream looks for a model in the folder too, which that of an adapter does not hold.
+    is_with_model = newest is not None and (newest / "config.json").is_file()
+    model_args.model_name_or_path = str(newest) if is_with_model else base
     try:
         tokenizer_module: dict[str, Any] = load_tokenizer(model_args)
+        if newest is not None and not is_with_model:
+            tokenizer = AutoTokenizer.from_pretrained(
+                newest,
+                use_fast=model_args.use_fast_tokenizer,
+                split_special_tokens=model_args.split_special_tokens,
+                padding_side="right",
+            )
+            patch_tokenizer(tokenizer, model_args)
+            tokenizer_module["tokenizer"] = tokenizer
     except OSError as error:
         raise ValueError(
             f"model_name_or_path: {base} has no tokenizer that could be loaded ({error.__cause__ or error}); "
