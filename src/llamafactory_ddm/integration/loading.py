@@ -172,10 +172,9 @@ class AroundAdapter:
         add_mask_token(model, self.tokenizer, self.mask)
         checkpoint = self.finetuning_args.checkpoint_dir
         if checkpoint and not is_model_folder(checkpoint):
+            # Upstream makes float32 of what it trains only after this, and weights must not be rounded before.
             if not (self.do_train and self.finetuning_args.finetuning_type == "lora"):
-                model.to(
-                    stored_dtype(checkpoint)
-                )  # what is trained is made float32 after; rounding must not come first
+                model.to(stored_dtype(checkpoint))
             layout = layout_of_folder(checkpoint)
             load_weights(model, checkpoint, rename=None if layout is None else layout.to_standard)
 

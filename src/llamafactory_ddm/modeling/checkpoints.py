@@ -138,7 +138,7 @@ def _verify_safetensors(path: Path, keys: set[str]) -> None:
     absent = sorted(keys - header.keys())
     if absent:
         raise BrokenCheckpointError(
-            f"{path} lacks {_some(absent)}, which the index places there: not of the same save; copy or save it again"
+            f"{path} lacks {some(absent)}, which the index places there: not of the same save; copy or save it again"
         )
 
 
@@ -210,7 +210,7 @@ def load_weights(model: nn.Module, folder: str | Path, *, rename: Callable[[str]
             part = {name: value for key, value in part.items() if (name := rename(key)) is not None}
         twice = sorted(state.keys() & part.keys())
         if twice:
-            raise BrokenCheckpointError(f"{path} repeats {_some(twice)} of another shard; copy or save them again")
+            raise BrokenCheckpointError(f"{path} repeats {some(twice)} of another shard; copy or save them again")
         state.update(part)
     own = model.state_dict()
     if any(value.is_meta for value in own.values()):
@@ -222,11 +222,11 @@ def load_weights(model: nn.Module, folder: str | Path, *, rename: Callable[[str]
         for key in state
         if key in own and state[key].shape != own[key].shape
     ]
-    faults = [f"missing {_some(missing)}"] * bool(missing) + [f"unexpected {_some(unexpected)}"] * bool(unexpected)
-    faults += [f"of another shape {_some(shapes)}"] * bool(shapes)
+    faults = [f"missing {some(missing)}"] * bool(missing) + [f"unexpected {some(unexpected)}"] * bool(unexpected)
+    faults += [f"of another shape {some(shapes)}"] * bool(shapes)
     if not faults:
         torn = _untied(own, state)
-        faults += [f"tied in the model but different in the files {_some(torn)}"] * bool(torn)
+        faults += [f"tied in the model but different in the files {some(torn)}"] * bool(torn)
     if faults:
         raise ValueError(
             f"the weights in {folder} do not fit {type(model).__name__}: {'; '.join(faults)}. "
@@ -275,5 +275,6 @@ def _are_tied(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() != 0 and one.shape == other.shape and one.device == other.device
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Return the first of many names, and how many more there are."""
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")

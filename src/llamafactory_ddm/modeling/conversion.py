@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from .checkpoints import read_weights, verify_checkpoint, weight_files
+from .adapters import ADAPTER_CONFIG
+from .checkpoints import read_weights, some, verify_checkpoint, weight_files
 from .diffusion_config import DiffusionConfig
 from .mask_token import resolve_token
 from .published import (
@@ -29,9 +30,6 @@ from .published import (
     published_config,
     shapes_of,
 )
-
-_ADAPTER_CONFIG = "adapter_config.json"
-_LISTED = 8
 
 
 def convert(
@@ -69,7 +67,7 @@ def convert(
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        if (source / _ADAPTER_CONFIG).is_file():
+        if (source / ADAPTER_CONFIG).is_file():
             _convert_adapter(source, scratch, base, to_published)
         else:
             tokens = {"mask_token": mask_token, "sep_token": sep_token, "pad_token": pad_token}
@@ -126,12 +124,12 @@ def _convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_pu
     layout = layout_of(keys)
     if to_published and layout is not None:
         raise ValueError(f"{source} has the layout of {layout.name} already")
-    settings = json.loads((source / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if base is not None:
         settings["base_model_name_or_path"] = str(base)
     rename = _renamer(layout, _adapter_layout(keys) if to_published else None)
     _write_weights(source, scratch, rename)
-    (scratch / _ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (scratch / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     described = DiffusionConfig.find(source)
     if described is None and base is not None:
         described = DiffusionConfig.find(base)
@@ -237,7 +235,7 @@ def _check_keys(source: Path, layout: Layout | None, config: Any) -> None:
         if found[key] != expected[key]
     ]
     faults = {"missing": missing, "unexpected": unexpected, "there twice": twice, "of another shape": shapes}
-    said = [f"{what} {_some(names)}" for what, names in faults.items() if names]
+    said = [f"{what} {some(names)}" for what, names in faults.items() if names]
     if said:
         raise ValueError(f"the weights in {source} do not fit {config.model_type}: {'; '.join(said)}")
 
@@ -261,10 +259,6 @@ def _write_weights(source: Path, scratch: Path, rename: Callable[[str], str | No
     if len(files) > 1:
         table = {"metadata": {"total_size": size}, "weight_map": index}
         (scratch / "model.safetensors.index.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def _first_line(error: BaseException) -> str:

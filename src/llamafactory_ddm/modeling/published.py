@@ -122,10 +122,7 @@ def layout_of_folder(folder: str | Path) -> Layout | None:
 
 def keys_of(path: Path) -> list[str]:
     """Return the names in a file of weights."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    return list(read_weights(path))
+    return list(shapes_of(path))
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
