@@ -41,6 +41,8 @@ setup(
     extras_require={
         # Earlier ones fail without a GPU under torch 2.11.
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+        # Earlier ones cannot quantise without a GPU.
+        "qlora": ["bitsandbytes>=0.49,<0.51"],
         # ROUGE of generated texts.
         "eval": ["rouge-score>=0.1.2"],
         "dev": [

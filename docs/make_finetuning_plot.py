@@ -37,7 +37,9 @@ def cli(*words: str) -> None:
     """Run llamafactory-cli train."""
     program = str(Path(sys.executable).with_name("llamafactory-cli"))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([program, "train", *words], cwd=ROOT, env=environment, check=True, capture_output=True)
+    done = subprocess.run([program, "train", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"llamafactory-cli train {' '.join(words)} failed:\n{done.stderr[-3000:]}")
 
 
 def train(name: str, recipe: str, overrides: tuple[str, ...], arguments: argparse.Namespace) -> Path:

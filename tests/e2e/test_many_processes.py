@@ -44,6 +44,7 @@ WAYS = {
     "accumulation": (("per_device_train_batch_size=2", "gradient_accumulation_steps=4", "use_cpu=true"), False, 1e-5),
     "ddp": (("per_device_train_batch_size=4", "use_cpu=true"), True, 1e-5),
     "zero2": (("per_device_train_batch_size=4", "deepspeed=examples/deepspeed/ds_z2_config.json"), True, 1e-4),
+    "zero3": (("per_device_train_batch_size=4", "deepspeed=examples/deepspeed/ds_z3_config.json"), True, 1e-4),
     "fsdp": (("per_device_train_batch_size=4", "use_cpu=true"), True, 1e-4),
 }
 RECIPES = {"full": "tiny_gpt2_full_ddm_sft.yaml", "lora": "tiny_gpt2_lora_ddm_sft.yaml"}
@@ -106,7 +107,57 @@ def test_each_way_is_the_run_of_one_process(way, recipe, one, checkpoint, small_
         assert AutoModelForCausalLM.from_pretrained(out)(torch.arange(9)[None]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("way", ["ddp", "zero2", "fsdp"])
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory, checkpoint):
+    """The shared checkpoint with an output embedding of its own."""
+    folder = tmp_path_factory.mktemp("untied") / "model"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder)
+    for file in checkpoint.iterdir():
+        if file.is_file() and not (folder / file.name).exists() and file.suffix != ".bin":
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_word(tmp_path_factory, small_data):
+    """Examples whose response is one token."""
+    folder = tmp_path_factory.mktemp("one_word") / "data"
+    shutil.copytree(small_data, folder)
+    rows = [{"instruction": f"Tom has {n} apples.", "output": str(n)} for n in range(2, 10)]
+    (folder / "tiny_problems_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_row_a_process(tmp_path_factory, untied, one_word):
+    """One process with both rows of a step, two tokens each, without gradient checkpointing."""
+    folder = tmp_path_factory.mktemp("rows") / "out"
+    more = ("per_device_train_batch_size=2", "use_cpu=true", "disable_gradient_checkpointing=true")
+    start("full", folder, untied, one_word, "train_on_padding=false", *more)
+    return folder
+
+
+@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp"])
+def test_a_process_without_a_masked_token(way, one_row_a_process, untied, one_word, tmp_path):
+    """With untied embeddings and gradient checkpointing: a process with nothing to project still takes part."""
+    reference, out = one_row_a_process, tmp_path / "out"
+    masked = [round(log["masked_fraction"] * 4) for log in history(reference)]
+    assert min(masked) < 2, "every process has a masked token; take another seed"
+    more = ("per_device_train_batch_size=1", "train_on_padding=false", "disable_gradient_checkpointing=false")
+    spread(way, "full", out, untied, one_word, *more)
+    for a, b in zip(history(reference), history(out), strict=True):
+        for key in ("loss", "nll", "masked_fraction", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=WAYS[way][2], abs=1e-6), key
+    expected, found = weights(reference, "full"), weights(out, "full")
+    assert expected.keys() == found.keys() and "lm_head.weight" in found
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
+
+
+@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp"])
 def test_each_way_resumes(way, checkpoint, small_data, tmp_path):
     whole, half = tmp_path / "whole", tmp_path / "half"
     spread(way, "full", whole, checkpoint, small_data)

@@ -14,6 +14,7 @@ from ..diffusion.likelihood import bound_per_row, evaluation_times, mask_exactly
 from ..diffusion.objectives import masked_cross_entropy
 from ..modeling.denoiser import head_rows
 from ..modeling.objective import CleanBatch
+from ..modeling.quantization import evaluation_mode
 
 if TYPE_CHECKING:
     from .trainer import DiffusionTrainer
@@ -37,22 +38,20 @@ def evaluate_bound(
         ValueError: if the data set holds no token to predict.
     """
     model = _prepared(trainer, dataloader)
-    was_training = model.training
-    model.eval()
     trainer.probe(model)
     # Columns: bound, maskable tokens, then summed nll and masked tokens of each quarter.
     total = torch.zeros(2 + 2 * _QUARTERS, dtype=torch.float64)
     n_rows = 0
     args = trainer.args
     progress = tqdm(dataloader, desc=description, disable=args.disable_tqdm or not trainer.is_world_process_zero())
-    for ordinal, batch in enumerate(progress):
-        first = (ordinal * args.world_size + args.process_index) * args.eval_batch_size
-        rows = torch.arange(first, first + len(batch["input_ids"]))
-        statistics = _row_statistics(trainer, model, batch, rows)
-        gathered: Tensor = trainer.accelerator.gather_for_metrics(statistics.to(args.device))
-        total += gathered.cpu().double().sum(dim=0)
-        n_rows += len(gathered)
-    model.train(was_training)
+    with evaluation_mode(model):
+        for ordinal, batch in enumerate(progress):
+            first = (ordinal * args.world_size + args.process_index) * args.eval_batch_size
+            rows = torch.arange(first, first + len(batch["input_ids"]))
+            statistics = _row_statistics(trainer, model, batch, rows)
+            gathered: Tensor = trainer.accelerator.gather_for_metrics(statistics.to(args.device))
+            total += gathered.cpu().double().sum(dim=0)
+            n_rows += len(gathered)
     if total[1] == 0:
         raise ValueError(
             "the evaluation data set holds no token to predict; check eval_dataset, val_size and cutoff_len"

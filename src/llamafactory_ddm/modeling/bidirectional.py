@@ -27,6 +27,7 @@ from .attention_layers import (
     window_of,
 )
 from .attention_layers import implementation as _implementation
+from .quantization import evaluation_mode
 
 __all__ = [
     "NotBidirectionalError",
@@ -173,13 +174,8 @@ def probe_bidirectional(model: nn.Module, *, inner: nn.Module | None = None) -> 
             padding and annealing need.
     """
     inner = model if inner is None else inner
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         _probe(model, inner)
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _probe(model: nn.Module, inner: nn.Module) -> None:

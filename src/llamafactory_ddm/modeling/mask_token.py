@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .quantization import is_quantized
+
 _SPECIAL = re.compile(r"<.+>|\[.+\]")
 _CURE = (
     "set mask_token to a token of the vocabulary that text does not use, to its id, or to a new special token "
@@ -157,7 +159,7 @@ def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
     """
     old_size, rows = len(tokenizer), _rows(model)
     is_without_row = needs_row(model, mask)
-    if is_without_row and _is_quantized(model):
+    if is_without_row and is_quantized(model):
         raise ValueError(
             f"mask_token: {mask.token!r} is new, and a quantised model cannot grow; name a token that exists, "
             "or add it once without quantization_bit: run stage: ddm on the full model, save, and quantise the result"
@@ -208,9 +210,3 @@ def _gathered(parameters: list[Any]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
         yield
-
-
-def _is_quantized(model: Any) -> bool:
-    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
-        return True
-    return any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())

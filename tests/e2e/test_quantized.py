@@ -1,0 +1,55 @@
+"""QLoRA: the base in 4 bits, its adapter trained, evaluated, generated from and merged."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from support.cli import evaluations, history, predictions, run, train_here
+
+pytest.importorskip("bitsandbytes")
+LORA = "tiny_gpt2_lora_ddm_sft.yaml"
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, finetune):
+    """An adapter of the shared checkpoint in 4 bits, evaluated after each of four steps."""
+    folder = tmp_path_factory.mktemp("quantized") / "out"
+    keys = {"do_eval": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
+    return finetune(folder, recipe=LORA, quantization_bit=4, **keys)
+
+
+def test_it_trains_near_the_run_in_full_precision(quantized, finetune, tmp_path):
+    full = finetune(tmp_path / "full", recipe=LORA, max_steps=4)
+    for a, b in zip(history(full), history(quantized), strict=True):
+        assert a["masked_fraction"] == b["masked_fraction"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
+        assert b["loss"] != a["loss"]
+    assert any(value.abs().max() > 0 for key, value in adapter(quantized).items() if "lora_B" in key)
+
+
+def test_evaluation_leaves_training_alone(quantized, finetune, tmp_path):
+    """bitsandbytes packs a layer that is evaluated on the CPU so that it cannot be trained any more."""
+    without = finetune(tmp_path / "without", recipe=LORA, quantization_bit=4, max_steps=4)
+    assert [log["loss"] for log in history(quantized)] == [log["loss"] for log in history(without)]
+    for key, value in adapter(without).items():
+        assert torch.equal(value, adapter(quantized)[key]), key
+    bounds = [log["eval_loss"] for log in evaluations(quantized)]
+    assert len(bounds) >= 4 and bounds[3] < bounds[0]
+
+
+def test_it_generates_and_merges(quantized, checkpoint, tmp_path):
+    words = {"model_name_or_path": checkpoint, "adapter_name_or_path": quantized, "finetuning_type": "lora"}
+    small = {"max_samples": 2, "diffusion_steps": 2, "cutoff_len": 64, "overwrite_cache": True}
+    train_here("tiny_gpt2_sft_inference.yaml", output_dir=tmp_path / "solved", quantization_bit=4, **words, **small)
+    assert len(predictions(tmp_path / "solved")) == 2
+    keys = {**words, "template": "diffullama", "export_dir": tmp_path / "merged", "infer_dtype": "float32"}
+    run("export", *(word for key, value in keys.items() for word in (f"--{key}", str(value))))
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert not torch.equal(merged.state_dict()[name], base.state_dict()[name])
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
