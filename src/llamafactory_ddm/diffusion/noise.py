@@ -21,6 +21,8 @@ class Stream(IntEnum):
     EVALUATION = 4
     SAMPLE_TOKEN = 5
     SAMPLE_ORDER = 6
+    PAD = 7
+    WINDOW = 8
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,13 @@ def row_weight(t: Tensor, schedule: NoiseSchedule, weighting: LossWeighting) -> 
 
 
 def token_weight(
-    t: Tensor, maskable: Tensor, schedule: NoiseSchedule, weighting: LossWeighting, norm: LossNorm
+    t: Tensor,
+    maskable: Tensor,
+    schedule: NoiseSchedule,
+    weighting: LossWeighting,
+    norm: LossNorm,
+    *,
+    row: Tensor | None = None,
 ) -> Tensor:
     """Return what each token's cross-entropy is multiplied by before the sum is divided by `denominator`.
 
@@ -91,10 +97,11 @@ def token_weight(
         schedule: gives the weight of a row.
         weighting: `elbo` or `uniform`.
         norm: with `sequence` a row's tokens share that row's weight, divided by its maskable tokens.
+        row: [batch] float32, weights of rows in place of those that `schedule` and `weighting` give.
     Returns:
         [batch, length] float32.
     """
-    weight = row_weight(t, schedule, weighting)
+    weight = row_weight(t, schedule, weighting) if row is None else row
     if norm == "sequence":
         weight = weight / maskable.sum(dim=1).clamp(min=1)
     return weight[:, None].expand(maskable.shape)

@@ -7,31 +7,34 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from . import finetuning_keys, sampling_arguments
+from . import finetuning_keys, length_keys, sampling_arguments
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "noise_schedule": ("linear", "cosine"),
     "loss_weighting": ("elbo", "uniform"),
     "loss_norm": ("tokens", "masked", "sequence"),
+    **length_keys.CHOICES,
     **sampling_arguments.CHOICES,
 }
 # Inclusive bounds; None is unbounded.
 _INTEGERS: dict[str, tuple[int, int | None]] = {
     "anneal_steps": (0, None),
     "eval_time_samples": (1, None),
+    **length_keys.INTEGERS,
     **sampling_arguments.INTEGERS,
 }
 _NUMBERS: dict[str, tuple[float, float]] = {
     "uniform_ratio": (0.0, 1.0),
     "time_epsilon": (0.0, 0.5),
+    **length_keys.NUMBERS,
     **sampling_arguments.NUMBERS,
 }
-_BOOLEANS = ("antithetic_time", *sampling_arguments.BOOLEANS)
+_BOOLEANS = ("antithetic_time", *length_keys.BOOLEANS, *sampling_arguments.BOOLEANS)
 _BOOLEANS_OR_NONE = ("shift", "train_on_padding", "split_digits")
 
 
 @dataclass
-class DiffusionArguments(finetuning_keys.FinetuningKeys, sampling_arguments.SamplingArguments):
+class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys, sampling_arguments.SamplingArguments):
     """Arguments of the diffusion stages; a key left at None takes what the checkpoint's diffusion_config.json says."""
 
     # An id may come as an int from YAML; the annotation is for the command line's parser, which takes one type.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +9,7 @@ from ..data.responses import ResponseCollator
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.digits import split_digits, splits_digits
 from ..modeling.mask_token import resolve_token
-from .templates import DIFFULLAMA, DiffuLlamaTemplate
-
-_UNLIMITED = 2**30  # tokens
+from .templates import DIFFULLAMA, DiffuLlamaTemplate, uncut
 
 
 def settle_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> None:
@@ -33,9 +30,9 @@ def settle_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> Non
 
 
 def settle_template(
-    template: Any, tokenizer: Any, config: DiffusionConfig | None, data_args: Any, finetuning_args: Any
+    template: Any, tokenizer: Any, config: DiffusionConfig | None, data_args: Any, finetuning_args: Any, *, cuts: bool
 ) -> Any:
-    """Return the template with what it needs of this run.
+    """Return the template with what it needs of this run; with `cuts` it cuts examples to cutoff_len.
 
     Raises:
         ValueError: if sep_token is missing, is no token, contradicts the checkpoint or has no use.
@@ -62,16 +59,16 @@ def settle_template(
             f"{config.sep_token_id}); remove the key from the YAML"
         )
     # Upstream may cut a packed example that fills the row by a token more.
-    return replace(template, sep_token=sep, cutoff_len=data_args.cutoff_len - bool(data_args.packing))
+    return replace(
+        template, sep_token=sep, cutoff_len=data_args.cutoff_len - bool(data_args.packing) if cuts else None
+    )
 
 
 def with_own_cut(template: Any, data_args: Any) -> Any:
     """Return the data arguments to prepare with: a template that cuts examples itself is not cut a second time."""
     if not isinstance(template, DiffuLlamaTemplate) or data_args.packing:
         return data_args
-    uncut = copy.copy(data_args)
-    uncut.cutoff_len = _UNLIMITED
-    return uncut
+    return uncut(data_args)
 
 
 def finetuned_config(

@@ -16,7 +16,9 @@ from ..modeling.bidirectional import make_bidirectional
 from ..modeling.checkpoints import load_weights, stored_dtype
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.mask_token import ResolvedMaskToken, add_mask_token, needs_row, resolve_mask_token
+from ..modeling.pad_tokens import add_pad_tokens, new_names, pad_names
 from ..modeling.published import embedding_rows, is_model_folder, layout_of_folder, published_config
+from .variable_length import LengthPlan
 
 # What two checkpoints of one run, a base and its adapter, must say alike.
 _AGREEING = ("mask_token", "mask_token_id", "shift", "noise_process", "uniform_ratio", "noise_schedule")
@@ -146,6 +148,7 @@ class AroundAdapter:
         new_adapter: whether an adapter is about to be made.
         do_train: whether the model is about to be trained.
         autocast: whether it is trained in mixed precision.
+        pad_tokens: spellings of the pad tokens that the run needs.
     """
 
     tokenizer: Any
@@ -154,6 +157,7 @@ class AroundAdapter:
     new_adapter: bool
     do_train: bool
     autocast: bool
+    pad_tokens: tuple[str, ...] = ()
 
     def before(self, model: Any) -> None:
         """Give the base model its mask token and the checkpoint's weights, and settle what LoRA takes hold of.
@@ -169,7 +173,15 @@ class AroundAdapter:
                     "embedding; name a token that exists, add the name of the input embedding to additional_target "
                     "(wte, embed_tokens), or adapt the model in full first, with stage: ddm"
                 )
+            new = new_names(self.tokenizer, self.pad_tokens)
+            if new and not stores_embedding(model, self.finetuning_args):
+                raise ValueError(
+                    f"variable_length: the pad tokens {', '.join(new)} are new to the model, and a LoRA adapter does "
+                    "not hold their embeddings; add the name of the input embedding to additional_target (wte, "
+                    "embed_tokens), or use variable_length: eos_eos"
+                )
         add_mask_token(model, self.tokenizer, self.mask)
+        add_pad_tokens(model, self.tokenizer, self.pad_tokens)
         checkpoint = self.finetuning_args.checkpoint_dir
         if checkpoint and not is_model_folder(checkpoint):
             # Upstream makes float32 of what it trains only after this, and weights must not be rounded before.
@@ -202,8 +214,11 @@ def load_diffusion_model(
     model_args: Any,
     finetuning_args: Any,
     training_args: Any,
+    *,
+    lengths: LengthPlan | None = None,
 ) -> LoadedModel:
     """Load the model by upstream's own function, with what a diffusion model needs around its adapters."""
+    stored = None if config is None else config.variable_length
     resumes = model_args.adapter_name_or_path is not None and not finetuning_args.create_new_adapter
     finetuning_args.around_adapter = AroundAdapter(
         tokenizer,
@@ -212,6 +227,7 @@ def load_diffusion_model(
         new_adapter=training_args.do_train and finetuning_args.finetuning_type == "lora" and not resumes,
         do_train=training_args.do_train,
         autocast=getattr(training_args, "bf16", False) or getattr(training_args, "fp16", False),
+        pad_tokens=() if lengths is None else pad_names(tokenizer, lengths.format, lengths.colors, stored),
     )
     base_stage, finetuning_args.stage = finetuning_args.stage, finetuning_args.diffusion_stage
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,7 @@ from llamafactory.extras.constants import IGNORE_INDEX
 from ..data.canvas import Canvas
 from ..generation import TextGenerator, saying
 from .checks import datasets_explained
-from .templates import without_cut
-
-_UNLIMITED = 2**30  # tokens
+from .templates import uncut, without_cut
 
 
 @dataclass(frozen=True)
@@ -130,9 +127,8 @@ def from_examples(
         ValueError: if there is no data set, or an example leaves no room for a response.
     """
     _names(data_args)
-    whole = copy.copy(data_args)
+    whole = uncut(data_args)
     whole.packing = whole.neat_packing = whole.train_on_prompt = False
-    whole.cutoff_len = _UNLIMITED
     training_args.predict_with_generate = False
     with datasets_explained(data_args, _names(data_args)):
         module = get_dataset(without_cut(template), model_args, whole, training_args, stage="sft", **tokenizer_module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from llamafactory.data.template import TEMPLATES, Template, register_template
 
 DIFFULLAMA = "diffullama"
 _MARKS = 3  # bos, sep, eos
+_UNLIMITED = 2**30  # tokens
 
 
 @dataclass
@@ -56,6 +58,13 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
 def without_cut(template: Any) -> Any:
     """Return a template that cuts nothing off prompt and response."""
     return replace(template, cutoff_len=None) if isinstance(template, DiffuLlamaTemplate) else template
+
+
+def uncut(data_args: Any) -> Any:
+    """Return the data arguments to prepare examples with in their full length."""
+    whole = copy.copy(data_args)
+    whole.cutoff_len = _UNLIMITED
+    return whole
 
 
 def register_templates() -> None:

@@ -117,6 +117,7 @@ class DiffusionTrainer(CustomTrainer):
             clean,
             rows=torch.arange(first, first + n_rows),
             group_size=per_rank * args.world_size * args.gradient_accumulation_steps,
+            step=self.state.global_step,
         )
         self._counts += torch.tensor([len(batch.targets), int(batch.n_maskable), clean.n_tokens])
         # Upstream counts tokens and operations by this key.

@@ -27,7 +27,17 @@ from .finetuning import finetuned_config, response_collator, settle_digits, sett
 from .generating import generate, what_to_generate
 from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
 from .resume import check_resumed, settle_resume
+from .templates import uncut
 from .trainer import DiffusionTrainer
+from .variable_length import (
+    LengthPlan,
+    check_width,
+    end_collator,
+    end_noise,
+    keep_fitting,
+    settle_lengths,
+    with_ends,
+)
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 
@@ -57,15 +67,25 @@ def run(
     model_config = load_config(model_args)
     check_cutoff(model_config, data_args)
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    lengths = settle_lengths(config, data_args, finetuning_args)
+    if lengths is not None:
+        check_width(lengths, model_config)
     if finetunes:
-        template = settle_template(template, tokenizer, config, data_args, finetuning_args)
+        cuts = lengths is None
+        template = settle_template(template, tokenizer, config, data_args, finetuning_args, cuts=cuts)
+    preparing = with_own_cut(template, data_args) if lengths is None else uncut(data_args)
     dataset_module = _load_data(
-        template, tokenizer_module, model_args, data_args, training_args, stage=finetuning_args.stage
+        template, tokenizer_module, model_args, preparing, training_args, stage=finetuning_args.stage
     )
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
         return
-    loaded = load_diffusion_model(tokenizer, mask, config, model_args, finetuning_args, training_args)
+    loaded = load_diffusion_model(tokenizer, mask, config, model_args, finetuning_args, training_args, lengths=lengths)
+    collator = None
+    if lengths is not None:
+        loaded.diffusion_config = with_ends(loaded.diffusion_config, lengths, tokenizer, answers=finetunes)
+        collator = end_collator(loaded.diffusion_config, lengths, tokenizer, answers=finetunes)
+        dataset_module = keep_fitting(dataset_module, collator, lengths)
     if finetunes and (training_args.do_train or training_args.do_eval):
         loaded.diffusion_config = finetuned_config(
             loaded.diffusion_config, template, tokenizer, data_args, finetuning_args
@@ -85,7 +105,10 @@ def run(
             finetuning_args,
             generating_args,
         )
-    trainer = _make_trainer(loaded, dataset_module, model_args, data_args, training_args, finetuning_args, callbacks)
+    collator = collator or _make_collator(loaded, data_args, finetuning_args)
+    trainer = _make_trainer(
+        loaded, collator, lengths, dataset_module, model_args, training_args, finetuning_args, callbacks
+    )
     if training_args.do_train:
         check_data(trainer, data_args)
         _train(trainer, dataset_module, resume, finetuning_args)
@@ -112,16 +135,17 @@ def _load_data(
         return {}
     with datasets_explained(data_args):
         module: dict[str, Any] = get_dataset(
-            template, model_args, with_own_cut(template, data_args), training_args, stage=stage, **tokenizer_module
+            template, model_args, data_args, training_args, stage=stage, **tokenizer_module
         )
     return module
 
 
 def _make_trainer(
     loaded: LoadedModel,
+    collator: Any,
+    lengths: LengthPlan | None,
     dataset_module: dict[str, Any],
     model_args: Any,
-    data_args: Any,
     training_args: Any,
     finetuning_args: Any,
     callbacks: list[Any] | None,
@@ -136,6 +160,7 @@ def _make_trainer(
         time_epsilon=finetuning_args.time_epsilon,
         antithetic=finetuning_args.antithetic_time,
         seed=training_args.seed % 2**64,
+        ends=end_noise(lengths, finetuning_args),
     )
     # The filter would hide a diverged loss behind the last good one, and costs a device synchronisation every step.
     training_args.logging_nan_inf_filter = False
@@ -151,7 +176,7 @@ def _make_trainer(
         args=training_args,
         finetuning_args=finetuning_args,
         model_args=model_args,
-        data_collator=_make_collator(loaded, data_args, finetuning_args),
+        data_collator=collator,
         callbacks=callbacks,
         tokenizer=loaded.tokenizer,
         processor=None,

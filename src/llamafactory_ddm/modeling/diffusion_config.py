@@ -28,6 +28,50 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 @dataclass(frozen=True)
+class VariableLength:
+    """How the rows that a model was trained on end.
+
+    Attributes:
+        format: `eos_pad`, `eos_eos` or `rainbow`.
+        pad_tokens: spellings of what stands behind the end-of-text token, in turn.
+        pad_token_ids: their ids.
+        canvas: the most tokens of a row.
+        block: rows were padded to a multiple of so many tokens; None where up to `canvas`.
+    """
+
+    format: str
+    pad_tokens: tuple[str, ...]
+    pad_token_ids: tuple[int, ...]
+    canvas: int
+    block: int | None = None
+
+    @classmethod
+    def read(cls, path: Path, raw: dict[str, Any]) -> VariableLength:
+        """Return what the file at `path` holds under variable_length.
+
+        Raises:
+            ValueError: naming the file, if that is no such thing.
+        """
+        try:
+            ends = cls(**{**raw, "pad_tokens": tuple(raw["pad_tokens"]), "pad_token_ids": tuple(raw["pad_token_ids"])})
+            sound = (
+                ends.format in ("eos_pad", "eos_eos", "rainbow")
+                and len(ends.pad_tokens) == len(ends.pad_token_ids) > 0
+                and all(isinstance(token, str) for token in ends.pad_tokens)
+                and all(type(number) is int and number >= 0 for number in (*ends.pad_token_ids, ends.canvas))
+                and (ends.block is None or (type(ends.block) is int and ends.block > 0))
+            )
+        except (KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise ValueError(
+                f"{path}: variable_length {raw!r} is no format of this version; restore the file from a copy of the "
+                "checkpoint, or upgrade llamafactory-ddm"
+            )
+        return ends
+
+
+@dataclass(frozen=True)
 class DiffusionConfig:
     """The facts that sampling, evaluation and further training of a checkpoint need.
 
@@ -40,7 +84,7 @@ class DiffusionConfig:
         noise_schedule: name of the schedule.
         attention_ratio: share of future keys visible at the last training step; 1 once annealing is finished.
         format_version: of the file.
-        variable_length: reserved for the format of variable-length checkpoints.
+        variable_length: how the rows that it was trained on end; None where it was not trained on ends.
         train_on_padding: whether finetuning filled rows up with padding that the model learned to write, None before
             finetuning.
         sep_token: spelling of the token between prompt and response in DiffuLLaMA's format, None where there is none.
@@ -55,7 +99,7 @@ class DiffusionConfig:
     noise_schedule: str
     attention_ratio: float
     format_version: int = FORMAT_VERSION
-    variable_length: dict[str, Any] | None = None
+    variable_length: VariableLength | None = None
     train_on_padding: bool | None = None
     sep_token: str | None = None
     sep_token_id: int | None = None
@@ -96,6 +140,8 @@ class DiffusionConfig:
                 f"{path} must hold a JSON object, found {type(raw).__name__}; restore it from a copy of the checkpoint"
             )
         _check(path, raw)
+        if raw.get("variable_length") is not None:
+            raw["variable_length"] = VariableLength.read(path, raw["variable_length"])
         return cls(**raw)
 
     @classmethod

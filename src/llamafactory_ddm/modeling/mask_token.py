@@ -157,7 +157,7 @@ def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
     Raises:
         ValueError: if a row is needed and the model is quantised, or if the tokenizer gives the token another id.
     """
-    old_size, rows = len(tokenizer), _rows(model)
+    old_size, rows = len(tokenizer), rows_of(model)
     is_without_row = needs_row(model, mask)
     if is_without_row and is_quantized(model):
         raise ValueError(
@@ -175,20 +175,22 @@ def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
     if mask.id >= rows:
         model.resize_token_embeddings(mask.id + 1, mean_resizing=False)
     if is_without_row:
-        _write_mean(model, mask.id, min(old_size, rows))
+        write_mean(model, mask.id, min(old_size, rows))
 
 
 def needs_row(model: Any, mask: ResolvedMaskToken) -> bool:
     """Tell whether the mask token has no row of the model's embedding that means something."""
-    return mask.id >= _rows(model) or (mask.is_new and not mask.is_trained)
+    return mask.id >= rows_of(model) or (mask.is_new and not mask.is_trained)
 
 
-def _rows(model: Any) -> int:
+def rows_of(model: Any) -> int:
+    """Return how many tokens the input embedding has."""
     weight = model.get_input_embeddings().weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])  # under DeepSpeed ZeRO-3 a rank holds only a part
 
 
-def _write_mean(model: Any, index: int, known: int) -> None:
+def write_mean(model: Any, index: int, known: int) -> None:
+    """Make row `index` of the embeddings, and of an output bias, the float32 mean of their first `known` rows."""
     tables = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
     if head is not None and head.weight is not tables[0]:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..diffusion.ends import EndNoise, draw_masks
 from ..diffusion.noise import draw_time, mask_tokens
 from ..diffusion.objectives import LossNorm, LossWeighting, denominator, masked_cross_entropy, token_weight
 from ..diffusion.schedules import NoiseSchedule
 from .denoiser import head_rows, predictable
+
+_OTHERS = ("document", "position_ids", "is_pad", "end")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,9 @@ class CleanBatch:
         is_padding: [batch, length] bool, padding that nothing attends to; None where there is none.
         document: [batch, length] int64, which of several packed documents a token belongs to; None for one a row.
         position_ids: [batch, length] int64, places within the documents; None for one a row.
+        is_pad: [batch, length] bool, pads behind the text that the model learns to write; None where nothing marks
+            them.
+        end: [batch] int64, index of the end-of-text token, -1 where a row has none; None together with `is_pad`.
     """
 
     x_0: Tensor
@@ -31,14 +37,16 @@ class CleanBatch:
     is_padding: Tensor | None = None
     document: Tensor | None = None
     position_ids: Tensor | None = None
+    is_pad: Tensor | None = None
+    end: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor], *, shift: bool) -> CleanBatch:
         """Read what a collator made, on the CPU.
 
         Args:
-            batch: `input_ids` and perhaps `attention_mask` (0 is padding), `maskable`, `document`, `position_ids`;
-                without `maskable` every real token is.
+            batch: `input_ids` and perhaps `attention_mask` (0 is padding), `maskable`, `document`, `position_ids`,
+                `is_pad`, `end`; without `maskable` every real token is.
             shift: whether logits at i - 1 predict token i.
         """
         x_0 = batch["input_ids"].to("cpu")
@@ -51,10 +59,8 @@ class CleanBatch:
             maskable = batch["maskable"].to("cpu")
         else:
             maskable = torch.ones_like(x_0, dtype=torch.bool) if is_padding is None else ~is_padding
-        document, position_ids = (
-            batch[key].to("cpu") if key in batch else None for key in ("document", "position_ids")
-        )
-        return cls(x_0, predictable(maskable, shift), is_padding, document, position_ids)
+        others = (batch[key].to("cpu") if key in batch else None for key in _OTHERS)
+        return cls(x_0, predictable(maskable, shift), is_padding, *others)
 
     @property
     def n_tokens(self) -> int:
@@ -101,6 +107,7 @@ class MaskedObjective:
         time_epsilon: the smallest t drawn.
         antithetic: stratify t over an optimiser step.
         seed: of the run's noise.
+        ends: how the noise depends on where a text ends; None where it does not.
     """
 
     mask_id: int
@@ -111,27 +118,47 @@ class MaskedObjective:
     time_epsilon: float = 1e-3
     antithetic: bool = False
     seed: int = 0
+    ends: EndNoise | None = None
 
-    def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int) -> TrainingBatch:
+    def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw t and the masks of a micro-batch.
 
         Args:
             clean: made with the same `shift`.
             rows: [batch] int64, ordinals in the run's global order.
             group_size: rows of one optimiser step over ranks and micro-steps.
+            step: optimiser steps finished so far.
         """
         x_0, maskable = clean.x_0, clean.maskable
         t = draw_time(
             self.seed, rows, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
         )
-        noised = mask_tokens(x_0, maskable, t, self.schedule, seed=self.seed, rows=rows, mask_id=self.mask_id)
-        weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm)
+        row = None
+        if self.ends is not None and clean.is_pad is not None and clean.end is not None:
+            drawn = draw_masks(
+                self.ends,
+                maskable,
+                clean.is_pad,
+                clean.end,
+                t,
+                self.schedule,
+                weighting=self.weighting,
+                step=step,
+                seed=self.seed,
+                rows=rows,
+            )
+            maskable, is_masked, row = drawn.maskable, drawn.is_masked, drawn.weight
+            z_t = x_0.masked_fill(is_masked, self.mask_id)
+        else:
+            noised = mask_tokens(x_0, maskable, t, self.schedule, seed=self.seed, rows=rows, mask_id=self.mask_id)
+            is_masked, z_t = noised.is_masked, noised.z_t
+        weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm, row=row)
         return TrainingBatch(
-            z_t=noised.z_t,
-            head_rows=head_rows(noised.is_masked, self.shift),
-            targets=x_0[noised.is_masked],
-            weight=weight[noised.is_masked],
-            denominator=denominator(noised.is_masked, maskable, self.norm),
+            z_t=z_t,
+            head_rows=head_rows(is_masked, self.shift),
+            targets=x_0[is_masked],
+            weight=weight[is_masked],
+            denominator=denominator(is_masked, maskable, self.norm),
             n_maskable=maskable.sum(),
         )
 

@@ -1,0 +1,101 @@
+"""Batches in which a model learns where a text ends: one document or answer a row, its end, and padding behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .responses import IGNORE
+
+EndFormat = Literal["eos_pad", "eos_eos", "rainbow"]
+
+
+@dataclass(frozen=True)
+class VariableLengthCollator:
+    """Makes one rectangle of rows that hold `input_ids` and, for answers, `labels`.
+
+    A row is `[start] text eos pad pad …` up to its canvas: `canvas` tokens, or with `block` the next multiple of it.
+    What is inside the canvas and labelled, the end and all padding included, is a target; what is outside is neither
+    seen nor noised. The result holds
+    - `input_ids`: [batch, length] int64;
+    - `attention_mask`: [batch, length] int64, 0 outside the canvas;
+    - `maskable`: [batch, length] bool, tokens that noise may fall on;
+    - `is_pad`: [batch, length] bool, padding inside the canvas;
+    - `end`: [batch] int64, index of the end-of-text token.
+
+    Attributes:
+        eos_id: ends a text; added where a row lacks it.
+        pad_ids: what stands behind the end, in turn: the end-of-text token itself (`eos_eos`), a token of its own
+            (`eos_pad`), or several (`rainbow`).
+        canvas: the most tokens of a row.
+        start_id: put in front of a document that lacks it; None for answers, and where none is needed.
+        block: extend a row's canvas to a multiple of so many tokens only; None extends it to `canvas`.
+        multiple: make the rectangle's length a multiple of so many tokens.
+    Source: Rainbow Padding (arXiv 2510.03680) for `rainbow`; variable-length DiffuGPT for the other two.
+    """
+
+    eos_id: int
+    pad_ids: tuple[int, ...]
+    canvas: int
+    start_id: int | None = None
+    block: int | None = None
+    multiple: int = 1
+
+    def row(self, feature: Mapping[str, Any]) -> tuple[list[int], list[bool], int]:
+        """Return a row's tokens with its end, which of them noise may fall on, and the index of the end."""
+        ids = list(feature["input_ids"])
+        if "labels" in feature:
+            maskable = [label != IGNORE for label in feature["labels"]]
+        else:
+            if self.start_id is not None and (not ids or ids[0] != self.start_id):
+                ids = [self.start_id, *ids]
+            maskable = [True] * len(ids)
+        first = 0 if self.start_id is None else 1  # the start token may be the same as the end
+        places = [n for n in range(first, len(ids)) if maskable[n] and ids[n] == self.eos_id]
+        if places:
+            return ids, maskable, places[-1]
+        return [*ids, self.eos_id], [*maskable, True], len(ids)
+
+    def fits(self, feature: Mapping[str, Any]) -> bool:
+        """Tell whether a row has room for its end."""
+        return len(self.row(feature)[0]) <= self.canvas
+
+    def width(self, n_tokens: int) -> int:
+        """Return the length of the canvas of a row of `n_tokens` tokens."""
+        if self.block is None:
+            return self.canvas
+        return min(self.canvas, -(-n_tokens // self.block) * self.block)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch.
+
+        Raises:
+            ValueError: if a row does not fit the canvas.
+        """
+        rows = [self.row(feature) for feature in features]
+        longest = max(len(ids) for ids, _, _ in rows)
+        if longest > self.canvas:
+            raise ValueError(
+                f"a row of {longest} tokens, its end included, does not fit cutoff_len: {self.canvas}; set "
+                "drop_overlong: true, or raise cutoff_len"
+            )
+        widths = [self.width(len(ids)) for ids, _, _ in rows]
+        shape = (len(rows), -(-max(widths) // self.multiple) * self.multiple)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_ids[0], dtype=torch.int64),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "maskable": torch.zeros(shape, dtype=torch.bool),
+            "is_pad": torch.zeros(shape, dtype=torch.bool),
+            "end": torch.tensor([end for _, _, end in rows]),
+        }
+        for number, ((ids, maskable, _), width) in enumerate(zip(rows, widths, strict=True)):
+            n, pads = len(ids), [self.pad_ids[i % len(self.pad_ids)] for i in range(width - len(ids))]
+            batch["input_ids"][number, :width] = torch.tensor([*ids, *pads])
+            batch["attention_mask"][number, :width] = 1
+            batch["maskable"][number, :width] = torch.tensor([*maskable, *[True] * len(pads)])
+            batch["is_pad"][number, n:width] = True
+        return batch

@@ -1,0 +1,174 @@
+"""What variable length adds to a run: checks, pad tokens, the collator, the noise, and rows that are left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llamafactory.extras import logging
+
+from ..data.collators import start_token_id
+from ..data.variable_length import VariableLengthCollator
+from ..diffusion.ends import EndNoise
+from ..modeling.attention_layers import max_positions
+from ..modeling.diffusion_config import DiffusionConfig, VariableLength
+from ..modeling.pad_tokens import pad_names
+from .length_keys import NEEDS
+
+logger = logging.get_logger(f"llamafactory.{__name__}")
+_COLORS = 7
+
+
+@dataclass(frozen=True)
+class LengthPlan:
+    """The variable-length format of a run.
+
+    Attributes:
+        format: `eos_pad`, `eos_eos` or `rainbow`.
+        colors: pad tokens of `rainbow`.
+        canvas: tokens of a row at most.
+        block: see `VariableLengthCollator`.
+        multiple: see there.
+        drop_overlong: whether rows without room for their end are left out.
+    """
+
+    format: str
+    colors: int
+    canvas: int
+    block: int | None
+    multiple: int
+    drop_overlong: bool
+
+
+def settle_lengths(config: DiffusionConfig | None, data_args: Any, finetuning_args: Any) -> LengthPlan | None:
+    """Return the format that the YAML asks for or the checkpoint has; None for none.
+
+    Raises:
+        ValueError: if the YAML contradicts the checkpoint or itself, naming both keys.
+    """
+    stored = None if config is None else config.variable_length
+    asked = finetuning_args.variable_length
+    if stored is not None and asked is not None and asked != stored.format:
+        raise ValueError(
+            f"variable_length: {asked} contradicts the checkpoint, which was trained with variable_length: "
+            f"{stored.format}; remove the key from the YAML, or start from another checkpoint"
+        )
+    name = asked or (stored.format if stored is not None else "none")
+    given = finetuning_args.given_keys
+    for key, needed in NEEDS.items():
+        if key not in given:
+            continue
+        if name == "none" or (needed.endswith("rainbow") and name != "rainbow"):
+            raise ValueError(f"{key}: says nothing without {needed}; set it, or remove {key}")
+        if needed == "pad_mask_ratio" and finetuning_args.pad_mask_ratio is None:
+            raise ValueError(f"{key}: says nothing without pad_mask_ratio; set it, or remove {key}")
+        if needed == "eos_window_ratio" and not finetuning_args.eos_window_ratio:
+            raise ValueError(f"{key}: says nothing without eos_window_ratio; set it above 0, or remove {key}")
+    if name == "none":
+        return None
+    if data_args.packing:
+        raise ValueError(
+            f"variable_length: {name} wants one text a row, but packing: true puts many into it; set packing: false"
+        )
+    if finetuning_args.train_on_padding is False:
+        raise ValueError(
+            f"variable_length: {name} learns to write padding, but train_on_padding: false hides it; remove one"
+        )
+    colors = finetuning_args.rainbow_colors
+    if stored is not None and colors is not None and colors != len(stored.pad_tokens):
+        raise ValueError(
+            f"rainbow_colors: {colors} contradicts the checkpoint, which was trained with "
+            f"{len(stored.pad_tokens)} pad tokens; remove the key from the YAML"
+        )
+    known = len(stored.pad_tokens) if stored is not None else _COLORS
+    return LengthPlan(
+        name,
+        colors or known,
+        data_args.cutoff_len,
+        finetuning_args.pad_block_length,
+        finetuning_args.pad_to_multiple_of,
+        finetuning_args.drop_overlong,
+    )
+
+
+def check_width(plan: LengthPlan, model_config: Any) -> None:
+    """Check that batches rounded up fit the model's positions.
+
+    Raises:
+        ValueError: naming both keys.
+    """
+    limit = max_positions(model_config)
+    width = -(-plan.canvas // plan.multiple) * plan.multiple
+    if limit is not None and width > limit:
+        raise ValueError(
+            f"pad_to_multiple_of: {plan.multiple} with cutoff_len: {plan.canvas} makes batches of {width} tokens, "
+            f"more than the model's {limit} positions; lower one of them"
+        )
+
+
+def end_noise(plan: LengthPlan | None, finetuning_args: Any) -> EndNoise | None:
+    """Return how noise depends on where a text ends; None where it does not."""
+    if plan is None or (finetuning_args.pad_mask_ratio is None and not finetuning_args.eos_window_ratio):
+        return None
+    return EndNoise(
+        pad_mask_ratio=finetuning_args.pad_mask_ratio,
+        pad_anneal_steps=finetuning_args.pad_anneal_steps,
+        pad_mask_method=finetuning_args.pad_mask_method,
+        eos_window_ratio=finetuning_args.eos_window_ratio,
+        eos_window_max=finetuning_args.eos_window_max,
+        eos_window_anneal_steps=finetuning_args.eos_window_anneal_steps,
+    )
+
+
+def with_ends(config: DiffusionConfig, plan: LengthPlan, tokenizer: Any, *, answers: bool) -> DiffusionConfig:
+    """Return what the checkpoints of this run say about themselves; the pad tokens are in the tokenizer by now."""
+    names = pad_names(tokenizer, plan.format, plan.colors, config.variable_length)
+    ends = VariableLength(
+        format=plan.format,
+        pad_tokens=names,
+        pad_token_ids=tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in names),
+        canvas=plan.canvas,
+        block=plan.block,
+    )
+    # A canvas of documents says nothing about answers.
+    return replace(config, variable_length=ends, train_on_padding=True if answers else config.train_on_padding)
+
+
+def end_collator(
+    config: DiffusionConfig, plan: LengthPlan, tokenizer: Any, *, answers: bool
+) -> VariableLengthCollator:
+    """Return the collator of a run whose checkpoints say `config`."""
+    return VariableLengthCollator(
+        eos_id=int(tokenizer.eos_token_id),
+        pad_ids=config.variable_length.pad_token_ids if config.variable_length is not None else (),
+        canvas=plan.canvas,
+        start_id=start_token_id(tokenizer) if config.shift and not answers else None,
+        block=plan.block,
+        multiple=plan.multiple,
+    )
+
+
+def keep_fitting(dataset_module: dict[str, Any], collator: VariableLengthCollator, plan: LengthPlan) -> dict[str, Any]:
+    """Leave out rows that have no room for their end, and say how many.
+
+    Raises:
+        ValueError: if none is left, or with drop_overlong: false if one has no room.
+    """
+    return {key: _each(key, value, collator, plan) for key, value in dataset_module.items()}
+
+
+def _each(name: str, dataset: Any, collator: VariableLengthCollator, plan: LengthPlan) -> Any:
+    if isinstance(dataset, dict):
+        return {key: _each(f"{name} {key}", value, collator, plan) for key, value in dataset.items()}
+    if not hasattr(dataset, "filter"):
+        return dataset
+    if not hasattr(dataset, "__len__"):  # streamed; the collator refuses what does not fit
+        return dataset.filter(collator.fits) if plan.drop_overlong else dataset
+    kept = dataset.filter(collator.fits)
+    said = f"{name}: {len(dataset) - len(kept)} of {len(dataset)} rows have no room for their end within cutoff_len: "
+    if len(kept) < len(dataset) and not plan.drop_overlong:
+        raise ValueError(f"{said}{plan.canvas}; raise cutoff_len, or set drop_overlong: true")
+    if not len(kept):
+        raise ValueError(f"{said}{plan.canvas}, and no other is left; raise cutoff_len")
+    logger.info_rank0(f"{said}{plan.canvas} and are left out, {len(kept)} are kept.")
+    return kept
