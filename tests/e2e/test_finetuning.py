@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from llamafactory_ddm import load
 from llamafactory_ddm.modeling.diffusion_config import FILE_NAME, DiffusionConfig
@@ -61,13 +61,13 @@ def test_only_the_response_is_noised(finetuned, small_data, tmp_path, finetune):
     shutil.copytree(small_data, data)
     for split in ("train", "eval"):
         (data / f"tiny_problems_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finetune(tmp_path / "hidden", dataset_dir=data, train_on_padding=False, max_steps=2, antithetic_time=False)
-    tokenizer = AutoTokenizer.from_pretrained(finetuned)
-    length = len(tokenizer.encode("Tom has 3 apples.", add_special_tokens=False)) + 4  # bos, sep, 3, eos
+    finetune(tmp_path / "hidden", dataset_dir=data, train_on_padding=False, max_steps=8, antithetic_time=False)
     assert DiffusionConfig.load(tmp_path / "hidden").train_on_padding is False
     for log in history(tmp_path / "hidden"):
-        assert (log["masked_fraction"] * 4 * 2) % 1 == pytest.approx(0, abs=1e-6)  # of 4 rows x 2 maskable tokens
-    assert length < 64
+        masked = log["masked_fraction"] * 4 * 2  # of 4 rows x 2 maskable tokens, the 3 and its end
+        assert masked == pytest.approx(round(masked), abs=1e-6)
+    odd = [round(log["masked_fraction"] * 8) % 2 for log in history(tmp_path / "hidden")]
+    assert any(odd)  # of one token a row, they would all be even eighths
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,14 @@ def test_names_that_match_only_in_part_are_an_error(finetune, tmp_path):
         finetune(tmp_path / "out", recipe=LORA, additional_target="embed_tokens")
 
 
+def test_the_output_end_of_tied_embeddings_is_trained_by_the_input_end(finetune, tmp_path):
+    with pytest.raises(ValueError, match="additional_target: lm_head is tied to the input embedding wte"):
+        finetune(tmp_path / "out", recipe=LORA, additional_target="lm_head")
+    both = finetune(tmp_path / "both", recipe=LORA, additional_target="wte,lm_head")
+    one = finetune(tmp_path / "one", recipe=LORA, additional_target="wte")
+    assert losses(both) == pytest.approx(losses(one), rel=1e-4)
+
+
 def test_a_new_mask_token_needs_a_place_in_the_adapter(finetune, tmp_path):
     base = tmp_path / "base"  # the built-in model in float32
     AutoModelForCausalLM.from_pretrained(ROOT / "data" / "tiny_gpt2", dtype=torch.float32).save_pretrained(base)
@@ -206,6 +214,50 @@ def test_an_adapter_of_another_model_is_refused(adapter, train_small, tmp_path):
         solve(tmp_path / "solved", **keys)
 
 
+def test_an_adapter_on_another_base(adapter, finetuned, tmp_path, caplog):
+    keys = {"model_name_or_path": finetuned, "adapter_name_or_path": str(adapter), "finetuning_type": "lora"}
+    solve(tmp_path / "solved", **keys)
+    said = caplog.text
+    assert f"The adapter {adapter} was trained on" in said and f"is put on {finetuned}" in said
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=741, n_positions=256, n_embd=64, n_layer=2, n_head=2))
+    model.save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(finetuned).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"shapes of its weights are not those of .*small; .* was trained on"):
+        solve(tmp_path / "solved", **{**keys, "model_name_or_path": tmp_path / "small"})
+
+
+def test_an_adapter_is_no_model_and_a_model_no_adapter(adapter, finetuned, tmp_path):
+    with pytest.raises(ValueError, match="is an adapter; name it as adapter_name_or_path"):
+        solve(tmp_path / "solved", model_name_or_path=adapter)
+    keys = {"adapter_name_or_path": str(finetuned), "finetuning_type": "lora"}
+    with pytest.raises(ValueError, match=r"holds no adapter_config.json, so it is no adapter"):
+        solve(tmp_path / "solved", model_name_or_path=finetuned, **keys)
+
+
+def test_freeze_does_not_train_what_it_cannot(finetune, tmp_path):
+    keys = {"model_name_or_path": "data/tiny_gpt2", "finetuning_type": "freeze", "anneal_steps": 0}
+    with pytest.raises(ValueError, match="is new to the model, and finetuning_type: freeze would not train its"):
+        finetune(tmp_path / "out", **keys, mask_token="<|new|>")
+    with pytest.raises(ValueError, match="finetuning_type: freeze leaves is trained in float32 beside a model in bfl"):
+        finetune(tmp_path / "out", **keys, mask_token="!")
+
+
+def test_what_was_tokenised_fits(finetune, tmp_path):
+    keys = {"tokenized_path": str(tmp_path / "tokens"), "eval_dataset": ABSENT, "train_on_padding": False}
+    finetune(tmp_path / "out", **keys)
+    finetune(tmp_path / "out", **keys)
+    with pytest.raises(ValueError, match=r"tokens holds a row of \d+ tokens, more than cutoff_len: 24"):
+        finetune(tmp_path / "out", **keys, cutoff_len=24)
+
+
+def test_a_column_that_is_not_there(small_data, finetuned, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(small_data, data)
+    (data / "tiny_problems_eval.jsonl").write_text('{"instruction": "Tom has 3 apples."}\n')
+    with pytest.raises(ValueError, match="tiny_problems_eval has no column 'output'"):
+        solve(tmp_path / "solved", model_name_or_path=finetuned, dataset_dir=data)
+
+
 @pytest.mark.parametrize("recipe", ["tiny_gpt2_full_ddm_sft.yaml", LORA])
 def test_a_resumed_run_is_the_uninterrupted_one(recipe, finetune, tmp_path):
     keys = {"recipe": recipe, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -218,6 +270,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, finetune, tmp_path):
     name = "adapter_model.safetensors" if recipe == LORA else "model.safetensors"
     one, two = load_file(whole / name), load_file(half / name)
     assert all(torch.equal(one[key], two[key]) for key in one)
+    for change, words in (({"train_on_padding": False}, "train_on_padding: False"), ({"sep_token": "!"}, "sep_token")):
+        with pytest.raises(ValueError, match=f"{words}.* contradicts the checkpoint to resume from"):
+            finetune(half, **keys, resume_from_checkpoint=str(half / "checkpoint-2"), **change)
 
 
 # ---- published layouts ----
@@ -239,8 +294,9 @@ def as_published(checkpoint, folder):
 def test_checkpoint_dir_reads_diffugpts_layout(checkpoint, finetune, tmp_path):
     source = as_published(checkpoint, tmp_path / "published")
     keys = {"model_name_or_path": "data/tiny_gpt2", "checkpoint_dir": str(source), "mask_token": "<|mask|>"}
-    direct, through = finetune(tmp_path / "direct"), finetune(tmp_path / "through", **keys, anneal_steps=0)
+    direct, through = finetune(tmp_path / "direct"), finetune(tmp_path / "through", **keys, anneal_steps=1000)
     assert losses(through) == pytest.approx(losses(direct), rel=1e-4)
+    assert {log["attention_ratio"] for log in history(through)} == {1.0}  # its attention was annealed long ago
     with pytest.raises(ValueError, match=r"layout of DiffuGPT.*llamafactory-ddm convert.*checkpoint_dir"):
         finetune(tmp_path / "not", model_name_or_path=source)
 
@@ -249,7 +305,7 @@ def test_lora_on_a_published_checkpoint(checkpoint, finetune, tmp_path):
     source = as_published(checkpoint, tmp_path / "published")
     shutil.copytree(ROOT / "data" / "tiny_gpt2", tmp_path / "base")
     base = {"model_name_or_path": tmp_path / "base", "checkpoint_dir": str(source), "mask_token": "<|mask|>"}
-    with pytest.raises(ValueError, match="a LoRA adapter does not hold its embedding"):
+    with pytest.raises(ValueError, match=r"an adapter remembers only the latter.*llamafactory-ddm convert"):
         finetune(tmp_path / "out", recipe=LORA, **base, anneal_steps=0)
     tokens = ("--mask-token", str(len(AutoTokenizer.from_pretrained(checkpoint)) - 1))
     done = run("convert", source, tmp_path / "converted", "--base", checkpoint, *tokens, program="llamafactory-ddm")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -114,16 +115,33 @@ def test_the_table_says_which_tokens_a_published_model_has(llama, tmp_path, monk
 
 
 def test_the_table_adds_the_mask_of_diffugpt_m(gpt2, tmp_path, monkeypatch):
-    _, base, _ = gpt2
+    _, base, weights = gpt2
+    source = tmp_path / "in"
+    source.mkdir()
+    save_file(weights, source / "model.safetensors")
     tokens = published.PublishedTokens(mask_id=len(tiny_tokenizer()), sep_id=8, pad_id=None, new_mask="[M]")
     monkeypatch.setitem(published.TOKENS, ("gpt2", ROWS), tokens)
-    convert(base, tmp_path / "out")
+    convert(source, tmp_path / "out", base=base)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_tokens_to_ids("[M]") == DiffusionConfig.load(tmp_path / "out").mask_token_id
     monkeypatch.setitem(published.TOKENS, ("gpt2", ROWS), published.PublishedTokens(5, 8, None, "[other]"))
     with pytest.raises(ValueError, match="the weights were trained with 5"):
-        convert(base, tmp_path / "wrong")
+        convert(source, tmp_path / "wrong", base=base)
     assert not (tmp_path / "wrong").exists()
+    with pytest.raises(ValueError, match="nothing says which token is the mask"):
+        convert(base, tmp_path / "autoregressive")  # any GPT-2 has the names of this one
+
+
+def test_ends_that_differ_stay_apart(gpt2, tmp_path):
+    _, base, weights = gpt2
+    weights["lm_head.weight"] = weights["lm_head.weight"] + torch.rand(ROWS, 16)
+    source = tmp_path / "in"
+    source.mkdir()
+    save_file(weights, source / "model.safetensors")
+    convert(source, tmp_path / "out", base=base, mask_token="!")
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(converted.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(converted.transformer.wte.weight, weights["embed_tokens.weight"])
 
 
 def test_the_published_ids():
@@ -135,32 +153,62 @@ def test_the_published_ids():
     }
 
 
-def test_an_adapter_in_the_wrappers_names(tmp_path):
-    head = "base_model.model."
-    weights = {
-        f"{head}denoise_model.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(2, 4),
-        f"{head}denoise_model.layers.0.self_attn.q_proj.lora_B.weight": torch.randn(4, 2),
-        f"{head}embed_tokens.weight": torch.randn(8, 4),
-    }
-    source, base = tmp_path / "in", tmp_path / "model"
-    source.mkdir()
-    base.mkdir()
+@pytest.fixture
+def wrapped_adapter(llama, tmp_path):
+    """A LoRA adapter with a trained embedding, in the names of DiffuLLaMA's wrapper, and PEFT's model of it."""
+    model, base, _ = llama
     DiffusionConfig("x", 3, True, "masked", 0.0, "linear", 1.0).save(base)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    trained = get_peft_model(model, lora)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    plain, source = tmp_path / "plain", tmp_path / "in"
+    trained.save_pretrained(plain, save_embedding_layers=False)
+    source.mkdir()
+    names = {"model.embed_tokens.": "embed_tokens.", "model.layers.": "denoise_model.layers."}
+    weights = {}
+    for key, value in load_file(plain / "adapter_model.safetensors").items():
+        bare = key.removeprefix("base_model.model.")
+        start = next(name for name in names if bare.startswith(name))
+        weights[f"base_model.model.{names[start]}{bare.removeprefix(start)}"] = value
+    settings = json.loads((plain / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "x"}))
     save_file(weights, source / "adapter_model.safetensors")
-    (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    return trained, base, source, weights
+
+
+def test_an_adapter_in_the_wrappers_names(wrapped_adapter, tmp_path):
+    trained, base, source, weights = wrapped_adapter
+    assert any(key.startswith("base_model.model.embed_tokens.") for key in weights)
     convert(source, tmp_path / "out", base=base)
-    assert set(load_file(tmp_path / "out" / "adapter_model.safetensors")) == {
-        f"{head}model.layers.0.self_attn.q_proj.lora_A.weight",
-        f"{head}model.layers.0.self_attn.q_proj.lora_B.weight",
-        f"{head}model.embed_tokens.weight",
-    }
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(base)
     assert DiffusionConfig.load(tmp_path / "out").mask_token_id == 3
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(trained), rtol=0, atol=0)
     convert(tmp_path / "out", tmp_path / "back", to_published=True)
     again = load_file(tmp_path / "back" / "adapter_model.safetensors")
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w, key: w.pop(key), "missing .*lora_A"),
+        (lambda w, key: w.update({key: torch.ones(3, 16)}), r"\(3, 16\) instead of \(2, 16\)"),
+        (lambda w, key: w.update({key.replace("layers.0", "layers.7"): w[key].clone()}), "unexpected .*layers.7"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_its_base(wrapped_adapter, tmp_path, change, words):
+    _, base, source, weights = wrapped_adapter
+    change(weights, next(key for key in weights if "layers.0" in key and "lora_A" in key))
+    save_file(weights, source / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        convert(source, tmp_path / "out", base=base)
+    with pytest.raises(ValueError, match=r"an adapter of x, whose config.json cannot be loaded"):
+        convert(source, tmp_path / "out")
 
 
 def test_weights_are_renamed_on_loading(gpt2, tmp_path):

@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute
 from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetGenerationError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ..modeling.adapters import ADAPTER_CONFIG
 from ..modeling.attention_layers import max_positions
 from ..modeling.checkpoints import verify_checkpoint
-from ..modeling.published import layout_of_folder
+from ..modeling.published import is_model_folder, layout_of_folder
 
 
 def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
@@ -23,6 +25,7 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
         ValueError: if one does not exist or is truncated.
     """
     adapters = [("adapter_name_or_path", folder) for folder in model_args.adapter_name_or_path or ()]
+    _check_checkpoint_dir(finetuning_args)
     for key, folder in (
         ("model_name_or_path", model_args.model_name_or_path),
         ("checkpoint_dir", finetuning_args.checkpoint_dir),
@@ -34,6 +37,7 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
         if path.is_dir():
             if key == "model_name_or_path" and model_args.train_from_scratch:
                 continue
+            _check_kind(key, path)
             verify_checkpoint(path)
             layout = None if key == "checkpoint_dir" else layout_of_folder(path)
             if layout is not None:
@@ -44,6 +48,38 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
                 )
         elif key != "model_name_or_path" or not _may_be_on_a_hub(folder):
             raise ValueError(f"{key}: {folder} is not a folder; check the path (it is relative to {Path.cwd()})")
+
+
+def _check_kind(key: str, path: Path) -> None:
+    """Tell an adapter's folder from a model's."""
+    is_adapter = (path / ADAPTER_CONFIG).is_file()
+    if key == "adapter_name_or_path" and not is_adapter:
+        raise ValueError(
+            f"{key}: {path} holds no {ADAPTER_CONFIG}, so it is no adapter; name a model as model_name_or_path"
+        )
+    if key == "model_name_or_path" and is_adapter and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{key}: {path} is an adapter; name it as adapter_name_or_path, with finetuning_type: lora, and as "
+            "model_name_or_path the model that it was trained on"
+        )
+
+
+def _check_checkpoint_dir(finetuning_args: Any) -> None:
+    """Refuse weights that a run could not load, or that an adapter would not know of later."""
+    folder = finetuning_args.checkpoint_dir
+    if folder is None or not Path(folder).is_dir() or is_model_folder(folder):
+        return
+    cure = f"make it an ordinary folder first, with llamafactory-ddm convert {folder} OUT, and name that as "
+    if finetuning_args.finetuning_type == "lora":
+        raise ValueError(
+            f"checkpoint_dir: {folder} holds weights that are put into model_name_or_path, and an adapter remembers "
+            f"only the latter; {cure}model_name_or_path"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"checkpoint_dir: {folder} holds weights that are put into a whole model, which DeepSpeed ZeRO-3 splits; "
+            f"{cure}model_name_or_path"
+        )
 
 
 # Upstream's keys of autoregressive generation -> what to do in place of setting them.
@@ -74,6 +110,12 @@ def datasets_explained(data_args: Any, names: list[str] | None = None) -> Iterat
         raise ValueError(
             f"dataset: {said} could not be read ({cause or error}); check the file against its entry in "
             "dataset_info.json"
+        ) from error
+    except KeyError as error:
+        said = ", ".join(names) if names else _names(data_args)
+        raise ValueError(
+            f"dataset: {said} has no column {error}, which its entry in dataset_info.json (or the default of its "
+            "formatting) names; add the column to the data, or name the right one under columns"
         ) from error
     except (RuntimeError, StopIteration, IndexError) as error:
         text = str(error)
@@ -151,17 +193,22 @@ def check_rows(config: Any, data_args: Any, dataset_module: dict[str, Any]) -> N
     Raises:
         ValueError: naming tokenized_path and the number of positions.
     """
-    limit = max_positions(config)
     rows = dataset_module.get("train_dataset")
-    if limit is None:
+    if data_args.tokenized_path is None or rows is None or data_args.streaming or not len(rows):
         return
-    if data_args.tokenized_path is not None and rows is not None and not data_args.streaming and len(rows):
-        length = len(rows[0]["input_ids"])
-        if length > limit:
-            raise ValueError(
-                f"tokenized_path: {data_args.tokenized_path} holds rows of {length} tokens, more than the model's "
-                f"{limit} positions; prepare it again with cutoff_len: {limit} or less"
-            )
+    lengths = pyarrow.compute.list_value_length(rows.with_format("arrow")[:]["input_ids"])
+    longest = int(pyarrow.compute.max(lengths).as_py())
+    limit = max_positions(config)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"tokenized_path: {data_args.tokenized_path} holds a row of {longest} tokens, more than the model's "
+            f"{limit} positions; prepare it again with cutoff_len: {limit} or less"
+        )
+    if longest > data_args.cutoff_len:
+        raise ValueError(
+            f"tokenized_path: {data_args.tokenized_path} holds a row of {longest} tokens, more than cutoff_len: "
+            f"{data_args.cutoff_len}; prepare it again, or set cutoff_len as it was then"
+        )
 
 
 def check_data(trainer: Any, data_args: Any) -> None:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from llamafactory.extras import logging
 from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.model.patcher import patch_tokenizer
 from transformers import AutoTokenizer
 
-from ..modeling.adapters import settle_targets, stores_embedding, tie_again
+from ..modeling.adapters import base_of, settle_targets, stores_embedding, tie_again
 from ..modeling.bidirectional import make_bidirectional
 from ..modeling.checkpoints import load_weights, stored_dtype
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.mask_token import ResolvedMaskToken, add_mask_token, needs_row, resolve_mask_token
 from ..modeling.pad_tokens import add_pad_tokens, new_names, pad_names
-from ..modeling.published import embedding_rows, is_model_folder, layout_of_folder, published_config
+from ..modeling.published import (
+    embedding_rows,
+    is_model_folder,
+    layout_of_folder,
+    published_config,
+    set_published_padding,
+)
 from .variable_length import LengthPlan
 
+logger = logging.get_logger(f"llamafactory.{__name__}")
 # What two checkpoints of one run, a base and its adapter, must say alike.
 _AGREEING = ("mask_token", "mask_token_id", "shift", "noise_process", "uniform_ratio", "noise_schedule")
 
@@ -68,13 +78,14 @@ def load_diffusion_tokenizer(
     folder = finetuning_args.checkpoint_dir or model_args.model_name_or_path
     config = find_diffusion_config(model_args, finetuning_args.checkpoint_dir)
     tokenizer_module = load_newest_tokenizer(model_args, finetuning_args.checkpoint_dir)
-    if config is None and finetuning_args.mask_token is None:
-        config = _of_published(model_args, finetuning_args.checkpoint_dir, tokenizer_module["tokenizer"])
+    if config is None:
+        config = _of_published(model_args, finetuning_args, tokenizer_module["tokenizer"])
     if config is None and not training_args.do_train and finetuning_args.mask_token is None:
         raise ValueError(
             f"{folder} holds no {FILE_NAME}, so nothing says that it is a diffusion model, and this run trains "
-            "nothing. Point model_name_or_path (or checkpoint_dir) at a checkpoint of stage: ddm; if it is a "
-            "diffusion model from elsewhere, say so with mask_token and shift"
+            "nothing. Point model_name_or_path (or checkpoint_dir) at a checkpoint of stage: ddm; make an ordinary "
+            "folder of a published one, such as DiffuLLaMA, with llamafactory-ddm convert; if it is a diffusion model "
+            "from elsewhere, say so with mask_token and shift"
         )
     stored = None
     if config is not None:
@@ -93,14 +104,27 @@ def load_diffusion_tokenizer(
     return tokenizer_module, config, mask
 
 
-def _of_published(model_args: Any, checkpoint_dir: str | None, tokenizer: Any) -> DiffusionConfig | None:
-    """Return what a checkpoint in a published layout would say about itself."""
-    if checkpoint_dir is None:
-        return None
-    layout = layout_of_folder(checkpoint_dir)
+def _of_published(model_args: Any, finetuning_args: Any, tokenizer: Any) -> DiffusionConfig | None:
+    """Return what a checkpoint_dir in a published layout would say about itself; its padding token is set.
+
+    The YAML's mask_token has precedence: others have trained in that layout too.
+    """
+    folder = finetuning_args.checkpoint_dir
+    layout = None if folder is None else layout_of_folder(folder)
     if layout is None:
         return None
-    return published_config(load_config(model_args).model_type, embedding_rows(checkpoint_dir, layout), tokenizer)
+    kind, rows = load_config(model_args).model_type, embedding_rows(folder, layout)
+    known = published_config(kind, rows, tokenizer)
+    asked = finetuning_args.mask_token
+    if known is not None:
+        set_published_padding(kind, rows, tokenizer)
+    if asked is None:
+        return known
+    mask = resolve_mask_token(
+        tokenizer, asked, config_mask=None if known is None else (known.mask_token, known.mask_token_id)
+    )
+    described = known or DiffusionConfig(mask.token, mask.id, True, "masked", 0.0, "linear", 1.0)
+    return replace(described, mask_token=mask.token, mask_token_id=mask.id)
 
 
 def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[str, Any]:
@@ -149,6 +173,8 @@ class AroundAdapter:
         do_train: whether the model is about to be trained.
         autocast: whether it is trained in mixed precision.
         pad_tokens: spellings of the pad tokens that the run needs.
+        base: the model's folder or name.
+        adapters: folders of adapters that are there already.
     """
 
     tokenizer: Any
@@ -158,6 +184,8 @@ class AroundAdapter:
     do_train: bool
     autocast: bool
     pad_tokens: tuple[str, ...] = ()
+    base: str = ""
+    adapters: tuple[str, ...] = ()
 
     def before(self, model: Any) -> None:
         """Give the base model its mask token and the checkpoint's weights, and settle what LoRA takes hold of.
@@ -165,6 +193,13 @@ class AroundAdapter:
         Raises:
             ValueError: if an adapter could not hold the new token, a name matches nothing, or weights do not fit.
         """
+        for folder in self.adapters:
+            trained_on = base_of(folder)
+            if trained_on != self.base and Path(trained_on).resolve() != Path(self.base).resolve():
+                logger.warning_rank0(
+                    f"The adapter {folder} was trained on {trained_on}, and is put on {self.base}: that gives another "
+                    "model than was trained, unless the two are the same."
+                )
         if self.new_adapter:
             settle_targets(model, self.finetuning_args)
             if needs_row(model, self.mask) and not stores_embedding(model, self.finetuning_args):
@@ -180,6 +215,11 @@ class AroundAdapter:
                     "not hold their embeddings; add the name of the input embedding to additional_target (wte, "
                     "embed_tokens), or use variable_length: eos_eos"
                 )
+        elif self.do_train and self.finetuning_args.finetuning_type == "freeze" and needs_row(model, self.mask):
+            raise ValueError(
+                f"mask_token: {self.mask.token!r} is new to the model, and finetuning_type: freeze would not train "
+                "its embedding; name a token that exists, or adapt the model in full first, with stage: ddm"
+            )
         add_mask_token(model, self.tokenizer, self.mask)
         add_pad_tokens(model, self.tokenizer, self.pad_tokens)
         checkpoint = self.finetuning_args.checkpoint_dir
@@ -190,6 +230,24 @@ class AroundAdapter:
             layout = layout_of_folder(checkpoint)
             load_weights(model, checkpoint, rename=None if layout is None else layout.to_standard)
 
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say whose an adapter is that does not fit.
+
+        Raises:
+            ValueError: if the shapes of the adapter's weights are not those of the model.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.adapters or "size mismatch" not in str(error):
+                raise
+            owners = ", ".join(f"{folder} was trained on {base_of(folder)}" for folder in self.adapters)
+            raise ValueError(
+                f"adapter_name_or_path: the shapes of its weights are not those of model_name_or_path: {self.base}; "
+                f"{owners}"
+            ) from error
+
     def after(self, model: Any) -> None:
         """Mend what adapters untie, and switch attention.
 
@@ -198,9 +256,12 @@ class AroundAdapter:
         """
         tie_again(model)
         own = {p.dtype for name, p in model.named_parameters() if "lora_" not in name and p.is_floating_point()}
-        if self.do_train and self.finetuning_args.additional_target and len(own) > 1 and not self.autocast:
+        targets = self.finetuning_args.additional_target
+        freezes = self.finetuning_args.finetuning_type == "freeze"
+        if self.do_train and (targets or freezes) and len(own) > 1 and not self.autocast:
+            what = "what finetuning_type: freeze leaves" if freezes else f"additional_target: {', '.join(targets)}"
             raise ValueError(
-                f"additional_target: {', '.join(self.finetuning_args.additional_target)} is trained in float32 beside "
+                f"{what} is trained in float32 beside "
                 f"a model in {', '.join(str(d).removeprefix('torch.') for d in own - {torch.float32})}, which needs "
                 "mixed precision: set bf16: true, or start from a model that is stored in float32"
             )
@@ -227,6 +288,8 @@ def load_diffusion_model(
         new_adapter=training_args.do_train and finetuning_args.finetuning_type == "lora" and not resumes,
         do_train=training_args.do_train,
         autocast=getattr(training_args, "bf16", False) or getattr(training_args, "fp16", False),
+        base=model_args.model_name_or_path,
+        adapters=tuple(model_args.adapter_name_or_path or ()),
         pad_tokens=() if lengths is None else pad_names(tokenizer, lengths.format, lengths.colors, stored),
     )
     base_stage, finetuning_args.stage = finetuning_args.stage, finetuning_args.diffusion_stage
@@ -236,6 +299,12 @@ def load_diffusion_model(
         finetuning_args.stage = base_stage
         finetuning_args.around_adapter = None
     if config is None:
+        if training_args.do_train and finetuning_args.anneal_steps > 1:
+            logger.info_rank0(
+                f"{model_args.model_name_or_path} holds no {FILE_NAME} and is taken for an autoregressive model: its "
+                f"attention is annealed over {finetuning_args.anneal_steps} steps. Set anneal_steps: 0 for a "
+                "diffusion model from elsewhere."
+            )
         config = DiffusionConfig(
             mask_token=mask.token,
             mask_token_id=mask.id,

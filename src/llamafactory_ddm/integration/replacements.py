@@ -150,7 +150,8 @@ def diffusion_init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         if around is None:
             return original(config, model, model_args, finetuning_args, is_trainable)
         around.before(model)
-        model = original(config, model, model_args, finetuning_args, is_trainable)
+        with around.explained():
+            model = original(config, model, model_args, finetuning_args, is_trainable)
         around.after(model)
         return model
 

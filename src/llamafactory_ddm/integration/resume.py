@@ -11,6 +11,11 @@ from ..modeling.checkpoints import BrokenCheckpointError, last_complete_checkpoi
 from ..modeling.diffusion_config import DiffusionConfig
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
+_OF_FINETUNING = ("train_on_padding", "sep_token", "sep_token_id", "variable_length")
+_AGREEING = (
+    *("mask_token", "mask_token_id", "shift", "noise_schedule", "noise_process", "uniform_ratio"),
+    *_OF_FINETUNING,
+)
 
 
 def settle_resume(training_args: Any, finetuning_args: Any) -> str | None:
@@ -66,9 +71,9 @@ def check_resumed(config: DiffusionConfig, folder: str) -> None:
         ValueError: naming the key that differs, and both values.
     """
     stored = DiffusionConfig.load(folder)
-    for key in ("mask_token", "mask_token_id", "shift", "noise_schedule", "noise_process", "uniform_ratio"):
+    for key in _AGREEING:
         here, there = getattr(config, key), getattr(stored, key)
-        if here != there:
+        if here != there and (there is not None or key not in _OF_FINETUNING):
             raise ValueError(
                 f"{key}: {here} contradicts the checkpoint to resume from, {folder}, which says {key}: {there}; "
                 f"set {key} as it was, or choose another output_dir"

@@ -15,6 +15,11 @@ from .diffusion_config import DiffusionConfig
 ADAPTER_CONFIG = "adapter_config.json"
 
 
+def base_of(folder: str | Path) -> str:
+    """Return the folder or name of the model that an adapter was trained on."""
+    return str(json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
 def merged_with_base(folder: str | Path, config: DiffusionConfig, *, dtype: Any) -> Any:
     """Load the base model that an adapter names, and merge the adapter into it.
 
@@ -27,7 +32,7 @@ def merged_with_base(folder: str | Path, config: DiffusionConfig, *, dtype: Any)
     """
     from peft import PeftModel
 
-    base = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = base_of(folder)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -62,6 +67,7 @@ def settle_targets(model: Any, finetuning_args: Any) -> None:
         names = [name for name, _ in model.named_modules() if name]
         others = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
         _check_names("additional_target", list(finetuning_args.additional_target), names, others)
+        _check_tied(model, finetuning_args)
 
 
 def linear_modules(model: Any) -> list[str]:
@@ -81,6 +87,21 @@ def stores_embedding(model: Any, finetuning_args: Any) -> bool:
     embedding = model.get_input_embeddings()
     names = [name for name, module in model.named_modules() if module is embedding]
     return any(_matches(target, name) for target in finetuning_args.additional_target or () for name in names)
+
+
+def _check_tied(model: Any, finetuning_args: Any) -> None:
+    """Refuse a target that names the output end of tied embeddings alone: `tie_again` would undo its training."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight or stores_embedding(model, finetuning_args):
+        return
+    ends = [name for name, module in model.named_modules() if module is head]
+    named = [target for target in finetuning_args.additional_target if any(_matches(target, end) for end in ends)]
+    if named:
+        one = next(name.rpartition(".")[2] for name, module in model.named_modules() if module is embedding)
+        raise ValueError(
+            f"additional_target: {', '.join(named)} is tied to the input embedding {one}, and trained alone would "
+            f"part from it; name {one}, which trains both"
+        )
 
 
 def tie_again(model: Any) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from .diffusion_config import DiffusionConfig
 from .mask_token import resolve_token
 from .published import (
     LAYOUTS,
-    TOKENS,
     Layout,
     embedding_rows,
     keys_of,
     layout_of,
     published_config,
+    set_published_padding,
     shapes_of,
 )
 
@@ -100,13 +100,15 @@ def _convert_model(
     rows = embedding_rows(source, layout) or int(config.vocab_size)
     config.vocab_size = rows
     _check_keys(source, layout, config)
+    if _tied(config) and _ends_differ(source, layout):
+        config.tie_word_embeddings = False
     rename = _renamer(layout, LAYOUTS[config.model_type] if to_published else None)
     _write_weights(source, scratch, rename)
     config.save_pretrained(scratch)
     tokenizer = _tokenizer(source, base)
     described = DiffusionConfig.find(source)
     if described is None:
-        described = _described(config, rows, tokenizer, tokens, shift)
+        described = _described(config, rows, tokenizer, tokens, shift, layout)
     if described.mask_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"mask_token": described.mask_token})
     if tokenizer.convert_tokens_to_ids(described.mask_token) != described.mask_token_id:
@@ -127,6 +129,7 @@ def _convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_pu
     settings = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if base is not None:
         settings["base_model_name_or_path"] = str(base)
+    _check_adapter_keys(source, layout, settings)
     rename = _renamer(layout, _adapter_layout(keys) if to_published else None)
     _write_weights(source, scratch, rename)
     (scratch / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -139,8 +142,34 @@ def _convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_pu
             "--base"
         )
     described.save(scratch)
-    for path in source.glob("*token*"):
-        shutil.copy2(path, scratch)
+    if (source / "tokenizer_config.json").is_file():
+        _tokenizer(source, None).save_pretrained(scratch)
+
+
+def _check_adapter_keys(source: Path, layout: Layout | None, settings: dict[str, Any]) -> None:
+    """Compare names and shapes with those that PEFT gives the adapter on its base.
+
+    Raises:
+        ValueError: if the base has no config, or listing what is missing, unexpected or of another shape.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import get_peft_model_state_dict
+
+    base = str(settings.get("base_model_name_or_path"))
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} is an adapter of {base}, whose config.json cannot be loaded ({_first_line(error)}); name the "
+            "model with --base"
+        ) from error
+    known = {field.name for field in fields(LoraConfig)}
+    lora = LoraConfig(**{key: value for key, value in settings.items() if key in known and key != "peft_type"})
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), lora, low_cpu_mem_usage=True)
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {key: tuple(value.shape) for key, value in state.items()}
+    _compare(source, layout, expected, optional=set(), what=f"an adapter of {base}")
 
 
 def _adapter_layout(keys: list[str]) -> Layout:
@@ -179,9 +208,22 @@ def _tokenizer(source: Path, base: str | Path | None) -> Any:
         ) from error
 
 
-def _described(config: Any, rows: int, tokenizer: Any, tokens: dict[str, str | None], shift: bool) -> DiffusionConfig:
-    """Return what the checkpoint says about itself, from the table of published models and the user's tokens."""
-    known = published_config(config.model_type, rows, tokenizer)
+def _described(
+    config: Any,
+    rows: int,
+    tokenizer: Any,
+    tokens: dict[str, str | None],
+    shift: bool,
+    layout: Layout | None,
+) -> DiffusionConfig:
+    """Return what the checkpoint says about itself, from the table of published models and the user's tokens.
+
+    DiffuGPT is known by its layout; DiffuLLaMA was published in that of any Llama, so a Llama of its size is taken
+    for it.
+    """
+    known = None
+    if layout is not None or config.model_type == "llama":
+        known = published_config(config.model_type, rows, tokenizer)
     if known is None and tokens["mask_token"] is None:
         raise ValueError(
             f"nothing says which token is the mask of this {config.model_type} model of {rows} embeddings; name it "
@@ -199,12 +241,10 @@ def _described(config: Any, rows: int, tokenizer: Any, tokens: dict[str, str | N
     if tokens["sep_token"] is not None:
         sep = resolve_token(tokenizer, "--sep-token", tokens["sep_token"])
         described = replace(described, sep_token=sep[0], sep_token_id=sep[1])
-    published = TOKENS.get((config.model_type, rows))
     if tokens["pad_token"] is not None:
         tokenizer.pad_token = resolve_token(tokenizer, "--pad-token", tokens["pad_token"])[0]
-    elif published is not None:
-        pad = published.pad_id
-        tokenizer.pad_token = tokenizer.eos_token if pad is None else tokenizer.convert_ids_to_tokens(pad)
+    elif known is not None:
+        set_published_padding(config.model_type, rows, tokenizer)
     return described
 
 
@@ -217,7 +257,13 @@ def _check_keys(source: Path, layout: Layout | None, config: Any) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    tied = {"lm_head.weight"} if getattr(config.get_text_config(), "tie_word_embeddings", False) else set()
+    tied = {"lm_head.weight"} if _tied(config) else set()
+    _compare(source, layout, expected, optional=tied, what=config.model_type)
+
+
+def _compare(
+    source: Path, layout: Layout | None, expected: dict[str, tuple[int, ...]], *, optional: set[str], what: str
+) -> None:
     found: dict[str, tuple[int, ...]] = {}
     twice = []
     for path in weight_files(source):
@@ -227,7 +273,7 @@ def _check_keys(source: Path, layout: Layout | None, config: Any) -> None:
                 continue
             twice += [standard] * (standard in found)
             found[standard] = shape
-    missing = sorted(expected.keys() - found.keys() - tied)
+    missing = sorted(expected.keys() - found.keys() - optional)
     unexpected = sorted(found.keys() - expected.keys())
     shapes = [
         f"{key} {found[key]} instead of {expected[key]}"
@@ -235,9 +281,25 @@ def _check_keys(source: Path, layout: Layout | None, config: Any) -> None:
         if found[key] != expected[key]
     ]
     faults = {"missing": missing, "unexpected": unexpected, "there twice": twice, "of another shape": shapes}
-    said = [f"{what} {some(names)}" for what, names in faults.items() if names]
+    said = [f"{fault} {some(names)}" for fault, names in faults.items() if names]
     if said:
-        raise ValueError(f"the weights in {source} do not fit {config.model_type}: {'; '.join(said)}")
+        raise ValueError(f"the weights in {source} do not fit {what}: {'; '.join(said)}")
+
+
+def _tied(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _ends_differ(source: Path, layout: Layout | None) -> bool:
+    """Tell whether the files hold an output embedding with other values than the input's."""
+    names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
+    ends: dict[str, Tensor] = {}
+    for path in weight_files(source):
+        for key, value in read_weights(path).items():
+            standard = key if layout is None else layout.to_standard(key)
+            if standard in names or standard == "lm_head.weight":
+                ends["out" if standard == "lm_head.weight" else "in"] = value
+    return len(ends) == 2 and not torch.equal(ends["in"], ends["out"])
 
 
 def _write_weights(source: Path, scratch: Path, rename: Callable[[str], str | None]) -> None:

@@ -148,6 +148,14 @@ def is_model_folder(folder: str | Path) -> bool:
     return (Path(folder) / "config.json").is_file() and layout_of_folder(folder) is None
 
 
+def set_published_padding(model_type: str, rows: int, tokenizer: Any) -> None:
+    """Have the tokenizer pad as the published model was trained to, if it is in the table."""
+    tokens = TOKENS.get((model_type, rows))
+    if tokens is not None:
+        pad = tokens.pad_id
+        tokenizer.pad_token = tokenizer.eos_token if pad is None else tokenizer.convert_ids_to_tokens(pad)
+
+
 def published_config(model_type: str, rows: int, tokenizer: Any) -> DiffusionConfig | None:
     """Return what a published model would say about itself, or None if it is not in the table.
 
