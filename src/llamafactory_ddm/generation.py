@@ -74,8 +74,8 @@ class Generated:
     """One text.
 
     Attributes:
-        predict: what was written, up to the first end-of-text token, special tokens left out; spans that are apart are
-            joined by a line break.
+        predict: what was written, up to the first end-of-text or pad token, special tokens left out; spans that are
+            apart are joined by a line break.
         text: the whole text, with what was given.
         n_tokens: tokens written that are part of `predict`; what stood behind an end-of-text token does not count.
         forwards: forwards that they took.
@@ -135,6 +135,8 @@ class TextGenerator:
         self.config = config
         self.start_id = start_token_id(tokenizer) if config.shift else None
         self.codec = TextCodec(tokenizer, config.mask_token_id)
+        pads = () if config.variable_length is None else config.variable_length.pad_token_ids
+        self._ends = {tokenizer.eos_token_id, *pads}  # none of them, and nothing behind them, is text
         self._n_ids = max(tokenizer.get_vocab().values()) + 1  # rows of the model beyond are no tokens
         if probe:
             probe_bidirectional(model)
@@ -281,10 +283,10 @@ class TextGenerator:
             if editable:
                 spans[-1].append(ids[place])
         text = ids[canvas.n_start :]
-        ends = self.tokenizer.eos_token_id
-        if len(spans) == 1 and canvas.editable[-1] and ends in spans[0]:
-            behind = len(spans[0]) - spans[0].index(ends)
-            spans[0], text = spans[0][:-behind], text[:-behind]
+        if len(spans) == 1 and canvas.editable[-1]:
+            behind = next((len(spans[0]) - n for n, token in enumerate(spans[0]) if token in self._ends), 0)
+            if behind:
+                spans[0], text = spans[0][:-behind], text[:-behind]
         trace = None
         if traced:
             begin = canvas.n_start

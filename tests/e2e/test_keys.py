@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm.integration.arguments import DiffusionArguments
+from llamafactory_ddm.integration.length_keys import LengthKeys
 from llamafactory_ddm.integration.sampling_arguments import UPSTREAM_KEYS
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import evaluations, history
@@ -52,6 +53,8 @@ ELSEWHERE = {
     "train_on_padding",
     "sep_token",
     "split_digits",
+    # tests/e2e/test_variable_length.py
+    *(field.name for field in dataclasses.fields(LengthKeys)),
 }
 
 

@@ -170,5 +170,8 @@ def _each(name: str, dataset: Any, collator: VariableLengthCollator, plan: Lengt
         raise ValueError(f"{said}{plan.canvas}; raise cutoff_len, or set drop_overlong: true")
     if not len(kept):
         raise ValueError(f"{said}{plan.canvas}, and no other is left; raise cutoff_len")
-    logger.info_rank0(f"{said}{plan.canvas} and are left out, {len(kept)} are kept.")
+    if len(kept) < len(dataset):
+        logger.info_rank0(f"{said}{plan.canvas} and are left out, {len(kept)} are kept.")
+    else:
+        logger.info_rank0(f"{name}: all {len(dataset)} rows have room for their end.")
     return kept

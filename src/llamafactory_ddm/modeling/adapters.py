@@ -40,8 +40,10 @@ def merged_with_base(folder: str | Path, config: DiffusionConfig, *, dtype: Any)
             f"{folder} is an adapter of {base}, which cannot be loaded ({str(error).strip().splitlines()[0]}); start "
             "where that path is right, or change base_model_name_or_path in its adapter_config.json"
         ) from error
-    if config.mask_token_id >= model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(config.mask_token_id + 1, mean_resizing=False)
+    ends = config.variable_length
+    highest = max((config.mask_token_id, *(() if ends is None else ends.pad_token_ids)))
+    if highest >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(highest + 1, mean_resizing=False)
     merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     tie_again(merged)
     return merged

@@ -1,0 +1,82 @@
+"""Rows with their end and padding behind it, by hand."""
+
+import pytest
+
+from llamafactory_ddm.data.variable_length import VariableLengthCollator
+
+EOS = 0
+ANSWER = {"input_ids": [0, 5, 6, 7, 0], "labels": [-100, -100, 6, 7, 0]}
+EMPTY = {"input_ids": [0, 5, 0], "labels": [-100, -100, 0]}
+
+
+def as_lists(batch):
+    return {key: value.int().tolist() for key, value in batch.items()}
+
+
+def test_a_document_with_its_start_its_end_and_its_pads():
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=7, start_id=EOS)
+    rows = [{"input_ids": [5, 6, EOS]}, {"input_ids": [5, 6, 7, 8, 4, EOS]}, {"input_ids": [EOS]}]
+    assert as_lists(collator(rows)) == {
+        "input_ids": [[0, 5, 6, 0, 9, 9, 9], [0, 5, 6, 7, 8, 4, 0], [0, 0, 9, 9, 9, 9, 9]],
+        "attention_mask": [[1] * 7] * 3,
+        "maskable": [[1] * 7] * 3,
+        "is_pad": [[0, 0, 0, 0, 1, 1, 1], [0] * 7, [0, 0, 1, 1, 1, 1, 1]],
+        "end": [3, 6, 1],
+    }
+
+
+def test_without_a_start_token():
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=3)
+    assert as_lists(collator([{"input_ids": [5, EOS]}, {"input_ids": [5]}])) == {
+        "input_ids": [[5, 0, 9], [5, 0, 9]],
+        "attention_mask": [[1] * 3] * 2,
+        "maskable": [[1] * 3] * 2,
+        "is_pad": [[0, 0, 1]] * 2,
+        "end": [1, 1],
+    }
+
+
+def test_of_an_answer_noise_falls_on_its_own_tokens_its_end_and_its_pads():
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(1, 2, 3), canvas=9)
+    assert as_lists(collator([ANSWER, EMPTY])) == {
+        "input_ids": [[0, 5, 6, 7, 0, 1, 2, 3, 1], [0, 5, 0, 1, 2, 3, 1, 2, 3]],
+        "attention_mask": [[1] * 9] * 2,
+        "maskable": [[0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1, 1]],
+        "is_pad": [[0, 0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1]],
+        "end": [4, 2],
+    }
+
+
+def test_a_template_that_goes_on_after_the_end_or_lacks_one():
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=6)
+    chat = {"input_ids": [5, 6, EOS, 8], "labels": [-100, 6, EOS, 8]}
+    bare = {"input_ids": [EOS, 6], "labels": [-100, 6]}  # the end in the prompt is none
+    batch = as_lists(collator([chat, bare]))
+    assert batch["end"] == [2, 2]
+    assert batch["input_ids"] == [[5, 6, 0, 8, 9, 9], [0, 6, 0, 9, 9, 9]]
+    assert batch["is_pad"] == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
+
+
+def test_of_several_turns_the_last_end_counts():
+    turns = {"input_ids": [5, 6, EOS, 5, 7, EOS], "labels": [-100, 6, EOS, -100, 7, EOS]}
+    batch = as_lists(VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=7)([turns]))
+    assert batch["end"] == [5] and batch["maskable"] == [[0, 1, 1, 0, 1, 1, 1]]
+
+
+def test_blocks_hide_what_lies_behind_them():
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=10, block=4, multiple=3)
+    batch = as_lists(collator([ANSWER, EMPTY]))
+    assert batch["input_ids"] == [[0, 5, 6, 7, 0, 9, 9, 9, 9], [0, 5, 0, 9, 9, 9, 9, 9, 9]]
+    assert batch["attention_mask"] == [[1] * 8 + [0], [1] * 4 + [0] * 5]
+    assert batch["maskable"] == [[0, 0, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0, 0, 0, 0]]
+    assert batch["is_pad"] == [[0, 0, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0, 0, 0]]
+    assert collator.width(9) == 10  # the canvas is the most
+
+
+def test_a_row_as_long_as_the_canvas_fits_and_a_longer_one_does_not():
+    exact, short = (VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=canvas) for canvas in (5, 4))
+    assert exact.fits(ANSWER) and not short.fits(ANSWER)
+    assert as_lists(exact([ANSWER]))["is_pad"] == [[0] * 5]
+    assert not VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=4).fits({"input_ids": [5, 6, 7, 8]})
+    with pytest.raises(ValueError, match=r"5 tokens, its end included, does not fit cutoff_len: 4.*drop_overlong"):
+        short([ANSWER])

@@ -1,0 +1,203 @@
+"""`variable_length` from YAML: every key, what contradicts it, checkpoints, resuming, generation."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamafactory_ddm import load
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from support.cli import ABSENT, history, predictions, train_here
+
+LORA = "tiny_gpt2_lora_ddm_sft.yaml"
+WINDOW = {"variable_length": "eos_pad", "eos_window_ratio": 0.9}
+PADS = {"variable_length": "eos_pad", "pad_mask_ratio": 0.3}
+
+
+def losses(folder):
+    return [log["loss"] for log in history(folder)]
+
+
+@pytest.fixture(scope="module")
+def eos_pad(tmp_path_factory, finetune):
+    """A checkpoint finetuned for three steps with variable_length: eos_pad."""
+    return finetune(tmp_path_factory.mktemp("eos_pad") / "out", variable_length="eos_pad")
+
+
+@pytest.fixture(scope="module")
+def documents(train_small):
+    """Return a function that adapts the built-in model for three steps on one document a row."""
+    return lambda folder, **keys: train_small(
+        folder, **{"packing": False, "cutoff_len": 64, "variable_length": "eos_pad", **keys}
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [
+        ({}, {"variable_length": "eos_eos"}),
+        ({}, {"variable_length": "rainbow"}),
+        ({"variable_length": "rainbow"}, {"rainbow_colors": 2}),
+        ({}, {"pad_block_length": 8}),
+        ({}, {"pad_mask_ratio": 0.3}),
+        (PADS, {"pad_anneal_steps": 2}),
+        (PADS, {"pad_mask_method": "counts"}),
+        ({}, {"eos_window_ratio": 0.9}),
+        (WINDOW, {"eos_window_max": 1}),
+        (WINDOW, {"eos_window_anneal_steps": 50}),
+        ({}, {"cutoff_len": 40}),  # longer rows are left out
+    ],
+    ids=str,
+)
+def test_each_key_changes_the_loss(before, change, finetune, tmp_path):
+    before = {"variable_length": "eos_pad", **before}
+    one, two = finetune(tmp_path / "one", **before), finetune(tmp_path / "two", **{**before, **change})
+    assert losses(one) != losses(two)
+
+
+def test_a_round_length_is_seen_by_nothing(eos_pad, finetune, tmp_path):
+    """The batch is longer, and nothing is computed from what is added."""
+    longer = finetune(tmp_path / "longer", variable_length="eos_pad", pad_to_multiple_of=48)
+    assert losses(longer) == pytest.approx(losses(eos_pad), rel=1e-5)
+
+
+def test_the_checkpoint_says_how_its_rows_end(eos_pad, checkpoint, finetune, tmp_path):
+    ends = DiffusionConfig.load(eos_pad).variable_length
+    tokenizer = AutoTokenizer.from_pretrained(eos_pad)
+    assert (ends.format, ends.pad_tokens, ends.canvas, ends.block) == ("eos_pad", ("<|pad|>",), 64, None)
+    assert ends.pad_token_ids == (tokenizer.convert_tokens_to_ids("<|pad|>"),)
+    assert DiffusionConfig.load(eos_pad).train_on_padding is True
+    assert ends.pad_token_ids[0] == len(tokenizer) - 1 > AutoTokenizer.from_pretrained(checkpoint).mask_token_id
+    # Further training takes the format from the checkpoint.
+    again = finetune(tmp_path / "again", model_name_or_path=eos_pad)
+    assert DiffusionConfig.load(again).variable_length == ends
+    assert losses(again)[0] < losses(eos_pad)[0]
+
+
+def test_new_pads_begin_as_the_mean_of_the_old_embeddings(checkpoint, finetune, tmp_path):
+    out = finetune(tmp_path / "out", variable_length="rainbow", rainbow_colors=3, learning_rate=0.0)
+    old = load_file(checkpoint / "model.safetensors")["transformer.wte.weight"].float()
+    new = load_file(out / "model.safetensors")["transformer.wte.weight"].float()
+    ids = DiffusionConfig.load(out).variable_length.pad_token_ids
+    assert list(ids) == [len(old), len(old) + 1, len(old) + 2]
+    for index in ids:
+        torch.testing.assert_close(new[index], old.mean(dim=0), rtol=0, atol=1e-6)
+    assert torch.equal(new[: len(old)], old)
+
+
+def test_no_pad_is_ever_text(eos_pad, tmp_path):
+    """Three steps make a model that writes pads in the middle of everything."""
+    small = {"max_samples": 6, "diffusion_steps": 4, "cutoff_len": 64, "overwrite_cache": True}
+    train_here("tiny_gpt2_sft_inference.yaml", output_dir=tmp_path / "out", model_name_or_path=eos_pad, **small)
+    generator = load(eos_pad)
+    texts = [*predictions(tmp_path / "out"), *generator.generate(max_new_tokens=24, num_samples=8)]
+    texts += generator.generate(infill="Tom <|infill:8|> apples <|infill:4|>.")
+    assert not any("pad" in text and "<|" in text for text in texts)
+
+
+def test_accumulation_and_resuming_change_nothing(finetune, tmp_path):
+    keys = {**PADS, "pad_anneal_steps": 3, "eos_window_ratio": 0.4, "eos_window_anneal_steps": 3, "max_steps": 4}
+    keys |= {"save_strategy": "steps", "save_steps": 2}
+    whole = finetune(tmp_path / "whole", **keys)
+    split = finetune(tmp_path / "split", **keys, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copytree(whole / "checkpoint-2", half / "checkpoint-2")
+    finetune(half, **keys, resume_from_checkpoint=str(half / "checkpoint-2"))
+    assert losses(half) == losses(whole)
+    one, two = (load_file(folder / "model.safetensors") for folder in (whole, half))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    with pytest.raises(ValueError, match=r"variable_length: .* contradicts the checkpoint to resume from"):
+        finetune(half, **keys, resume_from_checkpoint=str(half / "checkpoint-2"), pad_block_length=8)
+
+
+def test_documents(documents, tmp_path, caplog):
+    out = documents(tmp_path / "out")
+    assert "rows have no room for their end within cutoff_len: 64 and are left out" in caplog.text
+    config = DiffusionConfig.load(out)
+    assert config.variable_length.format == "eos_pad" and config.train_on_padding is None
+    assert losses(documents(tmp_path / "window", eos_window_ratio=0.9)) != losses(out)
+
+
+def test_rows_that_have_no_room(documents, finetune, tmp_path):
+    with pytest.raises(ValueError, match=r"train_dataset: \d+ of 80 rows have no room .* drop_overlong: true"):
+        documents(tmp_path / "out", drop_overlong=False)
+    with pytest.raises(ValueError, match="and no other is left; raise cutoff_len"):
+        finetune(tmp_path / "out", variable_length="eos_pad", cutoff_len=8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_needs_a_place_for_new_pads(checkpoint, finetune, tmp_path):
+    with pytest.raises(ValueError, match=r"the pad tokens <\|pad\|> are new to the model.*additional_target"):
+        finetune(tmp_path / "out", recipe=LORA, variable_length="eos_pad")
+    finetune(tmp_path / "eos", recipe=LORA, variable_length="eos_eos")
+    out = finetune(tmp_path / "out", recipe=LORA, variable_length="eos_pad", additional_target="wte")
+    assert load(out).generate(max_new_tokens=4)
+    more = finetune(tmp_path / "more", recipe=LORA, adapter_name_or_path=str(out))
+    assert losses(more)[0] < losses(out)[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"variable_length": "eospad"}, "variable_length must be one of .* did you mean 'eos_pad'"),
+        ({"pad_mask_ratio": 0.2}, "pad_mask_ratio: says nothing without variable_length"),
+        ({"variable_length": "none", "drop_overlong": False}, "drop_overlong: says nothing without variable_length"),
+        ({"variable_length": "eos_pad", "rainbow_colors": 3}, "without variable_length: rainbow"),
+        (
+            {"variable_length": "eos_pad", "pad_anneal_steps": 3},
+            "pad_anneal_steps: says nothing without pad_mask_ratio",
+        ),
+        ({"variable_length": "eos_pad", "eos_window_max": 3}, "eos_window_max: says nothing without eos_window_ratio"),
+        ({"variable_length": "eos_pad", "packing": True}, "variable_length: eos_pad wants one text a row"),
+        ({"variable_length": "eos_pad", "train_on_padding": False}, "but train_on_padding: false hides it"),
+        (
+            {"variable_length": "eos_pad", "pad_to_multiple_of": 300},
+            "makes batches of 300 tokens, more than the model's",
+        ),
+        ({"variable_length": "eos_pad", "pad_mask_ratio": 1.5}, r"pad_mask_ratio must lie in \[0, 1\]"),
+    ],
+    ids=str,
+)
+def test_mistakes_name_the_key_and_the_cure(keys, words, finetune, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        finetune(tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_contradicts_the_checkpoint(eos_pad, finetune, tmp_path):
+    for keys, words in (
+        ({"variable_length": "rainbow"}, "variable_length: rainbow contradicts the checkpoint"),
+        ({"train_on_padding": False}, "train_on_padding: false hides it"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            finetune(tmp_path / "out", model_name_or_path=eos_pad, **keys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"format": "other"}, {"pad_token_ids": []}, {"canvas": "x"}, {"block": 0}, {"more": 1}, {"pad_tokens": None}],
+    ids=str,
+)
+def test_a_file_that_says_nonsense(eos_pad, tmp_path, change):
+    raw = json.loads((eos_pad / "diffusion_config.json").read_text())
+    raw["variable_length"] |= change
+    (tmp_path / "diffusion_config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"variable_length .* is no format of this version"):
+        DiffusionConfig.load(tmp_path)
+
+
+def test_a_base_model_has_its_own_pad_token(checkpoint, finetune, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = "!"
+    tokenizer.save_pretrained(base)
+    out = finetune(tmp_path / "out", model_name_or_path=base, variable_length="eos_pad", eval_dataset=ABSENT)
+    assert DiffusionConfig.load(out).variable_length.pad_tokens == ("!",)
+    rows = len(AutoModelForCausalLM.from_pretrained(out).get_input_embeddings().weight)
+    assert rows == len(AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight)
