@@ -1,6 +1,6 @@
 """Measure what adapted weights are worth to finetuning: docs/finetuning.png, and docs/finetuning_table.md.
 
-    python docs/make_finetuning_plot.py                three starts, about 20 minutes on two cores
+    python docs/make_finetuning_plot.py                four starts, about 25 minutes on two cores
     python docs/make_finetuning_plot.py --steps 2 --every 1 --problems 2 --out folder     a quick look
 
 Every run is examples/tiny_gpt2_full_ddm_sft.yaml (for LoRA its counterpart) from another start, and each of its
@@ -13,11 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -25,11 +28,13 @@ from matplotlib import pyplot
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTED = "saves/tiny_gpt2/full/ddm"
 LORA = "examples/tiny_gpt2_lora_ddm_sft.yaml"
-# name, what the plot says, recipe, what overrides it
-STARTS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("adapted", "adapted weights", "examples/tiny_gpt2_full_ddm_sft.yaml", ()),
-    ("lora", "adapted weights, LoRA", LORA, ()),
-    ("random", "random weights", "examples/tiny_gpt2_full_ddm_sft.yaml", ("train_from_scratch=true",)),
+FULL = "examples/tiny_gpt2_full_ddm_sft.yaml"
+# name, what the plot says, recipe, whether weights are random
+STARTS = (
+    ("adapted", "adapted weights, full", FULL, False),
+    ("random", "random weights, full", FULL, True),
+    ("lora", "adapted weights, LoRA", LORA, False),
+    ("lora-random", "random weights, LoRA", LORA, True),
 )
 
 
@@ -42,13 +47,26 @@ def cli(*words: str) -> None:
         raise SystemExit(f"llamafactory-cli train {' '.join(words)} failed:\n{done.stderr[-3000:]}")
 
 
-def train(name: str, recipe: str, overrides: tuple[str, ...], arguments: argparse.Namespace) -> Path:
+def random_weights(arguments: argparse.Namespace) -> str:
+    """Return the folder of a model as the adapted one, with random weights."""
+    folder = Path(arguments.work).resolve() / "random_weights"
+    if not folder.is_dir():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(arguments.model))
+        model.save_pretrained(folder)
+        for pattern in ("*token*", "diffusion_config.json"):
+            for file in Path(arguments.model).glob(pattern):
+                shutil.copy(file, folder)
+    return str(folder)
+
+
+def train(name: str, recipe: str, model: str, arguments: argparse.Namespace) -> Path:
     """Train from one start, unless it was, with a checkpoint every so many steps."""
     folder = Path(arguments.work).resolve() / f"{name}-{arguments.steps}"
     if not (folder / "all_results.json").is_file():
         cli(
             recipe,
-            f"model_name_or_path={arguments.model}",
+            f"model_name_or_path={model}",
             f"output_dir={folder}",
             f"max_steps={arguments.steps}",
             f"warmup_steps={arguments.steps // 20}",
@@ -57,18 +75,17 @@ def train(name: str, recipe: str, overrides: tuple[str, ...], arguments: argpars
             'eval_strategy="no"',
             "plot_loss=false",
             "disable_tqdm=true",
-            *overrides,
         )
     return folder
 
 
-def accuracy(checkpoint: Path, arguments: argparse.Namespace) -> float:
+def accuracy(checkpoint: Path, base: str, arguments: argparse.Namespace) -> float:
     """Return the share of held-out problems that a checkpoint solves, in percent."""
     results = checkpoint / "solved" / "predict_results.json"
     if not results.is_file():
         adapter = (checkpoint / "adapter_config.json").is_file()
         model = (
-            (f"model_name_or_path={arguments.model}", f"adapter_name_or_path={checkpoint}", "finetuning_type=lora")
+            (f"model_name_or_path={base}", f"adapter_name_or_path={checkpoint}", "finetuning_type=lora")
             if adapter
             else (f"model_name_or_path={checkpoint}",)
         )
@@ -99,11 +116,12 @@ def main() -> None:
         "|---|" + "---|" * len(steps),
     ]
     figure, axes = pyplot.subplots(figsize=(6, 3.6))
-    for name, said, recipe, overrides in STARTS[: arguments.starts]:
-        folder = train(name, recipe, overrides, arguments)
-        solved = [accuracy(folder / f"checkpoint-{step}", arguments) for step in steps]
+    for name, said, recipe, is_random in STARTS[: arguments.starts]:
+        model = random_weights(arguments) if is_random else arguments.model
+        folder = train(name, recipe, model, arguments)
+        solved = [accuracy(folder / f"checkpoint-{step}", model, arguments) for step in steps]
         lines.append(f"| {said} | " + " | ".join(f"{share:.1f} %" for share in solved) + " |")
-        axes.plot(steps, solved, marker="o", label=said)
+        axes.plot(steps, solved, "--" if is_random else "-", marker="o", label=said)
     axes.set(xlabel="optimiser steps", ylabel="held-out problems solved (%)", ylim=(0, 100))
     axes.legend()
     figure.tight_layout()

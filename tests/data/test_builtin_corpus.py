@@ -90,10 +90,31 @@ def test_the_problems_are_what_their_script_writes(monkeypatch):
             assert row["output"].endswith(f"#### {sums[-1][3]}")
 
 
-def test_no_problem_is_in_both_splits():
+@pytest.mark.parametrize(("name", "count"), [("problems", 200), ("answers", 150)])
+def test_no_problem_is_in_both_splits(name, count):
     train, held_out = (
-        {json.loads(line)["instruction"] for line in (DATA / f"tiny_problems_{s}.jsonl").read_text().splitlines()}
+        {json.loads(line)["instruction"] for line in (DATA / f"tiny_{name}_{s}.jsonl").read_text().splitlines()}
         for s in ("train", "eval")
     )
-    assert len(held_out) == 200
+    assert len(held_out) == count
     assert not train & held_out
+
+
+def test_the_answers_are_what_their_script_writes_and_differ_in_length(monkeypatch):
+    monkeypatch.syspath_prepend(str(DATA))
+    module = importlib.import_module("make_answers")
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny_gpt2")
+    for split, rows in zip(("train", "eval"), module.answers(), strict=True):
+        lines = (DATA / f"tiny_answers_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == rows
+        lengths = [len(tokenizer(row["output"])["input_ids"]) for row in rows]
+        assert max(lengths) >= 10 * min(lengths)
+        for row in rows:
+            numbers = [int(number) for number in re.findall(r"\d+", row["instruction"])]
+            words = row["output"].split()
+            if row["instruction"].startswith("Count"):
+                assert [int(word) for word in words] == list(range(numbers[0], numbers[1] + 1))
+            elif row["instruction"].startswith("Is"):
+                assert row["output"] == ("Yes." if numbers[0] > numbers[1] else "No.")
+            else:
+                assert words == [row["instruction"].split()[1]] * numbers[0]

@@ -30,8 +30,9 @@ def small_data(tmp_path_factory):
     for split, count in (("train", 80), ("eval", 6)):
         lines = (ROOT / "data" / f"tiny_corpus_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         (folder / f"tiny_corpus_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        problems = (ROOT / "data" / f"tiny_problems_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        (folder / f"tiny_problems_{split}.jsonl").write_text("\n".join(problems) + "\n", encoding="utf-8")
+        for name in ("problems", "answers"):
+            rows = (ROOT / "data" / f"tiny_{name}_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+            (folder / f"tiny_{name}_{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     (folder / "dataset_info.json").write_text((ROOT / "data" / "dataset_info.json").read_text())
     return folder
 

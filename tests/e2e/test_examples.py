@@ -39,6 +39,7 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
         return [*result, "max_samples=2", "diffusion_steps=12", "cutoff_len=64", "overwrite_cache=true"]
     if keys.get("do_predict") and "eval_dataset" in keys:
         model = finetuned if keys.get("template") == "diffullama" else checkpoint
+        result.append(f"dataset_dir={data}")
         small = ["max_samples=2", "diffusion_steps=12", "cutoff_len=90", "overwrite_cache=true"]
         return [*result, f"model_name_or_path={model}", *small]
     if keys.get("do_predict"):
@@ -68,7 +69,10 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
     if keys.get("streaming"):
         result.append("dataloader_num_workers=1")
     if keys.get("do_train"):
-        return [*result, *SMALL_TRAINING]
+        # Rows of variable length are left out where they are too long.
+        return [*result, *SMALL_TRAINING, *(["cutoff_len=96"] if "variable_length" in keys else [])]
+    if keys.get("eval_eos"):
+        return [*result, "max_samples=4", "overwrite_cache=true", "variable_length=eos_eos", "sep_token=10"]
     return [*result, "cutoff_len=32", "val_size=4"]
 
 
@@ -79,8 +83,12 @@ def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adap
     out = tmp_path / "out"
     if keys.get("do_predict"):
         assert len(predictions(out)) == 2
+    elif keys.get("eval_eos"):
+        assert (out / "eos_metrics.json").is_file() and (out / "eos_metrics.png").is_file()
     elif keys.get("do_train") and keys.stage == "ddm":
-        assert DiffusionConfig.load(out).attention_ratio == 2 / keys.anneal_steps
+        config = DiffusionConfig.load(out)
+        assert config.attention_ratio == (2 / keys.anneal_steps if "anneal_steps" in keys else 1.0)
+        assert (config.variable_length is not None) == ("variable_length" in keys)
     elif keys.get("do_train"):
         weights = "adapter_model" if keys.finetuning_type == "lora" else "model"
         assert (out / f"{weights}.safetensors").is_file()

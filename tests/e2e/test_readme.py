@@ -166,5 +166,5 @@ def test_the_scripts_of_docs_run(checkpoint, tmp_path):
     small = ("--steps", "1", "--every", "1", "--problems", "2", "--starts", "1", "--model", checkpoint)
     folders = ("--work", tmp_path / "finetuning", "--out", tmp_path / "docs")
     run("docs/make_finetuning_plot.py", *small, *folders, program=sys.executable)
-    assert "| adapted weights | " in (tmp_path / "docs" / "finetuning_table.md").read_text()
+    assert "| adapted weights, full | " in (tmp_path / "docs" / "finetuning_table.md").read_text()
     assert (tmp_path / "docs" / "finetuning.png").stat().st_size > 5000

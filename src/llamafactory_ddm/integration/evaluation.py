@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,26 +38,33 @@ def evaluate_bound(
     Raises:
         ValueError: if the data set holds no token to predict.
     """
-    model = _prepared(trainer, dataloader)
-    trainer.probe(model)
     # Columns: bound, maskable tokens, then summed nll and masked tokens of each quarter.
     total = torch.zeros(2 + 2 * _QUARTERS, dtype=torch.float64)
     n_rows = 0
-    args = trainer.args
-    progress = tqdm(dataloader, desc=description, disable=args.disable_tqdm or not trainer.is_world_process_zero())
-    with evaluation_mode(model):
-        for ordinal, batch in enumerate(progress):
-            first = (ordinal * args.world_size + args.process_index) * args.eval_batch_size
-            rows = torch.arange(first, first + len(batch["input_ids"]))
-            statistics = _row_statistics(trainer, model, batch, rows)
-            gathered: Tensor = trainer.accelerator.gather_for_metrics(statistics.to(args.device))
-            total += gathered.cpu().double().sum(dim=0)
-            n_rows += len(gathered)
+    for model, batch, rows in prepared_batches(trainer, dataloader, description):
+        statistics = _row_statistics(trainer, model, batch, rows)
+        gathered: Tensor = trainer.accelerator.gather_for_metrics(statistics.to(trainer.args.device))
+        total += gathered.cpu().double().sum(dim=0)
+        n_rows += len(gathered)
     if total[1] == 0:
         raise ValueError(
             "the evaluation data set holds no token to predict; check eval_dataset, val_size and cutoff_len"
         )
     return _metrics(total.tolist(), prefix), n_rows
+
+
+def prepared_batches(
+    trainer: DiffusionTrainer, dataloader: DataLoader, description: str
+) -> Iterator[tuple[Any, dict[str, Tensor], Tensor]]:
+    """Give the model, as it evaluates, with each batch and the ordinals of its rows within the data set."""
+    model = _prepared(trainer, dataloader)
+    trainer.probe(model)
+    args = trainer.args
+    progress = tqdm(dataloader, desc=description, disable=args.disable_tqdm or not trainer.is_world_process_zero())
+    with evaluation_mode(model):
+        for ordinal, batch in enumerate(progress):
+            first = (ordinal * args.world_size + args.process_index) * args.eval_batch_size
+            yield model, batch, torch.arange(first, first + len(batch["input_ids"]))
 
 
 def _prepared(trainer: DiffusionTrainer, dataloader: DataLoader) -> Any:

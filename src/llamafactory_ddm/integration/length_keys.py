@@ -17,7 +17,7 @@ INTEGERS: dict[str, tuple[int, int | None]] = {
     "eos_window_anneal_steps": (0, None),
 }
 NUMBERS = {"pad_mask_ratio": (0.0, 1.0), "eos_window_ratio": (0.0, 1.0)}
-BOOLEANS = ("drop_overlong",)
+BOOLEANS = ("drop_overlong", "eval_eos")
 # Key -> the key without which it says nothing.
 NEEDS = {
     "rainbow_colors": "variable_length: rainbow",
@@ -25,6 +25,7 @@ NEEDS = {
     "pad_to_multiple_of": "variable_length",
     "drop_overlong": "variable_length",
     "pad_mask_ratio": "variable_length",
+    "eval_eos": "variable_length",
     "eos_window_ratio": "variable_length",
     "pad_anneal_steps": "pad_mask_ratio",
     "pad_mask_method": "pad_mask_ratio",
@@ -113,4 +114,13 @@ class LengthKeys:
     eos_window_anneal_steps: int = field(
         default=0,
         metadata={"help": "Diffusion: optimiser steps over which that number rises from 0."},
+    )
+    eval_eos: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Diffusion: with variable_length and do_eval, measure how well the model knows where texts end, into "
+                "eos_metrics.json and eos_metrics.png."
+            )
+        },
     )

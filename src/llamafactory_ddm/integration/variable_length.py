@@ -40,7 +40,9 @@ class LengthPlan:
     drop_overlong: bool
 
 
-def settle_lengths(config: DiffusionConfig | None, data_args: Any, finetuning_args: Any) -> LengthPlan | None:
+def settle_lengths(
+    config: DiffusionConfig | None, data_args: Any, training_args: Any, finetuning_args: Any
+) -> LengthPlan | None:
     """Return the format that the YAML asks for or the checkpoint has; None for none.
 
     Raises:
@@ -66,6 +68,8 @@ def settle_lengths(config: DiffusionConfig | None, data_args: Any, finetuning_ar
             raise ValueError(f"{key}: says nothing without eos_window_ratio; set it above 0, or remove {key}")
     if name == "none":
         return None
+    if finetuning_args.eval_eos and not training_args.do_eval:
+        raise ValueError("eval_eos: says nothing without do_eval; set do_eval: true and eval_dataset, or remove it")
     if data_args.packing:
         raise ValueError(
             f"variable_length: {name} wants one text a row, but packing: true puts many into it; set packing: false"

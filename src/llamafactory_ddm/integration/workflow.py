@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
@@ -23,6 +24,7 @@ from .checks import (
     check_rows,
     datasets_explained,
 )
+from .end_evaluation import evaluate_ends, save_end_metrics
 from .finetuning import finetuned_config, response_collator, settle_digits, settle_template, with_own_cut
 from .generating import generate, what_to_generate
 from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
@@ -67,7 +69,7 @@ def run(
     model_config = load_config(model_args)
     check_cutoff(model_config, data_args)
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    lengths = settle_lengths(config, data_args, finetuning_args)
+    lengths = settle_lengths(config, data_args, training_args, finetuning_args)
     if lengths is not None:
         check_width(lengths, model_config)
     if finetunes:
@@ -116,6 +118,8 @@ def run(
         metrics = trainer.evaluate(metric_key_prefix="eval")
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    if finetuning_args.eval_eos:
+        _evaluate_ends(trainer, dataset_module["eval_dataset"], tokenizer)
     if asked is not None:
         generate(trainer, loaded, *asked, model_args, finetuning_args)
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
@@ -191,6 +195,20 @@ def _make_collator(loaded: LoadedModel, data_args: Any, finetuning_args: Any) ->
     if data_args.packing or not loaded.diffusion_config.shift:
         return collator
     return StartTokenCollator(collator, start_token_id(loaded.tokenizer), max_positions(loaded.model.config))
+
+
+def _evaluate_ends(trainer: DiffusionTrainer, dataset: Any, tokenizer: Any) -> None:
+    for name, part in (dataset if isinstance(dataset, dict) else {"": dataset}).items():
+        found = evaluate_ends(trainer, part, eos_id=int(tokenizer.eos_token_id))
+        if trainer.is_world_process_zero():
+            folder = Path(trainer.args.output_dir) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            save_end_metrics(found, folder)
+            first, last = found["revealed 0"], found["revealed 1"]
+            logger.info_rank0(
+                f"The end is found in one step (top-1) in {100 * first['top1']:.1f} % of rows from nothing, and in "
+                f"{100 * last['top1']:.1f} % from the whole text: {folder / 'eos_metrics.json'}"
+            )
 
 
 def _train(

@@ -159,6 +159,8 @@ def test_an_adapter_needs_a_place_for_new_pads(checkpoint, finetune, tmp_path):
             {"variable_length": "eos_pad", "pad_to_multiple_of": 300},
             "makes batches of 300 tokens, more than the model's",
         ),
+        ({"eval_eos": True, "do_eval": True}, "eval_eos: says nothing without variable_length"),
+        ({"variable_length": "eos_pad", "eval_eos": True}, "eval_eos: says nothing without do_eval"),
         ({"variable_length": "eos_pad", "pad_mask_ratio": 1.5}, r"pad_mask_ratio must lie in \[0, 1\]"),
     ],
     ids=str,
@@ -201,3 +203,20 @@ def test_a_base_model_has_its_own_pad_token(checkpoint, finetune, tmp_path):
     assert DiffusionConfig.load(out).variable_length.pad_tokens == ("!",)
     rows = len(AutoModelForCausalLM.from_pretrained(out).get_input_embeddings().weight)
     assert rows == len(AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight)
+
+
+def test_how_well_it_knows_its_ends(eos_pad, finetune, tmp_path, caplog):
+    keys = {"model_name_or_path": eos_pad, "do_train": False, "do_eval": True, "eval_eos": True}
+    one = finetune(tmp_path / "one", **keys, per_device_eval_batch_size=6)
+    two = finetune(tmp_path / "two", **keys, per_device_eval_batch_size=4)
+    found, again = (json.loads((folder / "eos_metrics.json").read_text()) for folder in (one, two))
+    assert set(found) == {*(f"revealed {share}" for share in ("0", "0.25", "0.5", "0.75", "1")), *quarters()}
+    for name, values in found.items():
+        assert values == pytest.approx(again[name], rel=1e-4), name
+        assert all(0 <= value <= 64 for value in values.values())
+    assert (one / "eos_metrics.png").stat().st_size > 5000
+    assert "The end is found in one step" in caplog.text
+
+
+def quarters():
+    return [f"quarter {number}" for number in range(1, 5)]

@@ -1,0 +1,76 @@
+"""Make questions whose answers are from 3 to 60 tokens long: python data/make_answers.py
+
+tiny_answers_train.jsonl and tiny_answers_eval.jsonl: numbers to compare, to count between, and words to repeat. How
+long an answer is follows from its question. A question is in one split only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from random import Random
+
+from make_corpus import COUNTED
+
+HERE = Path(__file__).parent
+SEED = 20250302
+N_TRAIN, N_EVAL = 500, 50  # of each kind
+LARGEST, MOST = 60, 20
+ASKED = ("Write", "Say", "Sing", "Repeat")
+
+
+def compare(random: Random) -> tuple[str, str]:
+    """Return a question of yes or no."""
+    first, second = random.sample(range(1, LARGEST), 2)
+    return f"Is {first} more than {second}?", "Yes." if first > second else "No."
+
+
+def count(random: Random) -> tuple[str, str]:
+    """Return a question whose answer is a row of numbers."""
+    first = random.randint(1, LARGEST - MOST)
+    last = first + random.randint(1, MOST - 1)
+    return f"Count from {first} to {last}.", " ".join(map(str, range(first, last + 1)))
+
+
+def repeat(random: Random) -> tuple[str, str]:
+    """Return a question whose answer is a word several times."""
+    noun, times = random.choice(COUNTED), random.randint(2, MOST)
+    return f"{random.choice(ASKED)} {noun} {times} times.", " ".join([noun] * times)
+
+
+def is_held_out(question: str) -> bool:
+    """Tell which split a question is in; about one in ten is held out."""
+    return hashlib.sha256(question.encode()).digest()[0] < 26
+
+
+def answers() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return distinct questions with their answers for training and for evaluation, in a fixed order."""
+    random = Random(SEED)
+    seen: set[str] = set()
+    train: list[dict[str, str]] = []
+    held_out: list[dict[str, str]] = []
+    for kind in (compare, count, repeat):
+        room = {False: N_TRAIN, True: N_EVAL}
+        while any(room.values()):
+            question, answer = kind(random)
+            split = is_held_out(question)
+            if question not in seen and room[split]:
+                seen.add(question)
+                room[split] -= 1
+                (held_out if split else train).append({"instruction": question, "output": answer})
+    random.shuffle(train)
+    random.shuffle(held_out)
+    return train, held_out
+
+
+def main() -> None:
+    """Write both files."""
+    for split, rows in zip(("train", "eval"), answers(), strict=True):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (HERE / f"tiny_answers_{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        print(f"tiny_answers_{split}.jsonl: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()
