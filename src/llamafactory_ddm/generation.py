@@ -46,6 +46,7 @@ class SamplingSettings:
         confidence_threshold: of the strategy of this name.
         entropy_bound: of the strategy of this name, in nats.
         early_stop: when to commit all that is left of a block.
+        stop_at_end: whether a text is left alone once its end and all before it are written; it stays the same text.
         seed: of every draw.
     """
 
@@ -56,6 +57,7 @@ class SamplingSettings:
     confidence_threshold: float = 0.9
     entropy_bound: float = 0.1
     early_stop: EarlyStop | None = None
+    stop_at_end: bool = True
     seed: int = 0
 
     def strategy(self) -> Strategy:
@@ -79,6 +81,7 @@ class Generated:
         text: the whole text, with what was given.
         n_tokens: tokens written that are part of `predict`; what stood behind an end-of-text token does not count.
         forwards: forwards that they took.
+        computed: tokens that went through the model for them, without other texts' padding.
         trace: how the text came about, if asked for.
     """
 
@@ -86,6 +89,7 @@ class Generated:
     text: str
     n_tokens: int
     forwards: int
+    computed: int
     trace: Trace | None = None
 
 
@@ -134,9 +138,10 @@ class TextGenerator:
         self.tokenizer = tokenizer
         self.config = config
         self.start_id = start_token_id(tokenizer) if config.shift else None
-        self.codec = TextCodec(tokenizer, config.mask_token_id)
         pads = () if config.variable_length is None else config.variable_length.pad_token_ids
-        self._ends = {tokenizer.eos_token_id, *pads}  # none of them, and nothing behind them, is text
+        self.codec = TextCodec(tokenizer, config.mask_token_id, pads)
+        eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        self._ends = {*eos, *pads}  # none of them, and nothing behind them, is text
         self._n_ids = max(tokenizer.get_vocab().values()) + 1  # rows of the model beyond are no tokens
         if probe:
             probe_bidirectional(model)
@@ -260,6 +265,7 @@ class TextGenerator:
                 schedule=get_schedule(self.config.noise_schedule),
                 block_length=settings.block_length,
                 early_stop=settings.early_stop,
+                end_ids=sorted(self._ends) if settings.stop_at_end else (),
                 context=Context(no_text=(~batch.editable & ~batch.prompt).to(device), prompt=prompt),
                 callback=after_step,
             )
@@ -306,6 +312,7 @@ class TextGenerator:
             text=self.codec.decode(text, follows=False),
             n_tokens=sum(map(len, spans)),
             forwards=forwards,
+            computed=forwards * len(canvas),
             trace=trace,
         )
 

@@ -31,7 +31,7 @@ def test_each_kind_writes_texts_labels_and_metrics(kind, generate, tmp_path):
     rows, got = lines(out), metrics(out)
     assert len(rows) == 5 == got["predict_samples"]
     for row in rows:
-        assert set(row) == {"prompt", "predict", "text", "label", "tokens", "forwards"}
+        assert set(row) == {"prompt", "predict", "text", "label", "tokens", "forwards", "computed"}
         assert 1 <= row["forwards"] <= 12
     tokens, forwards = (sum(row[key] for row in rows) for key in ("tokens", "forwards"))
     assert got["predict_tokens_per_forward"] == pytest.approx(tokens / forwards)

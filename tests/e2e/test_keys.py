@@ -49,6 +49,7 @@ ELSEWHERE = {
     "num_samples",
     "generate_from",
     "save_trace",
+    "early_stop",
     # tests/e2e/test_finetuning.py
     "train_on_padding",
     "sep_token",

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamafactory_ddm import load
+from llamafactory_ddm import SamplingSettings, load
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import ABSENT, history, predictions, train_here
 
@@ -25,6 +25,13 @@ def losses(folder):
 def eos_pad(tmp_path_factory, finetune):
     """A checkpoint finetuned for three steps with variable_length: eos_pad."""
     return finetune(tmp_path_factory.mktemp("eos_pad") / "out", variable_length="eos_pad")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, finetune):
+    """The same after thirty steps, which suffice to write pads everywhere."""
+    keys = {"variable_length": "eos_pad", "max_steps": 30, "per_device_train_batch_size": 8, "logging_steps": 10}
+    return finetune(tmp_path_factory.mktemp("trained") / "out", **keys)
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +95,28 @@ def test_new_pads_begin_as_the_mean_of_the_old_embeddings(checkpoint, finetune, 
     assert torch.equal(new[: len(old)], old)
 
 
-def test_no_pad_is_ever_text(eos_pad, tmp_path):
-    """Three steps make a model that writes pads in the middle of everything."""
+def test_no_pad_is_ever_text(trained, tmp_path):
     small = {"max_samples": 6, "diffusion_steps": 4, "cutoff_len": 64, "overwrite_cache": True}
-    train_here("tiny_gpt2_sft_inference.yaml", output_dir=tmp_path / "out", model_name_or_path=eos_pad, **small)
-    generator = load(eos_pad)
+    train_here("tiny_gpt2_sft_inference.yaml", output_dir=tmp_path / "out", model_name_or_path=trained, **small)
+    generator = load(trained)
     texts = [*predictions(tmp_path / "out"), *generator.generate(max_new_tokens=24, num_samples=8)]
     texts += generator.generate(infill="Tom <|infill:8|> apples <|infill:4|>.")
     assert not any("pad" in text and "<|" in text for text in texts)
+    canvases = [generator.from_prompt("Tom has", 24)] * 2
+    settings = SamplingSettings(stop_at_end=False)
+    assert min(result.n_tokens for result in generator.sample_batch(canvases, settings, ordinals=[0, 1])) < 24
+
+
+def test_stopping_at_the_end_changes_no_text(trained, tmp_path):
+    small = {"max_samples": 6, "diffusion_steps": 12, "block_length": 8, "cutoff_len": 64, "overwrite_cache": True}
+    small |= {"model_name_or_path": trained, "logits_temp": 1.0}
+    results = {}
+    for stop in ("none", "eos"):
+        out = tmp_path / stop
+        train_here("tiny_gpt2_sft_inference.yaml", output_dir=out, early_stop=stop, **small)
+        results[stop] = json.loads((out / "predict_results.json").read_text())
+    assert predictions(tmp_path / "none") == predictions(tmp_path / "eos")
+    assert results["eos"]["predict_computed_tokens"] < results["none"]["predict_computed_tokens"]
 
 
 def test_accumulation_and_resuming_change_nothing(finetune, tmp_path):

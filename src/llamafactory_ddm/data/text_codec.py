@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
 class TextCodec:
     """A tokenizer, seen as what turns the parts of a text into ids and back."""
 
-    def __init__(self, tokenizer: Any, mask_id: int) -> None:
-        """Wrap a Hugging Face tokenizer; `mask_id` stands for no text."""
+    def __init__(self, tokenizer: Any, mask_id: int, pad_ids: Sequence[int] = ()) -> None:
+        """Wrap a Hugging Face tokenizer; `mask_id` and `pad_ids` stand for no text."""
         self.tokenizer = tokenizer
         self.mask_id = mask_id
-        self._special = set(tokenizer.all_special_ids) | {mask_id}
+        self._special = {*tokenizer.all_special_ids, mask_id, *pad_ids}
         # What a text is decoded behind, as some tokenizers drop the space before the first token of a text.
         self._anchor = self.encode("a")[-1:]
 

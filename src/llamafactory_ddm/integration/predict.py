@@ -131,7 +131,7 @@ def _record(number: int, request: Request, result: Generated) -> dict[str, Any]:
         record["text"] = result.text
     if request.label is not None:
         record["label"] = request.label
-    record["tokens"], record["forwards"] = result.n_tokens, result.forwards
+    record["tokens"], record["forwards"], record["computed"] = result.n_tokens, result.forwards, result.computed
     if result.trace is not None:
         record["trace"] = dataclasses.asdict(result.trace)
     return record
@@ -181,8 +181,12 @@ def _facts(settings: SamplingSettings) -> dict[str, str]:
 
 
 def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:
-    tokens, forwards = (sum(record[key] for record in records) for key in ("tokens", "forwards"))
-    metrics: dict[str, float] = {"predict_samples": len(records), "predict_tokens_per_forward": tokens / forwards}
+    tokens, forwards, computed = (sum(record[key] for record in records) for key in ("tokens", "forwards", "computed"))
+    metrics: dict[str, float] = {
+        "predict_samples": len(records),
+        "predict_tokens_per_forward": tokens / forwards,
+        "predict_computed_tokens": computed / len(records),
+    }
     labelled = [record for record in records if "label" in record]
     if not labelled:
         return metrics

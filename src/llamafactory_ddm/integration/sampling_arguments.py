@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 CHOICES: dict[str, tuple[str, ...]] = {
     "denoising_strategy": tuple(STRATEGIES),
     "generate_from": ("noise", "prefix", "infill", "prompt"),
+    "early_stop": ("none", "eos"),
 }
 INTEGERS: dict[str, tuple[int, int | None]] = {
     "diffusion_steps": (1, None),
@@ -103,6 +104,15 @@ class SamplingArguments:
     entropy_bound: float = field(
         default=0.1,
         metadata={"help": "Diffusion: nats that a step of denoising_strategy: entropy_bound may be unsure of."},
+    )
+    early_stop: str = field(
+        default="eos",
+        metadata={
+            "help": (
+                "Diffusion: eos stops with a text once its end-of-text token and all before it are written, which "
+                "leaves the text as it is; none goes on to the edge of the canvas."
+            )
+        },
     )
     stable_steps: int = field(
         default=0,
@@ -218,6 +228,7 @@ class SamplingArguments:
             confidence_threshold=self.confidence_threshold,
             entropy_bound=self.entropy_bound,
             early_stop=EarlyStop(self.stable_steps, self.stable_entropy) if self.stable_steps else None,
+            stop_at_end=self.early_stop == "eos",
             seed=seed,
         )
 

@@ -149,6 +149,7 @@ class ModelDenoiser:
         self._knows_head: bool | None = None
         self._buffers: list[Tensor] = []
         self._mask: tuple[tuple[int, ...], Any] | None = None
+        self._asked: Tensor | None = None
         self._head = RowSelectingHead(model)
 
     def __call__(self, z: Tensor, place: Tensor) -> Iterator[Tensor]:
@@ -160,6 +161,7 @@ class ModelDenoiser:
         Yields:
             [n_part, vocab], logits at i for token i, in the order of `place`.
         """
+        z, place = self._unfinished(z, place)
         rows = place - int(self._shift)
         if self._knows_head is False:
             yield self._forward(z, rows)
@@ -179,8 +181,25 @@ class ModelDenoiser:
             with self._projected(part) as logits:
                 yield logits
 
+    def _unfinished(self, z: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sequences that are asked for alone, and the places in them; finished ones cost nothing."""
+        batch, length = z.shape
+        row = torch.div(place, length, rounding_mode="floor")
+        asked = torch.zeros(batch, dtype=torch.bool, device=z.device).index_fill_(0, row, True)
+        if bool(asked.all()):
+            self._asked = None
+            return z, place
+        if self._asked is None or not torch.equal(asked, self._asked):
+            self._mask = None
+        self._asked = asked
+        return z[asked], ((asked.cumsum(dim=0) - 1)[row] - row) * length + place
+
+    def _of_asked(self, value: Tensor | None) -> Tensor | None:
+        return value if value is None or self._asked is None else value[self._asked]
+
     def _forward(self, z: Tensor, rows: Tensor, at_once: int | None = None) -> Tensor:
-        positions = {} if self._position_ids is None else {"position_ids": self._position_ids}
+        position_ids = self._of_asked(self._position_ids)
+        positions = {} if position_ids is None else {"position_ids": position_ids}
         with torch.inference_mode(), self._head.only(rows, at_once):
             logits: Tensor = self._model(
                 input_ids=z, attention_mask=self._attention_mask(z), use_cache=False, **positions
@@ -226,7 +245,7 @@ class ModelDenoiser:
                 self._model,
                 batch=z.shape[0],
                 length=z.shape[1],
-                is_padding=self._is_padding,
+                is_padding=self._of_asked(self._is_padding),
                 visible=None,
                 dtype=dtype_of(self._model),
                 device=z.device,

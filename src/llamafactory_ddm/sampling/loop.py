@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.schedules import NoiseSchedule
 from .logits import LogitsConfig, Measure
 from .prediction import Context, Denoiser, predict
-from .state import Plan, SamplerState, Turn, next_turn, start
+from .state import Plan, SamplerState, Turn, left_behind, next_turn, start
 from .strategies import Strategy
 
 _OF_EARLY_STOP: frozenset[Measure] = frozenset({"argmax", "entropy"})
@@ -46,8 +46,10 @@ class SamplerOutput:
         sequences: [batch, length] int64.
         steps: denoising steps taken by the row with most.
         forwards: calls of the denoiser; a step that chose no position needs none, a guided one two.
-        committed: [batch, length] int64, the step that committed each token; -1 where it was given.
+        committed: [batch, length] int64, the step that committed each token; -1 where it was given, or left out
+            behind the end of a text, where `sequences` hold the end again.
         row_forwards: [batch] int64, calls that the row needed, whatever the others in the batch did.
+        computed: tokens that went through the model, padding included: rows that are finished do not.
     """
 
     sequences: Tensor
@@ -55,6 +57,7 @@ class SamplerOutput:
     forwards: int
     committed: Tensor
     row_forwards: Tensor
+    computed: int
 
     @property
     def tokens_per_step(self) -> Tensor:
@@ -80,6 +83,7 @@ def sample(
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
     early_stop: EarlyStop | None = None,
+    end_ids: Sequence[int] = (),
     context: Context | None = None,
     callback: Callback | None = None,
 ) -> SamplerOutput:
@@ -101,6 +105,9 @@ def sample(
         schedule: the noise schedule that sets the pace; by default linear.
         block_length: editable positions of a row that are decided together, from left to right; None is all at once.
         early_stop: when to commit the rest of a block; never by default.
+        end_ids: tokens behind which nothing is text. A row is finished once one of them is committed and everything
+            before it: what stands before it is then what it would be without. Rows with given tokens behind editable
+            ones go on. By default there are none.
         context: which given tokens are no text, and which are the prompt.
         callback: called after each step.
     Raises:
@@ -117,6 +124,7 @@ def sample(
         rows=rows,
         schedule=schedule,
         block_length=block_length,
+        end_ids=end_ids,
     )
     _check_context(context, editable, logits)
     while True:
@@ -127,8 +135,11 @@ def sample(
         if state.finished:
             break
         if callback is not None:
-            callback(before.step, state.z, before.is_masked & ~state.is_masked)
-    return SamplerOutput(state.z, state.step, state.forwards, state.committed, state.row_forwards)
+            callback(before.step, state.z, state.committed == before.step)
+    z = state.z
+    if len(end_ids):
+        z = torch.where(editable & (state.committed < 0), int(plan.end_ids[0]), z)
+    return SamplerOutput(z, state.step, state.forwards, state.committed, state.row_forwards, state.computed)
 
 
 @torch.no_grad()
@@ -156,7 +167,10 @@ def denoise_step(
     wanted = chosen if early_stop is None else chosen | turn.is_masked
     active = turn.steps > 0
     overrun = (active & (turn.step >= turn.steps)).sum()
-    n, left, too_many, bad = torch.stack([wanted.sum(), state.is_masked.sum(), overrun, state.bad]).tolist()
+    asked = wanted.any(dim=1)
+    n, left, too_many, bad, n_rows = torch.stack(
+        [wanted.sum(), state.is_masked.sum(), overrun, state.bad, asked.sum()]
+    ).tolist()
     if bad:
         raise ValueError(
             f"in step {bad - 1} the denoiser returned logits that hold NaN or inf or allow no token but [MASK] "
@@ -199,14 +213,16 @@ def denoise_step(
         commit |= _settled(early_stop, turn, stable, spread("entropy"))
         advanced = replace(advanced, guess=guess, stable=stable)
     ids = state.z.flatten().index_copy(0, place, draws.ids).view_as(state.z)
+    z, is_masked = torch.where(commit, ids, state.z), state.is_masked & ~commit
     return replace(
         advanced,
-        z=torch.where(commit, ids, state.z),
-        is_masked=state.is_masked & ~commit,
+        z=z,
+        is_masked=is_masked & ~left_behind(z, is_masked, plan),
         committed=state.committed.masked_fill(commit, state.step),
-        row_forwards=state.row_forwards + wanted.any(dim=1) * forwards,
+        row_forwards=state.row_forwards + asked * forwards,
         bad=draws.bad.any() * (state.step + 1),
         forwards=state.forwards + forwards,
+        computed=state.computed + forwards * n_rows * z.shape[1],
     )
 
 

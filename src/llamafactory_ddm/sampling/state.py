@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ class Plan:
         block_steps: [batch, n_blocks] int64, denoising steps of each block.
         budget: [batch, steps] int64, tokens to commit in each step where a strategy goes by number.
         chance: [batch, steps] float64, chance to be revealed in each step where it goes by chance.
+        end_ids: [n_ends] int64, tokens behind which nothing is text; empty where none is known.
+        may_end: [batch, 1] bool, rows in which nothing is given behind an editable position.
     """
 
     mask_id: int
@@ -42,6 +45,8 @@ class Plan:
     block_steps: Tensor
     budget: Tensor
     chance: Tensor
+    end_ids: Tensor
+    may_end: Tensor
 
     def uniform(self, stream: Stream, row_step: Tensor, *, depth: int = 1) -> Tensor:
         """Return [batch, length, depth] uniform numbers that depend on seed, sample, stream and the row's step alone.
@@ -107,6 +112,7 @@ class SamplerState:
         stable: [batch] int64, steps since a guess changed.
         step: the next step, from 0.
         forwards: calls of the denoiser so far.
+        computed: tokens that went through the model so far, padding included.
         finished: whether a step found nothing left to do.
     """
 
@@ -122,6 +128,7 @@ class SamplerState:
     stable: Tensor
     step: int = 0
     forwards: int = 0
+    computed: int = 0
     finished: bool = False
 
 
@@ -135,6 +142,7 @@ def start(
     rows: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
+    end_ids: Sequence[int] = (),
 ) -> tuple[SamplerState, Plan]:
     """Return the state before the first step and what stays the same, for driving `denoise_step` by hand.
 
@@ -173,6 +181,8 @@ def start(
         block_steps=block_steps,
         budget=budget,
         chance=chance,
+        end_ids=torch.tensor(sorted(end_ids), dtype=torch.int64, device=x.device),
+        may_end=~(editable.cummax(dim=1).values & ~editable).any(dim=1, keepdim=True),
     )
     nothing, zero = torch.full_like(x, -1), torch.zeros_like(rows)
     state = SamplerState(
@@ -209,6 +219,18 @@ def next_turn(state: SamplerState, plan: Plan) -> Turn:
         place=offset.gather(1, here)[:, 0] + step,
         plan=plan,
     )
+
+
+def left_behind(z: Tensor, is_masked: Tensor, plan: Plan) -> Tensor:
+    """Return [batch, length] bool, masked positions of rows whose text is complete: all before an end is decided."""
+    if not len(plan.end_ids):
+        return torch.zeros_like(is_masked)
+    length = z.shape[1]
+    place = torch.arange(length, device=z.device)
+    is_end = torch.isin(z, plan.end_ids) & ~is_masked & (plan.block >= 0)
+    first_end = torch.where(is_end, place, length).amin(dim=1, keepdim=True)
+    first_open = torch.where(is_masked, place, length).amin(dim=1, keepdim=True)
+    return is_masked & (first_end < first_open) & plan.may_end
 
 
 def _pace(block: Tensor, block_steps: Tensor, steps: int, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
