@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .generation import SamplingSettings, TextGenerator, load
-    from .sampling import EarlyStop, LogitsConfig
+    from .generation import TextGenerator, load
+    from .sampling import EarlyStop, LogitsConfig, SamplingSettings
 
 __all__ = ["EarlyStop", "LogitsConfig", "SamplingSettings", "TextGenerator", "__version__", "load"]
 
 _HOMES = {
     "EarlyStop": "sampling",
     "LogitsConfig": "sampling",
-    "SamplingSettings": "generation",
+    "SamplingSettings": "sampling",
     "TextGenerator": "generation",
     "load": "generation",
 }

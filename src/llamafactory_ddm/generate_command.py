@@ -60,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from .generation import SamplingSettings, load
-    from .sampling import LogitsConfig
+    from .generation import load
+    from .sampling import LogitsConfig, SamplingSettings
     from .sampling.terminal import TerminalAnimation
 
     settings = SamplingSettings(

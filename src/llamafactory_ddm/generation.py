@@ -8,7 +8,7 @@ print(model.generate("Tom saw a small")[0])
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,49 +26,12 @@ from .modeling.bidirectional import make_bidirectional, probe_bidirectional
 from .modeling.checkpoints import verify_checkpoint
 from .modeling.denoiser import ModelDenoiser
 from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from .sampling import Context, EarlyStop, LogitsConfig, Strategy, get_strategy, sample
+from .sampling import Context, SamplingSettings, sample
 from .sampling.steps import split_into_blocks, steps_of_blocks
 from .sampling.trace import Trace
 
 # Called after each step with the step and a function that gives the pieces of each text of the batch; None is [MASK].
 StepCallback = Callable[[int, Callable[[], list[list[str | None]]]], None]
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How texts are sampled; the names are those of the YAML keys where there is one.
-
-    Attributes:
-        denoising_strategy: see `sampling.strategies`.
-        diffusion_steps: denoising steps of a text, at most.
-        block_length: tokens decided together, from left to right; None is all at once.
-        logits: temperature, filters, penalty, guidance.
-        confidence_threshold: of the strategy of this name.
-        entropy_bound: of the strategy of this name, in nats.
-        early_stop: when to commit all that is left of a block.
-        stop_at_end: whether a text is left alone once its end and all before it are written; it stays the same text.
-        seed: of every draw.
-    """
-
-    denoising_strategy: str = "low_confidence"
-    diffusion_steps: int = 64
-    block_length: int | None = None
-    logits: LogitsConfig = field(default_factory=lambda: LogitsConfig(temperature=0.95, top_p=0.9))
-    confidence_threshold: float = 0.9
-    entropy_bound: float = 0.1
-    early_stop: EarlyStop | None = None
-    stop_at_end: bool = True
-    seed: int = 0
-
-    def strategy(self) -> Strategy:
-        """Return the strategy with its own parameter.
-
-        Raises:
-            ValueError: if there is none of this name, or the parameter is out of range.
-        """
-        return get_strategy(
-            self.denoising_strategy, confidence_threshold=self.confidence_threshold, entropy_bound=self.entropy_bound
-        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 from llamafactory.extras import logging
 
-from ..generation import SamplingSettings, TextGenerator
+from ..generation import TextGenerator
+from ..sampling import SamplingSettings
 from . import requests
 from .loading import LoadedModel, sources
 from .predict import generate_all

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,13 @@ from tqdm.auto import tqdm
 
 from .._version import __version__
 from ..evaluation.metrics import exact_match, gsm8k_accuracy, rouge
-from ..generation import Generated, SamplingSettings, TextGenerator
+from ..generation import Generated, TextGenerator
 from ..modeling.checkpoints import weight_files
+from ..sampling import SamplingSettings
 from ..sampling.trace import Trace, write_html
 from .requests import Request
 from .saving import explained
+from .unfinished import Unfinished, barrier, write_predictions
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 
@@ -70,7 +71,7 @@ def generate_all(
         )
     # The first process speaks for all: saving a model leaves traces in its config that the others do not have.
     fingerprint = _of_first_rank(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
-    unfinished = _Unfinished(folder / _UNFINISHED, fingerprint, rank, world)
+    unfinished = Unfinished(folder / _UNFINISHED, fingerprint, rank, world)
     done = unfinished.open(resume=model_folders is not None)
     if done:
         logger.info_rank0(f"{len(done)} of {len(requests)} texts were generated before the run was interrupted.")
@@ -89,7 +90,7 @@ def generate_all(
     if rank == 0:
         _publish(folder, records, settings, save_trace=save_trace)
         shutil.rmtree(folder / _UNFINISHED)
-    _barrier(world)
+    barrier(world)
     metrics = _metrics(records)
     if tokens:
         metrics["predict_runtime"] = seconds
@@ -207,70 +208,6 @@ def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
-class _Unfinished:
-    """The texts of a run that is not complete: a file for each process, a line for each text."""
-
-    def __init__(self, folder: Path, fingerprint: str, rank: int, world: int) -> None:
-        self.folder = folder
-        self.fingerprint = fingerprint
-        self.rank, self.world = rank, world
-        self.path = folder / f"{rank}-of-{world}.jsonl"
-
-    def open(self, *, resume: bool) -> set[int]:
-        """Return the numbers of the texts that are there, after dropping what is not of this run."""
-        with explained(self.folder.parent):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        _barrier(self.world)
-        found = self._read_all() if resume else []
-        mine = [record for path, record in found if path == self.path]
-        _barrier(self.world)  # nobody writes before all have read
-        if self.rank == 0:
-            for path in set(self.folder.glob("*.jsonl")) - {path for path, _ in found}:
-                path.unlink()
-        _barrier(self.world)
-        with explained(self.folder.parent):
-            _write_lines(self.path, [{"fingerprint": self.fingerprint}, *mine])
-        _barrier(self.world)
-        return {record["number"] for _, record in found}
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Append a text."""
-        with explained(self.folder.parent), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    def collect(self, count: int) -> list[dict[str, Any]]:
-        """Wait for the other processes and return all texts in order.
-
-        Raises:
-            RuntimeError: if one is missing.
-        """
-        _barrier(self.world)
-        records = {record["number"]: record for _, record in self._read_all()}
-        _barrier(self.world)
-        if len(records) != count:
-            raise RuntimeError(f"{count - len(records)} texts are missing in {self.folder}; run it again to go on")
-        return [records[number] for number in range(count)]
-
-    def _read_all(self) -> list[tuple[Path, dict[str, Any]]]:
-        found = []
-        for path in sorted(self.folder.glob("*.jsonl")):
-            # Not splitlines, which also splits at separators that a text may hold.
-            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-            parsed = [line for line in map(_parsed, lines) if line is not None]
-            if parsed and parsed[0].get("fingerprint") == self.fingerprint:
-                found += [(path, record) for record in parsed[1:] if "number" in record]
-        return found
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """Return the object of a line, or None for one that an interruption has cut short."""
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _fingerprint(
     generator: TextGenerator,
     requests: Sequence[Request],
@@ -315,28 +252,3 @@ def _of_first_rank(value: str, world: int) -> str:
     if world > 1:
         torch.distributed.broadcast_object_list(shared, src=0)
     return str(shared[0])
-
-
-def _barrier(world: int) -> None:
-    if world > 1:
-        torch.distributed.barrier()
-
-
-def write_predictions(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write one JSON object a line, so that `path` is either the old file or the complete new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with explained(path.parent):
-        _write_lines(path, records)
-
-
-def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    scratch = path.with_suffix(".jsonl.tmp")
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..sampling import STRATEGIES, EarlyStop, LogitsConfig
-
-if TYPE_CHECKING:
-    from ..generation import SamplingSettings
+from ..sampling import STRATEGIES, EarlyStop, LogitsConfig, SamplingSettings
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "denoising_strategy": tuple(STRATEGIES),
@@ -199,8 +196,6 @@ class SamplingArguments:
         Raises:
             ValueError: if two keys of the same meaning differ, or a token does not exist.
         """
-        from ..generation import SamplingSettings  # which imports transformers, as parsing should not
-
         values = {"logits_temp": self.logits_temp, "topp_temp": self.topp_temp}
         for theirs, ours in UPSTREAM_KEYS.items():
             if ours is None or theirs not in given:

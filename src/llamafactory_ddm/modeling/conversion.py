@@ -7,18 +7,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from .adapters import ADAPTER_CONFIG
-from .checkpoints import read_weights, some, verify_checkpoint, weight_files
+from .checkpoints import read_weights, verify_checkpoint, weight_files
 from .diffusion_config import DiffusionConfig
+from .key_tables import check_adapter_keys, check_keys, first_line, is_tied
 from .mask_token import resolve_token
 from .published import (
     LAYOUTS,
@@ -28,7 +29,6 @@ from .published import (
     layout_of,
     published_config,
     set_published_padding,
-    shapes_of,
 )
 
 
@@ -99,8 +99,8 @@ def _convert_model(
         raise ValueError(f"no {config.model_type} model was published in another layout; {', '.join(LAYOUTS)} were")
     rows = embedding_rows(source, layout) or int(config.vocab_size)
     config.vocab_size = rows
-    _check_keys(source, layout, config)
-    if _tied(config) and _ends_differ(source, layout):
+    check_keys(source, layout, config)
+    if is_tied(config) and _ends_differ(source, layout):
         config.tie_word_embeddings = False
     rename = _renamer(layout, LAYOUTS[config.model_type] if to_published else None)
     _write_weights(source, scratch, rename)
@@ -129,7 +129,7 @@ def _convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_pu
     settings = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if base is not None:
         settings["base_model_name_or_path"] = str(base)
-    _check_adapter_keys(source, layout, settings)
+    check_adapter_keys(source, layout, settings)
     rename = _renamer(layout, _adapter_layout(keys) if to_published else None)
     _write_weights(source, scratch, rename)
     (scratch / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -144,32 +144,6 @@ def _convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_pu
     described.save(scratch)
     if (source / "tokenizer_config.json").is_file():
         _tokenizer(source, None).save_pretrained(scratch)
-
-
-def _check_adapter_keys(source: Path, layout: Layout | None, settings: dict[str, Any]) -> None:
-    """Compare names and shapes with those that PEFT gives the adapter on its base.
-
-    Raises:
-        ValueError: if the base has no config, or listing what is missing, unexpected or of another shape.
-    """
-    from peft import LoraConfig, get_peft_model
-    from peft.utils import get_peft_model_state_dict
-
-    base = str(settings.get("base_model_name_or_path"))
-    try:
-        config = AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source} is an adapter of {base}, whose config.json cannot be loaded ({_first_line(error)}); name the "
-            "model with --base"
-        ) from error
-    known = {field.name for field in fields(LoraConfig)}
-    lora = LoraConfig(**{key: value for key, value in settings.items() if key in known and key != "peft_type"})
-    with torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(config), lora, low_cpu_mem_usage=True)
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    expected = {key: tuple(value.shape) for key, value in state.items()}
-    _compare(source, layout, expected, optional=set(), what=f"an adapter of {base}")
 
 
 def _adapter_layout(keys: list[str]) -> Layout:
@@ -191,7 +165,7 @@ def _config(source: Path, base: str | Path | None) -> Any:
         return AutoConfig.from_pretrained(source if base is None else base)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{source if base is None else base} has no config.json of a known model ({_first_line(error)}); name the "
+            f"{source if base is None else base} has no config.json of a known model ({first_line(error)}); name the "
             "model that the weights were trained from with --base, such as gpt2-medium or a folder"
         ) from error
 
@@ -203,7 +177,7 @@ def _tokenizer(source: Path, base: str | Path | None) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} has no tokenizer ({_first_line(error)}); name the model that the weights were trained from "
+            f"{folder} has no tokenizer ({first_line(error)}); name the model that the weights were trained from "
             "with --base"
         ) from error
 
@@ -248,48 +222,6 @@ def _described(
     return described
 
 
-def _check_keys(source: Path, layout: Layout | None, config: Any) -> None:
-    """Compare names and shapes with those of the model.
-
-    Raises:
-        ValueError: listing what is missing, unexpected, there twice, or of another shape.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    tied = {"lm_head.weight"} if _tied(config) else set()
-    _compare(source, layout, expected, optional=tied, what=config.model_type)
-
-
-def _compare(
-    source: Path, layout: Layout | None, expected: dict[str, tuple[int, ...]], *, optional: set[str], what: str
-) -> None:
-    found: dict[str, tuple[int, ...]] = {}
-    twice = []
-    for path in weight_files(source):
-        for key, shape in shapes_of(path).items():
-            standard = key if layout is None else layout.to_standard(key)
-            if standard is None:
-                continue
-            twice += [standard] * (standard in found)
-            found[standard] = shape
-    missing = sorted(expected.keys() - found.keys() - optional)
-    unexpected = sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{key} {found[key]} instead of {expected[key]}"
-        for key in sorted(found.keys() & expected.keys())
-        if found[key] != expected[key]
-    ]
-    faults = {"missing": missing, "unexpected": unexpected, "there twice": twice, "of another shape": shapes}
-    said = [f"{fault} {some(names)}" for fault, names in faults.items() if names]
-    if said:
-        raise ValueError(f"the weights in {source} do not fit {what}: {'; '.join(said)}")
-
-
-def _tied(config: Any) -> bool:
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-
-
 def _ends_differ(source: Path, layout: Layout | None) -> bool:
     """Tell whether the files hold an output embedding with other values than the input's."""
     names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
@@ -321,7 +253,3 @@ def _write_weights(source: Path, scratch: Path, rename: Callable[[str], str | No
     if len(files) > 1:
         table = {"metadata": {"total_size": size}, "weight_map": index}
         (scratch / "model.safetensors.index.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

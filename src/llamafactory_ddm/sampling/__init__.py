@@ -4,6 +4,7 @@ from .draws import Draws, draw_tokens
 from .logits import LogitsConfig, filtered_log_probs
 from .loop import EarlyStop, SamplerOutput, denoise_step, sample
 from .prediction import Context, Denoiser
+from .settings import SamplingSettings
 from .state import Plan, SamplerState, Turn, start
 from .strategies import STRATEGIES, Strategy, get_strategy, register
 
@@ -17,6 +18,7 @@ __all__ = [
     "Plan",
     "SamplerOutput",
     "SamplerState",
+    "SamplingSettings",
     "Strategy",
     "Turn",
     "denoise_step",
