@@ -1,6 +1,6 @@
 """Measure what adapted weights are worth to finetuning: docs/finetuning.png, and docs/finetuning_table.md.
 
-    python docs/make_finetuning_plot.py                four starts, about 25 minutes on two cores
+    python docs/make_finetuning_plot.py                six runs, about 40 minutes on two cores
     python docs/make_finetuning_plot.py --steps 2 --every 1 --problems 2 --out folder     a quick look
 
 Every run is examples/tiny_gpt2_full_ddm_sft.yaml (for LoRA its counterpart) from another start, and each of its
@@ -29,12 +29,15 @@ ROOT = Path(__file__).resolve().parents[1]
 ADAPTED = "saves/tiny_gpt2/full/ddm"
 LORA = "examples/tiny_gpt2_lora_ddm_sft.yaml"
 FULL = "examples/tiny_gpt2_full_ddm_sft.yaml"
-# name, what the plot says, recipe, whether weights are random
-STARTS = (
-    ("adapted", "adapted weights, full", FULL, False),
-    ("random", "random weights, full", FULL, True),
-    ("lora", "adapted weights, LoRA", LORA, False),
-    ("lora-random", "random weights, LoRA", LORA, True),
+# name, what the plot says, recipe, what overrides it, whether weights are random
+SLOW = ("learning_rate=5.0e-4",)
+STARTS: tuple[tuple[str, str, str, tuple[str, ...], bool], ...] = (
+    ("adapted", "adapted weights, full", FULL, (), False),
+    ("random", "random weights, full", FULL, (), True),
+    ("slow", "adapted weights, full, a quarter of the learning rate", FULL, SLOW, False),
+    ("slow-random", "random weights, full, a quarter of the learning rate", FULL, SLOW, True),
+    ("lora", "adapted weights, LoRA", LORA, (), False),
+    ("lora-random", "random weights, LoRA", LORA, (), True),
 )
 
 
@@ -60,7 +63,7 @@ def random_weights(arguments: argparse.Namespace) -> str:
     return str(folder)
 
 
-def train(name: str, recipe: str, model: str, arguments: argparse.Namespace) -> Path:
+def train(name: str, recipe: str, model: str, overrides: tuple[str, ...], arguments: argparse.Namespace) -> Path:
     """Train from one start, unless it was, with a checkpoint every so many steps."""
     folder = Path(arguments.work).resolve() / f"{name}-{arguments.steps}"
     if not (folder / "all_results.json").is_file():
@@ -75,6 +78,7 @@ def train(name: str, recipe: str, model: str, arguments: argparse.Namespace) -> 
             'eval_strategy="no"',
             "plot_loss=false",
             "disable_tqdm=true",
+            *overrides,
         )
     return folder
 
@@ -105,7 +109,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--every", type=int, default=200, help="steps between two points of a curve")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems to solve")
-    parser.add_argument("--starts", type=int, default=len(STARTS), help="how many of the starts")
+    parser.add_argument("--starts", type=int, default=len(STARTS), help="how many of the runs")
     parser.add_argument("--model", default=ADAPTED, help="the adapted model")
     parser.add_argument("--work", default="saves/finetuning", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
@@ -116,14 +120,14 @@ def main() -> None:
         "|---|" + "---|" * len(steps),
     ]
     figure, axes = pyplot.subplots(figsize=(6, 3.6))
-    for name, said, recipe, is_random in STARTS[: arguments.starts]:
+    for name, said, recipe, overrides, is_random in STARTS[: arguments.starts]:
         model = random_weights(arguments) if is_random else arguments.model
-        folder = train(name, recipe, model, arguments)
+        folder = train(name, recipe, model, overrides, arguments)
         solved = [accuracy(folder / f"checkpoint-{step}", model, arguments) for step in steps]
         lines.append(f"| {said} | " + " | ".join(f"{share:.1f} %" for share in solved) + " |")
         axes.plot(steps, solved, "--" if is_random else "-", marker="o", label=said)
     axes.set(xlabel="optimiser steps", ylabel="held-out problems solved (%)", ylim=(0, 100))
-    axes.legend()
+    axes.legend(fontsize=7)
     figure.tight_layout()
     arguments.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out / "finetuning.png", dpi=120)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .data.canvas import Canvas, canvas_of, infilling_canvas, stack_canvases
+from .data.canvas import Canvas, CanvasBatch, canvas_of, infilling_canvas, stack_canvases
 from .data.collators import start_token_id
 from .data.text_codec import TextCodec
 from .diffusion.schedules import get_schedule
@@ -27,6 +27,7 @@ from .modeling.checkpoints import verify_checkpoint
 from .modeling.denoiser import ModelDenoiser
 from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from .sampling import Context, SamplingSettings, sample
+from .sampling.length import end_probability, places_needed
 from .sampling.steps import split_into_blocks, steps_of_blocks
 from .sampling.trace import Trace
 
@@ -177,6 +178,31 @@ class TextGenerator:
             )
         return canvas
 
+    def shortened(self, canvases: Sequence[Canvas], coverage: float) -> list[Canvas]:
+        """Cut canvases to the length at which their texts will have ended, by one forward over all of them.
+
+        Args:
+            canvases: made by the methods above; one that goes on behind its editable places stays as it is.
+            coverage: in (0, 1], how sure the model has to be.
+        Raises:
+            ValueError: if `coverage` is out of range.
+        """
+        batch, denoiser = self._batch(canvases)
+        try:
+            x, editable = batch.x.to(self.model.device), batch.editable.to(self.model.device)
+            ended = end_probability(
+                denoiser, x, editable=editable, mask_id=self.config.mask_token_id, end_ids=sorted(self._ends)
+            )
+        finally:
+            denoiser.close()
+        needed = places_needed(ended, editable, coverage).tolist()
+        return [canvas.cut(n) for canvas, n in zip(canvases, needed, strict=True)]
+
+    def _batch(self, canvases: Sequence[Canvas]) -> tuple[CanvasBatch, ModelDenoiser]:
+        batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
+        is_padding = batch.is_padding.to(self.model.device) if bool(batch.is_padding.any()) else None
+        return batch, ModelDenoiser(self.model, shift=self.config.shift, is_padding=is_padding, outputs=self._n_ids)
+
     def sample_batch(
         self,
         canvases: Sequence[Canvas],
@@ -198,10 +224,7 @@ class TextGenerator:
             ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
         """
         device = self.model.device
-        batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
-        pads = bool(batch.is_padding.any())
-        is_padding = batch.is_padding.to(device) if pads else None
-        denoiser = ModelDenoiser(self.model, shift=self.config.shift, is_padding=is_padding, outputs=self._n_ids)
+        batch, denoiser = self._batch(canvases)
 
         def after_step(step: int, z: Tensor, fresh: Tensor) -> None:
             if callback is not None:
@@ -320,6 +343,9 @@ class TextGenerator:
             canvases += [canvas] * num_samples
         self.check(canvases, settings)
         results: list[Generated] = []
+        if settings.length_coverage is not None:
+            parts = [canvases[low : low + batch_size] for low in range(0, len(canvases), batch_size)]
+            canvases = [canvas for part in parts for canvas in self.shortened(part, settings.length_coverage)]
         for low in range(0, len(canvases), batch_size):
             part = canvases[low : low + batch_size]
             ordinals = range(low, low + len(part))

@@ -59,3 +59,13 @@ def test_a_batch_is_padded_on_the_left():
     assert batch.editable.int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
     assert batch.is_padding.int().tolist() == [[0] * 5, [1, 1, 1, 0, 0]]
     assert batch.prompt.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]
+
+
+def test_a_canvas_is_cut_behind_its_first_places():
+    canvas = canvas_of([[5, 6], 4], start_id=0)
+    assert canvas.cut(2) == Canvas((0, 5, 6, 0, 0), (False, False, False, True, True), 1)
+    assert canvas.cut(9) == canvas
+    between = canvas_of([[5], 3, [6]])
+    assert between.cut(1) == between
+    with pytest.raises(ValueError, match="a canvas needs a place to be written"):
+        canvas.cut(0)

@@ -171,6 +171,16 @@ def test_a_trained_copy_of_tied_embeddings_stays_tied(checkpoint, finetune, tmp_
     assert losses(again) == pytest.approx(losses(same), rel=1e-4)
 
 
+@pytest.mark.parametrize("key", ["use_dora", "use_rslora"])
+def test_upstreams_kinds_of_lora(key, adapter, checkpoint, finetune, tmp_path):
+    out = finetune(tmp_path / "out", recipe=LORA, **{key: True})
+    assert json.loads((out / "adapter_config.json").read_text())[key] is True
+    assert losses(out)[-1] != losses(adapter)[-1]
+    export(tmp_path / "merged", checkpoint, out)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(exported), logits(merged(checkpoint, out)), rtol=0, atol=1e-5)
+
+
 def test_names_that_match_only_in_part_are_an_error(finetune, tmp_path):
     with pytest.raises(ValueError, match=r"lora_target: q_proj matches no module.*c_attn \(4 modules\) was matched"):
         finetune(tmp_path / "out", recipe=LORA, lora_target="c_attn,q_proj")

@@ -50,6 +50,7 @@ ELSEWHERE = {
     "generate_from",
     "save_trace",
     "early_stop",
+    "length_coverage",
     # tests/e2e/test_finetuning.py
     "train_on_padding",
     "sep_token",

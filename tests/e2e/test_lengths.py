@@ -119,6 +119,29 @@ def test_stopping_at_the_end_changes_no_text(trained, tmp_path):
     assert results["eos"]["predict_computed_tokens"] < results["none"]["predict_computed_tokens"]
 
 
+def test_no_more_places_than_needed(trained, tmp_path):
+    """The model writes pads everywhere, and knows so from the start."""
+    small = {"max_samples": 6, "diffusion_steps": 12, "cutoff_len": 64, "overwrite_cache": True}
+    small |= {"model_name_or_path": trained, "early_stop": "predict", "per_device_eval_batch_size": 4}
+    computed, texts = {}, {}
+    for coverage in (0.01, 1.0):
+        out = tmp_path / str(coverage)
+        train_here("tiny_gpt2_sft_inference.yaml", output_dir=out, length_coverage=coverage, **small)
+        computed[coverage] = json.loads((out / "predict_results.json").read_text())["predict_computed_tokens"]
+        texts[coverage] = predictions(out)
+    assert computed[0.01] < computed[1.0]
+    small |= {"early_stop": "eos"}
+    train_here("tiny_gpt2_sft_inference.yaml", output_dir=tmp_path / "eos", **small)
+    assert predictions(tmp_path / "eos") == texts[1.0]  # nothing is ever certain, so the canvas is whole
+    again = tmp_path / "again"
+    small |= {"early_stop": "predict", "per_device_eval_batch_size": 1}
+    train_here("tiny_gpt2_sft_inference.yaml", output_dir=again, length_coverage=0.01, **small)
+    assert predictions(again) == texts[0.01]  # whatever the batch
+    generator = load(trained)
+    short = generator.generate("Tom has", max_new_tokens=40, settings=SamplingSettings(length_coverage=0.01))
+    assert len(short) == 1
+
+
 def test_accumulation_and_resuming_change_nothing(finetune, tmp_path):
     keys = {**PADS, "pad_anneal_steps": 3, "eos_window_ratio": 0.4, "eos_window_anneal_steps": 3, "max_steps": 4}
     keys |= {"save_strategy": "steps", "save_steps": 2}

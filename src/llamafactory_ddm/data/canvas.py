@@ -43,6 +43,19 @@ class Canvas:
         """Return the number of tokens to be written."""
         return sum(self.editable)
 
+    def cut(self, n_editable: int) -> Canvas:
+        """Return the canvas with its first `n_editable` places to be written, if it ends with them; else itself.
+
+        Raises:
+            ValueError: if that leaves nothing to write.
+        """
+        if n_editable < 1:
+            raise ValueError(f"a canvas needs a place to be written, got {n_editable}")
+        first = self.editable.index(True)
+        if not all(self.editable[first:]):
+            return self
+        return Canvas(self.ids[: first + n_editable], self.editable[: first + n_editable], self.n_start)
+
 
 def canvas_of(parts: Sequence[Sequence[int] | int], *, start_id: int | None = None) -> Canvas:
     """Put given tokens and spans one after another.

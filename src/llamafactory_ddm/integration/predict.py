@@ -77,6 +77,9 @@ def generate_all(
         logger.info_rank0(f"{len(done)} of {len(requests)} texts were generated before the run was interrupted.")
     todo = [number for number in range(len(requests)) if number not in done][rank::world]
     began, tokens = time.perf_counter(), 0
+    if settings.length_coverage is not None:
+        requests = _shortened(generator, requests, todo, settings.length_coverage, training_args)
+        todo.sort(key=lambda number: len(requests[number].canvas))  # texts of one batch are of one length, nearly
     bar = tqdm(total=len(todo), desc="Denoising", unit="text", disable=bool(training_args.disable_tqdm or rank))
     with bar:
         for batch, results in _batches(generator, requests, settings, todo, training_args, save_trace, bar):
@@ -96,6 +99,25 @@ def generate_all(
         metrics["predict_runtime"] = seconds
         metrics["predict_tokens_per_second"] = tokens / seconds
     return metrics
+
+
+def _shortened(
+    generator: TextGenerator, requests: Sequence[Request], todo: list[int], coverage: float, training_args: Any
+) -> list[Request]:
+    """Return the requests with the canvases of `todo` cut to where their texts will have ended."""
+    size, result = training_args.per_device_eval_batch_size, list(requests)
+    for low in range(0, len(todo), size):
+        part = todo[low : low + size]
+        canvases = generator.shortened([requests[number].canvas for number in part], coverage)
+        for number, canvas in zip(part, canvases, strict=True):
+            result[number] = dataclasses.replace(
+                requests[number], canvas=canvas, n_predicted=len(requests[number].canvas)
+            )
+    before, after = (sum(len(which[number].canvas) for number in todo) for which in (requests, result))
+    logger.info_rank0(
+        f"Canvases are cut to {100 * after / max(before, 1):.1f} % of their tokens (length_coverage: {coverage})."
+    )
+    return result
 
 
 def _batches(
@@ -132,7 +154,9 @@ def _record(number: int, request: Request, result: Generated) -> dict[str, Any]:
         record["text"] = result.text
     if request.label is not None:
         record["label"] = request.label
-    record["tokens"], record["forwards"], record["computed"] = result.n_tokens, result.forwards, result.computed
+    looked = request.n_predicted  # a forward over the whole canvas went before
+    record["tokens"], record["forwards"] = result.n_tokens, result.forwards + (looked > 0)
+    record["computed"] = result.computed + looked
     if result.trace is not None:
         record["trace"] = dataclasses.asdict(result.trace)
     return record

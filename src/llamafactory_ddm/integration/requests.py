@@ -24,11 +24,13 @@ class Request:
         canvas: what is given and where to write.
         prompt: the text that is given, as the user wrote it; None for noise.
         label: what should be written, if that is known.
+        n_predicted: tokens of the canvas that its length was predicted on; 0 if it was not.
     """
 
     canvas: Canvas
     prompt: str | None = None
     label: str | None = None
+    n_predicted: int = 0
 
 
 def from_noise(

@@ -10,7 +10,7 @@ from ..sampling import STRATEGIES, EarlyStop, LogitsConfig, SamplingSettings
 CHOICES: dict[str, tuple[str, ...]] = {
     "denoising_strategy": tuple(STRATEGIES),
     "generate_from": ("noise", "prefix", "infill", "prompt"),
-    "early_stop": ("none", "eos"),
+    "early_stop": ("none", "eos", "predict"),
 }
 INTEGERS: dict[str, tuple[int, int | None]] = {
     "diffusion_steps": (1, None),
@@ -26,6 +26,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "confidence_threshold": (0.0, 1.0),
     "entropy_bound": (0.0, float("inf")),
     "stable_entropy": (0.0, float("inf")),
+    "length_coverage": (0.0, 1.0),
 }
 BOOLEANS = ("save_trace",)
 # Upstream's keys of generation that we honour -> ours of the same meaning, or None.
@@ -107,7 +108,17 @@ class SamplingArguments:
         metadata={
             "help": (
                 "Diffusion: eos stops with a text once its end-of-text token and all before it are written, which "
-                "leaves the text as it is; none goes on to the edge of the canvas."
+                "leaves the text as it is; predict also gives it no more places than it will need (length_coverage); "
+                "none goes on to the edge of the canvas."
+            )
+        },
+    )
+    length_coverage: float = field(
+        default=0.95,
+        metadata={
+            "help": (
+                "Diffusion: with early_stop: predict, the probability with which a text has to have ended within its "
+                "places, by the model's own belief before anything is written."
             )
         },
     )
@@ -162,6 +173,13 @@ class SamplingArguments:
                     f"{key} is read by denoising_strategy: {strategy} only, but denoising_strategy is "
                     f"{self.denoising_strategy}; change one or remove {key}"
                 )
+        if self.length_coverage == 0.0:
+            raise ValueError("length_coverage must lie in (0, 1], got 0")
+        if self.length_coverage != SamplingArguments.length_coverage and self.early_stop != "predict":
+            raise ValueError(
+                f"length_coverage: {self.length_coverage} is read by early_stop: predict only, but early_stop is "
+                f"{self.early_stop}; change one or remove length_coverage"
+            )
         if self.stable_entropy != SamplingArguments.stable_entropy and not self.stable_steps:
             raise ValueError("stable_entropy needs stable_steps; set stable_steps: 2, or remove stable_entropy")
         stage, source = str(getattr(self, "stage", "ddm")), self.generation_source()
@@ -223,7 +241,8 @@ class SamplingArguments:
             confidence_threshold=self.confidence_threshold,
             entropy_bound=self.entropy_bound,
             early_stop=EarlyStop(self.stable_steps, self.stable_entropy) if self.stable_steps else None,
-            stop_at_end=self.early_stop == "eos",
+            stop_at_end=self.early_stop != "none",
+            length_coverage=self.length_coverage if self.early_stop == "predict" else None,
             seed=seed,
         )
 

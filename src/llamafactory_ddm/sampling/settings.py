@@ -22,6 +22,8 @@ class SamplingSettings:
         entropy_bound: of the strategy of this name, in nats.
         early_stop: when to commit all that is left of a block.
         stop_at_end: whether a text is left alone once its end and all before it are written; it stays the same text.
+        length_coverage: give each text only so many places that it has ended with this probability, as the model sees
+            it before anything is written; None gives it the whole canvas.
         seed: of every draw.
     """
 
@@ -33,6 +35,7 @@ class SamplingSettings:
     entropy_bound: float = 0.1
     early_stop: EarlyStop | None = None
     stop_at_end: bool = True
+    length_coverage: float | None = None
     seed: int = 0
 
     def strategy(self) -> Strategy:
