@@ -47,6 +47,7 @@ setup(
         "eval": ["rouge-score>=0.1.2"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff>=0.8",
             "mypy>=1.11",
