@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm import SamplingSettings, load
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from support.cli import ABSENT, history, predictions, train_here
+from support.cli import ABSENT, history, predictions, run, train_here
 
 LORA = "tiny_gpt2_lora_ddm_sft.yaml"
 WINDOW = {"variable_length": "eos_pad", "eos_window_ratio": 0.9}
@@ -159,12 +159,15 @@ def test_accumulation_and_resuming_change_nothing(finetune, tmp_path):
         finetune(half, **keys, resume_from_checkpoint=str(half / "checkpoint-2"), pad_block_length=8)
 
 
-def test_documents(documents, tmp_path, caplog):
+def test_documents(documents, generate, tmp_path, caplog):
     out = documents(tmp_path / "out")
     assert "rows have no room for their end within cutoff_len: 64 and are left out" in caplog.text
     config = DiffusionConfig.load(out)
     assert config.variable_length.format == "eos_pad" and config.train_on_padding is None
     assert losses(documents(tmp_path / "window", eos_window_ratio=0.9)) != losses(out)
+    # Upstream's default for pre-training, packing, gives way; and generation needs no key.
+    assert losses(documents(tmp_path / "default", packing=ABSENT)) == losses(out)
+    assert len(generate(tmp_path / "texts", model_name_or_path=out)) == 3
 
 
 def test_rows_that_have_no_room(documents, finetune, tmp_path):
@@ -183,6 +186,12 @@ def test_an_adapter_needs_a_place_for_new_pads(checkpoint, finetune, tmp_path):
     assert load(out).generate(max_new_tokens=4)
     more = finetune(tmp_path / "more", recipe=LORA, adapter_name_or_path=str(out))
     assert losses(more)[0] < losses(out)[0]
+    words = {"model_name_or_path": checkpoint, "adapter_name_or_path": out, "finetuning_type": "lora"}
+    words |= {"template": "diffullama", "export_dir": tmp_path / "merged", "infer_dtype": "float32"}
+    run("export", *(word for key, value in words.items() for word in (f"--{key}", str(value))))
+    assert DiffusionConfig.load(tmp_path / "merged") == DiffusionConfig.load(out)
+    rows = len(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().weight)
+    assert rows == DiffusionConfig.load(out).variable_length.pad_token_ids[0] + 1
 
 
 @pytest.mark.parametrize(
@@ -222,6 +231,9 @@ def test_what_contradicts_the_checkpoint(eos_pad, finetune, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             finetune(tmp_path / "out", model_name_or_path=eos_pad, **keys)
+    hidden = finetune(tmp_path / "hidden", train_on_padding=False)
+    with pytest.raises(ValueError, match="but the checkpoint was trained with train_on_padding: false"):
+        finetune(tmp_path / "out", model_name_or_path=hidden, variable_length="eos_pad")
 
 
 @pytest.mark.parametrize(

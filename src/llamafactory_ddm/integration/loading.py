@@ -168,6 +168,9 @@ def load_diffusion_model(
 ) -> LoadedModel:
     """Load the model by upstream's own function, with what a diffusion model needs around its adapters."""
     stored = None if config is None else config.variable_length
+    pads = () if stored is None else stored.pad_tokens
+    if lengths is not None:
+        pads = pad_names(tokenizer, lengths.format, lengths.colors, stored)
     resumes = model_args.adapter_name_or_path is not None and not finetuning_args.create_new_adapter
     finetuning_args.around_adapter = AroundAdapter(
         tokenizer,
@@ -178,7 +181,7 @@ def load_diffusion_model(
         autocast=getattr(training_args, "bf16", False) or getattr(training_args, "fp16", False),
         base=model_args.model_name_or_path,
         adapters=tuple(model_args.adapter_name_or_path or ()),
-        pad_tokens=() if lengths is None else pad_names(tokenizer, lengths.format, lengths.colors, stored),
+        pad_tokens=pads,
     )
     base_stage, finetuning_args.stage = finetuning_args.stage, finetuning_args.diffusion_stage
     try:

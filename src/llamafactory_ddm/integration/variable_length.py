@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,9 +71,15 @@ def settle_lengths(
         return None
     if finetuning_args.eval_eos and not training_args.do_eval:
         raise ValueError("eval_eos: says nothing without do_eval; set do_eval: true and eval_dataset, or remove it")
-    if data_args.packing:
+    if data_args.packing and {"packing", "neat_packing"} & given:
         raise ValueError(
             f"variable_length: {name} wants one text a row, but packing: true puts many into it; set packing: false"
+        )
+    data_args.packing = False  # upstream's default for stage: pt is true
+    if asked is not None and config is not None and config.train_on_padding is False:
+        raise ValueError(
+            f"variable_length: {name} learns to write padding, but the checkpoint was trained with train_on_padding: "
+            "false; start from another checkpoint, or remove variable_length"
         )
     if finetuning_args.train_on_padding is False:
         raise ValueError(
@@ -152,23 +159,41 @@ def end_collator(
     )
 
 
-def keep_fitting(dataset_module: dict[str, Any], collator: VariableLengthCollator, plan: LengthPlan) -> dict[str, Any]:
+def keep_fitting(
+    dataset_module: dict[str, Any],
+    collator: VariableLengthCollator,
+    plan: LengthPlan,
+    data_args: Any,
+    training_args: Any,
+) -> dict[str, Any]:
     """Leave out rows that have no room for their end, and say how many.
 
     Raises:
         ValueError: if none is left, or with drop_overlong: false if one has no room.
     """
-    return {key: _each(key, value, collator, plan) for key, value in dataset_module.items()}
+
+    def kept(dataset: Any) -> Any:
+        if not hasattr(dataset, "__len__"):
+            return dataset.filter(collator.fits)
+        with training_args.main_process_first(desc="leave out long rows", local=not data_args.data_shared_file_system):
+            return dataset.filter(
+                collator.fits,
+                num_proc=data_args.preprocessing_num_workers,
+                load_from_cache_file=not data_args.overwrite_cache or training_args.local_process_index != 0,
+                desc="Leaving out rows without room for their end",
+            )
+
+    return {key: _each(key, value, kept, plan) for key, value in dataset_module.items()}
 
 
-def _each(name: str, dataset: Any, collator: VariableLengthCollator, plan: LengthPlan) -> Any:
+def _each(name: str, dataset: Any, fitting: Callable[[Any], Any], plan: LengthPlan) -> Any:
     if isinstance(dataset, dict):
-        return {key: _each(f"{name} {key}", value, collator, plan) for key, value in dataset.items()}
+        return {key: _each(f"{name} {key}", value, fitting, plan) for key, value in dataset.items()}
     if not hasattr(dataset, "filter"):
         return dataset
     if not hasattr(dataset, "__len__"):  # streamed; the collator refuses what does not fit
-        return dataset.filter(collator.fits) if plan.drop_overlong else dataset
-    kept = dataset.filter(collator.fits)
+        return fitting(dataset) if plan.drop_overlong else dataset
+    kept = fitting(dataset)
     said = f"{name}: {len(dataset) - len(kept)} of {len(dataset)} rows have no room for their end within cutoff_len: "
     if len(kept) < len(dataset) and not plan.drop_overlong:
         raise ValueError(f"{said}{plan.canvas}; raise cutoff_len, or set drop_overlong: true")

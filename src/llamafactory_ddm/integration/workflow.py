@@ -87,7 +87,7 @@ def run(
     if lengths is not None:
         loaded.diffusion_config = with_ends(loaded.diffusion_config, lengths, tokenizer, answers=finetunes)
         collator = end_collator(loaded.diffusion_config, lengths, tokenizer, answers=finetunes)
-        dataset_module = keep_fitting(dataset_module, collator, lengths)
+        dataset_module = keep_fitting(dataset_module, collator, lengths, data_args, training_args)
     if finetunes and (training_args.do_train or training_args.do_eval):
         loaded.diffusion_config = finetuned_config(
             loaded.diffusion_config, template, tokenizer, data_args, finetuning_args
