@@ -1,4 +1,4 @@
-"""Make questions whose answers are from 3 to 60 tokens long: python data/make_answers.py
+"""Make questions whose answers are from 3 to 36 tokens long: python data/make_answers.py
 
 tiny_answers_train.jsonl and tiny_answers_eval.jsonl: numbers to compare, to count between, and words to repeat. How
 long an answer is follows from its question. A question is in one split only.
@@ -15,8 +15,8 @@ from make_corpus import COUNTED
 
 HERE = Path(__file__).parent
 SEED = 20250302
-N_TRAIN, N_EVAL = 500, 50  # of each kind
-LARGEST, MOST = 60, 20
+N_TRAIN, N_EVAL = 300, 30  # of each kind
+LARGEST, MOST = 50, 12
 ASKED = ("Write", "Say", "Sing", "Repeat")
 
 
