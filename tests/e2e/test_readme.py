@@ -131,6 +131,12 @@ def test_the_sampling_benchmark_runs(checkpoint):
     assert quality.count("| confidence_threshold: ") == 4
 
 
+def test_the_early_stop_benchmark_runs(finetuned):
+    words = ("--model", finetuned, "--questions", "2", "--rounds", "1")
+    table = run("benchmarks/early_stop.py", *words, program=sys.executable).stdout
+    assert table.count("| none") == 2 and table.count("| predict") == 2
+
+
 def test_the_benchmark_runs():
     """Small shapes: the ratios mean nothing then, only that the command works and reports every claim."""
     words = ["--rounds", "1", "--batch", "1", "--length", "16", "--layers", "1", "--width", "64", "--memory"]
