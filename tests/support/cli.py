@@ -12,7 +12,14 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
-ABSENT = object()  # as an override: the key is taken out of the recipe
+
+
+class _Absent:
+    def __repr__(self):  # the same in every process, as it is part of tests' names
+        return "ABSENT"
+
+
+ABSENT = _Absent()  # as an override: the key is taken out of the recipe
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
