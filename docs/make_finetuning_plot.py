@@ -119,7 +119,7 @@ def main() -> None:
         "| start | " + " | ".join(f"{step} steps" for step in steps) + " |",
         "|---|" + "---|" * len(steps),
     ]
-    figure, axes = pyplot.subplots(figsize=(6, 3.6))
+    figure, axes = pyplot.subplots(figsize=(9, 3.6))
     for name, said, recipe, overrides, is_random in STARTS[: arguments.starts]:
         model = random_weights(arguments) if is_random else arguments.model
         folder = train(name, recipe, model, overrides, arguments)
@@ -127,7 +127,7 @@ def main() -> None:
         lines.append(f"| {said} | " + " | ".join(f"{share:.1f} %" for share in solved) + " |")
         axes.plot(steps, solved, "--" if is_random else "-", marker="o", label=said)
     axes.set(xlabel="optimiser steps", ylabel="held-out problems solved (%)", ylim=(0, 100))
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     arguments.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out / "finetuning.png", dpi=120)
