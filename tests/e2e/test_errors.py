@@ -48,7 +48,7 @@ def test_tokenised_rows_that_are_too_long(train_small, tmp_path):
     row = {"input_ids": [[1] * 300], "attention_mask": [[1] * 300]}
     DatasetDict({"train": Dataset.from_dict(row)}).save_to_disk(tmp_path / "rows")
     expect(
-        train_small, tmp_path / "out", "holds rows of 300 tokens", tokenized_path=tmp_path / "rows", eval_dataset=None
+        train_small, tmp_path / "out", "holds a row of 300 tokens", tokenized_path=tmp_path / "rows", eval_dataset=None
     )
 
 

@@ -39,7 +39,6 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
         return [*result, "max_samples=2", "diffusion_steps=12", "cutoff_len=64", "overwrite_cache=true"]
     if keys.get("do_predict") and "eval_dataset" in keys:
         model = finetuned if keys.get("template") == "diffullama" else checkpoint
-        result.append(f"dataset_dir={data}")
         small = ["max_samples=2", "diffusion_steps=12", "cutoff_len=90", "overwrite_cache=true"]
         return [*result, f"model_name_or_path={model}", *small]
     if keys.get("do_predict"):

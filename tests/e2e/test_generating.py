@@ -69,7 +69,7 @@ def test_a_right_answer_counts(generate, tmp_path, monkeypatch):
 
     def answering(self, canvases, *args, **rest):
         said = ("so #### 1000", "so #### 7")
-        return [Generated(said[i], said[i], 3, 2) for i in rest["ordinals"]]
+        return [Generated(said[i], said[i], 3, 2, 10) for i in rest["ordinals"]]
 
     monkeypatch.setattr(TextGenerator, "sample_batch", answering)
     examples = [{"instruction": "What?", "output": f"thus #### {n}"} for n in ("1,000", "5")]

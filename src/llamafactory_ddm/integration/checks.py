@@ -25,7 +25,6 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
         ValueError: if one does not exist or is truncated.
     """
     adapters = [("adapter_name_or_path", folder) for folder in model_args.adapter_name_or_path or ()]
-    _check_checkpoint_dir(finetuning_args)
     for key, folder in (
         ("model_name_or_path", model_args.model_name_or_path),
         ("checkpoint_dir", finetuning_args.checkpoint_dir),
@@ -48,6 +47,7 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
                 )
         elif key != "model_name_or_path" or not _may_be_on_a_hub(folder):
             raise ValueError(f"{key}: {folder} is not a folder; check the path (it is relative to {Path.cwd()})")
+    _check_checkpoint_dir(finetuning_args)
 
 
 def _check_kind(key: str, path: Path) -> None:
