@@ -6,14 +6,11 @@ long an answer is follows from its question. A question is in one split only.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
 from random import Random
 
 from make_corpus import COUNTED
+from make_problems import is_held_out, write
 
-HERE = Path(__file__).parent
 SEED = 20250302
 N_TRAIN, N_EVAL = 300, 30  # of each kind
 LARGEST, MOST = 50, 12
@@ -39,11 +36,6 @@ def repeat(random: Random) -> tuple[str, str]:
     return f"{random.choice(ASKED)} {noun} {times} times.", " ".join([noun] * times)
 
 
-def is_held_out(question: str) -> bool:
-    """Tell which split a question is in; about one in ten is held out."""
-    return hashlib.sha256(question.encode()).digest()[0] < 26
-
-
 def answers() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Return distinct questions with their answers for training and for evaluation, in a fixed order."""
     random = Random(SEED)
@@ -64,13 +56,5 @@ def answers() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return train, held_out
 
 
-def main() -> None:
-    """Write both files."""
-    for split, rows in zip(("train", "eval"), answers(), strict=True):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (HERE / f"tiny_answers_{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-        print(f"tiny_answers_{split}.jsonl: {len(rows)} rows")
-
-
 if __name__ == "__main__":
-    main()
+    write("tiny_answers", answers())

@@ -68,13 +68,13 @@ def problems() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return train, held_out
 
 
-def main() -> None:
-    """Write both files."""
-    for split, rows in zip(("train", "eval"), problems(), strict=True):
+def write(name: str, splits: tuple[list[dict[str, str]], list[dict[str, str]]]) -> None:
+    """Write the training and the held-out rows, one JSON object a line."""
+    for split, rows in zip(("train", "eval"), splits, strict=True):
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (HERE / f"tiny_problems_{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
-        print(f"tiny_problems_{split}.jsonl: {len(rows)} rows")
+        (HERE / f"{name}_{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
+        print(f"{name}_{split}.jsonl: {len(rows)} rows")
 
 
 if __name__ == "__main__":
-    main()
+    write("tiny_problems", problems())

@@ -288,3 +288,13 @@ def test_public_names_come_lazily():
     assert set(llamafactory_ddm.__all__) <= {*dir(llamafactory_ddm), *llamafactory_ddm._HOMES}
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         llamafactory_ddm.lod  # noqa: B018
+
+
+def test_without_an_end_no_length_is_predicted():
+    tokenizer = tiny_tokenizer()
+    config, model = config_for(tokenizer, shift=False), make_model(tokenizer)
+    make_bidirectional(model)
+    tokenizer.eos_token = None
+    generator = TextGenerator(model, tokenizer, config)
+    with pytest.raises(ValueError, match="the tokenizer has no end-of-text token"):
+        generator.generate("dog", max_new_tokens=4, settings=SamplingSettings(length_coverage=0.5))

@@ -185,8 +185,10 @@ class TextGenerator:
             canvases: made by the methods above; one that goes on behind its editable places stays as it is.
             coverage: in (0, 1], how sure the model has to be.
         Raises:
-            ValueError: if `coverage` is out of range.
+            ValueError: if `coverage` is out of range, or the tokenizer has no end-of-text token.
         """
+        if not self._ends:
+            raise ValueError("the length of a text cannot be predicted: the tokenizer has no end-of-text token")
         batch, denoiser = self._batch(canvases)
         try:
             x, editable = batch.x.to(self.model.device), batch.editable.to(self.model.device)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens
+from llamafactory_ddm.diffusion.noise import draw_time, lowest, mask_tokens
 from llamafactory_ddm.diffusion.schedules import SCHEDULES, get_schedule
 
 MASK = 9
@@ -78,3 +78,15 @@ def test_shapes_must_agree():
         mask_tokens(
             x_0, x_0.bool()[:, :2], torch.ones(2), get_schedule("linear"), seed=0, rows=torch.arange(2), mask_id=MASK
         )
+
+
+@given(seed=st.integers(0, 1000), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_lowest_of_the_marked_places(seed, data):
+    length = data.draw(st.integers(1, 8))
+    score = torch.rand(1, length, generator=torch.Generator().manual_seed(seed))
+    among = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length))])
+    count = data.draw(st.integers(0, 9))
+    marked = [place for place in range(length) if among[0, place]]
+    expected = sorted(sorted(marked, key=lambda place: float(score[0, place]))[:count])
+    assert lowest(score, among, torch.tensor([count]))[0].nonzero()[:, 0].tolist() == expected

@@ -309,6 +309,9 @@ def test_checkpoint_dir_reads_diffugpts_layout(checkpoint, finetune, tmp_path):
     assert {log["attention_ratio"] for log in history(through)} == {1.0}  # its attention was annealed long ago
     with pytest.raises(ValueError, match=r"layout of DiffuGPT.*llamafactory-ddm convert.*checkpoint_dir"):
         finetune(tmp_path / "not", model_name_or_path=source)
+    # Upstream's default finetuning_type, lora, says nothing of a run that neither trains nor has an adapter.
+    words = {**keys, "finetuning_type": ABSENT, "sep_token": "\n"}
+    assert len(solve(tmp_path / "solved", **words)) == 3
 
 
 def test_lora_on_a_published_checkpoint(checkpoint, finetune, tmp_path):

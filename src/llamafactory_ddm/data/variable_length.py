@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .responses import IGNORE
-
-EndFormat = Literal["eos_pad", "eos_eos", "rainbow"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .noise import Stream
+from .noise import Stream, draw_masked, lowest
 from .objectives import LossWeighting, row_weight
 from .philox import keyed_uniform
 from .schedules import NoiseSchedule
@@ -97,8 +97,7 @@ def draw_masks(
     if ratio is None or noise.pad_mask_method == "elbo":
         if ratio is not None:
             scored = scored_pads(maskable, is_pad, ratio, seed=seed, rows=rows)
-        u = keyed_uniform(seed, Stream.MASK, rows, maskable.shape[1])
-        is_masked = (u < (1.0 - schedule.alpha(t))[:, None]) & scored
+        is_masked = draw_masked(scored, t, schedule, seed=seed, rows=rows)
     else:
         level = 1.0 - schedule.alpha(t)
         is_masked = mask_counts(maskable, is_pad, level, ratio, seed=seed, rows=rows)
@@ -191,13 +190,7 @@ def mask_counts(maskable: Tensor, is_pad: Tensor, t: Tensor, ratio: float, *, se
     k_text = torch.where(none & (n_text > 0), 1, k_text)
     k_pads = torch.where(none & (n_text == 0), n_pads.clamp(max=1), k_pads)
     u = keyed_uniform(seed, Stream.MASK, rows, maskable.shape[1])
-    return _lowest(u, pads, k_pads) | _lowest(u, text, k_text)
-
-
-def _lowest(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
-    """Return the `count` places of each row `among` the marked ones whose scores are lowest, [batch, length] bool."""
-    rank = score.masked_fill(~among, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
-    return (rank < count[:, None]) & among
+    return lowest(u, pads, k_pads) | lowest(u, text, k_text)
 
 
 def is_window_row(end: Tensor, ratio: float, *, seed: int, rows: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .noise import Stream
+from .noise import Stream, lowest
 from .philox import keyed_uniform
 
 _GOLDEN = 0.6180339887498949
@@ -49,9 +49,7 @@ def mask_exactly(maskable: Tensor, level: Tensor, *, seed: int, rows: Tensor) ->
     """
     n = maskable.sum(dim=1)
     k = torch.minimum((level * n).floor().to(torch.int64) + 1, n)
-    score = keyed_uniform(seed, Stream.EVALUATION, rows, maskable.shape[1]).masked_fill(~maskable, 2.0)
-    rank = score.argsort(dim=1, stable=True).argsort(dim=1)
-    return (rank < k[:, None]) & maskable
+    return lowest(keyed_uniform(seed, Stream.EVALUATION, rows, maskable.shape[1]), maskable, k)
 
 
 def bound_per_row(nll: Tensor, is_masked: Tensor, maskable: Tensor) -> Tensor:

@@ -95,6 +95,28 @@ def mask_tokens(
             f"shapes disagree: x_0 {tuple(x_0.shape)}, maskable {tuple(maskable.shape)}, t {tuple(t.shape)}, "
             f"rows {tuple(rows.shape)}"
         )
-    u = keyed_uniform(seed, Stream.MASK, rows, x_0.shape[1])
-    is_masked = (u < (1.0 - schedule.alpha(t))[:, None]) & maskable
+    is_masked = draw_masked(maskable, t, schedule, seed=seed, rows=rows)
     return NoisedBatch(z_t=x_0.masked_fill(is_masked, mask_id), is_masked=is_masked, t=t)
+
+
+def draw_masked(maskable: Tensor, t: Tensor, schedule: NoiseSchedule, *, seed: int, rows: Tensor) -> Tensor:
+    """Return [batch, length] bool, each maskable position with probability 1 - alpha(t), independently.
+
+    The arguments are those of `mask_tokens`.
+    """
+    u = keyed_uniform(seed, Stream.MASK, rows, maskable.shape[1])
+    return (u < (1.0 - schedule.alpha(t))[:, None]) & maskable
+
+
+def lowest(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """Return the `count` places of each row, among the marked ones, whose scores are lowest.
+
+    Args:
+        score: [batch, length] float below 2; of equal ones the earlier place comes first.
+        among: [batch, length] bool.
+        count: [batch] int64; more than there are marks them all.
+    Returns:
+        [batch, length] bool.
+    """
+    rank = score.masked_fill(~among, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank < count[:, None]) & among

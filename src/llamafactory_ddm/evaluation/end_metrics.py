@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion.noise import Stream
+from ..diffusion.noise import Stream, lowest
 from ..diffusion.philox import keyed_uniform
 
 # Shares of the text, without its end, that are given; at 1 all of it is, and the end alone is to be found.
@@ -74,8 +74,7 @@ def hidden_after_revealing(batch: EndRows, share: float) -> Tensor:
     text = batch.maskable & (place < batch.end[:, None])
     count = (text.sum(dim=1).double() * share).floor().long()
     u = keyed_uniform(batch.seed, Stream.EVALUATION, batch.rows, batch.maskable.shape[1])
-    rank = u.masked_fill(~text, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
-    return batch.maskable & ~(text & (rank < count[:, None]))
+    return batch.maskable & ~lowest(u, text, count)
 
 
 def _first_step(batch: EndRows, share: float, logits: Logits, eos_id: int, ends: Tensor) -> Tensor:

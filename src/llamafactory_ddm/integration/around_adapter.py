@@ -85,8 +85,7 @@ class AroundAdapter:
         checkpoint = self.finetuning_args.checkpoint_dir
         if checkpoint and not is_model_folder(checkpoint):
             # Upstream makes float32 of what it trains only after this, and weights must not be rounded before.
-            if not (self.do_train and self.finetuning_args.finetuning_type == "lora"):
-                model.to(stored_dtype(checkpoint))
+            model.to(stored_dtype(checkpoint))
             layout = layout_of_folder(checkpoint)
             load_weights(model, checkpoint, rename=None if layout is None else layout.to_standard)
 

@@ -18,11 +18,11 @@ from ..modeling.checkpoints import verify_checkpoint
 from ..modeling.published import is_model_folder, layout_of_folder
 
 
-def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
+def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_args: Any) -> None:
     """Check the folders of `model_name_or_path` and `checkpoint_dir`.
 
     Raises:
-        ValueError: if one does not exist or is truncated.
+        ValueError: if one does not exist or is truncated, or the run could not use it.
     """
     adapters = [("adapter_name_or_path", folder) for folder in model_args.adapter_name_or_path or ()]
     for key, folder in (
@@ -47,7 +47,8 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any) -> None:
                 )
         elif key != "model_name_or_path" or not _may_be_on_a_hub(folder):
             raise ValueError(f"{key}: {folder} is not a folder; check the path (it is relative to {Path.cwd()})")
-    _check_checkpoint_dir(finetuning_args)
+    has_adapter = finetuning_args.finetuning_type == "lora" and (training_args.do_train or bool(adapters))
+    _check_checkpoint_dir(finetuning_args.checkpoint_dir, has_adapter=has_adapter)
 
 
 def _check_kind(key: str, path: Path) -> None:
@@ -64,13 +65,12 @@ def _check_kind(key: str, path: Path) -> None:
         )
 
 
-def _check_checkpoint_dir(finetuning_args: Any) -> None:
+def _check_checkpoint_dir(folder: str | None, *, has_adapter: bool) -> None:
     """Refuse weights that a run could not load, or that an adapter would not know of later."""
-    folder = finetuning_args.checkpoint_dir
     if folder is None or not Path(folder).is_dir() or is_model_folder(folder):
         return
     cure = f"make it an ordinary folder first, with llamafactory-ddm convert {folder} OUT, and name that as "
-    if finetuning_args.finetuning_type == "lora":
+    if has_adapter:
         raise ValueError(
             f"checkpoint_dir: {folder} holds weights that are put into model_name_or_path, and an adapter remembers "
             f"only the latter; {cure}model_name_or_path"

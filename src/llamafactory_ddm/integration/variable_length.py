@@ -131,32 +131,24 @@ def end_noise(plan: LengthPlan | None, finetuning_args: Any) -> EndNoise | None:
     )
 
 
-def with_ends(config: DiffusionConfig, plan: LengthPlan, tokenizer: Any, *, answers: bool) -> DiffusionConfig:
-    """Return what the checkpoints of this run say about themselves; the pad tokens are in the tokenizer by now."""
-    names = pad_names(tokenizer, plan.format, plan.colors, config.variable_length)
-    ends = VariableLength(
-        format=plan.format,
-        pad_tokens=names,
-        pad_token_ids=tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in names),
-        canvas=plan.canvas,
-        block=plan.block,
-    )
-    # A canvas of documents says nothing about answers.
-    return replace(config, variable_length=ends, train_on_padding=True if answers else config.train_on_padding)
-
-
-def end_collator(
+def settle_ends(
     config: DiffusionConfig, plan: LengthPlan, tokenizer: Any, *, answers: bool
-) -> VariableLengthCollator:
-    """Return the collator of a run whose checkpoints say `config`."""
-    return VariableLengthCollator(
+) -> tuple[DiffusionConfig, VariableLengthCollator]:
+    """Return what the checkpoints of this run say, and its collator; the pad tokens are in the tokenizer by now."""
+    names = pad_names(tokenizer, plan.format, plan.colors, config.variable_length)
+    ids = tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in names)
+    ends = VariableLength(plan.format, names, ids, canvas=plan.canvas, block=plan.block)
+    collator = VariableLengthCollator(
         eos_id=int(tokenizer.eos_token_id),
-        pad_ids=config.variable_length.pad_token_ids if config.variable_length is not None else (),
+        pad_ids=ids,
         canvas=plan.canvas,
         start_id=start_token_id(tokenizer) if config.shift and not answers else None,
         block=plan.block,
         multiple=plan.multiple,
     )
+    # A canvas of documents says nothing about answers.
+    padding = True if answers else config.train_on_padding
+    return replace(config, variable_length=ends, train_on_padding=padding), collator
 
 
 def keep_fitting(

@@ -34,11 +34,10 @@ from .trainer import DiffusionTrainer
 from .variable_length import (
     LengthPlan,
     check_width,
-    end_collator,
     end_noise,
     keep_fitting,
+    settle_ends,
     settle_lengths,
-    with_ends,
 )
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
@@ -59,7 +58,7 @@ def run(
         OSError: if a file is missing or cannot be written.
     """
     finetunes = finetuning_args.stage == "sft"
-    check_checkpoint_folders(model_args, finetuning_args)
+    check_checkpoint_folders(model_args, finetuning_args, training_args)
     check_predict(training_args, finetuning_args.given_keys)
     resume = settle_resume(training_args, finetuning_args)
     tokenizer_module, config, mask = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
@@ -83,10 +82,9 @@ def run(
         logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
         return
     loaded = load_diffusion_model(tokenizer, mask, config, model_args, finetuning_args, training_args, lengths=lengths)
-    collator = None
+    collator: Any = None
     if lengths is not None:
-        loaded.diffusion_config = with_ends(loaded.diffusion_config, lengths, tokenizer, answers=finetunes)
-        collator = end_collator(loaded.diffusion_config, lengths, tokenizer, answers=finetunes)
+        loaded.diffusion_config, collator = settle_ends(loaded.diffusion_config, lengths, tokenizer, answers=finetunes)
         dataset_module = keep_fitting(dataset_module, collator, lengths, data_args, training_args)
     if finetunes and (training_args.do_train or training_args.do_eval):
         loaded.diffusion_config = finetuned_config(
