@@ -21,14 +21,14 @@ from llamafactory_ddm import LogitsConfig, SamplingSettings, TextGenerator, load
 from llamafactory_ddm.data.canvas import Canvas
 
 ROOT = Path(__file__).resolve().parents[1]
-FULL = SamplingSettings(diffusion_steps=48, logits=LogitsConfig(temperature=0.0), stop_at_end=False)
+FULL = SamplingSettings(diffusion_steps=48, logits=LogitsConfig(temperature=0.0), early_stop="none")
 WAYS = {
     "none": FULL,
-    "eos": replace(FULL, stop_at_end=True),
-    "predict": replace(FULL, stop_at_end=True, length_coverage=0.95),
+    "eos": replace(FULL, early_stop="eos"),
+    "predict": replace(FULL, early_stop="predict"),
     "none, blocks of 8": replace(FULL, block_length=8),
-    "eos, blocks of 8": replace(FULL, block_length=8, stop_at_end=True),
-    "predict, blocks of 8": replace(FULL, block_length=8, stop_at_end=True, length_coverage=0.95),
+    "eos, blocks of 8": replace(FULL, block_length=8, early_stop="eos"),
+    "predict, blocks of 8": replace(FULL, block_length=8, early_stop="predict"),
 }
 
 
@@ -47,12 +47,9 @@ def answer(
     """Return the answers by question, and the tokens that went through the model."""
     computed, texts = 0, {}
     order, todo = list(range(len(asked))), asked
-    if settings.length_coverage is not None:
-        todo = []
-        for low in range(0, len(asked), batch):
-            part = asked[low : low + batch]
-            computed += sum(map(len, part))
-            todo += model.shortened(part, settings.length_coverage)
+    if settings.early_stop in ("predict", "grow"):
+        sized = [one for low in range(0, len(asked), batch) for one in model.sized(asked[low : low + batch], settings)]
+        computed, todo = sum(one.computed for one in sized), [one.canvas for one in sized]
         order.sort(key=lambda number: len(todo[number]))
     for low in range(0, len(order), batch):
         numbers = order[low : low + batch]

@@ -1,39 +1,54 @@
 """Make questions whose answers are from 3 to 36 tokens long: python data/make_answers.py
 
-tiny_answers_train.jsonl and tiny_answers_eval.jsonl: numbers to compare, to count between, and words to repeat. How
-long an answer is follows from its question. A question is in one split only.
+tiny_answers_train.jsonl and tiny_answers_eval.jsonl: whether something is an animal, what somebody has, and a
+thing to be written several times. How long an answer is follows from its question. A question is in one split only.
 """
 
 from __future__ import annotations
 
 from random import Random
 
-from make_corpus import COUNTED
+from make_corpus import ANIMALS, BOYS, COLOURS, GIRLS, THINGS
 from make_problems import is_held_out, write
 
 SEED = 20250302
-N_TRAIN, N_EVAL = 300, 30  # of each kind
-LARGEST, MOST = 50, 12
+NAMES, OWNED = GIRLS + BOYS, THINGS + ANIMALS
+MOST_OWNED, MOST_TIMES = 5, 12
 ASKED = ("Write", "Say", "Sing", "Repeat")
 
 
-def compare(random: Random) -> tuple[str, str]:
+def is_animal(random: Random) -> tuple[str, str]:
     """Return a question of yes or no."""
-    first, second = random.sample(range(1, LARGEST), 2)
-    return f"Is {first} more than {second}?", "Yes." if first > second else "No."
+    name, colour, thing = random.choice(NAMES), random.choice(COLOURS), random.choice(OWNED)
+    return f"{name} has a {colour} {thing}. Is it an animal?", "Yes." if thing in ANIMALS else "No."
 
 
-def count(random: Random) -> tuple[str, str]:
-    """Return a question whose answer is a row of numbers."""
-    first = random.randint(1, LARGEST - MOST)
-    last = first + random.randint(1, MOST - 1)
-    return f"Count from {first} to {last}.", " ".join(map(str, range(first, last + 1)))
+def what(random: Random) -> tuple[str, str]:
+    """Return a question whose answer is a list."""
+    name, owned = random.choice(NAMES), random.sample(OWNED, random.randint(1, MOST_OWNED))
+    said = f"{name} has {', '.join(f'a {thing}' for thing in owned)}."
+    return f"{said} What does {name} have?", "A " + ", a ".join(owned) + "."
 
 
 def repeat(random: Random) -> tuple[str, str]:
-    """Return a question whose answer is a word several times."""
-    noun, times = random.choice(COUNTED), random.randint(2, MOST)
-    return f"{random.choice(ASKED)} {noun} {times} times.", " ".join([noun] * times)
+    """Return a question whose answer is a thing several times."""
+    thing, times = random.choice(OWNED), random.randint(1, MOST_TIMES)
+    return f"{random.choice(ASKED)} a {thing} {times} times.", _repeated(thing, times)
+
+
+def repeat_sum(random: Random) -> tuple[str, str]:
+    """Return one in which how many times is a sum."""
+    thing, times = random.choice(OWNED), random.randint(2, MOST_TIMES)
+    first = random.randint(1, times - 1)
+    return f"{random.choice(ASKED)} a {thing} {first} + {times - first} times.", _repeated(thing, times)
+
+
+def _repeated(thing: str, times: int) -> str:
+    return "A " + ", a ".join([thing] * times) + "."
+
+
+# Kind -> rows for training and for evaluation; there are not many questions of `repeat`.
+KINDS = {is_animal: (800, 100), what: (800, 100), repeat: (500, 50), repeat_sum: (900, 100)}
 
 
 def answers() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -42,8 +57,8 @@ def answers() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     seen: set[str] = set()
     train: list[dict[str, str]] = []
     held_out: list[dict[str, str]] = []
-    for kind in (compare, count, repeat):
-        room = {False: N_TRAIN, True: N_EVAL}
+    for kind, (n_train, n_eval) in KINDS.items():
+        room = {False: n_train, True: n_eval}
         while any(room.values()):
             question, answer = kind(random)
             split = is_held_out(question)

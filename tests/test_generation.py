@@ -13,6 +13,7 @@ from llamafactory_ddm.generation import TextGenerator
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.sampling import prediction
+from llamafactory_ddm.writing import Written
 from support.tiny import tiny_tokenizer
 
 
@@ -92,7 +93,7 @@ def test_a_text_ends_at_the_first_end_token(generator, monkeypatch):
     ids = [*generator.codec.encode("dog cat"), end, *generator.codec.encode("cat")]
     canvas = generator.from_prompt("dog", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
-    result = generator._generated(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, False)
+    result = generator._generated(Written(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, 0), False)
     assert (result.predict, result.text, result.forwards) == ("dog cat", "dogdog cat", 3)
 
 
@@ -100,7 +101,7 @@ def test_an_end_token_inside_a_gap_does_not_end_the_text(generator):
     end = generator.tokenizer.eos_token_id
     canvas = generator.from_marked("dog<|infill:2|> cat")
     ids = [end if editable else token for token, editable in zip(canvas.ids, canvas.editable, strict=True)]
-    result = generator._generated(canvas, ids, [-1] * len(ids), 1, False)
+    result = generator._generated(Written(canvas, ids, [-1] * len(ids), 1, 0), False)
     assert (result.predict, result.text, result.n_tokens) == ("", "dog cat", 2)
 
 
@@ -109,7 +110,7 @@ def test_tokens_behind_the_end_do_not_count(generator):
     ids = [*generator.codec.encode("dog"), end, end, end]
     canvas = generator.from_prompt("cat", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
-    result = generator._generated(canvas, [*given, *ids], [0] * len(canvas), 1, False)
+    result = generator._generated(Written(canvas, [*given, *ids], [0] * len(canvas), 1, 0), False)
     assert result.n_tokens == len(ids) - 3
 
 
@@ -147,7 +148,7 @@ def test_tokenizers_that_mark_spaces_keep_them_where_they_are():
     assert generator.tokenizer.decode(given) == "the dg cat"
     blank = iter([*generator.codec.encode_after("o"), *generator.codec.encode_after(" dog the")])
     ids = [next(blank) if editable else i for i, editable in zip(canvas.ids, canvas.editable, strict=True)]
-    result = generator._generated(canvas, ids, [0] * len(ids), 1, True)
+    result = generator._generated(Written(canvas, ids, [0] * len(ids), 1, 0), True)
     assert (result.text, result.predict) == ("the dog cat dog the", "o\n dog the")
     assert "".join(result.trace.frame(1)) == result.text
 
@@ -160,7 +161,7 @@ def test_rows_of_the_vocabulary_without_a_token_are_never_written():
     make_bidirectional(model)
     generator = TextGenerator(model, tokenizer, config_for(tokenizer))
     written = []
-    generator._generated = lambda canvas, ids, *rest: written.extend(ids)
+    generator._generated = lambda one, *rest: written.extend(one.ids)
     settings = SamplingSettings(logits=LogitsConfig(5.0), diffusion_steps=30)
     generator.sample_batch([generator.from_noise(32)] * 4, settings, ordinals=range(4))
     assert len(written) == 128 and max(written) < len(tokenizer)
@@ -296,5 +297,6 @@ def test_without_an_end_no_length_is_predicted():
     make_bidirectional(model)
     tokenizer.eos_token = None
     generator = TextGenerator(model, tokenizer, config)
-    with pytest.raises(ValueError, match="the tokenizer has no end-of-text token"):
-        generator.generate("dog", max_new_tokens=4, settings=SamplingSettings(length_coverage=0.5))
+    for way in ("predict", "grow"):
+        with pytest.raises(ValueError, match="the tokenizer has no end-of-text token"):
+            generator.generate("dog", max_new_tokens=4, settings=SamplingSettings(early_stop=way))

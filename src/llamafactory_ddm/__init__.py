@@ -8,12 +8,12 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .generation import TextGenerator, load
-    from .sampling import EarlyStop, LogitsConfig, SamplingSettings
+    from .sampling import LogitsConfig, SamplingSettings, StableStop
 
-__all__ = ["EarlyStop", "LogitsConfig", "SamplingSettings", "TextGenerator", "__version__", "load"]
+__all__ = ["LogitsConfig", "SamplingSettings", "StableStop", "TextGenerator", "__version__", "load"]
 
 _HOMES = {
-    "EarlyStop": "sampling",
+    "StableStop": "sampling",
     "LogitsConfig": "sampling",
     "SamplingSettings": "sampling",
     "TextGenerator": "generation",

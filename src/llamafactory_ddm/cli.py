@@ -37,18 +37,24 @@ def main(argv: list[str] | None = None) -> int:
         from .convert_command import main as convert
 
         return convert(words[1:])
+    if words and words[0] == "fit-length":
+        from .fit_length_command import main as fit_length
+
+        return fit_length(words[1:])
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm",
         description="Diffusion language models for LLaMA-Factory.",
-        epilog="generate --help says how to generate text with a model, convert --help how to read published ones. "
+        epilog="generate --help says how to generate text with a model, convert --help how to read published ones, "
+        "fit-length --help how to predict the length of texts. "
         f"{' | '.join(_FORWARDED)} work as with llamafactory-cli, also where TORCH_DEVICE_BACKEND_AUTOLOAD=0 "
         "keeps the plugin out of that.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
         "command",
-        choices=("doctor", "generate", "convert", *_FORWARDED),
-        help="doctor: is the plugin active, and why not; generate: text; convert: published checkpoints",
+        choices=("doctor", "generate", "convert", "fit-length", *_FORWARDED),
+        help="doctor: is the plugin active, and why not; generate: text; convert: published checkpoints; fit-length: "
+        "train length predictors",
     )
     parser.parse_args(words)
     return doctor()

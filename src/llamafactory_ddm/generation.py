@@ -13,23 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .data.canvas import Canvas, CanvasBatch, canvas_of, infilling_canvas, stack_canvases
+from .data.canvas import Canvas, canvas_of, infilling_canvas
 from .data.collators import start_token_id
 from .data.text_codec import TextCodec
-from .diffusion.schedules import get_schedule
 from .modeling.adapters import ADAPTER_CONFIG, merged_with_base
 from .modeling.attention_layers import max_positions
 from .modeling.bidirectional import make_bidirectional, probe_bidirectional
 from .modeling.checkpoints import verify_checkpoint
-from .modeling.denoiser import ModelDenoiser
 from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from .sampling import Context, SamplingSettings, sample
-from .sampling.length import end_probability, places_needed
+from .modeling.length_heads import LengthPredictors
+from .sampling import SamplingSettings
 from .sampling.steps import split_into_blocks, steps_of_blocks
 from .sampling.trace import Trace
+from .writing import Sized, Writer, Written
 
 # Called after each step with the step and a function that gives the pieces of each text of the batch; None is [MASK].
 StepCallback = Callable[[int, Callable[[], list[list[str | None]]]], None]
@@ -85,14 +83,24 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device)  # type: ignore[arg-type]
     make_bidirectional(model)
-    return TextGenerator(model, tokenizer, config)
+    return TextGenerator(model, tokenizer, config, lengths=LengthPredictors.find(folder))
 
 
 class TextGenerator:
     """A bidirectional model with its tokenizer and the facts of its diffusion process."""
 
-    def __init__(self, model: Any, tokenizer: Any, config: DiffusionConfig, *, probe: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: DiffusionConfig,
+        *,
+        probe: bool = True,
+        lengths: LengthPredictors | None = None,
+    ) -> None:
         """Wrap a model whose attention has been switched, and prove that it was unless `probe` is off.
+
+        `lengths` are fitted length predictors, if there are any.
 
         Raises:
             NotBidirectionalError: if the model attends causally.
@@ -106,7 +114,8 @@ class TextGenerator:
         self.codec = TextCodec(tokenizer, config.mask_token_id, pads)
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self._ends = {*eos, *pads}  # none of them, and nothing behind them, is text
-        self._n_ids = max(tokenizer.get_vocab().values()) + 1  # rows of the model beyond are no tokens
+        n_ids = max(tokenizer.get_vocab().values()) + 1  # rows of the model beyond are no tokens
+        self.writer = Writer(model, config, end_ids=sorted(self._ends), n_ids=n_ids, lengths=lengths)
         if probe:
             probe_bidirectional(model)
 
@@ -149,9 +158,11 @@ class TextGenerator:
         """Find before the first forward what would fail in the middle of a run.
 
         Raises:
-            ValueError: if a canvas has more blocks than there are steps, or guidance lacks a prompt.
+            ValueError: if a canvas has more blocks than there are steps, guidance lacks a prompt, or a length
+                predictor is not fitted.
         """
         settings.strategy()
+        self.writer.check(settings)
         for number, canvas in enumerate(canvases):
             with saying(f"text {number}"):
                 steps_of_blocks(
@@ -178,32 +189,13 @@ class TextGenerator:
             )
         return canvas
 
-    def shortened(self, canvases: Sequence[Canvas], coverage: float) -> list[Canvas]:
-        """Cut canvases to the length at which their texts will have ended, by one forward over all of them.
+    def sized(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[Sized]:
+        """Cut canvases of one batch to the size that `early_stop` asks for; see `writing.Writer.sized`."""
+        return self.writer.sized(canvases, settings)
 
-        Args:
-            canvases: made by the methods above; one that goes on behind its editable places stays as it is.
-            coverage: in (0, 1], how sure the model has to be.
-        Raises:
-            ValueError: if `coverage` is out of range, or the tokenizer has no end-of-text token.
-        """
-        if not self._ends:
-            raise ValueError("the length of a text cannot be predicted: the tokenizer has no end-of-text token")
-        batch, denoiser = self._batch(canvases)
-        try:
-            x, editable = batch.x.to(self.model.device), batch.editable.to(self.model.device)
-            ended = end_probability(
-                denoiser, x, editable=editable, mask_id=self.config.mask_token_id, end_ids=sorted(self._ends)
-            )
-        finally:
-            denoiser.close()
-        needed = places_needed(ended, editable, coverage).tolist()
-        return [canvas.cut(n) for canvas, n in zip(canvases, needed, strict=True)]
-
-    def _batch(self, canvases: Sequence[Canvas]) -> tuple[CanvasBatch, ModelDenoiser]:
-        batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
-        is_padding = batch.is_padding.to(self.model.device) if bool(batch.is_padding.any()) else None
-        return batch, ModelDenoiser(self.model, shift=self.config.shift, is_padding=is_padding, outputs=self._n_ids)
+    def margin(self, settings: SamplingSettings) -> float | None:
+        """Return the margin of the length predictor that the settings use, or None if they use none."""
+        return self.writer.margin(settings) if settings.early_stop == "predict" else None
 
     def sample_batch(
         self,
@@ -225,51 +217,19 @@ class TextGenerator:
         Raises:
             ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
         """
-        device = self.model.device
-        batch, denoiser = self._batch(canvases)
 
-        def after_step(step: int, z: Tensor, fresh: Tensor) -> None:
+        def watch(step: int, shown: Sequence[Canvas], ids: list[list[int]]) -> None:
             if callback is not None:
                 callback(
                     step,
-                    lambda: [
-                        self.codec.pieces(row[len(row) - len(canvas) + canvas.n_start :])
-                        for row, canvas in zip(z.tolist(), canvases, strict=True)
-                    ],
+                    lambda: [self.codec.pieces(row[canvas.n_start :]) for row, canvas in zip(ids, shown, strict=True)],
                 )
 
-        prompt = batch.prompt.to(device) if bool(batch.prompt.any()) else None
-        try:
-            output = sample(
-                denoiser,
-                batch.x.to(device),
-                editable=batch.editable.to(device),
-                mask_id=self.config.mask_token_id,
-                steps=settings.diffusion_steps,
-                strategy=settings.strategy(),
-                logits=settings.logits,
-                seed=settings.seed % 2**64,
-                rows=torch.tensor(list(ordinals), dtype=torch.int64, device=device),
-                schedule=get_schedule(self.config.noise_schedule),
-                block_length=settings.block_length,
-                early_stop=settings.early_stop,
-                end_ids=sorted(self._ends) if settings.stop_at_end else (),
-                context=Context(no_text=(~batch.editable & ~batch.prompt).to(device), prompt=prompt),
-                callback=after_step,
-            )
-        finally:
-            denoiser.close()
-        forwards = output.row_forwards.tolist()
-        return [
-            self._generated(canvas, ids[-len(canvas) :], steps[-len(canvas) :], forwards[row], traced)
-            for row, (canvas, ids, steps) in enumerate(
-                zip(canvases, output.sequences.tolist(), output.committed.tolist(), strict=True)
-            )
-        ]
+        written = self.writer.write(canvases, settings, ordinals=ordinals, watch=watch)
+        return [self._generated(one, traced) for one in written]
 
-    def _generated(
-        self, canvas: Canvas, ids: list[int], committed: list[int], forwards: int, traced: bool
-    ) -> Generated:
+    def _generated(self, written: Written, traced: bool) -> Generated:
+        canvas, ids, committed = written.canvas, written.ids, written.committed
         spans: list[list[int]] = []
         for place, editable in enumerate(canvas.editable):
             if editable and (place == 0 or not canvas.editable[place - 1]):
@@ -285,11 +245,11 @@ class TextGenerator:
         if traced:
             begin = canvas.n_start
             pieces = self.codec.pieces(ids[begin:])
-            written = [(step, place) for place, step in enumerate(committed[begin:]) if step >= 0]
+            events = [(step, place) for place, step in enumerate(committed[begin:]) if step >= 0]
             trace = Trace(
                 title="",
                 start=tuple(None if e else p for e, p in zip(canvas.editable[begin:], pieces, strict=True)),
-                events=tuple((step, place, pieces[place]) for step, place in sorted(written)),
+                events=tuple((step, place, pieces[place]) for step, place in sorted(events)),
                 steps=max(committed) + 1,
             )
         first_is_given = not canvas.editable[canvas.n_start]
@@ -299,8 +259,8 @@ class TextGenerator:
             ),
             text=self.codec.decode(text, follows=False),
             n_tokens=sum(map(len, spans)),
-            forwards=forwards,
-            computed=forwards * len(canvas),
+            forwards=written.forwards,
+            computed=written.computed,
             trace=trace,
         )
 
@@ -345,9 +305,8 @@ class TextGenerator:
             canvases += [canvas] * num_samples
         self.check(canvases, settings)
         results: list[Generated] = []
-        if settings.length_coverage is not None:
-            parts = [canvases[low : low + batch_size] for low in range(0, len(canvases), batch_size)]
-            canvases = [canvas for part in parts for canvas in self.shortened(part, settings.length_coverage)]
+        parts = [canvases[low : low + batch_size] for low in range(0, len(canvases), batch_size)]
+        canvases = [sized.canvas for part in parts for sized in self.sized(part, settings)]
         for low in range(0, len(canvases), batch_size):
             part = canvases[low : low + batch_size]
             ordinals = range(low, low + len(part))

@@ -63,8 +63,12 @@ def test_a_batch_is_padded_on_the_left():
 
 def test_a_canvas_is_cut_behind_its_first_places():
     canvas = canvas_of([[5, 6], 4], start_id=0)
-    assert canvas.cut(2) == Canvas((0, 5, 6, 0, 0), (False, False, False, True, True), 1)
-    assert canvas.cut(9) == canvas
+    short = Canvas((0, 5, 6, 0, 0), (False, False, False, True, True), 1, room=2)
+    assert canvas.cut(2) == short and canvas.cut(9) == canvas
+    assert short.cut(1).room == 3
+    assert short.grown(1) == Canvas((*canvas.ids[:6],), canvas.editable[:6], 1, room=1)
+    assert short.grown(5) == canvas == canvas.grown(1)
+    assert short.given([0, 5, 6, 7, 8]).grown(1) == Canvas((0, 5, 6, 7, 8, 0), (False,) * 5 + (True,), 1, room=1)
     between = canvas_of([[5], 3, [6]])
     assert between.cut(1) == between
     with pytest.raises(ValueError, match="a canvas needs a place to be written"):

@@ -64,13 +64,23 @@ def test_of_several_turns_the_last_end_counts():
 
 
 def test_blocks_hide_what_lies_behind_them():
-    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=10, block=4, multiple=3)
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=10, block=4, extra=0, multiple=3)
     batch = as_lists(collator([ANSWER, EMPTY]))
     assert batch["input_ids"] == [[0, 5, 6, 7, 0, 9, 9, 9, 9], [0, 5, 0, 9, 9, 9, 9, 9, 9]]
     assert batch["attention_mask"] == [[1] * 8 + [0], [1] * 4 + [0] * 5]
     assert batch["maskable"] == [[0, 0, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0, 0, 0, 0]]
     assert batch["is_pad"] == [[0, 0, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0, 0, 0]]
-    assert collator.width(9) == 10  # the canvas is the most
+    assert collator.width([5] * 9) == 10  # the canvas is the most
+
+
+@pytest.mark.parametrize(("extra", "widths"), [(0, {4}), (1, {4, 8}), (None, {4, 8, 10}), (7, {4, 8, 10})])
+def test_a_canvas_may_be_larger_than_its_row_needs(extra, widths):
+    """How much is drawn evenly, and by the row alone: again in another collator, epoch or process."""
+    collator, again = (VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=10, block=4, extra=extra) for _ in "ab")
+    drawn = [collator.width([first, second, EOS]) for first in range(5, 65) for second in range(5, 15)]
+    assert set(drawn) == widths
+    assert all(drawn.count(width) == pytest.approx(len(drawn) / len(widths), rel=0.2) for width in widths)
+    assert drawn == [again.width([first, second, EOS]) for first in range(5, 65) for second in range(5, 15)]
 
 
 def test_a_row_as_long_as_the_canvas_fits_and_a_longer_one_does_not():

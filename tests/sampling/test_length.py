@@ -1,9 +1,19 @@
-"""How long a text will be, by hand."""
+"""How long a text will be: statistics by hand, margins against brute force."""
+
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from llamafactory_ddm.sampling.length import end_probability, places_needed
+from llamafactory_ddm.sampling.length import (
+    PREDICTORS,
+    FirstStep,
+    default_margin,
+    end_probability,
+    margin_for,
+)
 
 MASK, END, PAD, VOCAB = 5, 0, 1, 6
 
@@ -28,21 +38,104 @@ def test_the_probability_of_an_end_or_a_pad():
             assert float(found[row, column]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def step(ended, length=None, behind=None):
+    """A text of one given token and four places."""
+    editable = torch.tensor([[False, True, True, True, True]])
+    return FirstStep(
+        editable,
+        torch.tensor([ended]),
+        None if length is None else torch.tensor([length]),
+        None if behind is None else torch.tensor([behind]),
+    )
+
+
 @pytest.mark.parametrize(
-    ("ended", "coverage", "needed"),
+    ("ended", "margin", "places"),
     [
         ([0.9, 0.1, 0.2, 0.8, 0.9], 0.7, 3),  # the given token at the beginning does not count
-        ([0.0, 0.1, 0.2, 0.8, 0.9], 0.1, 1),
+        ([0.0, 0.1, 0.2, 0.8, 0.9], 0.05, 1),
         ([0.0, 0.1, 0.2, 0.8, 0.9], 0.95, 4),  # never so sure: the whole canvas
         ([0.0, 0.6, 0.1, 0.1, 0.1], 0.5, 1),  # what has ended stays ended
+        ([0.0, 1.0, 1.0, 1.0, 1.0], 1.0, 4),  # nothing exceeds certainty
+        ([0.0, 1.0, 1.0, 1.0, 1.0], math.inf, 4),
     ],
 )
-def test_how_many_places(ended, coverage, needed):
-    editable = torch.tensor([[False, True, True, True, True]])
-    assert places_needed(torch.tensor([ended]), editable, coverage).tolist() == [needed]
+def test_places_by_belief(ended, margin, places):
+    assert PREDICTORS["belief"].places(step(ended), margin).tolist() == [places]
+
+
+def test_places_by_a_quantile_of_the_row():
+    """An end is less probable at 1, 0, 3, 2 of the four places than at the 1st, 2nd, 3rd, 4th."""
+    seen = step([0.9, 0.2, 0.1, 0.8, 0.4])
+    found = {margin: PREDICTORS["eos_quantile"].places(seen, margin).tolist()[0] for margin in (0.2, 0.25, 0.5, 0.75)}
+    assert found == {0.2: 1, 0.25: 3, 0.5: 3, 0.75: 4}
+
+
+def test_places_by_the_expected_length():
+    """Ended after 1, 2, 3, 4 places with 0.1, 0.1 (monotone), 0.8, 1: P(n) = 0.1, 0, 0.7, 0.2, so the mean is 3."""
+    seen = step([0.9, 0.1, 0.05, 0.8, 1.0])
+    assert float(PREDICTORS["expected"].estimate(seen)) == pytest.approx(0.1 * 1 + 0.7 * 3 + 0.2 * 4)
+    assert PREDICTORS["expected"].places(seen, 0.0).tolist() == [3]
+    assert PREDICTORS["expected"].places(seen, math.log(4.5 / 4.0)).tolist() == [4]  # 1 + places is 4, then 4.5
+    assert PREDICTORS["expected"].places(seen, -math.inf).tolist() == [1]
+
+
+def test_places_of_trained_heads():
+    assert PREDICTORS["regressor"].places(step([0.0] * 5, length=2.4), 0.0).tolist() == [3]
+    behind = step([0.0] * 5, behind=[0.9, 0.1, 0.6, 0.2, 0.2])
+    assert PREDICTORS["token_classifier"].places(behind, 0.5).tolist() == [2]
+    for name in ("regressor", "token_classifier"):
+        with pytest.raises(ValueError, match=rf"length_predictor: {name} is a trained one.*fit-length"):
+            PREDICTORS[name].places(step([0.0] * 5), 0.0)
+
+
+texts = st.tuples(
+    st.lists(st.sampled_from([0.0, 0.1, 0.3, 0.30001, 0.7, 1.0]), min_size=5, max_size=5), st.integers(1, 4)
+)
+
+
+@given(text=texts, name=st.sampled_from(sorted(PREDICTORS)), more=st.floats(0.0, 2.0))
+def test_the_least_margin_is_the_least_that_does(text, name, more):
+    """With it, and with any larger one, there are places enough; with a smaller one there are not."""
+    values, needed = text
+    seen = step(values, length=1.0 + 3 * values[0], behind=values)
+    predictor = PREDICTORS[name]
+    least = float(predictor.least_margin(seen, torch.tensor([needed])))
+    assert int(predictor.places(seen, least)) >= needed
+    assert int(predictor.places(seen, least + more)) >= int(predictor.places(seen, least))
+    if needed > 1:  # one place is always given
+        assert int(predictor.places(seen, least - 2e-3)) < needed
+
+
+@given(
+    margins=st.lists(st.floats(-1.0, 1.0), min_size=1, max_size=30),
+    coverage=st.sampled_from([0.1, 0.5, 0.9, 0.95, 1.0]),
+)
+def test_the_margin_covers_by_brute_force(margins, coverage):
+    """The least candidate that covers ceil((n + 1) coverage) of n, or infinity if that is more than there are."""
+    n, asked = len(margins), round((len(margins) + 1) * coverage, 6)
+    fitting = [m for m in margins if sum(other <= m for other in margins) >= asked]
+    expected = min(fitting) if asked <= n else math.inf
+    assert margin_for(torch.tensor(margins, dtype=torch.float64), coverage) == expected
+
+
+def test_a_calibrated_margin_covers_new_texts():
+    """Over many draws of 39 texts and a new one, exchangeable, the new one is covered 90 times in a hundred."""
+    draws = torch.randn(4000, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    covered = [float(row[-1]) <= margin_for(row[:-1], 0.9) for row in draws]
+    assert sum(covered) / len(covered) == pytest.approx(0.9, abs=0.015)
+
+
+def test_margins_without_calibration():
+    assert default_margin("belief", 0.9) == default_margin("eos_quantile", 0.9) == 0.9
+    with pytest.raises(
+        ValueError, match=r"length_predictor: expected has no margin before.*fit-length, or use belief"
+    ):
+        default_margin("expected", 0.9)
 
 
 @pytest.mark.parametrize("coverage", [0.0, 1.5, float("nan")])
 def test_a_coverage_out_of_range(coverage):
-    with pytest.raises(ValueError, match=r"coverage must lie in \(0, 1\]"):
-        places_needed(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), coverage)
+    for check in (lambda: default_margin("belief", coverage), lambda: margin_for(torch.zeros(3), coverage)):
+        with pytest.raises(ValueError, match=r"coverage must lie in \(0, 1\]"):
+            check()

@@ -7,7 +7,7 @@ import torch
 from toy_sampling import MASK, LeftToRight, V, run, toy
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.sampling import EarlyStop, LogitsConfig, get_strategy, register
+from llamafactory_ddm.sampling import LogitsConfig, StableStop, get_strategy, register
 from llamafactory_ddm.sampling.steps import transfer_budget
 from llamafactory_ddm.sampling.strategies import RandomOrder
 
@@ -225,16 +225,16 @@ def test_another_schedule_gives_its_own_pace(name):
 
 def test_the_loop_stops_early_once_the_model_has_made_up_its_mind():
     steady = [0.99, 0.98, 0.97, 0.96, 0.95, 0.94]
-    stop = EarlyStop(stable_steps=2, entropy=0.5)
-    output = committed(steady, steps=6, name="low_confidence", early_stop=stop)
+    stop = StableStop(stable_steps=2, entropy=0.5)
+    output = committed(steady, steps=6, name="low_confidence", stable_stop=stop)
     # Guesses are seen in step 0, and stayed the same in steps 1 and 2, in which all that is left is committed.
     assert output.committed.tolist() == [[0, 1, 2, 2, 2, 2]]
     assert output.forwards == 3
-    unsure = committed(steady, steps=6, name="low_confidence", early_stop=EarlyStop(2, entropy=0.01))
+    unsure = committed(steady, steps=6, name="low_confidence", stable_stop=StableStop(2, entropy=0.01))
     assert unsure.committed.tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
-def test_a_guess_that_changes_puts_the_early_stop_off():
+def test_a_guess_that_changes_puts_the_stable_stop_off():
     calls = []
 
     def wavering(z, select):
@@ -253,15 +253,15 @@ def test_a_guess_that_changes_puts_the_early_stop_off():
         steps=5,
         strategy=LeftToRight(),
         config=LogitsConfig(0.0),
-        early_stop=EarlyStop(1, entropy=1.0),
+        stable_stop=StableStop(1, entropy=1.0),
     )
     assert output.committed.tolist() == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(("values", "words"), [({"stable_steps": 0}, "stable_steps"), ({"entropy": -1.0}, "entropy")])
-def test_early_stop_out_of_range(values, words):
+def test_stable_stop_out_of_range(values, words):
     with pytest.raises(ValueError, match=words):
-        EarlyStop(**values)
+        StableStop(**values)
 
 
 def test_a_strategy_gets_only_the_measures_that_it_names():

@@ -24,11 +24,13 @@ class Canvas:
         ids: the tokens; what stands at an editable place does not matter.
         editable: True where a token is to be written.
         n_start: tokens at the beginning that belong to no text, such as the start token.
+        room: places to be written that may yet be added at the end.
     """
 
     ids: tuple[int, ...]
     editable: tuple[bool, ...]
     n_start: int = 0
+    room: int = 0
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.editable):
@@ -54,7 +56,17 @@ class Canvas:
         first = self.editable.index(True)
         if not all(self.editable[first:]):
             return self
-        return Canvas(self.ids[: first + n_editable], self.editable[: first + n_editable], self.n_start)
+        end = min(first + n_editable, len(self))
+        return Canvas(self.ids[:end], self.editable[:end], self.n_start, self.room + len(self) - end)
+
+    def grown(self, n_more: int) -> Canvas:
+        """Return the canvas with `n_more` further places to be written, or as many as there is room for."""
+        more = min(n_more, self.room)
+        return Canvas(self.ids + (0,) * more, self.editable + (True,) * more, self.n_start, self.room - more)
+
+    def given(self, ids: Sequence[int]) -> Canvas:
+        """Return the canvas with `ids` at all its places, none of which is to be written."""
+        return Canvas(tuple(ids), (False,) * len(self), self.n_start, self.room)
 
 
 def canvas_of(parts: Sequence[Sequence[int] | int], *, start_id: int | None = None) -> Canvas:

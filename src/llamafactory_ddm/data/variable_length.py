@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ from .responses import IGNORE
 class VariableLengthCollator:
     """Makes one rectangle of rows that hold `input_ids` and, for answers, `labels`.
 
-    A row is `[start] text eos pad pad …` up to its canvas: `canvas` tokens, or with `block` the next multiple of it.
+    A row is `[start] text eos pad pad …` up to its canvas: `canvas` tokens, or with `block` the next multiple of it or
+    one of those behind.
     What is inside the canvas and labelled, the end and all padding included, is a target; what is outside is neither
     seen nor noised. The result holds
     - `input_ids`: [batch, length] int64;
@@ -32,6 +34,9 @@ class VariableLengthCollator:
         canvas: the most tokens of a row.
         start_id: put in front of a document that lacks it; None for answers, and where none is needed.
         block: extend a row's canvas to a multiple of so many tokens only; None extends it to `canvas`.
+        extra: blocks that a row's canvas may have beyond those it fills, None for all that `canvas` has room for; how
+            many is decided by the row's own tokens, so that it is the same in every epoch, run and process. A model
+            that only sees canvases that end with the text's last block takes their size for the length of the text.
         multiple: make the rectangle's length a multiple of so many tokens.
     Source: Rainbow Padding (arXiv 2510.03680) for `rainbow`; variable-length DiffuGPT for the other two.
     """
@@ -41,6 +46,7 @@ class VariableLengthCollator:
     canvas: int
     start_id: int | None = None
     block: int | None = None
+    extra: int | None = None
     multiple: int = 1
 
     def row(self, feature: Mapping[str, Any]) -> tuple[list[int], list[bool], int]:
@@ -62,11 +68,14 @@ class VariableLengthCollator:
         """Tell whether a row has room for its end."""
         return len(self.row(feature)[0]) <= self.canvas
 
-    def width(self, n_tokens: int) -> int:
-        """Return the length of the canvas of a row of `n_tokens` tokens."""
+    def width(self, ids: Sequence[int]) -> int:
+        """Return the length of the canvas of a row of tokens, its end included."""
         if self.block is None:
             return self.canvas
-        return min(self.canvas, -(-n_tokens // self.block) * self.block)
+        least, most = -(-len(ids) // self.block), -(-self.canvas // self.block)
+        choices = (most - least if self.extra is None else min(self.extra, most - least)) + 1
+        drawn = zlib.crc32(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()) % choices if choices > 1 else 0
+        return min(self.canvas, (least + drawn) * self.block)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch.
@@ -81,7 +90,7 @@ class VariableLengthCollator:
                 f"a row of {longest} tokens, its end included, does not fit cutoff_len: {self.canvas}; set "
                 "drop_overlong: true, or raise cutoff_len"
             )
-        widths = [self.width(len(ids)) for ids, _, _ in rows]
+        widths = [self.width(ids) for ids, _, _ in rows]
         shape = (len(rows), -(-max(widths) // self.multiple) * self.multiple)
         batch = {
             "input_ids": torch.full(shape, self.pad_ids[0], dtype=torch.int64),

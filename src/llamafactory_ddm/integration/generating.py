@@ -7,6 +7,7 @@ from typing import Any
 from llamafactory.extras import logging
 
 from ..generation import TextGenerator
+from ..modeling.length_heads import LengthPredictors
 from ..sampling import SamplingSettings
 from . import requests
 from .loading import LoadedModel, sources
@@ -32,10 +33,16 @@ def what_to_generate(
         ValueError: naming the key, or the text of the data set.
     """
     given = finetuning_args.given_keys
+    ends = loaded.diffusion_config.variable_length
     settings = finetuning_args.sampling_settings(
-        generating_args, given, seed=training_args.seed % 2**64, tokenizer=loaded.tokenizer
+        generating_args,
+        given,
+        seed=training_args.seed % 2**64,
+        tokenizer=loaded.tokenizer,
+        block=None if ends is None else ends.block,
     )
-    generator = TextGenerator(loaded.model, loaded.tokenizer, loaded.diffusion_config, probe=False)
+    lengths = _length_predictors(model_args, training_args, finetuning_args)
+    generator = TextGenerator(loaded.model, loaded.tokenizer, loaded.diffusion_config, probe=False, lengths=lengths)
     max_new_tokens = generating_args.max_new_tokens if "max_new_tokens" in given else None
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -88,10 +95,19 @@ def generate(
         logger.warning_rank0(
             f"This model's attention was annealed to a ratio of {ratio:.3f} only; it generates with full attention."
         )
-    generator = TextGenerator(trainer.model.to(args.device), loaded.tokenizer, loaded.diffusion_config)
+    lengths = _length_predictors(model_args, args, finetuning_args)
+    model = trainer.model.to(args.device)
+    generator = TextGenerator(model, loaded.tokenizer, loaded.diffusion_config, lengths=lengths)
     folders = None if args.do_train else sources(model_args, finetuning_args.checkpoint_dir)
     metrics = generate_all(
         generator, asked, settings, args, model_folders=folders, save_trace=finetuning_args.save_trace
     )
     trainer.log_metrics("predict", metrics)
     trainer.save_metrics("predict", metrics)
+
+
+def _length_predictors(model_args: Any, training_args: Any, finetuning_args: Any) -> LengthPredictors | None:
+    """Return those that lie beside the weights, unless this run has changed them."""
+    if training_args.do_train:
+        return None
+    return LengthPredictors.find(sources(model_args, finetuning_args.checkpoint_dir)[0])

@@ -11,6 +11,7 @@ CHOICES = {
 INTEGERS: dict[str, tuple[int, int | None]] = {
     "rainbow_colors": (1, 1000),
     "pad_block_length": (1, None),
+    "pad_extra_blocks": (0, None),
     "pad_to_multiple_of": (1, None),
     "pad_anneal_steps": (0, None),
     "eos_window_max": (0, None),
@@ -22,6 +23,7 @@ BOOLEANS = ("drop_overlong", "eval_eos")
 NEEDS = {
     "rainbow_colors": "variable_length: rainbow",
     "pad_block_length": "variable_length",
+    "pad_extra_blocks": "pad_block_length",
     "pad_to_multiple_of": "variable_length",
     "drop_overlong": "variable_length",
     "pad_mask_ratio": "variable_length",
@@ -56,8 +58,18 @@ class LengthKeys:
         default=None,
         metadata={
             "help": (
-                "Diffusion: with variable_length, pad a row to the next multiple of so many tokens only, and hide "
-                "what lies behind. Defaults to padding up to cutoff_len."
+                "Diffusion: with variable_length, pad a row to a multiple of so many tokens only, and hide what lies "
+                "behind. Defaults to padding up to cutoff_len."
+            )
+        },
+    )
+    pad_extra_blocks: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Diffusion: with pad_block_length, the most blocks that a row may get beyond those it fills; how many "
+                "is drawn for each row. Defaults to as many as cutoff_len allows. With 0 rows cost least, but the "
+                "size of a canvas gives away how long the text is."
             )
         },
     )

@@ -77,8 +77,8 @@ def generate_all(
         logger.info_rank0(f"{len(done)} of {len(requests)} texts were generated before the run was interrupted.")
     todo = [number for number in range(len(requests)) if number not in done][rank::world]
     began, tokens = time.perf_counter(), 0
-    if settings.length_coverage is not None:
-        requests = _shortened(generator, requests, todo, settings.length_coverage, training_args)
+    if settings.early_stop in ("predict", "grow"):
+        requests = _sized(generator, requests, todo, settings, training_args)
         todo.sort(key=lambda number: len(requests[number].canvas))  # texts of one batch are of one length, nearly
     bar = tqdm(total=len(todo), desc="Denoising", unit="text", disable=bool(training_args.disable_tqdm or rank))
     with bar:
@@ -101,21 +101,25 @@ def generate_all(
     return metrics
 
 
-def _shortened(
-    generator: TextGenerator, requests: Sequence[Request], todo: list[int], coverage: float, training_args: Any
+def _sized(
+    generator: TextGenerator,
+    requests: Sequence[Request],
+    todo: list[int],
+    settings: SamplingSettings,
+    training_args: Any,
 ) -> list[Request]:
-    """Return the requests with the canvases of `todo` cut to where their texts will have ended."""
+    """Return the requests with the canvases of `todo` cut to the size that their texts are thought to need."""
     size, result = training_args.per_device_eval_batch_size, list(requests)
     for low in range(0, len(todo), size):
         part = todo[low : low + size]
-        canvases = generator.shortened([requests[number].canvas for number in part], coverage)
-        for number, canvas in zip(part, canvases, strict=True):
+        sized = generator.sized([requests[number].canvas for number in part], settings)
+        for number, one in zip(part, sized, strict=True):
             result[number] = dataclasses.replace(
-                requests[number], canvas=canvas, n_predicted=len(requests[number].canvas)
+                requests[number], canvas=one.canvas, forwards=one.forwards, computed=one.computed
             )
     before, after = (sum(len(which[number].canvas) for number in todo) for which in (requests, result))
     logger.info_rank0(
-        f"Canvases are cut to {100 * after / max(before, 1):.1f} % of their tokens (length_coverage: {coverage})."
+        f"early_stop: {settings.early_stop} begins with {100 * after / max(before, 1):.1f} % of the canvases' tokens."
     )
     return result
 
@@ -154,9 +158,8 @@ def _record(number: int, request: Request, result: Generated) -> dict[str, Any]:
         record["text"] = result.text
     if request.label is not None:
         record["label"] = request.label
-    looked = request.n_predicted  # a forward over the whole canvas went before
-    record["tokens"], record["forwards"] = result.n_tokens, result.forwards + (looked > 0)
-    record["computed"] = result.computed + looked
+    record["tokens"], record["forwards"] = result.n_tokens, result.forwards + request.forwards
+    record["computed"] = result.computed + request.computed
     if result.trace is not None:
         record["trace"] = dataclasses.asdict(result.trace)
     return record
@@ -256,6 +259,7 @@ def _fingerprint(
         getattr(generator.model.config, "_commit_hash", None),
         len(generator.tokenizer),
         dataclasses.asdict(settings),
+        generator.margin(settings),
         save_trace,
         [[request.canvas.ids, request.canvas.editable, request.prompt, request.label] for request in requests],
     ]

@@ -24,13 +24,15 @@ class Request:
         canvas: what is given and where to write.
         prompt: the text that is given, as the user wrote it; None for noise.
         label: what should be written, if that is known.
-        n_predicted: tokens of the canvas that its length was predicted on; 0 if it was not.
+        forwards: that it took to find the size of the canvas.
+        computed: tokens that went through the model for it.
     """
 
     canvas: Canvas
     prompt: str | None = None
     label: str | None = None
-    n_predicted: int = 0
+    forwards: int = 0
+    computed: int = 0
 
 
 def from_noise(

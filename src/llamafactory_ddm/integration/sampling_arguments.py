@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..sampling import STRATEGIES, EarlyStop, LogitsConfig, SamplingSettings
+from ..sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
+from ..sampling.length import PREDICTORS
+from ..sampling.settings import EARLY_STOPS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "denoising_strategy": tuple(STRATEGIES),
     "generate_from": ("noise", "prefix", "infill", "prompt"),
-    "early_stop": ("none", "eos", "predict"),
+    "early_stop": EARLY_STOPS,
+    "length_predictor": tuple(PREDICTORS),
 }
 INTEGERS: dict[str, tuple[int, int | None]] = {
     "diffusion_steps": (1, None),
@@ -18,6 +21,7 @@ INTEGERS: dict[str, tuple[int, int | None]] = {
     "stable_steps": (0, None),
     "num_samples": (1, None),
     "prefix_length": (1, None),
+    "grow_length": (1, None),
 }
 NUMBERS: dict[str, tuple[float, float]] = {
     "logits_temp": (0.0, float("inf")),
@@ -27,8 +31,9 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "entropy_bound": (0.0, float("inf")),
     "stable_entropy": (0.0, float("inf")),
     "length_coverage": (0.0, 1.0),
+    "eos_penalty": (float("-inf"), float("inf")),
 }
-BOOLEANS = ("save_trace",)
+BOOLEANS = ("save_trace", "eos_last")
 # Upstream's keys of generation that we honour -> ours of the same meaning, or None.
 UPSTREAM_KEYS: dict[str, str | None] = {
     "temperature": "logits_temp",
@@ -37,8 +42,15 @@ UPSTREAM_KEYS: dict[str, str | None] = {
     "repetition_penalty": None,
     "max_new_tokens": None,
 }
+_GROW_LENGTH = 32
 # A key that only one strategy reads -> that strategy.
 _OF_STRATEGY = {"confidence_threshold": "confidence_threshold", "entropy_bound": "entropy_bound"}
+# A key of early_stop -> the ways of stopping that read it.
+_OF_EARLY_STOP = {
+    "length_predictor": ("predict",),
+    "length_coverage": ("predict", "grow"),
+    "grow_length": ("grow",),
+}
 
 
 @dataclass
@@ -108,8 +120,18 @@ class SamplingArguments:
         metadata={
             "help": (
                 "Diffusion: eos stops with a text once its end-of-text token and all before it are written, which "
-                "leaves the text as it is; predict also gives it no more places than it will need (length_coverage); "
-                "none goes on to the edge of the canvas."
+                "leaves the text as it is; predict also gives it no more places than it will need; grow begins with "
+                "grow_length places and adds to them; none goes on to the edge of the canvas."
+            )
+        },
+    )
+    length_predictor: str = field(
+        default="belief",
+        metadata={
+            "help": (
+                "Diffusion: with early_stop: predict, what says how long a text will be, before anything is written: "
+                "belief (the model's own probabilities), expected (their mean), eos_quantile, or regressor and "
+                "token_classifier, which llamafactory-ddm fit-length trains."
             )
         },
     )
@@ -117,8 +139,35 @@ class SamplingArguments:
         default=0.95,
         metadata={
             "help": (
-                "Diffusion: with early_stop: predict, the probability with which a text has to have ended within its "
-                "places, by the model's own belief before anything is written."
+                "Diffusion: with early_stop: predict and grow, the probability with which a text has to have ended "
+                "within its places: by the model's own belief, or as llamafactory-ddm fit-length has measured it."
+            )
+        },
+    )
+    grow_length: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Diffusion: with early_stop: grow, the places that a text begins with and that are added to it. "
+                "Defaults to the checkpoint's pad_block_length, then 32."
+            )
+        },
+    )
+    eos_penalty: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "Diffusion: nats taken from the logits of the end-of-text and pad tokens, for a model that ends too "
+                "early; below 0 for one that ends too late."
+            )
+        },
+    )
+    eos_last: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Diffusion: commit an end-of-text or pad token only when nothing else of its block is left, as LLaDA "
+                "does for its instruction model."
             )
         },
     )
@@ -175,11 +224,14 @@ class SamplingArguments:
                 )
         if self.length_coverage == 0.0:
             raise ValueError("length_coverage must lie in (0, 1], got 0")
-        if self.length_coverage != SamplingArguments.length_coverage and self.early_stop != "predict":
-            raise ValueError(
-                f"length_coverage: {self.length_coverage} is read by early_stop: predict only, but early_stop is "
-                f"{self.early_stop}; change one or remove length_coverage"
-            )
+        for key, ways in _OF_EARLY_STOP.items():
+            if getattr(self, key) != SamplingArguments.__dataclass_fields__[key].default and (
+                self.early_stop not in ways
+            ):
+                raise ValueError(
+                    f"{key}: {getattr(self, key)} is read by early_stop: {' and '.join(ways)} only, but early_stop is "
+                    f"{self.early_stop}; change one or remove {key}"
+                )
         if self.stable_entropy != SamplingArguments.stable_entropy and not self.stable_steps:
             raise ValueError("stable_entropy needs stable_steps; set stable_steps: 2, or remove stable_entropy")
         stage, source = str(getattr(self, "stage", "ddm")), self.generation_source()
@@ -202,7 +254,7 @@ class SamplingArguments:
         return self.generate_from or ("prompt" if ours == "ddm-sft" else "noise")
 
     def sampling_settings(
-        self, generating_args: Any, given: frozenset[str], *, seed: int, tokenizer: Any
+        self, generating_args: Any, given: frozenset[str], *, seed: int, tokenizer: Any, block: int | None = None
     ) -> SamplingSettings:
         """Return what the sampler wants.
 
@@ -211,6 +263,7 @@ class SamplingArguments:
             given: keys that the user wrote.
             seed: of the run.
             tokenizer: finds suppress_tokens.
+            block: the model's pad_block_length.
         Raises:
             ValueError: if two keys of the same meaning differ, or a token does not exist.
         """
@@ -236,13 +289,17 @@ class SamplingArguments:
                 top_k=top_k,
                 repetition_penalty=penalty,
                 guidance_scale=self.guidance_scale,
+                eos_penalty=self.eos_penalty,
                 suppress=_token_ids(self.suppress_tokens, tokenizer),
             ),
             confidence_threshold=self.confidence_threshold,
             entropy_bound=self.entropy_bound,
-            early_stop=EarlyStop(self.stable_steps, self.stable_entropy) if self.stable_steps else None,
-            stop_at_end=self.early_stop != "none",
-            length_coverage=self.length_coverage if self.early_stop == "predict" else None,
+            stable_stop=StableStop(self.stable_steps, self.stable_entropy) if self.stable_steps else None,
+            early_stop=self.early_stop,  # type: ignore[arg-type]
+            length_predictor=self.length_predictor,  # type: ignore[arg-type]
+            length_coverage=self.length_coverage,
+            grow_length=self.grow_length or block or _GROW_LENGTH,
+            eos_last=self.eos_last,
             seed=seed,
         )
 

@@ -29,6 +29,7 @@ class LengthPlan:
         colors: pad tokens of `rainbow`.
         canvas: tokens of a row at most.
         block: see `VariableLengthCollator`.
+        extra: see there.
         multiple: see there.
         drop_overlong: whether rows without room for their end are left out.
     """
@@ -37,6 +38,7 @@ class LengthPlan:
     colors: int
     canvas: int
     block: int | None
+    extra: int | None
     multiple: int
     drop_overlong: bool
 
@@ -63,6 +65,8 @@ def settle_lengths(
             continue
         if name == "none" or (needed.endswith("rainbow") and name != "rainbow"):
             raise ValueError(f"{key}: says nothing without {needed}; set it, or remove {key}")
+        if needed == "pad_block_length" and finetuning_args.pad_block_length is None:
+            raise ValueError(f"{key}: says nothing without pad_block_length; set it, or remove {key}")
         if needed == "pad_mask_ratio" and finetuning_args.pad_mask_ratio is None:
             raise ValueError(f"{key}: says nothing without pad_mask_ratio; set it, or remove {key}")
         if needed == "eos_window_ratio" and not finetuning_args.eos_window_ratio:
@@ -97,6 +101,7 @@ def settle_lengths(
         colors or known,
         data_args.cutoff_len,
         finetuning_args.pad_block_length,
+        finetuning_args.pad_extra_blocks,
         finetuning_args.pad_to_multiple_of,
         finetuning_args.drop_overlong,
     )
@@ -137,13 +142,14 @@ def settle_ends(
     """Return what the checkpoints of this run say, and its collator; the pad tokens are in the tokenizer by now."""
     names = pad_names(tokenizer, plan.format, plan.colors, config.variable_length)
     ids = tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in names)
-    ends = VariableLength(plan.format, names, ids, canvas=plan.canvas, block=plan.block)
+    ends = VariableLength(plan.format, names, ids, canvas=plan.canvas, block=plan.block, extra=plan.extra)
     collator = VariableLengthCollator(
         eos_id=int(tokenizer.eos_token_id),
         pad_ids=ids,
         canvas=plan.canvas,
         start_id=start_token_id(tokenizer) if config.shift and not answers else None,
         block=plan.block,
+        extra=plan.extra,
         multiple=plan.multiple,
     )
     # A canvas of documents says nothing about answers.

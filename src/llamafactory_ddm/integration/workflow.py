@@ -5,39 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
-from llamafactory.model import load_config
 from llamafactory.train.trainer_utils import create_modelcard_and_push
 from transformers import DataCollatorWithPadding
 
 from ..data.collators import StartTokenCollator, start_token_id
 from ..diffusion.schedules import get_schedule
 from ..modeling.attention_layers import max_positions
+from ..modeling.length_heads import FILE_NAME as LENGTHS
+from ..modeling.length_heads import REPORT_NAME as LENGTHS_REPORT
 from ..modeling.objective import MaskedObjective
 from .checks import (
     check_checkpoint_folders,
-    check_cutoff,
     check_data,
     check_predict,
-    check_rows,
-    datasets_explained,
 )
 from .end_evaluation import evaluate_ends, save_end_metrics
-from .finetuning import finetuned_config, response_collator, settle_digits, settle_template, with_own_cut
+from .finetuning import response_collator
 from .generating import generate, what_to_generate
-from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
+from .loading import LoadedModel
+from .preparing import prepare_data, prepare_model
 from .resume import check_resumed, settle_resume
-from .templates import uncut
 from .trainer import DiffusionTrainer
 from .variable_length import (
     LengthPlan,
-    check_width,
     end_noise,
-    keep_fitting,
-    settle_ends,
-    settle_lengths,
 )
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
@@ -57,57 +50,32 @@ def run(
         ValueError: for every mistake in the YAML, naming the key and the cure, before anything is written.
         OSError: if a file is missing or cannot be written.
     """
-    finetunes = finetuning_args.stage == "sft"
     check_checkpoint_folders(model_args, finetuning_args, training_args)
     check_predict(training_args, finetuning_args.given_keys)
     resume = settle_resume(training_args, finetuning_args)
-    tokenizer_module, config, mask = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
-    if finetunes:
-        settle_digits(tokenizer_module, finetuning_args)
-    tokenizer = tokenizer_module["tokenizer"]
-    model_config = load_config(model_args)
-    check_cutoff(model_config, data_args)
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    lengths = settle_lengths(config, data_args, training_args, finetuning_args)
-    if lengths is not None:
-        check_width(lengths, model_config)
-    if finetunes:
-        cuts = lengths is None
-        template = settle_template(template, tokenizer, config, data_args, finetuning_args, cuts=cuts)
-    preparing = with_own_cut(template, data_args) if lengths is None else uncut(data_args)
-    dataset_module = _load_data(
-        template, tokenizer_module, model_args, preparing, training_args, stage=finetuning_args.stage
-    )
+    data = prepare_data(model_args, data_args, training_args, finetuning_args)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
         return
-    loaded = load_diffusion_model(tokenizer, mask, config, model_args, finetuning_args, training_args, lengths=lengths)
-    collator: Any = None
-    if lengths is not None:
-        loaded.diffusion_config, collator = settle_ends(loaded.diffusion_config, lengths, tokenizer, answers=finetunes)
-        dataset_module = keep_fitting(dataset_module, collator, lengths, data_args, training_args)
-    if finetunes and (training_args.do_train or training_args.do_eval):
-        loaded.diffusion_config = finetuned_config(
-            loaded.diffusion_config, template, tokenizer, data_args, finetuning_args
-        )
-    check_rows(model_config, data_args, dataset_module)
+    prepared = prepare_model(data, model_args, data_args, training_args, finetuning_args)
+    loaded, dataset_module = prepared.loaded, prepared.dataset_module
     if resume is not None:
         check_resumed(loaded.diffusion_config, resume)
     asked = None
     if training_args.do_predict:
         asked = what_to_generate(
             loaded,
-            template,
-            tokenizer_module,
+            data.template,
+            data.tokenizer_module,
             model_args,
             data_args,
             training_args,
             finetuning_args,
             generating_args,
         )
-    collator = collator or _make_collator(loaded, data_args, finetuning_args)
+    collator = prepared.collator or _make_collator(loaded, data_args, finetuning_args)
     trainer = _make_trainer(
-        loaded, collator, lengths, dataset_module, model_args, training_args, finetuning_args, callbacks
+        loaded, collator, data.lengths, dataset_module, model_args, training_args, finetuning_args, callbacks
     )
     if training_args.do_train:
         check_data(trainer, data_args)
@@ -117,29 +85,10 @@ def run(
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if finetuning_args.eval_eos:
-        _evaluate_ends(trainer, dataset_module["eval_dataset"], tokenizer)
+        _evaluate_ends(trainer, dataset_module["eval_dataset"], loaded.tokenizer)
     if asked is not None:
         generate(trainer, loaded, *asked, model_args, finetuning_args)
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
-
-
-def _load_data(
-    template: Any,
-    tokenizer_module: dict[str, Any],
-    model_args: Any,
-    data_args: Any,
-    training_args: Any,
-    *,
-    stage: str,
-) -> dict[str, Any]:
-    """Return upstream's `train_dataset` and `eval_dataset`; generation alone needs none."""
-    if training_args.do_predict and not (training_args.do_train or training_args.do_eval):
-        return {}
-    with datasets_explained(data_args):
-        module: dict[str, Any] = get_dataset(
-            template, model_args, data_args, training_args, stage=stage, **tokenizer_module
-        )
-    return module
 
 
 def _make_trainer(
@@ -214,6 +163,8 @@ def _train(
 ) -> None:
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        _forget_lengths(Path(trainer.args.output_dir))
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
@@ -231,3 +182,11 @@ def _train(
         elif evaluated is not None:
             keys += ["eval_loss"]
         plot_loss(trainer.args.output_dir, keys=keys)
+
+
+def _forget_lengths(folder: Path) -> None:
+    """Remove the length predictors of a model whose weights were overwritten."""
+    if (folder / LENGTHS).is_file():
+        (folder / LENGTHS).unlink()
+        (folder / LENGTHS_REPORT).unlink(missing_ok=True)
+        logger.info_rank0(f"{folder / LENGTHS} belonged to the old weights and was removed; run fit-length again.")

@@ -77,6 +77,7 @@ class RowSelectingHead:
         self.hidden: Tensor | None = None
         self._rows: Tensor | None = None
         self._at_once: int | None = None
+        self._keeps = False
         self._handle = head.register_forward_pre_hook(self._select)
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -84,23 +85,24 @@ class RowSelectingHead:
             return None
         hidden = args[0]
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._rows)
-        if self._at_once is not None:
+        if self._keeps:
             self.hidden = chosen
+        if self._at_once is not None:
             chosen = chosen[: self._at_once]
         return (chosen, *args[1:])
 
     @contextmanager
-    def only(self, rows: Tensor, at_once: int | None = None) -> Iterator[None]:
+    def only(self, rows: Tensor, at_once: int | None = None, *, keep: bool = False) -> Iterator[None]:
         """Within the block, forwards return logits [n_rows, vocab] for `rows`, [n_rows] into [batch * length].
 
-        With `at_once` they return those of the first `at_once` rows, and leave in `hidden` [n_rows, width], what the
-        output embedding would have been given for all.
+        With `at_once` they return those of the first `at_once` rows. With `keep` they leave in `hidden`
+        [n_rows, width], what the output embedding would have been given for all.
         """
-        self._rows, self._at_once = rows, at_once
+        self._rows, self._at_once, self._keeps = rows, at_once, keep
         try:
             yield
         finally:
-            self._rows = self._at_once = None
+            self._rows, self._at_once, self._keeps = None, None, False
 
     def remove(self) -> None:
         """Take the hook away."""
@@ -123,6 +125,7 @@ class ModelDenoiser:
         is_padding: Tensor | None = None,
         outputs: int | None = None,
         elements_at_once: int = _ELEMENTS_AT_ONCE,
+        keep_hidden: bool = False,
     ) -> None:
         """Wrap a bidirectional `model`.
 
@@ -136,7 +139,10 @@ class ModelDenoiser:
                 tokens. None for all.
             elements_at_once: logits that a part may hold, at least one row. A model that changes its logits in a way
                 that is not known here gives all in one part.
+            keep_hidden: whether to leave in `hidden` [n, width], the states that the latest call's logits come from.
         """
+        self.hidden: Tensor | None = None
+        self._keeps_hidden = keep_hidden
         self._model = model
         self._shift = shift
         self._outputs = outputs
@@ -164,22 +170,34 @@ class ModelDenoiser:
         z, place = self._unfinished(z, place)
         rows = place - int(self._shift)
         if self._knows_head is False:
-            yield self._forward(z, rows)
+            yield self._whole(z, rows)
             return
         # At first the model itself projects one row, which shows whether projecting the others here gives the same.
         first = self._forward(z, rows, at_once=0 if self._knows_head else 1)
-        hidden, self._head.hidden = self._head.hidden, None
-        if hidden is None:
-            raise RuntimeError(f"{type(self._model).__name__} did not call its output embedding")
+        hidden = self._keep()
         if self._knows_head is None:
             with self._projected(hidden[:1]) as own:
                 self._knows_head = torch.allclose(own.float(), first.float(), rtol=1e-2, atol=1e-3)
             if not self._knows_head:
-                yield self._forward(z, rows)
+                yield self._whole(z, rows)
                 return
         for part in hidden.split(self._at_once):
             with self._projected(part) as logits:
                 yield logits
+
+    def _whole(self, z: Tensor, rows: Tensor) -> Tensor:
+        """Return all logits as the model itself makes them."""
+        logits = self._forward(z, rows)
+        self._keep()
+        return logits
+
+    def _keep(self) -> Tensor:
+        """Return the states that the output embedding was given, and let the head forget them."""
+        hidden, self._head.hidden = self._head.hidden, None
+        if hidden is None:
+            raise RuntimeError(f"{type(self._model).__name__} did not call its output embedding")
+        self.hidden = hidden if self._keeps_hidden else None
+        return hidden
 
     def _unfinished(self, z: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sequences that are asked for alone, and the places in them; finished ones cost nothing."""
@@ -200,7 +218,7 @@ class ModelDenoiser:
     def _forward(self, z: Tensor, rows: Tensor, at_once: int | None = None) -> Tensor:
         position_ids = self._of_asked(self._position_ids)
         positions = {} if position_ids is None else {"position_ids": position_ids}
-        with torch.inference_mode(), self._head.only(rows, at_once):
+        with torch.inference_mode(), self._head.only(rows, at_once, keep=True):
             logits: Tensor = self._model(
                 input_ids=z, attention_mask=self._attention_mask(z), use_cache=False, **positions
             ).logits

@@ -37,6 +37,7 @@ class VariableLength:
         pad_token_ids: their ids.
         canvas: the most tokens of a row.
         block: rows were padded to a multiple of so many tokens; None where up to `canvas`.
+        extra: to at most so many multiples more than hold the row; None where to any up to `canvas`.
     """
 
     format: str
@@ -44,6 +45,7 @@ class VariableLength:
     pad_token_ids: tuple[int, ...]
     canvas: int
     block: int | None = None
+    extra: int | None = None
 
     @classmethod
     def read(cls, path: Path, raw: dict[str, Any]) -> VariableLength:
@@ -60,6 +62,7 @@ class VariableLength:
                 and all(isinstance(token, str) for token in ends.pad_tokens)
                 and all(type(number) is int and number >= 0 for number in (*ends.pad_token_ids, ends.canvas))
                 and (ends.block is None or (type(ends.block) is int and ends.block > 0))
+                and (ends.extra is None or (type(ends.extra) is int and ends.extra >= 0))
             )
         except (KeyError, TypeError):
             sound = False

@@ -2,7 +2,7 @@
 
 from .draws import Draws, draw_tokens
 from .logits import LogitsConfig, filtered_log_probs
-from .loop import EarlyStop, SamplerOutput, denoise_step, sample
+from .loop import SamplerOutput, StableStop, denoise_step, sample
 from .prediction import Context, Denoiser
 from .settings import SamplingSettings
 from .state import Plan, SamplerState, Turn, start
@@ -13,12 +13,12 @@ __all__ = [
     "Context",
     "Denoiser",
     "Draws",
-    "EarlyStop",
     "LogitsConfig",
     "Plan",
     "SamplerOutput",
     "SamplerState",
     "SamplingSettings",
+    "StableStop",
     "Strategy",
     "Turn",
     "denoise_step",

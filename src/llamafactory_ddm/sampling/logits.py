@@ -26,6 +26,8 @@ class LogitsConfig:
             forward. LLaDA's cfg_scale is w - 1.
         repetition_penalty: divides the positive logits of tokens that the row holds already and multiplies the
             negative ones; 1 changes nothing.
+        eos_penalty: nats taken from the logits of the tokens that end a text, so that it ends later; below 0 it ends
+            sooner.
         suppress: ids that are never drawn.
         temperature: divides the logits; 0 takes the most probable token, of equal ones the lowest id.
         top_k: how many of the most probable tokens stay, or None for all.
@@ -42,6 +44,7 @@ class LogitsConfig:
     top_k: int | None = None
     repetition_penalty: float = 1.0
     guidance_scale: float = 1.0
+    eos_penalty: float = 0.0
     suppress: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -55,6 +58,8 @@ class LogitsConfig:
             raise ValueError(f"repetition_penalty must be a finite number above 0, got {self.repetition_penalty}")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+        if not math.isfinite(self.eos_penalty):
+            raise ValueError(f"eos_penalty must be a finite number, got {self.eos_penalty}")
         if any(token < 0 for token in self.suppress):
             raise ValueError(f"ids to suppress must not be negative, got {self.suppress}")
 

@@ -14,11 +14,12 @@ from .prediction import Context, Denoiser, predict
 from .state import Plan, SamplerState, Turn, left_behind, next_turn, start
 from .strategies import Strategy
 
-_OF_EARLY_STOP: frozenset[Measure] = frozenset({"argmax", "entropy"})
+_UNCERTAIN = 1e4  # nats; more than any token's, and ends keep their order
+_OF_STABLE_STOP: frozenset[Measure] = frozenset({"argmax", "entropy"})
 
 
 @dataclass(frozen=True)
-class EarlyStop:
+class StableStop:
     """Commit all that is left of a block once the model has made up its mind.
 
     Attributes:
@@ -82,8 +83,10 @@ def sample(
     rows: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
-    early_stop: EarlyStop | None = None,
+    stable_stop: StableStop | None = None,
     end_ids: Sequence[int] = (),
+    stop_at_end: bool = True,
+    eos_last: bool = False,
     context: Context | None = None,
     callback: Callback | None = None,
 ) -> SamplerOutput:
@@ -104,10 +107,11 @@ def sample(
         rows: [batch] int64, the ordinal of each sample; by default 0, 1, 2 …
         schedule: the noise schedule that sets the pace; by default linear.
         block_length: editable positions of a row that are decided together, from left to right; None is all at once.
-        early_stop: when to commit the rest of a block; never by default.
-        end_ids: tokens behind which nothing is text. A row is finished once one of them is committed and everything
-            before it: what stands before it is then what it would be without. Rows with given tokens behind editable
-            ones go on. By default there are none.
+        stable_stop: when to commit the rest of a block; never by default.
+        end_ids: tokens behind which nothing is text. By default there are none.
+        stop_at_end: whether a row is finished once an end is committed and everything before it: what stands before it
+            is then what it would be without. Rows with given tokens behind editable ones go on.
+        eos_last: whether a place at which an end was drawn is taken to be the least certain of its block.
         context: which given tokens are no text, and which are the prompt.
         callback: called after each step.
     Raises:
@@ -125,19 +129,21 @@ def sample(
         schedule=schedule,
         block_length=block_length,
         end_ids=end_ids,
+        stop_at_end=stop_at_end,
+        eos_last=eos_last,
     )
     _check_context(context, editable, logits)
     while True:
         before = state
         state = denoise_step(
-            denoiser, state, plan, strategy=strategy, logits=logits, early_stop=early_stop, context=context
+            denoiser, state, plan, strategy=strategy, logits=logits, stable_stop=stable_stop, context=context
         )
         if state.finished:
             break
         if callback is not None:
             callback(before.step, state.z, state.committed == before.step)
     z = state.z
-    if len(end_ids):
+    if len(end_ids) and stop_at_end:
         z = torch.where(editable & (state.committed < 0), int(plan.end_ids[0]), z)
     return SamplerOutput(z, state.step, state.forwards, state.committed, state.row_forwards, state.computed)
 
@@ -150,7 +156,7 @@ def denoise_step(
     *,
     strategy: Strategy,
     logits: LogitsConfig,
-    early_stop: EarlyStop | None = None,
+    stable_stop: StableStop | None = None,
     context: Context | None = None,
 ) -> SamplerState:
     """Take one step: the state after it, the one given is left as it is; `finished` if there was nothing to do.
@@ -164,7 +170,7 @@ def denoise_step(
     """
     turn = next_turn(state, plan)
     chosen = strategy.candidates(turn) & turn.scope
-    wanted = chosen if early_stop is None else chosen | turn.is_masked
+    wanted = chosen if stable_stop is None else chosen | turn.is_masked
     active = turn.steps > 0
     overrun = (active & (turn.step >= turn.steps)).sum()
     asked = wanted.any(dim=1)
@@ -195,8 +201,8 @@ def denoise_step(
     # A stable sort brings the places to the front without asking the device how many there are.
     place = wanted.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:n]
     measures: frozenset[Measure] = strategy.measures
-    if early_stop is not None:
-        measures = measures | _OF_EARLY_STOP
+    if stable_stop is not None:
+        measures = measures | _OF_STABLE_STOP
     draws, forwards = predict(denoiser, state, plan, turn, place, measures, logits, context or Context())
 
     def spread(measure: Measure) -> Tensor:
@@ -206,11 +212,19 @@ def denoise_step(
         empty = -1 if measure == "argmax" else torch.nan
         return value.new_full((state.z.numel(),), empty).index_copy(0, place, value).view_as(state.z)
 
-    commit = strategy.commit(turn, chosen, spread) & chosen & turn.is_masked
-    if early_stop is not None:
+    def score(measure: Measure) -> Tensor:
+        value = spread(measure)
+        if not plan.eos_last or measure == "argmax":
+            return value
+        is_end = torch.isin(draws.ids, plan.end_ids)
+        at_end = torch.zeros_like(state.is_masked).flatten().index_copy(0, place, is_end).view_as(state.z)
+        return torch.where(at_end, value + _UNCERTAIN if measure == "entropy" else value - _UNCERTAIN, value)
+
+    commit = strategy.commit(turn, chosen, score) & chosen & turn.is_masked
+    if stable_stop is not None:
         guess = spread("argmax")
         stable = torch.where((turn.is_masked & (guess != state.guess)).any(dim=1), 0, state.stable + 1)
-        commit |= _settled(early_stop, turn, stable, spread("entropy"))
+        commit |= _settled(stable_stop, turn, stable, spread("entropy"))
         advanced = replace(advanced, guess=guess, stable=stable)
     ids = state.z.flatten().index_copy(0, place, draws.ids).view_as(state.z)
     z, is_masked = torch.where(commit, ids, state.z), state.is_masked & ~commit
@@ -226,11 +240,11 @@ def denoise_step(
     )
 
 
-def _settled(early_stop: EarlyStop, turn: Turn, stable: Tensor, entropy: Tensor) -> Tensor:
+def _settled(stable_stop: StableStop, turn: Turn, stable: Tensor, entropy: Tensor) -> Tensor:
     """Return [batch, length] bool, the masked positions of rows that may stop."""
     count = turn.is_masked.sum(dim=1).clamp(min=1)
     mean = torch.where(turn.is_masked, entropy, 0.0).sum(dim=1) / count
-    return turn.is_masked & ((stable >= early_stop.stable_steps) & (mean <= early_stop.entropy))[:, None]
+    return turn.is_masked & ((stable >= stable_stop.stable_steps) & (mean <= stable_stop.entropy))[:, None]
 
 
 def _check_context(context: Context | None, editable: Tensor, logits: LogitsConfig) -> None:

@@ -84,6 +84,9 @@ def predict(
             # A position that is decided already does not repeat itself.
             others_seen = seen[row].scatter(1, (place[rows] - row * length)[:, None], _NO_TOKEN)
             values = penalise_repetition(values, others_seen, config.repetition_penalty)
+        if config.eos_penalty and len(plan.end_ids):
+            taken = values.new_full((len(values), len(plan.end_ids)), -config.eos_penalty, dtype=torch.float32)
+            values = values.float().index_add(1, plan.end_ids, taken)
         results.append(draw_tokens(values, config, u[rows], suppress=(plan.mask_id,), measures=measures))
     if done != len(place):
         raise ValueError(_wrong_shape(len(place), results[-1].ids if results else place[:0], done))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
+from .length import PREDICTORS, PredictorName, check_coverage
 from .logits import LogitsConfig
-from .loop import EarlyStop
+from .loop import StableStop
 from .strategies import Strategy, get_strategy
+
+EarlyStop = Literal["none", "eos", "predict", "grow"]
+EARLY_STOPS: tuple[EarlyStop, ...] = get_args(EarlyStop)
 
 
 @dataclass(frozen=True)
@@ -20,10 +25,14 @@ class SamplingSettings:
         logits: temperature, filters, penalty, guidance.
         confidence_threshold: of the strategy of this name.
         entropy_bound: of the strategy of this name, in nats.
-        early_stop: when to commit all that is left of a block.
-        stop_at_end: whether a text is left alone once its end and all before it are written; it stays the same text.
-        length_coverage: give each text only so many places that it has ended with this probability, as the model sees
-            it before anything is written; None gives it the whole canvas.
+        stable_stop: when to commit all that is left of a block.
+        early_stop: `none` goes on to the edge of the canvas; `eos` leaves a text alone once its end and all before it
+            are written, it stays the same text; `predict` also gives each text only the places that it will need;
+            `grow` begins with few places and adds to them.
+        length_predictor: of `predict`, see `sampling.length`.
+        length_coverage: the probability with which a text is to have ended within its places, of `predict` and `grow`.
+        grow_length: places to begin with and to add, of `grow`.
+        eos_last: whether an end is committed only when nothing else of its block is left.
         seed: of every draw.
     """
 
@@ -33,10 +42,32 @@ class SamplingSettings:
     logits: LogitsConfig = field(default_factory=lambda: LogitsConfig(temperature=0.95, top_p=0.9))
     confidence_threshold: float = 0.9
     entropy_bound: float = 0.1
-    early_stop: EarlyStop | None = None
-    stop_at_end: bool = True
-    length_coverage: float | None = None
+    stable_stop: StableStop | None = None
+    early_stop: EarlyStop = "eos"
+    length_predictor: PredictorName = "belief"
+    length_coverage: float = 0.95
+    grow_length: int = 32
+    eos_last: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.early_stop not in EARLY_STOPS:
+            raise ValueError(f"early_stop must be one of {', '.join(EARLY_STOPS)}, got {self.early_stop!r}")
+        if self.length_predictor not in PREDICTORS:
+            raise ValueError(f"length_predictor must be one of {', '.join(PREDICTORS)}, got {self.length_predictor!r}")
+        check_coverage(self.length_coverage)
+        if self.grow_length < 1:
+            raise ValueError(f"grow_length must be at least 1, got {self.grow_length}")
+        if self.early_stop == "grow" and self.logits.guidance_scale != 1.0:
+            raise ValueError(
+                "early_stop: grow does not go with guidance_scale, which could not tell the prompt from what is "
+                "written already; take early_stop: predict, or leave guidance_scale at 1"
+            )
+        if self.eos_last and self.denoising_strategy == "random":
+            raise ValueError(
+                "eos_last: true needs a denoising_strategy that goes by certainty, which random does not; take "
+                "low_confidence, or remove eos_last"
+            )
 
     def strategy(self) -> Strategy:
         """Return the strategy with its own parameter.

@@ -33,6 +33,8 @@ class Plan:
         chance: [batch, steps] float64, chance to be revealed in each step where it goes by chance.
         end_ids: [n_ends] int64, tokens behind which nothing is text; empty where none is known.
         may_end: [batch, 1] bool, rows in which nothing is given behind an editable position.
+        stop_at_end: whether a row is finished once its text is.
+        eos_last: whether ends are taken to be uncertain.
     """
 
     mask_id: int
@@ -47,6 +49,8 @@ class Plan:
     chance: Tensor
     end_ids: Tensor
     may_end: Tensor
+    stop_at_end: bool = True
+    eos_last: bool = False
 
     def uniform(self, stream: Stream, row_step: Tensor, *, depth: int = 1) -> Tensor:
         """Return [batch, length, depth] uniform numbers that depend on seed, sample, stream and the row's step alone.
@@ -143,6 +147,8 @@ def start(
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
     end_ids: Sequence[int] = (),
+    stop_at_end: bool = True,
+    eos_last: bool = False,
 ) -> tuple[SamplerState, Plan]:
     """Return the state before the first step and what stays the same, for driving `denoise_step` by hand.
 
@@ -183,6 +189,8 @@ def start(
         chance=chance,
         end_ids=torch.tensor(sorted(end_ids), dtype=torch.int64, device=x.device),
         may_end=~(editable.cummax(dim=1).values & ~editable).any(dim=1, keepdim=True),
+        stop_at_end=stop_at_end,
+        eos_last=eos_last,
     )
     nothing, zero = torch.full_like(x, -1), torch.zeros_like(rows)
     state = SamplerState(
@@ -223,7 +231,7 @@ def next_turn(state: SamplerState, plan: Plan) -> Turn:
 
 def left_behind(z: Tensor, is_masked: Tensor, plan: Plan) -> Tensor:
     """Return [batch, length] bool, masked positions of rows whose text is complete: all before an end is decided."""
-    if not len(plan.end_ids):
+    if not (len(plan.end_ids) and plan.stop_at_end):
         return torch.zeros_like(is_masked)
     length = z.shape[1]
     place = torch.arange(length, device=z.device)

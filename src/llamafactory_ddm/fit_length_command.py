@@ -1,0 +1,38 @@
+"""`llamafactory-ddm fit-length x.yaml`: length predictors for a model that was trained with variable_length."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+USAGE = """usage: llamafactory-ddm fit-length x.yaml [key=value ...]
+
+Train the length predictors of a model on `dataset`, choose their margins on `eval_dataset`, report how good they are,
+and save them beside the model. The YAML is one of LLaMA-Factory without do_train; learning_rate, num_train_epochs and
+length_coverage are the predictors'. An example: examples/varlen_fit_length.yaml
+"""
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="", file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    from ._autoload import activate
+
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process; upstream refuses several devices otherwise
+    activate()
+    from llamafactory.hparams import get_train_args
+
+    from .evaluation.length_metrics import as_table
+    from .integration.length_fitting import fit
+
+    sys.argv = ["llamafactory-ddm fit-length", *words]
+    try:
+        path, found = fit(*get_train_args()[:4])
+    except (ValueError, OSError) as error:
+        print(f"llamafactory-ddm fit-length: {error}", file=sys.stderr)
+        return 1
+    print(as_table(found))
+    print(f"saved: {path}; used with early_stop: predict")
+    return 0

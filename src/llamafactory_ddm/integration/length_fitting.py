@@ -1,0 +1,171 @@
+"""`llamafactory-ddm fit-length x.yaml`: heads that predict the length of a text, and margins that hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.canvas import Canvas
+from ..data.variable_length import VariableLengthCollator
+from ..diffusion.noise import Stream
+from ..diffusion.philox import keyed_uniform
+from ..evaluation.length_metrics import least_margins, length_metrics
+from ..generation import TextGenerator
+from ..modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
+from ..sampling.length import FirstStep
+from ..writing import Writer
+from .checks import check_checkpoint_folders
+from .loading import sources
+from .preparing import prepare_data, prepare_model
+
+_EPOCHS, _LEARNING_RATE = 50, 1e-3
+_PLACES_OF_A_ROW = 64  # that the classifier sees; more would fill the memory with states that are much alike
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text whose length is known.
+
+    Attributes:
+        canvas: what is given of it, and places for the rest.
+        needed: places that the rest takes, its end included.
+    """
+
+    canvas: Canvas
+    needed: int
+
+
+def fit(
+    model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
+) -> tuple[Path, dict[str, dict[str, float]]]:
+    """Fit, calibrate, measure and save; returns the file and the metrics of each predictor.
+
+    Args:
+        model_args: upstream's, as `get_train_args` returns them.
+        data_args: with a data set to train on and one to calibrate on.
+        training_args: without do_train, do_eval and do_predict.
+        finetuning_args: with ours mixed in.
+    Raises:
+        ValueError: naming the key that is missing or out of place, and the cure.
+        OSError: if the file cannot be written.
+    """
+    check_checkpoint_folders(model_args, finetuning_args, training_args)
+    _check(data_args, training_args, finetuning_args)
+    folder = Path(sources(model_args, finetuning_args.checkpoint_dir)[0])
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder, so nothing can be saved beside its weights; download it first")
+    data = prepare_data(model_args, data_args, training_args, finetuning_args)
+    prepared = prepare_model(data, model_args, data_args, training_args, finetuning_args)
+    collator = prepared.collator
+    if not isinstance(collator, VariableLengthCollator):
+        raise ValueError(
+            "the model was not trained with variable_length, so it has not learnt where a text ends; train it so first"
+        )
+    held_out: Any = prepared.dataset_module.get("eval_dataset")
+    if isinstance(held_out, dict):
+        held_out = [row for part in held_out.values() for row in part]
+    loaded = prepared.loaded
+    writer = TextGenerator(loaded.model.to(training_args.device), loaded.tokenizer, loaded.diffusion_config).writer
+    size, seed = training_args.per_device_eval_batch_size, training_args.seed
+    given = finetuning_args.given_keys
+    heads = fit_heads(
+        _examples(writer, texts(prepared.dataset_module["train_dataset"], collator, seed), size, seed),
+        epochs=max(1, round(training_args.num_train_epochs)) if "num_train_epochs" in given else _EPOCHS,
+        learning_rate=training_args.learning_rate if "learning_rate" in given else _LEARNING_RATE,
+        seed=seed,
+    ).cpu()
+    writer.lengths = LengthPredictors(heads, {})
+    steps: list[FirstStep] = []
+    needed: list[Tensor] = []
+    for batch in _batches(texts(held_out, collator, seed), size, "Calibrating"):
+        steps.append(writer.first_step([text.canvas for text in batch])[0].cpu())
+        needed.append(torch.tensor([text.needed for text in batch]))
+    found = length_metrics(steps, needed, finetuning_args.length_coverage)
+    path = LengthPredictors(heads, least_margins(steps, needed)).save(folder)
+    report = {"length_coverage": finetuning_args.length_coverage, "held_out": sum(map(len, needed)), **found}
+    (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return path, found
+
+
+def _check(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    if getattr(finetuning_args, "diffusion_stage", None) is None:
+        raise ValueError("stage: must be ddm or ddm-sft, the one that the model was trained in")
+    for key in ("do_train", "do_eval", "do_predict"):
+        if getattr(training_args, key):
+            raise ValueError(
+                f"{key}: true has no place here, the model stays as it is; remove it, and let model_name_or_path name "
+                "the model whose lengths are to be predicted"
+            )
+    if not data_args.dataset:
+        raise ValueError("dataset: is missing; the length predictors are trained on it")
+    if not data_args.eval_dataset and not data_args.val_size:
+        raise ValueError("eval_dataset: is missing; the margins are chosen on it (or set val_size)")
+    if data_args.streaming:
+        raise ValueError("streaming: true does not go with fit-length; remove it, and set max_samples")
+
+
+def texts(rows: Iterable[Any], collator: VariableLengthCollator, seed: int) -> Iterator[Text]:
+    """Yield the last answer of each row behind its prompt, or the rest of a document behind a place drawn at random.
+
+    Args:
+        rows: of a prepared data set.
+        collator: finds their ends.
+        seed: of the places.
+    """
+    for number, row in enumerate(rows):
+        ids, maskable, end = collator.row(row)
+        first = 0 if collator.start_id is None else 1
+        if "labels" in row:
+            begin = end
+            while begin > 0 and maskable[begin - 1]:
+                begin -= 1
+        else:
+            u = keyed_uniform(seed % 2**64, Stream.EVALUATION, torch.tensor([number]), 1)
+            begin = first + int(float(u) * (end - first))
+        room = collator.canvas - begin
+        given = [False] * begin + [True] * room
+        yield Text(Canvas((*ids[:begin], *[0] * room), tuple(given), first), end - begin + 1)
+
+
+def _batches(rows: Iterable[Text], size: int, said: str) -> Iterator[list[Text]]:
+    batch: list[Text] = []
+    for text in tqdm(rows, desc=said, unit="text"):
+        batch.append(text)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _examples(writer: Writer, rows: Iterable[Text], size: int, seed: int) -> Examples:
+    """Return the hidden states that the heads are fitted to, on the model's device."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    mean, places, states, behind = [], [], [], []
+    for batch in _batches(rows, size, "Hidden states"):
+        step, hidden = writer.first_step([text.canvas for text in batch], keep_hidden=True)
+        if hidden is None:
+            raise RuntimeError("the model's hidden states were not kept")
+        needed = torch.tensor([text.needed for text in batch], device=hidden.device)
+        mean.append(mean_hidden(hidden, step.editable))
+        places.append(needed)
+        row, _ = step.editable.nonzero().unbind(dim=1)
+        nth = (step.editable.cumsum(dim=1) - 1)[step.editable]
+        order = torch.rand(len(row), generator=generator).to(row.device)
+        chosen = torch.cat([_lowest(order, row == number) for number in range(len(batch))])
+        states.append(hidden[chosen])
+        behind.append(nth[chosen] >= needed[row[chosen]] - 1)
+    return Examples(torch.cat(mean), torch.cat(places), torch.cat(states), torch.cat(behind))
+
+
+def _lowest(order: Tensor, among: Tensor) -> Tensor:
+    """Return the indices of the `_PLACES_OF_A_ROW` lowest numbers where `among` is True."""
+    n = min(int(among.sum()), _PLACES_OF_A_ROW)
+    return order.masked_fill(~among, 2.0).argsort()[:n]

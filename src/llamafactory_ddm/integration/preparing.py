@@ -1,0 +1,128 @@
+"""What a run has before it trains, evaluates or generates: tokenizer, data, model, every mistake found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+from llamafactory.model import load_config
+
+from ..data.variable_length import VariableLengthCollator
+from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.mask_token import ResolvedMaskToken
+from .checks import check_cutoff, check_rows, datasets_explained
+from .finetuning import finetuned_config, settle_digits, settle_template, with_own_cut
+from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
+from .templates import uncut
+from .variable_length import LengthPlan, check_width, keep_fitting, settle_ends, settle_lengths
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenizer and data of a run.
+
+    Attributes:
+        tokenizer_module: upstream's.
+        template: upstream's.
+        config: what the checkpoint says about its diffusion process; None for an autoregressive one.
+        mask: its mask token.
+        model_config: of transformers.
+        lengths: the variable-length format, or None.
+        dataset_module: upstream's `train_dataset` and `eval_dataset`, as far as the run needs them.
+    """
+
+    tokenizer_module: dict[str, Any]
+    template: Any
+    config: DiffusionConfig | None
+    mask: ResolvedMaskToken
+    model_config: Any
+    lengths: LengthPlan | None
+    dataset_module: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The model of a run, and its data as far as they fit.
+
+    Attributes:
+        loaded: model, tokenizer and the facts of the diffusion process.
+        collator: that of the variable-length format, or None.
+        dataset_module: upstream's, less the rows without room for their end.
+    """
+
+    loaded: LoadedModel
+    collator: VariableLengthCollator | None
+    dataset_module: dict[str, Any]
+
+
+def prepare_data(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> PreparedData:
+    """Load tokenizer and data.
+
+    Raises:
+        ValueError: for every mistake in the YAML, naming the key and the cure.
+        OSError: if a file is missing.
+    """
+    finetunes = finetuning_args.stage == "sft"
+    tokenizer_module, config, mask = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
+    if finetunes:
+        settle_digits(tokenizer_module, finetuning_args)
+    tokenizer = tokenizer_module["tokenizer"]
+    model_config = load_config(model_args)
+    check_cutoff(model_config, data_args)
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    lengths = settle_lengths(config, data_args, training_args, finetuning_args)
+    if lengths is not None:
+        check_width(lengths, model_config)
+    if finetunes:
+        cuts = lengths is None
+        template = settle_template(template, tokenizer, config, data_args, finetuning_args, cuts=cuts)
+    preparing = with_own_cut(template, data_args) if lengths is None else uncut(data_args)
+    dataset_module = _load_data(
+        template, tokenizer_module, model_args, preparing, training_args, stage=finetuning_args.stage
+    )
+    return PreparedData(tokenizer_module, template, config, mask, model_config, lengths, dataset_module)
+
+
+def prepare_model(
+    data: PreparedData, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
+) -> Prepared:
+    """Load the model, and leave out rows that do not fit.
+
+    Raises:
+        ValueError: for every mistake in the YAML, naming the key and the cure.
+    """
+    tokenizer, lengths = data.tokenizer_module["tokenizer"], data.lengths
+    finetunes, dataset_module = finetuning_args.stage == "sft", data.dataset_module
+    loaded = load_diffusion_model(
+        tokenizer, data.mask, data.config, model_args, finetuning_args, training_args, lengths=lengths
+    )
+    collator: VariableLengthCollator | None = None
+    if lengths is not None:
+        loaded.diffusion_config, collator = settle_ends(loaded.diffusion_config, lengths, tokenizer, answers=finetunes)
+        dataset_module = keep_fitting(dataset_module, collator, lengths, data_args, training_args)
+    if finetunes and (training_args.do_train or training_args.do_eval):
+        loaded.diffusion_config = finetuned_config(
+            loaded.diffusion_config, data.template, tokenizer, data_args, finetuning_args
+        )
+    check_rows(data.model_config, data_args, dataset_module)
+    return Prepared(loaded, collator, dataset_module)
+
+
+def _load_data(
+    template: Any,
+    tokenizer_module: dict[str, Any],
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    *,
+    stage: str,
+) -> dict[str, Any]:
+    """Return upstream's `train_dataset` and `eval_dataset`; generation alone needs none."""
+    if training_args.do_predict and not (training_args.do_train or training_args.do_eval):
+        return {}
+    with datasets_explained(data_args):
+        module: dict[str, Any] = get_dataset(
+            template, model_args, data_args, training_args, stage=stage, **tokenizer_module
+        )
+    return module

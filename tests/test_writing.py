@@ -1,0 +1,170 @@
+"""The size of canvases and how they grow, with a model that knows its text by heart."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llamafactory_ddm.data.canvas import canvas_of
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig, VariableLength
+from llamafactory_ddm.modeling.length_heads import LengthHeads, LengthPredictors
+from llamafactory_ddm.sampling import LogitsConfig, SamplingSettings
+from llamafactory_ddm.writing import Writer
+
+END, PAD, WORD, MASK, FIRST = 0, 1, 2, 3, 10
+WIDTH = 4
+CONFIG = DiffusionConfig("<|mask|>", MASK, False, "masked", 0.0, "linear", 1.0)
+SETTINGS = SamplingSettings(logits=LogitsConfig(temperature=0.0), diffusion_steps=24, early_stop="grow", grow_length=4)
+
+
+class ByHeart:
+    """After a prompt of one token, FIRST + n, come n words, the end, and pads. With `boasts` the last place is thought
+    to be an end as long as nothing is written."""
+
+    hidden = None
+
+    def __init__(self, n_padding, boasts):
+        self.n_padding, self.boasts = n_padding, boasts
+
+    def __call__(self, z, place):
+        self.hidden = torch.ones(len(place), WIDTH)
+        logits = torch.zeros(len(place), 64)
+        for index, (row, column) in enumerate(divmod(number, z.shape[1]) for number in place.tolist()):
+            first = self.n_padding[row]
+            words = int(z[row, first]) - FIRST
+            nth = column - first - 1
+            token = WORD if nth < words else END if nth == words else PAD
+            if self.boasts and column == z.shape[1] - 1 and not bool((z[row] == WORD).any()):
+                token = END
+            logits[index, token] = 20.0
+        return logits
+
+    def close(self):
+        pass
+
+
+def writer(monkeypatch, **keys):
+    made = Writer(
+        SimpleNamespace(device="cpu"),
+        dataclasses.replace(
+            CONFIG,
+            variable_length=VariableLength("eos_pad", ("<|pad|>",), (PAD,), 32, keys["block"])
+            if "block" in keys
+            else None,
+        ),
+        end_ids=[END, PAD],
+        n_ids=64,
+        lengths=keys.get("lengths"),
+    )
+
+    def denoiser(model, *, shift, is_padding, outputs, keep_hidden):
+        length = [0] * 99 if is_padding is None else is_padding.sum(dim=1).tolist()
+        return ByHeart(length, keys.get("boasts", False))
+
+    monkeypatch.setattr("llamafactory_ddm.writing.ModelDenoiser", denoiser)
+    return made
+
+
+def canvas(words, places=30):
+    return canvas_of([[FIRST + words], places])
+
+
+def grown(made, words, settings=SETTINGS):
+    sized = made.sized([canvas(n) for n in words], settings)
+    return sized, made.write([one.canvas for one in sized], settings, ordinals=range(len(words)))
+
+
+def test_a_canvas_begins_small_and_grows_until_the_end_is_believed(monkeypatch):
+    """Of 4, 8, 12 … places, the first that hold n words and their end; each look costs its canvas."""
+    sized, written = grown(writer(monkeypatch), [2, 3, 4, 11, 40])
+    assert [one.canvas.n_editable for one in sized] == [4, 4, 8, 12, 30]
+    assert [one.forwards for one in sized] == [1, 1, 2, 3, 7]  # the whole canvas needs no look
+    assert [one.computed for one in sized] == [5, 5, 5 + 9, 5 + 9 + 13, sum(range(5, 30, 4))]
+    for words, one in zip([2, 3, 4, 11, 30], written, strict=True):
+        assert one.ids[1 : 1 + words] == [WORD] * words
+        assert one.ids[1 + words :][:1] == ([END] if words < 30 else [])
+
+
+def test_a_text_that_has_not_ended_grows_while_it_is_written(monkeypatch):
+    """The belief is wrong from the start: growth comes from the end that is missing."""
+    made = writer(monkeypatch, boasts=True)
+    seen = []
+    sized = made.sized([canvas(2), canvas(9)], SETTINGS)
+    assert [one.canvas.n_editable for one in sized] == [4, 4]
+    written = made.write(
+        [one.canvas for one in sized],
+        SETTINGS,
+        ordinals=[0, 1],
+        watch=lambda step, canvases, ids: seen.append((step, [len(row) for row in ids])),
+    )
+    assert written[0].ids == [FIRST + 2, WORD, WORD, END, END] and written[0].canvas.n_editable == 4
+    assert written[1].ids == [FIRST + 9, *[WORD] * 9, END, END, END] and written[1].canvas.n_editable == 12
+    assert all(written[1].canvas.editable[1:])
+    # Four steps for the first four places, four for the next, then up to the end; steps count on.
+    steps = sorted(step for step in written[1].committed if step >= 0)
+    assert steps == list(range(len(steps)))
+    assert written[1].forwards >= 10
+    assert written[1].computed == 4 * 5 + 4 * 9 + (written[1].forwards - 8) * 13
+    assert [step for step, _ in seen] == sorted({step for step, _ in seen})
+    assert seen[0][1] == [5, 5] and seen[-1][1] == [13]
+
+
+def test_growing_does_not_depend_on_the_batch(monkeypatch):
+    made = writer(monkeypatch, boasts=True)
+    noisy = dataclasses.replace(SETTINGS, logits=LogitsConfig(temperature=7.0), denoising_strategy="random")
+    together = made.write([canvas(n).cut(4) for n in (2, 9, 5)], noisy, ordinals=[3, 4, 5])
+    alone = [made.write([canvas(n).cut(4)], noisy, ordinals=[o])[0] for n, o in ((2, 3), (9, 4), (5, 5))]
+    assert [one.ids for one in together] == [one.ids for one in alone]
+    assert any(len(one.ids) > 9 for one in alone)
+
+
+def test_a_grown_place_draws_its_own_numbers(monkeypatch):
+    """Otherwise a text would repeat itself whenever it grows."""
+    made = writer(monkeypatch)
+    noisy = dataclasses.replace(SETTINGS, logits=LogitsConfig(40.0, suppress=(END, PAD)), denoising_strategy="random")
+    ids = made.write([canvas(30).cut(4)], noisy, ordinals=[0])[0].ids[1:]
+    assert len(ids) == 30
+    assert ids[:4] != ids[4:8] and ids[4:8] != ids[8:12]
+
+
+def test_sizes_are_rounded_to_what_the_model_was_trained_on(monkeypatch):
+    made = writer(monkeypatch, block=8)
+    predict = dataclasses.replace(SETTINGS, early_stop="predict")
+    assert [len(one.canvas) for one in made.sized([canvas(2), canvas(7), canvas(30)], predict)] == [8, 16, 31]
+    assert [len(one.canvas) for one in made.sized([canvas(2), canvas(7), canvas(30)], SETTINGS)] == [8, 16, 31]
+
+
+def test_the_places_of_each_predictor_reach_the_canvas(monkeypatch):
+    """Heads that know nothing say the same of all texts; the margin comes from the coverage."""
+    heads = LengthHeads(WIDTH)
+    torch.nn.init.zeros_(heads.regressor[2].weight)
+    torch.nn.init.constant_(heads.regressor[2].bias, 2.0)  # exp(2) - 1 is 6.4 places
+    lengths = LengthPredictors(
+        heads,
+        {
+            "regressor": torch.linspace(0.0, 0.4, 9, dtype=torch.float64),
+            "belief": torch.full((9,), 0.1, dtype=torch.float64),
+            "expected": torch.full((9,), 0.5, dtype=torch.float64),
+        },
+    )
+    made = writer(monkeypatch, lengths=lengths)
+    assert made.end_ids == (END, PAD)
+    for name, coverage, places in (
+        ("regressor", 0.1, 7),  # margin 0
+        ("regressor", 0.9, 11),  # margin 0.4: e^2.4 - 1 is 10.02
+        ("regressor", 0.95, 30),  # more than nine texts can say
+        ("belief", 0.9, 4),  # not below the coverage
+        ("expected", 0.5, 8),  # 4 places: (1 + 4) e^0.5 - 1 is 7.2
+    ):
+        settings = dataclasses.replace(SETTINGS, early_stop="predict", length_predictor=name, length_coverage=coverage)
+        found = made.sized([canvas(3)], settings)[0]
+        assert (name, coverage, found.canvas.n_editable) == (name, coverage, places)
+    with pytest.raises(ValueError, match="length_predictor: token_classifier has no margin before it is calibrated"):
+        made.sized([canvas(3)], dataclasses.replace(settings, length_predictor="token_classifier"))
+
+
+def test_heads_of_another_model(monkeypatch):
+    made = writer(monkeypatch, lengths=LengthPredictors(LengthHeads(WIDTH + 2), {}))
+    with pytest.raises(ValueError, match=r"fitted on a model of width 6, this one has 4.*fit-length"):
+        made.sized([canvas(3)], dataclasses.replace(SETTINGS, early_stop="predict"))
