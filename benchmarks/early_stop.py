@@ -5,7 +5,7 @@
 Every way answers the same held-out questions, one after another within a round; reported are the tokens that went
 through the model and the median over rounds of CPU seconds, both as a share of those of the full canvas (early_stop:
 none) in the same round, and the answers that are right to the letter. Before: llamafactory-cli train
-examples/tiny_gpt2_full_ddm_sft_varlen.yaml
+examples/tiny_gpt2_full_ddm_sft_varlen.yaml and llamafactory-ddm fit-length examples/varlen_fit_length.yaml
 """
 
 from __future__ import annotations
@@ -19,16 +19,24 @@ from pathlib import Path
 
 from llamafactory_ddm import LogitsConfig, SamplingSettings, TextGenerator, load
 from llamafactory_ddm.data.canvas import Canvas
+from llamafactory_ddm.modeling.length_heads import FILE_NAME as LENGTHS
 
 ROOT = Path(__file__).resolve().parents[1]
-FULL = SamplingSettings(diffusion_steps=48, logits=LogitsConfig(temperature=0.0), early_stop="none")
+FULL = SamplingSettings(diffusion_steps=64, logits=LogitsConfig(temperature=0.0), early_stop="none")
+NEED_NO_FIT = ("belief", "eos_quantile")
 WAYS = {
     "none": FULL,
     "eos": replace(FULL, early_stop="eos"),
     "predict": replace(FULL, early_stop="predict"),
+    "predict, eos_quantile": replace(FULL, early_stop="predict", length_predictor="eos_quantile"),
+    "predict, expected": replace(FULL, early_stop="predict", length_predictor="expected"),
+    "predict, regressor": replace(FULL, early_stop="predict", length_predictor="regressor"),
+    "predict, token_classifier": replace(FULL, early_stop="predict", length_predictor="token_classifier"),
+    "grow": replace(FULL, early_stop="grow", grow_length=8),
     "none, blocks of 8": replace(FULL, block_length=8),
     "eos, blocks of 8": replace(FULL, block_length=8, early_stop="eos"),
     "predict, blocks of 8": replace(FULL, block_length=8, early_stop="predict"),
+    "grow, blocks of 8": replace(FULL, block_length=8, early_stop="grow", grow_length=8),
 }
 
 
@@ -64,7 +72,7 @@ def main() -> None:
     """Read the command line, measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "saves/tiny_gpt2/full/ddm_sft_varlen"))
-    parser.add_argument("--questions", type=int, default=90)
+    parser.add_argument("--questions", type=int, default=350)
     parser.add_argument("--length", type=int, default=64, help="tokens of the canvas")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
@@ -73,16 +81,20 @@ def main() -> None:
     rows = [json.loads(line) for line in lines][: arguments.questions]
     model = load(arguments.model)
     asked = canvases(model, rows, arguments.length)
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    fitted = (Path(arguments.model) / LENGTHS).is_file()
+    ways = {name: way for name, way in WAYS.items() if fitted or way.length_predictor in NEED_NO_FIT}
+    if not fitted:
+        print("no length predictors: llamafactory-ddm fit-length examples/varlen_fit_length.yaml")
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     right, computed = {}, {}
     for _ in range(arguments.rounds):
-        for name, settings in WAYS.items():
+        for name, settings in ways.items():
             began = time.process_time()
             texts, computed[name] = answer(model, asked, settings, arguments.batch)
             seconds[name].append(time.process_time() - began)
             right[name] = sum(texts[number].strip() == row["output"] for number, row in enumerate(rows))
     print("| early_stop | right | tokens computed / full | CPU seconds / full |\n|---|---|---|---|")
-    for name in WAYS:
+    for name in ways:
         full = "none, blocks of 8" if name.endswith("8") else "none"
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[full], strict=True))
         share = computed[name] / computed[full]

@@ -80,6 +80,13 @@ def finetuned(tmp_path_factory, finetune):
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory, finetune):
+    """One finetuned with variable_length for thirty steps, which suffice to write pads everywhere."""
+    keys = {"variable_length": "eos_pad", "max_steps": 30, "per_device_train_batch_size": 8, "logging_steps": 10}
+    return finetune(tmp_path_factory.mktemp("ends") / "out", **keys)
+
+
+@pytest.fixture(scope="session")
 def adapter(tmp_path_factory, finetune):
     """A LoRA adapter of the shared checkpoint, trained for three steps."""
     return finetune(tmp_path_factory.mktemp("adapter") / "out", recipe="tiny_gpt2_lora_ddm_sft.yaml")

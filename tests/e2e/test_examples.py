@@ -1,5 +1,7 @@
 """Every YAML of examples/, through the real command line, with small sizes and the built-in model."""
 
+import shutil
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -7,6 +9,7 @@ from llamafactory_ddm.integration.stages import STAGES
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import ROOT, predictions, run
 
+FITTING = "varlen_fit_length.yaml"
 RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
 SMALL_TRAINING = (
     "max_steps=2",
@@ -70,6 +73,8 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
     if keys.get("do_train"):
         # Rows of variable length are left out where they are too long.
         return [*result, *SMALL_TRAINING, *(["cutoff_len=96"] if "variable_length" in keys else [])]
+    if name == FITTING:
+        return [*result, "variable_length=eos_eos", "sep_token=10", "overwrite_cache=true", "num_train_epochs=1"]
     if keys.get("eval_eos"):
         return [*result, "max_samples=4", "overwrite_cache=true", "variable_length=eos_eos", "sep_token=10"]
     return [*result, "cutoff_len=32", "val_size=4"]
@@ -78,7 +83,14 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adapter):
     keys = OmegaConf.load(ROOT / "examples" / name)
-    run("train", f"examples/{name}", *overrides(name, tmp_path, small_data, checkpoint, finetuned, adapter))
+    words = overrides(name, tmp_path, small_data, checkpoint, finetuned, adapter)
+    if name == FITTING:
+        model = shutil.copytree(checkpoint, tmp_path / "model")
+        words = [f"model_name_or_path={model}" if word.startswith("model_name") else word for word in words]
+        run("fit-length", f"examples/{name}", *words, program="llamafactory-ddm")
+        assert (model / "length_predictors.safetensors").is_file()
+        return
+    run("train", f"examples/{name}", *words)
     out = tmp_path / "out"
     if keys.get("do_predict"):
         assert len(predictions(out)) == 2

@@ -51,6 +51,11 @@ ELSEWHERE = {
     "save_trace",
     "early_stop",
     "length_coverage",
+    # tests/e2e/test_length_prediction.py
+    "length_predictor",
+    "grow_length",
+    "eos_penalty",
+    "eos_last",
     # tests/e2e/test_finetuning.py
     "train_on_padding",
     "sep_token",

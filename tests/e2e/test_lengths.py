@@ -28,13 +28,6 @@ def eos_pad(tmp_path_factory, finetune):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, finetune):
-    """The same after thirty steps, which suffice to write pads everywhere."""
-    keys = {"variable_length": "eos_pad", "max_steps": 30, "per_device_train_batch_size": 8, "logging_steps": 10}
-    return finetune(tmp_path_factory.mktemp("trained") / "out", **keys)
-
-
-@pytest.fixture(scope="module")
 def documents(train_small):
     """Return a function that adapts the built-in model for three steps on one document a row."""
     return lambda folder, **keys: train_small(
@@ -53,6 +46,7 @@ def documents(train_small):
         (PADS, {"pad_anneal_steps": 2}),
         (PADS, {"pad_mask_method": "counts"}),
         ({}, {"eos_window_ratio": 0.9}),
+        ({"pad_block_length": 8}, {"pad_extra_blocks": 0}),
         (WINDOW, {"eos_window_max": 1}),
         (WINDOW, {"eos_window_anneal_steps": 50}),
         ({}, {"cutoff_len": 40}),  # longer rows are left out
@@ -138,7 +132,9 @@ def test_no_more_places_than_needed(trained, tmp_path):
     train_here("tiny_gpt2_sft_inference.yaml", output_dir=again, length_coverage=0.01, **small)
     assert predictions(again) == texts[0.01]  # whatever the batch
     generator = load(trained)
-    short = generator.generate("Tom has", max_new_tokens=40, settings=SamplingSettings(length_coverage=0.01))
+    short = generator.generate(
+        "Tom has", max_new_tokens=40, settings=SamplingSettings(early_stop="predict", length_coverage=0.01)
+    )
     assert len(short) == 1
 
 
@@ -157,6 +153,10 @@ def test_accumulation_and_resuming_change_nothing(finetune, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
     with pytest.raises(ValueError, match=r"variable_length: .* contradicts the checkpoint to resume from"):
         finetune(half, **keys, resume_from_checkpoint=str(half / "checkpoint-2"), pad_block_length=8)
+    blocks = finetune(tmp_path / "blocks", **keys, pad_block_length=8)
+    resumed = str(blocks / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"variable_length: .* contradicts the checkpoint to resume from"):
+        finetune(blocks, **keys, resume_from_checkpoint=resumed, pad_block_length=8, pad_extra_blocks=1)
 
 
 def test_documents(documents, generate, tmp_path, caplog):
@@ -200,6 +200,7 @@ def test_an_adapter_needs_a_place_for_new_pads(checkpoint, finetune, tmp_path):
         ({"variable_length": "eospad"}, "variable_length must be one of .* did you mean 'eos_pad'"),
         ({"pad_mask_ratio": 0.2}, "pad_mask_ratio: says nothing without variable_length"),
         ({"variable_length": "none", "drop_overlong": False}, "drop_overlong: says nothing without variable_length"),
+        ({"variable_length": "eos_pad", "pad_extra_blocks": 3}, "pad_extra_blocks: says nothing without pad_block"),
         ({"variable_length": "eos_pad", "rainbow_colors": 3}, "without variable_length: rainbow"),
         (
             {"variable_length": "eos_pad", "pad_anneal_steps": 3},

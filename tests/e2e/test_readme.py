@@ -134,7 +134,7 @@ def test_the_sampling_benchmark_runs(checkpoint):
 def test_the_early_stop_benchmark_runs(finetuned):
     words = ("--model", finetuned, "--questions", "2", "--rounds", "1")
     table = run("benchmarks/early_stop.py", *words, program=sys.executable).stdout
-    assert table.count("| none") == 2 and table.count("| predict") == 2
+    assert table.count("| none") == 2 and table.count("| grow") == 2 and table.count("| predict") == 3
 
 
 def test_the_benchmark_runs():
@@ -172,6 +172,10 @@ def test_the_scripts_of_docs_run(checkpoint, tmp_path):
     )
     run("docs/make_adaptation_table.py", *words, "--override", "cutoff_len=16", program=sys.executable)
     assert "| autoregressive | yes | yes |" in (tmp_path / "page.md").read_text()
+    small = ("--steps", "2", "--questions", "2", "--only", "none", "rainbow-annealed-window", "--model", checkpoint)
+    folders = ("--work", tmp_path / "ends", "--out", tmp_path)
+    run("docs/make_ends_table.py", *small, *folders, program=sys.executable)
+    assert (tmp_path / "ends_table.md").read_text().count("| rainbow | yes | yes |") == 1
     small = ("--steps", "1", "--every", "1", "--problems", "2", "--starts", "1", "--model", checkpoint)
     folders = ("--work", tmp_path / "finetuning", "--out", tmp_path / "docs")
     run("docs/make_finetuning_plot.py", *small, *folders, program=sys.executable)

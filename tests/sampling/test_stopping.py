@@ -143,3 +143,98 @@ def test_a_given_end_is_none():
     keys = {"mask_id": MASK, "steps": 5, "strategy": get_strategy("low_confidence"), "end_ids": (END,)}
     output = sample(model, x, editable=editable, logits=LogitsConfig(temperature=0.0), **keys)
     assert output.sequences[0].tolist() == [END, 3, 3, END, END]
+
+
+def test_a_penalty_is_taken_from_the_ends_alone():
+    """Greedy, the end wins by 1 nat at one place: it goes to the next best once more than that is taken from it."""
+    table = torch.zeros(3, VOCAB)
+    table[0, END], table[0, 5] = 3.0, 2.0
+    table[1, 4], table[1, PAD] = 3.0, 2.5
+    table[2, PAD] = 9.0
+
+    def written(penalty):
+        output = sample(
+            lambda z, place: table[place % 3],
+            torch.full((1, 3), 6),
+            editable=torch.ones(1, 3, dtype=torch.bool),
+            mask_id=MASK,
+            steps=3,
+            strategy=get_strategy("low_confidence"),
+            logits=LogitsConfig(temperature=0.0, eos_penalty=penalty),
+            end_ids=(END, PAD),
+            stop_at_end=False,
+        )
+        return output.sequences[0].tolist()
+
+    assert [written(penalty) for penalty in (0.0, 0.9, 1.1, -0.6)] == [
+        [END, 4, PAD],
+        [END, 4, PAD],
+        [5, 4, PAD],
+        [END, PAD, PAD],
+    ]
+    assert table[0, END] == 3.0  # the model's logits are left as they are
+    with pytest.raises(ValueError, match="eos_penalty must be a finite number"):
+        LogitsConfig(eos_penalty=float("nan"))
+
+
+def test_a_penalty_makes_the_softmax_of_the_shifted_logits():
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0))
+    shifted = logits.clone()
+    shifted[0, [END, PAD]] -= 0.7
+    shifted[0, MASK] = float("-inf")
+    expected = shifted.softmax(dim=1)[0]
+    n = 20_000
+    output = sample(
+        lambda z, place: logits.expand(len(place), -1),
+        torch.full((n, 1), 6),
+        editable=torch.ones(n, 1, dtype=torch.bool),
+        mask_id=MASK,
+        steps=1,
+        strategy=get_strategy("random"),
+        logits=LogitsConfig(eos_penalty=0.7),
+        end_ids=(END, PAD),
+    )
+    found = torch.bincount(output.sequences[:, 0], minlength=VOCAB) / n
+    assert float((found - expected).abs().max()) < 0.015
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    name=st.sampled_from([name for name in NAMES if name != "random"]),
+    block=st.sampled_from([None, 3]),
+)
+@settings(max_examples=100, deadline=None)
+def test_ends_come_last_where_they_are_to(seed, name, block):
+    """In each step an end is committed only if every other candidate of the block that the model sees is one too, or
+    all of those are committed in the same step."""
+    editable = torch.ones(1, 9, dtype=torch.bool)
+    model = Scripted(seed, 9)
+    state = {"z": torch.full((1, 9), MASK), "masked": editable.clone()}
+
+    def look(step, z, fresh):
+        logits = model(state["z"], torch.arange(9)).index_fill(1, torch.tensor([MASK]), float("-inf"))
+        best = logits.argmax(dim=1)[None]
+        is_end = (best == END) | (best == PAD)
+        inside = torch.ones(9, dtype=torch.bool)
+        if block is not None:
+            current = int(state["masked"][0].nonzero()[0, 0]) // block
+            inside = torch.arange(9) // block == current
+        others = state["masked"] & ~is_end & inside
+        if bool((fresh & is_end).any()):
+            assert not bool((others & ~fresh).any())
+        state["z"], state["masked"] = z.clone(), state["masked"] & ~fresh
+
+    sample(
+        model,
+        torch.full((1, 9), 5),
+        editable=editable,
+        mask_id=MASK,
+        steps=9,
+        strategy=get_strategy(name, confidence_threshold=0.6, entropy_bound=1.0),
+        logits=LogitsConfig(temperature=0.0),
+        block_length=block,
+        end_ids=(END, PAD),
+        stop_at_end=False,
+        eos_last=True,
+        callback=look,
+    )

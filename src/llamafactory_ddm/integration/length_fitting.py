@@ -75,8 +75,9 @@ def fit(
     writer = TextGenerator(loaded.model.to(training_args.device), loaded.tokenizer, loaded.diffusion_config).writer
     size, seed = training_args.per_device_eval_batch_size, training_args.seed
     given = finetuning_args.given_keys
+    train = prepared.dataset_module["train_dataset"]
     heads = fit_heads(
-        _examples(writer, texts(prepared.dataset_module["train_dataset"], collator, seed), size, seed),
+        _examples(writer, texts(train, collator, seed), size, seed, len(train)),
         epochs=max(1, round(training_args.num_train_epochs)) if "num_train_epochs" in given else _EPOCHS,
         learning_rate=training_args.learning_rate if "learning_rate" in given else _LEARNING_RATE,
         seed=seed,
@@ -84,7 +85,7 @@ def fit(
     writer.lengths = LengthPredictors(heads, {})
     steps: list[FirstStep] = []
     needed: list[Tensor] = []
-    for batch in _batches(texts(held_out, collator, seed), size, "Calibrating"):
+    for batch in _batches(texts(held_out, collator, seed), size, "Calibrating", len(held_out)):
         steps.append(writer.first_step([text.canvas for text in batch])[0].cpu())
         needed.append(torch.tensor([text.needed for text in batch]))
     found = length_metrics(steps, needed, finetuning_args.length_coverage)
@@ -134,9 +135,9 @@ def texts(rows: Iterable[Any], collator: VariableLengthCollator, seed: int) -> I
         yield Text(Canvas((*ids[:begin], *[0] * room), tuple(given), first), end - begin + 1)
 
 
-def _batches(rows: Iterable[Text], size: int, said: str) -> Iterator[list[Text]]:
+def _batches(rows: Iterable[Text], size: int, said: str, total: int) -> Iterator[list[Text]]:
     batch: list[Text] = []
-    for text in tqdm(rows, desc=said, unit="text"):
+    for text in tqdm(rows, desc=said, unit="text", total=total):
         batch.append(text)
         if len(batch) == size:
             yield batch
@@ -145,11 +146,11 @@ def _batches(rows: Iterable[Text], size: int, said: str) -> Iterator[list[Text]]
         yield batch
 
 
-def _examples(writer: Writer, rows: Iterable[Text], size: int, seed: int) -> Examples:
+def _examples(writer: Writer, rows: Iterable[Text], size: int, seed: int, total: int) -> Examples:
     """Return the hidden states that the heads are fitted to, on the model's device."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     mean, places, states, behind = [], [], [], []
-    for batch in _batches(rows, size, "Hidden states"):
+    for batch in _batches(rows, size, "Hidden states", total):
         step, hidden = writer.first_step([text.canvas for text in batch], keep_hidden=True)
         if hidden is None:
             raise RuntimeError("the model's hidden states were not kept")

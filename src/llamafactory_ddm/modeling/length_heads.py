@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -80,8 +82,10 @@ class Examples:
     behind: Tensor
 
 
-def fit_heads(examples: Examples, *, epochs: int, learning_rate: float, seed: int, batch: int = 256) -> LengthHeads:
+def fit_heads(examples: Examples, *, epochs: int, learning_rate: float, seed: int, batch: int = 64) -> LengthHeads:
     """Return heads fitted by AdamW: squared error of log(1 + places), and binary cross-entropy of the places.
+
+    The last tenth of each is not trained on; the weights of the epoch that does best there are kept.
 
     Args:
         examples: on the device to train on.
@@ -90,39 +94,68 @@ def fit_heads(examples: Examples, *, epochs: int, learning_rate: float, seed: in
         seed: of the weights and of the order.
         batch: rows, and places times 16, of a step.
     Raises:
-        ValueError: if there is no row.
+        ValueError: if there are not two rows.
     """
-    if not len(examples.places):
-        raise ValueError("there is no text to fit the length predictors to")
+    if len(examples.places) < 2:
+        raise ValueError(f"{len(examples.places)} texts are too few to fit the length predictors to; give 2 at least")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         heads = LengthHeads(examples.mean.shape[1])
     heads.to(examples.mean.device)
     generator = torch.Generator().manual_seed(seed % 2**63)
-    target = torch.log1p(examples.places.float())
-
-    def of_rows(chosen: Tensor) -> Tensor:
-        return functional.mse_loss(heads.regressor(examples.mean[chosen].float())[:, 0], target[chosen])
-
-    def of_places(chosen: Tensor) -> Tensor:
-        found = heads.classifier(examples.hidden[chosen].float())[:, 0]
-        return functional.binary_cross_entropy_with_logits(found, examples.behind[chosen].float())
-
-    for part, loss_of, n, size in (
-        (heads.regressor, of_rows, len(target), batch),
-        (heads.classifier, of_places, len(examples.behind), 16 * batch),
-    ):
-        steps = max(1, epochs * -(-n // size))
-        optimiser = torch.optim.AdamW(part.parameters(), lr=learning_rate)
-        pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        for _ in range(epochs):
-            for chosen in torch.randperm(n, generator=generator).split(size):
-                loss = loss_of(chosen.to(target.device))
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                pace.step()
+    keys: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "generator": generator}
+    places = torch.log1p(examples.places.float())
+    _fit(heads.regressor, examples.mean, places, functional.mse_loss, batch=batch, **keys)
+    entropy = functional.binary_cross_entropy_with_logits
+    _fit(heads.classifier, examples.hidden, examples.behind.float(), entropy, batch=16 * batch, **keys)
     return heads.eval().requires_grad_(False)
+
+
+def _fit(
+    head: nn.Sequential,
+    inputs: Tensor,
+    targets: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch: int,
+    generator: torch.Generator,
+) -> None:
+    n = len(targets) - max(1, len(targets) // 10)
+    sample = inputs[:_ROWS_TO_SCALE_BY].float()
+    center, scale = sample.mean(dim=0), sample.std(dim=0, correction=0).clamp(min=1e-6)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=learning_rate)
+    pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, epochs * -(-n // batch)))
+
+    def loss(part: Tensor | slice) -> Tensor:
+        return loss_of(head((inputs[part].float() - center) / scale)[:, 0], targets[part])
+
+    best, kept = float("inf"), copy.deepcopy(head.state_dict())
+    for _ in range(epochs):
+        for chosen in torch.randperm(n, generator=generator).to(inputs.device).split(batch):
+            optimiser.zero_grad()
+            loss(chosen).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            pace.step()
+        with torch.no_grad():
+            now = float(loss(slice(n, None)))
+        if now < best:
+            best, kept = now, copy.deepcopy(head.state_dict())
+    head.load_state_dict(kept)
+    _absorb(head[0], center, scale)
+
+
+_ROWS_TO_SCALE_BY = 4096
+
+
+@torch.no_grad()
+def _absorb(layer: nn.Module, center: Tensor, scale: Tensor) -> None:
+    """Make a linear layer that was given (x - center) / scale take x."""
+    if not isinstance(layer, nn.Linear):
+        raise TypeError("the first layer of a head is linear")
+    layer.weight.div_(scale)
+    layer.bias.sub_(layer.weight @ center)
 
 
 @dataclass(frozen=True)
@@ -143,7 +176,8 @@ class LengthPredictors:
         tensors |= {f"least_margins.{name}": value.sort().values for name, value in self.least_margins.items()}
         path = Path(folder) / FILE_NAME
         scratch = path.with_suffix(".tmp")
-        save_file(tensors, scratch, {"format_version": str(FORMAT_VERSION), "width": str(self.heads.width)})
+        facts = {"format_version": str(FORMAT_VERSION), "width": str(self.heads.width)}
+        scratch.write_bytes(save(tensors, facts))
         scratch.replace(path)
         return path
 

@@ -1,0 +1,219 @@
+"""`llamafactory-ddm fit-length`, and every key of the ways to stop early, through the real command line."""
+
+import json
+import shutil
+
+import pytest
+
+from llamafactory_ddm import SamplingSettings, load
+from llamafactory_ddm.modeling.length_heads import FILE_NAME, REPORT_NAME, LengthPredictors
+from llamafactory_ddm.sampling.length import PREDICTORS
+from support.cli import ROOT, predictions, run, train_here
+
+RECIPE = "examples/varlen_fit_length.yaml"
+
+
+@pytest.fixture(scope="module")
+def words(small_data):
+    """Return a function that gives the overrides of a small run on the built-in problems."""
+    names = {"dataset": "tiny_problems_train", "eval_dataset": "tiny_problems_eval"}
+    names |= {"dataset_dir": small_data, "overwrite_cache": True, "num_train_epochs": 3}
+    names |= {"per_device_eval_batch_size": 4, "length_coverage": 0.6}
+
+    def overrides(model, **keys):
+        return [f"{key}={value}" for key, value in {**names, "model_name_or_path": model, **keys}.items()]
+
+    return overrides
+
+
+def fit(*words):
+    return run("fit-length", *words, program="llamafactory-ddm", check=False)
+
+
+@pytest.fixture(scope="module")
+def fitted(trained, words, tmp_path_factory):
+    """A copy of the trained model with length predictors, and what the command printed."""
+    folder = tmp_path_factory.mktemp("fitted") / "model"
+    shutil.copytree(trained, folder)
+    done = fit(RECIPE, *words(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+@pytest.fixture
+def answers(small_data, tmp_path):
+    """Return a function that answers the problems; gives texts and metrics."""
+
+    def answer(model, **keys):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        small = {"max_samples": 6, "diffusion_steps": 12, "cutoff_len": 64, "overwrite_cache": True}
+        small |= {"dataset_dir": small_data, "per_device_eval_batch_size": 4, "logits_temp": 0}
+        train_here("tiny_gpt2_sft_inference.yaml", output_dir=out, model_name_or_path=model, **{**small, **keys})
+        return predictions(out), json.loads((out / "predict_results.json").read_text())
+
+    return answer
+
+
+def test_the_predictors_lie_beside_the_model_with_a_report(fitted, trained):
+    folder, printed = fitted
+    report = json.loads((folder / REPORT_NAME).read_text())
+    assert report["length_coverage"] == 0.6 and report["held_out"] == 6
+    assert set(PREDICTORS) < set(report)
+    for name in PREDICTORS:
+        assert f"\n{name} " in printed
+        assert 0.0 <= report[name]["not_too_short"] <= 1.0 and report[name]["tokens_saved"] <= report[name]["canvas"]
+    assert str(folder / FILE_NAME) in printed
+    predictors = LengthPredictors.find(folder)
+    assert {name: len(value) for name, value in predictors.least_margins.items()} == dict.fromkeys(PREDICTORS, 6)
+    assert predictors.heads.width == load(folder).model.config.n_embd
+    # The model itself is as it was.
+    assert all((folder / path.name).read_bytes() == path.read_bytes() for path in trained.glob("*.safetensors"))
+
+
+def test_fitting_again_gives_the_same_and_its_keys_count(fitted, trained, words, tmp_path):
+    """Whatever the batch; and the seed, the learning rate and the epochs make a difference."""
+    folder, _ = fitted
+
+    def margins(name, **keys):
+        shutil.copytree(trained, tmp_path / name)
+        done = fit(RECIPE, *words(tmp_path / name, **keys))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return LengthPredictors.find(tmp_path / name).least_margins
+
+    first, again = LengthPredictors.find(folder).least_margins, margins("again", per_device_eval_batch_size=3)
+    for name in PREDICTORS:
+        assert again[name].tolist() == pytest.approx(first[name].tolist(), abs=1e-4)
+    for key, value in (("seed", 7), ("learning_rate", 0.01), ("num_train_epochs", 1)):
+        other = margins(key, **{key: value})
+        assert other["belief"].tolist() == pytest.approx(first["belief"].tolist(), abs=1e-5)
+        assert other["regressor"].tolist() != first["regressor"].tolist()
+
+
+def test_each_predictor_decides_how_many_places_there_are(fitted, trained, answers):
+    folder, _ = fitted
+    computed = {}
+    for name in PREDICTORS:
+        for coverage in (0.3, 0.8):
+            keys = {"early_stop": "predict", "length_predictor": name, "length_coverage": coverage}
+            computed[name, coverage] = answers(folder, **keys)[1]["predict_computed_tokens"]
+        assert computed[name, 0.3] <= computed[name, 0.8]
+    assert len({computed[name, 0.3] for name in PREDICTORS}) >= 3
+    assert any(computed[name, 0.3] < computed[name, 0.8] for name in PREDICTORS)
+    generator = load(folder)  # finds them too
+    settings = SamplingSettings(early_stop="predict", length_predictor="regressor", length_coverage=0.5)
+    assert len(generator.generate("Tom has", max_new_tokens=40, settings=settings)) == 1
+    with pytest.raises(ValueError, match=r"length_predictor: regressor has no margin before .* or use belief"):
+        answers(trained, early_stop="predict", length_predictor="regressor")
+    with pytest.raises(ValueError, match="regressor has no margin before"):
+        load(trained).generate("Tom has", settings=settings)
+
+
+def test_predictors_of_old_weights_are_removed(fitted, small_data, tmp_path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(fitted[0], folder)
+    keys = {"max_steps": 1, "per_device_train_batch_size": 2, "cutoff_len": 64, "overwrite_cache": True}
+    keys |= {"dataset_dir": small_data, "eval_strategy": "no", "plot_loss": False, "warmup_steps": 0}
+    train_here("tiny_gpt2_full_ddm_sft.yaml", model_name_or_path=fitted[0], output_dir=folder, **keys)
+    assert not (folder / FILE_NAME).exists() and not (folder / REPORT_NAME).exists()
+    assert f"{FILE_NAME} belonged to the old weights and was removed; run fit-length again" in caplog.text
+    assert (fitted[0] / FILE_NAME).is_file()
+
+
+def test_an_adapter_and_documents(adapter, checkpoint, finetune, train_small, words, tmp_path):
+    """Predictors of an adapter lie beside the adapter; those of documents are fitted behind places drawn at random."""
+    own = finetune(tmp_path / "adapter", recipe="tiny_gpt2_lora_ddm_sft.yaml", variable_length="eos_eos")
+    done = fit(RECIPE, *words(checkpoint, adapter_name_or_path=own, finetuning_type="lora"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (own / FILE_NAME).is_file() and not (checkpoint / FILE_NAME).exists()
+    assert load(own).margin(SamplingSettings(early_stop="predict", length_predictor="expected", length_coverage=0.5))
+    documents = train_small(tmp_path / "documents", packing=False, cutoff_len=64, variable_length="eos_pad")
+    keys = {"stage": "ddm", "dataset": "tiny_corpus_train", "val_size": 30, "cutoff_len": 64}
+    given = [word for word in words(documents, **keys) if not word.startswith("eval_dataset")]
+    recipe = tmp_path / "documents.yaml"
+    lines = (ROOT / RECIPE).read_text().splitlines()
+    recipe.write_text("\n".join(line for line in lines if not line.startswith(("template", "eval_dataset"))))
+    done = fit(recipe, *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((documents / REPORT_NAME).read_text())["held_out"] > 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"do_train": True}, "do_train: true has no place here, the model stays as it is"),
+        ({"eval_dataset": "null"}, "eval_dataset: is missing; the margins are chosen on it"),
+        ({"dataset": "null"}, "dataset: is missing; the length predictors are trained on it"),
+        ({"model_name_or_path": "data/tiny_gpt2"}, "holds no diffusion_config.json"),
+        ({"model_name_or_path": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"stage": "sft"}, "but stage is sft; set stage: ddm or remove them"),
+        ({"length_predictr": "belief"}, "length_predictr"),
+        ({"eval_dataset": "tiny_nothing"}, "tiny_nothing"),
+        ({"max_samples": 3}, "held-out texts are too few"),
+        ({"variable_length": "none"}, "was not trained with variable_length"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_explained(keys, said, trained, finetuned, words, tmp_path):
+    model = finetuned if "variable_length" in keys else trained
+    done = fit(RECIPE, *words(**{"model": model, **keys}))
+    assert done.returncode == 1
+    last = [line for line in done.stderr.splitlines() if line.startswith("llamafactory-ddm fit-length: ")]
+    assert len(last) == 1 and said in last[0], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert not (trained / FILE_NAME).exists()
+
+
+def test_the_command_says_how_it_is_used():
+    assert fit("--help").returncode == 0 and "usage: llamafactory-ddm fit-length" in fit("--help").stdout
+    assert fit().returncode == 2
+    missing = fit("nowhere.yaml")
+    assert missing.returncode == 1 and "nowhere.yaml" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_growing(trained, answers):
+    """The model writes pads everywhere, so a few places are enough; what is asked for at first is what differs."""
+    grow = {"early_stop": "grow", "grow_length": 8, "length_coverage": 0.05}
+    _, whole = answers(trained, early_stop="none")
+    _, small = answers(trained, **grow, eos_penalty=-50.0)
+    assert small["predict_computed_tokens"] < whole["predict_computed_tokens"]
+    texts, grown = answers(trained, **grow)
+    again, _ = answers(trained, **grow, per_device_eval_batch_size=1)
+    assert again == texts  # whatever the batch
+    _, larger = answers(trained, **{**grow, "grow_length": 30})
+    assert larger["predict_computed_tokens"] != grown["predict_computed_tokens"]
+    _, sure = answers(trained, **{**grow, "length_coverage": 1.0})
+    assert sure["predict_computed_tokens"] > grown["predict_computed_tokens"]  # nothing is ever certain
+
+
+def test_ends_that_are_penalised_or_late(trained, answers):
+    """Greedily and surest first, the model ends its texts at once; not if ends cost, or have to wait."""
+    keys = {"denoising_strategy": "low_confidence", "diffusion_steps": 24}
+    texts, _ = answers(trained, **keys)
+    penalised, _ = answers(trained, **keys, eos_penalty=50.0)
+    assert sum(map(len, penalised)) > sum(map(len, texts))
+    assert all(len(text) > 20 for text in penalised)
+    early, _ = answers(trained, **keys, eos_penalty=-50.0)
+    assert early == [""] * 6
+    drawn = {**keys, "logits_temp": 1.0, "topp_temp": 1.0}
+    (soon, _), (late, _) = answers(trained, **drawn), answers(trained, **drawn, eos_last=True)
+    assert sum(map(len, late)) > sum(map(len, soon))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"early_stop": "gow"}, "early_stop must be one of none, eos, predict, grow, got 'gow'; did you mean 'grow'"),
+        ({"length_predictor": "belif"}, "length_predictor must be one of belief, .* did you mean 'belief'"),
+        ({"length_predictor": "expected"}, "length_predictor: expected is read by early_stop: predict only"),
+        ({"grow_length": 8}, "grow_length: 8 is read by early_stop: grow only, but early_stop is eos"),
+        ({"length_coverage": 0.5}, "length_coverage: 0.5 is read by early_stop: predict and grow only"),
+        ({"early_stop": "grow", "grow_length": 0}, "grow_length must be at least 1"),
+        ({"eos_last": True, "denoising_strategy": "random"}, "eos_last: true needs a denoising_strategy that goes by"),
+        ({"early_stop": "grow", "guidance_scale": 2.0}, "early_stop: grow does not go with guidance_scale"),
+        ({"eos_penalty": "much"}, "eos_penalty must lie in"),
+    ],
+    ids=str,
+)
+def test_keys_that_do_not_fit(keys, said, trained, answers):
+    with pytest.raises(ValueError, match=said):
+        answers(trained, **keys)
