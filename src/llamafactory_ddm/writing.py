@@ -211,17 +211,10 @@ class Writer:
                 for number, canvas in zip(todo, longer, strict=True)
             ]
             settings = replace(settings, seed=(settings.seed + _NEXT_SEED) % 2**64)
-            so_far = max(max(result[number].committed) for number in todo) + 1
-            more = self._once(grown, settings, [ordinals[number] for number in todo], watch, so_far)
+            shown = max(max(result[number].committed) for number in todo) + 1
+            more = self._once(grown, settings, [ordinals[number] for number in todo], watch, shown)
             for number, canvas, new in zip(todo, longer, more, strict=True):
-                old = result[number]
-                steps = [
-                    *old.committed,
-                    *(step + so_far if step >= 0 else -1 for step in new.committed[len(old.committed) :]),
-                ]
-                result[number] = Written(
-                    canvas, new.ids, steps, old.forwards + new.forwards, old.computed + new.computed
-                )
+                result[number] = _continued(result[number], canvas, new)
         return result
 
     def _has_ended(self, written: Written) -> bool:
@@ -285,3 +278,12 @@ class Writer:
             Written(canvas, ids[-len(canvas) :], steps[-len(canvas) :], forwards, forwards * len(canvas))
             for canvas, ids, steps, forwards in columns
         ]
+
+
+def _continued(old: Written, canvas: Canvas, new: Written) -> Written:
+    """Return what was written on a canvas before and after it grew; its steps count on."""
+    begin = max(old.committed) + 1
+    behind = [step + begin if step >= 0 else -1 for step in new.committed[len(old.committed) :]]
+    return Written(
+        canvas, new.ids, [*old.committed, *behind], old.forwards + new.forwards, old.computed + new.computed
+    )
