@@ -63,6 +63,17 @@ def test_of_several_turns_the_last_end_counts():
     assert batch["end"] == [5] and batch["maskable"] == [[0, 1, 1, 0, 1, 1, 1]]
 
 
+def test_what_a_template_puts_behind_the_end_is_left_out():
+    """ChatML ends an answer with <|im_end|> and a line break; the last answer of a chat may also lack its end."""
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=8)
+    broken = {"input_ids": [5, 6, EOS, 4], "labels": [-100, 6, EOS, 4]}
+    assert collator.row(broken) == ([5, 6, EOS], [False, True, True], 2)
+    unended = {"input_ids": [5, 6, EOS, 5, 7], "labels": [-100, 6, EOS, -100, 7]}
+    assert collator.row(unended) == ([5, 6, EOS, 5, 7, EOS], [False, True, True, False, True, True], 5)
+    quoted = {"input_ids": [5, EOS, 6]}  # a document that speaks of the token goes on behind it
+    assert collator.row(quoted) == ([5, EOS, 6, EOS], [True] * 4, 3)
+
+
 def test_blocks_hide_what_lies_behind_them():
     collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=10, block=4, extra=0, multiple=3)
     batch = as_lists(collator([ANSWER, EMPTY]))

@@ -72,7 +72,7 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
         result.append("dataloader_num_workers=1")
     if keys.get("do_train"):
         # Rows of variable length are left out where they are too long.
-        return [*result, *SMALL_TRAINING, *(["cutoff_len=96"] if "variable_length" in keys else [])]
+        return [*result, *SMALL_TRAINING, *(["cutoff_len=250"] if "variable_length" in keys else [])]
     if name == FITTING:
         return [*result, "variable_length=eos_eos", "sep_token=10", "overwrite_cache=true", "num_train_epochs=1"]
     if keys.get("eval_eos"):

@@ -45,3 +45,40 @@ def test_what_the_format_does_not_hold():
         TEMPLATE.encode_multiturn(TOKENIZER, turn * 2)
     with pytest.raises(ValueError, match="needs sep_token"):
         TEMPLATES["diffullama"].encode_multiturn(TOKENIZER, turn)
+
+
+def test_the_chats_of_llada_and_dream():
+    """Against the published formats, turn by turn; what ends an answer ends a text."""
+    tokenizer = tiny_tokenizer()
+    turns = [
+        {"role": "user", "content": "cat"},
+        {"role": "assistant", "content": "dog"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+
+    def written(name, **keys):
+        pairs = TEMPLATES[name].encode_multiturn(tokenizer, turns, **keys)
+        return [tokenizer.decode(part) for pair in pairs for part in pair]
+
+    def llada(role):
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+    assert written("llada") == [
+        f"<|endoftext|>{llada('user')}cat<|eot_id|>{llada('assistant')}",
+        "dog<|eot_id|>",
+        f"{llada('user')}a<|eot_id|>{llada('assistant')}",
+        "b<|eot_id|>",
+    ]
+    assert written("llada", system="do")[0].startswith(f"<|endoftext|>{llada('system')}do<|eot_id|>{llada('user')}cat")
+    assert written("dream") == [
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\ncat<|im_end|>\n<|im_start|>assistant\n",
+        "dog<|im_end|>\n",
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+        "b<|im_end|>\n",
+    ]
+    for name, end in (("llada", "<|eot_id|>"), ("dream", "<|im_end|>")):
+        own = tiny_tokenizer()
+        TEMPLATES[name].fix_special_tokens(own)
+        assert own.eos_token == end

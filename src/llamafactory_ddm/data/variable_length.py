@@ -50,7 +50,10 @@ class VariableLengthCollator:
     multiple: int = 1
 
     def row(self, feature: Mapping[str, Any]) -> tuple[list[int], list[bool], int]:
-        """Return a row's tokens with its end, which of them noise may fall on, and the index of the end."""
+        """Return a row's tokens up to its end, which of them noise may fall on, and the index of the end.
+
+        What a template puts behind the end of the last answer, as the line break of ChatML, is left out.
+        """
         ids = list(feature["input_ids"])
         if "labels" in feature:
             maskable = [label != IGNORE for label in feature["labels"]]
@@ -59,9 +62,9 @@ class VariableLengthCollator:
                 ids = [self.start_id, *ids]
             maskable = [True] * len(ids)
         first = 0 if self.start_id is None else 1  # the start token may be the same as the end
-        places = [n for n in range(first, len(ids)) if maskable[n] and ids[n] == self.eos_id]
-        if places:
-            return ids, maskable, places[-1]
+        end = max((n for n in range(first, len(ids)) if maskable[n] and ids[n] == self.eos_id), default=None)
+        if end is not None and (end == len(ids) - 1 or ("labels" in feature and all(maskable[end:]))):
+            return ids[: end + 1], maskable[: end + 1], end
         return [*ids, self.eos_id], [*maskable, True], len(ids)
 
     def fits(self, feature: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Templates that LLaMA-Factory lacks: DiffuLLaMA's format of a prompt with its response."""
+"""Templates that LLaMA-Factory lacks: DiffuLLaMA's prompt with its response, and the chats of LLaDA and Dream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llamafactory.data.formatter import StringFormatter
+from llamafactory.data.formatter import EmptyFormatter, StringFormatter
 from llamafactory.data.template import TEMPLATES, Template, register_template
 
 DIFFULLAMA = "diffullama"
@@ -76,3 +76,29 @@ def register_templates() -> None:
             format_assistant=StringFormatter(slots=["{{content}}", {"eos_token"}]),
             template_class=DiffuLlamaTemplate,
         )
+    if "llada" not in TEMPLATES:
+        _register_chat("llada", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", starts=True)
+    if "dream" not in TEMPLATES:
+        _register_chat(
+            "dream", "<|im_start|>{role}\n", "<|im_end|>", between="\n", system="You are a helpful assistant."
+        )
+
+
+def _register_chat(
+    name: str, header: str, end: str, *, between: str = "", starts: bool = False, system: str = ""
+) -> None:
+    """Make a format of turns known: header, content and end, the end being what ends a text.
+
+    Source: the chat templates that LLaDA-8B-Instruct and Dream-v0-Instruct-7B were published with.
+    """
+    user, assistant, system_turn = (header.format(role=role) for role in ("user", "assistant", "system"))
+    register_template(
+        name=name,
+        format_user=StringFormatter(slots=[f"{user}{{{{content}}}}{end}{between}{assistant}"]),
+        format_assistant=StringFormatter(slots=[f"{{{{content}}}}{end}{between}"]),
+        format_system=StringFormatter(slots=[f"{system_turn}{{{{content}}}}{end}{between}"]),
+        format_prefix=EmptyFormatter(slots=[{"bos_token"}]) if starts else None,
+        default_system=system,
+        stop_words=[end],
+        replace_eos=True,
+    )

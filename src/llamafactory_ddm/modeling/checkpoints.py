@@ -29,6 +29,7 @@ _ZIPPED = ("optimizer.pt", "scheduler.pt", "training_args.bin")
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*", "rank*-of-*-optimizer.pt")
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # the magic number of torch.save's old format
 _LISTED = 8
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class BrokenCheckpointError(ValueError):
@@ -185,9 +186,14 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
         BrokenCheckpointError: if a file is missing, truncated or holds no floating weights.
     """
     path = weight_files(Path(folder))[0]
-    for value in read_weights(path).values():
-        if value.is_floating_point():
-            return value.dtype
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            found = [_FLOATS.get(file.get_slice(key).get_dtype()) for key in file.keys()]  # noqa: SIM118
+    else:
+        found = [value.dtype if value.is_floating_point() else None for value in read_weights(path).values()]
+    for dtype in found:
+        if dtype is not None:
+            return dtype
     raise BrokenCheckpointError(f"{path} holds no floating-point weights")
 
 

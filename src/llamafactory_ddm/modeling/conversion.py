@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from .adapters import ADAPTER_CONFIG
-from .checkpoints import read_weights, verify_checkpoint, weight_files
+from .checkpoints import read_weights, stored_dtype, verify_checkpoint, weight_files
 from .diffusion_config import DiffusionConfig
 from .key_tables import check_adapter_keys, check_keys, first_line, is_tied
 from .mask_token import resolve_token
+from .own_code import LLADA, OwnCode, kind_behind, kind_of, raw_config, standard_config
+from .own_code import published_config as published_config_of
 from .published import (
     LAYOUTS,
+    AnyLayout,
     Layout,
     embedding_rows,
     keys_of,
@@ -30,6 +33,7 @@ from .published import (
     published_config,
     set_published_padding,
 )
+from .renaming import write_renamed
 
 
 def convert(
@@ -93,20 +97,22 @@ def _convert_model(
 ) -> None:
     config = _config(source, base)
     layout = layout_of(key for path in weight_files(source) for key in keys_of(path))
-    if to_published and layout is not None:
-        raise ValueError(f"{source} has the layout of {layout.name} already")
-    if to_published and config.model_type not in LAYOUTS:
-        raise ValueError(f"no {config.model_type} model was published in another layout; {', '.join(LAYOUTS)} were")
+    own = kind_of(raw_config(source))
+    described = DiffusionConfig.find(source)
+    if to_published and (layout is not None or own is not None):
+        raise ValueError(f"{source} has the layout of {layout.name if layout else own.name if own else ''} already")
+    wanted = _published_layout(config, described) if to_published else None
     rows = embedding_rows(source, layout) or int(config.vocab_size)
     config.vocab_size = rows
     check_keys(source, layout, config)
     if is_tied(config) and _ends_differ(source, layout):
         config.tie_word_embeddings = False
-    rename = _renamer(layout, LAYOUTS[config.model_type] if to_published else None)
-    _write_weights(source, scratch, rename)
+    _write_weights(source, scratch, _renamer(layout, wanted))
+    config.dtype = stored_dtype(source)
     config.save_pretrained(scratch)
-    tokenizer = _tokenizer(source, base)
-    described = DiffusionConfig.find(source)
+    tokenizer = _tokenizer(source, base, own)
+    if described is None and own is not None:
+        described = _described_by_code(source, own, tokenizer, tokens)
     if described is None:
         described = _described(config, rows, tokenizer, tokens, shift, layout)
     if described.mask_token not in tokenizer.get_vocab():
@@ -119,6 +125,45 @@ def _convert_model(
         )
     tokenizer.save_pretrained(scratch)
     described.save(scratch)
+    own = kind_behind(config.model_type, described.shift)
+    if to_published and own is not None and not isinstance(wanted, Layout):
+        raw = published_config_of(config, own, described.mask_token_id)
+        (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _published_layout(config: Any, described: DiffusionConfig | None) -> AnyLayout | None:
+    """Return the layout in which models like this were published; None for Dream, whose names are Qwen2's.
+
+    Raises:
+        ValueError: if there were none.
+    """
+    own = None if described is None else kind_behind(config.model_type, described.shift)
+    if own is not None:
+        return LLADA if own.standard_type == "llama" else None
+    if config.model_type not in LAYOUTS:
+        raise ValueError(f"no {config.model_type} model was published in another layout; {', '.join(LAYOUTS)} were")
+    return LAYOUTS[config.model_type]
+
+
+def _described_by_code(source: Path, own: OwnCode, tokenizer: Any, tokens: dict[str, str | None]) -> DiffusionConfig:
+    """Return what the config of a model with code of its own says of its diffusion process.
+
+    Raises:
+        ValueError: if its mask token is not one of the tokenizer's.
+    """
+    if tokens["mask_token"] is not None:
+        mask, mask_id = resolve_token(tokenizer, "--mask-token", tokens["mask_token"])
+    else:
+        mask_id = int(raw_config(source)["mask_token_id"])
+        mask = tokenizer.convert_ids_to_tokens(mask_id)
+    if mask is None:
+        raise ValueError(
+            f"config.json says that the mask of this {own.name} has id {mask_id}, which is no token of the tokenizer; "
+            "name it with --mask-token"
+        )
+    if tokens["pad_token"] is not None:
+        tokenizer.pad_token = resolve_token(tokenizer, "--pad-token", tokens["pad_token"])[0]
+    return DiffusionConfig(mask, mask_id, own.shift, "masked", 0.0, "linear", 1.0)
 
 
 def _convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_published: bool) -> None:
@@ -154,13 +199,17 @@ def _adapter_layout(keys: list[str]) -> Layout:
     raise ValueError("this adapter belongs to no kind of model that was published in another layout")
 
 
-def _renamer(layout: Layout | None, published: Layout | None) -> Callable[[str], str | None]:
+def _renamer(layout: AnyLayout | None, published: AnyLayout | None) -> Callable[[str], str | None]:
     if published is not None:
         return published.to_published
     return (lambda key: key) if layout is None else layout.to_standard
 
 
 def _config(source: Path, base: str | Path | None) -> Any:
+    raw = raw_config(source)
+    own = kind_of(raw)
+    if own is not None:
+        return standard_config(raw, own)
     try:
         return AutoConfig.from_pretrained(source if base is None else base)
     except (OSError, ValueError) as error:
@@ -170,10 +219,15 @@ def _config(source: Path, base: str | Path | None) -> Any:
         ) from error
 
 
-def _tokenizer(source: Path, base: str | Path | None) -> Any:
+def _tokenizer(source: Path, base: str | Path | None, own: OwnCode | None = None) -> Any:
     has_own = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     folder = source if has_own or base is None else base
     try:
+        # AutoTokenizer would ask whether to run the published code, which is not needed.
+        if own is not None and own.standard_type == "qwen2":
+            return AutoTokenizer.from_pretrained(folder, tokenizer_type="qwen2")
+        if own is not None:
+            return PreTrainedTokenizerFast.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -188,7 +242,7 @@ def _described(
     tokenizer: Any,
     tokens: dict[str, str | None],
     shift: bool,
-    layout: Layout | None,
+    layout: AnyLayout | None,
 ) -> DiffusionConfig:
     """Return what the checkpoint says about itself, from the table of published models and the user's tokens.
 
@@ -222,7 +276,7 @@ def _described(
     return described
 
 
-def _ends_differ(source: Path, layout: Layout | None) -> bool:
+def _ends_differ(source: Path, layout: AnyLayout | None) -> bool:
     """Tell whether the files hold an output embedding with other values than the input's."""
     names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
     ends: dict[str, Tensor] = {}
@@ -240,16 +294,21 @@ def _write_weights(source: Path, scratch: Path, rename: Callable[[str], str | No
     index: dict[str, str] = {}
     size = 0
     for path in files:
-        kept: dict[str, Tensor] = {}
-        for key, value in read_weights(path).items():
-            name = rename(key)
-            if name is not None:
-                kept[name] = value.contiguous().clone()
         stem = path.name.replace("pytorch_model", "model") if path.suffix == ".bin" else path.name
         name = Path(stem).with_suffix(".safetensors").name
-        save_file(kept, scratch / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(kept, name)
-        size += sum(value.numel() * value.element_size() for value in kept.values())
+        if path.suffix == ".safetensors":
+            sizes = write_renamed(path, scratch / name, rename)
+        else:
+            kept = {key: value.contiguous().clone() for key, value in _kept(path, rename).items()}
+            save_file(kept, scratch / name, metadata={"format": "pt"})
+            sizes = {key: value.numel() * value.element_size() for key, value in kept.items()}
+        index |= dict.fromkeys(sizes, name)
+        size += sum(sizes.values())
     if len(files) > 1:
         table = {"metadata": {"total_size": size}, "weight_map": index}
         (scratch / "model.safetensors.index.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def _kept(path: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
+    renamed = {rename(key): value for key, value in read_weights(path).items()}
+    return {key: value for key, value in renamed.items() if key is not None}

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .checkpoints import some, weight_files
-from .published import Layout, shapes_of
+from .published import AnyLayout, shapes_of
 
 
-def check_keys(source: Path, layout: Layout | None, config: Any) -> None:
+def check_keys(source: Path, layout: AnyLayout | None, config: Any) -> None:
     """Compare names and shapes with those of the model.
 
     Raises:
@@ -27,7 +27,12 @@ def check_keys(source: Path, layout: Layout | None, config: Any) -> None:
 
 
 def _compare(
-    source: Path, layout: Layout | None, expected: dict[str, tuple[int, ...]], *, optional: set[str], what: str
+    source: Path,
+    layout: AnyLayout | None,
+    expected: dict[str, tuple[int, ...]],
+    *,
+    optional: set[str],
+    what: str,
 ) -> None:
     found: dict[str, tuple[int, ...]] = {}
     twice = []
@@ -51,7 +56,7 @@ def _compare(
         raise ValueError(f"the weights in {source} do not fit {what}: {'; '.join(said)}")
 
 
-def check_adapter_keys(source: Path, layout: Layout | None, settings: dict[str, Any]) -> None:
+def check_adapter_keys(source: Path, layout: AnyLayout | None, settings: dict[str, Any]) -> None:
     """Compare names and shapes with those that PEFT gives the adapter on its base.
 
     Raises:

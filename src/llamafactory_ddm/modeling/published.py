@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from .checkpoints import read_weights, weight_files
 from .diffusion_config import DiffusionConfig
+from .own_code import LLADA, LladaLayout
 
 _ADAPTER_PREFIX = "base_model.model."
 # Buffers of old GPT-2 files, and the autoregressive model that lies beside the other in DiffuGPT's .bin files.
@@ -71,6 +72,7 @@ class Layout:
         return (("embed_tokens.", self.embedding), ("denoise_model.", self.decoder), ("lm_head.", "lm_head."))
 
 
+AnyLayout = Layout | LladaLayout
 DIFFUGPT = Layout("DiffuGPT", decoder="transformer.", embedding="transformer.wte.")
 WRAPPED_LLAMA = Layout("DiffuLLaMA's wrapper", decoder="model.", embedding="model.embed_tokens.")
 LAYOUTS = {"gpt2": DIFFUGPT, "llama": WRAPPED_LLAMA}
@@ -101,17 +103,19 @@ TOKENS = {
 }
 
 
-def layout_of(keys: Iterable[str]) -> Layout | None:
+def layout_of(keys: Iterable[str]) -> AnyLayout | None:
     """Return the published layout that names of weights have, or None for Hugging Face's own."""
     bare = {key.removeprefix(_ADAPTER_PREFIX) for key in keys}
     if any(key.startswith("denoise_model.layers.") for key in bare):
         return WRAPPED_LLAMA
     if any(key.startswith("denoise_model.") for key in bare):
         return DIFFUGPT
+    if any(key.startswith("model.transformer.blocks.") for key in bare):
+        return LLADA
     return None
 
 
-def layout_of_folder(folder: str | Path) -> Layout | None:
+def layout_of_folder(folder: str | Path) -> AnyLayout | None:
     """Return the published layout of a folder's weights, or None for Hugging Face's own.
 
     Raises:
@@ -133,7 +137,7 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in read_weights(path).items()}
 
 
-def embedding_rows(folder: str | Path, layout: Layout | None) -> int:
+def embedding_rows(folder: str | Path, layout: AnyLayout | None) -> int:
     """Return how many rows the input embedding in a folder's weights has, 0 if it is not found."""
     names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
     for path in weight_files(Path(folder)):

@@ -1,0 +1,307 @@
+"""Miniatures of LLaDA and Dream in their own layouts, against a forward pass written out from their formulas."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamafactory_ddm import load
+from llamafactory_ddm.cli import main
+from llamafactory_ddm.modeling.bidirectional import make_bidirectional
+from llamafactory_ddm.modeling.checkpoints import stored_dtype
+from llamafactory_ddm.modeling.conversion import convert
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.modeling.own_code import LLADA
+from llamafactory_ddm.modeling.renaming import write_renamed
+from support.tiny import tiny_tokenizer
+
+ROWS, WIDTH, INNER, LAYERS, HEADS, KEY_HEADS = 288, 32, 48, 2, 4, 2
+HEAD = WIDTH // HEADS
+LLADA_CONFIG = {
+    "model_type": "llada",
+    "architectures": ["LLaDAModelLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    },
+    "activation_type": "silu",
+    "alibi": False,
+    "block_type": "llama",
+    "d_model": WIDTH,
+    "embedding_size": ROWS,
+    "vocab_size": ROWS,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "mask_token_id": 262,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "layer_norm_type": "rms",
+    "max_sequence_length": 64,
+    "mlp_hidden_size": INNER,
+    "mlp_ratio": 4,
+    "n_heads": HEADS,
+    "n_kv_heads": KEY_HEADS,
+    "n_layers": LAYERS,
+    "rms_norm_eps": 1e-5,
+    "rope": True,
+    "rope_theta": 500000.0,
+    "weight_tying": False,
+}
+DREAM_CONFIG = {
+    "model_type": "Dream",
+    "architectures": ["DreamModel"],
+    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_HEADS,
+    "vocab_size": ROWS,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "mask_token_id": 262,
+}
+
+
+def llada_weights():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator) * 0.2
+
+    weights = {
+        "model.transformer.wte.weight": draw(ROWS, WIDTH),
+        "model.transformer.ln_f.weight": 1 + draw(WIDTH),
+        "model.transformer.ff_out.weight": draw(ROWS, WIDTH),
+    }
+    shapes = {"q_proj": (WIDTH, WIDTH), "k_proj": (KEY_HEADS * HEAD, WIDTH), "v_proj": (KEY_HEADS * HEAD, WIDTH)}
+    shapes |= {"attn_out": (WIDTH, WIDTH), "ff_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH)}
+    shapes |= {"ff_out": (WIDTH, INNER)}
+    for number in range(LAYERS):
+        block = f"model.transformer.blocks.{number}."
+        weights |= {f"{block}{name}.weight": draw(*shape) for name, shape in shapes.items()}
+        weights |= {f"{block}{name}.weight": 1 + draw(WIDTH) for name in ("attn_norm", "ff_norm")}
+    return weights
+
+
+def by_formula(weights, ids, *, theta=500000.0, eps=1e-5, names=lambda name: name, biased=False):
+    """LLaDA's logits: RMSNorm, rotary angles on split halves, full attention, a gated SiLU, an output embedding."""
+    w = {name: weights[names(name)] for name in llada_weights()}
+
+    def norm(x, scale):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
+
+    def turn(x):  # [heads, length, HEAD]
+        angle = torch.arange(len(ids))[:, None] / theta ** (torch.arange(0, HEAD, 2) / HEAD)[None]
+        first, second = x[..., : HEAD // 2], x[..., HEAD // 2 :]
+        return torch.cat(
+            [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1
+        )
+
+    x = w["model.transformer.wte.weight"][ids]
+    for number in range(LAYERS):
+        b = f"model.transformer.blocks.{number}."
+        h = norm(x, w[b + "attn_norm.weight"])
+
+        def heads(name, count, h=h, b=b):
+            bias = weights[names(b + name + ".weight").replace("weight", "bias")] if biased else 0
+            return (h @ w[b + name + ".weight"].T + bias).view(len(ids), count, HEAD).transpose(0, 1)
+
+        q, k, v = turn(heads("q_proj", HEADS)), turn(heads("k_proj", KEY_HEADS)), heads("v_proj", KEY_HEADS)
+        k, v = (each.repeat_interleave(HEADS // KEY_HEADS, dim=0) for each in (k, v))
+        mixed = (q @ k.transpose(1, 2) / HEAD**0.5).softmax(-1) @ v
+        x = x + mixed.transpose(0, 1).reshape(len(ids), WIDTH) @ w[b + "attn_out.weight"].T
+        h = norm(x, w[b + "ff_norm.weight"])
+        inner = functional.silu(h @ w[b + "ff_proj.weight"].T) * (h @ w[b + "up_proj.weight"].T)
+        x = x + inner @ w[b + "ff_out.weight"].T
+    return norm(x, w["model.transformer.ln_f.weight"]) @ w["model.transformer.ff_out.weight"].T
+
+
+def write_shards(folder, weights, config, shards=2):
+    folder.mkdir()
+    index = {}
+    for number in range(shards):
+        part = dict(list(weights.items())[number::shards])
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        save_file(part, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|mdm_mask|>"], special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == 262
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def llada(tmp_path):
+    return write_shards(tmp_path / "llada", llada_weights(), LLADA_CONFIG)
+
+
+def all_weights(folder):
+    return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
+
+
+def bidirectional(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    make_bidirectional(model)
+    return model
+
+
+def test_llada_becomes_a_llama_and_comes_back(llada, tmp_path):
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert main(["convert", str(llada), str(there)]) == 0
+    ids = torch.tensor([5, 9, 262, 7, 30, 262, 11])
+    expected = by_formula(llada_weights(), ids)
+    with torch.no_grad():
+        found = bidirectional(there)(ids[None]).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    config = DiffusionConfig.load(there)
+    assert (config.mask_token, config.mask_token_id, config.shift) == ("<|mdm_mask|>", 262, False)
+    assert config.attention_ratio == 1.0
+    assert load(there).generate(max_new_tokens=5, num_samples=2)
+    assert main(["convert", str(there), str(back), "--published"]) == 0
+    before, after = all_weights(llada), all_weights(back)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    raw = json.loads((back / "config.json").read_text())
+    assert {key: raw[key] for key in LLADA_CONFIG if key != "auto_map"} == {
+        key: value for key, value in LLADA_CONFIG.items() if key != "auto_map"
+    }
+    convert(back, tmp_path / "again")
+    assert all(torch.equal(value, all_weights(there)[key]) for key, value in all_weights(tmp_path / "again").items())
+
+
+def test_dream_becomes_a_qwen2_and_comes_back(tmp_path):
+    layout = {name: LLADA.to_standard(name) for name in llada_weights()}
+    weights = {layout[name]: value for name, value in llada_weights().items()}
+    generator = torch.Generator().manual_seed(1)
+    for name in list(weights):
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            bias = torch.randn(len(weights[name]), generator=generator)
+            weights[name.replace("weight", "bias")] = bias
+    source = write_shards(tmp_path / "dream", weights, DREAM_CONFIG)
+    there, back = tmp_path / "there", tmp_path / "back"
+    convert(source, there)
+    ids = torch.tensor([5, 9, 262, 7, 30, 262, 11])
+    expected = by_formula(weights, ids, theta=1000000.0, eps=1e-6, names=layout.get, biased=True)
+    with torch.no_grad():
+        found = bidirectional(there)(ids[None]).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    config = DiffusionConfig.load(there)
+    assert (config.mask_token_id, config.shift) == (262, True)
+    convert(there, back, to_published=True)
+    assert all(torch.equal(value, weights[key]) for key, value in all_weights(back).items())
+    raw = json.loads((back / "config.json").read_text())
+    assert {key: raw[key] for key in DREAM_CONFIG} == DREAM_CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"block_type": "sequential"}, "no Llama underneath, as its config.json says block_type: 'sequential'"),
+        ({"alibi": True, "rope": False}, "alibi: True, rope: False"),
+        ({"d_model": None}, "config.json of this LLaDA lacks 'd_model'"),
+        ({"mask_token_id": 287}, "the mask of this LLaDA has id 287, which is no token of the tokenizer"),
+        ({"n_layers": 3}, r"missing model\.layers\.2\."),
+        ({"n_layers": 1}, r"unexpected model\.layers\.1\."),
+        ({"mlp_hidden_size": 47}, r"of another shape model\.layers\.0\.mlp\.down_proj\.weight"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_an_error(llada, tmp_path, change, words):
+    raw = {**LLADA_CONFIG, **change}
+    (llada / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    with pytest.raises(ValueError, match=words):
+        convert(llada, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_of_neither_layout():
+    for name in (
+        "model.transformer.blocks.0.other.weight",
+        "model.transformer.blocks.x.ff_out.weight",
+        "lm_head.weight",
+    ):
+        with pytest.raises(ValueError, match="is no name of the layout of LLaDA"):
+            LLADA.to_standard(name)
+    for name in llada_weights():
+        assert LLADA.to_published(LLADA.to_standard(name)) == name
+
+
+def test_converting_back_what_is_published(llada, tmp_path):
+    with pytest.raises(ValueError, match="has the layout of LLaDA already"):
+        convert(llada, tmp_path / "out", to_published=True)
+
+
+def test_a_config_that_is_broken(llada, tmp_path):
+    (llada / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        convert(llada, tmp_path / "out")
+
+
+def test_names_change_and_no_bit_does(tmp_path):
+    weights = {"a": torch.randn(3, 5), "b": torch.arange(4, dtype=torch.int8), "c": torch.randn(7).bfloat16()}
+    weights["empty"] = torch.zeros(0, 3)
+    save_file(weights, tmp_path / "in.safetensors")
+    names = {"a": "z", "b": None, "c": "x", "empty": "y"}
+    sizes = write_renamed(tmp_path / "in.safetensors", tmp_path / "out.safetensors", names.get)
+    assert sizes == {"z": 60, "x": 14, "y": 0}
+    again = load_file(tmp_path / "out.safetensors")
+    assert again.keys() == {"x", "y", "z"}
+    assert all(torch.equal(again[new], weights[old]) for old, new in names.items() if new is not None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_converting_takes_little_memory(tmp_path):
+    """A checkpoint of 400 MB in two files; a process that converts a small one is the measure."""
+    script = (
+        "import re, sys\n"
+        "from pathlib import Path\n"
+        "from llamafactory_ddm.modeling.conversion import convert\n"
+        "convert(sys.argv[1], sys.argv[2])\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+    )
+
+    def peak(name, rows):
+        weights = {**llada_weights(), **{k: torch.zeros(rows, WIDTH) for k in llada_weights() if rows and k in BIG}}
+        folder = write_shards(tmp_path / name, weights, {**LLADA_CONFIG, "embedding_size": rows, "vocab_size": rows})
+        done = subprocess.run(
+            [sys.executable, "-c", script, folder, tmp_path / f"{name}-out"],
+            capture_output=True,
+            text=True,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert "custom code" not in done.stdout + done.stderr
+        return int(done.stdout.split()[-1]) // 1024
+
+    small, large = peak("small", ROWS), peak("large", 1_600_000)
+    assert large - small < 100  # MB, of 400 read and 400 written
+
+
+BIG = ("model.transformer.wte.weight", "model.transformer.ff_out.weight")
+
+
+def test_the_dtype_of_a_file_is_read_from_its_header(tmp_path):
+    save_file({"a": torch.zeros(2, dtype=torch.int64), "b": torch.zeros(2).bfloat16()}, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path) == torch.bfloat16
+
+
+def test_the_tokenizer_is_the_published_one(llada, tmp_path):
+    convert(llada, tmp_path / "out")
+    one, two = (AutoTokenizer.from_pretrained(folder) for folder in (llada, tmp_path / "out"))
+    assert one.get_vocab() == two.get_vocab()
