@@ -15,7 +15,7 @@ from llamafactory_ddm.writing import Writer
 END, PAD, WORD, MASK, FIRST = 0, 1, 2, 3, 10
 WIDTH = 4
 CONFIG = DiffusionConfig("<|mask|>", MASK, False, "masked", 0.0, "linear", 1.0)
-SETTINGS = SamplingSettings(logits=LogitsConfig(temperature=0.0), diffusion_steps=24, early_stop="grow", grow_length=4)
+SETTINGS = SamplingSettings(logits=LogitsConfig(temperature=0.0), diffusion_steps=30, early_stop="grow", grow_length=4)
 
 
 class ByHeart:
@@ -44,23 +44,19 @@ class ByHeart:
         pass
 
 
-def writer(monkeypatch, **keys):
+def writer(monkeypatch, block=None, boasts=False, lengths=None, config=None):
+    ends = VariableLength("eos_pad", ("<|pad|>",), (PAD,), 32, block)
     made = Writer(
         SimpleNamespace(device="cpu"),
-        dataclasses.replace(
-            CONFIG,
-            variable_length=VariableLength("eos_pad", ("<|pad|>",), (PAD,), 32, keys["block"])
-            if "block" in keys
-            else None,
-        ),
+        config or dataclasses.replace(CONFIG, variable_length=ends),
         end_ids=[END, PAD],
         n_ids=64,
-        lengths=keys.get("lengths"),
+        lengths=lengths,
     )
 
     def denoiser(model, *, shift, is_padding, outputs, keep_hidden):
         length = [0] * 99 if is_padding is None else is_padding.sum(dim=1).tolist()
-        return ByHeart(length, keys.get("boasts", False))
+        return ByHeart(length, boasts)
 
     monkeypatch.setattr("llamafactory_ddm.writing.ModelDenoiser", denoiser)
     return made
@@ -135,36 +131,98 @@ def test_sizes_are_rounded_to_what_the_model_was_trained_on(monkeypatch):
     assert [len(one.canvas) for one in made.sized([canvas(2), canvas(7), canvas(30)], SETTINGS)] == [8, 16, 31]
 
 
-def test_the_places_of_each_predictor_reach_the_canvas(monkeypatch):
-    """Heads that know nothing say the same of all texts; the margin comes from the coverage."""
+def test_growing_takes_its_share_of_the_steps(monkeypatch):
+    """Six steps for thirty places are one for four places, and two for eight; not six for each part."""
+    made = writer(monkeypatch)
+    for length, steps in ((4, 1), (8, 2)):
+        few = dataclasses.replace(SETTINGS, diffusion_steps=6, grow_length=length)
+        written = made.write([canvas(11).cut(length)], few, ordinals=[0])[0]
+        assert written.canvas.n_editable == -(-12 // length) * length
+        assert written.forwards <= steps * written.canvas.n_editable // length < 6
+        assert written.ids[1:13] == [*[WORD] * 11, END]
+
+
+def predicting(name, coverage=0.95, **keys):
+    logits = LogitsConfig(temperature=0.0, **keys)
+    return dataclasses.replace(
+        SETTINGS, early_stop="predict", length_predictor=name, length_coverage=coverage, logits=logits
+    )
+
+
+def predictors():
+    """Heads that know nothing say the same of all texts."""
     heads = LengthHeads(WIDTH)
     torch.nn.init.zeros_(heads.regressor[2].weight)
     torch.nn.init.constant_(heads.regressor[2].bias, 2.0)  # exp(2) - 1 is 6.4 places
-    lengths = LengthPredictors(
-        heads,
-        {
-            "regressor": torch.linspace(0.0, 0.4, 9, dtype=torch.float64),
-            "belief": torch.full((9,), 0.1, dtype=torch.float64),
-            "expected": torch.full((9,), 0.5, dtype=torch.float64),
-        },
-    )
-    made = writer(monkeypatch, lengths=lengths)
-    assert made.end_ids == (END, PAD)
-    for name, coverage, places in (
+    margins = {
+        "regressor": torch.linspace(0.0, 0.4, 9, dtype=torch.float64),
+        "belief": torch.full((9,), 0.1, dtype=torch.float64),
+        "expected": torch.full((9,), 0.5, dtype=torch.float64),
+    }
+    return LengthPredictors(heads, margins, canvas=31)
+
+
+@pytest.mark.parametrize(
+    ("name", "coverage", "places"),
+    [
         ("regressor", 0.1, 7),  # margin 0
         ("regressor", 0.9, 11),  # margin 0.4: e^2.4 - 1 is 10.02
         ("regressor", 0.95, 30),  # more than nine texts can say
         ("belief", 0.9, 4),  # not below the coverage
         ("expected", 0.5, 8),  # 4 places: (1 + 4) e^0.5 - 1 is 7.2
+    ],
+)
+def test_the_places_of_each_predictor_reach_the_canvas(monkeypatch, name, coverage, places):
+    made = writer(monkeypatch, lengths=predictors())
+    found = made.sized([canvas(3)], predicting(name, coverage))[0]
+    assert (found.canvas.n_editable, found.forwards, found.computed) == (places, 1, 31)
+
+
+def test_margins_hold_where_they_were_fitted(monkeypatch):
+    """On another canvas, or with other probabilities, belief goes by the coverage and the rest is an error."""
+    made, settings = writer(monkeypatch, lengths=predictors()), predicting("belief", 0.05)
+    assert made.margin(settings, canvas(3)) == 0.1 == made.margin(settings, canvas(3).cut(5))
+    assert (
+        made.margin(settings, canvas(3, 20))
+        == made.margin(predicting("belief", 0.05, eos_penalty=1.0), canvas(3))
+        == 0.05
+    )
+    batch = [canvas(3), canvas(3, 20)]
+    assert len(made.sized(batch, settings)) == 2
+    for name, other, said in (
+        ("regressor", canvas(3, 20), r"they were fitted with cutoff_len: 31, and this canvas has 21 tokens"),
+        ("token_classifier", canvas(3), "they have not been fitted"),
     ):
-        settings = dataclasses.replace(SETTINGS, early_stop="predict", length_predictor=name, length_coverage=coverage)
-        found = made.sized([canvas(3)], settings)[0]
-        assert (name, coverage, found.canvas.n_editable) == (name, coverage, places)
-    with pytest.raises(ValueError, match="length_predictor: token_classifier has no margin before it is calibrated"):
-        made.sized([canvas(3)], dataclasses.replace(settings, length_predictor="token_classifier"))
+        with pytest.raises(ValueError, match=f"length_predictor: {name} needs a margin .*{said}"):
+            made.sized([other], predicting(name))
+    with pytest.raises(ValueError, match=r"expected needs a margin .* without eos_penalty and with ends that may be"):
+        made.sized([canvas(3)], predicting("expected", eos_penalty=1.0))
+    with pytest.raises(ValueError, match=r"expected needs a margin .* without eos_penalty and with ends that may be"):
+        made.sized([canvas(3)], predicting("expected", suppress=(PAD,)))
+
+
+def test_a_penalty_gives_a_text_more_places(monkeypatch):
+    """What makes an end less probable makes the places more, for predict and for grow."""
+    made = writer(monkeypatch)
+    for way in ("predict", "grow"):
+        plain, late = (dataclasses.replace(predicting("belief", eos_penalty=p), early_stop=way) for p in (0.0, 40.0))
+        assert made.sized([canvas(3)], plain)[0].canvas.n_editable == 4
+        assert made.sized([canvas(3)], late)[0].canvas.n_editable == 30
+
+
+@pytest.mark.parametrize("way", ["predict", "grow"])
+def test_where_no_size_can_be_told(monkeypatch, way):
+    settings = dataclasses.replace(SETTINGS, early_stop=way)
+    gap = canvas_of([[FIRST + 2], 4, [WORD]])
+    with pytest.raises(ValueError, match=rf"early_stop: {way} gives a text fewer places .*infilling.*early_stop: eos"):
+        writer(monkeypatch).sized([gap], settings)
+    with pytest.raises(ValueError, match=rf"early_stop: {way} needs a model that has learnt to write padding"):
+        writer(monkeypatch, config=CONFIG).sized([canvas(3)], settings)
+    padding = dataclasses.replace(CONFIG, train_on_padding=True)
+    assert writer(monkeypatch, config=padding).sized([canvas(3)], settings)[0].canvas.n_editable == 4
 
 
 def test_heads_of_another_model(monkeypatch):
-    made = writer(monkeypatch, lengths=LengthPredictors(LengthHeads(WIDTH + 2), {}))
+    made = writer(monkeypatch, lengths=LengthPredictors(LengthHeads(WIDTH + 2), {}, 31))
     with pytest.raises(ValueError, match=r"fitted on a model of width 6, this one has 4.*fit-length"):
         made.sized([canvas(3)], dataclasses.replace(SETTINGS, early_stop="predict"))

@@ -15,9 +15,10 @@ length_coverage are the predictors'. An example: examples/varlen_fit_length.yaml
 
 def main(words: list[str]) -> int:
     """Run the command; returns the exit status."""
-    if not words or words[0] in ("-h", "--help"):
-        print(USAGE, end="", file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
+    if not words or words[0] in ("-h", "--help") or not words[0].endswith((".yaml", ".yml", ".json")):
+        asked = bool(words) and words[0] in ("-h", "--help")
+        print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     from ._autoload import activate
 
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process; upstream refuses several devices otherwise
@@ -27,7 +28,8 @@ def main(words: list[str]) -> int:
     from .evaluation.length_metrics import as_table
     from .integration.length_fitting import fit
 
-    sys.argv = ["llamafactory-ddm fit-length", *words]
+    # The margins are for this way of stopping, so that length_coverage has its meaning.
+    sys.argv = ["llamafactory-ddm fit-length", words[0], "early_stop=predict", *words[1:]]
     try:
         path, found = fit(*get_train_args()[:4])
     except (ValueError, OSError) as error:

@@ -8,7 +8,7 @@ print(model.generate("Tom saw a small")[0])
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Generated:
         text: the whole text, with what was given.
         n_tokens: tokens written that are part of `predict`; what stood behind an end-of-text token does not count.
         forwards: forwards that they took.
-        computed: tokens that went through the model for them, without other texts' padding.
+        computed: tokens that went through the model for them, padding up to the longest of the batch included.
         trace: how the text came about, if asked for.
     """
 
@@ -51,7 +51,7 @@ class Generated:
     text: str
     n_tokens: int
     forwards: int
-    computed: int
+    computed: int = field(compare=False)
     trace: Trace | None = None
 
 
@@ -162,7 +162,7 @@ class TextGenerator:
                 predictor is not fitted.
         """
         settings.strategy()
-        self.writer.check(settings)
+        self.writer.check(canvases, settings)
         for number, canvas in enumerate(canvases):
             with saying(f"text {number}"):
                 steps_of_blocks(
@@ -192,10 +192,6 @@ class TextGenerator:
     def sized(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[Sized]:
         """Cut canvases of one batch to the size that `early_stop` asks for; see `writing.Writer.sized`."""
         return self.writer.sized(canvases, settings)
-
-    def margin(self, settings: SamplingSettings) -> float | None:
-        """Return the margin of the length predictor that the settings use, or None if they use none."""
-        return self.writer.margin(settings) if settings.early_stop == "predict" else None
 
     def sample_batch(
         self,

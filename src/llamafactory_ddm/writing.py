@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Sized:
     Attributes:
         canvas: with the places that were cut off as room.
         forwards: that it took to see.
-        computed: tokens that went through the model for it.
+        computed: tokens that went through the model for it, padding included.
     """
 
     canvas: Canvas
@@ -46,14 +46,14 @@ class Written:
         ids: of all its places.
         committed: the step that wrote each, -1 where a token was given or lies behind the end.
         forwards: calls of the model that the text needed.
-        computed: tokens that went through the model for it, without other texts' padding.
+        computed: tokens that went through the model for it, padding up to the longest of the batch included.
     """
 
     canvas: Canvas
     ids: list[int]
     committed: list[int]
     forwards: int
-    computed: int
+    computed: int = field(compare=False)
 
 
 class Writer:
@@ -83,34 +83,61 @@ class Writer:
         self.lengths = lengths
         self._n_ids = n_ids
 
-    def margin(self, settings: SamplingSettings) -> float:
-        """Return the margin of the length predictor: the calibrated one, or what the coverage itself says.
+    def margin(self, settings: SamplingSettings, canvas: Canvas) -> float:
+        """Return the margin of the length predictor on a canvas: the calibrated one, or what the coverage itself says.
 
         Raises:
-            ValueError: if the predictor needs to be fitted and is not.
+            ValueError: if there is no calibrated one and the predictor has no other.
         """
-        name, coverage = settings.length_predictor, settings.length_coverage
-        known = None if self.lengths is None else self.lengths.least_margins.get(name)
-        if known is None:
-            return default_margin(name, coverage)
-        return calibrated_margin(name, known, coverage)
+        name, coverage, why = settings.length_predictor, settings.length_coverage, self.uncalibrated(settings, canvas)
+        if why is not None or self.lengths is None:
+            return default_margin(name, coverage, why or "")
+        return calibrated_margin(name, self.lengths.least_margins[name], coverage)
 
-    def check(self, settings: SamplingSettings) -> None:
+    def uncalibrated(self, settings: SamplingSettings, canvas: Canvas) -> str | None:
+        """Return why the fitted margins do not hold for a canvas and settings, or None if they do."""
+        if self.lengths is None or settings.length_predictor not in self.lengths.least_margins:
+            return "they have not been fitted"
+        whole = len(canvas) + canvas.room
+        if whole != self.lengths.canvas:
+            return f"they were fitted with cutoff_len: {self.lengths.canvas}, and this canvas has {whole} tokens"
+        if settings.logits.eos_penalty or set(settings.logits.suppress) & set(self.end_ids):
+            return "they were fitted without eos_penalty and with ends that may be written"
+        return None
+
+    def check(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
         """Find before the first forward what the size of canvases would fail on.
 
         Raises:
             ValueError: see `sized`.
         """
-        if settings.early_stop in ("predict", "grow") and not self.end_ids:
+        way = settings.early_stop
+        if way not in ("predict", "grow"):
+            return
+        if not self.end_ids:
             raise ValueError("the length of a text cannot be predicted: the tokenizer has no end-of-text token")
-        if settings.early_stop == "predict":
-            self.margin(settings)
+        if self.config.variable_length is None and not self.config.train_on_padding:
+            raise ValueError(
+                f"early_stop: {way} needs a model that has learnt to write padding behind the end of a text, and this "
+                "one was trained without variable_length; train it so, or take early_stop: eos"
+            )
+        for canvas in canvases:
+            if not all(canvas.editable[canvas.editable.index(True) :]):
+                raise ValueError(
+                    f"early_stop: {way} gives a text fewer places at its end, and here tokens are given behind them "
+                    "(infilling); take early_stop: eos"
+                )
+            if way == "predict":
+                self.margin(settings, canvas)
 
-    def first_step(self, canvases: Sequence[Canvas], *, keep_hidden: bool = False) -> tuple[FirstStep, Tensor | None]:
+    def first_step(
+        self, canvases: Sequence[Canvas], settings: SamplingSettings | None = None, *, keep_hidden: bool = False
+    ) -> tuple[FirstStep, Tensor | None]:
         """Return what one forward sees with nothing written, with what fitted heads say of it.
 
         Args:
             canvases: of one batch.
+            settings: whose suppressed tokens and eos_penalty count; None for the model's own distribution.
             keep_hidden: whether to return the hidden states too, [n_editable, width] in row-major order.
         Raises:
             ValueError: if the heads are those of another model.
@@ -120,7 +147,13 @@ class Writer:
         try:
             x, editable = batch.x.to(self.model.device), batch.editable.to(self.model.device)
             ended = end_probability(
-                denoiser, x, editable=editable, mask_id=self.config.mask_token_id, end_ids=self.end_ids
+                denoiser,
+                x,
+                editable=editable,
+                mask_id=self.config.mask_token_id,
+                end_ids=self.end_ids,
+                suppress=() if settings is None else settings.logits.suppress,
+                eos_penalty=0.0 if settings is None else settings.logits.eos_penalty,
             )
             hidden = denoiser.hidden
         finally:
@@ -142,36 +175,37 @@ class Writer:
         """Cut canvases to the size that the settings ask for, before anything is written.
 
         Args:
-            canvases: of one batch; one that goes on behind its editable places stays as it is.
+            canvases: of one batch.
             settings: with `early_stop: predict` the length predictor says the size; with `grow` a canvas begins with
                 `grow_length` places and gets so many more while the model does not believe that the text ends in it.
         Raises:
-            ValueError: if there is no token that ends a text, or the predictor needs to be fitted and is not.
+            ValueError: if there is no token that ends a text, the model has not learnt to write padding, tokens are
+                given behind the places to be written, or the predictor has no margin that holds.
         """
-        self.check(settings)
+        self.check(canvases, settings)
         if settings.early_stop == "predict":
-            predictor, margin = PREDICTORS[settings.length_predictor], self.margin(settings)
-            step, _ = self.first_step(canvases)
-            needed = predictor.places(step, margin).tolist()
-            return [
-                Sized(self._rounded(canvas, n), 1, len(canvas)) for canvas, n in zip(canvases, needed, strict=True)
-            ]
+            margins = torch.tensor([self.margin(settings, canvas) for canvas in canvases], dtype=torch.float64)
+            step, _ = self.first_step(canvases, settings)
+            needed = PREDICTORS[settings.length_predictor].places(step, margins).tolist()
+            width = max(map(len, canvases))
+            return [Sized(self.rounded(canvas, n), 1, width) for canvas, n in zip(canvases, needed, strict=True)]
         if settings.early_stop != "grow":
             return [Sized(canvas) for canvas in canvases]
-        result = [Sized(self._rounded(canvas, settings.grow_length)) for canvas in canvases]
+        result = [Sized(self.rounded(canvas, settings.grow_length)) for canvas in canvases]
         todo = [number for number, one in enumerate(result) if one.canvas.room]
         while todo:
-            step, _ = self.first_step([result[number].canvas for number in todo])
+            step, _ = self.first_step([result[number].canvas for number in todo], settings)
             believed = step.ended.masked_fill(~step.editable, 0.0).amax(dim=1) > settings.length_coverage
+            width = step.editable.shape[1]
             for number, is_enough in zip(todo, believed.tolist(), strict=True):
                 one = result[number]
                 canvas = one.canvas if is_enough else self._longer(one.canvas, settings.grow_length)
-                result[number] = Sized(canvas, one.forwards + 1, one.computed + len(one.canvas))
+                result[number] = Sized(canvas, one.forwards + 1, one.computed + width)
             todo = [n for n, is_enough in zip(todo, believed.tolist(), strict=True) if not is_enough]
             todo = [number for number in todo if result[number].canvas.room]
         return result
 
-    def _rounded(self, canvas: Canvas, n_editable: int) -> Canvas:
+    def rounded(self, canvas: Canvas, n_editable: int) -> Canvas:
         """Return the canvas cut to so many places, or a few more: to a length that the model was trained on."""
         ends = self.config.variable_length
         block = 1 if ends is None or ends.block is None else ends.block
@@ -180,7 +214,7 @@ class Writer:
 
     def _longer(self, canvas: Canvas, n_more: int) -> Canvas:
         whole = canvas.grown(canvas.room)
-        return self._rounded(whole, canvas.n_editable + n_more)
+        return self.rounded(whole, canvas.n_editable + n_more)
 
     def write(
         self,
@@ -200,11 +234,13 @@ class Writer:
         Raises:
             ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
         """
-        result = self._once(canvases, settings, ordinals, watch, 0)
-        while settings.early_stop == "grow":
+        if settings.early_stop != "grow":
+            return self._once(canvases, settings, ordinals, watch, 0)
+        result = self._in_steps(canvases, canvases, settings, ordinals, watch, 0)
+        while True:
             todo = [number for number, one in enumerate(result) if one.canvas.room and not self._has_ended(one)]
             if not todo:
-                break
+                return result
             longer = [self._longer(result[number].canvas, settings.grow_length) for number in todo]
             grown = [
                 result[number].canvas.given(result[number].ids).grown(len(canvas) - len(result[number].ids))
@@ -212,10 +248,37 @@ class Writer:
             ]
             settings = replace(settings, seed=(settings.seed + _NEXT_SEED) % 2**64)
             shown = max(max(result[number].committed) for number in todo) + 1
-            more = self._once(grown, settings, [ordinals[number] for number in todo], watch, shown)
+            own = [ordinals[number] for number in todo]
+            more = self._in_steps(grown, longer, settings, own, watch, shown)
             for number, canvas, new in zip(todo, longer, more, strict=True):
                 result[number] = _continued(result[number], canvas, new)
-        return result
+
+    def _in_steps(
+        self,
+        canvases: Sequence[Canvas],
+        whole: Sequence[Canvas],
+        settings: SamplingSettings,
+        ordinals: Sequence[int],
+        watch: Watch | None,
+        first_step: int,
+    ) -> list[Written]:
+        """Write on parts of canvases, each in its share of the steps of the whole; parts of equal steps together."""
+        steps = []
+        for part, canvas in zip(canvases, whole, strict=True):
+            places = canvas.n_editable + canvas.room
+            steps.append(-(-settings.diffusion_steps * part.n_editable // places))
+        result: dict[int, Written] = {}
+        for count in sorted(set(steps)):
+            own = [number for number, its in enumerate(steps) if its == count]
+            written = self._once(
+                [canvases[number] for number in own],
+                replace(settings, diffusion_steps=count),
+                [ordinals[number] for number in own],
+                watch,
+                first_step,
+            )
+            result |= dict(zip(own, written, strict=True))
+        return [result[number] for number in range(len(canvases))]
 
     def _has_ended(self, written: Written) -> bool:
         pairs = zip(written.ids, written.canvas.editable, strict=True)
@@ -275,7 +338,7 @@ class Writer:
             strict=True,
         )
         return [
-            Written(canvas, ids[-len(canvas) :], steps[-len(canvas) :], forwards, forwards * len(canvas))
+            Written(canvas, ids[-len(canvas) :], steps[-len(canvas) :], forwards, forwards * output.sequences.shape[1])
             for canvas, ids, steps, forwards in columns
         ]
 

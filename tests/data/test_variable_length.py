@@ -53,8 +53,8 @@ def test_a_template_that_goes_on_after_the_end_or_lacks_one():
     bare = {"input_ids": [EOS, 6], "labels": [-100, 6]}  # the end in the prompt is none
     batch = as_lists(collator([chat, bare]))
     assert batch["end"] == [2, 2]
-    assert batch["input_ids"] == [[5, 6, 0, 8, 9, 9], [0, 6, 0, 9, 9, 9]]
-    assert batch["is_pad"] == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
+    assert batch["input_ids"] == [[5, 6, 0, 9, 9, 9], [0, 6, 0, 9, 9, 9]]
+    assert batch["is_pad"] == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
 
 
 def test_of_several_turns_the_last_end_counts():

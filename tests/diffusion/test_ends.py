@@ -88,7 +88,7 @@ def test_the_loss_of_what_is_scored_is_an_evidence_bound(name):
         rows=rows,
     )
     weight = token_weight(t, drawn.maskable, schedule, "elbo", "tokens", row=drawn.weight)
-    mean = float((weight * drawn.is_masked * nll).sum() / n)
+    mean = float((weight * drawn.is_scored * nll).sum() / n)
     keep = ratio * 4 / (0.75 * 5)
     assert mean == pytest.approx(float(nll[:5].sum() + keep * nll[5:].sum()), rel=0.02)
 
@@ -148,7 +148,7 @@ def test_shares_and_windows_grow_with_the_optimiser_step():
     rows = torch.arange(400)
     for method in ("elbo", "counts"):
         noise = EndNoise(pad_mask_ratio=0.4, pad_anneal_steps=10, pad_mask_method=method)
-        pads = [int(draw(noise, rows, step).is_masked[:, 6:].sum()) for step in (0, 5, 10)]
+        pads = [int(draw(noise, rows, step).is_scored[:, 6:].sum()) for step in (0, 5, 10)]
         assert pads[0] == 0 < pads[1] < pads[2], method
     with pytest.raises(ValueError, match="must not be negative"):
         risen(-1, 3)
@@ -165,6 +165,35 @@ def test_window_rows_are_weighted_as_linear_noise_of_their_level():
     torch.testing.assert_close(some.weight[ordinary], 1 / draw_time(0, rows)[ordinary])
 
 
+def test_pads_that_are_not_scored_are_hidden_as_ever():
+    """What the model sees does not depend on the share: in generation no pad is given either."""
+    rows = torch.arange(500)
+    plain, few = (draw(EndNoise(pad_mask_ratio=ratio), rows, 0) for ratio in (None, 0.1))
+    assert torch.equal(few.is_masked, plain.is_masked)
+    assert 0 < int(few.is_scored[:, 6:].sum()) < int(plain.is_scored[:, 6:].sum()) / 2
+    assert torch.equal(few.is_scored[:, :6], plain.is_scored[:, :6])
+
+
+@pytest.mark.parametrize("method", ["elbo", "counts"])
+def test_window_rows_keep_to_the_share_of_pads(method):
+    """All that lies behind the end is hidden, but only so many pads are scored: 0.4 of 9 tokens if 5 are none."""
+    n = 4000
+    rows = torch.arange(n)
+    keys = {"pad_mask_ratio": 0.3, "pad_anneal_steps": 10, "pad_mask_method": method}
+    noise = EndNoise(**keys, eos_window_ratio=1.0, eos_window_max=4)
+    for step, ratio in ((0, 0.0), (10, 0.3)):
+        drawn = draw(noise, rows, step)
+        assert bool(drawn.is_masked[:, 5:].all())  # "g tttt e pppp": the end and the pads
+        assert bool((drawn.is_scored <= drawn.is_masked).all()) and bool((drawn.is_scored <= drawn.maskable).all())
+        assert bool((drawn.is_scored[:, 1:6] == drawn.is_masked[:, 1:6]).all())
+        kept = ratio * 5 / (1 - ratio) / 4  # of the pads, so that a share `ratio` of those and 5 tokens is pads
+        assert float(drawn.maskable[:, 6:].double().mean()) == pytest.approx(kept, abs=0.02)
+        count = (drawn.maskable.sum(dim=1), drawn.is_scored.sum(dim=1))
+        torch.testing.assert_close(drawn.weight, count[0] / count[1])
+    plain = draw(EndNoise(eos_window_ratio=1.0, eos_window_max=4), rows, 0)
+    assert torch.equal(plain.is_scored, plain.is_masked) and bool(plain.maskable[:, 1:].all())
+
+
 @pytest.mark.parametrize("method", ["elbo", "counts"])
 def test_one_batch_equals_its_micro_batches_and_ranks(method):
     noise = EndNoise(pad_mask_ratio=0.3, pad_mask_method=method, eos_window_ratio=0.5, eos_window_max=3)
@@ -172,7 +201,7 @@ def test_one_batch_equals_its_micro_batches_and_ranks(method):
     whole = draw(noise, rows, 3)
     for low in range(0, 12, 4):
         part = draw(noise, rows[low : low + 4], 3)
-        for name in ("maskable", "is_masked", "weight"):
+        for name in ("maskable", "is_masked", "is_scored", "weight"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[low : low + 4]), name
 
 

@@ -6,8 +6,10 @@ import shutil
 import pytest
 
 from llamafactory_ddm import SamplingSettings, load
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.length_heads import FILE_NAME, REPORT_NAME, LengthPredictors
 from llamafactory_ddm.sampling.length import PREDICTORS
+from llamafactory_ddm.writing import Writer
 from support.cli import ROOT, predictions, run, train_here
 
 RECIPE = "examples/varlen_fit_length.yaml"
@@ -101,11 +103,55 @@ def test_each_predictor_decides_how_many_places_there_are(fitted, trained, answe
     assert any(computed[name, 0.3] < computed[name, 0.8] for name in PREDICTORS)
     generator = load(folder)  # finds them too
     settings = SamplingSettings(early_stop="predict", length_predictor="regressor", length_coverage=0.5)
-    assert len(generator.generate("Tom has", max_new_tokens=40, settings=settings)) == 1
-    with pytest.raises(ValueError, match=r"length_predictor: regressor has no margin before .* or use belief"):
+    whole = 64 - len(generator.from_prompt("Tom has", 1)) + 1
+    assert len(generator.generate("Tom has", max_new_tokens=whole, settings=settings)) == 1
+    with pytest.raises(ValueError, match=r"with cutoff_len: 64, and this canvas has \d+ tokens"):
+        generator.generate("Tom has", max_new_tokens=whole - 1, settings=settings)
+    with pytest.raises(ValueError, match=r"with cutoff_len: 64, and this canvas has 80 tokens"):
+        answers(folder, early_stop="predict", length_predictor="regressor", cutoff_len=80)
+    with pytest.raises(ValueError, match=r"regressor needs a margin .* have not been fitted; .* or use belief"):
         answers(trained, early_stop="predict", length_predictor="regressor")
-    with pytest.raises(ValueError, match="regressor has no margin before"):
-        load(trained).generate("Tom has", settings=settings)
+
+
+def test_the_belief_says_where_it_has_no_margin(fitted, answers, caplog):
+    folder, _ = fitted
+    answers(folder, early_stop="predict", cutoff_len=80)
+    said = "belief goes by length_coverage itself, without margins: they were fitted with cutoff_len: 64"
+    assert said in caplog.text
+    caplog.clear()
+    answers(folder, early_stop="predict")
+    assert "without margins" not in caplog.text
+
+
+def test_the_blocks_of_a_checkpoint_are_those_of_generation(finetune, answers, tmp_path):
+    """No key of the YAML repeats pad_block_length, and a run that does not train changes nothing of the checkpoint."""
+    keys = {"variable_length": "eos_pad", "pad_block_length": 16, "pad_extra_blocks": 1}
+    model = finetune(tmp_path / "model", **keys)
+    before = (model / "diffusion_config.json").read_text()
+    stored = DiffusionConfig.load(model).variable_length
+    assert (stored.block, stored.extra, stored.canvas) == (16, 1, 64)
+    seen = []
+    rounded = Writer.rounded
+
+    def watched(self, canvas, n):
+        result = rounded(self, canvas, n)
+        seen.append(len(result))
+        return result
+
+    Writer.rounded = watched
+    try:
+        answers(model, early_stop="predict", length_coverage=0.001)
+        assert seen and all(length % 16 == 0 for length in seen)
+        seen.clear()
+        answers(model, early_stop="grow", length_coverage=0.001)
+        assert seen and all(length % 16 == 0 for length in seen)
+    finally:
+        Writer.rounded = rounded
+    assert (model / "diffusion_config.json").read_text() == before
+    more = finetune(tmp_path / "more", model_name_or_path=model)
+    assert DiffusionConfig.load(more).variable_length == stored
+    other = finetune(tmp_path / "other", model_name_or_path=model, pad_block_length=8)
+    assert DiffusionConfig.load(other).variable_length.extra is None
 
 
 def test_predictors_of_old_weights_are_removed(fitted, small_data, tmp_path, caplog):
@@ -125,7 +171,7 @@ def test_an_adapter_and_documents(adapter, checkpoint, finetune, train_small, wo
     done = fit(RECIPE, *words(checkpoint, adapter_name_or_path=own, finetuning_type="lora"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (own / FILE_NAME).is_file() and not (checkpoint / FILE_NAME).exists()
-    assert load(own).margin(SamplingSettings(early_stop="predict", length_predictor="expected", length_coverage=0.5))
+    assert load(own).writer.lengths.canvas == 64
     documents = train_small(tmp_path / "documents", packing=False, cutoff_len=64, variable_length="eos_pad")
     keys = {"stage": "ddm", "dataset": "tiny_corpus_train", "val_size": 30, "cutoff_len": 64}
     given = [word for word in words(documents, **keys) if not word.startswith("eval_dataset")]
@@ -150,6 +196,7 @@ def test_an_adapter_and_documents(adapter, checkpoint, finetune, train_small, wo
         ({"eval_dataset": "tiny_nothing"}, "tiny_nothing"),
         ({"max_samples": 3}, "held-out texts are too few"),
         ({"variable_length": "none"}, "was not trained with variable_length"),
+        ({"streaming": True}, "streaming: true does not go with fit-length"),
     ],
     ids=str,
 )
@@ -163,9 +210,19 @@ def test_mistakes_are_explained(keys, said, trained, finetuned, words, tmp_path)
     assert not (trained / FILE_NAME).exists()
 
 
+def test_the_prompt_is_never_part_of_the_answer(fitted, trained, words, tmp_path):
+    """train_on_prompt and keys of training change nothing, and are said to."""
+    shutil.copytree(trained, tmp_path / "model")
+    done = fit(RECIPE, *words(tmp_path / "model", train_on_prompt=True, warmup_steps=3))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "warmup_steps: of training, and of no meaning here; learning_rate" in done.stdout + done.stderr
+    one, two = (LengthPredictors.find(folder).least_margins for folder in (fitted[0], tmp_path / "model"))
+    assert one["regressor"].tolist() == pytest.approx(two["regressor"].tolist(), abs=1e-4)
+
+
 def test_the_command_says_how_it_is_used():
     assert fit("--help").returncode == 0 and "usage: llamafactory-ddm fit-length" in fit("--help").stdout
-    assert fit().returncode == 2
+    assert fit().returncode == 2 and fit("--model_name_or_path", "x").returncode == 2
     missing = fit("nowhere.yaml")
     assert missing.returncode == 1 and "nowhere.yaml" in missing.stderr and "Traceback" not in missing.stderr
 
@@ -209,7 +266,8 @@ def test_ends_that_are_penalised_or_late(trained, answers):
         ({"length_coverage": 0.5}, "length_coverage: 0.5 is read by early_stop: predict and grow only"),
         ({"early_stop": "grow", "grow_length": 0}, "grow_length must be at least 1"),
         ({"eos_last": True, "denoising_strategy": "random"}, "eos_last: true needs a denoising_strategy that goes by"),
-        ({"early_stop": "grow", "guidance_scale": 2.0}, "early_stop: grow does not go with guidance_scale"),
+        ({"early_stop": "grow", "guidance_scale": 2.0}, "early_stop: grow does not go with guidance_scale: 2.0"),
+        ({"early_stop": "predict", "guidance_scale": 2.0}, "early_stop: predict does not go with guidance_scale"),
         ({"eos_penalty": "much"}, "eos_penalty must lie in"),
     ],
     ids=str,

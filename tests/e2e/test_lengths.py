@@ -97,7 +97,7 @@ def test_no_pad_is_ever_text(trained, tmp_path):
     texts += generator.generate(infill="Tom <|infill:8|> apples <|infill:4|>.")
     assert not any("pad" in text and "<|" in text for text in texts)
     canvases = [generator.from_prompt("Tom has", 24)] * 2
-    settings = SamplingSettings(stop_at_end=False)
+    settings = SamplingSettings(early_stop="none")
     assert min(result.n_tokens for result in generator.sample_batch(canvases, settings, ordinals=[0, 1])) < 24
 
 
@@ -182,6 +182,11 @@ def test_an_adapter_needs_a_place_for_new_pads(checkpoint, finetune, tmp_path):
     with pytest.raises(ValueError, match=r"the pad tokens <\|pad\|> are new to the model.*additional_target"):
         finetune(tmp_path / "out", recipe=LORA, variable_length="eos_pad")
     finetune(tmp_path / "eos", recipe=LORA, variable_length="eos_eos")
+    with pytest.raises(ValueError, match="finetuning_type: freeze would not train their embeddings; finetune in full"):
+        finetune(tmp_path / "out", finetuning_type="freeze", variable_length="rainbow")
+    plain = finetune(tmp_path / "plain", recipe=LORA)
+    with pytest.raises(ValueError, match=r"that goes on training does not hold .* create_new_adapter: true"):
+        finetune(tmp_path / "out", recipe=LORA, adapter_name_or_path=str(plain), variable_length="rainbow")
     out = finetune(tmp_path / "out", recipe=LORA, variable_length="eos_pad", additional_target="wte")
     assert load(out).generate(max_new_tokens=4)
     more = finetune(tmp_path / "more", recipe=LORA, adapter_name_or_path=str(out))

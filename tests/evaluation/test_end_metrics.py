@@ -8,6 +8,7 @@ from llamafactory_ddm.evaluation.end_metrics import (
     EndRows,
     columns,
     hidden_after_revealing,
+    last_text,
     metrics,
     statistics,
 )
@@ -123,3 +124,10 @@ def test_rows_without_an_end_do_not_count():
     assert nothing.shape == (3, columns()) and int(nothing.count_nonzero()) == 0
     with pytest.raises(ValueError, match="no row has an end to be found"):
         metrics(nothing.sum(dim=0))
+
+
+def test_earlier_answers_of_a_chat_are_given():
+    """Of two answers the first one's end is none that is looked for."""
+    maskable = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]).bool()
+    found = last_text(maskable, torch.tensor([6, 3, 5])).int().tolist()
+    assert found == [[0, 0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1], [1] * 8]

@@ -63,6 +63,23 @@ def test_the_metrics_by_hand(name, coverage):
     )
 
 
+def test_places_are_rounded_as_generation_does():
+    """A canvas of 3 given tokens and 12 places ends at 4, 8, 12 or 15 tokens."""
+    steps, needed = batches()
+    given = [torch.full_like(n, 3) for n in needed]
+    plain = length_metrics(steps, needed, 0.9)
+    found = length_metrics(steps, needed, 0.9, given=given, block=4)
+    for name in PREDICTORS:
+        assert found[name]["tokens_saved"] < plain[name]["tokens_saved"]
+        assert found[name]["not_too_short"] >= plain[name]["not_too_short"]
+        saved = found[name]["tokens_saved"] * sum(map(len, needed))
+        assert saved == pytest.approx(round(saved))
+    nothing = torch.zeros(5, PLACES)
+    one = FirstStep(torch.ones(5, PLACES, dtype=torch.bool), nothing, torch.ones(5), nothing)
+    everything = length_metrics([one], [torch.full((5,), 2)], 1.0, given=[torch.zeros(5, dtype=torch.int64)], block=5)
+    assert everything["belief"]["tokens_saved"] == 0.0  # never beyond the canvas
+
+
 def test_what_calibrates_is_in_the_order_of_the_texts():
     steps, needed = batches()
     found = least_margins(steps, needed)

@@ -62,12 +62,12 @@ def test_the_mean_is_that_of_each_row():
 
 
 def test_the_file_gives_back_what_was_saved(tmp_path):
-    predictors = LengthPredictors(LengthHeads(WIDTH), {"belief": torch.tensor([0.5, 0.25], dtype=torch.float64)})
+    predictors = LengthPredictors(LengthHeads(WIDTH), {"belief": torch.tensor([0.5, 0.25], dtype=torch.float64)}, 64)
     assert LengthPredictors.find(tmp_path) is None
     path = predictors.save(tmp_path)
     again = LengthPredictors.find(tmp_path)
     assert path.name == FILE_NAME and [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
-    assert again.least_margins["belief"].tolist() == [0.25, 0.5]
+    assert again.least_margins["belief"].tolist() == [0.25, 0.5] and again.canvas == 64
     for name, value in predictors.heads.state_dict().items():
         assert torch.equal(again.heads.state_dict()[name], value)
 
@@ -81,7 +81,7 @@ def newer(path):
 
 
 def other_width(path):
-    save_file(load_file(path), path, {"format_version": "1", "width": str(2 * WIDTH)})
+    save_file(load_file(path), path, {"format_version": "1", "width": str(2 * WIDTH), "canvas": "64"})
 
 
 def foreign(path):
@@ -98,6 +98,6 @@ def foreign(path):
     ],
 )
 def test_a_file_that_cannot_be_read(tmp_path, spoil, words):
-    spoil(LengthPredictors(LengthHeads(WIDTH), {}).save(tmp_path))
+    spoil(LengthPredictors(LengthHeads(WIDTH), {}, 64).save(tmp_path))
     with pytest.raises(ValueError, match=rf"{FILE_NAME} cannot be read \(.*{words}.*fit-length"):
         LengthPredictors.find(tmp_path)

@@ -38,6 +38,24 @@ def test_the_probability_of_an_end_or_a_pad():
             assert float(found[row, column]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_what_is_penalised_or_suppressed_is_less_probable():
+    """Against the softmax of logits that were changed by hand."""
+    scores = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
+    found = end_probability(
+        lambda z, place: scores[place],
+        torch.zeros(1, 2, dtype=torch.int64),
+        editable=torch.ones(1, 2, dtype=torch.bool),
+        mask_id=MASK,
+        end_ids=[END, PAD],
+        suppress=[PAD, 3],
+        eos_penalty=0.8,
+    )
+    changed = scores.clone()
+    changed[:, END] -= 0.8
+    changed[:, [PAD, 3, MASK]] = float("-inf")
+    torch.testing.assert_close(found[0], changed.softmax(dim=1)[:, END])
+
+
 def step(ended, length=None, behind=None):
     """A text of one given token and four places."""
     editable = torch.tensor([[False, True, True, True, True]])
@@ -78,6 +96,12 @@ def test_places_by_the_expected_length():
     assert PREDICTORS["expected"].places(seen, 0.0).tolist() == [3]
     assert PREDICTORS["expected"].places(seen, math.log(4.5 / 4.0)).tolist() == [4]  # 1 + places is 4, then 4.5
     assert PREDICTORS["expected"].places(seen, -math.inf).tolist() == [1]
+
+
+def test_a_margin_for_each_row():
+    two = FirstStep(torch.ones(2, 3, dtype=torch.bool), torch.tensor([[0.1, 0.5, 0.9]] * 2))
+    assert PREDICTORS["belief"].places(two, torch.tensor([0.2, 0.6])).tolist() == [2, 3]
+    assert PREDICTORS["expected"].places(two, torch.tensor([0.0, -0.5])).tolist() == [3, 2]
 
 
 def test_places_of_trained_heads():
@@ -129,7 +153,7 @@ def test_a_calibrated_margin_covers_new_texts():
 def test_margins_without_calibration():
     assert default_margin("belief", 0.9) == default_margin("eos_quantile", 0.9) == 0.9
     with pytest.raises(
-        ValueError, match=r"length_predictor: expected has no margin before.*fit-length, or use belief"
+        ValueError, match=r"expected needs a margin .* as they have not been fitted; .*fit-length, or use belief"
     ):
         default_margin("expected", 0.9)
 

@@ -21,7 +21,8 @@ class EndNoise:
     """How the noise of a row depends on where its text ends.
 
     Attributes:
-        pad_mask_ratio: the share of masked tokens that are pads once annealing is over; None masks pads like text.
+        pad_mask_ratio: the share of masked and scored tokens that are pads once annealing is over; None treats pads
+            like text.
         pad_anneal_steps: optimiser steps over which the share rises linearly from 0.
         pad_mask_method: `elbo` (see `scored_pads`) or `counts` (see `mask_counts`).
         eos_window_ratio: share of rows that are masked by `mask_end` in place of the ordinary noise.
@@ -37,7 +38,7 @@ class EndNoise:
     eos_window_anneal_steps: int = 0
 
     def pad_ratio(self, step: int) -> float | None:
-        """Return the share of masked tokens that are to be pads at optimiser step `step`; None for no rule."""
+        """Return the share of scored tokens that are to be pads at optimiser step `step`; None for no rule."""
         if self.pad_mask_ratio is None:
             return None
         return self.pad_mask_ratio * risen(step, self.pad_anneal_steps)
@@ -53,12 +54,14 @@ class EndMasks:
 
     Attributes:
         maskable: [batch, length] bool, tokens that the objective scores at some noise level.
-        is_masked: [batch, length] bool.
-        weight: [batch] float32, multiplies the cross-entropy of a row's masked tokens.
+        is_masked: [batch, length] bool, what the model does not see.
+        is_scored: [batch, length] bool, masked tokens that it is scored on, all but some pads.
+        weight: [batch] float32, multiplies the cross-entropy of a row's scored tokens.
     """
 
     maskable: Tensor
     is_masked: Tensor
+    is_scored: Tensor
     weight: Tensor
 
 
@@ -77,8 +80,9 @@ def draw_masks(
 ) -> EndMasks:
     """Mask a batch so that it teaches the end of its texts.
 
-    A row around whose end is masked has the weight n / k for its k masked of n maskable tokens (1 under `uniform`
-    weighting), which is that of linear noise at the level k / n; any other row has the schedule's.
+    A row that is masked around its end and behind it hides all pads. Its weight is n / k for k scored of n tokens that
+    could be (1 under `uniform` weighting), so that it counts as a row of linear noise at the level k / n. Its end is
+    found from the text alone, so the loss of such rows is no part of the bound that the other rows estimate.
 
     Args:
         noise: how.
@@ -93,21 +97,20 @@ def draw_masks(
         rows: [batch] int64, ordinals in the run's global order.
     """
     ratio = noise.pad_ratio(step)
-    scored = maskable
+    kept = maskable if ratio is None else scored_pads(maskable, is_pad, ratio, seed=seed, rows=rows)
     if ratio is None or noise.pad_mask_method == "elbo":
-        if ratio is not None:
-            scored = scored_pads(maskable, is_pad, ratio, seed=seed, rows=rows)
-        is_masked = draw_masked(scored, t, schedule, seed=seed, rows=rows)
+        is_masked, scored = draw_masked(maskable, t, schedule, seed=seed, rows=rows), kept
     else:
         level = 1.0 - schedule.alpha(t)
-        is_masked = mask_counts(maskable, is_pad, level, ratio, seed=seed, rows=rows)
+        is_masked, scored = mask_counts(maskable, is_pad, level, ratio, seed=seed, rows=rows), maskable
     weight = row_weight(t, schedule, weighting)
     window = is_window_row(end, noise.eos_window_ratio, seed=seed, rows=rows)
     around = mask_end(maskable, end, noise.eos_window(step), seed=seed, rows=rows)
-    share = maskable.sum(dim=1) / around.sum(dim=1).clamp(min=1)
+    share = kept.sum(dim=1) / (around & kept).sum(dim=1).clamp(min=1)
     return EndMasks(
-        maskable=torch.where(window[:, None], maskable, scored),
+        maskable=torch.where(window[:, None], kept, scored),
         is_masked=torch.where(window[:, None], around, is_masked),
+        is_scored=torch.where(window[:, None], around & kept, is_masked & scored),
         weight=torch.where(window, share if weighting == "elbo" else torch.ones_like(share), weight),
     )
 
@@ -124,14 +127,15 @@ def risen(step: int, steps: int) -> float:
 
 
 def scored_pads(maskable: Tensor, is_pad: Tensor, ratio: float, *, seed: int, rows: Tensor) -> Tensor:
-    """Return `maskable` without a random part of the pads, which stay given at every noise level.
+    """Return `maskable` without a random part of the pads, on which the model is not scored; they are noised as ever.
 
     A row of n text tokens and m pads keeps each pad with probability r = min(1, ratio n / ((1 - ratio) m)), so that of
-    the tokens which ordinary noise then masks a share `ratio` is pads on average, where there are enough of them.
+    the tokens that are masked and scored a share `ratio` is pads on average, where there are enough of them.
 
-    What it estimates: noise and weights are the ordinary ones over what is left, so that for each choice of pads the
-    objective bounds -log p(text, kept pads | other pads) from above; nothing is weighted anew. It is no bound of
-    -log p(text) by itself, as the pads that are given tell where the text ends.
+    What it estimates: noise and weights are those of the evidence bound of text and pads, a sum of a term for each
+    token, what it costs given whatever is revealed before it in a random order. The terms of the tokens that are kept
+    stay as they are, and the others are left out: on average over what is kept, the text's part of the bound and r
+    times the pads' part. As no pad is shown more often than in generation, a model learns to do without them.
 
     Args:
         maskable: [batch, length] bool.

@@ -40,6 +40,20 @@ class EndRows:
     rows: Tensor
 
 
+def last_text(maskable: Tensor, end: Tensor) -> Tensor:
+    """Return `maskable` without what comes before the text that ends at `end`: earlier answers of a chat stay given.
+
+    Args:
+        maskable: [batch, length] bool.
+        end: [batch] int64, index of the end-of-text token, -1 where a row has none.
+    Returns:
+        [batch, length] bool.
+    """
+    place = torch.arange(maskable.shape[1])
+    given = torch.where(~maskable & (place < end[:, None]), place, -1).amax(dim=1, keepdim=True)
+    return maskable & (place > given)
+
+
 def columns() -> int:
     """Return how many numbers `statistics` gives for a row."""
     return len(REVEALED) * _COUNTS + QUARTERS * _CONFUSION

@@ -26,7 +26,12 @@ def least_margins(steps: Sequence[FirstStep], needed: Sequence[Tensor]) -> dict[
 
 
 def length_metrics(
-    steps: Sequence[FirstStep], needed: Sequence[Tensor], coverage: float
+    steps: Sequence[FirstStep],
+    needed: Sequence[Tensor],
+    coverage: float,
+    *,
+    given: Sequence[Tensor] | None = None,
+    block: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Return for each predictor how good the places are that it gives.
 
@@ -40,6 +45,8 @@ def length_metrics(
         steps: see `least_margins`.
         needed: see there.
         coverage: in (0, 1].
+        given: [batch] int64 for each of the batches, tokens before the places; 0 by default.
+        block: canvases are rounded up to multiples of so many tokens, as generation does.
     Raises:
         ValueError: if there are fewer texts than folds.
     """
@@ -50,18 +57,21 @@ def length_metrics(
     margins = least_margins(steps, needed)
     true = torch.cat(list(needed)).double()
     canvas = torch.cat([step.editable.sum(dim=1) for step in steps]).double()
+    before = torch.zeros(n, dtype=torch.int64) if given is None else torch.cat(list(given))
     result: dict[str, dict[str, float]] = {}
     for name, predictor in PREDICTORS.items():
-        given = torch.zeros(n, dtype=torch.float64)
+        margin = torch.zeros(n, dtype=torch.float64)
         for held_out in range(FOLDS):
-            margin = calibrated_margin(name, margins[name][fold != held_out], coverage)
-            places = torch.cat([predictor.places(step, margin) for step in steps]).double()
-            given = torch.where(fold == held_out, places, given)
+            margin[fold == held_out] = calibrated_margin(name, margins[name][fold != held_out], coverage)
+        own = torch.split(margin, [len(part) for part in needed])
+        bound = torch.cat([predictor.places(step, part) for step, part in zip(steps, own, strict=True)])
+        rounded = torch.div(before + bound + block - 1, block, rounding_mode="floor") * block - before
+        places = torch.minimum(rounded.double(), canvas)
         result[name] = {
-            "not_too_short": float((given >= true).double().mean()),
-            "mean_excess": float((given - true).clamp(min=0.0).mean()),
-            "rmse": float((given - true).square().mean().sqrt()),
-            "tokens_saved": float((canvas - given).mean()),
+            "not_too_short": float((places >= true).double().mean()),
+            "mean_excess": float((places - true).clamp(min=0.0).mean()),
+            "rmse": float((places - true).square().mean().sqrt()),
+            "tokens_saved": float((canvas - places).mean()),
             "canvas": float(canvas.mean()),
         }
     return result

@@ -68,18 +68,12 @@ class AroundAdapter:
                     "embedding; name a token that exists, add the name of the input embedding to additional_target "
                     "(wte, embed_tokens), or adapt the model in full first, with stage: ddm"
                 )
-            new = new_names(self.tokenizer, self.pad_tokens)
-            if new and not stores_embedding(model, self.finetuning_args):
-                raise ValueError(
-                    f"variable_length: the pad tokens {', '.join(new)} are new to the model, and a LoRA adapter does "
-                    "not hold their embeddings; add the name of the input embedding to additional_target (wte, "
-                    "embed_tokens), or use variable_length: eos_eos"
-                )
         elif self.do_train and self.finetuning_args.finetuning_type == "freeze" and needs_row(model, self.mask):
             raise ValueError(
                 f"mask_token: {self.mask.token!r} is new to the model, and finetuning_type: freeze would not train "
                 "its embedding; name a token that exists, or adapt the model in full first, with stage: ddm"
             )
+        self._check_new_pads(model)
         add_mask_token(model, self.tokenizer, self.mask)
         add_pad_tokens(model, self.tokenizer, self.pad_tokens)
         checkpoint = self.finetuning_args.checkpoint_dir
@@ -88,6 +82,29 @@ class AroundAdapter:
             model.to(stored_dtype(checkpoint))
             layout = layout_of_folder(checkpoint)
             load_weights(model, checkpoint, rename=None if layout is None else layout.to_standard)
+
+    def _check_new_pads(self, model: Any) -> None:
+        """Check that pad tokens that the model lacks would be trained, and stored.
+
+        Raises:
+            ValueError: if not, naming the cure.
+        """
+        new, kind = new_names(self.tokenizer, self.pad_tokens), self.finetuning_args.finetuning_type
+        if not new or not self.do_train or kind == "full":
+            return
+        if self.new_adapter and stores_embedding(model, self.finetuning_args):
+            return
+        said, cure = "finetuning_type: freeze would not train their embeddings", "finetune in full"
+        if kind == "lora" and self.new_adapter:
+            said = "a LoRA adapter does not hold their embeddings"
+            cure = "add the name of the input embedding to additional_target (wte, embed_tokens)"
+        elif kind == "lora":
+            said = "the adapter that goes on training does not hold their embeddings"
+            cure = "begin a new one (create_new_adapter: true) with the input embedding in additional_target"
+        raise ValueError(
+            f"variable_length: the pad tokens {', '.join(new)} are new to the model, and {said}; {cure}, or use "
+            "variable_length: eos_eos"
+        )
 
     @contextmanager
     def explained(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..evaluation.end_metrics import EndRows, columns, metrics, statistics
+from ..evaluation.end_metrics import EndRows, columns, last_text, metrics, statistics
 from ..modeling.denoiser import head_rows
 from ..modeling.objective import CleanBatch
 from .evaluation import EVALUATION_SEED, prepared_batches
@@ -47,7 +47,7 @@ def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, eos_id: int) -> di
         padding = torch.zeros_like(clean.maskable) if clean.is_padding is None else clean.is_padding
         end = clean.end if clean.end is not None else torch.full((len(rows),), -1)
         found = statistics(
-            EndRows(clean.maskable, padding, end, EVALUATION_SEED, rows),
+            EndRows(last_text(clean.maskable, end), padding, end, EVALUATION_SEED, rows),
             logits,
             eos_id=eos_id,
             pad_ids=ends.pad_token_ids,

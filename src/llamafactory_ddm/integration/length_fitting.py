@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llamafactory.extras import logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,7 +17,7 @@ from ..data.canvas import Canvas
 from ..data.variable_length import VariableLengthCollator
 from ..diffusion.noise import Stream
 from ..diffusion.philox import keyed_uniform
-from ..evaluation.length_metrics import least_margins, length_metrics
+from ..evaluation.length_metrics import FOLDS, least_margins, length_metrics
 from ..generation import TextGenerator
 from ..modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
 from ..sampling.length import FirstStep
@@ -25,8 +26,24 @@ from .checks import check_checkpoint_folders
 from .loading import sources
 from .preparing import prepare_data, prepare_model
 
+logger = logging.get_logger(f"llamafactory.{__name__}")
 _EPOCHS, _LEARNING_RATE = 50, 1e-3
-_PLACES_OF_A_ROW = 64  # that the classifier sees; more would fill the memory with states that are much alike
+# What the heads are fitted to is kept in memory: places of a row that the classifier sees, and rows.
+_PLACES_OF_A_ROW, _MOST_ROWS = 32, 10_000
+_KEYS = ("learning_rate", "num_train_epochs", "seed", "per_device_eval_batch_size", "length_coverage")
+# Of training, without a meaning here.
+_IGNORED = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "weight_decay", "optim")
+_IGNORED_BEGINNINGS = (
+    "lr_",
+    "warmup_",
+    "adam_",
+    "save_",
+    "eval_st",
+    "logging_",
+    "eos_window_",
+    "pad_mask_",
+    "pad_anneal",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,7 @@ def fit(
     folder = Path(sources(model_args, finetuning_args.checkpoint_dir)[0])
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder, so nothing can be saved beside its weights; download it first")
+    data_args.train_on_prompt = False  # it is the last answer whose length is asked for
     data = prepare_data(model_args, data_args, training_args, finetuning_args)
     prepared = prepare_model(data, model_args, data_args, training_args, finetuning_args)
     collator = prepared.collator
@@ -71,25 +89,38 @@ def fit(
     held_out: Any = prepared.dataset_module.get("eval_dataset")
     if isinstance(held_out, dict):
         held_out = [row for part in held_out.values() for row in part]
+    if len(held_out) < FOLDS:
+        raise ValueError(
+            f"eval_dataset: {len(held_out)} held-out texts are too few to measure predicted lengths on; give at least "
+            f"{FOLDS}, and for a coverage of 0.95 at least 24"
+        )
     loaded = prepared.loaded
     writer = TextGenerator(loaded.model.to(training_args.device), loaded.tokenizer, loaded.diffusion_config).writer
     size, seed = training_args.per_device_eval_batch_size, training_args.seed
     given = finetuning_args.given_keys
     train = prepared.dataset_module["train_dataset"]
+    if len(train) > _MOST_ROWS:
+        logger.info_rank0(f"dataset: the heads are fitted to the first {_MOST_ROWS} of {len(train)} texts.")
+        train = train.select(range(_MOST_ROWS))
     heads = fit_heads(
         _examples(writer, texts(train, collator, seed), size, seed, len(train)),
         epochs=max(1, round(training_args.num_train_epochs)) if "num_train_epochs" in given else _EPOCHS,
         learning_rate=training_args.learning_rate if "learning_rate" in given else _LEARNING_RATE,
         seed=seed,
-    ).cpu()
-    writer.lengths = LengthPredictors(heads, {})
+        device=training_args.device,
+    )
+    writer.lengths = LengthPredictors(heads, {}, collator.canvas)
     steps: list[FirstStep] = []
     needed: list[Tensor] = []
+    before: list[Tensor] = []
     for batch in _batches(texts(held_out, collator, seed), size, "Calibrating", len(held_out)):
         steps.append(writer.first_step([text.canvas for text in batch])[0].cpu())
         needed.append(torch.tensor([text.needed for text in batch]))
-    found = length_metrics(steps, needed, finetuning_args.length_coverage)
-    path = LengthPredictors(heads, least_margins(steps, needed)).save(folder)
+        before.append(torch.tensor([len(text.canvas) - text.canvas.n_editable for text in batch]))
+    ends = loaded.diffusion_config.variable_length
+    block = 1 if ends is None else ends.block or 1
+    found = length_metrics(steps, needed, finetuning_args.length_coverage, given=before, block=block)
+    path = LengthPredictors(heads, least_margins(steps, needed), collator.canvas).save(folder)
     report = {"length_coverage": finetuning_args.length_coverage, "held_out": sum(map(len, needed)), **found}
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path, found
@@ -108,6 +139,11 @@ def _check(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
         raise ValueError("dataset: is missing; the length predictors are trained on it")
     if not data_args.eval_dataset and not data_args.val_size:
         raise ValueError("eval_dataset: is missing; the margins are chosen on it (or set val_size)")
+    ignored = sorted(
+        key for key in finetuning_args.given_keys if key in _IGNORED or key.startswith(_IGNORED_BEGINNINGS)
+    )
+    if ignored:
+        logger.info_rank0(f"{', '.join(ignored)}: of training, and of no meaning here; {', '.join(_KEYS)} count.")
     if data_args.streaming:
         raise ValueError("streaming: true does not go with fit-length; remove it, and set max_samples")
 
@@ -147,7 +183,7 @@ def _batches(rows: Iterable[Text], size: int, said: str, total: int) -> Iterator
 
 
 def _examples(writer: Writer, rows: Iterable[Text], size: int, seed: int, total: int) -> Examples:
-    """Return the hidden states that the heads are fitted to, on the model's device."""
+    """Return the hidden states that the heads are fitted to, on the CPU."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     mean, places, states, behind = [], [], [], []
     for batch in _batches(rows, size, "Hidden states", total):
@@ -155,14 +191,14 @@ def _examples(writer: Writer, rows: Iterable[Text], size: int, seed: int, total:
         if hidden is None:
             raise RuntimeError("the model's hidden states were not kept")
         needed = torch.tensor([text.needed for text in batch], device=hidden.device)
-        mean.append(mean_hidden(hidden, step.editable))
-        places.append(needed)
+        mean.append(mean_hidden(hidden, step.editable).cpu())
+        places.append(needed.cpu())
         row, _ = step.editable.nonzero().unbind(dim=1)
         nth = (step.editable.cumsum(dim=1) - 1)[step.editable]
         order = torch.rand(len(row), generator=generator).to(row.device)
         chosen = torch.cat([_lowest(order, row == number) for number in range(len(batch))])
-        states.append(hidden[chosen])
-        behind.append(nth[chosen] >= needed[row[chosen]] - 1)
+        states.append(hidden[chosen].cpu())
+        behind.append((nth[chosen] >= needed[row[chosen]] - 1).cpu())
     return Examples(torch.cat(mean), torch.cat(places), torch.cat(states), torch.cat(behind))
 
 

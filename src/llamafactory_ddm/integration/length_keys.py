@@ -92,8 +92,8 @@ class LengthKeys:
         default=None,
         metadata={
             "help": (
-                "Diffusion: with variable_length, the share of masked tokens that are padding, in [0, 1]. Defaults to "
-                "masking padding as often as text."
+                "Diffusion: with variable_length, the share of masked and scored tokens that are padding, in [0, 1]. "
+                "Defaults to treating padding as text."
             )
         },
     )
@@ -105,8 +105,8 @@ class LengthKeys:
         default="elbo",
         metadata={
             "help": (
-                "Diffusion: how pad_mask_ratio is reached: elbo (some padding is never masked; the loss stays an "
-                "evidence bound of the rest) or counts (so many tokens of each kind, as variable-length DiffuGPT)."
+                "Diffusion: how pad_mask_ratio is reached: elbo (some padding is not scored; what is left is terms "
+                "of the evidence bound) or counts (so many tokens of each kind, as variable-length DiffuGPT)."
             )
         },
     )

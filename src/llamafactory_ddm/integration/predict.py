@@ -110,6 +110,10 @@ def _sized(
 ) -> list[Request]:
     """Return the requests with the canvases of `todo` cut to the size that their texts are thought to need."""
     size, result = training_args.per_device_eval_batch_size, list(requests)
+    if settings.early_stop == "predict":
+        whys = {generator.writer.uncalibrated(settings, requests[number].canvas) for number in todo} - {None}
+        for why in sorted(map(str, whys)):
+            logger.info_rank0(f"{settings.length_predictor} goes by length_coverage itself, without margins: {why}.")
     for low in range(0, len(todo), size):
         part = todo[low : low + size]
         sized = generator.sized([requests[number].canvas for number in part], settings)
@@ -122,6 +126,13 @@ def _sized(
         f"early_stop: {settings.early_stop} begins with {100 * after / max(before, 1):.1f} % of the canvases' tokens."
     )
     return result
+
+
+def _margins(generator: TextGenerator, requests: Sequence[Request], settings: SamplingSettings) -> list[float]:
+    """Return the margins that the lengths are predicted with."""
+    if settings.early_stop != "predict":
+        return []
+    return sorted({generator.writer.margin(settings, request.canvas) for request in requests})
 
 
 def _batches(
@@ -259,7 +270,7 @@ def _fingerprint(
         getattr(generator.model.config, "_commit_hash", None),
         len(generator.tokenizer),
         dataclasses.asdict(settings),
-        generator.margin(settings),
+        _margins(generator, requests, settings),
         save_trace,
         [[request.canvas.ids, request.canvas.editable, request.prompt, request.label] for request in requests],
     ]

@@ -99,7 +99,9 @@ def prepare_model(
     )
     collator: VariableLengthCollator | None = None
     if lengths is not None:
-        loaded.diffusion_config, collator = settle_ends(loaded.diffusion_config, lengths, tokenizer, answers=finetunes)
+        loaded.diffusion_config, collator = settle_ends(
+            loaded.diffusion_config, lengths, tokenizer, answers=finetunes, trains=training_args.do_train
+        )
         dataset_module = keep_fitting(dataset_module, collator, lengths, data_args, training_args)
     if finetunes and (training_args.do_train or training_args.do_eval):
         loaded.diffusion_config = finetuned_config(

@@ -140,7 +140,8 @@ class SamplingArguments:
         metadata={
             "help": (
                 "Diffusion: with early_stop: predict and grow, the probability with which a text has to have ended "
-                "within its places: by the model's own belief, or as llamafactory-ddm fit-length has measured it."
+                "within its places: by the model's own belief, or, for predict, as llamafactory-ddm fit-length has "
+                "measured it."
             )
         },
     )

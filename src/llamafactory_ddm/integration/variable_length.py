@@ -65,7 +65,8 @@ def settle_lengths(
             continue
         if name == "none" or (needed.endswith("rainbow") and name != "rainbow"):
             raise ValueError(f"{key}: says nothing without {needed}; set it, or remove {key}")
-        if needed == "pad_block_length" and finetuning_args.pad_block_length is None:
+        has_block = stored is not None and stored.block is not None
+        if needed == "pad_block_length" and finetuning_args.pad_block_length is None and not has_block:
             raise ValueError(f"{key}: says nothing without pad_block_length; set it, or remove {key}")
         if needed == "pad_mask_ratio" and finetuning_args.pad_mask_ratio is None:
             raise ValueError(f"{key}: says nothing without pad_mask_ratio; set it, or remove {key}")
@@ -100,11 +101,19 @@ def settle_lengths(
         name,
         colors or known,
         data_args.cutoff_len,
-        finetuning_args.pad_block_length,
-        finetuning_args.pad_extra_blocks,
+        finetuning_args.pad_block_length or (None if stored is None else stored.block),
+        _extra_blocks(stored, finetuning_args),
         finetuning_args.pad_to_multiple_of,
         finetuning_args.drop_overlong,
     )
+
+
+def _extra_blocks(stored: VariableLength | None, finetuning_args: Any) -> int | None:
+    given = {"pad_block_length", "pad_extra_blocks"} & finetuning_args.given_keys
+    if stored is None or given:
+        extra: int | None = finetuning_args.pad_extra_blocks
+        return extra
+    return stored.extra
 
 
 def check_width(plan: LengthPlan, model_config: Any) -> None:
@@ -137,9 +146,12 @@ def end_noise(plan: LengthPlan | None, finetuning_args: Any) -> EndNoise | None:
 
 
 def settle_ends(
-    config: DiffusionConfig, plan: LengthPlan, tokenizer: Any, *, answers: bool
+    config: DiffusionConfig, plan: LengthPlan, tokenizer: Any, *, answers: bool, trains: bool
 ) -> tuple[DiffusionConfig, VariableLengthCollator]:
-    """Return what the checkpoints of this run say, and its collator; the pad tokens are in the tokenizer by now."""
+    """Return what the checkpoints of this run say, and its collator; the pad tokens are in the tokenizer by now.
+
+    What the model was trained on stays as it is in a run that does not train.
+    """
     names = pad_names(tokenizer, plan.format, plan.colors, config.variable_length)
     ids = tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in names)
     ends = VariableLength(plan.format, names, ids, canvas=plan.canvas, block=plan.block, extra=plan.extra)
@@ -152,6 +164,13 @@ def settle_ends(
         extra=plan.extra,
         multiple=plan.multiple,
     )
+    if not trains and config.variable_length is not None:
+        if plan.canvas != config.variable_length.canvas:
+            logger.info_rank0(
+                f"The model was trained on canvases of up to {config.variable_length.canvas} tokens, and is used here "
+                f"with cutoff_len: {plan.canvas}."
+            )
+        return config, collator
     # A canvas of documents says nothing about answers.
     padding = True if answers else config.train_on_padding
     return replace(config, variable_length=ends, train_on_padding=padding), collator

@@ -82,16 +82,25 @@ class Examples:
     behind: Tensor
 
 
-def fit_heads(examples: Examples, *, epochs: int, learning_rate: float, seed: int, batch: int = 64) -> LengthHeads:
+def fit_heads(
+    examples: Examples,
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    device: torch.device | str = "cpu",
+    batch: int = 64,
+) -> LengthHeads:
     """Return heads fitted by AdamW: squared error of log(1 + places), and binary cross-entropy of the places.
 
     The last tenth of each is not trained on; the weights of the epoch that does best there are kept.
 
     Args:
-        examples: on the device to train on.
+        examples: on the CPU.
         epochs: over the rows, and over the places.
         learning_rate: falls to 0 along a cosine.
         seed: of the weights and of the order.
+        device: to train on.
         batch: rows, and places times 16, of a step.
     Raises:
         ValueError: if there are not two rows.
@@ -101,14 +110,15 @@ def fit_heads(examples: Examples, *, epochs: int, learning_rate: float, seed: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         heads = LengthHeads(examples.mean.shape[1])
-    heads.to(examples.mean.device)
+    heads.to(device)
     generator = torch.Generator().manual_seed(seed % 2**63)
     keys: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "generator": generator}
+    keys |= {"device": device}
     places = torch.log1p(examples.places.float())
     _fit(heads.regressor, examples.mean, places, functional.mse_loss, batch=batch, **keys)
     entropy = functional.binary_cross_entropy_with_logits
     _fit(heads.classifier, examples.hidden, examples.behind.float(), entropy, batch=16 * batch, **keys)
-    return heads.eval().requires_grad_(False)
+    return heads.cpu().eval().requires_grad_(False)
 
 
 def _fit(
@@ -121,19 +131,20 @@ def _fit(
     learning_rate: float,
     batch: int,
     generator: torch.Generator,
+    device: torch.device | str,
 ) -> None:
     n = len(targets) - max(1, len(targets) // 10)
-    sample = inputs[:_ROWS_TO_SCALE_BY].float()
+    sample = inputs[:_ROWS_TO_SCALE_BY].float().to(device)
     center, scale = sample.mean(dim=0), sample.std(dim=0, correction=0).clamp(min=1e-6)
     optimiser = torch.optim.AdamW(head.parameters(), lr=learning_rate)
     pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, epochs * -(-n // batch)))
 
     def loss(part: Tensor | slice) -> Tensor:
-        return loss_of(head((inputs[part].float() - center) / scale)[:, 0], targets[part])
+        return loss_of(head((inputs[part].to(device).float() - center) / scale)[:, 0], targets[part].to(device))
 
     best, kept = float("inf"), copy.deepcopy(head.state_dict())
     for _ in range(epochs):
-        for chosen in torch.randperm(n, generator=generator).to(inputs.device).split(batch):
+        for chosen in torch.randperm(n, generator=generator).split(batch):
             optimiser.zero_grad()
             loss(chosen).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -165,10 +176,12 @@ class LengthPredictors:
     Attributes:
         heads: on the CPU.
         least_margins: of each predictor by name, [n] float64, see `LengthPredictor.least_margin`.
+        canvas: tokens of the canvases that they were fitted on; the margins hold for no other.
     """
 
     heads: LengthHeads
     least_margins: dict[str, Tensor]
+    canvas: int
 
     def save(self, folder: str | Path) -> Path:
         """Write the file beside a checkpoint, and return its path."""
@@ -176,7 +189,8 @@ class LengthPredictors:
         tensors |= {f"least_margins.{name}": value.sort().values for name, value in self.least_margins.items()}
         path = Path(folder) / FILE_NAME
         scratch = path.with_suffix(".tmp")
-        facts = {"format_version": str(FORMAT_VERSION), "width": str(self.heads.width)}
+        numbers = {"format_version": FORMAT_VERSION, "width": self.heads.width, "canvas": self.canvas}
+        facts = {name: str(number) for name, number in numbers.items()}
         scratch.write_bytes(save(tensors, facts))
         scratch.replace(path)
         return path
@@ -199,12 +213,13 @@ class LengthPredictors:
                 raise ValueError(f"format_version {facts['format_version']}; upgrade llamafactory-ddm")
             heads = LengthHeads(int(facts["width"]))
             heads.load_state_dict(_under(tensors, "heads."))
+            canvas = int(facts["canvas"])
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path} cannot be read ({json.dumps(str(error)[:200])}); remove it, or make it anew with "
                 "llamafactory-ddm fit-length"
             ) from error
-        return cls(heads.eval().requires_grad_(False), _under(tensors, "least_margins."))
+        return cls(heads.eval().requires_grad_(False), _under(tensors, "least_margins."), canvas)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -79,8 +79,8 @@ class TrainingBatch:
 
     Attributes:
         z_t: [batch, length] int64, noised ids.
-        head_rows: [n_masked] int64, rows of the flattened hidden states that predict the masked tokens.
-        targets: [n_masked] int64, the clean ids of the masked tokens.
+        head_rows: [n_masked] int64, rows of the flattened hidden states that predict the tokens that are scored.
+        targets: [n_masked] int64, the clean ids of these tokens.
         weight: [n_masked] float32, multiplies each token's cross-entropy.
         denominator: int64 scalar, this batch's share of what the weighted sum is divided by.
         n_maskable: int64 scalar, tokens that noise could fall on.
@@ -147,18 +147,18 @@ class MaskedObjective:
                 seed=self.seed,
                 rows=rows,
             )
-            maskable, is_masked, row = drawn.maskable, drawn.is_masked, drawn.weight
-            z_t = x_0.masked_fill(is_masked, self.mask_id)
+            maskable, is_scored, row = drawn.maskable, drawn.is_scored, drawn.weight
+            z_t = x_0.masked_fill(drawn.is_masked, self.mask_id)
         else:
             noised = mask_tokens(x_0, maskable, t, self.schedule, seed=self.seed, rows=rows, mask_id=self.mask_id)
-            is_masked, z_t = noised.is_masked, noised.z_t
+            is_scored, z_t = noised.is_masked, noised.z_t
         weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm, row=row)
         return TrainingBatch(
             z_t=z_t,
-            head_rows=head_rows(is_masked, self.shift),
-            targets=x_0[is_masked],
-            weight=weight[is_masked],
-            denominator=denominator(is_masked, maskable, self.norm),
+            head_rows=head_rows(is_scored, self.shift),
+            targets=x_0[is_scored],
+            weight=weight[is_scored],
+            denominator=denominator(is_scored, maskable, self.norm),
             n_maskable=maskable.sum(),
         )
 

@@ -24,7 +24,14 @@ TRAINED: tuple[PredictorName, ...] = ("regressor", "token_classifier")
 
 @torch.no_grad()
 def end_probability(
-    denoiser: Denoiser, x: Tensor, *, editable: Tensor, mask_id: int, end_ids: Sequence[int]
+    denoiser: Denoiser,
+    x: Tensor,
+    *,
+    editable: Tensor,
+    mask_id: int,
+    end_ids: Sequence[int],
+    suppress: Sequence[int] = (),
+    eos_penalty: float = 0.0,
 ) -> Tensor:
     """Return the probability that a place holds an end or a pad, by one forward with every editable place masked.
 
@@ -36,17 +43,21 @@ def end_probability(
         editable: [batch, length] bool.
         mask_id: of [MASK]; never drawn.
         end_ids: the end-of-text token and the pads.
+        suppress: further ids that are never drawn.
+        eos_penalty: nats taken from the logits of `end_ids`.
     Returns:
         [batch, length] float32; 0 where a token is given.
     """
     z = x.masked_fill(editable, mask_id)
     place = editable.flatten().nonzero()[:, 0]
     ends = torch.tensor(sorted(end_ids), device=x.device)
+    never = torch.tensor(sorted({mask_id, *suppress}), device=x.device)
     output = denoiser(z, place)
     parts: Iterable[Tensor] = (output,) if isinstance(output, Tensor) else output
     found = []
     for part in parts:
-        logits = part.float().index_fill(1, torch.tensor([mask_id], device=x.device), float("-inf"))
+        logits = part.float().index_fill(1, never, float("-inf"))
+        logits[:, ends] -= eos_penalty
         found.append((logits[:, ends].logsumexp(dim=1) - logits.logsumexp(dim=1)).exp())
     result = torch.zeros(x.numel(), dtype=torch.float32, device=x.device)
     return result.index_copy(0, place, torch.cat(found)).view_as(x)
@@ -85,8 +96,11 @@ class LengthPredictor(Protocol):
     def name(self) -> PredictorName:
         """Return the name used in YAML."""
 
-    def places(self, step: FirstStep, margin: float) -> Tensor:
-        """Return [batch] int64, at least 1 and at most the row's editable places; infinity gives all of them."""
+    def places(self, step: FirstStep, margin: float | Tensor) -> Tensor:
+        """Return [batch] int64, at least 1 and at most the row's editable places; infinity gives all of them.
+
+        `margin` is one for all or [batch] float64, one for each row.
+        """
 
     def least_margin(self, step: FirstStep, needed: Tensor) -> Tensor:
         """Return [batch] float64, the least margin that gives a row the places `needed`, [batch] int64, or more."""
@@ -117,9 +131,9 @@ class ByPlace:
             value = (lower / (step.editable.shape[1] - given)).double().masked_fill(~step.editable, -1.0)
         return value.cummax(dim=1).values
 
-    def places(self, step: FirstStep, margin: float) -> Tensor:
+    def places(self, step: FirstStep, margin: float | Tensor) -> Tensor:
         """Return [batch] int64, the places up to and with the first that exceeds the margin."""
-        before = (self.statistic(step) <= margin) & step.editable
+        before = (self.statistic(step) <= _column(margin, step)) & step.editable
         return torch.minimum(before.sum(dim=1) + 1, step.editable.sum(dim=1))
 
     def least_margin(self, step: FirstStep, needed: Tensor) -> Tensor:
@@ -150,15 +164,20 @@ class ByEstimate:
         by_then = step.ended.double().masked_fill(~step.editable, 0.0).cummax(dim=1).values
         return 1.0 + (1.0 - by_then).masked_fill(~step.editable, 0.0).sum(dim=1)
 
-    def places(self, step: FirstStep, margin: float) -> Tensor:
+    def places(self, step: FirstStep, margin: float | Tensor) -> Tensor:
         """Return [batch] int64, the estimate with its margin, rounded up."""
         most = step.editable.sum(dim=1).double()
-        bound = torch.expm1(torch.log1p(self.estimate(step)) + margin).ceil()
+        bound = torch.expm1(torch.log1p(self.estimate(step)) + _column(margin, step)[:, 0]).ceil()
         return torch.minimum(bound.clamp(min=1.0), most).long()
 
     def least_margin(self, step: FirstStep, needed: Tensor) -> Tensor:
         """Return [batch] float64; as places are rounded up, a little more than one fewer is enough."""
         return torch.log1p(needed.double() - 1.0 + _A_LITTLE) - torch.log1p(self.estimate(step))
+
+
+def _column(margin: float | Tensor, step: FirstStep) -> Tensor:
+    """Return [batch, 1] or [1, 1] float64."""
+    return torch.as_tensor(margin, dtype=torch.float64, device=step.editable.device).reshape(-1, 1)
 
 
 _A_LITTLE = 1e-3  # places
@@ -200,17 +219,21 @@ def calibrated_margin(name: str, least_margins: Tensor, coverage: float) -> floa
     return max(margin, coverage) if name == "belief" else margin
 
 
-def default_margin(name: str, coverage: float) -> float:
-    """Return the margin of a predictor that has not been calibrated: the coverage itself, as a probability.
+def default_margin(name: str, coverage: float, why: str = "they have not been fitted") -> float:
+    """Return the margin of a predictor that is not calibrated: the coverage itself, as a probability.
 
+    Args:
+        name: of the predictor.
+        coverage: in (0, 1].
+        why: there is no calibrated margin.
     Raises:
         ValueError: if `coverage` is out of range, or the predictor's margin is no probability.
     """
     check_coverage(coverage)
     if name not in ("belief", "eos_quantile"):
         raise ValueError(
-            f"length_predictor: {name} has no margin before it is calibrated on texts whose length is known; run "
-            "llamafactory-ddm fit-length, or use belief"
+            f"length_predictor: {name} needs a margin that was chosen on texts whose length is known, and there is "
+            f"none, as {why}; run llamafactory-ddm fit-length, or use belief"
         )
     return coverage
 

@@ -20,7 +20,7 @@ class SamplingSettings:
 
     Attributes:
         denoising_strategy: see `sampling.strategies`.
-        diffusion_steps: denoising steps of a text, at most.
+        diffusion_steps: denoising steps of a whole canvas, at most; one that grows gets its share for each part.
         block_length: tokens decided together, from left to right; None is all at once.
         logits: temperature, filters, penalty, guidance.
         confidence_threshold: of the strategy of this name.
@@ -58,10 +58,10 @@ class SamplingSettings:
         check_coverage(self.length_coverage)
         if self.grow_length < 1:
             raise ValueError(f"grow_length must be at least 1, got {self.grow_length}")
-        if self.early_stop == "grow" and self.logits.guidance_scale != 1.0:
+        if self.early_stop in ("predict", "grow") and self.logits.guidance_scale != 1.0:
             raise ValueError(
-                "early_stop: grow does not go with guidance_scale, which could not tell the prompt from what is "
-                "written already; take early_stop: predict, or leave guidance_scale at 1"
+                f"early_stop: {self.early_stop} does not go with guidance_scale: {self.logits.guidance_scale}, as "
+                "lengths are predicted without guidance; take early_stop: eos, or leave guidance_scale at 1"
             )
         if self.eos_last and self.denoising_strategy == "random":
             raise ValueError(
