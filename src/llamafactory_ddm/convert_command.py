@@ -8,6 +8,7 @@ import sys
 EPILOG = """examples:
   llamafactory-ddm convert downloads/diffugpt-m saves/diffugpt-m --base gpt2-medium
   llamafactory-ddm convert downloads/diffullama saves/diffullama
+  llamafactory-ddm convert downloads/LLaDA-8B-Instruct saves/llada-8b-instruct
   llamafactory-ddm convert downloads/diffullama-gsm saves/diffullama-gsm --base saves/diffullama
   llamafactory-ddm convert saves/gpt2-medium/full/ddm diffugpt-mine --published
 """
@@ -17,8 +18,8 @@ def main(words: list[str]) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm convert",
-        description="Turn a published diffusion checkpoint (DiffuGPT, DiffuLLaMA, its LoRA adapters) into an ordinary "
-        "Hugging Face folder with diffusion_config.json.",
+        description="Turn a published diffusion checkpoint (DiffuGPT, DiffuLLaMA, its LoRA adapters, LLaDA, Dream) "
+        "into an ordinary Hugging Face folder with diffusion_config.json.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -22,6 +22,19 @@ def test_files_that_do_not_exist(train_small, tmp_path):
     expect(train_small, out, "gpt9 has no tokenizer that could be loaded", model_name_or_path="gpt9")
 
 
+def test_models_with_code_of_their_own(train_small, tmp_path):
+    """LLaDA's own folder is no Llama's yet, and nobody is asked whether to run its code."""
+    for kind in ("llada", "Dream"):
+        model = tmp_path / kind
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": {"AutoConfig": "x.X"}}))
+        (model / "model.safetensors").write_bytes(b"")
+        words = (
+            f"model_name_or_path: .* holds {'LLaDA' if kind == 'llada' else kind} as it was published.* convert .* OUT"
+        )
+        expect(train_small, tmp_path / "out", words, model_name_or_path=str(model))
+
+
 def test_no_mask_token(train_small, tmp_path):
     out = tmp_path / "out"
     expect(train_small, out, "no mask token, and none is given: set mask_token", mask_token=None)

@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ..modeling.adapters import ADAPTER_CONFIG
 from ..modeling.attention_layers import max_positions
 from ..modeling.checkpoints import verify_checkpoint
+from ..modeling.own_code import kind_of, raw_config
 from ..modeling.published import is_model_folder, layout_of_folder
 
 
@@ -37,6 +38,12 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_arg
             if key == "model_name_or_path" and model_args.train_from_scratch:
                 continue
             _check_kind(key, path)
+            kind = kind_of(raw_config(path))
+            if kind is not None:
+                raise ValueError(
+                    f"{key}: {folder} holds {kind.name} as it was published, with code of its own; make a plain model "
+                    f"of it with llamafactory-ddm convert {folder} OUT, and name that as model_name_or_path"
+                )
             verify_checkpoint(path)
             layout = None if key == "checkpoint_dir" else layout_of_folder(path)
             if layout is not None:
