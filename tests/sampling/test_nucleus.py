@@ -1,5 +1,6 @@
 """The nucleus against a full sort, draws by rejection against the distribution they promise, and the measures."""
 
+import itertools
 import math
 
 import pytest
@@ -27,6 +28,13 @@ def members(values, weights, top_p):
     return kept
 
 
+def closest(values, weights, top_p):
+    """How near the mass of the first n tokens, for some n, comes to the bound, as a share of all."""
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    sums = itertools.accumulate(weights[index] for index in order)
+    return min(abs(mass / math.fsum(weights) - top_p) for mass in sums)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -45,6 +53,8 @@ def test_the_nucleus_equals_a_full_sort_ties_included(seed, vocab, top_p, grain)
     for row in range(2):
         expected = members(values[row].tolist(), weights[row].tolist(), top_p)
         assert got[row].nonzero()[:, 0].tolist() == sorted(expected)
+        if closest(values[row].tolist(), weights[row].tolist(), top_p) < 1e-6:
+            continue  # float32 sums cannot tell the two sides of the bound apart
         one_by_one = in_nucleus(
             values[row].expand(vocab, -1), weights[row].expand(vocab, -1), torch.arange(vocab), top_p
         )
