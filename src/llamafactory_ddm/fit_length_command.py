@@ -23,15 +23,11 @@ def main(words: list[str]) -> int:
 
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process; upstream refuses several devices otherwise
     activate()
-    from llamafactory.hparams import get_train_args
-
     from .evaluation.length_metrics import as_table
-    from .integration.length_fitting import fit
+    from .integration.length_fitting import fit_from_words
 
-    # The margins are for this way of stopping, so that length_coverage has its meaning.
-    sys.argv = ["llamafactory-ddm fit-length", words[0], "early_stop=predict", *words[1:]]
     try:
-        path, found = fit(*get_train_args()[:4])
+        path, found = fit_from_words(words)
     except (ValueError, OSError) as error:
         print(f"llamafactory-ddm fit-length: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,14 @@ from .modeling.denoiser import ModelDenoiser
 from .modeling.diffusion_config import DiffusionConfig
 from .modeling.length_heads import LengthPredictors, mean_hidden
 from .sampling import Context, SamplingSettings, sample
-from .sampling.length import PREDICTORS, FirstStep, calibrated_margin, default_margin, end_probability
+from .sampling.length import (
+    PREDICTORS,
+    FirstStep,
+    calibrated_margin,
+    default_margin,
+    end_probability,
+    up_to_block,
+)
 
 # Called after each step with the step, the canvases and their ids.
 Watch = Callable[[int, Sequence[Canvas], list[list[int]]], None]
@@ -82,6 +89,8 @@ class Writer:
         self.end_ids = tuple(sorted(end_ids))
         self.lengths = lengths
         self._n_ids = n_ids
+        ends = config.variable_length
+        self.block = 1 if ends is None else ends.block or 1  # canvases are cut to multiples of so many tokens
 
     def margin(self, settings: SamplingSettings, canvas: Canvas) -> float:
         """Return the margin of the length predictor on a canvas: the calibrated one, or what the coverage itself says.
@@ -207,10 +216,7 @@ class Writer:
 
     def rounded(self, canvas: Canvas, n_editable: int) -> Canvas:
         """Return the canvas cut to so many places, or a few more: to a length that the model was trained on."""
-        ends = self.config.variable_length
-        block = 1 if ends is None or ends.block is None else ends.block
-        given = len(canvas) - canvas.n_editable
-        return canvas.cut(-(-(given + n_editable) // block) * block - given)
+        return canvas.cut(up_to_block(len(canvas) - canvas.n_editable, n_editable, self.block))
 
     def _longer(self, canvas: Canvas, n_more: int) -> Canvas:
         whole = canvas.grown(canvas.room)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sampling.length import PREDICTORS, FirstStep, calibrated_margin
+from ..sampling.length import PREDICTORS, FirstStep, calibrated_margin, up_to_block
 
 FOLDS = 5
 
@@ -65,8 +65,7 @@ def length_metrics(
             margin[fold == held_out] = calibrated_margin(name, margins[name][fold != held_out], coverage)
         own = torch.split(margin, [len(part) for part in needed])
         bound = torch.cat([predictor.places(step, part) for step, part in zip(steps, own, strict=True)])
-        rounded = torch.div(before + bound + block - 1, block, rounding_mode="floor") * block - before
-        places = torch.minimum(rounded.double(), canvas)
+        places = torch.minimum(up_to_block(before, bound, block).double(), canvas)
         result[name] = {
             "not_too_short": float((places >= true).double().mean()),
             "mean_excess": float((places - true).clamp(min=0.0).mean()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from llamafactory.extras import logging
+from llamafactory.hparams import get_train_args
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -57,6 +59,17 @@ class Text:
 
     canvas: Canvas
     needed: int
+
+
+def fit_from_words(words: list[str]) -> tuple[Path, dict[str, dict[str, float]]]:
+    """Call `fit` with a YAML and its overrides.
+
+    Args:
+        words: the path of the YAML, then `key=value`.
+    """
+    # The margins are for this way of stopping, so that length_coverage has its meaning.
+    sys.argv = ["llamafactory-ddm fit-length", words[0], "early_stop=predict", *words[1:]]
+    return fit(*get_train_args()[:4])
 
 
 def fit(
@@ -117,9 +130,7 @@ def fit(
         steps.append(writer.first_step([text.canvas for text in batch])[0].cpu())
         needed.append(torch.tensor([text.needed for text in batch]))
         before.append(torch.tensor([len(text.canvas) - text.canvas.n_editable for text in batch]))
-    ends = loaded.diffusion_config.variable_length
-    block = 1 if ends is None else ends.block or 1
-    found = length_metrics(steps, needed, finetuning_args.length_coverage, given=before, block=block)
+    found = length_metrics(steps, needed, finetuning_args.length_coverage, given=before, block=writer.block)
     path = LengthPredictors(heads, least_margins(steps, needed), collator.canvas).save(folder)
     report = {"length_coverage": finetuning_args.length_coverage, "held_out": sum(map(len, needed)), **found}
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -189,6 +189,11 @@ PREDICTORS: dict[str, LengthPredictor] = {
     "regressor": ByEstimate("regressor"),
     "token_classifier": ByPlace("token_classifier"),
 }
+
+
+def up_to_block(given: int | Tensor, places: int | Tensor, block: int) -> Any:
+    """Return how many places, `places` at least, make a canvas with `given` tokens a multiple of `block` long."""
+    return -(-(given + places) // block) * block - given
 
 
 def margin_for(least_margins: Tensor, coverage: float) -> float:
