@@ -58,7 +58,7 @@ def writer(monkeypatch, block=None, boasts=False, lengths=None, config=None):
         length = [0] * 99 if is_padding is None else is_padding.sum(dim=1).tolist()
         return ByHeart(length, boasts)
 
-    monkeypatch.setattr("llamafactory_ddm.writing.ModelDenoiser", denoiser)
+    monkeypatch.setattr("llamafactory_ddm.sizing.ModelDenoiser", denoiser)
     return made
 
 

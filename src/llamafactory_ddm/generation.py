@@ -27,7 +27,8 @@ from .modeling.length_heads import LengthPredictors
 from .sampling import SamplingSettings
 from .sampling.steps import split_into_blocks, steps_of_blocks
 from .sampling.trace import Trace
-from .writing import Sized, Writer, Written
+from .sizing import Sized
+from .writing import Writer, Written
 
 # Called after each step with the step and a function that gives the pieces of each text of the batch; None is [MASK].
 StepCallback = Callable[[int, Callable[[], list[list[str | None]]]], None]
@@ -190,7 +191,7 @@ class TextGenerator:
         return canvas
 
     def sized(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[Sized]:
-        """Cut canvases of one batch to the size that `early_stop` asks for; see `writing.Writer.sized`."""
+        """Cut canvases of one batch to the size that `early_stop` asks for; see `sizing.Sizer.sized`."""
         return self.writer.sized(canvases, settings)
 
     def sample_batch(
