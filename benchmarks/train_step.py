@@ -36,7 +36,7 @@ from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.integration.trainer import DiffusionTrainer
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.objective import MaskedObjective
+from llamafactory_ddm.modeling.masked_objective import MaskedObjective
 
 KINDS = ("ar", "dense", "full", "annealed")
 # (kind, baseline, what must hold)

@@ -15,8 +15,8 @@ from llamafactory_ddm.diffusion.ends import (
     scored_pads,
 )
 from llamafactory_ddm.diffusion.noise import draw_time
-from llamafactory_ddm.diffusion.objectives import token_weight
 from llamafactory_ddm.diffusion.schedules import SCHEDULES, get_schedule
+from llamafactory_ddm.diffusion.weights import token_weight
 
 
 def rows_of(*rows):

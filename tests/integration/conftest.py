@@ -4,7 +4,7 @@ import pytest
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.objective import MaskedObjective
+from llamafactory_ddm.modeling.masked_objective import MaskedObjective
 from support.tiny import MASK_ID, Rows, stack, tiny_model
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .noise import Stream, draw_masked, lowest
-from .objectives import LossWeighting, row_weight
 from .philox import keyed_uniform
 from .schedules import NoiseSchedule
+from .weights import LossWeighting, row_weight
 
 PadMaskMethod = Literal["elbo", "counts"]
 

@@ -1,4 +1,4 @@
-"""The forward process: which t each row gets, and which of its tokens become [MASK]."""
+"""The forward process: which t each row gets, and which of its tokens become [MASK] or a random token."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Stream(IntEnum):
     SAMPLE_ORDER = 6
     PAD = 7
     WINDOW = 8
+    UNIFORM = 9
+    TRUNCATE = 11
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,53 @@ def mask_tokens(
         )
     is_masked = draw_masked(maskable, t, schedule, seed=seed, rows=rows)
     return NoisedBatch(z_t=x_0.masked_fill(is_masked, mask_id), is_masked=is_masked, t=t)
+
+
+def mix_tokens(
+    x_0: Tensor,
+    maskable: Tensor,
+    noise_level: Tensor,
+    *,
+    uniform_ratio: float,
+    n_ids: int,
+    mask_id: int,
+    seed: int,
+    rows: Tensor,
+    stream: int = Stream.MASK,
+) -> Tensor:
+    """Replace each maskable token with probability 1 - alpha: by a random token in a share of cases, else by [MASK].
+
+    With u uniform, it is kept if u >= 1 - alpha, becomes any of the `n_ids` ids, itself included, if
+    u < uniform_ratio (1 - alpha), and [MASK] otherwise. At a ratio of 0 these are the masks of `mask_tokens`.
+
+    Args:
+        x_0: [batch, length] int64, clean ids.
+        maskable: [batch, length] bool, True where noise may fall.
+        noise_level: [batch] float, 1 - alpha of each row.
+        uniform_ratio: in [0, 1].
+        n_ids: ids to draw from, from 0.
+        mask_id: the id of [MASK].
+        seed: of the run.
+        rows: [batch] int64, ordinals in the run's global order.
+        stream: what u is for.
+    Returns:
+        [batch, length] int64, the noised ids.
+    Raises:
+        ValueError: if `uniform_ratio` or `n_ids` is out of range.
+    Source: XDLM (arXiv 2602.01362), the forward process.
+    """
+    if not 0.0 <= uniform_ratio <= 1.0:
+        raise ValueError(f"uniform_ratio must lie in [0, 1], got {uniform_ratio}")
+    if n_ids < 1:
+        raise ValueError(f"n_ids must be at least 1, got {n_ids}")
+    u, level = keyed_uniform(seed, stream, rows, x_0.shape[1]), noise_level[:, None]
+    z_t = x_0.masked_fill((u < level) & maskable, mask_id)
+    if not uniform_ratio:
+        return z_t
+    # One number has 24 bits, which would favour some of many ids; two have enough.
+    pair = keyed_uniform(seed, Stream.UNIFORM, rows, 2 * x_0.shape[1]).double()
+    drawn = ((pair[:, 0::2] + pair[:, 1::2] * 2.0**-24) * n_ids).long()
+    return torch.where((u < uniform_ratio * level) & maskable, drawn, z_t)
 
 
 def draw_masked(maskable: Tensor, t: Tensor, schedule: NoiseSchedule, *, seed: int, rows: Tensor) -> Tensor:

@@ -1,17 +1,14 @@
-"""Training losses and evidence bounds of masked diffusion, in nats."""
+"""Training losses of masked and mixed diffusion, in nats: what one token costs at one noise level."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .schedules import NoiseSchedule
-
-LossWeighting = Literal["elbo", "uniform"]
-LossNorm = Literal["tokens", "masked", "sequence"]
 _ELEMENTS_AT_ONCE = 2**23
+_TINY = 1e-30
 
 
 def masked_cross_entropy(logits: Tensor, x_0: Tensor) -> Tensor:
@@ -61,67 +58,171 @@ class _CrossEntropy(torch.autograd.Function):
         return result, None
 
 
+def mixed_kl(
+    logits: Tensor, x_0: Tensor, z_t: Tensor, alpha: Tensor, *, uniform_ratio: float, n_ids: int, mask_id: int
+) -> Tensor:
+    """Return what each token costs under mixed noise, in units of what [MASK] costs under masked noise.
+
+    Times the weight of a row, -alpha' / (1 - alpha), it is the rate at which the evidence bound grows with t; without
+    uniform noise it is the cross-entropy at [MASK] and 0 elsewhere.
+
+    Noise keeps a token with probability a = alpha and else draws one from pi, which gives k / n to each of the n ids
+    and 1 - k more to [MASK]: q_y(j) = a y_j + (1 - a) pi_j for a clean distribution y. In continuous time j jumps to z
+    at the rate (-a'/a) pi_z, so the process backwards jumps from z to j at the rate (-a'/a) pi_z q_y(j) / q_y(z). The
+    bound is the divergence between the process backwards of the clean token x and that of the model's distribution p,
+    which gives nothing to [MASK]. Between two jump processes it is the sum over j of r' - r + r log(r / r') for their
+    rates r and r'. Summed up, with rho = q_x(z) / q_p(z),
+
+        (-a'/a) (pi_z / q_x(z)) { rho - 1 - log rho + KL(q_x | q_p) },   both parts at least 0.
+
+    With psi(u) = u - log(1 + u), b = (1 - a) k / n, s = a / b and 1 - p_x summed from the other tokens,
+
+        KL(q_x | q_p) = (a + b) psi(-a (1 - p_x) / (a + b)) + b sum over j other than x and [MASK] of psi(s p_j),
+
+    and rho - 1 - log rho is 0 at [MASK], psi(a (1 - p_x) / (b + a p_x)) at z = x, and psi(-u / (1 + u)) with u = s p_z
+    at another token. No difference of large numbers is left: numbers of a row are float64, sums over the vocabulary
+    float32, taken a few rows at a time. The backward pass works out the same way, so that no other tensor of the size
+    of the logits exists than their gradient.
+
+    Args:
+        logits: [n, vocab], unnormalised, any float dtype; those of [MASK] and from `n_ids` on do not matter.
+        x_0: [n] int64, the clean ids, below `n_ids` and not [MASK].
+        z_t: [n] int64, the noised ids.
+        alpha: [n] float, the probability that a token is kept, in [0, 1).
+        uniform_ratio: k, the share of noised tokens that become a random one, in [0, 1].
+        n_ids: ids that noise may draw, from 0.
+        mask_id: the id of [MASK], which is drawn as often as any other id beside its own share.
+    Returns:
+        [n] float32, in nats; at least 0.
+    Raises:
+        ValueError: if the shapes disagree or a number is out of range.
+    Source: XDLM (arXiv 2602.01362) for the process and its bound; the form above is worked out here.
+    """
+    if logits.dim() != 2 or any(value.shape != logits.shape[:1] for value in (x_0, z_t, alpha)):
+        raise ValueError(
+            f"logits must be [n, vocab] and x_0, z_t and alpha [n], got {tuple(logits.shape)}, {tuple(x_0.shape)}, "
+            f"{tuple(z_t.shape)} and {tuple(alpha.shape)}"
+        )
+    if not 0.0 <= uniform_ratio <= 1.0:
+        raise ValueError(f"uniform_ratio must lie in [0, 1], got {uniform_ratio}")
+    if not 0 < n_ids <= logits.shape[1]:
+        raise ValueError(f"n_ids must lie in 1..{logits.shape[1]}, the width of the logits, got {n_ids}")
+    kl: Tensor = _MixedKl.apply(logits, x_0, z_t, alpha.double(), uniform_ratio, n_ids, mask_id)  # type: ignore[no-untyped-call]
+    return kl
+
+
+class _MixedKl(torch.autograd.Function):
+    """`mixed_kl` and its gradient; see there for the letters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        x_0: Tensor,
+        z_t: Tensor,
+        alpha: Tensor,
+        uniform_ratio: float,
+        n_ids: int,
+        mask_id: int,
+    ) -> Tensor:
+        """Return [n] float32."""
+        ctx.n_ids, ctx.mask_id = n_ids, mask_id
+        a, b = alpha.clamp(min=_TINY), (1.0 - alpha) * uniform_ratio / n_ids
+        s = (a / b).clamp(max=1.0 / _TINY)  # stays within float32; a larger one changes nothing that would be seen
+        l_x, l_z = _at(logits, x_0), _at(logits, z_t)
+        # Of the tokens other than x: highest logit, sum of exp(logit - highest), their share, sum of psi(s p_j).
+        peak, partition, others, spread = (torch.empty_like(a) for _ in range(4))
+        for part in _row_parts(logits):
+            e, highest = _others(logits[part], x_0[part], n_ids, mask_id)
+            peak[part], partition[part] = highest.double(), e.sum(dim=1).double().clamp(min=_TINY)
+            others[part] = torch.sigmoid(partition[part].log() + peak[part] - l_x[part])
+            scale = s[part] * others[part] / partition[part]
+            spread[part] = _psi(e.mul_(scale.to(e.dtype)[:, None])).sum(dim=1).double()
+        rest = partition.log() + peak
+        total = torch.logaddexp(rest, l_x)
+        p_x, u_z = torch.sigmoid(l_x - rest), s * (l_z - total).exp()
+        is_x, is_mask = z_t == x_0, z_t == mask_id
+        # p_x may underflow and b be 0, but the logarithm of b + a p_x is finite.
+        w, log_kept = a * others / (a + b), a.log() + l_x - total
+        log_below = torch.logaddexp(b.log(), log_kept)
+        log_left = log_below - (a + b).log()
+        kl = (a + b) * torch.where(w < 0.5, _psi(-w.clamp(max=0.5)), -w - log_left) + a / s * spread
+        share = torch.where(is_x, b / (a + b), 1.0)
+        below = log_below.exp().where(b > 0.0, 1.0)  # without uniform noise a token that is kept costs nothing
+        at_z = torch.where(is_x, _psi(a * others / below), _psi(-u_z / (1.0 + u_z))).masked_fill(is_mask, 0.0)
+        # What the backward pass needs: p_x h_x, p_z times what z adds, p_x, and the factors of the rows.
+        kept = (log_kept - log_below).exp()
+        more = torch.where(is_x, -kept * others / below, (u_z / (1.0 + u_z)).square() / a).masked_fill(is_mask, 0.0)
+        rows = torch.stack([peak, others / partition, s, p_x, -others * kept, more, share])
+        ctx.save_for_backward(logits, x_0, z_t, rows)
+        return (share * (at_z + kl) / a).float()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient in the dtype of the logits, 0 for [MASK] and behind the last id.
+
+        Of the braces over a it is p_j (h_j - sum of p h), with h_j = s p_j / (1 + s p_j) for a token other than x and
+        -(1 - p_x) a / (b + a p_x) for x, to which z = x adds -a (1 - p_x) / (b + a p_x)^2, and another token z
+        u / (b (1 + u)^2).
+        """
+        logits, x_0, z_t, rows = ctx.saved_tensors
+        result = torch.zeros_like(logits)
+        for part in _row_parts(logits):
+            peak, scale, s, p_x, of_x, more, share = rows[:, part]
+            p, _ = _others(logits[part], x_0[part], ctx.n_ids, ctx.mask_id, peak)
+            p.mul_(scale.to(p.dtype)[:, None])
+            ph = p * s.to(p.dtype)[:, None]
+            ph.div_(ph + 1.0).mul_(p)
+            mean = ph.sum(dim=1).double() + of_x + more
+            ph.addcmul_(p, -mean.to(p.dtype)[:, None])
+            ph.scatter_(1, x_0[part, None], (of_x - p_x * mean).to(p.dtype)[:, None])
+            ph.scatter_add_(1, z_t[part, None].clamp(max=ctx.n_ids - 1), more.to(p.dtype)[:, None])
+            result[part, : ctx.n_ids] = ph.mul_((share * grad[part]).to(p.dtype)[:, None])
+        return result, None, None, None, None, None, None
+
+
+def _others(
+    logits: Tensor, x_0: Tensor, n_ids: int, mask_id: int, peak: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return exp(logit - highest) of the tokens other than x and [MASK], 0 for these two, and the highest, or `peak`.
+
+    Args:
+        logits: [n, vocab].
+        x_0: [n] int64.
+        n_ids: ids that count.
+        mask_id: of [MASK].
+        peak: [n], what `highest` was before.
+    Returns:
+        [n, n_ids] float32, or float64 for such logits, a copy; [n] of its dtype.
+    """
+    values = logits[:, :n_ids].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    if mask_id < n_ids:
+        values[:, mask_id] = -torch.inf
+    values.scatter_(1, x_0[:, None], -torch.inf)
+    if peak is None:
+        highest = values.amax(dim=1).clamp(min=torch.finfo(values.dtype).min)
+    else:
+        highest = peak.to(values.dtype)
+    return values.sub_(highest[:, None]).exp_(), highest
+
+
+def _at(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return [n] float64, the logit of one token a row."""
+    return logits.gather(1, ids[:, None])[:, 0].double()
+
+
+def _psi(u: Tensor) -> Tensor:
+    """Return u - log(1 + u) for u > -1, by its series near 0, where the two are nearly the same."""
+    edge, terms = (0.01, 8) if u.dtype == torch.float64 else (0.03, 4)
+    near = u.clamp(min=-edge, max=edge)
+    series = torch.full_like(near, (-1.0) ** (terms + 1) / (terms + 1))
+    for power in range(terms, 1, -1):
+        series.mul_(near).add_((-1.0) ** power / power)
+    return torch.where(near == u, series.mul_(near).mul_(near), u - u.log1p())
+
+
 def _row_parts(logits: Tensor) -> list[slice]:
     """Cut the rows so that a float32 copy of one part stays small."""
     rows = max(1, _ELEMENTS_AT_ONCE // max(1, logits.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
-
-
-def row_weight(t: Tensor, schedule: NoiseSchedule, weighting: LossWeighting) -> Tensor:
-    """Return the weight of each row's masked tokens: the schedule's for `elbo`, one for `uniform`.
-
-    Args:
-        t: [batch] float32.
-        schedule: gives the weight.
-        weighting: which.
-    Returns:
-        [batch] float32.
-    """
-    return schedule.loss_weight(t) if weighting == "elbo" else torch.ones_like(t)
-
-
-def token_weight(
-    t: Tensor,
-    maskable: Tensor,
-    schedule: NoiseSchedule,
-    weighting: LossWeighting,
-    norm: LossNorm,
-    *,
-    row: Tensor | None = None,
-) -> Tensor:
-    """Return what each token's cross-entropy is multiplied by before the sum is divided by `denominator`.
-
-    Args:
-        t: [batch] float32.
-        maskable: [batch, length] bool.
-        schedule: gives the weight of a row.
-        weighting: `elbo` or `uniform`.
-        norm: with `sequence` a row's tokens share that row's weight, divided by its maskable tokens.
-        row: [batch] float32, weights of rows in place of those that `schedule` and `weighting` give.
-    Returns:
-        [batch, length] float32.
-    """
-    weight = row_weight(t, schedule, weighting) if row is None else row
-    if norm == "sequence":
-        weight = weight / maskable.sum(dim=1).clamp(min=1)
-    return weight[:, None].expand(maskable.shape)
-
-
-def denominator(is_masked: Tensor, maskable: Tensor, norm: LossNorm) -> Tensor:
-    """Return what a batch's weighted sum is divided by; the denominators of micro-batches and ranks add up.
-
-    Args:
-        is_masked: [batch, length] bool.
-        maskable: [batch, length] bool.
-        norm: `tokens` counts maskable tokens (the evidence bound per token), `masked` counts masked tokens
-            (DiffuLLaMA's code),
-            `sequence` counts rows that hold a maskable token (each row is already divided by its own length, as LLaDA
-            does).
-    Returns:
-        int64 scalar, possibly 0.
-    """
-    if norm == "tokens":
-        return maskable.sum()
-    if norm == "masked":
-        return is_masked.sum()
-    return maskable.any(dim=1).sum()

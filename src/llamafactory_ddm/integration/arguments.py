@@ -10,6 +10,7 @@ from typing import Any
 from . import finetuning_keys, length_keys, sampling_arguments
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "noise_process": ("masked", "mixed"),
     "noise_schedule": ("linear", "cosine"),
     "loss_weighting": ("elbo", "uniform"),
     "loss_norm": ("tokens", "masked", "sequence"),
@@ -26,6 +27,7 @@ _INTEGERS: dict[str, tuple[int, int | None]] = {
 _NUMBERS: dict[str, tuple[float, float]] = {
     "uniform_ratio": (0.0, 1.0),
     "time_epsilon": (0.0, 0.5),
+    "random_truncate_ratio": (0.0, 1.0),
     **length_keys.NUMBERS,
     **sampling_arguments.NUMBERS,
 }
@@ -69,12 +71,31 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
         default=None,
         metadata={"help": "Diffusion: linear or cosine. Defaults to the checkpoint's, then to linear."},
     )
+    noise_process: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Diffusion: masked, where noise is [MASK], or mixed, where a share uniform_ratio of it is random "
+                "tokens, so that sampling may correct what it wrote. Defaults to the checkpoint's, then to masked; "
+                "set, it also lets a checkpoint go on under other noise."
+            )
+        },
+    )
     uniform_ratio: float | None = field(
         default=None,
         metadata={
             "help": (
-                "Diffusion: share of noised tokens that become a random token instead of [MASK], in [0, 1]. "
-                "This version trains masked noise alone, so 0 is the only value it accepts."
+                "Diffusion: share of noised tokens that become a random token instead of [MASK], in [0, 1]; with "
+                "noise_process: mixed. Defaults to the checkpoint's, then to 0.1."
+            )
+        },
+    )
+    random_truncate_ratio: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "Diffusion: share of the training rows of stage: ddm that are cut to a random length, as LLaDA does "
+                "with 0.01, so that the model knows texts shorter than cutoff_len."
             )
         },
     )
@@ -133,11 +154,6 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
             if getattr(self, key) is not None or key in _BOOLEANS:
                 setattr(self, key, _boolean(key, getattr(self, key)))
         self.check_sampling()
-        if self.uniform_ratio:
-            raise ValueError(
-                f"uniform_ratio: {self.uniform_ratio} asks for mixed noise, which this version does not train; "
-                "set uniform_ratio: 0 or remove the key"
-            )
 
     def changed_keys(self) -> list[str]:
         """Return the keys that differ from their defaults, in the order of the dataclass."""

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..diffusion.likelihood import bound_per_row, evaluation_times, mask_exactly
-from ..diffusion.objectives import masked_cross_entropy
+from ..diffusion.likelihood import evaluation_times
 from ..modeling.denoiser import head_rows
 from ..modeling.objective import CleanBatch
 from ..modeling.quantization import evaluation_mode
@@ -20,7 +19,7 @@ from ..modeling.quantization import evaluation_mode
 if TYPE_CHECKING:
     from .trainer import DiffusionTrainer
 
-# Evaluation draws the same masks whatever seed trained the model, so that runs compare.
+# Evaluation draws the same noise whatever seed trained the model, so that runs compare.
 EVALUATION_SEED = 0
 _QUARTERS = 4
 
@@ -33,12 +32,12 @@ def evaluate_bound(
 
     `{prefix}_loss` is the evidence bound in nats per token, `{prefix}_perplexity_bound` its exponential,
     `{prefix}_nll` the cross-entropy in nats per masked token, and `{prefix}_nll_q1` to `q4` the same by quarter of the
-    masked fraction.
+    noise level; under mixed noise `{prefix}_kl` the divergence per token in place of it.
 
     Raises:
         ValueError: if the data set holds no token to predict.
     """
-    # Columns: bound, maskable tokens, then summed nll and masked tokens of each quarter.
+    # Columns: bound, maskable tokens, then summed terms and scored tokens of each quarter.
     total = torch.zeros(2 + 2 * _QUARTERS, dtype=torch.float64)
     n_rows = 0
     for model, batch, rows in prepared_batches(trainer, dataloader, description):
@@ -50,7 +49,7 @@ def evaluate_bound(
         raise ValueError(
             "the evaluation data set holds no token to predict; check eval_dataset, val_size and cutoff_len"
         )
-    return _metrics(total.tolist(), prefix), n_rows
+    return _metrics(total.tolist(), prefix, trainer.objective.term), n_rows
 
 
 def prepared_batches(
@@ -86,39 +85,37 @@ def _prepared(trainer: DiffusionTrainer, dataloader: DataLoader) -> Any:
 
 def _row_statistics(trainer: DiffusionTrainer, model: Any, batch: dict[str, Tensor], rows: Tensor) -> Tensor:
     """Return [batch, 10] float32 on the CPU: see `evaluate_bound` for the columns."""
-    shift, samples = trainer.objective.shift, trainer.eval_time_samples
-    clean = CleanBatch.of(batch, shift=shift)
-    x_0, maskable = clean.x_0, clean.maskable
-    statistics = torch.zeros(len(x_0), 2 + 2 * _QUARTERS, dtype=torch.float64)
-    statistics[:, 1] = maskable.sum(dim=1)
+    objective, samples = trainer.objective, trainer.eval_time_samples
+    clean = CleanBatch.of(batch, shift=objective.shift)
+    statistics = torch.zeros(len(clean.x_0), 2 + 2 * _QUARTERS, dtype=torch.float64)
+    statistics[:, 1] = clean.maskable.sum(dim=1)
     levels = evaluation_times(rows, samples)
     device = trainer.args.device
     placement = {name: value.to(device) for name, value in clean.placement().items()}
     for sample in range(samples):
         level = levels[:, sample]
-        is_masked = mask_exactly(maskable, level, seed=EVALUATION_SEED, rows=rows * samples + sample)
-        z = x_0.masked_fill(is_masked, trainer.objective.mask_id)
-        logits = trainer.bound_logits(model, z.to(device), head_rows(is_masked, shift).to(device), placement)
-        nll = masked_cross_entropy(logits, x_0[is_masked].to(device)).cpu().double()
-        statistics[:, 0] += bound_per_row(nll, is_masked, maskable) / samples
+        noised = objective.evaluation(clean, level, seed=EVALUATION_SEED, rows=rows * samples + sample)
+        wanted = head_rows(noised.is_scored, objective.shift).to(device)
+        logits = trainer.bound_logits(model, noised.z.to(device), wanted, placement)
+        terms, bound = objective.evaluate(logits, clean, noised)
+        statistics[:, 0] += bound / samples
         quarter = (level * _QUARTERS).long()
-        row = is_masked.nonzero()[:, 0]
-        statistics.index_put_((row, 2 + 2 * quarter[row]), nll, accumulate=True)
-        statistics.index_put_(
-            (torch.arange(len(x_0)), 3 + 2 * quarter), is_masked.sum(dim=1).double(), accumulate=True
-        )
+        row = noised.is_scored.nonzero()[:, 0]
+        statistics.index_put_((row, 2 + 2 * quarter[row]), terms, accumulate=True)
+        scored = noised.is_scored.sum(dim=1).double()
+        statistics.index_put_((torch.arange(len(clean.x_0)), 3 + 2 * quarter), scored, accumulate=True)
     return statistics.float()
 
 
-def _metrics(total: list[float], prefix: str) -> dict[str, float]:
+def _metrics(total: list[float], prefix: str, term: str) -> dict[str, float]:
     loss = total[0] / total[1]
-    nll, masked = sum(total[2::2]), sum(total[3::2])
+    terms, scored = sum(total[2::2]), sum(total[3::2])
     metrics = {
         f"{prefix}_loss": loss,
         f"{prefix}_perplexity_bound": math.exp(min(loss, 700.0)),
-        f"{prefix}_nll": nll / masked,
+        f"{prefix}_{term}": terms / scored,
     }
     for quarter in range(_QUARTERS):
         if total[3 + 2 * quarter]:
-            metrics[f"{prefix}_nll_q{quarter + 1}"] = total[2 + 2 * quarter] / total[3 + 2 * quarter]
+            metrics[f"{prefix}_{term}_q{quarter + 1}"] = total[2 + 2 * quarter] / total[3 + 2 * quarter]
     return metrics

@@ -155,6 +155,11 @@ def check_together(finetuning_args: Any, *others: Any) -> None:
     foreign = [key for key in FINETUNING_KEYS if getattr(finetuning_args, key) is not None]
     if foreign and stage.base != "sft":
         raise ValueError(f"{', '.join(foreign)}: a key of stage: ddm-sft, but stage is {stage.name}; remove it")
+    if finetuning_args.random_truncate_ratio and stage.base == "sft":
+        raise ValueError(
+            f"random_truncate_ratio: {finetuning_args.random_truncate_ratio} cuts texts of stage: ddm, but stage is "
+            f"{stage.name}, whose answers it would break; remove it"
+        )
     if finetuning_args.finetuning_type not in stage.finetuning_types:
         raise ValueError(
             f"stage: {stage.name} supports finetuning_type {' or '.join(stage.finetuning_types)}, got "

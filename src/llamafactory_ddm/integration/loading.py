@@ -22,11 +22,12 @@ from ..modeling.published import (
     set_published_padding,
 )
 from .around_adapter import AroundAdapter
+from .noise_process import settle_noise_process, with_noise_process
 from .variable_length import LengthPlan
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 # What two checkpoints of one run, a base and its adapter, must say alike.
-_AGREEING = ("mask_token", "mask_token_id", "shift", "noise_process", "uniform_ratio", "noise_schedule")
+_AGREEING = ("mask_token", "mask_token_id", "shift", "noise_schedule")
 
 
 @dataclass
@@ -87,7 +88,6 @@ def load_diffusion_tokenizer(
         config.check_against(
             shift=finetuning_args.shift,
             noise_schedule=finetuning_args.noise_schedule,
-            uniform_ratio=finetuning_args.uniform_ratio,
         )
         stored = (config.mask_token, config.mask_token_id)
     mask = resolve_mask_token(tokenizer_module["tokenizer"], finetuning_args.mask_token, config_mask=stored)
@@ -96,7 +96,7 @@ def load_diffusion_tokenizer(
             f"mask_token: {finetuning_args.mask_token!r} has id {mask.id}, but {Path(folder) / FILE_NAME} says the "
             f"model was trained with {config.mask_token!r}, id {config.mask_token_id}; remove the key from the YAML"
         )
-    return tokenizer_module, config, mask
+    return tokenizer_module, with_noise_process(config, finetuning_args), mask
 
 
 def _of_published(model_args: Any, finetuning_args: Any, tokenizer: Any) -> DiffusionConfig | None:
@@ -196,12 +196,13 @@ def load_diffusion_model(
                 f"attention is annealed over {finetuning_args.anneal_steps} steps. Set anneal_steps: 0 for a "
                 "diffusion model from elsewhere."
             )
+        process, ratio = settle_noise_process(None, finetuning_args)
         config = DiffusionConfig(
             mask_token=mask.token,
             mask_token_id=mask.id,
             shift=finetuning_args.shift if finetuning_args.shift is not None else True,
-            noise_process="masked",
-            uniform_ratio=finetuning_args.uniform_ratio or 0.0,
+            noise_process=process,
+            uniform_ratio=ratio,
             noise_schedule=finetuning_args.noise_schedule or "linear",
             # A foreign checkpoint that is only used is taken to be what the YAML says, a finished diffusion model.
             attention_ratio=0.0 if training_args.do_train else 1.0,

@@ -19,7 +19,7 @@ from ..diffusion.attention import annealed_visibility, annealing_ratio
 from ..modeling.bidirectional import full_attention_mask, probe_bidirectional
 from ..modeling.denoiser import RowSelectingHead
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..modeling.objective import CleanBatch, MaskedObjective
+from ..modeling.objective import CleanBatch, Objective
 from .evaluation import evaluate_bound
 from .saving import explained, published_together
 
@@ -38,7 +38,7 @@ class DiffusionTrainer(CustomTrainer):
     def __init__(
         self,
         *,
-        objective: MaskedObjective,
+        objective: Objective,
         diffusion_config: DiffusionConfig,
         anneal_steps: int,
         eval_time_samples: int,
@@ -65,8 +65,8 @@ class DiffusionTrainer(CustomTrainer):
         self._mask: Any = None
         self._visible_key: tuple[int, int] | None = None
         self._visible = torch.empty(0)
-        self._nll: Tensor | None = None
-        self._counts = torch.zeros(3, dtype=torch.int64)  # masked, maskable, tokens since the last log
+        self._terms: Tensor | None = None
+        self._counts = torch.zeros(4, dtype=torch.int64)  # scored, masked, maskable, tokens since the last log
         self._clock: float | None = None
         self._paused = 0.0
 
@@ -108,25 +108,27 @@ class DiffusionTrainer(CustomTrainer):
 
     def _noise(self, collated: dict[str, Tensor], micro: int) -> tuple[dict[str, Any], Tensor]:
         args = self.args
-        clean = CleanBatch.of(collated, shift=self.objective.shift)
+        objective = self.objective
+        clean = CleanBatch.of(collated, shift=objective.shift)
         n_rows = len(clean.x_0)
         per_rank = args.train_batch_size
         micro_step = self.state.global_step * args.gradient_accumulation_steps + micro
         first = (micro_step * args.world_size + args.process_index) * per_rank
-        batch = self.objective.noise(
+        rows = torch.arange(first, first + n_rows)
+        clean = clean.truncated(objective.truncate_ratio, seed=objective.seed, rows=rows)
+        batch = objective.noise(
             clean,
-            rows=torch.arange(first, first + n_rows),
+            rows=rows,
             group_size=per_rank * args.world_size * args.gradient_accumulation_steps,
             step=self.state.global_step,
         )
-        self._counts += torch.tensor([len(batch.targets), int(batch.n_maskable), clean.n_tokens])
+        counts = (len(batch.head_rows), int(batch.n_masked), int(batch.n_maskable), clean.n_tokens)
+        self._counts += torch.tensor(counts)
         # Upstream counts tokens and operations by this key.
         inputs: dict[str, Any] = {
             "input_ids": batch.z_t,
             "head_rows": batch.head_rows,
-            "targets": batch.targets,
-            # As bits: DeepSpeed would round every floating input to half precision on its way to the device.
-            "weight_bits": batch.weight.view(torch.int32),
+            **batch.scored,
             **clean.placement(),
         }
         return inputs, batch.denominator
@@ -162,9 +164,8 @@ class DiffusionTrainer(CustomTrainer):
                 input_ids=z_t, attention_mask=mask, position_ids=inputs.get("position_ids"), use_cache=False
             )
         logits = output.logits.reshape(-1, output.logits.shape[-1])
-        weight = inputs["weight_bits"].view(torch.float32)
-        loss, nll = self.objective.loss(logits, inputs["targets"], weight, num_items_in_batch)
-        self._nll = nll if self._nll is None else self._nll + nll
+        loss, terms = self.objective.loss(logits, inputs, num_items_in_batch)
+        self._terms = terms if self._terms is None else self._terms + terms
         loss = loss * self.args.world_size  # gradients are averaged over ranks, the denominator is their sum
         return (loss, output) if return_outputs else loss
 
@@ -257,15 +258,15 @@ class DiffusionTrainer(CustomTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a training log the diffusion's own figures since the last one."""
-        if "loss" in logs and self._nll is not None:
-            nll = self.accelerator.reduce(self._nll, "sum").item()
+        if "loss" in logs and self._terms is not None:
+            terms = self.accelerator.reduce(self._terms, "sum").item()
             counts = self.accelerator.reduce(self._counts.to(self.args.device), "sum").tolist()
             elapsed = time.perf_counter() - (self._clock or 0.0) - self._paused
-            logs["nll"] = nll / max(counts[0], 1)
-            logs["masked_fraction"] = counts[0] / max(counts[1], 1)
+            logs[self.objective.term] = terms / max(counts[0], 1)
+            logs["masked_fraction"] = counts[1] / max(counts[2], 1)
             logs["attention_ratio"] = self.attention_ratio(max(self.state.global_step - 1, 0))
-            logs["tokens_per_second"] = round(counts[2] / elapsed, 1) if elapsed > 0 else 0.0
-            self._nll, self._clock, self._paused = None, None, 0.0
+            logs["tokens_per_second"] = round(counts[3] / elapsed, 1) if elapsed > 0 else 0.0
+            self._terms, self._clock, self._paused = None, None, 0.0
             self._counts.zero_()
         super().log(logs, start_time)
 

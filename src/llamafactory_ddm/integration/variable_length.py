@@ -74,6 +74,11 @@ def settle_lengths(
             raise ValueError(f"{key}: says nothing without eos_window_ratio; set it above 0, or remove {key}")
     if name == "none":
         return None
+    if finetuning_args.random_truncate_ratio:
+        raise ValueError(
+            f"random_truncate_ratio: {finetuning_args.random_truncate_ratio} cuts texts short of their end, which "
+            f"variable_length: {name} teaches; remove one of them"
+        )
     if finetuning_args.eval_eos and not training_args.do_eval:
         raise ValueError("eval_eos: says nothing without do_eval; set do_eval: true and eval_dataset, or remove it")
     if data_args.packing and {"packing", "neat_packing"} & given:

@@ -11,27 +11,19 @@ from llamafactory.train.trainer_utils import create_modelcard_and_push
 from transformers import DataCollatorWithPadding
 
 from ..data.collators import StartTokenCollator, start_token_id
-from ..diffusion.schedules import get_schedule
 from ..modeling.attention_layers import max_positions
 from ..modeling.length_heads import FILE_NAME as LENGTHS
 from ..modeling.length_heads import REPORT_NAME as LENGTHS_REPORT
-from ..modeling.objective import MaskedObjective
-from .checks import (
-    check_checkpoint_folders,
-    check_data,
-    check_predict,
-)
+from .checks import check_checkpoint_folders, check_data, check_predict
 from .end_evaluation import evaluate_ends, save_end_metrics
 from .finetuning import response_collator
 from .generating import generate, what_to_generate
 from .loading import LoadedModel
+from .noise_process import make_objective
 from .preparing import prepare_data, prepare_model
 from .resume import check_resumed, settle_resume
 from .trainer import DiffusionTrainer
-from .variable_length import (
-    LengthPlan,
-    end_noise,
-)
+from .variable_length import LengthPlan
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 
@@ -102,17 +94,7 @@ def _make_trainer(
     callbacks: list[Any] | None,
 ) -> DiffusionTrainer:
     config = loaded.diffusion_config
-    objective = MaskedObjective(
-        mask_id=config.mask_token_id,
-        shift=config.shift,
-        schedule=get_schedule(config.noise_schedule),
-        weighting=finetuning_args.loss_weighting,
-        norm=finetuning_args.loss_norm,
-        time_epsilon=finetuning_args.time_epsilon,
-        antithetic=finetuning_args.antithetic_time,
-        seed=training_args.seed % 2**64,
-        ends=end_noise(lengths, finetuning_args),
-    )
+    objective = make_objective(config, loaded.tokenizer, lengths, training_args, finetuning_args)
     # The filter would hide a diverged loss behind the last good one, and costs a device synchronisation every step.
     training_args.logging_nan_inf_filter = False
     if training_args.accelerator_config.dispatch_batches is None:
@@ -175,7 +157,7 @@ def _train(
             f"use full attention: train for at least anneal_steps ({finetuning_args.anneal_steps}) steps, or lower it."
         )
     if trainer.is_world_process_zero() and finetuning_args.plot_loss:
-        keys = ["loss", "nll"]
+        keys = ["loss", trainer.objective.term]
         evaluated = dataset_module.get("eval_dataset")
         if isinstance(evaluated, dict):
             keys += [f"eval_{name}_loss" for name in evaluated]

@@ -82,7 +82,7 @@ class DiffusionConfig:
         mask_token: spelling of [MASK] in the vocabulary.
         mask_token_id: its id.
         shift: whether logits at i predict token i + 1.
-        noise_process: `masked`, the only one of this version.
+        noise_process: `masked`, or `mixed` with random tokens.
         uniform_ratio: share of noised tokens that become a random token; 0 for masked noise.
         noise_schedule: name of the schedule.
         attention_ratio: share of future keys visible at the last training step; 1 once annealing is finished.
@@ -202,8 +202,13 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
             f"{path}: sep_token {raw.get('sep_token')!r} with sep_token_id {raw.get('sep_token_id')} is no token; "
             "restore the file from a copy of the checkpoint"
         )
-    if raw["noise_process"] != "masked" or raw["uniform_ratio"] != 0:
+    if raw["noise_process"] not in ("masked", "mixed"):
         raise ValueError(
-            f"{path}: noise_process {raw['noise_process']!r} with uniform_ratio {raw['uniform_ratio']} is not "
-            "supported by this version, which knows masked noise; upgrade llamafactory-ddm"
+            f"{path}: noise_process {raw['noise_process']!r} is not known to this version, which knows masked and "
+            "mixed; upgrade llamafactory-ddm"
+        )
+    if raw["noise_process"] == "masked" and raw["uniform_ratio"] != 0:
+        raise ValueError(
+            f"{path}: noise_process masked contradicts uniform_ratio {raw['uniform_ratio']}; restore the file from a "
+            "copy of the checkpoint"
         )

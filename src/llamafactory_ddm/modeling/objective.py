@@ -1,18 +1,17 @@
-"""The training objective as one frozen value: a clean batch in, what the forward needs out, and its logits' loss."""
+"""What every training objective has in common: a clean batch in, what the forward needs out, its logits' loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..diffusion.ends import EndNoise, draw_masks
-from ..diffusion.noise import draw_time, mask_tokens
-from ..diffusion.objectives import LossNorm, LossWeighting, denominator, masked_cross_entropy, token_weight
-from ..diffusion.schedules import NoiseSchedule
-from .denoiser import head_rows, predictable
+from ..diffusion.noise import Stream
+from ..diffusion.philox import keyed_uniform
+from .denoiser import predictable
 
 _OTHERS = ("document", "position_ids", "is_pad", "end")
 
@@ -62,6 +61,25 @@ class CleanBatch:
         others = (batch[key].to("cpu") if key in batch else None for key in _OTHERS)
         return cls(x_0, predictable(maskable, shift), is_padding, *others)
 
+    def truncated(self, ratio: float, *, seed: int, rows: Tensor) -> CleanBatch:
+        """Cut a share of the rows to a random length, from 1 to their own; what is cut off becomes padding.
+
+        Args:
+            ratio: share of the rows, in [0, 1].
+            seed: of the run.
+            rows: [batch] int64, ordinals in the run's global order.
+        Source: LLaDA (arXiv 2502.09992), section 2.2, which cuts 1 % of its sequences.
+        """
+        if not ratio:
+            return self
+        u = keyed_uniform(seed, Stream.TRUNCATE, rows, 2).double()
+        real = torch.ones_like(self.maskable) if self.is_padding is None else ~self.is_padding
+        length = (u[:, 1] * real.sum(dim=1)).floor().long() + 1
+        cut = real & (real.cumsum(dim=1) > length[:, None]) & (u[:, 0] < ratio)[:, None]
+        if not bool(cut.any()):
+            return self
+        return replace(self, maskable=self.maskable & ~cut, is_padding=~real | cut)
+
     @property
     def n_tokens(self) -> int:
         """How many tokens are no padding."""
@@ -79,49 +97,62 @@ class TrainingBatch:
 
     Attributes:
         z_t: [batch, length] int64, noised ids.
-        head_rows: [n_masked] int64, rows of the flattened hidden states that predict the tokens that are scored.
-        targets: [n_masked] int64, the clean ids of these tokens.
-        weight: [n_masked] float32, multiplies each token's cross-entropy.
+        head_rows: [n_scored] int64, rows of the flattened hidden states that predict the tokens that are scored.
+        scored: by name, integers of the scored tokens that the loss needs, [n_scored] each; floating ones as bits, as
+            DeepSpeed would round them to half precision on their way to the device.
         denominator: int64 scalar, this batch's share of what the weighted sum is divided by.
         n_maskable: int64 scalar, tokens that noise could fall on.
+        n_masked: int64 scalar, those that became [MASK].
     """
 
     z_t: Tensor
     head_rows: Tensor
-    targets: Tensor
-    weight: Tensor
+    scored: dict[str, Tensor]
     denominator: Tensor
     n_maskable: Tensor
+    n_masked: Tensor
 
 
 @dataclass(frozen=True)
-class MaskedObjective:
-    """Masked diffusion with its schedule, weights and normalisation.
+class EvaluationBatch:
+    """A batch noised for evaluation.
 
     Attributes:
-        mask_id: the id of [MASK].
-        shift: whether logits at i - 1 predict token i.
-        schedule: alpha and its weight.
-        weighting: `elbo` or `uniform`.
-        norm: `tokens`, `masked` or `sequence`.
-        time_epsilon: the smallest t drawn.
-        antithetic: stratify t over an optimiser step.
-        seed: of the run's noise.
-        ends: how the noise depends on where a text ends; None where it does not.
+        z: [batch, length] int64.
+        is_scored: [batch, length] bool.
+        level: [batch] float64 in [0, 1), the noise level aimed at.
     """
 
-    mask_id: int
-    shift: bool
-    schedule: NoiseSchedule
-    weighting: LossWeighting = "elbo"
-    norm: LossNorm = "tokens"
-    time_epsilon: float = 1e-3
-    antithetic: bool = False
-    seed: int = 0
-    ends: EndNoise | None = None
+    z: Tensor
+    is_scored: Tensor
+    level: Tensor
+
+
+class Objective(Protocol):
+    """A diffusion process with its loss, as training and evaluation see it."""
+
+    @property
+    def mask_id(self) -> int:
+        """Return the id of [MASK]."""
+
+    @property
+    def shift(self) -> bool:
+        """Return whether logits at i - 1 predict token i."""
+
+    @property
+    def seed(self) -> int:
+        """Return the seed of the run's noise."""
+
+    @property
+    def truncate_ratio(self) -> float:
+        """Return the share of training rows that are cut to a random length."""
+
+    @property
+    def term(self) -> str:
+        """Return what an unweighted term of the loss is called in logs."""
 
     def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
-        """Draw t and the masks of a micro-batch.
+        """Draw t and the noise of a micro-batch.
 
         Args:
             clean: made with the same `shift`.
@@ -129,51 +160,39 @@ class MaskedObjective:
             group_size: rows of one optimiser step over ranks and micro-steps.
             step: optimiser steps finished so far.
         """
-        x_0, maskable = clean.x_0, clean.maskable
-        t = draw_time(
-            self.seed, rows, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
-        )
-        row = None
-        if self.ends is not None and clean.is_pad is not None and clean.end is not None:
-            drawn = draw_masks(
-                self.ends,
-                maskable,
-                clean.is_pad,
-                clean.end,
-                t,
-                self.schedule,
-                weighting=self.weighting,
-                step=step,
-                seed=self.seed,
-                rows=rows,
-            )
-            maskable, is_scored, row = drawn.maskable, drawn.is_scored, drawn.weight
-            z_t = x_0.masked_fill(drawn.is_masked, self.mask_id)
-        else:
-            noised = mask_tokens(x_0, maskable, t, self.schedule, seed=self.seed, rows=rows, mask_id=self.mask_id)
-            is_scored, z_t = noised.is_masked, noised.z_t
-        weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm, row=row)
-        return TrainingBatch(
-            z_t=z_t,
-            head_rows=head_rows(is_scored, self.shift),
-            targets=x_0[is_scored],
-            weight=weight[is_scored],
-            denominator=denominator(is_scored, maskable, self.norm),
-            n_maskable=maskable.sum(),
-        )
 
-    @staticmethod
-    def loss(logits: Tensor, targets: Tensor, weight: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of a micro-batch and its unweighted negative log-likelihood.
+    def loss(self, logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of a micro-batch and the plain sum of its terms.
 
         Args:
-            logits: [n_masked, vocab], logits for the masked tokens in row-major order.
-            targets: [n_masked] int64.
-            weight: [n_masked] float32.
+            logits: [n_scored, vocab], logits for the scored tokens in row-major order.
+            scored: what `noise` returned under this name.
             denominator: scalar, summed over every micro-batch and rank of the optimiser step.
         Returns:
-            The weighted cross-entropy summed and divided by `denominator` (by 1 where that is 0), and the plain sum in
-            nats, detached; both float32 scalars. Micro-batches and ranks add up to the loss of the whole step.
+            The weighted terms summed and divided by `denominator` (by 1 where that is 0), and the plain sum in nats,
+            detached; both float32 scalars. Micro-batches and ranks add up to the loss of the whole step.
         """
-        nll = masked_cross_entropy(logits, targets)
-        return (nll * weight).sum() / denominator.clamp(min=1), nll.detach().sum()
+
+    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, rows: Tensor) -> EvaluationBatch:
+        """Noise a batch for evaluation.
+
+        Args:
+            clean: made with the same `shift`.
+            level: [batch] float64 in [0, 1), from `evaluation_times`.
+            seed: fixed for evaluation.
+            rows: [batch] int64, ordinals of the draw.
+        """
+
+    def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
+        """Return the terms, [n_scored] float64 in nats, and the rows' estimates of the bound, [batch] float64.
+
+        Args:
+            logits: [n_scored, vocab].
+            clean: the batch.
+            noised: what `evaluation` made of it.
+        """
+
+
+def as_bits(values: Tensor) -> Tensor:
+    """Return floating numbers as integers of their width."""
+    return values.view({torch.float32: torch.int32, torch.float64: torch.int64}[values.dtype])

@@ -1,0 +1,94 @@
+"""Which noise a run trains and evaluates with: the checkpoint's, unless the YAML says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from llamafactory.extras import logging
+
+from ..diffusion.schedules import get_schedule
+from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ..modeling.masked_objective import MaskedObjective
+from ..modeling.mixed_objective import MixedObjective
+from ..modeling.objective import Objective
+from .variable_length import LengthPlan, end_noise
+
+logger = logging.get_logger(f"llamafactory.{__name__}")
+PROCESSES = ("masked", "mixed")
+_UNIFORM_RATIO = 0.1  # XDLM's
+_OF_ENDS = ("pad_mask_ratio", "eos_window_ratio")
+
+
+def settle_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> tuple[str, float]:
+    """Return noise process and uniform ratio of a run.
+
+    A checkpoint goes on under other noise if the YAML names the process; a ratio alone must be the checkpoint's.
+
+    Raises:
+        ValueError: if the keys contradict each other or the checkpoint, naming them.
+    """
+    process, ratio = _settled(config, finetuning_args.noise_process, finetuning_args.uniform_ratio)
+    given = [key for key in _OF_ENDS if getattr(finetuning_args, key)]
+    if ratio and given:
+        raise ValueError(
+            f"{', '.join(given)}: says which tokens become [MASK], and does not go with noise_process: mixed; remove "
+            "one of them"
+        )
+    return process, ratio
+
+
+def _settled(config: DiffusionConfig | None, process: str | None, ratio: float | None) -> tuple[str, float]:
+    stored = ("masked", 0.0) if config is None else (config.noise_process, config.uniform_ratio)
+    if process == "masked":
+        if ratio:
+            raise ValueError(f"uniform_ratio: {ratio} needs noise_process: mixed, but that is masked; change one")
+        return process, 0.0
+    if process == "mixed":
+        return process, ratio if ratio is not None else stored[1] if stored[0] == "mixed" else _UNIFORM_RATIO
+    if ratio is None or ratio == stored[1]:
+        return stored
+    if config is None:
+        raise ValueError(f"uniform_ratio: {ratio} says nothing without noise_process: mixed; set it too")
+    raise ValueError(
+        f"uniform_ratio: {ratio} contradicts the checkpoint, whose {FILE_NAME} says noise_process: {stored[0]}, "
+        f"uniform_ratio: {stored[1]}; to go on under other noise set noise_process: mixed too, else remove "
+        "uniform_ratio"
+    )
+
+
+def with_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> DiffusionConfig | None:
+    """Return the checkpoint's config with the noise process of this run.
+
+    Raises:
+        ValueError: see `settle_noise_process`.
+    """
+    process, ratio = settle_noise_process(config, finetuning_args)
+    if config is None or (config.noise_process, config.uniform_ratio) == (process, ratio):
+        return config
+    logger.info_rank0(
+        f"The checkpoint was trained with noise_process: {config.noise_process} (uniform_ratio: "
+        f"{config.uniform_ratio}); this run uses {process} noise (uniform_ratio: {ratio})."
+    )
+    return replace(config, noise_process=process, uniform_ratio=ratio)
+
+
+def make_objective(
+    config: DiffusionConfig, tokenizer: Any, lengths: LengthPlan | None, training_args: Any, finetuning_args: Any
+) -> Objective:
+    """Return the objective of a run; mixed noise with a uniform ratio of 0 is masked noise."""
+    common: dict[str, Any] = {
+        "mask_id": config.mask_token_id,
+        "shift": config.shift,
+        "schedule": get_schedule(config.noise_schedule),
+        "weighting": finetuning_args.loss_weighting,
+        "norm": finetuning_args.loss_norm,
+        "time_epsilon": finetuning_args.time_epsilon,
+        "antithetic": finetuning_args.antithetic_time,
+        "seed": training_args.seed % 2**64,
+        "truncate_ratio": finetuning_args.random_truncate_ratio,
+    }
+    if not config.uniform_ratio:
+        return MaskedObjective(ends=end_noise(lengths, finetuning_args), **common)
+    n_ids = max(tokenizer.get_vocab().values()) + 1
+    return MixedObjective(uniform_ratio=config.uniform_ratio, n_ids=n_ids, **common)

@@ -1,0 +1,102 @@
+"""The objective of masked noise as one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..diffusion.ends import EndNoise, draw_masks
+from ..diffusion.likelihood import bound_per_row, mask_exactly
+from ..diffusion.noise import draw_time, mask_tokens
+from ..diffusion.objectives import masked_cross_entropy
+from ..diffusion.schedules import NoiseSchedule
+from ..diffusion.weights import LossNorm, LossWeighting, denominator, token_weight
+from .denoiser import head_rows
+from .objective import CleanBatch, EvaluationBatch, TrainingBatch, as_bits
+
+
+@dataclass(frozen=True)
+class MaskedObjective:
+    """Masked diffusion with its schedule, weights and normalisation.
+
+    Attributes:
+        mask_id: the id of [MASK].
+        shift: whether logits at i - 1 predict token i.
+        schedule: alpha and its weight.
+        weighting: `elbo` or `uniform`.
+        norm: `tokens`, `masked` or `sequence`.
+        time_epsilon: the smallest t drawn.
+        antithetic: stratify t over an optimiser step.
+        seed: of the run's noise.
+        ends: how the noise depends on where a text ends; None where it does not.
+        truncate_ratio: share of training rows that are cut to a random length.
+    """
+
+    mask_id: int
+    shift: bool
+    schedule: NoiseSchedule
+    weighting: LossWeighting = "elbo"
+    norm: LossNorm = "tokens"
+    time_epsilon: float = 1e-3
+    antithetic: bool = False
+    seed: int = 0
+    ends: EndNoise | None = None
+    truncate_ratio: float = 0.0
+    term: str = "nll"
+
+    def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
+        """Draw t and the masks of a micro-batch; see `Objective.noise`."""
+        x_0, maskable = clean.x_0, clean.maskable
+        t = draw_time(
+            self.seed, rows, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
+        )
+        row = None
+        if self.ends is not None and clean.is_pad is not None and clean.end is not None:
+            drawn = draw_masks(
+                self.ends,
+                maskable,
+                clean.is_pad,
+                clean.end,
+                t,
+                self.schedule,
+                weighting=self.weighting,
+                step=step,
+                seed=self.seed,
+                rows=rows,
+            )
+            maskable, is_scored, row = drawn.maskable, drawn.is_scored, drawn.weight
+            z_t = x_0.masked_fill(drawn.is_masked, self.mask_id)
+        else:
+            noised = mask_tokens(x_0, maskable, t, self.schedule, seed=self.seed, rows=rows, mask_id=self.mask_id)
+            is_scored, z_t = noised.is_masked, noised.z_t
+        weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm, row=row)
+        return TrainingBatch(
+            z_t=z_t,
+            head_rows=head_rows(is_scored, self.shift),
+            scored={"targets": x_0[is_scored], "weight": as_bits(weight[is_scored])},
+            denominator=denominator(is_scored, maskable, self.norm),
+            n_maskable=maskable.sum(),
+            n_masked=is_scored.sum(),
+        )
+
+    @staticmethod
+    def loss(logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted cross-entropy over the denominator, and the plain sum; see `Objective.loss`."""
+        nll = masked_cross_entropy(logits, scored["targets"])
+        weighted = (nll * scored["weight"].view(torch.float32)).sum()
+        return weighted / denominator.clamp(min=1), nll.detach().sum()
+
+    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, rows: Tensor) -> EvaluationBatch:
+        """Mask a number of tokens that the level fixes; see `Objective.evaluation`."""
+        is_masked = mask_exactly(clean.maskable, level, seed=seed, rows=rows)
+        return EvaluationBatch(clean.x_0.masked_fill(is_masked, self.mask_id), is_masked, level)
+
+    @staticmethod
+    def evaluate(logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
+        """Return cross-entropies and bounds; see `Objective.evaluate`."""
+        targets = clean.x_0[noised.is_scored].to(logits.device)
+        nll = masked_cross_entropy(logits, targets).cpu().double()
+        return nll, bound_per_row(nll, noised.is_scored, clean.maskable)

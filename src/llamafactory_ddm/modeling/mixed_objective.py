@@ -1,0 +1,139 @@
+"""The objective of mixed noise as one frozen value, with the interface of the masked one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..diffusion.noise import Stream, draw_time, mix_tokens
+from ..diffusion.objectives import mixed_kl
+from ..diffusion.schedules import NoiseSchedule
+from ..diffusion.weights import LossNorm, LossWeighting, denominator, token_weight
+from .denoiser import head_rows
+from .objective import CleanBatch, EvaluationBatch, TrainingBatch, as_bits
+
+_LEAST_LEVEL = 1e-6  # at no noise at all the weight of the bound is infinite
+
+
+@dataclass(frozen=True)
+class MixedObjective:
+    """Diffusion with masks and random tokens.
+
+    Every maskable token is scored, as a random token looks like any other: those that are kept cost something too.
+
+    Attributes:
+        mask_id: the id of [MASK].
+        shift: whether logits at i - 1 predict token i.
+        schedule: alpha and its weight.
+        uniform_ratio: share of noised tokens that become a random one.
+        n_ids: ids that noise may draw, from 0.
+        weighting: `elbo` or `uniform`.
+        norm: `tokens`, `masked` (noised tokens) or `sequence`.
+        time_epsilon: the smallest t drawn.
+        antithetic: stratify t over an optimiser step.
+        seed: of the run's noise.
+        truncate_ratio: share of training rows that are cut to a random length.
+    """
+
+    mask_id: int
+    shift: bool
+    schedule: NoiseSchedule
+    uniform_ratio: float
+    n_ids: int
+    weighting: LossWeighting = "elbo"
+    norm: LossNorm = "tokens"
+    time_epsilon: float = 1e-3
+    antithetic: bool = False
+    seed: int = 0
+    truncate_ratio: float = 0.0
+    term: str = "kl"
+
+    def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
+        """Draw t and the noise of a micro-batch; see `Objective.noise`."""
+        x_0, maskable = clean.x_0, self._scored(clean)
+        t = draw_time(
+            self.seed, rows, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
+        ).clamp(min=_LEAST_LEVEL)
+        z_t = self._mix(clean, maskable, 1.0 - self.schedule.alpha(t), seed=self.seed, rows=rows)
+        is_noised = z_t != x_0
+        weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm)
+        alpha = self.schedule.alpha(t.double())[:, None].expand(x_0.shape)
+        return TrainingBatch(
+            z_t=z_t,
+            head_rows=head_rows(maskable, self.shift),
+            scored={
+                "targets": x_0[maskable],
+                "weight": as_bits(weight[maskable]),
+                "noised": z_t[maskable],
+                "alpha": as_bits(alpha[maskable]),
+            },
+            denominator=denominator(is_noised, maskable, self.norm),
+            n_maskable=maskable.sum(),
+            n_masked=(maskable & (z_t == self.mask_id)).sum(),
+        )
+
+    def loss(self, logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted divergence over the denominator, and the plain sum; see `Objective.loss`."""
+        alpha = scored["alpha"].view(torch.float64)
+        kl = self._kl(logits, scored["targets"], scored["noised"], alpha)
+        weighted = (kl * scored["weight"].view(torch.float32)).sum()
+        return weighted / denominator.clamp(min=1), kl.detach().sum()
+
+    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, rows: Tensor) -> EvaluationBatch:
+        """Noise each token with the probability that the level says; see `Objective.evaluation`."""
+        level, maskable = level.clamp(min=_LEAST_LEVEL), self._scored(clean)
+        z = self._mix(clean, maskable, level, seed=seed, rows=rows, stream=Stream.EVALUATION)
+        return EvaluationBatch(z, maskable, level)
+
+    def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
+        """Return divergences and bounds; see `Objective.evaluate`.
+
+        With the noise level 1 - alpha as the time, the weight is its inverse whatever the schedule.
+        """
+        scored, device = noised.is_scored, logits.device
+        level = noised.level[:, None].expand(scored.shape)[scored]
+        kl = self._kl(
+            logits, clean.x_0[scored].to(device), noised.z[scored].to(device), (1.0 - level).to(device)
+        ).cpu()
+        bound = torch.zeros(len(scored), dtype=torch.float64)
+        return kl.double(), bound.index_add_(0, scored.nonzero()[:, 0], kl.double() / level)
+
+    def _scored(self, clean: CleanBatch) -> Tensor:
+        """Return what noise may fall on: [MASK] in the clean text, which the model cannot predict, stays."""
+        return clean.maskable & (clean.x_0 != self.mask_id)
+
+    def _mix(
+        self,
+        clean: CleanBatch,
+        maskable: Tensor,
+        level: Tensor,
+        *,
+        seed: int,
+        rows: Tensor,
+        stream: Stream = Stream.MASK,
+    ) -> Tensor:
+        return mix_tokens(
+            clean.x_0,
+            maskable,
+            level,
+            uniform_ratio=self.uniform_ratio,
+            n_ids=self.n_ids,
+            mask_id=self.mask_id,
+            seed=seed,
+            rows=rows,
+            stream=stream,
+        )
+
+    def _kl(self, logits: Tensor, targets: Tensor, noised: Tensor, alpha: Tensor) -> Tensor:
+        return mixed_kl(
+            logits,
+            targets,
+            noised,
+            alpha,
+            uniform_ratio=self.uniform_ratio,
+            n_ids=self.n_ids,
+            mask_id=self.mask_id,
+        )
