@@ -5,7 +5,8 @@ import pytest
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.masked_objective import MaskedObjective
-from support.tiny import MASK_ID, Rows, stack, tiny_model
+from llamafactory_ddm.modeling.mixed_objective import MixedObjective
+from support.tiny import MASK_ID, VOCABULARY, Rows, stack, tiny_model
 
 
 @pytest.fixture
@@ -46,14 +47,16 @@ def make_trainer(tmp_path):
         }
         options = {"shift": True, "seed": 5, **(objective or {})}
         schedule = get_schedule(options.pop("noise_schedule", "linear"))
+        mixed = {"n_ids": VOCABULARY} if "uniform_ratio" in options else {}
+        kind = MixedObjective if mixed else MaskedObjective
         return DiffusionTrainer(
-            objective=MaskedObjective(mask_id=MASK_ID, schedule=schedule, **options),
+            objective=kind(mask_id=MASK_ID, schedule=schedule, **mixed, **options),
             diffusion_config=DiffusionConfig(
                 mask_token="<|mask|>",
                 mask_token_id=MASK_ID,
                 shift=options["shift"],
-                noise_process="masked",
-                uniform_ratio=0.0,
+                noise_process="mixed" if mixed else "masked",
+                uniform_ratio=options.get("uniform_ratio", 0.0),
                 noise_schedule=schedule.name,
                 attention_ratio=attention_ratio,
             ),

@@ -6,13 +6,13 @@ import torch
 from torch.nn import functional
 
 from llamafactory_ddm.data.responses import ResponseCollator
-from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens
+from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens, mix_tokens
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.modeling import bidirectional
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
 from llamafactory_ddm.modeling.denoiser import head_rows
 from llamafactory_ddm.modeling.objective import CleanBatch
-from support.tiny import LENGTH, MASK_ID, Rows, tiny_model
+from support.tiny import LENGTH, MASK_ID, VOCABULARY, Rows, stack, tiny_model
 
 
 def first_gradient(trainer):
@@ -285,3 +285,128 @@ def test_a_checkpoint_says_what_it_is(make_trainer, tmp_path):
 def test_an_empty_evaluation_set_is_an_error(make_trainer):
     with pytest.raises(ValueError, match="no token to predict"):
         make_trainer(evaluation=Rows(4, lengths=[1] * 4)).evaluate()
+
+
+def by_naive_autograd(ids, keep, ratio, norm, weighting):
+    """The mixed loss of the first step: dense logits in float64 and the sum over jumps as it is defined."""
+    model, rows = tiny_model(), torch.arange(len(ids))
+    maskable = keep.bool().clone()
+    maskable[:, 0] = False
+    t = draw_time(5, rows)
+    z_t = mix_tokens(ids, maskable, t, uniform_ratio=ratio, n_ids=VOCABULARY, mask_id=MASK_ID, seed=5, rows=rows)
+    pi = torch.full((VOCABULARY,), ratio / VOCABULARY, dtype=torch.float64)
+    pi[MASK_ID] += 1 - ratio
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for b in range(len(ids)):
+        length, a = int(keep[b].sum()), 1 - t[b].double()
+        everything = torch.zeros(1, 1, length, length)
+        logits = model(input_ids=z_t[b : b + 1, :length], attention_mask=everything, use_cache=False).logits[0]
+        logits = logits.double().index_fill(1, torch.tensor([MASK_ID]), -torch.inf)
+        row, n = torch.zeros((), dtype=torch.float64), int(maskable[b].sum())
+        for i in range(1, length):
+            x, z = int(ids[b, i]), int(z_t[b, i])
+            q_p = a * logits[i - 1].softmax(-1) + (1 - a) * pi
+            q_x = (1 - a) * pi + a * functional.one_hot(ids[b, i], VOCABULARY)
+            true, said = q_x / q_x[z], q_p / q_p[z]
+            rate = pi[z] / a * (said - true + torch.xlogy(true, true / said)).sum()
+            weight = 1.0 if weighting == "elbo" else float(t[b])
+            row = row + weight * rate
+            count += z != x if norm == "masked" else 0
+        total = total + (row / max(n, 1) if norm == "sequence" else row)
+        count += {"tokens": n, "masked": 0, "sequence": int(n > 0)}[norm]
+    loss = total / count
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1.0])
+@pytest.mark.parametrize(("norm", "weighting"), [("tokens", "elbo"), ("masked", "uniform"), ("sequence", "elbo")])
+def test_gradient_of_mixed_noise_equals_the_definition(make_trainer, ratio, norm, weighting):
+    data = Rows(8, lengths=[16, 9, 3, 16, 12, 16, 5, 16])
+    objective = {"uniform_ratio": ratio, "norm": norm, "weighting": weighting}
+    trainer = make_trainer(train=data, max_steps=1, objective=objective)
+    trainer.finetuning_args.disable_shuffling = True
+    gradient = first_gradient(trainer)
+    loss, expected = by_naive_autograd(data.ids, data.keep, ratio, norm, weighting)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-4)
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, rtol=2e-3, atol=2e-6, msg=name)
+
+
+def test_mixed_noise_accumulates_exactly_and_resumes_bit_for_bit(make_trainer):
+    data = Rows(16, lengths=[16, 9, 3, 16, 12, 16, 5, 16, 4, 4, 4, 4, 16, 16, 16, 2])
+    objective = {"uniform_ratio": 0.2, "antithetic": True, "truncate_ratio": 0.5}
+    whole = make_trainer(train=data, objective=objective)
+    split = make_trainer(
+        train=data, objective=objective, per_device_train_batch_size=2, gradient_accumulation_steps=4, folder="split"
+    )
+    first, second = first_gradient(whole), first_gradient(split)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-7, msg=name)
+    for one, two in zip(whole.state.log_history[:2], split.state.log_history[:2], strict=True):
+        for key in ("loss", "kl", "masked_fraction", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4), key
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "objective": objective, "folder": "saved"}
+    run, again = make_trainer(**settings), make_trainer(model=tiny_model(seed=99), **settings)
+    run.train()
+    again.train(resume_from_checkpoint=run.args.output_dir + "/checkpoint-2")
+    for one, two in zip(run.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def never_the_mask(model):
+    """Have the model give [MASK] no probability, as generation does."""
+    model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([MASK_ID]), -1e4)
+    )
+    return model
+
+
+def test_mixed_noise_without_random_tokens_trains_as_masked_noise(make_trainer):
+    """Where neither gives [MASK] a probability, losses and weights coincide."""
+    data = Rows(16, lengths=[16, 9, 3, 16, 12, 16, 5, 16, 4, 4, 4, 4, 16, 16, 16, 2])
+    settings = {"train": data, "max_steps": 6, "optim": "sgd", "learning_rate": 0.1}  # Adam magnifies rounding
+    masked = make_trainer(model=never_the_mask(tiny_model()), folder="masked", **settings)
+    mixed = make_trainer(model=never_the_mask(tiny_model()), objective={"uniform_ratio": 0.0}, **settings)
+    masked.train()
+    mixed.train()
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (masked, mixed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for one, two in zip(masked.model.parameters(), mixed.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_evaluation_is_the_same_for_any_batch_size_and_any_training_seed(make_trainer):
+    data, objective = Rows(4, lengths=[16, 9, 5, 12], seed=3), {"uniform_ratio": 0.3}
+    one = make_trainer(evaluation=data, objective=objective).evaluate()
+    two = make_trainer(
+        evaluation=data, per_device_eval_batch_size=3, objective={**objective, "seed": 6, "antithetic": True}
+    ).evaluate()
+    for key in ("eval_loss", "eval_kl", "eval_kl_q1", "eval_kl_q4", "eval_perplexity_bound"):
+        assert one[key] == pytest.approx(two[key], rel=1e-5), key
+
+
+def test_rows_cut_to_a_random_length_are_padded_behind_it():
+    rows, real = torch.arange(4000), torch.tensor([16, 9] * 2000)
+    keep = (torch.arange(LENGTH) < real[:, None]).long()
+    clean = CleanBatch.of({"input_ids": torch.ones_like(keep), "attention_mask": keep}, shift=False)
+    cut = clean.truncated(0.3, seed=1, rows=rows)
+    length = (~cut.is_padding).sum(dim=1)
+    assert torch.equal(cut.is_padding, torch.arange(LENGTH) >= length[:, None])
+    assert torch.equal(cut.maskable, clean.maskable & ~cut.is_padding)
+    shorter = length < real
+    expected = 0.3 * (1 - 1 / real.double()).mean()  # a row may be cut to the length it has
+    assert abs(float(shorter.double().mean()) - float(expected)) < 4.5 * (0.21 / 4000) ** 0.5
+    lengths = torch.bincount(length[(real == 9) & shorter], minlength=9)[1:9].double()
+    assert float(((lengths - lengths.mean()) ** 2 / lengths.mean()).sum()) < 30  # chi-square of 7 degrees of freedom
+    assert clean.truncated(0.0, seed=1, rows=rows) is clean
+    halves = [
+        clean_rows(clean, part).truncated(0.3, seed=1, rows=rows[part]) for part in (slice(0, 7), slice(7, 4000))
+    ]
+    assert torch.equal(cut.maskable, torch.cat([half.maskable for half in halves]))
+
+
+def clean_rows(clean, part):
+    return CleanBatch(
+        clean.x_0[part], clean.maskable[part], None if clean.is_padding is None else clean.is_padding[part]
+    )

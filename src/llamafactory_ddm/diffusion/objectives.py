@@ -147,13 +147,17 @@ class _MixedKl(torch.autograd.Function):
         log_below = torch.logaddexp(b.log(), log_kept)
         log_left = log_below - (a + b).log()
         kl = (a + b) * torch.where(w < 0.5, _psi(-w.clamp(max=0.5)), -w - log_left) + a / s * spread
-        share = torch.where(is_x, b / (a + b), 1.0)
-        below = log_below.exp().where(b > 0.0, 1.0)  # without uniform noise a token that is kept costs nothing
-        at_z = torch.where(is_x, _psi(a * others / below), _psi(-u_z / (1.0 + u_z))).masked_fill(is_mask, 0.0)
-        # What the backward pass needs: p_x h_x, p_z times what z adds, p_x, and the factors of the rows.
+        # Without uniform noise nothing but [MASK] is jumped to, so a token that is kept costs nothing.
+        share = torch.where(is_x, b / (a + b), 1.0) * (is_mask | (b > 0.0))
+        below, v = log_below.exp().where(b > 0.0, 1.0), u_z / (1.0 + u_z)
+        of_other = torch.where(v < 0.5, _psi(-v.clamp(max=0.5)), u_z.log1p() - v)
+        at_z = torch.where(is_x, _psi(a * others / below), of_other).masked_fill(is_mask, 0.0)
+        # What the backward pass needs: the factors of the rows, p_x h_x and p_z times what z adds.
         kept = (log_kept - log_below).exp()
-        more = torch.where(is_x, -kept * others / below, (u_z / (1.0 + u_z)).square() / a).masked_fill(is_mask, 0.0)
-        rows = torch.stack([peak, others / partition, s, p_x, -others * kept, more, share])
+        more = torch.where(is_x, -kept * others / below, v.square() / a).masked_fill(is_mask, 0.0)
+        rows = torch.stack(
+            [peak, others / partition, s, p_x, others, (l_z - total).exp(), -others * kept, more, share]
+        )
         ctx.save_for_backward(logits, x_0, z_t, rows)
         return (share * (at_z + kl) / a).float()
 
@@ -169,15 +173,19 @@ class _MixedKl(torch.autograd.Function):
         logits, x_0, z_t, rows = ctx.saved_tensors
         result = torch.zeros_like(logits)
         for part in _row_parts(logits):
-            peak, scale, s, p_x, of_x, more, share = rows[:, part]
+            peak, scale, s, p_x, others, p_z, of_x, more, share = rows[:, part]
+            is_x, elsewhere = z_t[part] == x_0[part], z_t[part] != ctx.mask_id
             p, _ = _others(logits[part], x_0[part], ctx.n_ids, ctx.mask_id, peak)
             p.mul_(scale.to(p.dtype)[:, None])
             ph = p * s.to(p.dtype)[:, None]
             ph.div_(ph + 1.0).mul_(p)
-            mean = ph.sum(dim=1).double() + of_x + more
-            ph.addcmul_(p, -mean.to(p.dtype)[:, None])
-            ph.scatter_(1, x_0[part, None], (of_x - p_x * mean).to(p.dtype)[:, None])
-            ph.scatter_add_(1, z_t[part, None].clamp(max=ctx.n_ids - 1), more.to(p.dtype)[:, None])
+            mean = ph.sum(dim=1).double()
+            ph.addcmul_(p, -(mean + of_x + more).to(p.dtype)[:, None])
+            # At x and z large numbers cancel where p is near 1, so they are worked out in float64.
+            at_x = (of_x + more.where(is_x, 0.0)) * others - p_x * (mean + more.where(~is_x, 0.0))
+            at_z = p_z * (s * p_z / (1.0 + s * p_z) - mean - of_x) + more * (1.0 - p_z)
+            ph.scatter_(1, z_t[part].where(elsewhere, x_0[part])[:, None], at_z.to(p.dtype)[:, None])
+            ph.scatter_(1, x_0[part, None], at_x.to(p.dtype)[:, None])
             result[part, : ctx.n_ids] = ph.mul_((share * grad[part]).to(p.dtype)[:, None])
         return result, None, None, None, None, None, None
 

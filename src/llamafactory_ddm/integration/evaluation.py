@@ -99,7 +99,7 @@ def _row_statistics(trainer: DiffusionTrainer, model: Any, batch: dict[str, Tens
         logits = trainer.bound_logits(model, noised.z.to(device), wanted, placement)
         terms, bound = objective.evaluate(logits, clean, noised)
         statistics[:, 0] += bound / samples
-        quarter = (level * _QUARTERS).long()
+        quarter = (noised.level * _QUARTERS).long()
         row = noised.is_scored.nonzero()[:, 0]
         statistics.index_put_((row, 2 + 2 * quarter[row]), terms, accumulate=True)
         scored = noised.is_scored.sum(dim=1).double()

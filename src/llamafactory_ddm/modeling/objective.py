@@ -120,7 +120,7 @@ class EvaluationBatch:
     Attributes:
         z: [batch, length] int64.
         is_scored: [batch, length] bool.
-        level: [batch] float64 in [0, 1), the noise level aimed at.
+        level: [batch] float64 in [0, 1), the share of tokens that is noised, on average.
     """
 
     z: Tensor
@@ -178,7 +178,7 @@ class Objective(Protocol):
 
         Args:
             clean: made with the same `shift`.
-            level: [batch] float64 in [0, 1), from `evaluation_times`.
+            level: [batch] float64, uniform in [0, 1), from `evaluation_times`.
             seed: fixed for evaluation.
             rows: [batch] int64, ordinals of the draw.
         """

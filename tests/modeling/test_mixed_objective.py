@@ -1,0 +1,61 @@
+"""The objective of mixed noise: what is scored, and that training and evaluation estimate the same bound."""
+
+import pytest
+import torch
+
+from llamafactory_ddm.diffusion.likelihood import evaluation_times
+from llamafactory_ddm.diffusion.schedules import get_schedule
+from llamafactory_ddm.modeling.mixed_objective import MixedObjective
+from llamafactory_ddm.modeling.objective import CleanBatch
+from support.tiny import MASK_ID, VOCABULARY, Rows, stack, tiny_model
+
+
+def objective(**changes):
+    settings = {"shift": False, "uniform_ratio": 0.3, "schedule": get_schedule("linear"), **changes}
+    return MixedObjective(mask_id=MASK_ID, n_ids=VOCABULARY, **settings)
+
+
+def clean_batch(copies=1, shift=False):
+    data = Rows(4, lengths=[16, 9, 5, 12], seed=3)
+    rows = stack([data[row] for _ in range(copies) for row in range(4)])
+    return CleanBatch.of(rows, shift=shift)
+
+
+def test_every_token_that_noise_may_fall_on_is_scored_and_no_other():
+    clean = clean_batch(shift=True)
+    clean.x_0[0, 3] = MASK_ID  # in the clean text, where the model cannot predict it
+    batch = objective(shift=True).noise(clean, rows=torch.arange(4), group_size=4)
+    scored = clean.maskable.clone()
+    scored[0, 3] = False
+    assert torch.equal(batch.head_rows, scored.flatten().nonzero()[:, 0] - 1)
+    assert torch.equal(batch.scored["targets"], clean.x_0[scored])
+    assert torch.equal(batch.scored["noised"], batch.z_t[scored])
+    assert torch.equal(batch.z_t[~scored], clean.x_0[~scored])
+    assert int(batch.denominator) == int(batch.n_maskable) == int(scored.sum())
+    assert int(batch.n_masked) == int((scored & (batch.z_t == MASK_ID)).sum())
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_alpha_and_weight_are_those_of_the_row(name):
+    schedule, clean = get_schedule(name), clean_batch()
+    batch = objective(schedule=schedule, time_epsilon=0.1).noise(clean, rows=torch.arange(4), group_size=4)
+    alpha, weight = batch.scored["alpha"].view(torch.float64), batch.scored["weight"].view(torch.float32)
+    assert len(alpha.unique()) == len(weight.unique()) == 4
+    expected = -schedule.dalpha(schedule.inverse(alpha)) / (1 - alpha)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_training_and_evaluation_estimate_the_same_bound():
+    copies, model = 1500, tiny_model().eval()
+    clean, rows, ours = clean_batch(copies), torch.arange(4 * copies), objective(antithetic=True)
+    keep = (~clean.is_padding).long()
+
+    @torch.no_grad()
+    def logits(z):
+        return model(input_ids=z, attention_mask=keep, use_cache=False).logits[clean.maskable]
+
+    batch = ours.noise(clean, rows=rows, group_size=4 * copies)
+    loss, _ = ours.loss(logits(batch.z_t), batch.scored, batch.denominator)
+    noised = ours.evaluation(clean, evaluation_times(rows, 1)[:, 0], seed=0, rows=rows)
+    _, bound = ours.evaluate(logits(noised.z), clean, noised)
+    assert float(loss) == pytest.approx(float(bound.sum() / clean.maskable.sum()), rel=0.04)
