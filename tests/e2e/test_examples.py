@@ -50,7 +50,9 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
     result += [f"model_name_or_path={base}", f"dataset_dir={data}"]
     if keys.get("template") == "diffullama" and "sep_token" not in keys:
         result.append("sep_token=10")  # which the converted model names
-    if keys.get("dataset") == "fineweb":
+    if "deepspeed" in keys:
+        result.append("deepspeed=null")  # an extra, with tests of its own
+    if keys.get("dataset") in ("fineweb", "fineweb_edu"):
         result.append("dataset=tiny_corpus_train")
     if "eval_steps" in keys:
         result += ["eval_steps=1", "val_size=4"] if "val_size" in keys else ["eval_steps=1"]

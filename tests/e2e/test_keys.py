@@ -43,7 +43,10 @@ SAMPLING = {
 }
 ELSEWHERE = {
     "mask_token",
+    # tests/e2e/test_mixed_noise_runs.py
+    "noise_process",
     "uniform_ratio",
+    "random_truncate_ratio",
     "eval_time_samples",
     "checkpoint_dir",
     "num_samples",
@@ -134,14 +137,6 @@ def test_mask_token_that_exists(train_small, tmp_path):
     assert (stored.mask_token, stored.mask_token_id) == (tokenizer.convert_ids_to_tokens(10), 10)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.vocab_size == AutoModelForCausalLM.from_pretrained("data/tiny_gpt2").config.vocab_size
-
-
-def test_uniform_ratio(train_small, tmp_path, checkpoint):
-    same = train_small(tmp_path / "zero", uniform_ratio=0)
-    assert history(same)[0]["loss"] == history(checkpoint)[0]["loss"]
-    with pytest.raises(ValueError, match="does not train"):
-        train_small(tmp_path / "half", uniform_ratio=0.5)
-    assert not (tmp_path / "half").exists()
 
 
 def test_checkpoint_dir(generate, checkpoint, tmp_path):

@@ -1,0 +1,222 @@
+"""Compare masked and mixed continuation by quality against denoising steps: docs/mixed_table.md and mixed.png.
+
+    python docs/make_mixed_table.py                twelve runs and 84 generations, about 75 minutes on two cores
+    python docs/make_mixed_table.py --continue-steps 2 --seeds 1 --questions 4 --texts 4 --out folder     a quick look
+
+From examples/tiny_gpt2_full_ddm.yaml's model (texts) and examples/tiny_gpt2_full_ddm_sft.yaml's (answers) training goes
+on as examples/tiny_gpt2_full_ddm_xdlm.yaml does, once with masked noise alone and once with a tenth of it uniform, with
+the same data, steps and seeds. Answers are measured by exact match, texts from nothing by the perplexity that the
+autoregressive model data/tiny_gpt2 gives them, beside the entropy of their words, which falls where texts repeat
+themselves. The mixed model generates with edits (edit_ratio as it was trained) and without. Runs that are finished are
+not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = (4, 8, 16, 32, 64)
+# Name in the table -> what a run trains with, what it generates with.
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "masked": ({"noise_process": "masked"}, {}),
+    "mixed, with edits": ({"noise_process": "mixed", "uniform_ratio": 0.1}, {}),
+    "mixed, no edits": ({"noise_process": "mixed", "uniform_ratio": 0.1}, {"edit_ratio": 0}),
+}
+TASKS = {
+    "texts": {"recipe": "tiny_gpt2_full_ddm.yaml", "start": "saves/tiny_gpt2/full/ddm", "learning_rate": 1e-3},
+    "answers": {
+        "recipe": "tiny_gpt2_full_ddm_sft.yaml",
+        "start": "saves/tiny_gpt2/full/ddm_sft",
+        "learning_rate": 1e-3,
+    },
+}
+
+
+def cli(recipe: Path) -> None:
+    """Run llamafactory-cli train."""
+    program = str(Path(sys.executable).with_name("llamafactory-cli"))
+    command = [program, "train", str(recipe)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+
+
+def recipe(name: str, path: Path, keys: dict[str, Any]) -> Path:
+    """Write a recipe of examples/ with other keys; None removes one."""
+    found = OmegaConf.to_container(OmegaConf.load(ROOT / "examples" / name))
+    if not isinstance(found, dict):
+        raise SystemExit(f"{name} holds no keys")
+    found |= {"overwrite_cache": True, "disable_tqdm": True, **keys}
+    OmegaConf.save(OmegaConf.create({key: value for key, value in found.items() if value is not None}), path)
+    return path
+
+
+def train(task: str, way: str, seed: int, arguments: argparse.Namespace) -> Path:
+    """Go on from the start, unless that was done, and return the folder of the model."""
+    noise = WAYS[way][0]
+    folder = Path(arguments.work).resolve() / f"{task}-{noise['noise_process']}-{seed}-{arguments.continue_steps}"
+    if not (folder / "all_results.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = {
+            **noise,
+            "model_name_or_path": str(ROOT / TASKS[task]["start"]),
+            "output_dir": str(folder),
+            "seed": seed,
+            "learning_rate": TASKS[task]["learning_rate"],
+            "max_steps": arguments.continue_steps,
+            "warmup_steps": arguments.continue_steps // 20,
+            "save_strategy": "no",
+            "do_eval": None,
+            "eval_dataset": None,
+            "eval_strategy": None,
+            "eval_steps": None,
+            "plot_loss": False,
+        }
+        cli(recipe(str(TASKS[task]["recipe"]), folder / "train.yaml", keys))
+    return folder
+
+
+def answers(model: Path, way: str, steps: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the share of questions answered right, greedily, in per cent."""
+    folder = model / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}"
+    if not (folder / "predict_results.json").is_file():
+        folder.mkdir(exist_ok=True)
+        keys = {
+            **WAYS[way][1],
+            "model_name_or_path": str(model),
+            "output_dir": str(folder),
+            "diffusion_steps": steps,
+            "max_samples": arguments.questions,
+        }
+        cli(recipe("tiny_gpt2_sft_inference.yaml", folder / "predict.yaml", keys))
+    return {"exact match": json.loads((folder / "predict_results.json").read_text())["predict_exact_match"]}
+
+
+def texts(model: Path, way: str, steps: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """Return perplexity under the autoregressive model and entropy of the words, in nats."""
+    folder = model / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}"
+    if not (folder / "generated_predictions.jsonl").is_file():
+        folder.mkdir(exist_ok=True)
+        keys = {
+            **WAYS[way][1],
+            "model_name_or_path": str(model),
+            "output_dir": str(folder),
+            "diffusion_steps": steps,
+            "block_length": None,
+            "topp_temp": 1.0,
+            "num_samples": arguments.texts,
+            "early_stop": "none",
+            "per_device_eval_batch_size": 32,
+        }
+        cli(recipe("tiny_gpt2_inference.yaml", folder / "predict.yaml", keys))
+    lines = (folder / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return judged([json.loads(line)["predict"] for line in lines])
+
+
+def judged(written: list[str]) -> dict[str, float]:
+    """Return perplexity of texts under data/tiny_gpt2, and the entropy of their words, in nats."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny_gpt2")
+    judge = AutoModelForCausalLM.from_pretrained(ROOT / "data/tiny_gpt2", dtype=torch.float32).eval()
+    nats, count = 0.0, 0
+    for text in written:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]])
+        with torch.inference_mode():
+            log_probs = judge(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        nats -= float(log_probs.gather(1, ids[0, 1:, None]).sum())
+        count += ids.shape[1] - 1
+    words = collections.Counter(word for text in written for word in text.split())
+    total = sum(words.values())
+    return {
+        "perplexity": math.exp(nats / max(count, 1)),
+        "entropy": -sum(n / total * math.log(n / total) for n in words.values()),
+    }
+
+
+def table(found: dict[str, dict[str, dict[int, list[dict[str, float]]]]]) -> str:
+    """Return the Markdown tables: mean and range over the seeds."""
+    lines = []
+    for task, measure in (("answers", "exact match"), ("texts", "perplexity"), ("texts", "entropy")):
+        unit = {"exact match": "%, higher is better", "perplexity": "lower is better", "entropy": "nats"}[measure]
+        lines += [f"**{task}: {measure}** ({unit})", "", f"| | {' | '.join(f'{s} steps' for s in STEPS)} |"]
+        lines.append("|---" * (len(STEPS) + 1) + "|")
+        for way, by_steps in found[task].items():
+            cells = []
+            for steps in STEPS:
+                values = [one[measure] for one in by_steps[steps]]
+                cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, dict[str, dict[int, list[dict[str, float]]]]], path: Path) -> None:
+    """Draw quality against steps, a line for each way and a bar from the worst seed to the best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    panels = (("answers", "exact match", "exact match, %"), ("texts", "perplexity", "perplexity of texts"))
+    for axis, (task, measure, label) in zip(axes, panels, strict=True):
+        for way, by_steps in found[task].items():
+            columns = [[one[measure] for one in by_steps[steps]] for steps in STEPS]
+            means = [statistics.mean(values) for values in columns]
+            spread = [[m - min(v) for m, v in zip(means, columns, strict=True)],
+                      [max(v) - m for m, v in zip(means, columns, strict=True)]]  # fmt: skip
+            axis.errorbar(STEPS, means, yerr=spread, marker="o", markersize=4, capsize=3, label=way)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(STEPS, [str(steps) for steps in STEPS])
+        axis.set_xlabel("denoising steps")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Read the command line, run, and write table and plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--continue-steps", type=int, default=400, help="optimiser steps that training goes on")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--texts", type=int, default=128)
+    parser.add_argument("--work", type=Path, default=ROOT / "saves/mixed", help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--train-only", action="store_true", help="stop before generating")
+    arguments = parser.parse_args()
+    found: dict[str, dict[str, dict[int, list[dict[str, float]]]]] = {}
+    measures = {"answers": answers, "texts": texts}
+    for seed in arguments.seeds:
+        for task in TASKS:
+            for way in WAYS:
+                model = train(task, way, seed, arguments)
+                for steps in () if arguments.train_only else STEPS:
+                    result = measures[task](model, way, steps, arguments)
+                    found.setdefault(task, {}).setdefault(way, {}).setdefault(steps, []).append(result)
+                    print(task, way, f"seed {seed}, {steps} steps:", result, flush=True)
+    if not arguments.train_only:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "mixed_table.md").write_text(table(found), encoding="utf-8")
+        plot(found, arguments.out / "mixed.png")
+
+
+if __name__ == "__main__":
+    main()

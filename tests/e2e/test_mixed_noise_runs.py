@@ -1,0 +1,111 @@
+"""noise_process, uniform_ratio and random_truncate_ratio through the real stages."""
+
+import pytest
+
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from support.cli import evaluations, history
+
+MIXED = {"noise_process": "mixed", "uniform_ratio": 0.5}
+
+
+def process(folder):
+    config = DiffusionConfig.load(folder)
+    return config.noise_process, config.uniform_ratio
+
+
+@pytest.fixture(scope="module")
+def mixed(train_small, tmp_path_factory):
+    """A checkpoint of three steps under mixed noise."""
+    return train_small(tmp_path_factory.mktemp("mixed") / "out", **MIXED)
+
+
+def test_mixed_noise_trains_from_an_autoregressive_model(mixed, checkpoint):
+    assert process(mixed) == ("mixed", 0.5)
+    first, masked = history(mixed)[0], history(checkpoint)[0]
+    assert "kl" in first and "nll" not in first
+    assert first["loss"] != masked["loss"]
+    assert first["masked_fraction"] == pytest.approx(masked["masked_fraction"] / 2, rel=0.1)
+
+
+def test_a_masked_checkpoint_goes_on_under_mixed_noise_and_back(train_small, checkpoint, tmp_path):
+    there = train_small(tmp_path / "there", model_name_or_path=checkpoint, noise_process="mixed")
+    assert process(there) == ("mixed", 0.1)
+    same = train_small(tmp_path / "same", model_name_or_path=there)
+    assert process(same) == ("mixed", 0.1)
+    assert "kl" in history(same)[0]
+    back = train_small(tmp_path / "back", model_name_or_path=there, noise_process="masked")
+    assert process(back) == ("masked", 0.0)
+    assert "nll" in history(back)[0]
+
+
+def test_a_ratio_of_zero_trains_bit_for_bit_as_masked_noise(train_small, checkpoint, tmp_path):
+    zero = train_small(tmp_path / "zero", noise_process="mixed", uniform_ratio=0)
+    assert [log["loss"] for log in history(zero)] == [log["loss"] for log in history(checkpoint)]
+    assert process(zero) == ("mixed", 0.0)
+
+
+def test_answers_alone_are_noised(finetune, tmp_path):
+    folder = finetune(tmp_path / "out", **MIXED, do_eval=True, eval_strategy="steps", eval_steps=3)
+    assert process(folder) == ("mixed", 0.5)
+    assert evaluations(folder)[0]["eval_loss"] > 0
+    assert "eval_kl_q1" in evaluations(folder)[0]
+
+
+def test_an_adapter_may_go_on_under_other_noise_than_its_model(finetune, generate, checkpoint, mixed, tmp_path):
+    adapter = finetune(tmp_path / "adapter", recipe="tiny_gpt2_lora_ddm_sft.yaml", **MIXED)
+    assert process(adapter) == ("mixed", 0.5)
+    again = finetune(
+        tmp_path / "again", recipe="tiny_gpt2_lora_ddm_sft.yaml", adapter_name_or_path=adapter, create_new_adapter=True
+    )
+    assert process(again) == ("mixed", 0.5)
+
+
+def test_evaluation_takes_the_noise_that_is_named(train_small, mixed, tmp_path):
+    keys = {"model_name_or_path": mixed, "do_eval": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    own = evaluations(train_small(tmp_path / "own", **keys))[0]
+    masked = evaluations(train_small(tmp_path / "masked", noise_process="masked", **keys))[0]
+    assert "eval_kl" in own and "eval_nll" in masked
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"uniform_ratio": 0.5}, "uniform_ratio: 0.5 says nothing without noise_process: mixed"),
+        ({"noise_process": "masked", "uniform_ratio": 0.5}, "needs noise_process: mixed"),
+        ({"noise_process": "mxed"}, "noise_process must be one of masked, mixed, got 'mxed'; did you mean 'mixed'"),
+        (
+            {**MIXED, "variable_length": "eos_pad", "eos_window_ratio": 0.3, "packing": False, "cutoff_len": 90},
+            "eos_window_ratio: says which tokens become",
+        ),
+        (
+            {"random_truncate_ratio": 0.5, "variable_length": "eos_pad", "packing": False, "cutoff_len": 90},
+            "random_truncate_ratio: 0.5 cuts texts short of their end",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(train_small, tmp_path, keys, words):
+    with pytest.raises(ValueError, match=words):
+        train_small(tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ratio_alone_does_not_change_the_process(train_small, checkpoint, mixed, tmp_path):
+    for folder, said in ((checkpoint, "masked, uniform_ratio: 0.0"), (mixed, "mixed, uniform_ratio: 0.5")):
+        with pytest.raises(ValueError, match=f"uniform_ratio: 0.2 contradicts .* says noise_process: {said}"):
+            train_small(tmp_path / "out", model_name_or_path=folder, uniform_ratio=0.2)
+    saved = train_small(tmp_path / "saved", **MIXED, save_strategy="steps", save_steps=2)
+    with pytest.raises(ValueError, match=r"uniform_ratio: 0.2 contradicts the checkpoint to resume from"):
+        train_small(
+            tmp_path / "new",
+            resume_from_checkpoint=saved / "checkpoint-2",
+            noise_process="mixed",
+            uniform_ratio=0.2,
+        )
+
+
+def test_random_truncate_ratio(train_small, finetune, checkpoint, tmp_path):
+    cut = train_small(tmp_path / "cut", random_truncate_ratio=1.0)
+    losses = [[log["loss"] for log in history(folder)] for folder in (cut, checkpoint)]
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match=r"random_truncate_ratio: 0.5 cuts texts of stage: ddm, but stage is ddm-sft"):
+        finetune(tmp_path / "sft", random_truncate_ratio=0.5)
