@@ -68,7 +68,7 @@ register(
         base="pt",
         runner="llamafactory_ddm.integration.workflow:run",
         label="Diffusion Adaptation",
-        finetuning_types=("full",),
+        finetuning_types=("full", "freeze", "lora"),
     )
 )
 register(
