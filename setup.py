@@ -32,6 +32,7 @@ setup(
         # 5.6.0 has a broken FlashAttention-2 path.
         "transformers>=4.57,!=5.6.0",
         "safetensors>=0.4",
+        "huggingface_hub>=0.30",
     ],
     entry_points={
         # torch >= 2.5 calls this at the end of its import, in every process.

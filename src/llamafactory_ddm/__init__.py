@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .generation import TextGenerator, load
+    from .generation import TextGenerator
+    from .loading import load
     from .sampling import LogitsConfig, SamplingSettings, StableStop
 
 __all__ = ["LogitsConfig", "SamplingSettings", "StableStop", "TextGenerator", "__version__", "load"]
@@ -17,7 +18,7 @@ _HOMES = {
     "LogitsConfig": "sampling",
     "SamplingSettings": "sampling",
     "TextGenerator": "generation",
-    "load": "generation",
+    "load": "loading",
 }
 
 

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", help="folder of a model that stage: ddm has saved")
+    parser.add_argument("path", help="folder of a model that stage: ddm has saved; or a LLaDA or Dream")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", help="a text to continue; may be given several times")
     source.add_argument("--infill", action="append", help="a text with gaps, <|infill:8|> for one of 8 tokens")
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from .generation import load
+    from .loading import load
     from .sampling import LogitsConfig, SamplingSettings
     from .sampling.terminal import TerminalAnimation
 

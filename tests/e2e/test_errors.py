@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
+from support.published import write_dream, write_llada
 
 
 def expect(train, folder, words, error=ValueError, **keys):
@@ -22,17 +23,20 @@ def test_files_that_do_not_exist(train_small, tmp_path):
     expect(train_small, out, "gpt9 has no tokenizer that could be loaded", model_name_or_path="gpt9")
 
 
-def test_models_with_code_of_their_own(train_small, tmp_path):
-    """LLaDA's own folder is no Llama's yet, and nobody is asked whether to run its code."""
-    for kind in ("llada", "Dream"):
-        model = tmp_path / kind
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": {"AutoConfig": "x.X"}}))
-        (model / "model.safetensors").write_bytes(b"")
-        words = (
-            f"model_name_or_path: .* holds {'LLaDA' if kind == 'llada' else kind} as it was published.* convert .* OUT"
-        )
+def test_models_with_code_of_their_own_that_are_not_whole(train_small, tmp_path, monkeypatch):
+    """Nobody is asked whether to run their code, and nothing is left where their plain copies would be."""
+    monkeypatch.setenv("LLAMAFACTORY_DDM_CACHE", str(tmp_path / "cache"))
+    for write in (write_llada, write_dream):
+        model = write(tmp_path / write.__name__)
+        shard = model / "model-00001-of-00002.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1])
+        words = r"model-00001-of-00002.safetensors has \d+ bytes, its header says \d+: truncated or altered"
         expect(train_small, tmp_path / "out", words, model_name_or_path=str(model))
+        shard.unlink()
+        expect(train_small, tmp_path / "out", "names model-00001-of-00002", model_name_or_path=str(model))
+        words = "checkpoint_dir: .* as it was published, a whole model; name it as model_name_or_path"
+        expect(train_small, tmp_path / "out", words, checkpoint_dir=str(model))
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 
 def test_no_mask_token(train_small, tmp_path):

@@ -1,4 +1,4 @@
-"""Miniatures of LLaDA and Dream in their own layouts, against a forward pass written out from their formulas."""
+"""LLaDA and Dream into plain models and back, in miniature, against a forward pass written out from their formulas."""
 
 import json
 import subprocess
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm import load
@@ -19,140 +18,24 @@ from llamafactory_ddm.modeling.conversion import convert
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.own_code import LLADA
 from llamafactory_ddm.modeling.renaming import write_renamed
-from support.tiny import tiny_tokenizer
-
-ROWS, WIDTH, INNER, LAYERS, HEADS, KEY_HEADS = 288, 32, 48, 2, 4, 2
-HEAD = WIDTH // HEADS
-LLADA_CONFIG = {
-    "model_type": "llada",
-    "architectures": ["LLaDAModelLM"],
-    "auto_map": {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-    },
-    "activation_type": "silu",
-    "alibi": False,
-    "block_type": "llama",
-    "d_model": WIDTH,
-    "embedding_size": ROWS,
-    "vocab_size": ROWS,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-    "mask_token_id": 262,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "layer_norm_type": "rms",
-    "max_sequence_length": 64,
-    "mlp_hidden_size": INNER,
-    "mlp_ratio": 4,
-    "n_heads": HEADS,
-    "n_kv_heads": KEY_HEADS,
-    "n_layers": LAYERS,
-    "rms_norm_eps": 1e-5,
-    "rope": True,
-    "rope_theta": 500000.0,
-    "weight_tying": False,
-}
-DREAM_CONFIG = {
-    "model_type": "Dream",
-    "architectures": ["DreamModel"],
-    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KEY_HEADS,
-    "vocab_size": ROWS,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-    "mask_token_id": 262,
-}
-
-
-def llada_weights():
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator) * 0.2
-
-    weights = {
-        "model.transformer.wte.weight": draw(ROWS, WIDTH),
-        "model.transformer.ln_f.weight": 1 + draw(WIDTH),
-        "model.transformer.ff_out.weight": draw(ROWS, WIDTH),
-    }
-    shapes = {"q_proj": (WIDTH, WIDTH), "k_proj": (KEY_HEADS * HEAD, WIDTH), "v_proj": (KEY_HEADS * HEAD, WIDTH)}
-    shapes |= {"attn_out": (WIDTH, WIDTH), "ff_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH)}
-    shapes |= {"ff_out": (WIDTH, INNER)}
-    for number in range(LAYERS):
-        block = f"model.transformer.blocks.{number}."
-        weights |= {f"{block}{name}.weight": draw(*shape) for name, shape in shapes.items()}
-        weights |= {f"{block}{name}.weight": 1 + draw(WIDTH) for name in ("attn_norm", "ff_norm")}
-    return weights
-
-
-def by_formula(weights, ids, *, theta=500000.0, eps=1e-5, names=lambda name: name, biased=False):
-    """LLaDA's logits: RMSNorm, rotary angles on split halves, full attention, a gated SiLU, an output embedding."""
-    w = {name: weights[names(name)] for name in llada_weights()}
-
-    def norm(x, scale):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
-
-    def turn(x):  # [heads, length, HEAD]
-        angle = torch.arange(len(ids))[:, None] / theta ** (torch.arange(0, HEAD, 2) / HEAD)[None]
-        first, second = x[..., : HEAD // 2], x[..., HEAD // 2 :]
-        return torch.cat(
-            [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1
-        )
-
-    x = w["model.transformer.wte.weight"][ids]
-    for number in range(LAYERS):
-        b = f"model.transformer.blocks.{number}."
-        h = norm(x, w[b + "attn_norm.weight"])
-
-        def heads(name, count, h=h, b=b):
-            bias = weights[names(b + name + ".weight").replace("weight", "bias")] if biased else 0
-            return (h @ w[b + name + ".weight"].T + bias).view(len(ids), count, HEAD).transpose(0, 1)
-
-        q, k, v = turn(heads("q_proj", HEADS)), turn(heads("k_proj", KEY_HEADS)), heads("v_proj", KEY_HEADS)
-        k, v = (each.repeat_interleave(HEADS // KEY_HEADS, dim=0) for each in (k, v))
-        mixed = (q @ k.transpose(1, 2) / HEAD**0.5).softmax(-1) @ v
-        x = x + mixed.transpose(0, 1).reshape(len(ids), WIDTH) @ w[b + "attn_out.weight"].T
-        h = norm(x, w[b + "ff_norm.weight"])
-        inner = functional.silu(h @ w[b + "ff_proj.weight"].T) * (h @ w[b + "up_proj.weight"].T)
-        x = x + inner @ w[b + "ff_out.weight"].T
-    return norm(x, w["model.transformer.ln_f.weight"]) @ w["model.transformer.ff_out.weight"].T
-
-
-def write_shards(folder, weights, config, shards=2):
-    folder.mkdir()
-    index = {}
-    for number in range(shards):
-        part = dict(list(weights.items())[number::shards])
-        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        save_file(part, folder / name, {"format": "pt"})
-        index |= dict.fromkeys(part, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["<|mdm_mask|>"], special_tokens=True)
-    assert tokenizer.convert_tokens_to_ids("<|mdm_mask|>") == 262
-    tokenizer.save_pretrained(folder)
-    return folder
+from support.published import (
+    DREAM_CONFIG,
+    LLADA_CONFIG,
+    ROWS,
+    WIDTH,
+    all_weights,
+    by_formula,
+    dream_by_formula,
+    dream_weights,
+    llada_weights,
+    write_dream,
+    write_llada,
+)
 
 
 @pytest.fixture
 def llada(tmp_path):
-    return write_shards(tmp_path / "llada", llada_weights(), LLADA_CONFIG)
-
-
-def all_weights(folder):
-    return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
+    return write_llada(tmp_path / "llada")
 
 
 def bidirectional(folder):
@@ -186,23 +69,24 @@ def test_llada_becomes_a_llama_and_comes_back(llada, tmp_path):
 
 
 def test_dream_becomes_a_qwen2_and_comes_back(tmp_path):
-    layout = {name: LLADA.to_standard(name) for name in llada_weights()}
-    weights = {layout[name]: value for name, value in llada_weights().items()}
-    generator = torch.Generator().manual_seed(1)
-    for name in list(weights):
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            bias = torch.randn(len(weights[name]), generator=generator)
-            weights[name.replace("weight", "bias")] = bias
-    source = write_shards(tmp_path / "dream", weights, DREAM_CONFIG)
+    source, weights = write_dream(tmp_path / "dream"), dream_weights()
     there, back = tmp_path / "there", tmp_path / "back"
     convert(source, there)
     ids = torch.tensor([5, 9, 262, 7, 30, 262, 11])
-    expected = by_formula(weights, ids, theta=1000000.0, eps=1e-6, names=layout.get, biased=True)
+    expected = dream_by_formula(weights, ids)
     with torch.no_grad():
         found = bidirectional(there)(ids[None]).logits[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     config = DiffusionConfig.load(there)
-    assert (config.mask_token_id, config.shift) == (262, True)
+    assert (config.mask_token, config.mask_token_id, config.shift) == ("<|mask|>", 262, True)
+    tokenizer = AutoTokenizer.from_pretrained(there)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|beginoftext|>",
+        "<|endoftext|>",
+        "<|endoftext|>",
+    )
+    assert tokenizer.decode(tokenizer.encode("The cat\n")) == "The cat\n"
+    assert "auto_map" not in (there / "tokenizer_config.json").read_text()
     convert(there, back, to_published=True)
     assert all(torch.equal(value, weights[key]) for key, value in all_weights(back).items())
     raw = json.loads((back / "config.json").read_text())
@@ -278,7 +162,7 @@ def test_converting_takes_little_memory(tmp_path):
 
     def peak(name, rows):
         weights = {**llada_weights(), **{k: torch.zeros(rows, WIDTH) for k in llada_weights() if rows and k in BIG}}
-        folder = write_shards(tmp_path / name, weights, {**LLADA_CONFIG, "embedding_size": rows, "vocab_size": rows})
+        folder = write_llada(tmp_path / name, weights, embedding_size=rows, vocab_size=rows)
         done = subprocess.run(
             [sys.executable, "-c", script, folder, tmp_path / f"{name}-out"],
             capture_output=True,

@@ -17,6 +17,7 @@ from ..modeling.checkpoints import load_weights, stored_dtype
 from ..modeling.mask_token import ResolvedMaskToken, add_mask_token, needs_row
 from ..modeling.pad_tokens import add_pad_tokens, new_names
 from ..modeling.published import is_model_folder, layout_of_folder
+from ..modeling.recognition import origin_of
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 
@@ -53,9 +54,13 @@ class AroundAdapter:
         Raises:
             ValueError: if an adapter could not hold the new token, a name matches nothing, or weights do not fit.
         """
+        origin = origin_of(self.base)
+        if origin != self.base:
+            # An adapter remembers its base by this name, and is to find it when the cache is gone.
+            model.name_or_path = model.config._name_or_path = origin
         for folder in self.adapters:
             trained_on = base_of(folder)
-            if trained_on != self.base and Path(trained_on).resolve() != Path(self.base).resolve():
+            if trained_on != origin and Path(trained_on).resolve() not in (Path(self.base).resolve(), Path(origin)):
                 logger.warning_rank0(
                     f"The adapter {folder} was trained on {trained_on}, and is put on {self.base}: that gives another "
                     "model than was trained, unless the two are the same."

@@ -17,14 +17,17 @@ from ..modeling.attention_layers import max_positions
 from ..modeling.checkpoints import verify_checkpoint
 from ..modeling.own_code import kind_of, raw_config
 from ..modeling.published import is_model_folder, layout_of_folder
+from ..modeling.recognition import may_be_on_a_hub
+from .plain_models import settle_plain_model
 
 
 def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_args: Any) -> None:
-    """Check the folders of `model_name_or_path` and `checkpoint_dir`.
+    """Check the folders of `model_name_or_path` and `checkpoint_dir`; a LLaDA or Dream becomes a plain model.
 
     Raises:
         ValueError: if one does not exist or is truncated, or the run could not use it.
     """
+    settle_plain_model(model_args)
     adapters = [("adapter_name_or_path", folder) for folder in model_args.adapter_name_or_path or ()]
     for key, folder in (
         ("model_name_or_path", model_args.model_name_or_path),
@@ -41,8 +44,8 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_arg
             kind = kind_of(raw_config(path))
             if kind is not None:
                 raise ValueError(
-                    f"{key}: {folder} holds {kind.name} as it was published, with code of its own; make a plain model "
-                    f"of it with llamafactory-ddm convert {folder} OUT, and name that as model_name_or_path"
+                    f"{key}: {folder} holds {kind.name} as it was published, a whole model; name it as "
+                    "model_name_or_path"
                 )
             verify_checkpoint(path)
             layout = None if key == "checkpoint_dir" else layout_of_folder(path)
@@ -52,7 +55,7 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_arg
                     f"ordinary folder with llamafactory-ddm convert {folder} OUT"
                     + (", or name it as checkpoint_dir, with its base as model_name_or_path" if not adapters else "")
                 )
-        elif key != "model_name_or_path" or not _may_be_on_a_hub(folder):
+        elif key != "model_name_or_path" or not may_be_on_a_hub(folder):
             raise ValueError(f"{key}: {folder} is not a folder; check the path (it is relative to {Path.cwd()})")
     has_adapter = finetuning_args.finetuning_type == "lora" and (training_args.do_train or bool(adapters))
     _check_checkpoint_dir(finetuning_args.checkpoint_dir, has_adapter=has_adapter)
@@ -140,14 +143,6 @@ def no_block(data_args: Any, names: list[str] | None = None) -> str:
         f"dataset: {_names(data_args)} is empty or gives no row{packed if data_args.packing else ''}; "
         "check the file, lower cutoff_len or set packing: false"
     )
-
-
-def _may_be_on_a_hub(name: str) -> bool:
-    """Tell whether `name` looks like gpt2 or owner/name; any other path can only be a folder."""
-    owner, _, rest = name.partition("/")
-    if not rest:
-        return True
-    return "/" not in rest and not name.startswith((".", "/", "~")) and not Path(owner).is_dir()
 
 
 def _names(data_args: Any) -> str:

@@ -96,6 +96,10 @@ def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[]
         register_templates()
         parsed = original(args)
         model_args, _, finetuning_args, *_ = parsed
+        if model_args.export_dir is not None:
+            from .plain_models import settle_plain_model
+
+            settle_plain_model(model_args)
         stage = finetuning_args.diffusion_stage
         folders = [*(model_args.adapter_name_or_path or []), model_args.model_name_or_path]
         if model_args.export_dir is not None and (stage is not None or any(map(_is_ours, folders))):

@@ -20,19 +20,19 @@ def base_of(folder: str | Path) -> str:
     return str(json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
-def merged_with_base(folder: str | Path, config: DiffusionConfig, *, dtype: Any) -> Any:
-    """Load the base model that an adapter names, and merge the adapter into it.
+def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, dtype: Any) -> Any:
+    """Load the base model of an adapter, and merge the adapter into it.
 
     Args:
         folder: with adapter_config.json and the adapter's weights.
         config: of the adapter.
+        base: folder or name of the model, as transformers can load it.
         dtype: of the model's weights, as Hugging Face takes it.
     Raises:
         ValueError: if the base model cannot be loaded.
     """
     from peft import PeftModel
 
-    base = base_of(folder)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     except (OSError, ValueError) as error:

@@ -159,7 +159,7 @@ def _described_by_code(source: Path, own: OwnCode, tokenizer: Any, tokens: dict[
     if mask is None:
         raise ValueError(
             f"config.json says that the mask of this {own.name} has id {mask_id}, which is no token of the tokenizer; "
-            "name it with --mask-token"
+            "name it with llamafactory-ddm convert IN OUT --mask-token"
         )
     if tokens["pad_token"] is not None:
         tokenizer.pad_token = resolve_token(tokenizer, "--pad-token", tokens["pad_token"])[0]
@@ -223,9 +223,11 @@ def _tokenizer(source: Path, base: str | Path | None, own: OwnCode | None = None
     has_own = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     folder = source if has_own or base is None else base
     try:
-        # AutoTokenizer would ask whether to run the published code, which is not needed.
+        # AutoTokenizer would ask whether to run the published code, which is not needed, then or later.
         if own is not None and own.standard_type == "qwen2":
-            return AutoTokenizer.from_pretrained(folder, tokenizer_type="qwen2")
+            tokenizer = AutoTokenizer.from_pretrained(folder, tokenizer_type="qwen2")
+            tokenizer.init_kwargs.pop("auto_map", None)
+            return tokenizer
         if own is not None:
             return PreTrainedTokenizerFast.from_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,49 @@
+"""A diffusion model from its folder, or by its name, ready to generate; `load` is the package's public name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .generation import TextGenerator
+from .modeling.adapters import ADAPTER_CONFIG, base_of, merged_with_base
+from .modeling.bidirectional import make_bidirectional
+from .modeling.checkpoints import verify_checkpoint
+from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from .modeling.length_heads import LengthPredictors
+from .modeling.recognition import plain_folder
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None, dtype: Any = None) -> TextGenerator:
+    """Load a diffusion model that this package has saved, or a LLaDA or Dream as it was published.
+
+    Args:
+        path: a folder with model, tokenizer and diffusion_config.json, or with a LoRA adapter in place of the model;
+            or a LLaDA or Dream, as a folder or by its name on Hugging Face's hub, of which a plain copy is made once.
+        device: by default the first GPU if there is one, else the CPU.
+        dtype: of the weights; by default the one they are stored in, on a CPU float32.
+    Raises:
+        ValueError: if the folder is not there, is truncated, or is no diffusion model.
+    """
+    folder = Path(plain_folder(path))
+    if not folder.is_dir():
+        raise ValueError(f"{path} is not a folder; check the path (it is relative to {Path.cwd()})")
+    config = DiffusionConfig.find(folder)
+    if config is None:
+        raise ValueError(
+            f"{path} holds no {FILE_NAME}, so it is not a diffusion model of this package; adapt it with stage: ddm"
+        )
+    verify_checkpoint(folder)
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        model = merged_with_base(folder, config, base=plain_folder(base_of(folder)), dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.to(device)  # type: ignore[arg-type]
+    make_bidirectional(model)
+    return TextGenerator(model, tokenizer, config, lengths=LengthPredictors.find(folder))

@@ -1,0 +1,200 @@
+"""A LLaDA or Dream as it was published, recognised by its config.json and made a plain model, once, in a cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+from transformers.utils.hub import cached_file
+
+from .checkpoints import verify_checkpoint, weight_files
+from .conversion import convert
+from .key_tables import first_line
+from .own_code import OwnCode, kind_of, raw_config
+
+CACHE = "LLAMAFACTORY_DDM_CACHE"
+ORIGIN_NAME = "converted_from.json"
+# To be raised when `convert` makes something else of a LLaDA or Dream.
+_CONVERSION = 1
+# Weights, config and tokenizer; of a hub nothing else is fetched, code least of all.
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt")
+_BESIDE_WEIGHTS = 2**26  # bytes: config and tokenizer
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A folder as it was published.
+
+    Attributes:
+        folder: its absolute path.
+        kind: see there.
+        name: by which the result is to be known.
+        origin: path or hub name under which a later run finds it.
+    """
+
+    folder: Path
+    kind: OwnCode
+    name: str
+    origin: str
+
+
+def plain_folder(
+    name: str | Path,
+    *,
+    revision: str = "main",
+    download_dir: str | None = None,
+    token: str | None = None,
+    say: Callable[[str], None] = _logger.warning,
+) -> str:
+    """Return where transformers finds a model: `name` itself, or a plain copy of a LLaDA or Dream.
+
+    The copy is made the first time, in `cache_root()`; other processes wait for it. None of the published code is
+    run, and a model of another kind is not touched.
+
+    Args:
+        name: a folder, or a name on Hugging Face's hub.
+        revision: of the latter.
+        download_dir: where the hub's files are kept; by default where Hugging Face keeps them.
+        token: for the hub.
+        say: called before a copy is made.
+    Raises:
+        ValueError: if the files cannot be had or do not fit their config, or the copy has no room; nothing is left of
+            it.
+        OSError: if the copy cannot be written.
+    """
+    found = _published(name, revision, download_dir, token)
+    if found is None:
+        return str(name)
+    root = cache_root()
+    target = root / f"{found.name}-{_fingerprint(found.folder)}"
+    if _is_whole(target):
+        return str(target)
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(root / f".{target.name}.lock"))
+        except OSError as error:
+            raise ValueError(
+                f"{name} is {found.kind.name} as it was published, and {root}, where a plain copy is to be made, "
+                f"cannot be written ({error}); set {CACHE} to a folder that can"
+            ) from error
+        if not _is_whole(target):
+            _make(found, target, say)
+    return str(target)
+
+
+def cache_root() -> Path:
+    """Return the folder for plain copies: $LLAMAFACTORY_DDM_CACHE, else llamafactory_ddm in Hugging Face's own."""
+    return Path(os.environ.get(CACHE) or Path(HF_HOME) / "llamafactory_ddm").expanduser().absolute()
+
+
+def origin_of(folder: str | Path) -> str:
+    """Return the path or name of what a plain copy was made from; another folder is its own origin.
+
+    This is what adapters name as their base model: it outlives the cache.
+    """
+    path = Path(folder) / ORIGIN_NAME
+    return str(json.loads(path.read_text(encoding="utf-8"))["origin"]) if path.is_file() else str(folder)
+
+
+def may_be_on_a_hub(name: str) -> bool:
+    """Tell whether `name` looks like gpt2 or owner/name; any other path can only be a folder."""
+    owner, _, rest = name.partition("/")
+    if not rest:
+        return True
+    return "/" not in rest and not name.startswith((".", "/", "~")) and not Path(owner).is_dir()
+
+
+def _published(name: str | Path, revision: str, download_dir: str | None, token: str | None) -> _Published | None:
+    """Return a model that was published with code of its own, its files at hand, or None for any other."""
+    if Path(name).is_dir():
+        kind = kind_of(raw_config(name))
+        folder = Path(name).absolute()
+        return None if kind is None else _Published(folder, kind, folder.name, str(folder))
+    if not may_be_on_a_hub(str(name)):
+        return None
+    try:
+        config = cached_file(str(name), "config.json", revision=revision, cache_dir=download_dir, token=token)
+        kind = None if config is None else kind_of(raw_config(Path(config).parent))
+    except (OSError, ValueError):  # upstream will look for it too, and say what is wrong
+        return None
+    if kind is None:
+        return None
+    try:
+        folder = Path(
+            snapshot_download(
+                str(name), revision=revision, cache_dir=download_dir, token=token, allow_patterns=list(_FILES)
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is {kind.name} as it was published, and its files could not be downloaded ({first_line(error)})"
+        ) from error
+    is_usual = revision == "main" and download_dir is None
+    return _Published(folder, kind, str(name).rpartition("/")[2], str(name) if is_usual else str(folder))
+
+
+def _fingerprint(folder: Path) -> str:
+    """Return a short name of the files in a folder, other if one of them is exchanged."""
+    paths = {path for pattern in (*_FILES, "*.bin") for path in folder.glob(pattern) if path.is_file()}
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)]
+    return hashlib.sha256(json.dumps([_CONVERSION, str(folder), files]).encode()).hexdigest()[:12]
+
+
+def _is_whole(target: Path) -> bool:
+    """Tell whether a copy is there and nothing of it was lost since it was made."""
+    if not (target / ORIGIN_NAME).is_file():
+        return False
+    try:
+        verify_checkpoint(target)
+        origin_of(target)
+    except (ValueError, KeyError):
+        return False
+    return True
+
+
+def _make(found: _Published, target: Path, say: Callable[[str], None]) -> None:
+    """Make the copy; the caller holds its lock.
+
+    Raises:
+        ValueError: if there is no room, or what is to be copied is not whole.
+    """
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    for path in list(target.parent.iterdir()):
+        # What a killed process has left (`convert` writes beside its target), or what has lost a file.
+        if path == target or path.name.lstrip(".").startswith(unfinished.name[1:]):
+            shutil.rmtree(path)
+    needed = sum(path.stat().st_size for path in weight_files(found.folder)) + _BESIDE_WEIGHTS
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise ValueError(
+            f"{found.origin} is {found.kind.name} as it was published; a plain copy of it takes {_size(needed)}, and "
+            f"{target.parent} has {_size(free)} left; free some, or set {CACHE} to a folder on a larger disk"
+        )
+    say(
+        f"{found.origin} is {found.kind.name} as it was published, with code of its own. Without running that, a "
+        f"plain model is made of it, once, in {target} ({_size(needed)}; {CACHE} names another place). "
+        f"llamafactory-ddm convert {found.folder} OUT makes the same in a folder of your choice."
+    )
+    try:
+        convert(found.folder, unfinished)
+        origin = {"origin": found.origin, "folder": str(found.folder)}
+        (unfinished / ORIGIN_NAME).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.0f} MB"
