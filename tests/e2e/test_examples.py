@@ -7,7 +7,9 @@ from omegaconf import OmegaConf
 
 from llamafactory_ddm.integration.stages import STAGES
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.modeling.recognition import CACHE
 from support.cli import ROOT, predictions, run
+from support.published import write_dream, write_llada
 
 FITTING = "varlen_fit_length.yaml"
 RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
@@ -25,6 +27,8 @@ SMALL_TRAINING = (
 )
 
 
+# Recipes of models that are named as they were published -> a miniature of theirs.
+PUBLISHED = {"GSAI-ML/LLaDA-8B-Instruct": write_llada, "Dream-org/Dream-v0-Instruct-7B": write_dream}
 PROBLEMS = {"gsm8k": "tiny_problems_train", "gsm8k_test": "tiny_problems_eval"}
 
 
@@ -37,6 +41,13 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
     for key in ("dataset", "eval_dataset"):
         if keys.get(key) in PROBLEMS:
             result += [f"{key}={PROBLEMS[keys[key]]}", f"dataset_dir={data}"]
+    if keys.model_name_or_path in PUBLISHED:
+        result.append(f"model_name_or_path={PUBLISHED[keys.model_name_or_path](folder / 'published')}")
+        if keys.get("do_predict"):
+            small = ["max_samples=2", "diffusion_steps=6", "max_new_tokens=12", "cutoff_len=240"]
+            return [*result, *small, *(["block_length=6"] if "block_length" in keys else []), "overwrite_cache=true"]
+        small = [*SMALL_TRAINING, "save_strategy=steps", "num_train_epochs=1", "warmup_ratio=0", "cutoff_len=200"]
+        return [*result, *small]
     if keys.get("do_predict") and "adapter_name_or_path" in keys:
         result += [f"model_name_or_path={checkpoint}", f"adapter_name_or_path={adapter}"]
         return [*result, "max_samples=2", "diffusion_steps=12", "cutoff_len=64", "overwrite_cache=true"]
@@ -83,7 +94,8 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adapter):
+def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adapter, monkeypatch):
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     keys = OmegaConf.load(ROOT / "examples" / name)
     words = overrides(name, tmp_path, small_data, checkpoint, finetuned, adapter)
     if name == FITTING:

@@ -1,6 +1,5 @@
 """A LLaDA or Dream by path or hub name becomes a plain model in a cache, once, and anything else is left alone."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from llamafactory_ddm.modeling import recognition
 from llamafactory_ddm.modeling.conversion import convert
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.recognition import CACHE, ORIGIN_NAME, cache_root, origin_of, plain_folder
-from support.published import all_weights, llada_weights, write_dream, write_llada
+from support.published import all_weights, in_hub, llada_weights, write_dream, write_llada
 
 
 @pytest.fixture
@@ -35,22 +34,6 @@ def llada(tmp_path):
 def entries(cache):
     """What lies in the cache, but for locks."""
     return sorted(path.name for path in cache.iterdir() if not path.name.endswith(".lock")) if cache.exists() else []
-
-
-def in_hub(folder, name, files):
-    """Lay files out as Hugging Face's cache has them; returns the cache and the snapshot."""
-    revision = hashlib.sha1(name.encode()).hexdigest()
-    repository = folder / f"models--{name.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(revision)
-    snapshot = repository / "snapshots" / revision
-    (repository / "blobs").mkdir()
-    snapshot.mkdir(parents=True)
-    for path in files:
-        blob = repository / "blobs" / hashlib.sha1(path.name.encode()).hexdigest()
-        shutil.copy(path, blob)
-        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
-    return folder, snapshot
 
 
 def test_a_folder_is_converted_once_into_what_convert_makes(llada, cache, tmp_path):

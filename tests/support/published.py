@@ -1,6 +1,9 @@
 """Miniatures of LLaDA and Dream in their own layouts, and their logits written out from their formulas."""
 
+import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -202,3 +205,19 @@ def write_dream(folder, **changed):
 def all_weights(folder):
     """The weights of all files of a folder."""
     return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
+
+
+def in_hub(folder, name, files):
+    """Lay files out as Hugging Face's cache has them; returns the cache and the snapshot."""
+    revision = hashlib.sha1(name.encode()).hexdigest()
+    repository = folder / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    snapshot = repository / "snapshots" / revision
+    (repository / "blobs").mkdir()
+    snapshot.mkdir(parents=True)
+    for path in files:
+        blob = repository / "blobs" / hashlib.sha1(path.name.encode()).hexdigest()
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+    return folder, snapshot
