@@ -131,6 +131,14 @@ def test_the_sampling_benchmark_runs(checkpoint):
     assert quality.count("| confidence_threshold: ") == 4
 
 
+def test_the_conversion_benchmark_runs(tmp_path):
+    for kind in ("llada", "dream"):
+        words = ("--kind", kind, "--gigabytes", "0.001", "--shards", "2", "--folder", tmp_path)
+        done = run("benchmarks/convert_memory.py", *words, program=sys.executable)
+        assert done.stdout.count("claimed <=") == done.stdout.count("  held") == 2, done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_early_stop_benchmark_runs(finetuned):
     words = ("--model", finetuned, "--questions", "2", "--rounds", "1")
     table = run("benchmarks/early_stop.py", *words, program=sys.executable).stdout

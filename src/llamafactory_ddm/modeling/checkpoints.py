@@ -260,6 +260,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def read_weight(path: Path, key: str) -> Tensor:
+    """Read one weight of a file to the CPU, of a safetensors file nothing else."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key)
+    return read_weights(path)[key]
+
+
 def _has_twin(key: str, own: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
     """Tell whether `key` shares its memory with a key that the files hold, as a tied output embedding does."""
     return any(other != key and other in state and _are_tied(own[other], own[key]) for other in own)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from .adapters import ADAPTER_CONFIG
-from .checkpoints import read_weights, stored_dtype, verify_checkpoint, weight_files
+from .checkpoints import read_weight, read_weights, stored_dtype, verify_checkpoint, weight_files
 from .diffusion_config import DiffusionConfig
 from .key_tables import check_adapter_keys, check_keys, first_line, is_tied
 from .mask_token import resolve_token
@@ -283,10 +283,10 @@ def _ends_differ(source: Path, layout: AnyLayout | None) -> bool:
     names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
     ends: dict[str, Tensor] = {}
     for path in weight_files(source):
-        for key, value in read_weights(path).items():
+        for key in keys_of(path):
             standard = key if layout is None else layout.to_standard(key)
             if standard in names or standard == "lm_head.weight":
-                ends["out" if standard == "lm_head.weight" else "in"] = value
+                ends["out" if standard == "lm_head.weight" else "in"] = read_weight(path, key)
     return len(ends) == 2 and not torch.equal(ends["in"], ends["out"])
 
 

@@ -1,0 +1,54 @@
+"""What stands in for a LLaDA or Dream that a run names, and what is asked of hubs for it."""
+
+from types import SimpleNamespace
+
+import pytest
+from transformers import LlamaConfig
+
+from llamafactory_ddm.integration import plain_models
+from llamafactory_ddm.modeling.recognition import CACHE, origin_of
+from support.published import write_dream
+
+
+def arguments(name, **keys):
+    given = {"model_revision": "main", "cache_dir": None, "hf_hub_token": None, **keys}
+    return SimpleNamespace(model_name_or_path=str(name), **given)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+
+
+def test_a_published_folder_gives_way_to_its_plain_copy(tmp_path):
+    args = arguments(write_dream(tmp_path / "dream"))
+    plain_models.settle_plain_model(args)
+    assert args.model_name_or_path.startswith(str(tmp_path / "cache" / "dream-"))
+    assert origin_of(args.model_name_or_path) == str(tmp_path / "dream")
+    plain_models.settle_plain_model(args)  # of which nothing more is made
+    assert origin_of(args.model_name_or_path) == str(tmp_path / "dream")
+
+
+def test_another_model_stays(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    for name in (str(tmp_path / "llama"), "owner/unknown", "gpt2"):
+        args = arguments(name, cache_dir=str(tmp_path / "hub"))
+        plain_models.settle_plain_model(args)
+        assert args.model_name_or_path == name
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_name_on_another_hub(tmp_path, monkeypatch):
+    """Where upstream fetches from another hub, that is where a name is looked for."""
+    folder = write_dream(tmp_path / "fetched")
+    monkeypatch.setattr(plain_models, "try_download_model_from_other_hub", lambda args: str(folder))
+    args = arguments("owner/dream")
+    plain_models.settle_plain_model(args)
+    assert origin_of(args.model_name_or_path) == str(folder)
+
+
+def test_revision_token_and_folder_reach_the_hub(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(plain_models, "plain_folder", lambda name, **keys: asked.update(keys) or name)
+    plain_models.settle_plain_model(arguments("owner/x", model_revision="v2", cache_dir="/hub", hf_hub_token="t"))
+    assert (asked["revision"], asked["download_dir"], asked["token"]) == ("v2", "/hub", "t")
