@@ -29,6 +29,15 @@ def test_a_published_folder_gives_way_to_its_plain_copy(tmp_path):
     assert origin_of(args.model_name_or_path) == str(tmp_path / "dream")
 
 
+def test_whichever_rank_makes_the_copy_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    args = arguments(write_dream(tmp_path / "dream"))
+    plain_models.settle_plain_model(args)
+    assert caplog.text.count("is Dream as it was published, with code of its own") == 1
+    plain_models.settle_plain_model(arguments(tmp_path / "dream"))
+    assert caplog.text.count("is Dream as it was published") == 1
+
+
 def test_another_model_stays(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     for name in (str(tmp_path / "llama"), "owner/unknown", "gpt2"):

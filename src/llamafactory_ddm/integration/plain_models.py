@@ -26,7 +26,7 @@ def settle_plain_model(model_args: Any) -> None:
         revision=model_args.model_revision,
         download_dir=model_args.cache_dir,
         token=model_args.hf_hub_token,
-        say=logger.info_rank0,
+        say=logger.info,  # by whichever rank comes first, and is the only one to say it
     )
     if folder != name:
         logger.info_rank0(f"{name} is used from its plain copy, {folder}.")
