@@ -3,12 +3,12 @@
     python docs/make_mixed_table.py                twelve runs and 84 generations, about 75 minutes on two cores
     python docs/make_mixed_table.py --continue-steps 2 --seeds 1 --questions 4 --texts 4 --out folder     a quick look
 
-From examples/tiny_gpt2_full_ddm.yaml's model (texts) and examples/tiny_gpt2_full_ddm_sft.yaml's (answers) training goes
-on as examples/tiny_gpt2_full_ddm_xdlm.yaml does, once with masked noise alone and once with a tenth of it uniform, with
-the same data, steps and seeds. Answers are measured by exact match, texts from nothing by the perplexity that the
-autoregressive model data/tiny_gpt2 gives them, beside the entropy of their words, which falls where texts repeat
-themselves. The mixed model generates with edits (edit_ratio as it was trained) and without. Runs that are finished are
-not repeated.
+From the models of examples/tiny_gpt2_full_ddm.yaml (texts) and examples/tiny_gpt2_full_ddm_sft.yaml (answers) training
+goes on as examples/tiny_gpt2_full_ddm_xdlm.yaml does: once with masked noise alone, and once with a tenth of the noise
+uniform, with the same data, steps and seeds. Answers are measured by exact match, texts from nothing by the perplexity
+that the autoregressive model data/tiny_gpt2 gives them, beside the entropy of their words, which falls where texts
+repeat themselves. The mixed model generates with edits (edit_ratio as it was trained) and without. Runs that are
+finished are not repeated; --only answers and --only texts can run side by side, and a last call writes the table.
 """
 
 from __future__ import annotations
@@ -36,14 +36,12 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixed, with edits": ({"noise_process": "mixed", "uniform_ratio": 0.1}, {}),
     "mixed, no edits": ({"noise_process": "mixed", "uniform_ratio": 0.1}, {"edit_ratio": 0}),
 }
+# What is measured -> the recipe that training goes on with, and the model that it starts from.
 TASKS = {
-    "texts": {"recipe": "tiny_gpt2_full_ddm.yaml", "start": "saves/tiny_gpt2/full/ddm", "learning_rate": 1e-3},
-    "answers": {
-        "recipe": "tiny_gpt2_full_ddm_sft.yaml",
-        "start": "saves/tiny_gpt2/full/ddm_sft",
-        "learning_rate": 1e-3,
-    },
+    "texts": ("tiny_gpt2_full_ddm.yaml", "saves/tiny_gpt2/full/ddm"),
+    "answers": ("tiny_gpt2_full_ddm_sft.yaml", "saves/tiny_gpt2/full/ddm_sft"),
 }
+LEARNING_RATE = 1e-3
 
 
 def cli(recipe: Path) -> None:
@@ -74,10 +72,10 @@ def train(task: str, way: str, seed: int, arguments: argparse.Namespace) -> Path
         folder.mkdir(parents=True, exist_ok=True)
         keys = {
             **noise,
-            "model_name_or_path": str(ROOT / TASKS[task]["start"]),
+            "model_name_or_path": str(ROOT / TASKS[task][1]),
             "output_dir": str(folder),
             "seed": seed,
-            "learning_rate": TASKS[task]["learning_rate"],
+            "learning_rate": LEARNING_RATE,
             "max_steps": arguments.continue_steps,
             "warmup_steps": arguments.continue_steps // 20,
             "save_strategy": "no",
@@ -87,7 +85,7 @@ def train(task: str, way: str, seed: int, arguments: argparse.Namespace) -> Path
             "eval_steps": None,
             "plot_loss": False,
         }
-        cli(recipe(str(TASKS[task]["recipe"]), folder / "train.yaml", keys))
+        cli(recipe(TASKS[task][0], folder / "train.yaml", keys))
     return folder
 
 
@@ -200,19 +198,19 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--work", type=Path, default=ROOT / "saves/mixed", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--train-only", action="store_true", help="stop before generating")
+    parser.add_argument("--only", choices=TASKS, help="run one task, without writing table and plot")
     arguments = parser.parse_args()
     found: dict[str, dict[str, dict[int, list[dict[str, float]]]]] = {}
     measures = {"answers": answers, "texts": texts}
     for seed in arguments.seeds:
-        for task in TASKS:
+        for task in (arguments.only,) if arguments.only else TASKS:
             for way in WAYS:
                 model = train(task, way, seed, arguments)
-                for steps in () if arguments.train_only else STEPS:
+                for steps in STEPS:
                     result = measures[task](model, way, steps, arguments)
                     found.setdefault(task, {}).setdefault(way, {}).setdefault(steps, []).append(result)
                     print(task, way, f"seed {seed}, {steps} steps:", result, flush=True)
-    if not arguments.train_only:
+    if not arguments.only:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "mixed_table.md").write_text(table(found), encoding="utf-8")
         plot(found, arguments.out / "mixed.png")

@@ -107,6 +107,20 @@ def test_each_way_is_the_run_of_one_process(way, recipe, one, checkpoint, small_
         assert AutoModelForCausalLM.from_pretrained(out)(torch.arange(9)[None]).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("way", ["accumulation", "ddp", "zero2"])
+def test_mixed_noise_is_the_same_however_rows_are_spread(way, checkpoint, small_data, tmp_path):
+    more = ("noise_process=mixed", "uniform_ratio=0.3")
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    spread(way, "full", out, checkpoint, small_data, *more)
+    start("full", reference, checkpoint, small_data, "per_device_train_batch_size=8", "use_cpu=true", *more)
+    for a, b in zip(history(reference), history(out), strict=True):
+        for key in ("loss", "kl", "masked_fraction", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=WAYS[way][2]), key
+    found = weights(out, "full")
+    for key, value in weights(reference, "full").items():
+        torch.testing.assert_close(found[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
+
+
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory, checkpoint):
     """The shared checkpoint with an output embedding of its own."""

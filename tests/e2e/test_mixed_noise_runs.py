@@ -1,6 +1,8 @@
 """noise_process, uniform_ratio and random_truncate_ratio through the real stages."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import evaluations, history
@@ -109,3 +111,22 @@ def test_random_truncate_ratio(train_small, finetune, checkpoint, tmp_path):
     assert losses[0] != losses[1]
     with pytest.raises(ValueError, match=r"random_truncate_ratio: 0.5 cuts texts of stage: ddm, but stage is ddm-sft"):
         finetune(tmp_path / "sft", random_truncate_ratio=0.5)
+
+
+def test_an_adapter_of_continual_pre_training(train_small, generate, checkpoint, tmp_path):
+    lora = {"finetuning_type": "lora", "lora_target": "c_attn,c_proj,c_fc"}
+    adapter = train_small(tmp_path / "adapter", model_name_or_path=checkpoint, **lora, **MIXED, learning_rate=0.1)
+    assert process(adapter) == ("mixed", 0.5)
+    assert (adapter / "adapter_model.safetensors").is_file()
+    written = generate(tmp_path / "out", adapter_name_or_path=adapter, finetuning_type="lora")
+    assert written != generate(tmp_path / "base")
+
+
+def test_the_last_layers_alone_may_go_on(train_small, checkpoint, tmp_path):
+    folder = train_small(
+        tmp_path / "out", model_name_or_path=checkpoint, finetuning_type="freeze", freeze_trainable_layers=1, **MIXED
+    )
+    old, new = (load_file(path / "model.safetensors") for path in (checkpoint, folder))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    last = max(int(name.split(".")[2]) for name in old if name.startswith("transformer.h."))
+    assert changed and all(name.startswith(f"transformer.h.{last}.") for name in changed)

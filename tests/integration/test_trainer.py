@@ -12,7 +12,7 @@ from llamafactory_ddm.modeling import bidirectional
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
 from llamafactory_ddm.modeling.denoiser import head_rows
 from llamafactory_ddm.modeling.objective import CleanBatch
-from support.tiny import LENGTH, MASK_ID, VOCABULARY, Rows, stack, tiny_model
+from support.tiny import LENGTH, MASK_ID, VOCABULARY, Rows, tiny_model
 
 
 def first_gradient(trainer):
