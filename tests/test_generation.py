@@ -93,7 +93,7 @@ def test_a_text_ends_at_the_first_end_token(generator, monkeypatch):
     ids = [*generator.codec.encode("dog cat"), end, *generator.codec.encode("cat")]
     canvas = generator.from_prompt("dog", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
-    result = generator._generated(Written(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, 0), False)
+    result = generator._generated(Written(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, 0))
     assert (result.predict, result.text, result.forwards) == ("dog cat", "dogdog cat", 3)
 
 
@@ -101,7 +101,7 @@ def test_an_end_token_inside_a_gap_does_not_end_the_text(generator):
     end = generator.tokenizer.eos_token_id
     canvas = generator.from_marked("dog<|infill:2|> cat")
     ids = [end if editable else token for token, editable in zip(canvas.ids, canvas.editable, strict=True)]
-    result = generator._generated(Written(canvas, ids, [-1] * len(ids), 1, 0), False)
+    result = generator._generated(Written(canvas, ids, [-1] * len(ids), 1, 0))
     assert (result.predict, result.text, result.n_tokens) == ("", "dog cat", 2)
 
 
@@ -110,7 +110,7 @@ def test_tokens_behind_the_end_do_not_count(generator):
     ids = [*generator.codec.encode("dog"), end, end, end]
     canvas = generator.from_prompt("cat", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
-    result = generator._generated(Written(canvas, [*given, *ids], [0] * len(canvas), 1, 0), False)
+    result = generator._generated(Written(canvas, [*given, *ids], [0] * len(canvas), 1, 0))
     assert result.n_tokens == len(ids) - 3
 
 
@@ -148,7 +148,8 @@ def test_tokenizers_that_mark_spaces_keep_them_where_they_are():
     assert generator.tokenizer.decode(given) == "the dg cat"
     blank = iter([*generator.codec.encode_after("o"), *generator.codec.encode_after(" dog the")])
     ids = [next(blank) if editable else i for i, editable in zip(canvas.ids, canvas.editable, strict=True)]
-    result = generator._generated(Written(canvas, ids, [0] * len(ids), 1, 0), True)
+    events = tuple((0, place, ids[place]) for place, editable in enumerate(canvas.editable) if editable)
+    result = generator._generated(Written(canvas, ids, [0] * len(ids), 1, 0, events=events))
     assert (result.text, result.predict) == ("the dog cat dog the", "o\n dog the")
     assert "".join(result.trace.frame(1)) == result.text
 

@@ -15,6 +15,7 @@ import torch
 
 from .data.canvas import Canvas, canvas_of, infilling_canvas
 from .data.collators import start_token_id
+from .data.replay import replay
 from .data.text_codec import TextCodec
 from .modeling.attention_layers import max_positions
 from .modeling.bidirectional import probe_bidirectional
@@ -41,6 +42,7 @@ class Generated:
         n_tokens: tokens written that are part of `predict`; what stood behind an end-of-text token does not count.
         forwards: forwards that they took.
         computed: tokens that went through the model for them, padding up to the longest of the batch included.
+        edits: how often a token was rewritten.
         trace: how the text came about, if asked for.
     """
 
@@ -49,6 +51,7 @@ class Generated:
     n_tokens: int
     forwards: int
     computed: int = field(compare=False)
+    edits: int = 0
     trace: Trace | None = None
 
 
@@ -187,11 +190,13 @@ class TextGenerator:
                     lambda: [self.codec.pieces(row[canvas.n_start :]) for row, canvas in zip(ids, shown, strict=True)],
                 )
 
-        written = self.writer.write(canvases, settings, ordinals=ordinals, watch=watch)
-        return [self._generated(one, traced) for one in written]
+        written = self.writer.write(
+            canvases, settings, ordinals=ordinals, traced=traced, watch=None if callback is None else watch
+        )
+        return [self._generated(one) for one in written]
 
-    def _generated(self, written: Written, traced: bool) -> Generated:
-        canvas, ids, committed = written.canvas, written.ids, written.committed
+    def _generated(self, written: Written) -> Generated:
+        canvas, ids = written.canvas, written.ids
         spans: list[list[int]] = []
         for place, editable in enumerate(canvas.editable):
             if editable and (place == 0 or not canvas.editable[place - 1]):
@@ -203,17 +208,6 @@ class TextGenerator:
             behind = next((len(spans[0]) - n for n, token in enumerate(spans[0]) if token in self._ends), 0)
             if behind:
                 spans[0], text = spans[0][:-behind], text[:-behind]
-        trace = None
-        if traced:
-            begin = canvas.n_start
-            pieces = self.codec.pieces(ids[begin:])
-            events = [(step, place) for place, step in enumerate(committed[begin:]) if step >= 0]
-            trace = Trace(
-                title="",
-                start=tuple(None if e else p for e, p in zip(canvas.editable[begin:], pieces, strict=True)),
-                events=tuple((step, place, pieces[place]) for step, place in sorted(events)),
-                steps=max(committed) + 1,
-            )
         first_is_given = not canvas.editable[canvas.n_start]
         return Generated(
             predict="\n".join(
@@ -223,7 +217,8 @@ class TextGenerator:
             n_tokens=sum(map(len, spans)),
             forwards=written.forwards,
             computed=written.computed,
-            trace=trace,
+            edits=written.edits,
+            trace=None if written.events is None else replay(self.codec, canvas, ids, written.events),
         )
 
     def generate(

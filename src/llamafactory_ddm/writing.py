@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .data.canvas import Canvas
 from .diffusion.schedules import get_schedule
-from .sampling import Context, SamplingSettings, sample
+from .sampling import Context, Edits, SamplingSettings, sample
+from .sampling.trace import Recorder
 from .sizing import Sizer
 
 # Called after each step with the step, the canvases and their ids.
@@ -25,9 +26,12 @@ class Written:
     Attributes:
         canvas: as far as it was written on.
         ids: of all its places.
-        committed: the step that wrote each, -1 where a token was given or lies behind the end.
+        committed: the last step that wrote each, -1 where a token was given or lies behind the end.
         forwards: calls of the model that the text needed.
         computed: tokens that went through the model for it, padding up to the longest of the batch included.
+        edits: how often a token was rewritten.
+        events: what the steps wrote, (step, place, id) in order of step, the id of [MASK] where a place was masked
+            again; None if that was not asked for.
     """
 
     canvas: Canvas
@@ -35,10 +39,35 @@ class Written:
     committed: list[int]
     forwards: int
     computed: int = field(compare=False)
+    edits: int = 0
+    events: tuple[tuple[int, int, int], ...] | None = None
 
 
 class Writer(Sizer):
     """Writes on canvases, once their size is known."""
+
+    def edits(self, settings: SamplingSettings) -> Edits:
+        """Return which decided tokens the settings have rewritten with this model.
+
+        Raises:
+            ValueError: if the model has never seen [MASK], or there are further steps and nothing to do in them.
+        """
+        is_mixed = self.config.noise_process == "mixed"
+        if is_mixed and self.config.uniform_ratio == 1:
+            raise ValueError(
+                "generation starts from [MASK], which this model has never seen, as it was trained with "
+                "uniform_ratio: 1; train it with a uniform_ratio below 1"
+            )
+        return settings.edits(self.config.uniform_ratio if is_mixed else 0.0)
+
+    def check(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
+        """Find before the first forward what the size of canvases or edits would fail on.
+
+        Raises:
+            ValueError: see `edits` and `Sizer.check`.
+        """
+        self.edits(settings)
+        super().check(canvases, settings)
 
     def write(
         self,
@@ -46,6 +75,7 @@ class Writer(Sizer):
         settings: SamplingSettings,
         *,
         ordinals: Sequence[int],
+        traced: bool = False,
         watch: Watch | None = None,
     ) -> list[Written]:
         """Write on canvases, all in one batch; with `early_stop: grow` those whose text has not ended grow.
@@ -54,13 +84,14 @@ class Writer(Sizer):
             canvases: see `data.canvas`.
             settings: see there.
             ordinals: a number for each canvas, which with the seed fixes its random numbers.
+            traced: whether to note what each step writes.
             watch: called after each step.
         Raises:
             ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
         """
         if settings.early_stop != "grow":
-            return self._once(canvases, settings, ordinals, watch, 0)
-        result = self._in_steps(canvases, canvases, settings, ordinals, watch, 0)
+            return self._once(canvases, settings, ordinals, traced, watch, 0)
+        result = self._in_steps(canvases, canvases, settings, ordinals, traced, watch, 0)
         while True:
             todo = [number for number, one in enumerate(result) if one.canvas.room and not self._has_ended(one)]
             if not todo:
@@ -73,7 +104,7 @@ class Writer(Sizer):
             settings = replace(settings, seed=(settings.seed + _NEXT_SEED) % 2**64)
             shown = max(max(result[number].committed) for number in todo) + 1
             own = [ordinals[number] for number in todo]
-            more = self._in_steps(grown, longer, settings, own, watch, shown)
+            more = self._in_steps(grown, longer, settings, own, traced, watch, shown)
             for number, canvas, new in zip(todo, longer, more, strict=True):
                 result[number] = _continued(result[number], canvas, new)
 
@@ -83,6 +114,7 @@ class Writer(Sizer):
         whole: Sequence[Canvas],
         settings: SamplingSettings,
         ordinals: Sequence[int],
+        traced: bool,
         watch: Watch | None,
         first_step: int,
     ) -> list[Written]:
@@ -98,6 +130,7 @@ class Writer(Sizer):
                 [canvases[number] for number in own],
                 replace(settings, diffusion_steps=count),
                 [ordinals[number] for number in own],
+                traced,
                 watch,
                 first_step,
             )
@@ -113,13 +146,18 @@ class Writer(Sizer):
         canvases: Sequence[Canvas],
         settings: SamplingSettings,
         ordinals: Sequence[int],
+        traced: bool,
         watch: Watch | None,
         first_step: int,
     ) -> list[Written]:
-        device = self.model.device
+        device, edits = self.model.device, self.edits(settings)
         batch, denoiser = self.batch(canvases)
+        blank = batch.x.masked_fill(batch.editable, self.config.mask_token_id)
+        record = Recorder(blank.to(device)) if traced else None
 
         def after_step(step: int, z: Tensor, fresh: Tensor) -> None:
+            if record is not None:
+                record(step, z)
             if watch is not None:
                 ids = [row[len(row) - len(canvas) :] for row, canvas in zip(z.tolist(), canvases, strict=True)]
                 watch(first_step + step, canvases, ids)
@@ -139,6 +177,7 @@ class Writer(Sizer):
                 schedule=get_schedule(self.config.noise_schedule),
                 block_length=settings.block_length,
                 stable_stop=settings.stable_stop,
+                edits=edits,
                 end_ids=self.end_ids,
                 stop_at_end=settings.early_stop != "none",
                 eos_last=settings.eos_last,
@@ -147,17 +186,26 @@ class Writer(Sizer):
             )
         finally:
             denoiser.close()
-        columns = zip(
-            canvases,
-            output.sequences.tolist(),
-            output.committed.tolist(),
-            output.row_forwards.tolist(),
-            strict=True,
-        )
+        width = output.sequences.shape[1]
+        columns = (output.sequences, output.committed, output.row_forwards, output.edits)
+        rows = zip(canvases, *(column.tolist() for column in columns), strict=True)
         return [
-            Written(canvas, ids[-len(canvas) :], steps[-len(canvas) :], forwards, forwards * output.sequences.shape[1])
-            for canvas, ids, steps, forwards in columns
+            Written(
+                canvas,
+                ids[-len(canvas) :],
+                steps[-len(canvas) :],
+                forwards,
+                forwards * width,
+                n_edits,
+                None if record is None else _moved(record.events[row], 0, len(canvas) - width),
+            )
+            for row, (canvas, ids, steps, forwards, n_edits) in enumerate(rows)
         ]
+
+
+def _moved(events: Sequence[tuple[int, int, int]], steps: int, places: int) -> tuple[tuple[int, int, int], ...]:
+    """Return events so many steps later and so many places further to the right."""
+    return tuple((step + steps, place + places, token) for step, place, token in events)
 
 
 def _continued(old: Written, canvas: Canvas, new: Written) -> Written:
@@ -165,5 +213,11 @@ def _continued(old: Written, canvas: Canvas, new: Written) -> Written:
     begin = max(old.committed) + 1
     behind = [step + begin if step >= 0 else -1 for step in new.committed[len(old.committed) :]]
     return Written(
-        canvas, new.ids, [*old.committed, *behind], old.forwards + new.forwards, old.computed + new.computed
+        canvas,
+        new.ids,
+        [*old.committed, *behind],
+        old.forwards + new.forwards,
+        old.computed + new.computed,
+        old.edits + new.edits,
+        None if old.events is None or new.events is None else old.events + _moved(new.events, begin, 0),
     )

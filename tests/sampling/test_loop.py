@@ -33,7 +33,8 @@ def test_prompts_never_change_and_no_mask_survives(seed, batch, length, steps, n
     output = run(x, editable, steps=steps, name=name, seed=seed, callback=watch)
     assert torch.equal(output.sequences[~editable], x[~editable])
     assert not (output.sequences[editable] == MASK).any()
-    assert torch.equal(seen, editable.long())  # each position was committed exactly once
+    if name != "remdm":
+        assert torch.equal(seen, editable.long())  # each position was committed exactly once
     assert torch.equal(output.committed >= 0, editable)
     assert output.committed.max() < steps
     assert output.forwards <= output.steps <= steps

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     PAD = 7
     WINDOW = 8
     UNIFORM = 9
+    REMASK = 10
     TRUNCATE = 11
 
 

@@ -1,10 +1,13 @@
 """Sampling from masked diffusion models: one loop, with the choice of tokens and of positions as parts of it."""
 
 from .draws import Draws, draw_tokens
+from .edits import Edits
 from .logits import LogitsConfig, filtered_log_probs
-from .loop import SamplerOutput, StableStop, denoise_step, sample
+from .loop import SamplerOutput, denoise_step, sample
 from .prediction import Context, Denoiser
+from .remasking import Remasking
 from .settings import SamplingSettings
+from .stable import StableStop
 from .state import Plan, SamplerState, Turn, start
 from .strategies import STRATEGIES, Strategy, get_strategy, register
 
@@ -13,8 +16,10 @@ __all__ = [
     "Context",
     "Denoiser",
     "Draws",
+    "Edits",
     "LogitsConfig",
     "Plan",
+    "Remasking",
     "SamplerOutput",
     "SamplerState",
     "SamplingSettings",

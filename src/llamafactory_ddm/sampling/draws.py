@@ -28,6 +28,7 @@ class Draws(NamedTuple):
         margin: [n] float32, probability of the most probable token less that of the second.
         entropy: [n] float32, in nats.
         argmax: [n] int64, the most probable token.
+        top_log_prob: [n] float32, its log-probability, in nats.
     """
 
     ids: Tensor
@@ -36,6 +37,7 @@ class Draws(NamedTuple):
     margin: Tensor | None = None
     entropy: Tensor | None = None
     argmax: Tensor | None = None
+    top_log_prob: Tensor | None = None
 
 
 def draw_tokens(
@@ -116,9 +118,11 @@ def _draw(
     else:
         weights = values.mul(1.0 / clamped(config.temperature)).softmax(dim=1)
         ids = _draw_nucleus(values, weights, config.top_p, u, may_leave)
-    log_prob = margin = entropy = None
+    log_prob = margin = entropy = top_log_prob = None
     if "log_prob" in measures:
         log_prob = values.log_softmax(dim=1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
+    if "top_log_prob" in measures:
+        top_log_prob = -values.logsumexp(dim=1)  # the highest logit is 0
     if own is not None and "entropy" in measures:
         # The highest logit is 0, so the logarithm of its share is the log-partition with the other sign. A share of 0
         # times a logit of -inf would be NaN.
@@ -128,7 +132,8 @@ def _draw(
         best = own.argmax(dim=1, keepdim=True)
         first = own.gather(1, best)
         margin = (first - own.scatter_(1, best, 0.0).amax(dim=1, keepdim=True))[:, 0]
-    return Draws(ids, ~highest.isfinite(), log_prob, margin, entropy, top if "argmax" in measures else None)
+    argmax = top if "argmax" in measures else None
+    return Draws(ids, ~highest.isfinite(), log_prob, margin, entropy, argmax, top_log_prob)
 
 
 def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor, may_leave: bool) -> Tensor:

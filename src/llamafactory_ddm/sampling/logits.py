@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .nucleus import nucleus_mask
 
-Measure = Literal["log_prob", "margin", "entropy", "argmax"]
+Measure = Literal["log_prob", "margin", "entropy", "argmax", "top_log_prob"]
 
 _SMALLEST_TEMPERATURE, _LARGEST_TEMPERATURE = 1e-30, 1e30
 _LOW_32 = 0xFFFFFFFF

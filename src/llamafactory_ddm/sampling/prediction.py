@@ -13,6 +13,7 @@ from .draws import Draws, concatenate, draw_tokens
 from .logits import LogitsConfig, Measure, guided_logits, penalise_repetition
 from .state import TRIES, Plan, SamplerState, Turn
 
+_UNCERTAIN = 1e4  # nats; more than any token's, and ends keep their order
 _NO_TOKEN = torch.iinfo(torch.int64).max
 
 
@@ -91,6 +92,55 @@ def predict(
     if done != len(place):
         raise ValueError(_wrong_shape(len(place), results[-1].ids if results else place[:0], done))
     return concatenate(results), 1 + guided
+
+
+class Scores:
+    """What the draws of a step say of each position of the batch."""
+
+    def __init__(self, draws: Draws, place: Tensor, state: SamplerState, plan: Plan) -> None:
+        """Take the draws at `place`, [n] int64 into [batch * length]."""
+        self._draws, self._place, self._state, self._plan = draws, place, state, plan
+
+    @property
+    def ids(self) -> Tensor:
+        """Return [batch, length] int64, the tokens drawn; elsewhere those that stand there."""
+        return self._state.z.flatten().index_copy(0, self._place, self._draws.ids).view_as(self._state.z)
+
+    def spread(self, measure: Measure) -> Tensor:
+        """Return [batch, length] of a measure; where nothing was drawn NaN, or -1 for ids."""
+        value: Tensor = getattr(self._draws, measure)
+        empty = -1 if measure == "argmax" else torch.nan
+        z = self._state.z
+        return value.new_full((z.numel(),), empty).index_copy(0, self._place, value).view_as(z)
+
+    def certainty(self, measure: Measure) -> Tensor:
+        """Return the same as a strategy gets it: with `eos_last` a place at which an end was drawn is the worst."""
+        value = self.spread(measure)
+        if not self._plan.eos_last or measure == "argmax":
+            return value
+        is_end = torch.isin(self._draws.ids, self._plan.end_ids)
+        at_end = torch.zeros_like(value, dtype=torch.bool).flatten().index_copy(0, self._place, is_end).view_as(value)
+        return torch.where(at_end, value + _UNCERTAIN if measure == "entropy" else value - _UNCERTAIN, value)
+
+
+def check_context(context: Context | None, editable: Tensor, logits: LogitsConfig) -> None:
+    """Look at what is said of the given tokens.
+
+    Raises:
+        ValueError: if a shape or dtype is wrong, or guidance has no prompt to guide by.
+    """
+    for name in ("no_text", "prompt"):
+        value = None if context is None else getattr(context, name)
+        if value is not None and (value.shape != editable.shape or value.dtype != torch.bool):
+            raise ValueError(f"{name} must be {list(editable.shape)} bool, got {list(value.shape)} {value.dtype}")
+    if logits.guidance_scale == 1.0:
+        return
+    prompt = None if context is None else context.prompt
+    if prompt is None or bool((editable.any(dim=1) & ~prompt.any(dim=1)).any()):
+        raise ValueError(
+            f"guidance_scale: {logits.guidance_scale} needs a prompt to guide by, and there is none; give one, or "
+            "leave guidance_scale at 1"
+        )
 
 
 def _parts(output: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from .edits import MOST_BY_DEFAULT, Edits, edits_of
 from .length import PREDICTORS, PredictorName, check_coverage
 from .logits import LogitsConfig
-from .loop import StableStop
+from .stable import StableStop
 from .strategies import Strategy, get_strategy
 
 EarlyStop = Literal["none", "eos", "predict", "grow"]
@@ -25,7 +26,12 @@ class SamplingSettings:
         logits: temperature, filters, penalty, guidance.
         confidence_threshold: of the strategy of this name.
         entropy_bound: of the strategy of this name, in nats.
+        remask_cap: of the strategy remdm, the most that a token's chance to be masked again may be.
         stable_stop: when to commit all that is left of a block.
+        edit_ratio: see `sampling.edits`; None takes the checkpoint's uniform_ratio, at most one half, or 0 where there
+            is an edit_threshold.
+        edit_threshold: see there.
+        edit_steps: further steps of a block, see there.
         early_stop: `none` goes on to the edge of the canvas; `eos` leaves a text alone once its end and all before it
             are written, it stays the same text; `predict` also gives each text only the places that it will need;
             `grow` begins with few places and adds to them.
@@ -42,7 +48,11 @@ class SamplingSettings:
     logits: LogitsConfig = field(default_factory=lambda: LogitsConfig(temperature=0.95, top_p=0.9))
     confidence_threshold: float = 0.9
     entropy_bound: float = 0.1
+    remask_cap: float = 0.02
     stable_stop: StableStop | None = None
+    edit_ratio: float | None = None
+    edit_threshold: float | None = None
+    edit_steps: int = 0
     early_stop: EarlyStop = "eos"
     length_predictor: PredictorName = "belief"
     length_coverage: float = 0.95
@@ -63,11 +73,17 @@ class SamplingSettings:
                 f"early_stop: {self.early_stop} does not go with guidance_scale: {self.logits.guidance_scale}, as "
                 "lengths are predicted without guidance; take early_stop: eos, or leave guidance_scale at 1"
             )
-        if self.eos_last and self.denoising_strategy == "random":
+        if self.eos_last and self.denoising_strategy in ("random", "remdm"):
             raise ValueError(
-                "eos_last: true needs a denoising_strategy that goes by certainty, which random does not; take "
-                "low_confidence, or remove eos_last"
+                f"eos_last: true needs a denoising_strategy that goes by certainty, which {self.denoising_strategy} "
+                "does not; take low_confidence, or remove eos_last"
             )
+        if self.stable_stop is not None and self.denoising_strategy == "remdm":
+            raise ValueError(
+                f"stable_steps: {self.stable_stop.stable_steps} does not go with denoising_strategy: remdm, which "
+                "masks again what was committed; remove stable_steps, or take another strategy"
+            )
+        self.edits(MOST_BY_DEFAULT)  # whatever the checkpoint says, the rest has to fit
 
     def strategy(self) -> Strategy:
         """Return the strategy with its own parameter.
@@ -76,5 +92,16 @@ class SamplingSettings:
             ValueError: if there is none of this name, or the parameter is out of range.
         """
         return get_strategy(
-            self.denoising_strategy, confidence_threshold=self.confidence_threshold, entropy_bound=self.entropy_bound
+            self.denoising_strategy,
+            confidence_threshold=self.confidence_threshold,
+            entropy_bound=self.entropy_bound,
+            remask_cap=self.remask_cap,
         )
+
+    def edits(self, uniform_ratio: float = 0.0) -> Edits:
+        """Return which decided tokens are rewritten, with a checkpoint of that `uniform_ratio`.
+
+        Raises:
+            ValueError: naming the keys, if there are further steps and nothing to do in them.
+        """
+        return edits_of(self.edit_ratio, self.edit_threshold, self.edit_steps, default=uniform_ratio)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.noise import Stream
 from ..diffusion.philox import keyed_uniform
 from ..diffusion.schedules import LinearSchedule, NoiseSchedule
-from .steps import reveal_probability, split_into_blocks, steps_of_blocks, transfer_budget
+from .steps import pace_of_blocks, split_into_blocks, steps_of_blocks
 
 TRIES = 8  # columns of uniform numbers: draws outside the nucleus are repeated, see `draw_tokens`
 
@@ -23,6 +23,7 @@ class Plan:
     Attributes:
         mask_id: of [MASK].
         steps: number of denoising steps of a row.
+        edit_steps: further steps that each block may take after its last mask is gone.
         schedule: sets the pace.
         seed: of every draw.
         rows: [batch] int64, ordinal of each sample; with `seed` it fixes the sample's draws.
@@ -51,6 +52,7 @@ class Plan:
     may_end: Tensor
     stop_at_end: bool = True
     eos_last: bool = False
+    edit_steps: int = 0
 
     def uniform(self, stream: Stream, row_step: Tensor, *, depth: int = 1) -> Tensor:
         """Return [batch, length, depth] uniform numbers that depend on seed, sample, stream and the row's step alone.
@@ -58,7 +60,8 @@ class Plan:
         Editable positions take theirs in order, so that padding before a text changes nothing.
         """
         width = int(self.ordinal.shape[1])
-        u = keyed_uniform(self.seed, stream, self.rows * self.steps + row_step, width * depth)
+        most = self.steps * (1 + self.edit_steps)  # a row has no more blocks than steps
+        u = keyed_uniform(self.seed, stream, self.rows * most + row_step, width * depth)
         return u.view(-1, width, depth).gather(1, self.ordinal[:, :, None].expand(-1, -1, depth))
 
     def token_draws(self, row_step: Tensor, *, tries: int = TRIES) -> Tensor:
@@ -82,6 +85,8 @@ class Turn:
         steps: [batch] int64, steps of this block; 0 for a row that is finished.
         row_step: [batch] int64, steps that the row has taken in all blocks.
         place: [batch] int64, column of `plan.budget` and `plan.chance`.
+        spent: [batch] int64, tokens that the row has rewritten in this block.
+        further: [batch] int64, steps that the row was granted in this block after its last mask was gone.
         plan: of the call.
     """
 
@@ -92,7 +97,14 @@ class Turn:
     steps: Tensor
     row_step: Tensor
     place: Tensor
+    spent: Tensor
+    further: Tensor
     plan: Plan
+
+    @property
+    def is_decided(self) -> Tensor:
+        """Return [batch, length] bool, positions of the block that were committed in earlier steps."""
+        return self.scope & ~self.is_masked
 
     def of(self, table: Tensor) -> Tensor:
         """Return [batch, 1], this step's entry of a [batch, steps] table."""
@@ -106,11 +118,15 @@ class SamplerState:
     Attributes:
         z: [batch, length] int64, the sequences so far.
         is_masked: [batch, length] bool, what is still to be committed.
-        committed: [batch, length] int64, the step that committed a token; -1 where none did.
+        committed: [batch, length] int64, the last step that wrote a token; -1 where none stands.
         block: [batch] int64, the block that a row is at.
         block_step: [batch] int64, steps that the row has taken in it.
         row_step: [batch] int64, steps that the row has taken in all.
         row_forwards: [batch] int64, forwards that the row needed.
+        held: [batch] bool, rows that stay at their block though nothing in it is masked.
+        further: [batch] int64, steps that the row was granted in its block after its last mask was gone.
+        spent: [batch] int64, tokens that the row has rewritten in its block.
+        edits: [batch] int64, tokens that the row has rewritten in all.
         bad: [] int64, 1 + the step in which logits were unusable, or 0.
         guess: [batch, length] int64, the most probable token where it was looked at; -1 elsewhere.
         stable: [batch] int64, steps since a guess changed.
@@ -127,6 +143,10 @@ class SamplerState:
     block_step: Tensor
     row_step: Tensor
     row_forwards: Tensor
+    held: Tensor
+    further: Tensor
+    spent: Tensor
+    edits: Tensor
     bad: Tensor
     guess: Tensor
     stable: Tensor
@@ -149,10 +169,11 @@ def start(
     end_ids: Sequence[int] = (),
     stop_at_end: bool = True,
     eos_last: bool = False,
+    edit_steps: int = 0,
 ) -> tuple[SamplerState, Plan]:
     """Return the state before the first step and what stays the same, for driving `denoise_step` by hand.
 
-    The arguments are those of `sample`.
+    The arguments are those of `sample`; `edit_steps` is the `steps` of its edits.
 
     Raises:
         ValueError: if a number is out of range, or a shape or dtype is wrong.
@@ -161,6 +182,8 @@ def start(
     schedule = LinearSchedule() if schedule is None else schedule
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if edit_steps < 0:
+        raise ValueError(f"edit_steps must be at least 0, got {edit_steps}")
     if mask_id < 0:
         raise ValueError(f"mask_id must be an id of the tokenizer, at least 0, got {mask_id}")
     fits = x.dim() == 2 and x.shape[1] > 0 and editable.shape == x.shape and rows.shape == x.shape[:1]
@@ -175,7 +198,7 @@ def start(
         )
     block = split_into_blocks(editable, block_length)
     block_steps = steps_of_blocks(block, steps)
-    budget, chance = _pace(block, block_steps, steps, schedule)
+    budget, chance = pace_of_blocks(block, block_steps, steps, schedule)
     plan = Plan(
         mask_id=mask_id,
         steps=steps,
@@ -191,6 +214,7 @@ def start(
         may_end=~(editable.cummax(dim=1).values & ~editable).any(dim=1, keepdim=True),
         stop_at_end=stop_at_end,
         eos_last=eos_last,
+        edit_steps=edit_steps,
     )
     nothing, zero = torch.full_like(x, -1), torch.zeros_like(rows)
     state = SamplerState(
@@ -201,6 +225,10 @@ def start(
         block_step=zero,
         row_step=zero,
         row_forwards=zero,
+        held=torch.zeros_like(rows, dtype=torch.bool),
+        further=zero,
+        spent=zero,
+        edits=zero,
         bad=torch.zeros((), dtype=torch.int64, device=x.device),
         guess=nothing,
         stable=zero,
@@ -209,11 +237,13 @@ def start(
 
 
 def next_turn(state: SamplerState, plan: Plan) -> Turn:
-    """Return what the next step is about: for each row the first block that is not finished."""
+    """Return what the next step is about: for each row the first block that is not finished, or that it stays at."""
     far = plan.block_steps.shape[1]
     block = torch.where(state.is_masked, plan.block, far).amin(dim=1)
+    block = torch.where(state.held, state.block, block)
     inside = plan.block == block[:, None]
-    step = torch.where(block == state.block, state.block_step, 0)
+    is_same = block == state.block
+    step = torch.where(is_same, state.block_step, 0)
     steps = torch.cat([plan.block_steps, torch.zeros_like(plan.block_steps[:, :1])], dim=1)
     offset = steps.cumsum(dim=1) - steps
     here = block[:, None]
@@ -225,45 +255,19 @@ def next_turn(state: SamplerState, plan: Plan) -> Turn:
         steps=steps.gather(1, here)[:, 0],
         row_step=state.row_step,
         place=offset.gather(1, here)[:, 0] + step,
+        spent=torch.where(is_same, state.spent, 0),
+        further=torch.where(is_same, state.further, 0),
         plan=plan,
     )
 
 
-def left_behind(z: Tensor, is_masked: Tensor, plan: Plan) -> Tensor:
-    """Return [batch, length] bool, masked positions of rows whose text is complete: all before an end is decided."""
+def is_complete(z: Tensor, is_masked: Tensor, plan: Plan) -> Tensor:
+    """Return [batch, 1] bool, rows whose text is complete: an end is decided, and all before it."""
     if not (len(plan.end_ids) and plan.stop_at_end):
-        return torch.zeros_like(is_masked)
+        return torch.zeros_like(plan.may_end)
     length = z.shape[1]
     place = torch.arange(length, device=z.device)
     is_end = torch.isin(z, plan.end_ids) & ~is_masked & (plan.block >= 0)
     first_end = torch.where(is_end, place, length).amin(dim=1, keepdim=True)
     first_open = torch.where(is_masked, place, length).amin(dim=1, keepdim=True)
-    return is_masked & (first_end < first_open) & plan.may_end
-
-
-def _pace(block: Tensor, block_steps: Tensor, steps: int, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """Return budget and chance, [batch, steps] each, the blocks of a row one after another."""
-    n_blocks = block_steps.shape[1]
-    sizes = torch.stack([(block == index).sum(dim=1) for index in range(n_blocks)], dim=1).tolist()
-    budgets: dict[tuple[int, int], list[int]] = {}
-    chances: dict[int, list[float]] = {}
-    budget, chance = [], []
-    for row_sizes, row_steps in zip(sizes, block_steps.tolist(), strict=True):
-        numbers: list[int] = []
-        probabilities: list[float] = []
-        for size, count in zip(row_sizes, row_steps, strict=True):
-            if not count:
-                continue
-            if (size, count) not in budgets:
-                budgets[size, count] = transfer_budget(torch.tensor([size]), count, schedule)[0].tolist()
-            if count not in chances:
-                chances[count] = [reveal_probability(step, count, schedule) for step in range(count)]
-            numbers += budgets[size, count]
-            probabilities += chances[count]
-        budget.append(numbers + [0] * (steps - len(numbers)))
-        chance.append(probabilities + [0.0] * (steps - len(probabilities)))
-    shape = (len(block), steps)
-    return (
-        torch.tensor(budget, dtype=torch.int64, device=block.device).view(shape),
-        torch.tensor(chance, dtype=torch.float64, device=block.device).view(shape),
-    )
+    return (first_end < first_open) & plan.may_end

@@ -29,6 +29,28 @@ def reveal_probability(step: int, steps: int, schedule: NoiseSchedule) -> float:
     return float((then - now) / (1.0 - now))
 
 
+def remask_probability(step: Tensor, steps: Tensor, schedule: NoiseSchedule, cap: float) -> tuple[Tensor, Tensor]:
+    """Return the chance that a decided token is masked again, and what that adds to a masked one's to be revealed.
+
+    From t = 1 - step / steps to s = 1 - (step + 1) / steps the first is sigma = min(cap, (1 - alpha_s) / alpha_t), and
+    0 in the last step. To keep the share of decided tokens at alpha_s in spite of it, the chance to be revealed is
+    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t): that of `reveal_probability` and sigma alpha_t / (1 - alpha_t).
+
+    Args:
+        step: [batch] int64, from 0.
+        steps: [batch] int64; 0 for a row that is finished, of which the result means nothing.
+        schedule: gives alpha.
+        cap: the most that sigma may be, in [0, 1].
+    Returns:
+        [batch] float64 each.
+    Source: ReMDM (arXiv 2503.00307), the posterior of its section 3 and the capped schedule.
+    """
+    count = steps.clamp(min=1).double()
+    now, then = (schedule.alpha(1.0 - (step + more).double() / count).clamp(0.0, 1.0) for more in (0, 1))
+    sigma = ((1.0 - then) / now).clamp(max=cap).masked_fill(step + 1 >= steps, 0.0)
+    return sigma, sigma * now / (1.0 - now)
+
+
 def transfer_budget(n_masked: Tensor, steps: int, schedule: NoiseSchedule) -> Tensor:
     """Return how many tokens each step commits, so that after the last none is masked.
 
@@ -121,3 +143,40 @@ def steps_of_blocks(block: Tensor, steps: int) -> Tensor:
     share = torch.div(steps, count, rounding_mode="floor")
     result = share[:, None] + (place < (steps - share * count)[:, None])
     return torch.where(place < blocks[:, None], result, 0)
+
+
+def pace_of_blocks(block: Tensor, block_steps: Tensor, steps: int, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """Return what each step commits by number and by chance, the blocks of a row one after another.
+
+    Args:
+        block: [batch, length] int64, from `split_into_blocks`.
+        block_steps: [batch, n_blocks] int64, from `steps_of_blocks`.
+        steps: of the whole row.
+        schedule: sets the pace.
+    Returns:
+        [batch, steps] int64, the budgets, and [batch, steps] float64, the chances to be revealed.
+    """
+    n_blocks = block_steps.shape[1]
+    sizes = torch.stack([(block == index).sum(dim=1) for index in range(n_blocks)], dim=1).tolist()
+    budgets: dict[tuple[int, int], list[int]] = {}
+    chances: dict[int, list[float]] = {}
+    budget, chance = [], []
+    for row_sizes, row_steps in zip(sizes, block_steps.tolist(), strict=True):
+        numbers: list[int] = []
+        probabilities: list[float] = []
+        for size, count in zip(row_sizes, row_steps, strict=True):
+            if not count:
+                continue
+            if (size, count) not in budgets:
+                budgets[size, count] = transfer_budget(torch.tensor([size]), count, schedule)[0].tolist()
+            if count not in chances:
+                chances[count] = [reveal_probability(step, count, schedule) for step in range(count)]
+            numbers += budgets[size, count]
+            probabilities += chances[count]
+        budget.append(numbers + [0] * (steps - len(numbers)))
+        chance.append(probabilities + [0.0] * (steps - len(probabilities)))
+    shape = (len(block), steps)
+    return (
+        torch.tensor(budget, dtype=torch.int64, device=block.device).view(shape),
+        torch.tensor(chance, dtype=torch.float64, device=block.device).view(shape),
+    )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from torch import Tensor
+
 BLANK = "░"
 
 
@@ -59,6 +61,27 @@ class Trace:
                 break
             pieces[position] = piece
         return pieces
+
+
+class Recorder:
+    """Notes what the steps of a batch write, as it happens.
+
+    Attributes:
+        events: of each row (step from 0, column, id), in order of step, with the id of [MASK] where a place is masked
+            again.
+    """
+
+    def __init__(self, z: Tensor) -> None:
+        """Take the [batch, length] int64 sequences before the first step."""
+        self._before = z
+        self.events: list[list[tuple[int, int, int]]] = [[] for _ in range(len(z))]
+
+    def __call__(self, step: int, z: Tensor) -> None:
+        """Take the sequences after a step."""
+        places = (z != self._before).nonzero()
+        for (row, column), token in zip(places.tolist(), z[places[:, 0], places[:, 1]].tolist(), strict=True):
+            self.events[row].append((step, column, token))
+        self._before = z
 
 
 def html_page(traces: Sequence[Trace], *, heading: str, facts: Mapping[str, str]) -> str:

@@ -1,0 +1,110 @@
+"""Which decided tokens a denoising step rewrites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .logits import Measure
+from .state import Turn
+from .strategies import ranks
+
+MEASURES: frozenset[Measure] = frozenset({"argmax", "top_log_prob"})
+MOST_BY_DEFAULT = 0.5  # of a checkpoint's uniform_ratio: as many edits as there are tokens committed
+_TINY = 1e-9  # 7 masks at a ratio of 0.3 allow 3 edits, though neither 0.3 nor 0.7 is a binary number
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Rewrite decided tokens of the current block that the model would now write otherwise.
+
+    Prompts, given tokens, finished blocks and positions committed in the same step are never rewritten, nor is a text
+    that is complete. A token is rewritten with the most probable one of the model's own distribution: after guidance,
+    penalties and suppression, before temperature. That is never less probable than the one that stands there.
+
+    Attributes:
+        ratio: r in [0, 1). As many edits are allowed in a block as floor(n r / (1 - r)), where n of its positions have
+            been committed in earlier steps, the most confident first; what is not spent stays for later steps.
+        threshold: in (0, 1]; every token is rewritten whose successor has at least this probability. None is off.
+        steps: how many further steps a block may take after its last mask is gone, as long as the step before changed
+            something.
+    Raises:
+        ValueError: naming the YAML key, if a value is out of range or two do not go together.
+    Source: XDLM (arXiv 2602.01362) for the ratio; LLaDA2.1 (arXiv 2602.08676) for the threshold and the further steps.
+    Deviates: XDLM's published sampler lets edits reach the prompt and finished blocks.
+    """
+
+    ratio: float = 0.0
+    threshold: float | None = None
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio < 1.0:
+            raise ValueError(f"edit_ratio must lie in [0, 1), got {self.ratio}")
+        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"edit_threshold must lie in (0, 1], got {self.threshold}")
+        if self.steps < 0:
+            raise ValueError(f"edit_steps must be at least 0, got {self.steps}")
+        if self.ratio and self.threshold is not None:
+            raise ValueError(
+                f"edit_ratio: {self.ratio} and edit_threshold: {self.threshold} are two rules for the same edits; "
+                "remove one of them"
+            )
+        if self.steps and not self.active:
+            raise ValueError(
+                f"edit_steps: {self.steps} goes on with edits, and there are none; set edit_ratio above 0 or "
+                "edit_threshold, or remove edit_steps"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything may be rewritten."""
+        return self.ratio > 0.0 or self.threshold is not None
+
+    def allowance(self, turn: Turn) -> Tensor:
+        """Return [batch] int64, how many edits a row may still make in its block, where they go by the ratio."""
+        earned = turn.is_decided.sum(dim=1).double() * (self.ratio / (1.0 - self.ratio))
+        return ((earned + _TINY).floor().to(torch.int64) - turn.spent).clamp(min=0)
+
+    def candidates(self, turn: Turn) -> Tensor:
+        """Return [batch, length] bool, the decided positions of which the model has to say what it would write."""
+        if self.threshold is not None:
+            return turn.is_decided
+        return turn.is_decided & (self.allowance(turn) > 0)[:, None]
+
+    def rewrites(self, turn: Turn, z: Tensor, candidate: Tensor, argmax: Tensor, top_log_prob: Tensor) -> Tensor:
+        """Return [batch, length] bool, the candidates that are rewritten with their most probable token.
+
+        With `eos_last` no end is written while a position of the block is masked.
+
+        Args:
+            turn: of this step.
+            z: [batch, length] int64, the sequences before it.
+            candidate: [batch, length] bool, what `candidates` returned, or a part of it.
+            argmax: [batch, length] int64, the most probable token of each.
+            top_log_prob: [batch, length] float32, its log-probability in nats.
+        """
+        differs = candidate & (argmax != z)
+        if turn.plan.eos_last:
+            differs &= ~(torch.isin(argmax, turn.plan.end_ids) & turn.is_masked.any(dim=1, keepdim=True))
+        if self.threshold is not None:
+            return differs & (top_log_prob.exp() >= self.threshold)
+        return differs & (ranks(top_log_prob, differs) < self.allowance(turn)[:, None])
+
+
+def edits_of(ratio: float | None, threshold: float | None, steps: int, *, default: float) -> Edits:
+    """Return what the YAML keys edit_ratio, edit_threshold and edit_steps ask for.
+
+    Args:
+        ratio: None takes the default, unless there is a threshold.
+        threshold: or None.
+        steps: further steps of a block.
+        default: the checkpoint's uniform_ratio, in [0, 1]; above one half it counts as one half.
+    Raises:
+        ValueError: see `Edits`.
+    """
+    if ratio is None:
+        ratio = 0.0 if threshold is not None else min(default, MOST_BY_DEFAULT)
+    return Edits(ratio, threshold, steps)
