@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="(default: 1, none)")
     parser.add_argument("--confidence-threshold", type=float, default=0.9, help="of this strategy (default: 0.9)")
     parser.add_argument("--entropy-bound", type=float, default=0.1, help="of this strategy, nats (default: 0.1)")
+    parser.add_argument("--remask-cap", type=float, default=0.02, help="of the strategy remdm (default: 0.02)")
+    parser.add_argument("--edit-ratio", type=float, help="share of tokens rewritten (default: the model's own)")
+    parser.add_argument("--edit-threshold", type=float, help="probability to rewrite from (default: never)")
+    parser.add_argument("--edit-steps", type=int, default=0, help="further steps of a block for edits (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     return parser
 
@@ -77,6 +81,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         ),
         confidence_threshold=arguments.confidence_threshold,
         entropy_bound=arguments.entropy_bound,
+        remask_cap=arguments.remask_cap,
+        edit_ratio=arguments.edit_ratio,
+        edit_threshold=arguments.edit_threshold,
+        edit_steps=arguments.edit_steps,
         seed=arguments.seed,
     )
     model = load(arguments.path)
@@ -89,7 +97,7 @@ def _generate(arguments: argparse.Namespace) -> None:
                 for old in shown:
                     old.close()
                 shown[:] = [screen.enter_context(TerminalAnimation([None] * len(text), stream=sys.stdout))]
-            shown[0].update(step + 1, arguments.steps, text)
+            shown[0].update(step + 1, max(step + 1, arguments.steps), text)  # edits may take further steps
 
         texts = model.generate(
             arguments.prompt,

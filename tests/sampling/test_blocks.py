@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_sampling import MASK, NAMES, V, by_selection, run
+from toy_sampling import MASK, NAMES, V, by_selection, relative, run
 
 from llamafactory_ddm.sampling import Context, LogitsConfig, sample, start
 from llamafactory_ddm.sampling.steps import kept_masked, split_into_blocks, steps_of_blocks
@@ -66,15 +66,6 @@ def test_budgets_of_blocks_by_hand():
     output = run(x, x == 0, denoiser=lambda z, s: torch.zeros(int(s.sum()), V), steps=8, name="margin", block_length=4)
     assert output.tokens_per_step.tolist() == [2, 1, 1, 2, 1, 1, 1, 1]
     assert output.committed[0].tolist() == [0, 0, 1, 2, 3, 3, 4, 5, 6, 7]
-
-
-def relative(z, select):
-    """Logits that depend on the real tokens of a row and on the place among them, not on the padding (id 0)."""
-    real = z != 0
-    place = real.cumsum(dim=1)
-    value = (z * place * real).sum(dim=1, keepdim=True) % 13
-    table = torch.sin(value[..., None] + place[..., None] * 2.3 + torch.arange(V) * 1.7)
-    return table[select]
 
 
 @settings(max_examples=60, deadline=None)

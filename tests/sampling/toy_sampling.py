@@ -21,6 +21,15 @@ def toy(z, select):
     return table[select]
 
 
+def relative(z, select):
+    """Logits that depend on the real tokens of a row and on the place among them, not on the padding (id 0)."""
+    real = z != 0
+    place = real.cumsum(dim=1)
+    value = (z * place * real).sum(dim=1, keepdim=True) % 13
+    table = torch.sin(value[..., None] + place[..., None] * 2.3 + torch.arange(V) * 1.7)
+    return table[select]
+
+
 def by_selection(denoiser):
     """Make of a function of a boolean selection what the sampler calls, which gets flat places."""
 
@@ -32,7 +41,7 @@ def by_selection(denoiser):
 
 
 def run(x, editable, *, denoiser=toy, steps=5, name="random", config=None, seed=0, rows=None, **rest):
-    own = {key: rest.pop(key) for key in ("confidence_threshold", "entropy_bound") if key in rest}
+    own = {key: rest.pop(key) for key in ("confidence_threshold", "entropy_bound", "remask_cap") if key in rest}
     rest.setdefault("strategy", get_strategy(name, **own))
     rest.setdefault("mask_id", MASK)
     rest.setdefault("schedule", get_schedule("linear"))

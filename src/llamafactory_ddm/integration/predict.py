@@ -16,11 +16,11 @@ from llamafactory.extras import logging
 from tqdm.auto import tqdm
 
 from .._version import __version__
-from ..evaluation.metrics import exact_match, gsm8k_accuracy, rouge
 from ..generation import Generated, TextGenerator
 from ..modeling.checkpoints import weight_files
 from ..sampling import SamplingSettings
 from ..sampling.trace import Trace, write_html
+from .predict_metrics import metrics_of
 from .requests import Request
 from .saving import explained
 from .unfinished import Unfinished, barrier, write_predictions
@@ -65,13 +65,14 @@ def generate_all(
     rank, world = training_args.process_index, training_args.world_size
     folder = Path(training_args.output_dir)
     most = max(request.canvas.n_editable for request in requests)
-    if settings.diffusion_steps > most:
+    if settings.diffusion_steps > most and settings.denoising_strategy != "remdm":
         logger.info_rank0(
             f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to write: fewer will do."
         )
     # The first process speaks for all: saving a model leaves traces in its config that the others do not have.
     fingerprint = _of_first_rank(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
     unfinished = Unfinished(folder / _UNFINISHED, fingerprint, rank, world)
+    edited = generator.writer.edits(settings).active
     done = unfinished.open(resume=model_folders is not None)
     if done:
         logger.info_rank0(f"{len(done)} of {len(requests)} texts were generated before the run was interrupted.")
@@ -84,17 +85,17 @@ def generate_all(
     with bar:
         for batch, results in _batches(generator, requests, settings, todo, training_args, save_trace, bar):
             for number, result in zip(batch, results, strict=True):
-                unfinished.add(_record(number, requests[number], result))
+                unfinished.add(_record(number, requests[number], result, edited=edited))
                 tokens += result.n_tokens
             bar.update(len(batch))
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
     seconds, tokens = _over_ranks(time.perf_counter() - began, tokens, world)
     records = unfinished.collect(len(requests))
     if rank == 0:
-        _publish(folder, records, settings, save_trace=save_trace)
+        _publish(folder, records, _facts(generator, settings), save_trace=save_trace)
         shutil.rmtree(folder / _UNFINISHED)
     barrier(world)
-    metrics = _metrics(records)
+    metrics = metrics_of(records)
     if tokens:
         metrics["predict_runtime"] = seconds
         metrics["predict_tokens_per_second"] = tokens / seconds
@@ -160,7 +161,7 @@ def _batches(
         )
 
 
-def _record(number: int, request: Request, result: Generated) -> dict[str, Any]:
+def _record(number: int, request: Request, result: Generated, *, edited: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"number": number}
     if request.prompt is not None:
         record["prompt"] = request.prompt
@@ -171,12 +172,14 @@ def _record(number: int, request: Request, result: Generated) -> dict[str, Any]:
         record["label"] = request.label
     record["tokens"], record["forwards"] = result.n_tokens, result.forwards + request.forwards
     record["computed"] = result.computed + request.computed
+    if edited:
+        record["edits"] = result.edits
     if result.trace is not None:
         record["trace"] = dataclasses.asdict(result.trace)
     return record
 
 
-def _publish(folder: Path, records: list[dict[str, Any]], settings: SamplingSettings, *, save_trace: bool) -> None:
+def _publish(folder: Path, records: list[dict[str, Any]], facts: dict[str, str], *, save_trace: bool) -> None:
     traces = [(record["number"], record.pop("trace", None)) for record in records]
     for record in records:
         del record["number"]
@@ -196,7 +199,7 @@ def _publish(folder: Path, records: list[dict[str, Any]], settings: SamplingSett
                     for number, raw in traces
                 ],
                 heading="Generated texts",
-                facts=_facts(settings),
+                facts=facts,
             )
         logger.info_rank0(f"How they came about can be watched in {folder / PAGE}")
     write_predictions(folder / FILE, records)
@@ -206,7 +209,8 @@ def _publish(folder: Path, records: list[dict[str, Any]], settings: SamplingSett
     logger.info_rank0(f"{len(records)} generated texts are saved at {folder / FILE}")
 
 
-def _facts(settings: SamplingSettings) -> dict[str, str]:
+def _facts(generator: TextGenerator, settings: SamplingSettings) -> dict[str, str]:
+    """Return what the page says of all texts."""
     facts = {
         "strategy": settings.denoising_strategy,
         "steps": str(settings.diffusion_steps),
@@ -216,34 +220,13 @@ def _facts(settings: SamplingSettings) -> dict[str, str]:
     }
     if settings.block_length is not None:
         facts["block length"] = str(settings.block_length)
+    edits = generator.writer.edits(settings)
+    if edits.active:
+        rule = f"ratio {edits.ratio:g}" if edits.threshold is None else f"from probability {edits.threshold:g}"
+        facts["edits"] = rule + (f", {edits.steps} further steps" if edits.steps else "")
+    if settings.denoising_strategy == "remdm":
+        facts["remask cap"] = f"{settings.remask_cap:g}"
     return facts
-
-
-def _metrics(records: list[dict[str, Any]]) -> dict[str, float]:
-    tokens, forwards, computed = (sum(record[key] for record in records) for key in ("tokens", "forwards", "computed"))
-    metrics: dict[str, float] = {
-        "predict_samples": len(records),
-        "predict_tokens_per_forward": tokens / forwards,
-        "predict_computed_tokens": computed / len(records),
-    }
-    labelled = [record for record in records if "label" in record]
-    if not labelled:
-        return metrics
-    if len(labelled) < len(records):
-        metrics["predict_labelled_samples"] = len(labelled)
-    predictions, labels = ([record[key] for record in labelled] for key in ("predict", "label"))
-    metrics["predict_exact_match"] = exact_match(predictions, labels)
-    accuracy = gsm8k_accuracy(predictions, labels)
-    if accuracy is not None:
-        metrics["predict_gsm8k_accuracy"] = accuracy
-    scores = rouge(predictions, labels)
-    if scores is None:
-        logger.warning_rank0(
-            'ROUGE is left out, as rouge-score is not installed: pip install "llamafactory-ddm[eval]"'
-        )
-    for name, value in (scores or {}).items():
-        metrics[f"predict_{name}"] = value
-    return metrics
 
 
 def _fingerprint(

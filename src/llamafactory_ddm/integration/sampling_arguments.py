@@ -8,6 +8,7 @@ from typing import Any
 from ..sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
 from ..sampling.length import PREDICTORS
 from ..sampling.settings import EARLY_STOPS
+from . import editing_keys
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "denoising_strategy": tuple(STRATEGIES),
@@ -19,6 +20,7 @@ INTEGERS: dict[str, tuple[int, int | None]] = {
     "diffusion_steps": (1, None),
     "block_length": (1, None),
     "stable_steps": (0, None),
+    **editing_keys.INTEGERS,
     "num_samples": (1, None),
     "prefix_length": (1, None),
     "grow_length": (1, None),
@@ -30,6 +32,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "confidence_threshold": (0.0, 1.0),
     "entropy_bound": (0.0, float("inf")),
     "stable_entropy": (0.0, float("inf")),
+    **editing_keys.NUMBERS,
     "length_coverage": (0.0, 1.0),
     "eos_penalty": (float("-inf"), float("inf")),
 }
@@ -44,7 +47,11 @@ UPSTREAM_KEYS: dict[str, str | None] = {
 }
 _GROW_LENGTH = 32
 # A key that only one strategy reads -> that strategy.
-_OF_STRATEGY = {"confidence_threshold": "confidence_threshold", "entropy_bound": "entropy_bound"}
+_OF_STRATEGY = {
+    "confidence_threshold": "confidence_threshold",
+    "entropy_bound": "entropy_bound",
+    "remask_cap": "remdm",
+}
 # A key of early_stop -> the ways of stopping that read it.
 _OF_EARLY_STOP = {
     "length_predictor": ("predict",),
@@ -54,7 +61,7 @@ _OF_EARLY_STOP = {
 
 
 @dataclass
-class SamplingArguments:
+class SamplingArguments(editing_keys.EditingKeys):
     """Arguments of `do_predict: true`."""
 
     generate_from: str | None = field(
@@ -72,7 +79,7 @@ class SamplingArguments:
         metadata={
             "help": (
                 "Diffusion: which masked tokens a sampling step commits: random, topk, low_confidence, margin, "
-                "entropy, confidence_threshold or entropy_bound."
+                "entropy, confidence_threshold, entropy_bound or remdm."
             )
         },
     )
@@ -223,6 +230,7 @@ class SamplingArguments:
                     f"{key} is read by denoising_strategy: {strategy} only, but denoising_strategy is "
                     f"{self.denoising_strategy}; change one or remove {key}"
                 )
+        self.check_edits()
         if self.length_coverage == 0.0:
             raise ValueError("length_coverage must lie in (0, 1], got 0")
         for key, ways in _OF_EARLY_STOP.items():
@@ -295,7 +303,11 @@ class SamplingArguments:
             ),
             confidence_threshold=self.confidence_threshold,
             entropy_bound=self.entropy_bound,
+            remask_cap=self.remask_cap,
             stable_stop=StableStop(self.stable_steps, self.stable_entropy) if self.stable_steps else None,
+            edit_ratio=self.edit_ratio,
+            edit_threshold=self.edit_threshold,
+            edit_steps=self.edit_steps,
             early_stop=self.early_stop,  # type: ignore[arg-type]
             length_predictor=self.length_predictor,  # type: ignore[arg-type]
             length_coverage=self.length_coverage,
