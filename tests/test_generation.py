@@ -219,6 +219,71 @@ def test_a_trace_replays_to_the_text(generator):
     assert together == result
 
 
+REVISING = {
+    "threshold": {"edit_threshold": 0.02, "edit_steps": 3},
+    "ratio": {"edit_ratio": 0.5, "edit_steps": 2},
+    "remdm": {"denoising_strategy": "remdm", "remask_cap": 0.5},
+    "both": {"denoising_strategy": "remdm", "remask_cap": 0.5, "edit_threshold": 0.02, "edit_steps": 1},
+}
+
+
+@pytest.mark.parametrize("block_length", [None, 4])
+@pytest.mark.parametrize("kind", REVISING)
+def test_a_trace_shows_what_is_revised(generator, kind, block_length):
+    """Step by step what the sequences held; a text in a batch has the trace that it has alone."""
+    keys = {**REVISING[kind], "block_length": block_length, "early_stop": "none"}
+    settings = SamplingSettings(logits=LogitsConfig(8.0), diffusion_steps=16, **keys)
+    canvases = [generator.from_marked("dog<|infill:8|> cat"), generator.from_noise(14)]
+    seen = []
+    together = generator.sample_batch(
+        canvases, settings, ordinals=[0, 1], traced=True, callback=lambda step, pieces: seen.append(pieces())
+    )
+    for number, result in enumerate(together):
+        trace = result.trace
+        assert "".join(trace.frame(trace.steps)) == "".join(seen[-1][number])
+        blanks = [[piece is None for piece in trace.frame(step + 1)] for step in range(trace.steps)]
+        assert blanks == [[piece is None for piece in pieces[number]] for pieces in seen[: trace.steps]]
+        written = [place for _, place, piece in trace.events if piece is not None]
+        masked = len(trace.events) - len(written)
+        assert result.edits == len(written) - masked - canvases[number].n_editable
+        assert (result.edits > 0) == ("edit_steps" in keys) and (masked > 0) == ("remask_cap" in keys)
+        alone = generator.sample_batch([canvases[number]], settings, ordinals=[number], traced=True)[0]
+        assert alone == result
+    untraced = generator.sample_batch(canvases, settings, ordinals=[0, 1])
+    assert [one.text for one in untraced] == [one.text for one in together] and untraced[0].trace is None
+
+
+def mixed(generator, ratio):
+    config = dataclasses.replace(generator.config, noise_process="mixed", uniform_ratio=ratio)
+    return TextGenerator(generator.model, generator.tokenizer, config)
+
+
+def test_a_model_of_mixed_noise_edits_by_its_own_ratio(generator):
+    settings = SamplingSettings(logits=LogitsConfig(8.0), diffusion_steps=20, early_stop="none")
+
+    def edits(model, **keys):
+        canvases = [model.from_noise(40)]
+        result = model.sample_batch(canvases, dataclasses.replace(settings, **keys), ordinals=[0])[0]
+        return result.edits, result.text
+
+    plain, tenth, most = generator, mixed(generator, 0.1), mixed(generator, 0.9)
+    assert edits(plain)[0] == 0 < edits(tenth)[0] <= 4 < edits(most)[0]
+    assert edits(tenth) == edits(plain, edit_ratio=0.1) and edits(most) == edits(plain, edit_ratio=0.5)
+    assert edits(tenth, edit_ratio=0.0) == edits(plain)
+    assert edits(tenth, edit_threshold=0.02) == edits(plain, edit_threshold=0.02)
+    further = dataclasses.replace(settings, edit_steps=1)
+    tenth.check([tenth.from_noise(9)], further)
+    with pytest.raises(ValueError, match="edit_steps: 1 goes on with edits, and there are none"):
+        plain.check([plain.from_noise(9)], further)
+
+
+def test_a_model_that_never_saw_mask_cannot_start_from_it(generator):
+    uniform = mixed(generator, 1.0)
+    for settings in (GREEDY, dataclasses.replace(GREEDY, edit_ratio=0.3)):
+        with pytest.raises(ValueError, match=r"never seen, as it was trained with uniform_ratio: 1; train it with a"):
+            uniform.generate("dog", max_new_tokens=4, settings=settings)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -106,6 +106,23 @@ def test_a_text_that_has_not_ended_grows_while_it_is_written(monkeypatch):
     assert seen[0][1] == [5, 5] and seen[-1][1] == [13]
 
 
+def test_what_is_noted_while_a_text_grows_leads_to_it(monkeypatch):
+    """Events of all parts, with steps that count on; edits add up."""
+    made = writer(monkeypatch, boasts=True)
+    noisy = dataclasses.replace(SETTINGS, logits=LogitsConfig(temperature=9.0), edit_threshold=0.5, edit_steps=1)
+    for one in made.write([canvas(n).cut(4) for n in (2, 9, 5)], noisy, ordinals=[3, 4, 5], traced=True):
+        now = {place: token for place, token in enumerate(one.ids) if not one.canvas.editable[place]}
+        last = {}
+        for step, place, token in one.events:
+            assert one.canvas.editable[place] and now.get(place) != token
+            now[place], last[place] = token, step
+        assert list(one.events) == sorted(one.events, key=lambda event: event[:2])
+        assert one.edits == len(one.events) - len(last) > 0
+        assert [last.get(place, -1) for place in range(len(one.ids))] == one.committed
+        assert all(now[place] == one.ids[place] for place in now)
+    assert made.write([canvas(2).cut(4)], noisy, ordinals=[3])[0].events is None
+
+
 def test_growing_does_not_depend_on_the_batch(monkeypatch):
     made = writer(monkeypatch, boasts=True)
     noisy = dataclasses.replace(SETTINGS, logits=LogitsConfig(temperature=7.0), denoising_strategy="random")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -90,9 +91,9 @@ def test_separators_of_lines_in_a_text_are_part_of_it(generate, tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     keys = {"generate_from": "prefix", "eval_dataset": "texts", "dataset_dir": tmp_path, "max_new_tokens": 4}
     read = []
-    plain = predict._metrics
+    plain = predict.metrics_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict, "_metrics", lambda records: read.extend(records) or plain(records))
+        patch.setattr(predict, "metrics_of", lambda records: read.extend(records) or plain(records))
         generate(tmp_path / "out", **keys)
     assert [record["prompt"] for record in read] == [text]
 
@@ -161,6 +162,37 @@ def test_save_trace_writes_a_page(generate, tmp_path):
     texts = generate(tmp_path / "traced", save_trace=True)
     assert "sample 2" in (tmp_path / "traced" / "generated_predictions.html").read_text()
     assert texts == predictions(tmp_path / "plain")
+
+
+def test_edits_are_counted_and_stand_on_the_page(generate, tmp_path):
+    """A model of three steps is sure of little, so that a low threshold has it rewrite much of a hot draw."""
+    out = tmp_path / "out"
+    keys = {"edit_threshold": 0.001, "edit_steps": 2, "logits_temp": 30.0, "topp_temp": 1.0, "block_length": 4}
+    texts = generate(out, save_trace=True, **keys)
+    rows = lines(out)
+    page = (out / "generated_predictions.html").read_text()
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    for row, sample in zip(rows, data["samples"], strict=True):
+        writes = len(sample["events"]) // 3
+        assert row["edits"] == writes - sample["start"].count(-1) > 0
+        # Each of three blocks may take two further steps.
+        assert sample["steps"] <= 4 + 3 * 2
+    assert metrics(out)["predict_edits_per_sample"] == pytest.approx(sum(row["edits"] for row in rows) / 3)
+    assert ["edits", "from probability 0.001, 2 further steps"] in data["facts"]
+    generate(tmp_path / "plain", **{key: keys[key] for key in ("logits_temp", "topp_temp", "block_length")})
+    assert "edits" not in lines(tmp_path / "plain")[0]
+    assert "predict_edits_per_sample" not in metrics(tmp_path / "plain")
+    assert predictions(tmp_path / "plain") != texts
+
+
+def test_remasking_stands_on_the_page(generate, tmp_path):
+    out = tmp_path / "out"
+    keys = {"denoising_strategy": "remdm", "remask_cap": 0.6, "diffusion_steps": 16}
+    generate(out, save_trace=True, **keys)
+    page = (out / "generated_predictions.html").read_text()
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    assert all(-1 in sample["events"][2::3] for sample in data["samples"])
+    assert ["remask cap", "0.6"] in data["facts"] and "edits" not in lines(out)[0]
 
 
 def test_more_steps_than_tokens_is_said_and_costs_nothing(generate, tmp_path, caplog):

@@ -13,7 +13,7 @@ from llamafactory_ddm.sampling.draws import draw_tokens
 from llamafactory_ddm.sampling.logits import LogitsConfig, filtered_log_probs, guided_logits, penalise_repetition
 from llamafactory_ddm.sampling.nucleus import Weights, in_nucleus, nucleus_mask, sample_weights
 
-ALL = frozenset({"log_prob", "margin", "entropy", "argmax"})
+ALL = frozenset({"log_prob", "margin", "entropy", "argmax", "top_log_prob"})
 
 
 def members(values, weights, top_p):
@@ -141,6 +141,7 @@ def test_measures_are_of_the_models_own_distribution(config):
     torch.testing.assert_close(draws.margin.double(), best[:, 0] - best[:, 1], **close)
     torch.testing.assert_close(draws.entropy.double(), -torch.special.xlogy(p, p).sum(dim=1), **close)
     assert draws.argmax.tolist() == [allowed[i] for i in p.argmax(dim=1).tolist()]
+    torch.testing.assert_close(draws.top_log_prob.double(), best[:, 0].log(), **close)
     assert not draws.bad.any()
 
 

@@ -4,11 +4,12 @@ import json
 import re
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory_ddm.sampling import trace as module
-from llamafactory_ddm.sampling.trace import Trace, html_page, write_html
+from llamafactory_ddm.sampling.trace import Recorder, Trace, html_page, write_html
 
 EDITED = Trace("sample 0", ("a", None, None), ((0, 1, "b"), (2, 2, "c"), (2, 1, None), (3, 1, "B")), 5)
 
@@ -78,6 +79,16 @@ def test_nothing_in_the_data_can_end_it():
     assert page.count("<!--") == plain.count("<!--")
     assert page_data(page)["facts"] == [[nasty, "{{title}}"]]
     assert "{{data}}" in page_data(page)["pieces"]
+
+
+def test_what_is_noted_is_what_changes():
+    """Writing, rewriting, masking again, and a step that does nothing."""
+    frames = [[[9, 9, 4], [9, 9, 9]], [[1, 9, 4], [9, 9, 9]], [[1, 9, 4], [9, 9, 9]], [[2, 3, 4], [9, 9, 5]]]
+    frames.append([[9, 3, 4], [9, 9, 5]])
+    note = Recorder(torch.tensor(frames[0]))
+    for step, frame in enumerate(frames[1:]):
+        note(step, torch.tensor(frame))
+    assert note.events == [[(0, 0, 1), (2, 0, 2), (2, 1, 3), (3, 0, 9)], [(2, 2, 5)]]
 
 
 def test_the_page_needs_nothing_else():
