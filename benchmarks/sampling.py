@@ -5,6 +5,8 @@
     python benchmarks/sampling.py --table     cost against length, steps, batch and vocabulary
     python benchmarks/sampling.py --quality saves/tiny_gpt2/full/ddm
                                               the table of docs/performance.md
+    python benchmarks/sampling.py --revising saves/tiny_gpt2/full/ddm --samples 128
+                                              the table of docs/sampling_edits.md
 
 Baseline: as many forwards of the GPT-2 body, without the output embedding, as there are denoising steps. Reported: the
 median over rounds of the ratio within a round, CPU seconds (process time). fp32, random weights, top-p 0.9; with such
@@ -36,6 +38,24 @@ from llamafactory_ddm.sampling import LogitsConfig, get_strategy, sample
 
 TIME_CLAIMS = {"random": 1.20, "low_confidence": 1.35, "margin": 1.35, "entropy": 1.35, "confidence_threshold": 1.35}
 MEMORY_CLAIM = 1.2
+_PARALLEL = {"denoising_strategy": "confidence_threshold", "confidence_threshold": 0.5}
+REVISING: list[dict[str, Any]] = [
+    *({"denoising_strategy": "low_confidence", "diffusion_steps": steps} for steps in (64, 48, 32, 16)),
+    *(
+        {
+            "denoising_strategy": "low_confidence",
+            "diffusion_steps": steps,
+            "edit_threshold": threshold,
+            "edit_steps": 4,
+        }
+        for steps in (32, 16)
+        for threshold in (0.9, 0.5)
+    ),
+    {"denoising_strategy": "low_confidence", "diffusion_steps": 32, "edit_ratio": 0.1, "edit_steps": 4},
+    *({**_PARALLEL, **edits} for edits in ({}, {"edit_threshold": 0.5}, {"edit_threshold": 0.5, "edit_steps": 8})),
+    *({"denoising_strategy": "random", "diffusion_steps": steps} for steps in (64, 128)),
+    *({"denoising_strategy": "remdm", "diffusion_steps": s, "remask_cap": c} for s, c in ((64, 0.02), (128, 0.1))),
+]
 
 
 @dataclass(frozen=True)
@@ -211,6 +231,21 @@ def quality(checkpoint: str, samples: int) -> None:
             print(f"| {name}: {value:g} | {rate:.2f} | {loss:.3f} | {said} | {gain} |", flush=True)
 
 
+def revising(checkpoint: str, samples: int) -> None:
+    """Print what rewriting tokens and masking them again is worth."""
+    model = load(checkpoint)
+    judge = AutoModelForCausalLM.from_pretrained("data/tiny_gpt2", dtype=torch.float32).eval()
+    print("| keys | forwards a text | rewritten a text | loss |\n|---|---|---|---|")
+    plain = {"logits": LogitsConfig(0.8, 0.95), "block_length": 16, "early_stop": "none", "seed": 42}
+    for keys in REVISING:
+        settings = SamplingSettings(**{**plain, **keys})
+        made = model.sample_batch([model.from_noise(65)] * samples, settings, ordinals=range(samples))
+        forwards, edits = (sum(getattr(text, name) for text in made) / samples for name in ("forwards", "edits"))
+        said = ", ".join(f"`{key}: {value}`" for key, value in keys.items())
+        loss = judged([text.predict for text in made], model, judge)
+        print(f"| {said} | {forwards:.1f} | {edits:.1f} | {loss:.3f} |", flush=True)
+
+
 def forwards_for(loss: float, fixed: list[tuple[float, float]]) -> float | None:
     """Return how many forwards fixed steps take for `loss`, on straight lines between those tried.
 
@@ -231,7 +266,8 @@ def main() -> int:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--quality", metavar="CHECKPOINT")
-    parser.add_argument("--samples", type=int, default=64, help="texts for --quality")
+    parser.add_argument("--revising", metavar="CHECKPOINT")
+    parser.add_argument("--samples", type=int, default=64, help="texts for --quality and --revising")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--strategies", default=",".join(TIME_CLAIMS))
     parser.add_argument("--batches", default="1,4")
@@ -248,6 +284,9 @@ def main() -> int:
         return 0
     if arguments.quality:
         quality(arguments.quality, arguments.samples)
+        return 0
+    if arguments.revising:
+        revising(arguments.revising, arguments.samples)
         return 0
     held = True
     for batch in (int(word) for word in arguments.batches.split(",")):

@@ -129,6 +129,8 @@ def test_the_sampling_benchmark_runs(checkpoint):
     assert table.count("\n| ") == 13
     quality = run(path, "--quality", checkpoint, "--samples", "2", program=sys.executable).stdout
     assert quality.count("| confidence_threshold: ") == 4
+    revising = run(path, *words, "--revising", checkpoint, "--samples", "2", program=sys.executable).stdout
+    assert revising.count("`edit_threshold: ") == 6 and revising.count("`denoising_strategy: remdm`") == 2
 
 
 def test_the_conversion_benchmark_runs(tmp_path):
