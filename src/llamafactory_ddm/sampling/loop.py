@@ -184,23 +184,20 @@ def denoise_step(
         step=state.step + 1,
     )
     n, n_rows = found
-    nothing = torch.zeros_like(state.is_masked)
     if not n:
-        made = Made(state.z, nothing, nothing)
-    else:
-        # A stable sort brings the places to the front without asking the device how many there are.
-        place = asked.wanted.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:n]
-        draws, forwards = predict(denoiser, state, plan, turn, place, asked.measures, logits, context or Context())
-        scores = Scores(draws, place, state, plan)
-        made = decide(state, turn, asked, scores, strategy, edits)
-        if stable_stop is not None:
-            advanced, settled = settle(stable_stop, state, advanced, turn, scores)
-            made = replace(made, ids=torch.where(settled, scores.ids, made.ids), commit=made.commit | settled)
-        advanced = replace(
-            advanced,
-            row_forwards=state.row_forwards + asked.wanted.any(dim=1) * forwards,
-            bad=draws.bad.any() * (state.step + 1),
-            forwards=state.forwards + forwards,
-            computed=state.computed + forwards * n_rows * state.z.shape[1],
-        )
+        return written(state, advanced, plan, turn, asked, Made(state.z, torch.zeros_like(state.is_masked)), strategy)
+    # A stable sort brings the places to the front without asking the device how many there are.
+    place = asked.wanted.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:n]
+    draws, forwards = predict(denoiser, state, plan, turn, place, asked.measures, logits, context or Context())
+    advanced = replace(
+        advanced,
+        row_forwards=state.row_forwards + asked.wanted.any(dim=1) * forwards,
+        bad=draws.bad.any() * (state.step + 1),
+        forwards=state.forwards + forwards,
+        computed=state.computed + forwards * n_rows * state.z.shape[1],
+    )
+    scores = Scores(draws, place, state, plan)
+    made = decide(state, turn, asked, scores, strategy, edits)
+    if stable_stop is not None:
+        advanced, made = settle(stable_stop, state, advanced, turn, scores, made)
     return written(state, advanced, plan, turn, asked, made, strategy)

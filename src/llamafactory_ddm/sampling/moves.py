@@ -12,7 +12,7 @@ from . import stable
 from .edits import Edits
 from .logits import Measure
 from .prediction import Scores
-from .remasking import remasked, staying
+from .remasking import remasked, stays
 from .stable import StableStop
 from .state import Plan, SamplerState, Turn, is_complete
 from .strategies import Strategy
@@ -39,11 +39,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Made:
-    """What a step writes: [batch, length] int64 ids, and bool where they are committed and rewritten."""
+    """What a step writes: [batch, length] int64 ids, and bool where they are committed and rewritten, or None."""
 
     ids: Tensor
     commit: Tensor
-    rewrite: Tensor
+    rewrite: Tensor | None = None
 
 
 def ask(turn: Turn, strategy: Strategy, stable_stop: StableStop | None, edits: Edits) -> Asked:
@@ -102,26 +102,28 @@ def decide(state: SamplerState, turn: Turn, asked: Asked, scores: Scores, strate
     commit = strategy.commit(turn, asked.chosen, score) & asked.chosen & turn.is_masked
     ids = torch.where(commit, scores.ids, state.z)
     if asked.revisable is None:
-        return Made(ids, commit, torch.zeros_like(commit))
+        return Made(ids, commit)
     argmax = scores.spread("argmax")
     rewrite = edits.rewrites(turn, state.z, asked.revisable, argmax, scores.spread("top_log_prob"))
     return Made(torch.where(rewrite, argmax, ids), commit, rewrite)
 
 
 def settle(
-    stop: StableStop, state: SamplerState, advanced: SamplerState, turn: Turn, scores: Scores
-) -> tuple[SamplerState, Tensor]:
-    """Return the state with the guesses of this step, and [batch, length] bool, what is committed as it is settled."""
+    stop: StableStop, state: SamplerState, advanced: SamplerState, turn: Turn, scores: Scores, made: Made
+) -> tuple[SamplerState, Made]:
+    """Return the state with the guesses of this step, and what it writes with what is committed as it is settled."""
     guess = scores.spread("argmax")
     stable = torch.where((turn.is_masked & (guess != state.guess)).any(dim=1), 0, state.stable + 1)
-    return replace(advanced, guess=guess, stable=stable), stop.settled(turn, stable, scores.spread("entropy"))
+    settled = stop.settled(turn, stable, scores.spread("entropy"))
+    made = replace(made, ids=torch.where(settled, scores.ids, made.ids), commit=made.commit | settled)
+    return replace(advanced, guess=guess, stable=stable), made
 
 
 def written(
     state: SamplerState, advanced: SamplerState, plan: Plan, turn: Turn, asked: Asked, made: Made, strategy: Strategy
 ) -> SamplerState:
     """Return the state with what the step writes, and who stays at a block of which nothing is masked."""
-    changed = made.commit | made.rewrite
+    changed = made.commit if made.rewrite is None else made.commit | made.rewrite
     z, is_masked = made.ids, state.is_masked & ~made.commit
     committed = state.committed.masked_fill(changed, state.step)
     if asked.again is not None:
@@ -129,17 +131,13 @@ def written(
         committed = committed.masked_fill(asked.again, -1)
     complete = is_complete(z, is_masked, plan)
     is_masked = is_masked & ~complete
+    after = replace(advanced, z=z, is_masked=is_masked, committed=committed)
+    if made.rewrite is not None:
+        rewritten = made.rewrite.sum(dim=1)
+        after = replace(after, spent=turn.spent + rewritten, edits=state.edits + rewritten)
+    if asked.again is None and not plan.edit_steps:
+        return after
     done = (turn.steps > 0) & ~((is_masked & turn.scope).any(dim=1) | complete[:, 0])
-    stays = done & staying(strategy, turn)
-    further = done & ~stays & changed.any(dim=1) & (turn.further < plan.edit_steps)
-    rewritten = made.rewrite.sum(dim=1)
-    return replace(
-        advanced,
-        z=z,
-        is_masked=is_masked,
-        committed=committed,
-        held=stays | further,
-        further=turn.further + further,
-        spent=turn.spent + rewritten,
-        edits=state.edits + rewritten,
-    )
+    held = done & stays(strategy, turn)
+    further = done & ~held & changed.any(dim=1) & (turn.further < plan.edit_steps)
+    return replace(after, held=held | further, further=turn.further + further)

@@ -32,7 +32,7 @@ def remasked(strategy: Strategy, turn: Turn) -> Tensor | None:
     return strategy.remask(turn) & turn.is_decided if isinstance(strategy, Remasking) else None
 
 
-def staying(strategy: Strategy, turn: Turn) -> Tensor:
+def stays(strategy: Strategy, turn: Turn) -> Tensor:
     """Return [batch] bool, rows that a strategy keeps at their block."""
     return strategy.stays(turn) if isinstance(strategy, Remasking) else torch.zeros_like(turn.steps, dtype=torch.bool)
 

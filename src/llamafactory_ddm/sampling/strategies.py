@@ -36,7 +36,7 @@ class Strategy(Protocol):
         Args:
             turn: of this step.
             candidate: [batch, length] bool, what `candidates` returned.
-            score: gives [batch, length] float32 of one of `measures`; NaN where there is no candidate.
+            score: gives [batch, length] float32 of one of `measures`; means nothing where there is no candidate.
         """
 
 
