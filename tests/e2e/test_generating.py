@@ -258,6 +258,14 @@ def test_the_command_for_people(checkpoint, tmp_path):
     failed = run("generate", tmp_path / "no", program=PROGRAM, check=False)
     assert failed.returncode == 1 and "is not a folder; check the path" in failed.stderr
     assert "Traceback" not in failed.stderr
+    hot = ("--temperature", "30", "--top-p", "1")
+    plain = words(*hot).stdout
+    assert words(*hot, "--edit-threshold", "0.001", "--edit-steps", "1").stdout != plain
+    assert (
+        words(*hot, "--strategy", "remdm", "--remask-cap", "0.9").stdout != words(*hot, "--strategy", "random").stdout
+    )
+    failed = words("--edit-steps", "1", "--edit-ratio", "0", check=False)
+    assert failed.returncode == 1 and "edit_steps: 1 goes on with edits, and there are none" in failed.stderr
     failed = words("--strategy", "topp", check=False)
     assert failed.returncode == 1 and "did you mean 'topk'" in failed.stderr
 

@@ -127,8 +127,8 @@ class SamplingArguments(editing_keys.EditingKeys):
         metadata={
             "help": (
                 "Diffusion: eos stops with a text once its end-of-text token and all before it are written, which "
-                "leaves the text as it is; predict also gives it no more places than it will need; grow begins with "
-                "grow_length places and adds to them; none goes on to the edge of the canvas."
+                "leaves a text that is not revised as it is; predict also gives it no more places than it will need; "
+                "grow begins with grow_length places and adds to them; none goes on to the edge of the canvas."
             )
         },
     )

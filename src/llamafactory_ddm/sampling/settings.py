@@ -33,8 +33,8 @@ class SamplingSettings:
         edit_threshold: see there.
         edit_steps: further steps of a block, see there.
         early_stop: `none` goes on to the edge of the canvas; `eos` leaves a text alone once its end and all before it
-            are written, it stays the same text; `predict` also gives each text only the places that it will need;
-            `grow` begins with few places and adds to them.
+            are written, it stays the same text unless it would be revised; `predict` also gives each text only the
+            places that it will need; `grow` begins with few places and adds to them.
         length_predictor: of `predict`, see `sampling.length`.
         length_coverage: the probability with which a text is to have ended within its places, of `predict` and `grow`.
         grow_length: places to begin with and to add, of `grow`.
