@@ -54,6 +54,7 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
     if keys.get("do_predict") and "eval_dataset" in keys:
         model = finetuned if keys.get("template") == "diffullama" else checkpoint
         small = ["max_samples=2", "diffusion_steps=12", "cutoff_len=90", "overwrite_cache=true"]
+        small += ["max_new_tokens=12"] if "max_new_tokens" in keys else []
         return [*result, f"model_name_or_path={model}", *small]
     if keys.get("do_predict"):
         return [*result, f"model_name_or_path={checkpoint}", "num_samples=2", "diffusion_steps=3", "cutoff_len=12"]
