@@ -170,7 +170,7 @@ def test_rows_are_taken_a_few_at_a_time_and_the_result_is_the_same(monkeypatch, 
         return kl.detach(), leaf.grad
 
     expected = run()
-    monkeypatch.setattr(objectives, "_ELEMENTS_AT_ONCE", rows_at_once * WIDTH)
+    monkeypatch.setattr(objectives, "_ELEMENTS_AT_ONCE", {"cpu": rows_at_once * WIDTH})
     with Largest() as largest:
         found = run()
     for one, two in zip(expected, found, strict=True):

@@ -106,7 +106,7 @@ def test_weights_and_denominators_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 def test_cross_entropy_and_its_gradient_equal_pytorchs(monkeypatch, dtype, rows_at_once):
-    monkeypatch.setattr(objectives, "_ELEMENTS_AT_ONCE", rows_at_once * 11)
+    monkeypatch.setattr(objectives, "_ELEMENTS_AT_ONCE", {"cpu": rows_at_once * 11})
     generator = torch.Generator().manual_seed(0)
     values = (torch.randn(7, 11, generator=generator) * 20).to(dtype)
     x_0 = torch.randint(0, 11, (7,), generator=generator)

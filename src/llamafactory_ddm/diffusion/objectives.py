@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ELEMENTS_AT_ONCE = 2**23
+# On a CPU a part stays in the cache from one operation to the next.
+_ELEMENTS_AT_ONCE = {"cpu": 2**19}
+_ELEMENTS_ELSEWHERE = 2**24
 _TINY = 1e-30
 
 
@@ -232,5 +234,6 @@ def _psi(u: Tensor) -> Tensor:
 
 def _row_parts(logits: Tensor) -> list[slice]:
     """Cut the rows so that a float32 copy of one part stays small."""
-    rows = max(1, _ELEMENTS_AT_ONCE // max(1, logits.shape[1]))
+    at_once = _ELEMENTS_AT_ONCE.get(logits.device.type, _ELEMENTS_ELSEWHERE)
+    rows = max(1, at_once // max(1, logits.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
