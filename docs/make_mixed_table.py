@@ -1,9 +1,9 @@
 """Compare masked and mixed continuation by quality against denoising steps: docs/mixed_table.md and mixed.png.
 
-    python docs/make_mixed_table.py                twelve runs and 84 generations, about 75 minutes on two cores
-    python docs/make_mixed_table.py --continue-steps 2 --seeds 1 --questions 4 --texts 4 --out folder     a quick look
+    python docs/make_mixed_table.py                twelve runs and 90 generations, about an hour on two cores
+    python docs/make_mixed_table.py --continue-steps 2 --seeds 1 --questions 4 --texts 4 --work w --out o  a quick look
 
-From the models of examples/tiny_gpt2_full_ddm.yaml (texts) and examples/tiny_gpt2_full_ddm_sft.yaml (answers) training
+From the models of examples/tiny_gpt2_full_ddm.yaml (texts) and tiny_gpt2_full_ddm_sft_varlen.yaml (answers) training
 goes on as examples/tiny_gpt2_full_ddm_xdlm.yaml does: once with masked noise alone, and once with a tenth of the noise
 uniform, with the same data, steps and seeds. Answers are measured by exact match, texts from nothing by the perplexity
 that the autoregressive model data/tiny_gpt2 gives them, beside the entropy of their words, which falls where texts
@@ -29,19 +29,19 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = (4, 8, 16, 32, 64)
 # Name in the table -> what a run trains with, what it generates with.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "masked": ({"noise_process": "masked"}, {}),
     "mixed, with edits": ({"noise_process": "mixed", "uniform_ratio": 0.1}, {}),
     "mixed, no edits": ({"noise_process": "mixed", "uniform_ratio": 0.1}, {"edit_ratio": 0}),
 }
-# What is measured -> the recipe that training goes on with, and the model that it starts from.
+# What is measured -> the recipe that training goes on with, the model that it starts from, and optimiser steps.
 TASKS = {
-    "texts": ("tiny_gpt2_full_ddm.yaml", "saves/tiny_gpt2/full/ddm"),
-    "answers": ("tiny_gpt2_full_ddm_sft.yaml", "saves/tiny_gpt2/full/ddm_sft"),
+    "texts": ("tiny_gpt2_full_ddm.yaml", "saves/tiny_gpt2/full/ddm", 400),
+    "answers": ("tiny_gpt2_full_ddm_sft_varlen.yaml", "saves/tiny_gpt2/full/ddm_sft_varlen", 200),
 }
 LEARNING_RATE = 1e-3
+ENDS = ("pad_mask_ratio", "eos_window_ratio", "eos_window_max")  # they say which tokens become [MASK]
 
 
 def cli(recipe: Path) -> None:
@@ -66,24 +66,25 @@ def recipe(name: str, path: Path, keys: dict[str, Any]) -> Path:
 
 def train(task: str, way: str, seed: int, arguments: argparse.Namespace) -> Path:
     """Go on from the start, unless that was done, and return the folder of the model."""
-    noise = WAYS[way][0]
-    folder = Path(arguments.work).resolve() / f"{task}-{noise['noise_process']}-{seed}-{arguments.continue_steps}"
+    noise, steps = WAYS[way][0], arguments.continue_steps or TASKS[task][2]
+    folder = Path(arguments.work).resolve() / f"{task}-{noise['noise_process']}-{seed}-{steps}"
     if not (folder / "all_results.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         keys = {
             **noise,
-            "model_name_or_path": str(ROOT / TASKS[task][1]),
+            "model_name_or_path": str(arguments.model or ROOT / TASKS[task][1]),
             "output_dir": str(folder),
             "seed": seed,
             "learning_rate": LEARNING_RATE,
-            "max_steps": arguments.continue_steps,
-            "warmup_steps": arguments.continue_steps // 20,
+            "max_steps": steps,
+            "warmup_steps": steps // 20,
             "save_strategy": "no",
             "do_eval": None,
             "eval_dataset": None,
             "eval_strategy": None,
             "eval_steps": None,
             "plot_loss": False,
+            **dict.fromkeys(ENDS),
         }
         cli(recipe(TASKS[task][0], folder / "train.yaml", keys))
     return folder
@@ -101,7 +102,7 @@ def answers(model: Path, way: str, steps: int, arguments: argparse.Namespace) ->
             "diffusion_steps": steps,
             "max_samples": arguments.questions,
         }
-        cli(recipe("tiny_gpt2_sft_inference.yaml", folder / "predict.yaml", keys))
+        cli(recipe("tiny_gpt2_varlen_inference.yaml", folder / "predict.yaml", keys))
     return {"exact match": json.loads((folder / "predict_results.json").read_text())["predict_exact_match"]}
 
 
@@ -147,14 +148,14 @@ def judged(written: list[str]) -> dict[str, float]:
 
 def table(found: dict[str, dict[str, dict[int, list[dict[str, float]]]]]) -> str:
     """Return the Markdown tables: mean and range over the seeds."""
-    lines = []
+    lines, counts = [], list(next(iter(found["texts"].values())))
     for task, measure in (("answers", "exact match"), ("texts", "perplexity"), ("texts", "entropy")):
         unit = {"exact match": "%, higher is better", "perplexity": "lower is better", "entropy": "nats"}[measure]
-        lines += [f"**{task}: {measure}** ({unit})", "", f"| | {' | '.join(f'{s} steps' for s in STEPS)} |"]
-        lines.append("|---" * (len(STEPS) + 1) + "|")
+        lines += [f"**{task}: {measure}** ({unit})", "", f"| | {' | '.join(f'{n} steps' for n in counts)} |"]
+        lines.append("|---" * (len(counts) + 1) + "|")
         for way, by_steps in found[task].items():
             cells = []
-            for steps in STEPS:
+            for steps in counts:
                 values = [one[measure] for one in by_steps[steps]]
                 cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
             lines.append(f"| {way} | {' | '.join(cells)} |")
@@ -173,13 +174,13 @@ def plot(found: dict[str, dict[str, dict[int, list[dict[str, float]]]]], path: P
     panels = (("answers", "exact match", "exact match, %"), ("texts", "perplexity", "perplexity of texts"))
     for axis, (task, measure, label) in zip(axes, panels, strict=True):
         for way, by_steps in found[task].items():
-            columns = [[one[measure] for one in by_steps[steps]] for steps in STEPS]
+            columns = [[one[measure] for one in results] for results in by_steps.values()]
             means = [statistics.mean(values) for values in columns]
             spread = [[m - min(v) for m, v in zip(means, columns, strict=True)],
                       [max(v) - m for m, v in zip(means, columns, strict=True)]]  # fmt: skip
-            axis.errorbar(STEPS, means, yerr=spread, marker="o", markersize=4, capsize=3, label=way)
+            axis.errorbar(list(by_steps), means, yerr=spread, marker="o", markersize=4, capsize=3, label=way)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(STEPS, [str(steps) for steps in STEPS])
+        axis.set_xticks(list(by_steps), [str(steps) for steps in by_steps])
         axis.set_xlabel("denoising steps")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
@@ -192,8 +193,10 @@ def plot(found: dict[str, dict[str, dict[int, list[dict[str, float]]]]], path: P
 def main() -> None:
     """Read the command line, run, and write table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--continue-steps", type=int, default=400, help="optimiser steps that training goes on")
+    parser.add_argument("--continue-steps", type=int, help="optimiser steps that training goes on, for a quick look")
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--denoising-steps", type=int, nargs="*", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--model", type=Path, help="start of both tasks, in place of their own")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--work", type=Path, default=ROOT / "saves/mixed", help="folder of the runs")
@@ -206,7 +209,7 @@ def main() -> None:
         for task in (arguments.only,) if arguments.only else TASKS:
             for way in WAYS:
                 model = train(task, way, seed, arguments)
-                for steps in STEPS:
+                for steps in arguments.denoising_steps:
                     result = measures[task](model, way, steps, arguments)
                     found.setdefault(task, {}).setdefault(way, {}).setdefault(steps, []).append(result)
                     print(task, way, f"seed {seed}, {steps} steps:", result, flush=True)

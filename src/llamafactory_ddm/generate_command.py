@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 EPILOG = """examples:
   llamafactory-ddm generate saves/tiny_gpt2/full/ddm --show
@@ -53,14 +54,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, help="most probable tokens that stay (default: all)")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1, none)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="(default: 1, none)")
-    parser.add_argument("--confidence-threshold", type=float, default=0.9, help="of this strategy (default: 0.9)")
-    parser.add_argument("--entropy-bound", type=float, default=0.1, help="of this strategy, nats (default: 0.1)")
-    parser.add_argument("--remask-cap", type=float, default=0.02, help="of the strategy remdm (default: 0.02)")
+    parser.add_argument("--confidence-threshold", type=float, help="of this strategy (default: 0.9)")
+    parser.add_argument("--entropy-bound", type=float, help="of this strategy, nats (default: 0.1)")
+    parser.add_argument("--remask-cap", type=float, help="of the strategy remdm (default: 0.02)")
     parser.add_argument("--edit-ratio", type=float, help="share of tokens rewritten (default: the model's own)")
     parser.add_argument("--edit-threshold", type=float, help="probability to rewrite from (default: never)")
     parser.add_argument("--edit-steps", type=int, default=0, help="further steps of a block for edits (default: 0)")
+    parser.add_argument(
+        "--early-stop",
+        default="eos",
+        choices=("none", "eos", "predict", "grow"),
+        help="what happens at the end of a text (default: eos)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     return parser
+
+
+def _of_strategy(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the parameters of the strategy that were given.
+
+    Raises:
+        ValueError: if one belongs to another strategy.
+    """
+    owners = {"confidence_threshold": "confidence_threshold", "entropy_bound": "entropy_bound", "remask_cap": "remdm"}
+    given = {key: value for key in owners if (value := getattr(arguments, key)) is not None}
+    for key in given:
+        if arguments.strategy != owners[key]:
+            raise ValueError(
+                f"--{key.replace('_', '-')} is read by --strategy {owners[key]} only, but that is "
+                f"{arguments.strategy}; change one or remove it"
+            )
+    return given
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -79,13 +103,12 @@ def _generate(arguments: argparse.Namespace) -> None:
             repetition_penalty=arguments.repetition_penalty,
             guidance_scale=arguments.guidance_scale,
         ),
-        confidence_threshold=arguments.confidence_threshold,
-        entropy_bound=arguments.entropy_bound,
-        remask_cap=arguments.remask_cap,
         edit_ratio=arguments.edit_ratio,
         edit_threshold=arguments.edit_threshold,
         edit_steps=arguments.edit_steps,
+        early_stop=arguments.early_stop,
         seed=arguments.seed,
+        **_of_strategy(arguments),
     )
     model = load(arguments.path)
     with contextlib.ExitStack() as screen:

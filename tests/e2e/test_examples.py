@@ -36,7 +36,7 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
     """The keys that make a recipe small; everything else runs as it stands."""
     keys = OmegaConf.load(ROOT / "examples" / name)
     result = [f"output_dir={folder / 'out'}"]
-    if "additional_target" in keys:
+    if "additional_target" in keys and keys.model_name_or_path not in PUBLISHED:
         result.append("additional_target=wte")
     for key in ("dataset", "eval_dataset"):
         if keys.get(key) in PROBLEMS:

@@ -1,11 +1,15 @@
 """noise_process, uniform_ratio and random_truncate_ratio through the real stages."""
 
+import math
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from support.cli import evaluations, history
+from support.cli import evaluations, history, run
 
 MIXED = {"noise_process": "mixed", "uniform_ratio": 0.5}
 
@@ -80,6 +84,10 @@ def test_evaluation_takes_the_noise_that_is_named(train_small, mixed, tmp_path):
             "eos_window_ratio: says which tokens become",
         ),
         (
+            {**MIXED, "variable_length": "eos_pad", "pad_mask_ratio": 0, "packing": False, "cutoff_len": 90},
+            "pad_mask_ratio: says which tokens become",
+        ),
+        (
             {"random_truncate_ratio": 0.5, "variable_length": "eos_pad", "packing": False, "cutoff_len": 90},
             "random_truncate_ratio: 0.5 cuts texts short of their end",
         ),
@@ -130,3 +138,35 @@ def test_the_last_layers_alone_may_go_on(train_small, checkpoint, tmp_path):
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     last = max(int(name.split(".")[2]) for name in old if name.startswith("transformer.h."))
     assert changed and all(name.startswith(f"transformer.h.{last}.") for name in changed)
+
+
+def test_an_export_is_what_was_trained(mixed, tmp_path):
+    words = ("--model_name_or_path", mixed, "--template", "empty", "--finetuning_type", "full", "--stage", "ddm")
+    to = ("--export_dir", tmp_path / "out", "--export_device", "cpu")
+    wrong = run("export", *words, *to, "--noise_process", "mixed", "--uniform_ratio", "0.7", check=False)
+    assert wrong.returncode != 0 and "uniform_ratio: 0.7 contradicts the checkpoint" in wrong.stderr
+    assert not (tmp_path / "out").exists()
+    run("export", *words, *to)
+    assert process(tmp_path / "out") == ("mixed", 0.5)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(checkpoint, train_small, tmp_path):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<|unknown to the model|>"])
+    tokenizer.save_pretrained(model)
+    out = train_small(tmp_path / "out", model_name_or_path=model, **MIXED)
+    assert all(math.isfinite(log["loss"]) for log in history(out))
+
+
+def test_a_model_without_masks_cannot_generate(train_small, generate, checkpoint, tmp_path):
+    model = train_small(tmp_path / "model", model_name_or_path=checkpoint, noise_process="mixed", uniform_ratio=1)
+    with pytest.raises(ValueError, match="uniform_ratio"):
+        generate(tmp_path / "out", model_name_or_path=model)
+
+
+def test_a_mixed_checkpoint_edits_by_its_own_ratio(mixed, generate, tmp_path):
+    keys = {"model_name_or_path": mixed, "cutoff_len": 30, "diffusion_steps": 8, "logits_temp": 1.5}
+    own = generate(tmp_path / "own", **keys)
+    assert own == generate(tmp_path / "same", **keys, edit_ratio=0.5)
+    assert own != generate(tmp_path / "none", **keys, edit_ratio=0)

@@ -160,7 +160,7 @@ def test_the_benchmark_runs():
         check=False,
     )
     assert done.returncode in (0, 1), done.stderr[-2000:]
-    assert done.stdout.count("claimed <=") == 6, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("claimed <=") == 8, done.stdout + done.stderr[-2000:]
 
 
 def test_the_scripts_of_docs_run(checkpoint, tmp_path):
@@ -191,3 +191,8 @@ def test_the_scripts_of_docs_run(checkpoint, tmp_path):
     run("docs/make_finetuning_plot.py", *small, *folders, program=sys.executable)
     assert "| adapted weights, full | " in (tmp_path / "docs" / "finetuning_table.md").read_text()
     assert (tmp_path / "docs" / "finetuning.png").stat().st_size > 5000
+    small = ("--continue-steps", "1", "--seeds", "1", "--denoising-steps", "2", "--questions", "2", "--texts", "2")
+    folders = ("--model", checkpoint, "--work", tmp_path / "mixed", "--out", tmp_path / "docs")
+    run("docs/make_mixed_table.py", *small, *folders, program=sys.executable)
+    assert (tmp_path / "docs" / "mixed_table.md").read_text().count("| mixed, with edits | ") == 3
+    assert (tmp_path / "docs" / "mixed.png").stat().st_size > 5000

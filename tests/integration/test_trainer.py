@@ -410,3 +410,35 @@ def clean_rows(clean, part):
     return CleanBatch(
         clean.x_0[part], clean.maskable[part], None if clean.is_padding is None else clean.is_padding[part]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("objective", [{}, {"uniform_ratio": 0.2}])
+def test_logits_of_half_precision_are_not_copied_to_float32(make_trainer, monkeypatch, dtype, objective):
+    """In training and in evaluation before and after it; the loss is that of float32 copies."""
+    seen = []
+
+    def run(folder):
+        trainer = make_trainer(
+            model=tiny_model().to(dtype), evaluation=Rows(4), objective=objective, bf16=True, folder=folder
+        )
+        for name in ("loss", "evaluate"):
+            inner = getattr(trainer.objective, name)
+
+            def noted(logits, *rest, inner=inner):
+                seen.append(logits.dtype)
+                return inner(logits, *rest)
+
+            object.__setattr__(trainer.objective, name, noted)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        return [before, *losses, after]
+
+    ours = run("ours")
+    assert set(seen) == {torch.bfloat16} and len(seen) == 2 + 2 * 4
+    seen.clear()
+    monkeypatch.setattr("llamafactory_ddm.integration.trainer.keep_half_logits", lambda model: False)
+    assert run("theirs") == pytest.approx(ours, rel=1e-6)
+    assert set(seen) == {torch.float32}

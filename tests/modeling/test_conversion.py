@@ -1,5 +1,6 @@
 """Miniatures of the published layouts, written out by hand, converted and converted back."""
 
+import dataclasses
 import json
 
 import pytest
@@ -176,6 +177,16 @@ def wrapped_adapter(llama, tmp_path):
     (source / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "x"}))
     save_file(weights, source / "adapter_model.safetensors")
     return trained, base, source, weights
+
+
+def test_an_adapter_of_llada_has_no_published_layout(wrapped_adapter, tmp_path):
+    _, base, source, _ = wrapped_adapter
+    convert(source, tmp_path / "out", base=base)
+    config = DiffusionConfig.load(tmp_path / "out")
+    dataclasses.replace(config, shift=False).save(tmp_path / "out")
+    with pytest.raises(ValueError, match="is an adapter of LLaDA, which has no published layout for adapters; merge"):
+        convert(tmp_path / "out", tmp_path / "back", to_published=True)
+    assert not (tmp_path / "back").exists()
 
 
 def test_an_adapter_in_the_wrappers_names(wrapped_adapter, tmp_path):

@@ -46,16 +46,22 @@ def test_alpha_and_weight_are_those_of_the_row(name):
 
 
 def test_training_and_evaluation_estimate_the_same_bound():
+    """And the same mean of the plain terms; [MASK] in the clean text counts in neither."""
     copies, model = 1500, tiny_model().eval()
     clean, rows, ours = clean_batch(copies), torch.arange(4 * copies), objective(antithetic=True)
+    clean.x_0[:, 2] = MASK_ID
     keep = (~clean.is_padding).long()
+    scored = clean.maskable & (clean.x_0 != MASK_ID)
 
     @torch.no_grad()
     def logits(z):
-        return model(input_ids=z, attention_mask=keep, use_cache=False).logits[clean.maskable]
+        return model(input_ids=z, attention_mask=keep, use_cache=False).logits[scored]
 
     batch = ours.noise(clean, rows=rows, group_size=4 * copies)
-    loss, _ = ours.loss(logits(batch.z_t), batch.scored, batch.denominator)
+    loss, terms = ours.loss(logits(batch.z_t), batch.scored, batch.denominator)
     noised = ours.evaluation(clean, evaluation_times(rows, 1)[:, 0], seed=0, rows=rows)
-    _, bound = ours.evaluate(logits(noised.z), clean, noised)
-    assert float(loss) == pytest.approx(float(bound.sum() / clean.maskable.sum()), rel=0.04)
+    kl, bound = ours.evaluate(logits(noised.z), clean, noised)
+    assert float(loss) == pytest.approx(float(bound.sum() / noised.n_counted.sum()), rel=0.04)
+    weight = noised.weight[scored.nonzero()[:, 0]]
+    assert float(terms / scored.sum()) == pytest.approx(float((kl * weight).sum() / weight.sum()), rel=0.02)
+    assert torch.equal(noised.n_counted, scored.sum(dim=1))

@@ -46,7 +46,8 @@ def test_a_folder_is_converted_once_into_what_convert_makes(llada, cache, tmp_pa
         assert words in said[0]
     convert(llada, tmp_path / "out")
     ours, theirs = ({path.name: path.read_bytes() for path in Path(f).iterdir()} for f in (first, tmp_path / "out"))
-    assert json.loads(ours.pop(ORIGIN_NAME)) == {"origin": str(llada), "folder": str(llada)}
+    sizes = {name: len(value) for name, value in ours.items() if name != ORIGIN_NAME}
+    assert json.loads(ours.pop(ORIGIN_NAME)) == {"origin": str(llada), "folder": str(llada), "files": sizes}
     assert ours == theirs
     assert origin_of(first) == str(llada) and origin_of(tmp_path / "out") == str(tmp_path / "out")
     assert entries(cache) == [Path(first).name]
@@ -233,6 +234,18 @@ def test_a_copy_that_lost_a_file_is_made_again(llada, cache):
     ):
         damage()
         assert plain_folder(llada) == str(made) and shard.read_bytes() == whole
+    for name in sorted(path.name for path in made.iterdir()):
+        before = (made / name).read_bytes()
+        for damage in ((made / name).unlink, lambda path=made / name: path.write_text("{")):
+            damage()
+            assert plain_folder(llada) == str(made) and (made / name).read_bytes() == before, name
+
+
+def test_a_folder_by_another_name_is_the_same_copy(llada, cache, tmp_path):
+    (tmp_path / "link").symlink_to(llada)
+    assert {plain_folder(name) for name in (llada, tmp_path / "link", llada / ".." / llada.name)} == {
+        plain_folder(llada)
+    }
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_sampling import MASK, NAMES, LeftToRight, V, relative, run, toy
+from toy_sampling import MASK, NAMES, LeftToRight, V, by_selection, relative, run, toy
 
 from llamafactory_ddm.diffusion.noise import Stream
 from llamafactory_ddm.diffusion.philox import keyed_uniform
-from llamafactory_ddm.sampling import Edits, LogitsConfig, SamplingSettings, StableStop, denoise_step, start
+from llamafactory_ddm.sampling import (
+    Edits,
+    LogitsConfig,
+    SamplingSettings,
+    StableStop,
+    denoise_step,
+    get_strategy,
+    start,
+)
 from llamafactory_ddm.sampling.edits import edits_of
 from llamafactory_ddm.sampling.steps import split_into_blocks
 
@@ -140,6 +148,14 @@ def is_complete(tokens, editable, ends):
     return bool(found) and MASK not in decided[: found[0]]
 
 
+def last_of_text(tokens, editable, ends):
+    """Where the first end that is written stands, if nothing is given behind it; what follows is no text."""
+    mine = [place for place, flag in enumerate(editable) if flag]
+    if not mine or not all(editable[mine[0] :]):
+        return len(tokens)
+    return next((place for place in mine if tokens[place] in ends), len(tokens))
+
+
 def follow_row(frames, tables, editable, blocks, edits, ends=()):
     """Go through one row's frames with the rule on plain lists; returns how often tokens were rewritten."""
     block, spent, further, changed, total = None, 0, 0, False, 0
@@ -159,7 +175,7 @@ def follow_row(frames, tables, editable, blocks, edits, ends=()):
         inside = [place for place, b in enumerate(blocks) if b == block]
         decided = [place for place in inside if before[place] != MASK]
         rewritten = []
-        for place in decided:
+        for place in [place for place in decided if place <= last_of_text(before, editable, ends)]:
             p = softmax(table[place])
             best = max(range(V), key=lambda token: (p[token], -token))
             if best != before[place] and p[best] >= p[before[place]]:
@@ -245,6 +261,8 @@ def test_without_anything_to_spend_it_is_the_masked_sampler(name, block_length, 
             assert torch.equal(other.sequences, plain.sequences) and torch.equal(other.committed, plain.committed)
             assert torch.equal(other.row_forwards, plain.row_forwards) and other.edits.tolist() == [0] * 4
             assert (other.steps, other.forwards, other.computed) == (plain.steps, plain.forwards, plain.computed)
+        further = run(x, editable, edits=Edits(ratio=0.1, steps=2), **options)  # they draw nothing
+        assert torch.equal(further.sequences, plain.sequences) and further.edits.tolist() == [0] * 4
 
 
 @settings(max_examples=60, deadline=None)
@@ -310,9 +328,16 @@ def test_draws_of_rows_do_not_collide_in_further_steps():
     row_step = torch.tensor([0, 1, 3])
     expected = keyed_uniform(5, Stream.SAMPLE_ORDER, torch.arange(3) * 4 + row_step, 2)
     assert torch.equal(plain.uniform(Stream.SAMPLE_ORDER, row_step)[..., 0], expected)
-    _, plan = start(x, edit_steps=2, **options)
-    seen = [plan.uniform(Stream.SAMPLE_ORDER, torch.full((3,), step))[..., 0] for step in range(4 * 3)]
-    assert len({value for u in seen for value in u.flatten().tolist()}) == 12 * 6
+    seen = [plain.uniform(Stream.SAMPLE_ORDER, torch.full((3,), step))[..., 0] for step in range(4)]
+    assert len({value for u in seen for value in u.flatten().tolist()}) == 4 * 6
+    x = torch.zeros(3, 8, dtype=torch.int64)
+    state, plan = start(x, editable=x == 0, mask_id=MASK, steps=4, seed=5, block_length=2, edit_steps=3)
+    edits, strategy = Edits(threshold=0.05, steps=3), get_strategy("low_confidence")
+    while not state.finished:
+        taken = state.row_step
+        state = denoise_step(by_selection(toy), state, plan, strategy=strategy, logits=LogitsConfig(1.0), edits=edits)
+        assert bool((state.row_step - taken <= 1).all())
+    assert state.step > 4 and state.row_step.tolist() == [4, 4, 4]
 
 
 def test_an_end_that_is_edited_away_leaves_the_text_open():

@@ -183,11 +183,14 @@ class _MixedKl(torch.autograd.Function):
             ph.div_(ph + 1.0).mul_(p)
             mean = ph.sum(dim=1).double()
             ph.addcmul_(p, -(mean + of_x + more).to(p.dtype)[:, None])
-            # At x and z large numbers cancel where p is near 1, so they are worked out in float64.
+            # Where p is near 1 large numbers cancel. The entry of x is worked out in float64; that of another z is
+            # what the others leave, as all sum to 0.
             at_x = (of_x + more.where(is_x, 0.0)) * others - p_x * (mean + more.where(~is_x, 0.0))
             at_z = p_z * (s * p_z / (1.0 + s * p_z) - mean - of_x) + more * (1.0 - p_z)
-            ph.scatter_(1, z_t[part].where(elsewhere, x_0[part])[:, None], at_z.to(p.dtype)[:, None])
-            ph.scatter_(1, x_0[part, None], at_x.to(p.dtype)[:, None])
+            z = z_t[part].where(elsewhere, x_0[part])[:, None]
+            ph.scatter_(1, z, 0.0).scatter_(1, x_0[part, None], at_x.to(p.dtype)[:, None])
+            at_z = torch.where(p_z > 0.5, -ph.sum(dim=1).double(), at_z)
+            ph.scatter_(1, z, torch.where(is_x | ~elsewhere, at_x, at_z).to(p.dtype)[:, None])
             result[part, : ctx.n_ids] = ph.mul_((share * grad[part]).to(p.dtype)[:, None])
         return result, None, None, None, None, None, None
 

@@ -59,7 +59,7 @@ def denominator(is_masked: Tensor, maskable: Tensor, norm: LossNorm) -> Tensor:
         is_masked: [batch, length] bool.
         maskable: [batch, length] bool.
         norm: `tokens` counts maskable tokens (the evidence bound per token), `masked` counts masked tokens
-            (DiffuLLaMA's code),
+            (DiffuLLaMA's code; under mixed noise pass the noised ones),
             `sequence` counts rows that hold a maskable token (each row is already divided by its own length, as LLaDA
             does).
     Returns:

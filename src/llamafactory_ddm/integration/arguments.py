@@ -105,14 +105,15 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
     )
     loss_weighting: str = field(
         default="elbo",
-        metadata={"help": "Diffusion: weight of a masked token, elbo (the evidence bound; 1/t if linear) or uniform."},
+        metadata={"help": "Diffusion: weight of a token, elbo (the evidence bound; 1/t if linear) or uniform."},
     )
     loss_norm: str = field(
         default="tokens",
         metadata={
             "help": (
                 "Diffusion: what the summed loss is divided by: tokens (the evidence bound per token), masked "
-                "(DiffuLLaMA's code) or sequence (each row by its own length, then by the rows)."
+                "(DiffuLLaMA's code; with mixed noise all that it changed) or sequence (each row by its own length, then "
+                "by the rows)."
             )
         },
     )

@@ -60,7 +60,10 @@ class AroundAdapter:
             model.name_or_path = model.config._name_or_path = origin
         for folder in self.adapters:
             trained_on = base_of(folder)
-            if trained_on != origin and Path(trained_on).resolve() not in (Path(self.base).resolve(), Path(origin)):
+            if trained_on != origin and Path(trained_on).resolve() not in (
+                Path(self.base).resolve(),
+                Path(origin).resolve(),
+            ):
                 logger.warning_rank0(
                     f"The adapter {folder} was trained on {trained_on}, and is put on {self.base}: that gives another "
                     "model than was trained, unless the two are the same."

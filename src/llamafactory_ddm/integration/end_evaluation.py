@@ -42,7 +42,7 @@ def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, eos_id: int) -> di
         ) -> Tensor:
             z = clean.x_0.masked_fill(masked, trainer.objective.mask_id).to(device)
             found = trainer.bound_logits(model, z, head_rows(masked, trainer.objective.shift).to(device), placement)
-            return found.index_fill(1, torch.tensor([trainer.objective.mask_id], device=device), float("-inf"))
+            return found.float().index_fill(1, torch.tensor([trainer.objective.mask_id], device=device), float("-inf"))
 
         padding = torch.zeros_like(clean.maskable) if clean.is_padding is None else clean.is_padding
         end = clean.end if clean.end is not None else torch.full((len(rows),), -1)

@@ -37,7 +37,7 @@ def evaluate_bound(
     Raises:
         ValueError: if the data set holds no token to predict.
     """
-    # Columns: bound, maskable tokens, then summed terms and scored tokens of each quarter.
+    # Columns: bound, tokens that it is of, then summed terms and scored tokens of each quarter.
     total = torch.zeros(2 + 2 * _QUARTERS, dtype=torch.float64)
     n_rows = 0
     for model, batch, rows in prepared_batches(trainer, dataloader, description):
@@ -88,7 +88,6 @@ def _row_statistics(trainer: DiffusionTrainer, model: Any, batch: dict[str, Tens
     objective, samples = trainer.objective, trainer.eval_time_samples
     clean = CleanBatch.of(batch, shift=objective.shift)
     statistics = torch.zeros(len(clean.x_0), 2 + 2 * _QUARTERS, dtype=torch.float64)
-    statistics[:, 1] = clean.maskable.sum(dim=1)
     levels = evaluation_times(rows, samples)
     device = trainer.args.device
     placement = {name: value.to(device) for name, value in clean.placement().items()}
@@ -99,10 +98,11 @@ def _row_statistics(trainer: DiffusionTrainer, model: Any, batch: dict[str, Tens
         logits = trainer.bound_logits(model, noised.z.to(device), wanted, placement)
         terms, bound = objective.evaluate(logits, clean, noised)
         statistics[:, 0] += bound / samples
+        statistics[:, 1] = noised.n_counted
         quarter = (noised.level * _QUARTERS).long()
         row = noised.is_scored.nonzero()[:, 0]
-        statistics.index_put_((row, 2 + 2 * quarter[row]), terms, accumulate=True)
-        scored = noised.is_scored.sum(dim=1).double()
+        statistics.index_put_((row, 2 + 2 * quarter[row]), terms * noised.weight[row], accumulate=True)
+        scored = noised.is_scored.sum(dim=1) * noised.weight
         statistics.index_put_((torch.arange(len(clean.x_0)), 3 + 2 * quarter), scored, accumulate=True)
     return statistics.float()
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..modeling.diffusion_config import DiffusionConfig
-from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
+from .loading import LoadedModel, find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
 
 _NOT_TRAINING = SimpleNamespace(do_train=False)
 
@@ -19,6 +19,9 @@ def exported_tokenizer(model_args: Any) -> dict[str, Any]:
         ValueError: if nothing says that the model is a diffusion model, or what it says is contradicted.
     """
     args = model_args.exported_diffusion
+    stored = find_diffusion_config(model_args, args.checkpoint_dir)
+    if stored is not None:  # a run that trains may go on under other noise; an export is what was trained
+        stored.check_against(noise_process=args.noise_process, uniform_ratio=args.uniform_ratio)
     tokenizer_module, config, mask = load_diffusion_tokenizer(model_args, args, _NOT_TRAINING)
     model_args.exported_as = (config, mask)
     return tokenizer_module

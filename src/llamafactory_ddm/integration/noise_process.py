@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamafactory.extras import logging
 
 from ..diffusion.schedules import get_schedule
+from ..modeling.attention_layers import text_config
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.masked_objective import MaskedObjective
 from ..modeling.mixed_objective import MixedObjective
 from ..modeling.objective import Objective
 from .variable_length import LengthPlan, end_noise
 
+if TYPE_CHECKING:
+    from .loading import LoadedModel
+
 logger = logging.get_logger(f"llamafactory.{__name__}")
 PROCESSES = ("masked", "mixed")
 _UNIFORM_RATIO = 0.1  # XDLM's
-_OF_ENDS = ("pad_mask_ratio", "eos_window_ratio")
 
 
 def settle_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> tuple[str, float]:
@@ -29,7 +32,8 @@ def settle_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -
         ValueError: if the keys contradict each other or the checkpoint, naming them.
     """
     process, ratio = _settled(config, finetuning_args.noise_process, finetuning_args.uniform_ratio)
-    given = [key for key in _OF_ENDS if getattr(finetuning_args, key)]
+    given = ["pad_mask_ratio"] if finetuning_args.pad_mask_ratio is not None else []
+    given += ["eos_window_ratio"] if finetuning_args.eos_window_ratio else []
     if ratio and given:
         raise ValueError(
             f"{', '.join(given)}: says which tokens become [MASK], and does not go with noise_process: mixed; remove "
@@ -74,9 +78,10 @@ def with_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> 
 
 
 def make_objective(
-    config: DiffusionConfig, tokenizer: Any, lengths: LengthPlan | None, training_args: Any, finetuning_args: Any
+    loaded: LoadedModel, lengths: LengthPlan | None, training_args: Any, finetuning_args: Any
 ) -> Objective:
     """Return the objective of a run; mixed noise with a uniform ratio of 0 is masked noise."""
+    config = loaded.diffusion_config
     common: dict[str, Any] = {
         "mask_id": config.mask_token_id,
         "shift": config.shift,
@@ -90,5 +95,6 @@ def make_objective(
     }
     if not config.uniform_ratio:
         return MaskedObjective(ends=end_noise(lengths, finetuning_args), **common)
-    n_ids = max(tokenizer.get_vocab().values()) + 1
+    # Models may have rows that are no tokens, and tokenizers tokens without a row.
+    n_ids = min(max(loaded.tokenizer.get_vocab().values()) + 1, int(text_config(loaded.model).vocab_size))
     return MixedObjective(uniform_ratio=config.uniform_ratio, n_ids=n_ids, **common)

@@ -65,7 +65,7 @@ def generate_all(
     rank, world = training_args.process_index, training_args.world_size
     folder = Path(training_args.output_dir)
     most = max(request.canvas.n_editable for request in requests)
-    if settings.diffusion_steps > most and settings.denoising_strategy != "remdm":
+    if settings.diffusion_steps > most and settings.denoising_strategy not in ("random", "remdm"):
         logger.info_rank0(
             f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to write: fewer will do."
         )

@@ -21,6 +21,7 @@ from ..modeling.denoiser import RowSelectingHead
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.objective import CleanBatch, Objective
 from .evaluation import evaluate_bound
+from .half_logits import keep_half_logits
 from .saving import explained, published_together
 
 
@@ -170,11 +171,12 @@ class DiffusionTrainer(CustomTrainer):
         return (loss, output) if return_outputs else loss
 
     def probe(self, model: Any) -> None:
-        """Prove once that `model` attends in both directions.
+        """Prove once that `model` attends in both directions; its logits stay in the precision they are made in.
 
         Raises:
             NotBidirectionalError: if it does not.
         """
+        keep_half_logits(self.model)  # each time, as evaluating and training prepare it anew
         if not self._probed:
             probe_bidirectional(getattr(model, "_orig_mod", model), inner=self.model)
             self._probed = True

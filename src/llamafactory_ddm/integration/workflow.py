@@ -94,7 +94,7 @@ def _make_trainer(
     callbacks: list[Any] | None,
 ) -> DiffusionTrainer:
     config = loaded.diffusion_config
-    objective = make_objective(config, loaded.tokenizer, lengths, training_args, finetuning_args)
+    objective = make_objective(loaded, lengths, training_args, finetuning_args)
     # The filter would hide a diverged loss behind the last good one, and costs a device synchronisation every step.
     training_args.logging_nan_inf_filter = False
     if training_args.accelerator_config.dispatch_batches is None:

@@ -175,6 +175,8 @@ def _convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_pu
     if base is not None:
         settings["base_model_name_or_path"] = str(base)
     check_adapter_keys(source, layout, settings)
+    if to_published:
+        _check_adapter_kind(source, str(settings["base_model_name_or_path"]), keys)
     rename = _renamer(layout, _adapter_layout(keys) if to_published else None)
     _write_weights(source, scratch, rename)
     (scratch / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -189,6 +191,24 @@ def _convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_pu
     described.save(scratch)
     if (source / "tokenizer_config.json").is_file():
         _tokenizer(source, None).save_pretrained(scratch)
+
+
+def _check_adapter_kind(source: Path, base: str, keys: list[str]) -> None:
+    """Refuse an adapter of LLaDA or Dream, which were published with no names for one.
+
+    Raises:
+        ValueError: saying what can be converted.
+    """
+    described = DiffusionConfig.find(source)
+    raw = raw_config(base) if (Path(base) / "config.json").is_file() else {}
+    is_llama = any(key.startswith("base_model.model.model.layers.") for key in keys)
+    model_type = str(raw.get("model_type", "llama" if is_llama else ""))
+    kind = kind_of(raw) or (None if described is None else kind_behind(model_type, described.shift))
+    if kind is not None:
+        raise ValueError(
+            f"{source} is an adapter of {kind.name}, which has no published layout for adapters; merge it first with "
+            "llamafactory-cli export, and convert the result with --published"
+        )
 
 
 def _adapter_layout(keys: list[str]) -> Layout:

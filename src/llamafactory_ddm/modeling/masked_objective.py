@@ -92,7 +92,8 @@ class MaskedObjective:
     def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, rows: Tensor) -> EvaluationBatch:
         """Mask a number of tokens that the level fixes; see `Objective.evaluation`."""
         is_masked = mask_exactly(clean.maskable, level, seed=seed, rows=rows)
-        return EvaluationBatch(clean.x_0.masked_fill(is_masked, self.mask_id), is_masked, level)
+        z = clean.x_0.masked_fill(is_masked, self.mask_id)
+        return EvaluationBatch(z, is_masked, level, clean.maskable.sum(dim=1), torch.ones_like(level))
 
     @staticmethod
     def evaluate(logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:

@@ -85,26 +85,25 @@ class MixedObjective:
     def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, rows: Tensor) -> EvaluationBatch:
         """Noise each token with a probability, the level squared; see `Objective.evaluation`.
 
-        The weight grows as the noise level falls, where few tokens are noised and the estimate is rough: squares draw
-        more samples there, and bound its variance.
+        The weight in the bound grows as the noise level falls, where few tokens are noised and the estimate is rough:
+        squares draw more samples there, of less weight each, and bound its variance.
         """
         level, maskable = level.square().clamp(min=_LEAST_LEVEL), self._scored(clean)
         z = self._mix(clean, maskable, level, seed=seed, rows=rows, stream=Stream.EVALUATION)
-        return EvaluationBatch(z, maskable, level)
+        return EvaluationBatch(z, maskable, level, maskable.sum(dim=1), 2.0 * level.sqrt())
 
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
         """Return divergences and bounds; see `Objective.evaluate`.
 
-        With the noise level n = 1 - alpha as the time, the weight is 1 / n whatever the schedule; n being a square, of
-        density 1 / (2 sqrt(n)), makes it 2 / sqrt(n).
+        With the noise level 1 - alpha as the time, the weight in the bound is its inverse, whatever the schedule.
         """
         scored, device = noised.is_scored, logits.device
-        level = noised.level[:, None].expand(scored.shape)[scored]
+        level, weight = (value[:, None].expand(scored.shape)[scored] for value in (noised.level, noised.weight))
         kl = self._kl(
             logits, clean.x_0[scored].to(device), noised.z[scored].to(device), (1.0 - level).to(device)
         ).cpu()
         bound = torch.zeros(len(scored), dtype=torch.float64)
-        return kl.double(), bound.index_add_(0, scored.nonzero()[:, 0], 2.0 * kl.double() / level.sqrt())
+        return kl.double(), bound.index_add_(0, scored.nonzero()[:, 0], kl.double() * weight / level)
 
     def _scored(self, clean: CleanBatch) -> Tensor:
         """Return what noise may fall on: [MASK] in the clean text, which the model cannot predict, stays."""

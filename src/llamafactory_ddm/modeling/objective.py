@@ -121,11 +121,15 @@ class EvaluationBatch:
         z: [batch, length] int64.
         is_scored: [batch, length] bool.
         level: [batch] float64 in [0, 1), the share of tokens that is noised, on average.
+        n_counted: [batch] int64, tokens that the bound is of.
+        weight: [batch] float64, of a row's terms in a mean over noise levels that are spread evenly.
     """
 
     z: Tensor
     is_scored: Tensor
     level: Tensor
+    n_counted: Tensor
+    weight: Tensor
 
 
 class Objective(Protocol):

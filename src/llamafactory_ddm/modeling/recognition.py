@@ -120,7 +120,7 @@ def _published(name: str | Path, revision: str, download_dir: str | None, token:
     """Return a model that was published with code of its own, its files at hand, or None for any other."""
     if Path(name).is_dir():
         kind = kind_of(raw_config(name))
-        folder = Path(name).absolute()
+        folder = Path(name).resolve()  # one copy, however it is named
         return None if kind is None else _Published(folder, kind, folder.name, str(folder))
     if not may_be_on_a_hub(str(name)):
         return None
@@ -158,10 +158,10 @@ def _is_whole(target: Path) -> bool:
         return False
     try:
         verify_checkpoint(target)
-        origin_of(target)
-    except (ValueError, KeyError):
+        written = json.loads((target / ORIGIN_NAME).read_text(encoding="utf-8"))["files"]
+        return {name: (target / name).stat().st_size for name in written} == written and bool(origin_of(target))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return False
-    return True
 
 
 def _make(found: _Published, target: Path, say: Callable[[str], None]) -> None:
@@ -173,7 +173,7 @@ def _make(found: _Published, target: Path, say: Callable[[str], None]) -> None:
     unfinished = target.with_name(f".{target.name}.unfinished")
     for path in list(target.parent.iterdir()):
         # What a killed process has left (`convert` writes beside its target), or what has lost a file.
-        if path == target or path.name.lstrip(".").startswith(unfinished.name[1:]):
+        if path == target or path.name.startswith((unfinished.name, f".{unfinished.name}")):
             shutil.rmtree(path)
     needed = sum(path.stat().st_size for path in weight_files(found.folder)) + _BESIDE_WEIGHTS
     free = shutil.disk_usage(target.parent).free
@@ -189,7 +189,8 @@ def _make(found: _Published, target: Path, say: Callable[[str], None]) -> None:
     )
     try:
         convert(found.folder, unfinished)
-        origin = {"origin": found.origin, "folder": str(found.folder)}
+        files = {path.name: path.stat().st_size for path in sorted(unfinished.iterdir())}
+        origin = {"origin": found.origin, "folder": str(found.folder), "files": files}
         (unfinished / ORIGIN_NAME).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, target)
     finally:

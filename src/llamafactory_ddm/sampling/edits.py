@@ -21,8 +21,9 @@ class Edits:
     """Rewrite decided tokens of the current block that the model would now write otherwise.
 
     Prompts, given tokens, finished blocks and positions committed in the same step are never rewritten, nor is a text
-    that is complete. A token is rewritten with the most probable one of the model's own distribution: after guidance,
-    penalties and suppression, before temperature. That is never less probable than the one that stands there.
+    that is complete, nor what stands behind an end. A token is rewritten with the most probable one of the model's own
+    distribution: after guidance, penalties and suppression, before temperature. That is never less probable than the
+    one that stands there.
 
     Attributes:
         ratio: r in [0, 1). As many edits are allowed in a block as floor(n r / (1 - r)), where n of its positions have

@@ -169,7 +169,7 @@ def denoise_step(
     if edits.steps != plan.edit_steps:
         raise ValueError(f"edits with {edits.steps} further steps need start(edit_steps={edits.steps}, ...)")
     turn = next_turn(state, plan)
-    asked = ask(turn, strategy, stable_stop, edits)
+    asked = ask(state, plan, turn, strategy, stable_stop, edits)
     found = counts(state, plan, turn, asked, strategy)
     if found is None:
         return replace(state, finished=True)
@@ -178,7 +178,7 @@ def denoise_step(
         state,
         block=turn.block,
         block_step=turn.step + active,
-        row_step=state.row_step + active,
+        row_step=state.row_step + (active & (turn.further == 0)),
         further=turn.further,
         spent=turn.spent,
         step=state.step + 1,

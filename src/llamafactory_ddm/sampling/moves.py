@@ -14,7 +14,7 @@ from .logits import Measure
 from .prediction import Scores
 from .remasking import remasked, stays
 from .stable import StableStop
-from .state import Plan, SamplerState, Turn, is_complete
+from .state import Plan, SamplerState, Turn, is_behind_end, is_complete
 from .strategies import Strategy
 
 
@@ -46,7 +46,9 @@ class Made:
     rewrite: Tensor | None = None
 
 
-def ask(turn: Turn, strategy: Strategy, stable_stop: StableStop | None, edits: Edits) -> Asked:
+def ask(
+    state: SamplerState, plan: Plan, turn: Turn, strategy: Strategy, stable_stop: StableStop | None, edits: Edits
+) -> Asked:
     """Return what a step needs to know; the arguments are those of `denoise_step`."""
     again = remasked(strategy, turn)
     wanted = chosen = strategy.candidates(turn) & turn.scope
@@ -54,7 +56,7 @@ def ask(turn: Turn, strategy: Strategy, stable_stop: StableStop | None, edits: E
     if stable_stop is not None:
         wanted, measures = wanted | turn.is_masked, measures | stable.MEASURES
     if edits.active:
-        revisable = edits.candidates(turn)
+        revisable = edits.candidates(turn) & ~is_behind_end(state.z, state.is_masked, plan)
         if again is not None:
             revisable &= ~again
         wanted, measures = wanted | revisable, measures | editing.MEASURES

@@ -60,8 +60,7 @@ class Plan:
         Editable positions take theirs in order, so that padding before a text changes nothing.
         """
         width = int(self.ordinal.shape[1])
-        most = self.steps * (1 + self.edit_steps)  # a row has no more blocks than steps
-        u = keyed_uniform(self.seed, stream, self.rows * most + row_step, width * depth)
+        u = keyed_uniform(self.seed, stream, self.rows * self.steps + row_step, width * depth)
         return u.view(-1, width, depth).gather(1, self.ordinal[:, :, None].expand(-1, -1, depth))
 
     def token_draws(self, row_step: Tensor, *, tries: int = TRIES) -> Tensor:
@@ -83,7 +82,8 @@ class Turn:
         block: [batch] int64, which block it is.
         step: [batch] int64, steps that the row has taken in this block.
         steps: [batch] int64, steps of this block; 0 for a row that is finished.
-        row_step: [batch] int64, steps that the row has taken in all blocks.
+        row_step: [batch] int64, steps that the row has taken in all blocks, further ones not counted: they draw
+            nothing.
         place: [batch] int64, column of `plan.budget` and `plan.chance`.
         spent: [batch] int64, tokens that the row has rewritten in this block.
         further: [batch] int64, steps that the row was granted in this block after its last mask was gone.
@@ -121,7 +121,7 @@ class SamplerState:
         committed: [batch, length] int64, the last step that wrote a token; -1 where none stands.
         block: [batch] int64, the block that a row is at.
         block_step: [batch] int64, steps that the row has taken in it.
-        row_step: [batch] int64, steps that the row has taken in all.
+        row_step: [batch] int64, steps that the row has taken in all, further ones not counted.
         row_forwards: [batch] int64, forwards that the row needed.
         held: [batch] bool, rows that stay at their block though nothing in it is masked.
         further: [batch] int64, steps that the row was granted in its block after its last mask was gone.
@@ -259,6 +259,14 @@ def next_turn(state: SamplerState, plan: Plan) -> Turn:
         further=torch.where(is_same, state.further, 0),
         plan=plan,
     )
+
+
+def is_behind_end(z: Tensor, is_masked: Tensor, plan: Plan) -> Tensor:
+    """Return [batch, length] bool, what stands behind the first end that is decided, and so is no text."""
+    if not (len(plan.end_ids) and plan.stop_at_end):
+        return torch.zeros_like(is_masked)
+    is_end = torch.isin(z, plan.end_ids) & ~is_masked & (plan.block >= 0)
+    return (is_end.cumsum(dim=1) - is_end.long() > 0) & plan.may_end
 
 
 def is_complete(z: Tensor, is_masked: Tensor, plan: Plan) -> Tensor:
