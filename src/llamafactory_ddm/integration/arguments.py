@@ -112,8 +112,8 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
         metadata={
             "help": (
                 "Diffusion: what the summed loss is divided by: tokens (the evidence bound per token), masked "
-                "(DiffuLLaMA's code; with mixed noise all that it changed) or sequence (each row by its own length, then "
-                "by the rows)."
+                "(DiffuLLaMA's code; with mixed noise the tokens that it changed) or sequence (each row by its own "
+                "length, then by the rows)."
             )
         },
     )
