@@ -266,6 +266,10 @@ def test_the_command_for_people(checkpoint, tmp_path):
     )
     failed = words("--edit-steps", "1", "--edit-ratio", "0", check=False)
     assert failed.returncode == 1 and "edit_steps: 1 goes on with edits, and there are none" in failed.stderr
+    failed = words("--remask-cap", "0.5", check=False)
+    assert failed.returncode == 1
+    assert "--remask-cap is read by --strategy remdm only, but that is low_confidence" in failed.stderr
+    assert words(*hot, "--early-stop", "none").returncode == 0
     failed = words("--strategy", "topp", check=False)
     assert failed.returncode == 1 and "did you mean 'topk'" in failed.stderr
 
