@@ -185,7 +185,7 @@ def plot(found: dict[str, dict[str, dict[int, list[dict[str, float]]]]], path: P
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

@@ -72,7 +72,13 @@ def generate_all(
     # The first process speaks for all: saving a model leaves traces in its config that the others do not have.
     fingerprint = _of_first_rank(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
     unfinished = Unfinished(folder / _UNFINISHED, fingerprint, rank, world)
-    edited = generator.writer.edits(settings).active
+    edits = generator.writer.edits(settings)
+    edited = edits.active
+    if edited and settings.edit_ratio is None and settings.edit_threshold is None:
+        logger.info_rank0(
+            f"This model was trained with random tokens among its noise, so it may rewrite what it wrote, by "
+            f"edit_ratio: {edits.ratio:g}; edit_ratio: 0 leaves tokens as they are."
+        )
     done = unfinished.open(resume=model_folders is not None)
     if done:
         logger.info_rank0(f"{len(done)} of {len(requests)} texts were generated before the run was interrupted.")
