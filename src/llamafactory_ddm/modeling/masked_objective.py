@@ -1,58 +1,38 @@
-"""The objective of masked noise as one frozen value."""
+"""The objective of masked noise."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..diffusion.ends import EndNoise, draw_masks
 from ..diffusion.likelihood import bound_per_row, mask_exactly
-from ..diffusion.noise import draw_time, mask_tokens
+from ..diffusion.noise import mask_tokens
 from ..diffusion.objectives import masked_cross_entropy
-from ..diffusion.schedules import NoiseSchedule
-from ..diffusion.weights import LossNorm, LossWeighting, denominator, token_weight
+from ..diffusion.weights import denominator, token_weight
 from .denoiser import head_rows
-from .objective import CleanBatch, EvaluationBatch, TrainingBatch, as_bits
+from .objective import CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
 
 
-@dataclass(frozen=True)
-class MaskedObjective:
-    """Masked diffusion with its schedule, weights and normalisation.
+@dataclass(frozen=True, kw_only=True)
+class MaskedObjective(Objective):
+    """Masked diffusion, scored where noise put [MASK].
 
     Attributes:
-        mask_id: the id of [MASK].
-        shift: whether logits at i - 1 predict token i.
-        schedule: alpha and its weight.
-        weighting: `elbo` or `uniform`.
-        norm: `tokens`, `masked` or `sequence`.
-        time_epsilon: the smallest t drawn.
-        antithetic: stratify t over an optimiser step.
-        seed: of the run's noise.
         ends: how the noise depends on where a text ends; None where it does not.
-        truncate_ratio: share of training rows that are cut to a random length.
     """
 
-    mask_id: int
-    shift: bool
-    schedule: NoiseSchedule
-    weighting: LossWeighting = "elbo"
-    norm: LossNorm = "tokens"
-    time_epsilon: float = 1e-3
-    antithetic: bool = False
-    seed: int = 0
     ends: EndNoise | None = None
-    truncate_ratio: float = 0.0
-    term: str = "nll"
+    term: ClassVar[str] = "nll"
 
     def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw t and the masks of a micro-batch; see `Objective.noise`."""
         x_0, maskable = clean.x_0, clean.maskable
-        t = draw_time(
-            self.seed, rows, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
-        )
+        t = self.draw_time(rows, group_size)
         row = None
         if self.ends is not None and clean.is_pad is not None and clean.end is not None:
             drawn = draw_masks(
@@ -82,8 +62,7 @@ class MaskedObjective:
             n_masked=is_scored.sum(),
         )
 
-    @staticmethod
-    def loss(logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted cross-entropy over the denominator, and the plain sum; see `Objective.loss`."""
         nll = masked_cross_entropy(logits, scored["targets"])
         weighted = (nll * scored["weight"].view(torch.float32)).sum()
@@ -95,8 +74,7 @@ class MaskedObjective:
         z = clean.x_0.masked_fill(is_masked, self.mask_id)
         return EvaluationBatch(z, is_masked, level, clean.maskable.sum(dim=1), torch.ones_like(level))
 
-    @staticmethod
-    def evaluate(logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
+    def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
         """Return cross-entropies and bounds; see `Objective.evaluate`."""
         targets = clean.x_0[noised.is_scored].to(logits.device)
         nll = masked_cross_entropy(logits, targets).cpu().double()

@@ -1,62 +1,43 @@
-"""The objective of mixed noise as one frozen value, with the interface of the masked one."""
+"""The objective of mixed noise."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..diffusion.noise import Stream, draw_time, mix_tokens
+from ..diffusion.noise import Stream, mix_tokens
 from ..diffusion.objectives import mixed_kl
-from ..diffusion.schedules import NoiseSchedule
-from ..diffusion.weights import LossNorm, LossWeighting, denominator, token_weight
+from ..diffusion.weights import denominator, token_weight
 from .denoiser import head_rows
-from .objective import CleanBatch, EvaluationBatch, TrainingBatch, as_bits
+from .objective import CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
 
 _LEAST_LEVEL = 1e-6  # at no noise at all the weight of the bound is infinite
 
 
-@dataclass(frozen=True)
-class MixedObjective:
+@dataclass(frozen=True, kw_only=True)
+class MixedObjective(Objective):
     """Diffusion with masks and random tokens.
 
     Every maskable token is scored, as a random token looks like any other: those that are kept cost something too.
+    `norm: masked` divides by the tokens that noise changed.
 
     Attributes:
-        mask_id: the id of [MASK].
-        shift: whether logits at i - 1 predict token i.
-        schedule: alpha and its weight.
         uniform_ratio: share of noised tokens that become a random one.
         n_ids: ids that noise may draw, from 0.
-        weighting: `elbo` or `uniform`.
-        norm: `tokens`, `masked` (noised tokens) or `sequence`.
-        time_epsilon: the smallest t drawn.
-        antithetic: stratify t over an optimiser step.
-        seed: of the run's noise.
-        truncate_ratio: share of training rows that are cut to a random length.
     """
 
-    mask_id: int
-    shift: bool
-    schedule: NoiseSchedule
     uniform_ratio: float
     n_ids: int
-    weighting: LossWeighting = "elbo"
-    norm: LossNorm = "tokens"
-    time_epsilon: float = 1e-3
-    antithetic: bool = False
-    seed: int = 0
-    truncate_ratio: float = 0.0
-    term: str = "kl"
+    term: ClassVar[str] = "kl"
 
     def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw t and the noise of a micro-batch; see `Objective.noise`."""
         x_0, maskable = clean.x_0, self._scored(clean)
-        t = draw_time(
-            self.seed, rows, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
-        ).clamp(min=_LEAST_LEVEL)
+        t = self.draw_time(rows, group_size).clamp(min=_LEAST_LEVEL)
         z_t = self._mix(clean, maskable, 1.0 - self.schedule.alpha(t), seed=self.seed, rows=rows)
         is_noised = z_t != x_0
         weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..diffusion.noise import Stream
+from ..diffusion.noise import Stream, draw_time
 from ..diffusion.philox import keyed_uniform
+from ..diffusion.schedules import NoiseSchedule
+from ..diffusion.weights import LossNorm, LossWeighting
 from .denoiser import predictable
 
 _OTHERS = ("document", "position_ids", "is_pad", "end")
@@ -132,29 +135,41 @@ class EvaluationBatch:
     weight: Tensor
 
 
-class Objective(Protocol):
-    """A diffusion process with its loss, as training and evaluation see it."""
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """A diffusion process with its loss, as training and evaluation see it, in one frozen value.
 
-    @property
-    def mask_id(self) -> int:
-        """Return the id of [MASK]."""
+    Attributes:
+        mask_id: the id of [MASK].
+        shift: whether logits at i - 1 predict token i.
+        schedule: alpha and its weight.
+        weighting: `elbo` or `uniform`.
+        norm: `tokens`, `masked` or `sequence`.
+        time_epsilon: the smallest t drawn.
+        antithetic: stratify t over an optimiser step.
+        seed: of the run's noise.
+        truncate_ratio: share of training rows that are cut to a random length.
+        term: what an unweighted term of the loss is called in logs.
+    """
 
-    @property
-    def shift(self) -> bool:
-        """Return whether logits at i - 1 predict token i."""
+    mask_id: int
+    shift: bool
+    schedule: NoiseSchedule
+    weighting: LossWeighting = "elbo"
+    norm: LossNorm = "tokens"
+    time_epsilon: float = 1e-3
+    antithetic: bool = False
+    seed: int = 0
+    truncate_ratio: float = 0.0
+    term: ClassVar[str]
 
-    @property
-    def seed(self) -> int:
-        """Return the seed of the run's noise."""
+    def draw_time(self, rows: Tensor, group_size: int) -> Tensor:
+        """Return [batch] float32, the time of each row; the arguments are those of `noise`."""
+        return draw_time(
+            self.seed, rows, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
+        )
 
-    @property
-    def truncate_ratio(self) -> float:
-        """Return the share of training rows that are cut to a random length."""
-
-    @property
-    def term(self) -> str:
-        """Return what an unweighted term of the loss is called in logs."""
-
+    @abstractmethod
     def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw t and the noise of a micro-batch.
 
@@ -165,6 +180,7 @@ class Objective(Protocol):
             step: optimiser steps finished so far.
         """
 
+    @abstractmethod
     def loss(self, logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of a micro-batch and the plain sum of its terms.
 
@@ -177,6 +193,7 @@ class Objective(Protocol):
             detached; both float32 scalars. Micro-batches and ranks add up to the loss of the whole step.
         """
 
+    @abstractmethod
     def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, rows: Tensor) -> EvaluationBatch:
         """Noise a batch for evaluation.
 
@@ -187,6 +204,7 @@ class Objective(Protocol):
             rows: [batch] int64, ordinals of the draw.
         """
 
+    @abstractmethod
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
         """Return the terms, [n_scored] float64 in nats, and the rows' estimates of the bound, [batch] float64.
 
