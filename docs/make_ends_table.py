@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llamafactory_runs import ROOT, run_recipe
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "examples" / "tiny_gpt2_full_ddm_sft_varlen.yaml"
 FORMATS = ("eos_pad", "eos_eos", "rainbow")
 WINDOW = {"eos_window_ratio": 0.3, "eos_window_max": 40}
@@ -38,16 +35,6 @@ def runs(steps: int) -> Iterator[tuple[str, tuple[str, str, str], dict[str, Any]
                 said = "-".join([name, *["annealed"] * anneals, *["window"] * window])
                 keys = {"variable_length": name, **(annealing if anneals else {}), **(WINDOW if window else {})}
                 yield said, (name, "yes" if anneals else "", "yes" if window else ""), keys
-
-
-def cli(recipe: Path, *words: str) -> None:
-    """Run llamafactory-cli train."""
-    program = str(Path(sys.executable).with_name("llamafactory-cli"))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [program, "train", str(recipe), *words, "disable_tqdm=true", "overwrite_cache=true"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
 
 
 def measure(name: str, keys: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -71,13 +58,13 @@ def measure(name: str, keys: dict[str, Any], arguments: argparse.Namespace) -> d
         }
         path = folder.with_suffix(".yaml")
         OmegaConf.save(OmegaConf.create(recipe), path)
-        cli(path)
+        run_recipe(path)
     words = [f"model_name_or_path={folder}", f"max_samples={arguments.questions}"]
     if not (folder / "eval" / "eos_metrics.json").is_file():
         ends = [] if "variable_length" in keys else ["variable_length=eos_eos"]
-        cli(ROOT / "examples" / "varlen_eval.yaml", *words, *ends, f"output_dir={folder / 'eval'}")
+        run_recipe(ROOT / "examples" / "varlen_eval.yaml", *words, *ends, f"output_dir={folder / 'eval'}")
     if not (folder / "predict" / "predict_results.json").is_file():
-        cli(ROOT / "examples" / "tiny_gpt2_varlen_inference.yaml", *words, f"output_dir={folder / 'predict'}")
+        run_recipe(ROOT / "examples" / "tiny_gpt2_varlen_inference.yaml", *words, f"output_dir={folder / 'predict'}")
     found = json.loads((folder / "eval" / "eos_metrics.json").read_text(encoding="utf-8"))
     results = json.loads((folder / "predict" / "predict_results.json").read_text(encoding="utf-8"))
     return {**found, "right": results["predict_exact_match"]}

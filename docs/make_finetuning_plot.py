@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
 import torch
+from llamafactory_runs import run_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-ROOT = Path(__file__).resolve().parents[1]
 ADAPTED = "saves/tiny_gpt2/full/ddm"
 LORA = "examples/tiny_gpt2_lora_ddm_sft.yaml"
 FULL = "examples/tiny_gpt2_full_ddm_sft.yaml"
@@ -39,15 +36,6 @@ STARTS: tuple[tuple[str, str, str, tuple[str, ...], bool], ...] = (
     ("lora", "adapted weights, LoRA", LORA, (), False),
     ("lora-random", "random weights, LoRA", LORA, (), True),
 )
-
-
-def cli(*words: str) -> None:
-    """Run llamafactory-cli train."""
-    program = str(Path(sys.executable).with_name("llamafactory-cli"))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([program, "train", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"llamafactory-cli train {' '.join(words)} failed:\n{done.stderr[-3000:]}")
 
 
 def random_weights(arguments: argparse.Namespace) -> str:
@@ -67,7 +55,7 @@ def train(name: str, recipe: str, model: str, overrides: tuple[str, ...], argume
     """Train from one start, unless it was, with a checkpoint every so many steps."""
     folder = Path(arguments.work).resolve() / f"{name}-{arguments.steps}"
     if not (folder / "all_results.json").is_file():
-        cli(
+        run_recipe(
             recipe,
             f"model_name_or_path={model}",
             f"output_dir={folder}",
@@ -93,7 +81,7 @@ def accuracy(checkpoint: Path, base: str, arguments: argparse.Namespace) -> floa
             if adapter
             else (f"model_name_or_path={checkpoint}",)
         )
-        cli(
+        run_recipe(
             "examples/tiny_gpt2_sft_inference.yaml",
             *model,
             f"output_dir={checkpoint / 'solved'}",

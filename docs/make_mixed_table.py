@@ -17,18 +17,15 @@ import argparse
 import collections
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from llamafactory_runs import ROOT, run_recipe
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 # Name in the table -> what a run trains with, what it generates with.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "masked": ({"noise_process": "masked"}, {}),
@@ -42,16 +39,6 @@ TASKS = {
 }
 LEARNING_RATE = 1e-3
 ENDS = ("pad_mask_ratio", "eos_window_ratio", "eos_window_max")  # they say which tokens become [MASK]
-
-
-def cli(recipe: Path) -> None:
-    """Run llamafactory-cli train."""
-    program = str(Path(sys.executable).with_name("llamafactory-cli"))
-    command = [program, "train", str(recipe)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
 
 
 def recipe(name: str, path: Path, keys: dict[str, Any]) -> Path:
@@ -86,43 +73,37 @@ def train(task: str, way: str, seed: int, arguments: argparse.Namespace) -> Path
             "plot_loss": False,
             **dict.fromkeys(ENDS),
         }
-        cli(recipe(TASKS[task][0], folder / "train.yaml", keys))
+        run_recipe(recipe(TASKS[task][0], folder / "train.yaml", keys))
+    return folder
+
+
+def generate(model: Path, way: str, steps: int, name: str, result: str, keys: dict[str, Any]) -> Path:
+    """Generate as a recipe of examples/ does, unless its result is there, and return the folder of the result."""
+    folder = model / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}"
+    if not (folder / result).is_file():
+        folder.mkdir(exist_ok=True)
+        own = {"model_name_or_path": str(model), "output_dir": str(folder), "diffusion_steps": steps}
+        run_recipe(recipe(name, folder / "predict.yaml", {**WAYS[way][1], **own, **keys}))
     return folder
 
 
 def answers(model: Path, way: str, steps: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Return the share of questions answered right, greedily, in per cent."""
-    folder = model / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}"
-    if not (folder / "predict_results.json").is_file():
-        folder.mkdir(exist_ok=True)
-        keys = {
-            **WAYS[way][1],
-            "model_name_or_path": str(model),
-            "output_dir": str(folder),
-            "diffusion_steps": steps,
-            "max_samples": arguments.questions,
-        }
-        cli(recipe("tiny_gpt2_varlen_inference.yaml", folder / "predict.yaml", keys))
+    keys = {"max_samples": arguments.questions}
+    folder = generate(model, way, steps, "tiny_gpt2_varlen_inference.yaml", "predict_results.json", keys)
     return {"exact match": json.loads((folder / "predict_results.json").read_text())["predict_exact_match"]}
 
 
 def texts(model: Path, way: str, steps: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Return perplexity under the autoregressive model and entropy of the words, in nats."""
-    folder = model / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}"
-    if not (folder / "generated_predictions.jsonl").is_file():
-        folder.mkdir(exist_ok=True)
-        keys = {
-            **WAYS[way][1],
-            "model_name_or_path": str(model),
-            "output_dir": str(folder),
-            "diffusion_steps": steps,
-            "block_length": None,
-            "topp_temp": 1.0,
-            "num_samples": arguments.texts,
-            "early_stop": "none",
-            "per_device_eval_batch_size": 32,
-        }
-        cli(recipe("tiny_gpt2_inference.yaml", folder / "predict.yaml", keys))
+    keys = {
+        "block_length": None,
+        "topp_temp": 1.0,
+        "num_samples": arguments.texts,
+        "early_stop": "none",
+        "per_device_eval_batch_size": 32,
+    }
+    folder = generate(model, way, steps, "tiny_gpt2_inference.yaml", "generated_predictions.jsonl", keys)
     lines = (folder / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return judged([json.loads(line)["predict"] for line in lines])
 

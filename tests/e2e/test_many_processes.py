@@ -1,7 +1,6 @@
 """One table: however the rows of a step are spread over processes, finetuning is the same."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from support.cli import ROOT, history, run
+from support.cli import ROOT, history, run, train_in_processes
 
 SMALL = (
     "max_steps=4",
@@ -27,7 +26,6 @@ SMALL = (
     "learning_rate=1.0e-3",
     "overwrite_cache=true",
 )
-TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
 # Without a GPU there is no device to send the first rank's weights from.
 FSDP = {
     "fsdp": "full_shard auto_wrap",
@@ -64,9 +62,13 @@ def one(tmp_path_factory, checkpoint, small_data):
     return get
 
 
-def start(recipe, folder, checkpoint, data, *more, env=None, yaml=None):
+def start(recipe, folder, checkpoint, data, *more, in_two=False, yaml=None):
     words = (f"model_name_or_path={checkpoint}", f"dataset_dir={data}", f"output_dir={folder}")
-    return run("train", yaml or f"examples/{RECIPES[recipe]}", *SMALL, *words, *more, env=env)
+    words = (yaml or f"examples/{RECIPES[recipe]}", *SMALL, *words, *more)
+    if in_two:
+        train_in_processes(2, *words, env={"DS_ACCELERATOR": "cpu"})
+    else:
+        run("train", *words)
 
 
 def weights(folder, recipe):
@@ -78,14 +80,13 @@ def spread(way, recipe, folder, checkpoint, data, *more):
     keys, in_two, _ = WAYS[way]
     if way.startswith("zero"):
         pytest.importorskip("deepspeed")
-    env = {**TWO, "MASTER_PORT": str(29900 + os.getpid() % 90), "DS_ACCELERATOR": "cpu"} if in_two else None
     yaml = None
     if way == "fsdp":
         folder.parent.mkdir(exist_ok=True)
         yaml = folder.parent / "fsdp.yaml"
         lines = (ROOT / "examples" / RECIPES[recipe]).read_text()
         yaml.write_text(lines + "".join(f"{key}: {json.dumps(value)}\n" for key, value in FSDP.items()))
-    start(recipe, folder, checkpoint, data, *keys, *more, env=env, yaml=yaml)
+    start(recipe, folder, checkpoint, data, *keys, *more, in_two=in_two, yaml=yaml)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

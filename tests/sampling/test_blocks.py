@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_sampling import MASK, NAMES, V, by_selection, relative, run
+from toy_sampling import MASK, NAMES, V, by_selection, ragged, relative, run
 
 from llamafactory_ddm.sampling import Context, LogitsConfig, sample, start
 from llamafactory_ddm.sampling.steps import kept_masked, split_into_blocks, steps_of_blocks
@@ -72,19 +72,11 @@ def test_budgets_of_blocks_by_hand():
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(NAMES), block_length=st.none() | st.integers(1, 5))
 def test_rows_of_different_lengths_give_what_each_gives_alone(seed, name, block_length):
     """Left padding and places to fill anywhere; greedy, and sampled too."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, 12, (4,), generator=generator).tolist()
-    longest = max(lengths)
-    x = torch.zeros(4, longest, dtype=torch.int64)
-    editable = torch.zeros_like(x, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        x[row, longest - length :] = torch.randint(1, MASK, (length,), generator=generator)
-        editable[row, longest - length :] = torch.rand(length, generator=generator) < 0.6
+    x, editable, parts = ragged(seed, 0.6)
     for config in (GREEDY, LogitsConfig(0.9, 0.8)):
         options = {"denoiser": relative, "name": name, "steps": 12, "block_length": block_length, "config": config}
         together = run(x, editable, **options)
-        for row, length in enumerate(lengths):
-            own = slice(longest - length, None)
+        for row, own in enumerate(parts):
             alone = run(x[row : row + 1, own], editable[row : row + 1, own], rows=torch.tensor([row]), **options)
             assert torch.equal(alone.sequences[0], together.sequences[row, own])
             assert torch.equal(alone.committed[0], together.committed[row, own])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_sampling import MASK, NAMES, LeftToRight, V, by_selection, relative, run, toy
+from toy_sampling import MASK, NAMES, LeftToRight, V, by_selection, ragged, relative, run, toy
 
 from llamafactory_ddm.diffusion.noise import Stream
 from llamafactory_ddm.diffusion.philox import keyed_uniform
@@ -274,20 +274,12 @@ def test_without_anything_to_spend_it_is_the_masked_sampler(name, block_length, 
     end_ids=st.sampled_from([(), (2,)]),
 )
 def test_rows_of_different_lengths_give_what_each_gives_alone(seed, name, block_length, edits, end_ids):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, 12, (4,), generator=generator).tolist()
-    longest = max(lengths)
-    x = torch.zeros(4, longest, dtype=torch.int64)
-    editable = torch.zeros_like(x, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        x[row, longest - length :] = torch.randint(1, MASK, (length,), generator=generator)
-        editable[row, longest - length :] = torch.rand(length, generator=generator) < 0.8
+    x, editable, parts = ragged(seed, 0.8)
     own = {"remask_cap": 0.3} if name == "remdm" else {}
     options = {"denoiser": relative, "name": name, "steps": 12, "block_length": block_length, "edits": edits, **own}
     options |= {"config": LogitsConfig(0.9, 0.8), "end_ids": end_ids}
     together = run(x, editable, **options)
-    for row, length in enumerate(lengths):
-        part = slice(longest - length, None)
+    for row, part in enumerate(parts):
         alone = run(x[row : row + 1, part], editable[row : row + 1, part], rows=torch.tensor([row]), **options)
         assert torch.equal(alone.sequences[0], together.sequences[row, part])
         assert torch.equal(alone.committed[0], together.committed[row, part])

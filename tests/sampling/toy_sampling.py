@@ -68,3 +68,16 @@ class LeftToRight:
 
     def commit(self, turn, candidate, score):
         return candidate
+
+
+def ragged(seed, share):
+    """Return four rows, padded at the left, with a share of places to fill, and where in them each row is."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 12, (4,), generator=generator).tolist()
+    longest = max(lengths)
+    x = torch.zeros(4, longest, dtype=torch.int64)
+    editable = torch.zeros_like(x, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        x[row, longest - length :] = torch.randint(1, MASK, (length,), generator=generator)
+        editable[row, longest - length :] = torch.rand(length, generator=generator) < share
+    return x, editable, [slice(longest - length, None) for length in lengths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
+
+from .warm import free_port, run_warm
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -19,32 +22,60 @@ class _Absent:
         return "ABSENT"
 
 
+PROGRAMS = ("llamafactory-cli", "llamafactory-ddm")
 ABSENT = _Absent()  # as an override: the key is taken out of the recipe
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONFAULTHANDLER": "1",
     "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
 }
 
 
-def run(*words, check=True, env=None, program="llamafactory-cli", timeout=400, **rest):
-    """Run a program of this environment from the repository's root; returns the finished process with its text."""
-    path = [str(SCRIPTS / program)] if (SCRIPTS / program).exists() else [program]
-    done = subprocess.run(
-        [*path, *map(str, words)],
-        cwd=rest.pop("cwd", ROOT),
-        env={**os.environ, **QUIET, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        **rest,
-    )
-    if check and done.returncode != 0:
-        raise AssertionError(f"{words} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+def run(*words, check=True, env=None, program="llamafactory-cli", timeout=400, fresh=False, **rest):
+    """Run a program of this environment from the repository's root; returns the finished process with its text.
+
+    A console script runs in a process that has imported the libraries already, unless it is to be a `fresh` one, or
+    gets an environment of its own, which an import may read.
+    """
+    script = SCRIPTS / program
+    path = str(script) if script.exists() else program
+    words = [path, *map(str, words)]
+    cwd = rest.pop("cwd", ROOT)
+    everything = {**os.environ, **QUIET, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", **(env or {})}
+    if program in PROGRAMS and env is None and not rest and not fresh:
+        (done,) = run_warm([{"words": words, "cwd": str(cwd), "env": everything}], timeout)
+    else:
+        done = subprocess.run(
+            words, cwd=cwd, env=everything, capture_output=True, text=True, timeout=timeout, check=False, **rest
+        )
+    if check:
+        verify(done)
     return done
+
+
+def verify(done):
+    """Raise AssertionError, with the ends of what it wrote, if a process failed."""
+    if done.returncode != 0:
+        texts = f"{done.stdout[-5000:]}\n{done.stderr[-10000:]}"
+        raise AssertionError(f"{done.args} ended with {done.returncode}:\n{texts}")
+
+
+def train_in_processes(count, *words, env=None, timeout=400):
+    """Run `llamafactory-cli train` on `count` processes, started as torchrun starts them; returns them finished."""
+    ranks = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    everything = {**os.environ, **QUIET, **ranks, **(env or {})}
+    command = [importlib.util.find_spec("llamafactory.launcher").origin, *map(str, words)]
+    jobs = [
+        {"words": command, "cwd": str(ROOT), "env": {k: str(v) for k, v in (everything | of_rank).items()}}
+        for of_rank in ({"RANK": rank, "LOCAL_RANK": rank} for rank in range(count))
+    ]
+    finished = run_warm(jobs, timeout)
+    for done in finished:
+        verify(done)
+    return finished
 
 
 def train_here(recipe, **overrides):

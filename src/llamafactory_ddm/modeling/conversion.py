@@ -6,34 +6,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
+from .adapter_conversion import convert_adapter
 from .adapters import ADAPTER_CONFIG
-from .checkpoints import read_weight, read_weights, stored_dtype, verify_checkpoint, weight_files
+from .checkpoints import read_weight, stored_dtype, verify_checkpoint, weight_files
+from .converted_weights import renamer, write_weights
 from .diffusion_config import DiffusionConfig
-from .key_tables import check_adapter_keys, check_keys, first_line, is_tied
-from .mask_token import resolve_token
-from .own_code import LLADA, OwnCode, kind_behind, kind_of, raw_config, standard_config
+from .key_tables import check_keys, is_tied
+from .own_code import LLADA, kind_behind, kind_of, raw_config
 from .own_code import published_config as published_config_of
-from .published import (
-    LAYOUTS,
-    AnyLayout,
-    Layout,
-    embedding_rows,
-    keys_of,
-    layout_of,
-    published_config,
-    set_published_padding,
-)
-from .renaming import write_renamed
+from .published import LAYOUTS, AnyLayout, Layout, embedding_rows, keys_of, layout_of
+from .source_parts import described_by_code, described_by_table, source_config, source_tokenizer
 
 
 def convert(
@@ -72,7 +60,7 @@ def convert(
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         if (source / ADAPTER_CONFIG).is_file():
-            _convert_adapter(source, scratch, base, to_published)
+            convert_adapter(source, scratch, base, to_published)
         else:
             tokens = {"mask_token": mask_token, "sep_token": sep_token, "pad_token": pad_token}
             _convert_model(source, scratch, base, to_published, tokens, shift)
@@ -95,7 +83,7 @@ def _convert_model(
     tokens: dict[str, str | None],
     shift: bool,
 ) -> None:
-    config = _config(source, base)
+    config = source_config(source, base)
     layout = layout_of(key for path in weight_files(source) for key in keys_of(path))
     own = kind_of(raw_config(source))
     described = DiffusionConfig.find(source)
@@ -107,14 +95,14 @@ def _convert_model(
     check_keys(source, layout, config)
     if is_tied(config) and _ends_differ(source, layout):
         config.tie_word_embeddings = False
-    _write_weights(source, scratch, _renamer(layout, wanted))
+    write_weights(source, scratch, renamer(layout, wanted))
     config.dtype = stored_dtype(source)
     config.save_pretrained(scratch)
-    tokenizer = _tokenizer(source, base, own)
+    tokenizer = source_tokenizer(source, base, own)
     if described is None and own is not None:
-        described = _described_by_code(source, own, tokenizer, tokens)
+        described = described_by_code(source, own, tokenizer, tokens)
     if described is None:
-        described = _described(config, rows, tokenizer, tokens, shift, layout)
+        described = described_by_table(config, rows, tokenizer, tokens, shift, layout)
     if described.mask_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"mask_token": described.mask_token})
     if tokenizer.convert_tokens_to_ids(described.mask_token) != described.mask_token_id:
@@ -145,159 +133,6 @@ def _published_layout(config: Any, described: DiffusionConfig | None) -> AnyLayo
     return LAYOUTS[config.model_type]
 
 
-def _described_by_code(source: Path, own: OwnCode, tokenizer: Any, tokens: dict[str, str | None]) -> DiffusionConfig:
-    """Return what the config of a model with code of its own says of its diffusion process.
-
-    Raises:
-        ValueError: if its mask token is not one of the tokenizer's.
-    """
-    if tokens["mask_token"] is not None:
-        mask, mask_id = resolve_token(tokenizer, "--mask-token", tokens["mask_token"])
-    else:
-        mask_id = int(raw_config(source)["mask_token_id"])
-        mask = tokenizer.convert_ids_to_tokens(mask_id)
-    if mask is None:
-        raise ValueError(
-            f"config.json says that the mask of this {own.name} has id {mask_id}, which is no token of the tokenizer; "
-            "name it with llamafactory-ddm convert IN OUT --mask-token"
-        )
-    if tokens["pad_token"] is not None:
-        tokenizer.pad_token = resolve_token(tokenizer, "--pad-token", tokens["pad_token"])[0]
-    return DiffusionConfig(mask, mask_id, own.shift, "masked", 0.0, "linear", 1.0)
-
-
-def _convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_published: bool) -> None:
-    keys = [key for path in weight_files(source) for key in keys_of(path)]
-    layout = layout_of(keys)
-    if to_published and layout is not None:
-        raise ValueError(f"{source} has the layout of {layout.name} already")
-    settings = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if base is not None:
-        settings["base_model_name_or_path"] = str(base)
-    check_adapter_keys(source, layout, settings)
-    if to_published:
-        _check_adapter_kind(source, str(settings["base_model_name_or_path"]), keys)
-    rename = _renamer(layout, _adapter_layout(keys) if to_published else None)
-    _write_weights(source, scratch, rename)
-    (scratch / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    described = DiffusionConfig.find(source)
-    if described is None and base is not None:
-        described = DiffusionConfig.find(base)
-    if described is None:
-        raise ValueError(
-            "nothing says which diffusion model this adapter belongs to: convert that first, and name the result with "
-            "--base"
-        )
-    described.save(scratch)
-    if (source / "tokenizer_config.json").is_file():
-        _tokenizer(source, None).save_pretrained(scratch)
-
-
-def _check_adapter_kind(source: Path, base: str, keys: list[str]) -> None:
-    """Refuse an adapter of LLaDA or Dream, which were published with no names for one.
-
-    Raises:
-        ValueError: saying what can be converted.
-    """
-    described = DiffusionConfig.find(source)
-    raw = raw_config(base) if (Path(base) / "config.json").is_file() else {}
-    is_llama = any(key.startswith("base_model.model.model.layers.") for key in keys)
-    model_type = str(raw.get("model_type", "llama" if is_llama else ""))
-    kind = kind_of(raw) or (None if described is None else kind_behind(model_type, described.shift))
-    if kind is not None:
-        raise ValueError(
-            f"{source} is an adapter of {kind.name}, which has no published layout for adapters; merge it first with "
-            "llamafactory-cli export, and convert the result with --published"
-        )
-
-
-def _adapter_layout(keys: list[str]) -> Layout:
-    kinds = {"gpt2": "base_model.model.transformer.h.", "llama": "base_model.model.model.layers."}
-    for kind, prefix in kinds.items():
-        if any(key.startswith(prefix) for key in keys):
-            return LAYOUTS[kind]
-    raise ValueError("this adapter belongs to no kind of model that was published in another layout")
-
-
-def _renamer(layout: AnyLayout | None, published: AnyLayout | None) -> Callable[[str], str | None]:
-    if published is not None:
-        return published.to_published
-    return (lambda key: key) if layout is None else layout.to_standard
-
-
-def _config(source: Path, base: str | Path | None) -> Any:
-    raw = raw_config(source)
-    own = kind_of(raw)
-    if own is not None:
-        return standard_config(raw, own)
-    try:
-        return AutoConfig.from_pretrained(source if base is None else base)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source if base is None else base} has no config.json of a known model ({first_line(error)}); name the "
-            "model that the weights were trained from with --base, such as gpt2-medium or a folder"
-        ) from error
-
-
-def _tokenizer(source: Path, base: str | Path | None, own: OwnCode | None = None) -> Any:
-    has_own = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    folder = source if has_own or base is None else base
-    try:
-        # AutoTokenizer would ask whether to run the published code, which is not needed, then or later.
-        if own is not None and own.standard_type == "qwen2":
-            tokenizer = AutoTokenizer.from_pretrained(folder, tokenizer_type="qwen2")
-            tokenizer.init_kwargs.pop("auto_map", None)
-            return tokenizer
-        if own is not None:
-            return PreTrainedTokenizerFast.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} has no tokenizer ({first_line(error)}); name the model that the weights were trained from "
-            "with --base"
-        ) from error
-
-
-def _described(
-    config: Any,
-    rows: int,
-    tokenizer: Any,
-    tokens: dict[str, str | None],
-    shift: bool,
-    layout: AnyLayout | None,
-) -> DiffusionConfig:
-    """Return what the checkpoint says about itself, from the table of published models and the user's tokens.
-
-    DiffuGPT is known by its layout; DiffuLLaMA was published in that of any Llama, so a Llama of its size is taken
-    for it.
-    """
-    known = None
-    if layout is not None or config.model_type == "llama":
-        known = published_config(config.model_type, rows, tokenizer)
-    if known is None and tokens["mask_token"] is None:
-        raise ValueError(
-            f"nothing says which token is the mask of this {config.model_type} model of {rows} embeddings; name it "
-            "with --mask-token (and --sep-token)"
-        )
-    mask: tuple[str, int] = ("", 0) if known is None else (known.mask_token, known.mask_token_id)
-    if tokens["mask_token"] is not None:
-        mask = resolve_token(tokenizer, "--mask-token", tokens["mask_token"])
-    described = replace(
-        known or DiffusionConfig(mask[0], mask[1], shift, "masked", 0.0, "linear", 1.0),
-        mask_token=mask[0],
-        mask_token_id=mask[1],
-        shift=shift,
-    )
-    if tokens["sep_token"] is not None:
-        sep = resolve_token(tokenizer, "--sep-token", tokens["sep_token"])
-        described = replace(described, sep_token=sep[0], sep_token_id=sep[1])
-    if tokens["pad_token"] is not None:
-        tokenizer.pad_token = resolve_token(tokenizer, "--pad-token", tokens["pad_token"])[0]
-    elif known is not None:
-        set_published_padding(config.model_type, rows, tokenizer)
-    return described
-
-
 def _ends_differ(source: Path, layout: AnyLayout | None) -> bool:
     """Tell whether the files hold an output embedding with other values than the input's."""
     names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
@@ -308,29 +143,3 @@ def _ends_differ(source: Path, layout: AnyLayout | None) -> bool:
             if standard in names or standard == "lm_head.weight":
                 ends["out" if standard == "lm_head.weight" else "in"] = read_weight(path, key)
     return len(ends) == 2 and not torch.equal(ends["in"], ends["out"])
-
-
-def _write_weights(source: Path, scratch: Path, rename: Callable[[str], str | None]) -> None:
-    """Write each file of weights anew, as safetensors, with other names."""
-    files = weight_files(source)
-    index: dict[str, str] = {}
-    size = 0
-    for path in files:
-        stem = path.name.replace("pytorch_model", "model") if path.suffix == ".bin" else path.name
-        name = Path(stem).with_suffix(".safetensors").name
-        if path.suffix == ".safetensors":
-            sizes = write_renamed(path, scratch / name, rename)
-        else:
-            kept = {key: value.contiguous().clone() for key, value in _kept(path, rename).items()}
-            save_file(kept, scratch / name, metadata={"format": "pt"})
-            sizes = {key: value.numel() * value.element_size() for key, value in kept.items()}
-        index |= dict.fromkeys(sizes, name)
-        size += sum(sizes.values())
-    if len(files) > 1:
-        table = {"metadata": {"total_size": size}, "weight_map": index}
-        (scratch / "model.safetensors.index.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-def _kept(path: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
-    renamed = {rename(key): value for key, value in read_weights(path).items()}
-    return {key: value for key, value in renamed.items() if key is not None}

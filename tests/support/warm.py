@@ -1,0 +1,136 @@
+"""Processes that have imported everything already, so that a test of a command waits for the command alone.
+
+A server process imports PyTorch, transformers and LLaMA-Factory once, with the plugin active as in any process, and
+forks a child for each program to run. The child takes the arguments, environment, folder and outputs that it would
+have got from a shell, runs the program's own script as `__main__`, and ends as any interpreter does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PRELOADED = (
+    "datasets",
+    "llamafactory.cli",
+    "llamafactory.launcher",
+    "llamafactory.train.tuner",
+    "llamafactory_ddm.generate_command",
+    "peft",
+    "torch.distributed.fsdp",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.trainer",
+)
+_server: subprocess.Popen | None = None
+
+
+def run_warm(jobs, timeout):
+    """Run programs side by side, each in a process of its own, to their ends.
+
+    Args:
+        jobs: for each program its words, the first of which is the path of a Python script, with `cwd` and `env`.
+        timeout: in seconds, after which all are killed.
+    Returns:
+        The finished processes with what they wrote.
+    Raises:
+        subprocess.TimeoutExpired: if one did not end in time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for n, job in enumerate(jobs):
+            job |= {"out": f"{folder}/{n}.out", "err": f"{folder}/{n}.err"}
+        pids = _ask(jobs, 60)
+        try:
+            codes = _answer(timeout)
+        except TimeoutError:
+            for pid in pids:
+                os.killpg(pid, signal.SIGKILL)
+            _answer(60)
+            raise subprocess.TimeoutExpired([job["words"] for job in jobs], timeout) from None
+        return [
+            subprocess.CompletedProcess(
+                job["words"], code, *(Path(job[kind]).read_text(errors="replace") for kind in ("out", "err"))
+            )
+            for job, code in zip(jobs, codes, strict=True)
+        ]
+
+
+def free_port():
+    """Return a port that nothing listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _ask(jobs, timeout):
+    global _server
+    if _server is None or _server.poll() is not None:
+        command = [sys.executable, __file__]  # imports read the environment too
+        env = {**os.environ, **jobs[0]["env"]}
+        _server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        atexit.register(_server.kill)
+        timeout += 120
+    _server.stdin.write(json.dumps(jobs).encode() + b"\n")
+    _server.stdin.flush()
+    return _answer(timeout)
+
+
+def _answer(timeout):
+    if not select.select([_server.stdout], [], [], timeout)[0]:
+        raise TimeoutError
+    line = _server.stdout.readline()
+    if not line:
+        raise RuntimeError("the server of warm processes has died")
+    return json.loads(line)
+
+
+def _serve():
+    """Fork a child for each job of a line; return the job in the child, and None at the end."""
+    for module in PRELOADED:
+        __import__(module)
+    for line in sys.stdin.buffer:
+        pids = []
+        for job in json.loads(line):
+            pid = os.fork()
+            if pid == 0:
+                return job
+            pids.append(pid)
+        _say(pids)
+        _say([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    return None
+
+
+def _say(value):
+    os.write(_OUT, json.dumps(value).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, which a console script would not see
+    _OUT = os.dup(1)
+    os.set_inheritable(_OUT, False)
+    os.dup2(2, 1)  # what an import prints is no answer
+    job = _serve()
+    if job is not None:
+        os.setsid()
+        os.close(_OUT)
+        for number, (name, flags) in enumerate(
+            [(os.devnull, os.O_RDONLY), *((job[kind], os.O_WRONLY | os.O_CREAT) for kind in ("out", "err"))]
+        ):
+            os.dup2(os.open(name, flags, 0o600), number)
+        os.environ.clear()
+        os.environ.update(job["env"])
+        os.chdir(job["cwd"])
+        sys.argv[:] = job["words"]
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name="__main__")
