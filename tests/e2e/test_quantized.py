@@ -38,6 +38,15 @@ def test_evaluation_leaves_training_alone(quantized, finetune, tmp_path):
     assert len(bounds) >= 4 and bounds[3] < bounds[0]
 
 
+def test_mixed_noise_in_four_bits(finetune, tmp_path):
+    keys = {"recipe": LORA, "max_steps": 4, "noise_process": "mixed", "uniform_ratio": 0.2}
+    full = finetune(tmp_path / "full", **keys)
+    quantized = finetune(tmp_path / "quantized", quantization_bit=4, **keys)
+    for a, b in zip(history(full), history(quantized), strict=True):
+        assert a["masked_fraction"] == b["masked_fraction"]
+        assert b["kl"] == pytest.approx(a["kl"], rel=0.05) and b["kl"] != a["kl"]
+
+
 def test_it_generates_and_merges(quantized, checkpoint, tmp_path):
     words = {"model_name_or_path": checkpoint, "adapter_name_or_path": quantized, "finetuning_type": "lora"}
     small = {"max_samples": 2, "diffusion_steps": 2, "cutoff_len": 64, "overwrite_cache": True}

@@ -88,7 +88,7 @@ def test_the_commands_for_people_run(checkpoint):
     for line in COMMANDS:
         if line.startswith("llamafactory-ddm generate"):
             words = shlex.split(line.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)))
-            assert run(*words[1:], program=words[0]).stdout.strip()
+            assert run(*words[1:], program=words[0], fresh=True).stdout.strip()
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
     done = run("-c", block.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)), program=sys.executable)
     assert done.stdout.strip()
@@ -101,7 +101,7 @@ def test_the_export_runs(checkpoint, adapter, tmp_path):
         "saves/tiny_gpt2/lora/merged": tmp_path / "merged",
     }
     words = [str(places.get(word, word)) for word in shlex.split(EXPORT)]
-    run(*words[1:], program=words[0])
+    run(*words[1:], program=words[0], fresh=True)
     assert (tmp_path / "merged" / "diffusion_config.json").is_file()
 
 

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 PRELOADED = (
@@ -33,14 +34,16 @@ PRELOADED = (
     "transformers.models.auto.tokenization_auto",
     "transformers.trainer",
 )
+GRACE = 20  # seconds that the others get once one has failed
 _server: subprocess.Popen | None = None
 
 
 def run_warm(jobs, timeout):
-    """Run programs side by side, each in a process of its own, to their ends.
+    """Run programs side by side, each in a process of its own, to their ends; one that fails ends all.
 
     Args:
-        jobs: for each program its words, the first of which is the path of a Python script, with `cwd` and `env`.
+        jobs: for each program its words, the first of which is the path of a Python script, with `cwd` and `env`; with
+            `ends_at_once` it ends when the script does, without tearing down the interpreter.
         timeout: in seconds, after which all are killed.
     Returns:
         The finished processes with what they wrote.
@@ -107,8 +110,24 @@ def _serve():
                 return job
             pids.append(pid)
         _say(pids)
-        _say([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+        _say(_ends_of(pids))
     return None
+
+
+def _ends_of(pids):
+    """Wait for all and return their exit codes; when one fails, others may wait for it for ever, and are killed."""
+    codes, patience = dict.fromkeys(pids), float("inf")
+    while None in codes.values():
+        for pid in [pid for pid, code in codes.items() if code is None]:
+            if time.monotonic() > patience:
+                os.killpg(pid, signal.SIGKILL)
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):
+            patience = min(patience, time.monotonic() + GRACE)
+        time.sleep(0.02)
+    return list(codes.values())
 
 
 def _say(value):
@@ -134,3 +153,6 @@ if __name__ == "__main__":
         sys.argv[:] = job["words"]
         sys.path.insert(0, str(Path(sys.argv[0]).parent))
         runpy.run_path(sys.argv[0], run_name="__main__")
+        if job.get("ends_at_once"):
+            sys.stdout.flush()
+            os._exit(0)
