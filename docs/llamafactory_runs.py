@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import tempfile
+import threading
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 _PRELOADED = ["llamafactory.train.tuner", "llamafactory.cli", "transformers.models.gpt2.modeling_gpt2", "datasets"]
+_LOCK = threading.Lock()
 
 
 def run_recipe(*words: str | Path) -> None:
@@ -18,14 +23,18 @@ def run_recipe(*words: str | Path) -> None:
     Raises:
         SystemExit: if it fails, with the end of what it said.
     """
-    context = multiprocessing.get_context("forkserver")
+    # A process that has found a GPU cannot be forked.
+    context = multiprocessing.get_context("spawn" if torch.cuda.device_count() else "forkserver")
     context.set_forkserver_preload(_PRELOADED)
     os.environ["HF_HUB_OFFLINE"] = "1"
     line = ["llamafactory-cli", "train", *map(str, words), "disable_tqdm=true", "overwrite_cache=true"]
     with tempfile.NamedTemporaryFile("r+", encoding="utf-8", errors="replace") as log:
         process = context.Process(target=_main, args=(line, log.name))
-        process.start()
-        process.join()
+        with _LOCK:  # a start polls the processes of other threads, whose exit codes can be read once
+            process.start()
+        multiprocessing.connection.wait([process.sentinel])
+        with _LOCK:
+            process.join()
         if process.exitcode != 0:
             raise SystemExit(f"{' '.join(line)} failed:\n{log.read()[-3000:]}")
 

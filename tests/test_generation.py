@@ -339,8 +339,10 @@ def test_three_lines_are_enough(tmp_path):
 
 
 def test_folders_that_are_no_model(tmp_path):
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="is not a folder; check the path"):
         load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not a folder, nor a model in the hub's cache"):
+        load("owner/nothing-of-this-name")
     save(tmp_path / "plain", config=False)
     with pytest.raises(ValueError, match=r"holds no diffusion_config.json"):
         load(tmp_path / "plain")

@@ -14,7 +14,7 @@ from .modeling.bidirectional import make_bidirectional
 from .modeling.checkpoints import verify_checkpoint
 from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from .modeling.length_heads import LengthPredictors
-from .modeling.recognition import plain_folder
+from .modeling.recognition import may_be_on_a_hub, plain_folder
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: Any = None) -> TextGenerator:
@@ -30,7 +30,11 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
     """
     folder = Path(plain_folder(path))
     if not folder.is_dir():
-        raise ValueError(f"{path} is not a folder; check the path (it is relative to {Path.cwd()})")
+        hub = ", nor a model in the hub's cache (without HF_HUB_OFFLINE it would be downloaded)"
+        raise ValueError(
+            f"{path} is not a folder{hub if may_be_on_a_hub(str(path)) else ''}; check the path (it is relative to "
+            f"{Path.cwd()})"
+        )
     config = DiffusionConfig.find(folder)
     if config is None:
         raise ValueError(

@@ -46,19 +46,19 @@ def python(*words, path, env=None, check=True):
 
 @pytest.mark.parametrize("program", ["llamafactory-cli", "lmf"])
 def test_the_scripts_say_that_it_is_active(program):
-    assert ACTIVE in run("env", program=program).stdout
+    assert ACTIVE in run("env", program=program, fresh=True).stdout
 
 
 def test_the_module_and_help():
     assert ACTIVE in run("-m", "llamafactory.cli", "env", program=sys.executable).stdout
-    text = " ".join(run("train", "-h", check=False).stdout.split())
+    text = " ".join(run("train", "-h", check=False, fresh=True).stdout.split())
     assert "--anneal_steps" in text
     assert "optimiser steps over which attention grows from causal to full" in text
     assert "ddm" in text
 
 
 def test_doctor():
-    done = run("doctor", program="llamafactory-ddm")
+    done = run("doctor", program="llamafactory-ddm", fresh=True)
     assert "active: llamafactory-cli knows the diffusion stages" in done.stdout
     done = run("doctor", program="llamafactory-ddm", env=OFF, check=False)
     assert done.returncode == 1

@@ -161,6 +161,16 @@ def test_diffullamas_own_inference_yaml_works(generate, checkpoint, tmp_path, sm
     assert len(texts) == 3
 
 
+def test_streaming_a_local_file_in_no_parts(train_small, tmp_path):
+    words = "streaming: true reads a local file in that many parts, set dataloader_num_workers: 1"
+    expect(train_small, tmp_path / "out", words, streaming=True, eval_dataset=None)
+
+
+def test_annealing_a_diffusion_model_is_said_to_be_of_no_effect(train_small, checkpoint, tmp_path, caplog):
+    train_small(tmp_path / "out", model_name_or_path=checkpoint, anneal_steps=7, max_steps=1)
+    assert "anneal_steps: 7 is not read" in caplog.text
+
+
 def test_resuming_another_process_is_an_error(train_small, tmp_path):
     keys = {"save_strategy": "steps", "save_steps": 1, "overwrite_output_dir": False}
     out = train_small(tmp_path / "out", **keys)

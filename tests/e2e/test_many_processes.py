@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import ROOT, history, run, train_in_processes
+from support.warm import free_port
 
 SMALL = (
     "max_steps=4",
@@ -62,13 +63,13 @@ def one(tmp_path_factory, checkpoint, small_data):
     return get
 
 
-def start(recipe, folder, checkpoint, data, *more, in_two=False, yaml=None):
+def start(recipe, folder, checkpoint, data, *more, in_two=False, yaml=None, env=None):
     words = (f"model_name_or_path={checkpoint}", f"dataset_dir={data}", f"output_dir={folder}")
     words = (yaml or f"examples/{RECIPES[recipe]}", *SMALL, *words, *more)
-    if in_two:
+    if in_two and env is None:
         train_in_processes(2, *words, env={"DS_ACCELERATOR": "cpu"})
     else:
-        run("train", *words)
+        run("train", *words, env=env)
 
 
 def weights(folder, recipe):
@@ -76,7 +77,7 @@ def weights(folder, recipe):
     return load_file(folder / name)
 
 
-def spread(way, recipe, folder, checkpoint, data, *more):
+def spread(way, recipe, folder, checkpoint, data, *more, env=None):
     keys, in_two, _ = WAYS[way]
     if way.startswith("zero"):
         pytest.importorskip("deepspeed")
@@ -86,7 +87,7 @@ def spread(way, recipe, folder, checkpoint, data, *more):
         yaml = folder.parent / "fsdp.yaml"
         lines = (ROOT / "examples" / RECIPES[recipe]).read_text()
         yaml.write_text(lines + "".join(f"{key}: {json.dumps(value)}\n" for key, value in FSDP.items()))
-    start(recipe, folder, checkpoint, data, *keys, *more, in_two=in_two, yaml=yaml)
+    start(recipe, folder, checkpoint, data, *keys, *more, in_two=in_two, yaml=yaml, env=env)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -106,6 +107,14 @@ def test_each_way_is_the_run_of_one_process(way, recipe, one, checkpoint, small_
         torch.testing.assert_close(found[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
     if recipe == "full":
         assert AutoModelForCausalLM.from_pretrained(out)(torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_as_torchrun_starts_it(one, checkpoint, small_data, tmp_path):
+    """And to the end of the interpreter, which the other tests leave out."""
+    env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    spread("fsdp", "full", tmp_path / "out", checkpoint, small_data, env=env)
+    losses = [[log["loss"] for log in history(folder)] for folder in (one("full"), tmp_path / "out")]
+    assert losses[1] == pytest.approx(losses[0], rel=WAYS["fsdp"][2])
 
 
 @pytest.mark.parametrize("way", ["accumulation", "ddp", "zero2"])

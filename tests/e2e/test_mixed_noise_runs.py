@@ -159,6 +159,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(checkpoint, train_
     assert all(math.isfinite(log["loss"]) for log in history(out))
 
 
+def test_generating_takes_the_noise_that_was_trained(mixed, generate, checkpoint, tmp_path):
+    for model, noise in ((checkpoint, MIXED), (mixed, {"noise_process": "masked"}), (mixed, {"uniform_ratio": 0.3})):
+        with pytest.raises(ValueError, match=r"contradicts the checkpoint, whose diffusion_config\.json says"):
+            generate(tmp_path / "out", model_name_or_path=model, **noise)
+    assert len(generate(tmp_path / "same", model_name_or_path=mixed, **MIXED)) == 3
+
+
 def test_a_model_without_masks_cannot_generate(train_small, generate, checkpoint, tmp_path):
     model = train_small(tmp_path / "model", model_name_or_path=checkpoint, noise_process="mixed", uniform_ratio=1)
     with pytest.raises(ValueError, match="uniform_ratio"):

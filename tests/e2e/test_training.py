@@ -212,7 +212,7 @@ def test_a_killed_run_goes_on_bit_for_bit(small_data, tmp_path):
     newest = max(int(p.name.split("-")[1]) for p in out.glob("checkpoint-*"))
     # Whatever the kill left of the newest, make sure that one of them is incomplete.
     (out / f"checkpoint-{newest}" / "trainer_state.json").unlink(missing_ok=True)
-    again = run(*command, "max_steps=12")
+    again = run(*command, "max_steps=12", fresh=True)
     assert f"Passing over the incomplete checkpoint {out}/checkpoint-{newest}" in again.stdout + again.stderr
     whole = tmp_path / "whole"
     run(*words(whole, small_data, *SAVING), "max_steps=12")

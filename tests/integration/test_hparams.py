@@ -108,7 +108,7 @@ def known(parser, key):
         ({"stage": "dmd"}, "stage must be one of .*did you mean 'ddm'"),
         ({"stage": ["ddm"]}, "stage must be one of .*got .'ddm'."),
         ({"stage": None}, "stage must be one of .*got None"),
-        ({"stage": "pt", "anneal_steps": 5}, "anneal_steps belong to the diffusion stages .*stage is pt; set stage"),
+        ({"stage": "pt", "anneal_steps": 5}, "anneal_steps belongs to the diffusion stages .*stage is pt; set stage"),
         ({"loss_norm": "token"}, "did you mean 'tokens'"),
         ({"diffusion_steps": 0}, "diffusion_steps must be at least 1"),
         ({"uniform_ratio": 2}, r"uniform_ratio must lie in \[0, 1\]"),

@@ -89,6 +89,17 @@ def test_no_weights(folder):
         verify_checkpoint(folder)
 
 
+def test_shards_that_are_incomplete(folder):
+    weights = folder / "model.safetensors"
+    weights.rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(BrokenCheckpointError, match=r"00001-of-00002\.safetensors but no model\.safetensors\.index"):
+        verify_checkpoint(folder)
+    table = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(table))
+    with pytest.raises(BrokenCheckpointError, match=r"names model-00002-of-00002.* not found in .*; download or copy"):
+        verify_checkpoint(folder)
+
+
 def read(folder):
     """Return the weights in memory of their own, so that the file may be written over."""
     return {key: value.clone() for key, value in load_file(folder / "model.safetensors").items()}

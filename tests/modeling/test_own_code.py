@@ -114,6 +114,34 @@ def test_what_does_not_fit_is_an_error(llada, tmp_path, change, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"mask_token": "!"}, "--mask-token ! contradicts the checkpoint, whose token has id"),
+        ({"sep_token": "!"}, "--sep-token ! contradicts the checkpoint, whose token has id None"),
+    ],
+)
+def test_an_option_that_contradicts_the_checkpoint(llada, tmp_path, option, words):
+    with pytest.raises(ValueError, match=words):
+        convert(llada, tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+    convert(llada, tmp_path / "plain", pad_token="!")
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").pad_token == "!"
+
+
+def test_a_shift_that_contradicts_the_checkpoint(tmp_path):
+    dream = write_dream(tmp_path / "dream")
+    with pytest.raises(ValueError, match="--no-shift contradicts the checkpoint"):
+        convert(dream, tmp_path / "out", shift=False)
+
+
+def test_a_published_model_without_tokenizer(llada, tmp_path):
+    for path in llada.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer .*; copy tokenizer\.json and tokenizer_config\.json"):
+        convert(llada, tmp_path / "out")
+
+
 def test_a_name_of_neither_layout():
     for name in (
         "model.transformer.blocks.0.other.weight",

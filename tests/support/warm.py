@@ -2,12 +2,15 @@
 
 A server process imports PyTorch, transformers and LLaMA-Factory once, with the plugin active as in any process, and
 forks a child for each program to run. The child takes the arguments, environment, folder and outputs that it would
-have got from a shell, runs the program's own script as `__main__`, and ends as any interpreter does.
+have got from a shell, runs the program's own script as `__main__`, and ends as any interpreter does. What an import
+reads or says, and the seed of hashes, are the server's: a test that is about those takes a fresh process.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import json
 import os
 import runpy
@@ -35,6 +38,15 @@ PRELOADED = (
     "transformers.trainer",
 )
 GRACE = 20  # seconds that the others get once one has failed
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONFAULTHANDLER": "1",
+    "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+}
 _server: subprocess.Popen | None = None
 
 
@@ -53,14 +65,16 @@ def run_warm(jobs, timeout):
     with tempfile.TemporaryDirectory() as folder:
         for n, job in enumerate(jobs):
             job |= {"out": f"{folder}/{n}.out", "err": f"{folder}/{n}.err"}
-        pids = _ask(jobs, 60)
+        pids = []
         try:
+            pids += _ask(jobs, 60)
             codes = _answer(timeout)
-        except TimeoutError:
-            for pid in pids:
-                os.killpg(pid, signal.SIGKILL)
-            _answer(60)
-            raise subprocess.TimeoutExpired([job["words"] for job in jobs], timeout) from None
+        except BaseException as error:  # what the server says later would be taken for the next jobs' answers
+            _give_up(pids)
+            if not isinstance(error, TimeoutError):
+                raise
+            said = "".join(path.read_text(errors="replace")[-5000:] for path in sorted(Path(folder).iterdir()))
+            raise subprocess.TimeoutExpired([*(job["words"] for job in jobs), said], timeout) from None
         return [
             subprocess.CompletedProcess(
                 job["words"], code, *(Path(job[kind]).read_text(errors="replace") for kind in ("out", "err"))
@@ -79,13 +93,11 @@ def free_port():
 def _ask(jobs, timeout):
     global _server
     if _server is None or _server.poll() is not None:
-        command = [sys.executable, __file__]  # imports read the environment too
-        env = {**os.environ, **jobs[0]["env"]}
-        _server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}  # select sees what is unread
+        _server = subprocess.Popen([sys.executable, __file__], env={**os.environ, **QUIET}, **pipes)
         atexit.register(_server.kill)
         timeout += 120
     _server.stdin.write(json.dumps(jobs).encode() + b"\n")
-    _server.stdin.flush()
     return _answer(timeout)
 
 
@@ -98,11 +110,30 @@ def _answer(timeout):
     return json.loads(line)
 
 
+def _give_up(pids):
+    global _server
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    if _server is not None:
+        _server.kill()
+        _server.wait()
+    _server = None
+
+
+def _die_with_parent():
+    """Be killed when the parent is gone, however it went, where the system can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve():
     """Fork a child for each job of a line; return the job in the child, and None at the end."""
     for module in PRELOADED:
         __import__(module)
     for line in sys.stdin.buffer:
+        sys.stdout.flush()  # what a child inherits it would write too
+        sys.stderr.flush()
         pids = []
         for job in json.loads(line):
             pid = os.fork()
@@ -135,6 +166,7 @@ def _say(value):
 
 
 if __name__ == "__main__":
+    _die_with_parent()
     sys.path.pop(0)  # this folder, which a console script would not see
     _OUT = os.dup(1)
     os.set_inheritable(_OUT, False)
@@ -142,6 +174,7 @@ if __name__ == "__main__":
     job = _serve()
     if job is not None:
         os.setsid()
+        _die_with_parent()
         os.close(_OUT)
         for number, (name, flags) in enumerate(
             [(os.devnull, os.O_RDONLY), *((job[kind], os.O_WRONLY | os.O_CREAT) for kind in ("out", "err"))]

@@ -192,7 +192,8 @@ def _number(key: str, value: object, least: float, most: float) -> float:
     except (TypeError, ValueError):
         number = float("nan")
     if not (math.isfinite(number) and least <= number <= most):
-        raise ValueError(f"{key} must lie in [{least:g}, {most:g}], got {value!r}")
+        said = sampling_arguments.OPEN_RANGES.get(key, f"[{least:g}, {most:g}]")
+        raise ValueError(f"{key} must lie in {said}, got {value!r}")
     return number
 
 

@@ -139,9 +139,10 @@ def no_block(data_args: Any, names: list[str] | None = None) -> str:
     if names:
         return f"dataset: {', '.join(names)} holds no text; check the file against its entry in dataset_info.json"
     packed = f", because all texts together are shorter than one block of cutoff_len: {data_args.cutoff_len} tokens"
+    parts = " or, as streaming: true reads a local file in that many parts, set dataloader_num_workers: 1 or more"
     return (
         f"dataset: {_names(data_args)} is empty or gives no row{packed if data_args.packing else ''}; "
-        "check the file, lower cutoff_len or set packing: false"
+        f"check the file, lower cutoff_len or set packing: false{parts if data_args.streaming else ''}"
     )
 
 

@@ -12,6 +12,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "edit_ratio": (0.0, 1.0),
     "edit_threshold": (0.0, 1.0),
 }
+OPEN_RANGES = {"edit_ratio": "[0, 1)", "edit_threshold": "(0, 1]"}  # an end is left out, which is refused later
 
 
 @dataclass

@@ -79,9 +79,8 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
             changed = self.changed_keys()
             if changed:
                 raise ValueError(
-                    f"{', '.join(changed)} belong to the diffusion stages ({', '.join(STAGES)}), but stage is "
-                    f"{self.stage}; "
-                    "set stage: ddm or remove them"
+                    f"{', '.join(changed)} {'belongs' if len(changed) == 1 else 'belong'} to the diffusion stages "
+                    f"({', '.join(STAGES)}), but stage is {self.stage}; set stage: ddm, or remove what is for it alone"
                 )
         else:
             self.validate()

@@ -89,6 +89,11 @@ def load_diffusion_tokenizer(
             shift=finetuning_args.shift,
             noise_schedule=finetuning_args.noise_schedule,
         )
+        if getattr(training_args, "do_predict", False) and not training_args.do_train:
+            # Evaluation may take other noise, but whether a model may edit is a fact of how it was trained.
+            config.check_against(
+                noise_process=finetuning_args.noise_process, uniform_ratio=finetuning_args.uniform_ratio
+            )
         stored = (config.mask_token, config.mask_token_id)
     mask = resolve_mask_token(tokenizer_module["tokenizer"], finetuning_args.mask_token, config_mask=stored)
     if config is not None and mask.id != config.mask_token_id:
@@ -206,5 +211,10 @@ def load_diffusion_model(
             noise_schedule=finetuning_args.noise_schedule or "linear",
             # A foreign checkpoint that is only used is taken to be what the YAML says, a finished diffusion model.
             attention_ratio=0.0 if training_args.do_train else 1.0,
+        )
+    elif training_args.do_train and config.attention_ratio == 1.0 and "anneal_steps" in finetuning_args.given_keys:
+        logger.info_rank0(
+            f"anneal_steps: {finetuning_args.anneal_steps} is not read, as {model_args.model_name_or_path} attends to "
+            "both sides already."
         )
     return LoadedModel(model, tokenizer, config)

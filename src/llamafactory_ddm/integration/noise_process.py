@@ -46,7 +46,10 @@ def _settled(config: DiffusionConfig | None, process: str | None, ratio: float |
     stored = ("masked", 0.0) if config is None else (config.noise_process, config.uniform_ratio)
     if process == "masked":
         if ratio:
-            raise ValueError(f"uniform_ratio: {ratio} needs noise_process: mixed, but that is masked; change one")
+            raise ValueError(
+                f"uniform_ratio: {ratio} needs noise_process: mixed, but that is masked; remove uniform_ratio (on the "
+                "command line uniform_ratio=null), or set noise_process: mixed"
+            )
         return process, 0.0
     if process == "mixed":
         return process, ratio if ratio is not None else stored[1] if stored[0] == "mixed" else _UNIFORM_RATIO

@@ -36,6 +36,8 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "length_coverage": (0.0, 1.0),
     "eos_penalty": (float("-inf"), float("inf")),
 }
+OPEN_RANGES = dict.fromkeys(("topp_temp", "confidence_threshold", "length_coverage"), "(0, 1]")
+OPEN_RANGES |= editing_keys.OPEN_RANGES
 BOOLEANS = ("save_trace", "eos_last")
 # Upstream's keys of generation that we honour -> ours of the same meaning, or None.
 UPSTREAM_KEYS: dict[str, str | None] = {

@@ -109,8 +109,16 @@ def _weight_table(folder: Path) -> dict[Path, set[str]]:
             raise BrokenCheckpointError(f"{index} is not a readable index of weights ({error})") from error
         missing = [path.name for path in table if not path.is_file()]
         if missing or not table:
-            raise BrokenCheckpointError(f"{index} names {', '.join(missing) or 'no shard'}, not found in {folder}")
+            raise BrokenCheckpointError(
+                f"{index} names {', '.join(missing) or 'no shard'}, not found in {folder}; download or copy it again"
+            )
         return table
+    shards = sorted(path.name for path in folder.glob("*-of-*.safetensors"))
+    if shards:
+        raise BrokenCheckpointError(
+            f"{folder} holds {shards[0]} but no model.safetensors.index.json, which says what each shard holds; "
+            "download or copy it again"
+        )
     raise BrokenCheckpointError(f"{folder} holds no weights (none of {', '.join((*_SINGLE, *_INDEX))})")
 
 

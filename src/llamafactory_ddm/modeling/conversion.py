@@ -21,7 +21,7 @@ from .key_tables import check_keys, is_tied
 from .own_code import LLADA, kind_behind, kind_of, raw_config
 from .own_code import published_config as published_config_of
 from .published import LAYOUTS, AnyLayout, Layout, embedding_rows, keys_of, layout_of
-from .source_parts import described_by_code, described_by_table, source_config, source_tokenizer
+from .source_parts import check_options, described_by_code, described_by_table, source_config, source_tokenizer
 
 
 def convert(
@@ -101,7 +101,9 @@ def _convert_model(
     tokenizer = source_tokenizer(source, base, own)
     if described is None and own is not None:
         described = described_by_code(source, own, tokenizer, tokens)
-    if described is None:
+    if described is not None:
+        check_options(described, tokenizer, tokens, shift)
+    else:
         described = described_by_table(config, rows, tokenizer, tokens, shift, layout)
     if described.mask_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"mask_token": described.mask_token})

@@ -16,7 +16,7 @@ from .published import AnyLayout, published_config, set_published_padding
 
 
 def source_config(source: Path, base: str | Path | None) -> Any:
-    """Return the config of an ordinary model, from `base` where that is given.
+    """Return the config of an ordinary model: from `base` where that is given, unless `source` is LLaDA or Dream.
 
     Raises:
         ValueError: if there is none of a known model.
@@ -53,8 +53,9 @@ def source_tokenizer(source: Path, base: str | Path | None, own: OwnCode | None 
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} has no tokenizer ({first_line(error)}); name the model that the weights were trained from "
-            "with --base"
+            f"{folder} has no tokenizer ({first_line(error)}); copy tokenizer.json and tokenizer_config.json of the "
+            "published model into it, or name the model that the weights were trained from: llamafactory-ddm convert "
+            "IN OUT --base"
         ) from error
 
 
@@ -64,19 +65,33 @@ def described_by_code(source: Path, own: OwnCode, tokenizer: Any, tokens: dict[s
     Raises:
         ValueError: if its mask token is not one of the tokenizer's.
     """
-    if tokens["mask_token"] is not None:
+    mask_id = int(raw_config(source)["mask_token_id"])
+    mask = tokenizer.convert_ids_to_tokens(mask_id)
+    if mask is None and tokens["mask_token"] is not None:
         mask, mask_id = resolve_token(tokenizer, "--mask-token", tokens["mask_token"])
-    else:
-        mask_id = int(raw_config(source)["mask_token_id"])
-        mask = tokenizer.convert_ids_to_tokens(mask_id)
     if mask is None:
         raise ValueError(
             f"config.json says that the mask of this {own.name} has id {mask_id}, which is no token of the tokenizer; "
             "name it with llamafactory-ddm convert IN OUT --mask-token"
         )
+    return DiffusionConfig(mask, mask_id, own.shift, "masked", 0.0, "linear", 1.0)
+
+
+def check_options(described: DiffusionConfig, tokenizer: Any, tokens: dict[str, str | None], shift: bool) -> None:
+    """Compare the options of a conversion with what the checkpoint itself says, and set the padding token.
+
+    Raises:
+        ValueError: naming the first that contradicts.
+    """
+    if not shift and described.shift:
+        raise ValueError("--no-shift contradicts the checkpoint, whose logits at i predict token i + 1; remove it")
+    stored = {"mask": described.mask_token_id, "sep": described.sep_token_id}
+    for name, token_id in stored.items():
+        option, asked = f"--{name}-token", tokens[f"{name}_token"]
+        if asked is not None and resolve_token(tokenizer, option, asked)[1] != token_id:
+            raise ValueError(f"{option} {asked} contradicts the checkpoint, whose token has id {token_id}; remove it")
     if tokens["pad_token"] is not None:
         tokenizer.pad_token = resolve_token(tokenizer, "--pad-token", tokens["pad_token"])[0]
-    return DiffusionConfig(mask, mask_id, own.shift, "masked", 0.0, "linear", 1.0)
 
 
 def described_by_table(
