@@ -23,6 +23,7 @@ from .noise_process import make_objective
 from .preparing import prepare_data, prepare_model
 from .resume import check_resumed, settle_resume
 from .trainer import DiffusionTrainer
+from .unfinished import barrier
 from .variable_length import LengthPlan
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
@@ -81,6 +82,8 @@ def run(
     if asked is not None:
         generate(trainer, loaded, *asked, model_args, finetuning_args)
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+    # torchrun ends the first process in the middle of its writing if another one, which is done, fails as it exits.
+    barrier(training_args.world_size)
 
 
 def _make_trainer(
