@@ -80,7 +80,8 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
             if changed:
                 raise ValueError(
                     f"{', '.join(changed)} {'belongs' if len(changed) == 1 else 'belong'} to the diffusion stages "
-                    f"({', '.join(STAGES)}), but stage is {self.stage}; set stage: ddm, or remove what is for it alone"
+                    f"({', '.join(STAGES)}), but stage is {self.stage}; set stage: ddm or remove "
+                    f"{'it' if len(changed) == 1 else 'them'}"
                 )
         else:
             self.validate()
