@@ -60,7 +60,7 @@ def train_in_processes(count, *words, env=None, timeout=400):
     ranks = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     everything = {**os.environ, **QUIET, **ranks, **(env or {})}
     command = [importlib.util.find_spec("llamafactory.launcher").origin, *map(str, words)]
-    # gloo's threads may abort a process when its peer goes while the interpreter is torn down, after all is saved.
+    # A thread of some library was seen to abort a rank of ZeRO-3 as its interpreter was torn down, when all was saved.
     rest = {"words": command, "cwd": str(ROOT), "ends_at_once": True}
     jobs = [
         {**rest, "env": {key: str(value) for key, value in (everything | of_rank).items()}}
