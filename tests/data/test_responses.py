@@ -50,6 +50,37 @@ def test_without_neat_packing_documents_are_told_apart_too():
     assert one["maskable"] == two["maskable"]
 
 
+# As LLaMA-Factory labels turns whose template has no end of its own: the next turn's first token, 8, has it as label.
+TURNS = {"input_ids": [8, 1, 5, 8, 2, 6, 0], "labels": [-100, -100, 5, 0, -100, 6, 0]}
+
+
+def test_the_label_is_the_target_where_it_is_another_token():
+    batch = as_lists(ResponseCollator(pad_id=9, shift=True)([TURNS, SHORT]))
+    assert batch["input_ids"] == [[8, 1, 5, 0, 2, 6, 0], [5, 6, 7, 9, 9, 9, 9]]
+    assert batch["shown"] == [[8, 1, 5, 8, 2, 6, 0], [5, 6, 7, 9, 9, 9, 9]]
+    assert batch["maskable"] == [[0, 0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 0, 0, 0]]
+    packed = {
+        "input_ids": [*TURNS["input_ids"], *TURNS["input_ids"], 9],
+        "attention_mask": [1] * 7 + [2] * 7 + [0],
+        "position_ids": [*range(7), *range(7), 0],
+        "labels": [*TURNS["labels"], *TURNS["labels"], -100],
+    }
+    batch = as_lists(ResponseCollator(pad_id=9, shift=False)([packed]))
+    assert batch["input_ids"] == [[8, 1, 5, 0, 2, 6, 0] * 2 + [9]]
+    assert batch["shown"] == [packed["input_ids"]]
+    assert batch["maskable"] == [[0, 0, 1, 1, 0, 1, 1] * 2 + [0]]
+
+
+def test_nothing_ends_at_the_first_token_of_a_document():
+    """LLaMA-Factory labels it so under mask_history."""
+    first = {**TURNS, "labels": [0, -100, -100, -100, -100, 6, 0]}
+    batch = as_lists(ResponseCollator(pad_id=9, shift=False)([first]))
+    assert batch["input_ids"] == [TURNS["input_ids"]] and "shown" not in batch
+    assert batch["maskable"] == [[0, 0, 0, 0, 0, 1, 1]]
+    itself = {**TURNS, "labels": TURNS["input_ids"]}  # train_on_prompt
+    assert as_lists(ResponseCollator(pad_id=9, shift=False)([itself]))["maskable"] == [[1] * 7]
+
+
 def test_what_does_not_go_together():
     with pytest.raises(ValueError, match="a row of 4 tokens does not fit cutoff_len: 3"):
         ResponseCollator(pad_id=9, shift=True, target_length=3)([SHORT, LONG])

@@ -74,6 +74,19 @@ def test_what_a_template_puts_behind_the_end_is_left_out():
     assert collator.row(quoted) == ([5, EOS, 6, EOS], [True] * 4, 3)
 
 
+def test_the_label_is_the_target_where_it_is_another_token():
+    """The first token of the second turn, 8, has the end of the first answer as its label."""
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=8)
+    turns = {"input_ids": [8, 1, 5, 8, 2, 6, EOS], "labels": [-100, -100, 5, EOS, -100, 6, EOS]}
+    batch = as_lists(collator([turns, ANSWER]))
+    assert batch["input_ids"] == [[8, 1, 5, EOS, 2, 6, EOS, 9], [0, 5, 6, 7, 0, 9, 9, 9]]
+    assert batch["shown"] == [[8, 1, 5, 8, 2, 6, EOS, 9], [0, 5, 6, 7, 0, 9, 9, 9]]
+    assert batch["maskable"] == [[0, 0, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]]
+    assert batch["end"] == [6, 4]
+    unended = {key: value[:-1] for key, value in turns.items()}
+    assert collator.shown(unended, collator.row(unended)[0]) == [8, 1, 5, 8, 2, 6, EOS]
+
+
 def test_blocks_hide_what_lies_behind_them():
     collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=10, block=4, extra=0, multiple=3)
     batch = as_lists(collator([ANSWER, EMPTY]))

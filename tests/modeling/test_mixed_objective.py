@@ -15,18 +15,20 @@ def objective(**changes):
     return MixedObjective(mask_id=MASK_ID, n_ids=VOCABULARY, **settings)
 
 
-def clean_batch(copies=1, shift=False):
+def clean_batch(copies=1, shift=False, masks=()):
+    """Rows of the clean text, which itself holds [MASK] at `masks`."""
     data = Rows(4, lengths=[16, 9, 5, 12], seed=3)
     rows = stack([data[row] for _ in range(copies) for row in range(4)])
-    return CleanBatch.of(rows, shift=shift)
+    for place in masks:
+        rows["input_ids"][place] = MASK_ID
+    return CleanBatch.of(rows, shift=shift, mask_id=MASK_ID)
 
 
 def test_every_token_that_noise_may_fall_on_is_scored_and_no_other():
-    clean = clean_batch(shift=True)
-    clean.x_0[0, 3] = MASK_ID  # in the clean text, where the model cannot predict it
+    clean = clean_batch(shift=True, masks=[(0, 3)])  # where the model cannot predict it
     batch = objective(shift=True).noise(clean, rows=torch.arange(4), group_size=4)
-    scored = clean.maskable.clone()
-    scored[0, 3] = False
+    scored = torch.arange(16) < torch.tensor([16, 9, 5, 12])[:, None]
+    scored[:, 0] = scored[0, 3] = False
     assert torch.equal(batch.head_rows, scored.flatten().nonzero()[:, 0] - 1)
     assert torch.equal(batch.scored["targets"], clean.x_0[scored])
     assert torch.equal(batch.scored["noised"], batch.z_t[scored])
@@ -48,10 +50,10 @@ def test_alpha_and_weight_are_those_of_the_row(name):
 def test_training_and_evaluation_estimate_the_same_bound():
     """And the same mean of the plain terms; [MASK] in the clean text counts in neither."""
     copies, model = 1500, tiny_model().eval()
-    clean, rows, ours = clean_batch(copies), torch.arange(4 * copies), objective(antithetic=True)
-    clean.x_0[:, 2] = MASK_ID
+    clean = clean_batch(copies, masks=[(slice(None), 2)])
+    rows, ours = torch.arange(4 * copies), objective(antithetic=True)
     keep = (~clean.is_padding).long()
-    scored = clean.maskable & (clean.x_0 != MASK_ID)
+    scored = ~clean.is_padding & (clean.x_0 != MASK_ID)
 
     @torch.no_grad()
     def logits(z):

@@ -12,12 +12,29 @@ from torch import Tensor
 IGNORE = -100  # the label of a token that is given
 
 
+def is_target(ids: Tensor, labels: Tensor, starts: Tensor) -> Tensor:
+    """Return which tokens of a row a model learns to write: the labelled ones.
+
+    Templates without a token for the end of an answer label the first token of the next turn with the end. With
+    mask_history LLaMA-Factory also labels the first token of all so, where nothing ends.
+
+    Args:
+        ids: [length] int64.
+        labels: [length] int64, `IGNORE` for what is given.
+        starts: [length] bool, True for the first token of each document.
+    Returns:
+        [length] bool.
+    """
+    return (labels != IGNORE) & ~(starts & (labels != ids))
+
+
 @dataclass(frozen=True)
 class ResponseCollator:
     """Makes one rectangle of rows that hold `input_ids` and `labels`, and of packed rows also `position_ids`.
 
     The result holds
-    - `input_ids`: [batch, length] int64;
+    - `input_ids`: [batch, length] int64, clean ids: the labels where tokens are labelled;
+    - `shown`: the same shape, what the model sees of a clean token; left out where labels are the tokens themselves;
     - `attention_mask`: [batch, length] int64, 0 for padding that is neither seen nor noised;
     - `maskable`: [batch, length] bool, tokens that noise may fall on: the labelled ones, and the padding if it is a
       target;
@@ -60,13 +77,17 @@ class ResponseCollator:
             "attention_mask": torch.full(shape, int(self.target_length is not None), dtype=torch.int64),
             "maskable": torch.full(shape, self.target_length is not None, dtype=torch.bool),
         }
+        shown = batch["input_ids"].clone()
         if packed:
             batch["document"] = torch.zeros(shape, dtype=torch.int64)
             batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)
         for row, feature in enumerate(features):
             n = len(feature["input_ids"])
-            batch["input_ids"][row, :n] = torch.as_tensor(feature["input_ids"])
-            batch["maskable"][row, :n] = torch.as_tensor(feature["labels"]) != IGNORE
+            ids, labels = torch.as_tensor(feature["input_ids"]), torch.as_tensor(feature["labels"])
+            starts = torch.as_tensor(feature["position_ids"]) == 0 if packed else torch.arange(n) == 0
+            batch["maskable"][row, :n] = is_target(ids, labels, starts)
+            batch["input_ids"][row, :n] = torch.where(batch["maskable"][row, :n], labels, ids)
+            shown[row, :n] = ids
             if packed:
                 # Not from attention_mask: upstream numbers the documents there under neat_packing only.
                 position = torch.as_tensor(feature["position_ids"])
@@ -75,4 +96,6 @@ class ResponseCollator:
                 batch["maskable"][row, :n] &= (position > 0) | (not self.shift)
             else:
                 batch["attention_mask"][row, :n] = 1
+        if not torch.equal(shown, batch["input_ids"]):
+            batch["shown"] = shown
         return batch

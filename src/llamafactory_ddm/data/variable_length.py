@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .responses import IGNORE
+from .responses import is_target
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class VariableLengthCollator:
     one of those behind.
     What is inside the canvas and labelled, the end and all padding included, is a target; what is outside is neither
     seen nor noised. The result holds
-    - `input_ids`: [batch, length] int64;
+    - `input_ids`: [batch, length] int64, clean ids: the labels where tokens are labelled;
+    - `shown`: the same shape, what the model sees of a clean token; left out where labels are the tokens themselves;
     - `attention_mask`: [batch, length] int64, 0 outside the canvas;
     - `maskable`: [batch, length] bool, tokens that noise may fall on;
     - `is_pad`: [batch, length] bool, padding inside the canvas;
@@ -50,13 +51,15 @@ class VariableLengthCollator:
     multiple: int = 1
 
     def row(self, feature: Mapping[str, Any]) -> tuple[list[int], list[bool], int]:
-        """Return a row's tokens up to its end, which of them noise may fall on, and the index of the end.
+        """Return a row's clean ids up to its end, which of them noise may fall on, and the index of the end.
 
         What a template puts behind the end of the last answer, as the line break of ChatML, is left out.
         """
         ids = list(feature["input_ids"])
         if "labels" in feature:
-            maskable = [label != IGNORE for label in feature["labels"]]
+            labels = torch.as_tensor(feature["labels"])
+            maskable = is_target(torch.as_tensor(ids), labels, torch.arange(len(ids)) == 0).tolist()
+            ids = [label if own else token for token, label, own in zip(ids, feature["labels"], maskable, strict=True)]
         else:
             if self.start_id is not None and (not ids or ids[0] != self.start_id):
                 ids = [self.start_id, *ids]
@@ -66,6 +69,10 @@ class VariableLengthCollator:
         if end is not None and (end == len(ids) - 1 or ("labels" in feature and all(maskable[end:]))):
             return ids[: end + 1], maskable[: end + 1], end
         return [*ids, self.eos_id], [*maskable, True], len(ids)
+
+    def shown(self, feature: Mapping[str, Any], ids: list[int]) -> list[int]:
+        """Return what a model sees of the `ids` that `row` made of a row."""
+        return [*feature["input_ids"], *ids[len(feature["input_ids"]) :]][: len(ids)] if "labels" in feature else ids
 
     def fits(self, feature: Mapping[str, Any]) -> bool:
         """Tell whether a row has room for its end."""
@@ -102,10 +109,14 @@ class VariableLengthCollator:
             "is_pad": torch.zeros(shape, dtype=torch.bool),
             "end": torch.tensor([end for _, _, end in rows]),
         }
+        shown = batch["input_ids"].clone()
         for number, ((ids, maskable, _), width) in enumerate(zip(rows, widths, strict=True)):
             n, pads = len(ids), [self.pad_ids[i % len(self.pad_ids)] for i in range(width - len(ids))]
             batch["input_ids"][number, :width] = torch.tensor([*ids, *pads])
+            shown[number, :width] = torch.tensor([*self.shown(features[number], ids), *pads])
             batch["attention_mask"][number, :width] = 1
             batch["maskable"][number, :width] = torch.tensor([*maskable, *[True] * len(pads)])
             batch["is_pad"][number, n:width] = True
+        if not torch.equal(shown, batch["input_ids"]):
+            batch["shown"] = shown
         return batch

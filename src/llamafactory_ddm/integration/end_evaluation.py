@@ -34,20 +34,22 @@ def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, eos_id: int) -> di
     total = torch.zeros(columns(), dtype=torch.float64)
     device = trainer.args.device
     for model, batch, rows in prepared_batches(trainer, dataloader, "End-of-text metrics"):
-        clean = CleanBatch.of(batch, shift=trainer.objective.shift)
+        clean = trainer.objective.clean(batch)
         placement = {name: value.to(device) for name, value in clean.placement().items()}
 
         def logits(
             masked: Tensor, model: Any = model, clean: CleanBatch = clean, placement: Any = placement
         ) -> Tensor:
-            z = clean.x_0.masked_fill(masked, trainer.objective.mask_id).to(device)
+            z = clean.displayed(clean.x_0.masked_fill(masked, trainer.objective.mask_id)).to(device)
             found = trainer.bound_logits(model, z, head_rows(masked, trainer.objective.shift).to(device), placement)
             return found.float().index_fill(1, torch.tensor([trainer.objective.mask_id], device=device), float("-inf"))
 
         padding = torch.zeros_like(clean.maskable) if clean.is_padding is None else clean.is_padding
         end = clean.end if clean.end is not None else torch.full((len(rows),), -1)
+        # A [MASK] within an answer is given, but the answer does not begin behind it.
+        labelled = batch["maskable"].to("cpu")
         found = statistics(
-            EndRows(last_text(clean.maskable, end), padding, end, EVALUATION_SEED, rows),
+            EndRows(clean.maskable & last_text(labelled, end), padding, end, EVALUATION_SEED, rows),
             logits,
             eos_id=eos_id,
             pad_ids=ends.pad_token_ids,

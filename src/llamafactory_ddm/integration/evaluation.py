@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from ..diffusion.likelihood import evaluation_times
 from ..modeling.denoiser import head_rows
-from ..modeling.objective import CleanBatch
 from ..modeling.quantization import evaluation_mode
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def _prepared(trainer: DiffusionTrainer, dataloader: DataLoader) -> Any:
 def _row_statistics(trainer: DiffusionTrainer, model: Any, batch: dict[str, Tensor], rows: Tensor) -> Tensor:
     """Return [batch, 10] float32 on the CPU: see `evaluate_bound` for the columns."""
     objective, samples = trainer.objective, trainer.eval_time_samples
-    clean = CleanBatch.of(batch, shift=objective.shift)
+    clean = objective.clean(batch)
     statistics = torch.zeros(len(clean.x_0), 2 + 2 * _QUARTERS, dtype=torch.float64)
     levels = evaluation_times(rows, samples)
     device = trainer.args.device
@@ -95,7 +94,7 @@ def _row_statistics(trainer: DiffusionTrainer, model: Any, batch: dict[str, Tens
         level = levels[:, sample]
         noised = objective.evaluation(clean, level, seed=EVALUATION_SEED, rows=rows * samples + sample)
         wanted = head_rows(noised.is_scored, objective.shift).to(device)
-        logits = trainer.bound_logits(model, noised.z.to(device), wanted, placement)
+        logits = trainer.bound_logits(model, clean.displayed(noised.z).to(device), wanted, placement)
         terms, bound = objective.evaluate(logits, clean, noised)
         statistics[:, 0] += bound / samples
         statistics[:, 1] = noised.n_counted

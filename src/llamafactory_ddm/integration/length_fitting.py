@@ -179,7 +179,8 @@ def texts(rows: Iterable[Any], collator: VariableLengthCollator, seed: int) -> I
             begin = first + int(float(u) * (end - first))
         room = collator.canvas - begin
         given = [False] * begin + [True] * room
-        yield Text(Canvas((*ids[:begin], *[0] * room), tuple(given), first), end - begin + 1)
+        shown = collator.shown(row, ids)
+        yield Text(Canvas((*shown[:begin], *[0] * room), tuple(given), first), end - begin + 1)
 
 
 def _batches(rows: Iterable[Text], size: int, said: str, total: int) -> Iterator[list[Text]]:

@@ -145,7 +145,8 @@ def from_examples(
             if not scored:
                 raise ValueError("it has no response; give each example one, as its length and text are the label")
             begin = scored[-1]
-            while begin > 0 and labels[begin - 1] != IGNORE_INDEX:
+            # A label that is not the token itself is the end of the answer before, in the place of the prompt's first.
+            while begin > 0 and labels[begin - 1] == ids[begin - 1]:
                 begin -= 1
             room = data_args.cutoff_len - begin
             if max_new_tokens is None and room < 1:
@@ -156,7 +157,7 @@ def from_examples(
             n_tokens = room if max_new_tokens is None else max_new_tokens
             canvas = generator.from_prompt(ids[:begin], n_tokens, start=False)
             prompt = generator.tokenizer.decode(ids[:begin])
-            label = generator.tokenizer.decode(ids[begin : scored[-1] + 1], skip_special_tokens=True)
+            label = generator.tokenizer.decode(labels[begin : scored[-1] + 1], skip_special_tokens=True)
             requests.append(Request(canvas, prompt, label))
     return _not_empty(requests, data_args)
 

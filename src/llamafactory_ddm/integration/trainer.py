@@ -19,7 +19,7 @@ from ..diffusion.attention import annealed_visibility, annealing_ratio
 from ..modeling.bidirectional import full_attention_mask, probe_bidirectional
 from ..modeling.denoiser import RowSelectingHead
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..modeling.objective import CleanBatch, Objective
+from ..modeling.objective import Objective
 from .evaluation import evaluate_bound
 from .half_logits import keep_half_logits
 from .saving import explained, published_together
@@ -110,7 +110,7 @@ class DiffusionTrainer(CustomTrainer):
     def _noise(self, collated: dict[str, Tensor], micro: int) -> tuple[dict[str, Any], Tensor]:
         args = self.args
         objective = self.objective
-        clean = CleanBatch.of(collated, shift=objective.shift)
+        clean = objective.clean(collated)
         n_rows = len(clean.x_0)
         per_rank = args.train_batch_size
         micro_step = self.state.global_step * args.gradient_accumulation_steps + micro

@@ -54,7 +54,7 @@ class MaskedObjective(Objective):
             is_scored, z_t = noised.is_masked, noised.z_t
         weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm, row=row)
         return TrainingBatch(
-            z_t=z_t,
+            z_t=clean.displayed(z_t),
             head_rows=head_rows(is_scored, self.shift),
             scored={"targets": x_0[is_scored], "weight": as_bits(weight[is_scored])},
             denominator=denominator(is_scored, maskable, self.norm),

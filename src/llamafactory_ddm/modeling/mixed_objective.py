@@ -36,14 +36,14 @@ class MixedObjective(Objective):
 
     def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw t and the noise of a micro-batch; see `Objective.noise`."""
-        x_0, maskable = clean.x_0, self._scored(clean)
+        x_0, maskable = clean.x_0, clean.maskable
         t = self.draw_time(rows, group_size).clamp(min=_LEAST_LEVEL)
-        z_t = self._mix(clean, maskable, 1.0 - self.schedule.alpha(t), seed=self.seed, rows=rows)
+        z_t = self._mix(clean, 1.0 - self.schedule.alpha(t), seed=self.seed, rows=rows)
         is_noised = z_t != x_0
         weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm)
         alpha = self.schedule.alpha(t.double())[:, None].expand(x_0.shape)
         return TrainingBatch(
-            z_t=z_t,
+            z_t=clean.displayed(z_t),
             head_rows=head_rows(maskable, self.shift),
             scored={
                 "targets": x_0[maskable],
@@ -69,8 +69,8 @@ class MixedObjective(Objective):
         The weight in the bound grows as the noise level falls, where few tokens are noised and the estimate is rough:
         squares draw more samples there, of less weight each, and bound its variance.
         """
-        level, maskable = level.square().clamp(min=_LEAST_LEVEL), self._scored(clean)
-        z = self._mix(clean, maskable, level, seed=seed, rows=rows, stream=Stream.EVALUATION)
+        level, maskable = level.square().clamp(min=_LEAST_LEVEL), clean.maskable
+        z = self._mix(clean, level, seed=seed, rows=rows, stream=Stream.EVALUATION)
         return EvaluationBatch(z, maskable, level, maskable.sum(dim=1), 2.0 * level.sqrt())
 
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
@@ -86,14 +86,9 @@ class MixedObjective(Objective):
         bound = torch.zeros(len(scored), dtype=torch.float64)
         return kl.double(), bound.index_add_(0, scored.nonzero()[:, 0], kl.double() * weight / level)
 
-    def _scored(self, clean: CleanBatch) -> Tensor:
-        """Return what noise may fall on: [MASK] in the clean text, which the model cannot predict, stays."""
-        return clean.maskable & (clean.x_0 != self.mask_id)
-
     def _mix(
         self,
         clean: CleanBatch,
-        maskable: Tensor,
         level: Tensor,
         *,
         seed: int,
@@ -102,7 +97,7 @@ class MixedObjective(Objective):
     ) -> Tensor:
         return mix_tokens(
             clean.x_0,
-            maskable,
+            clean.maskable,
             level,
             uniform_ratio=self.uniform_ratio,
             n_ids=self.n_ids,

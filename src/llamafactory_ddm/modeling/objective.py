@@ -16,7 +16,7 @@ from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.weights import LossNorm, LossWeighting
 from .denoiser import predictable
 
-_OTHERS = ("document", "position_ids", "is_pad", "end")
+_OTHERS = ("document", "position_ids", "is_pad", "end", "shown")
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,16 @@ class CleanBatch:
     """A collated batch before noise.
 
     Attributes:
-        x_0: [batch, length] int64, clean ids.
-        maskable: [batch, length] bool, tokens that noise may fall on and that the model can predict.
+        x_0: [batch, length] int64, clean ids, which are the targets.
+        maskable: [batch, length] bool, tokens that noise may fall on and that the model can predict: never [MASK].
         is_padding: [batch, length] bool, padding that nothing attends to; None where there is none.
         document: [batch, length] int64, which of several packed documents a token belongs to; None for one a row.
         position_ids: [batch, length] int64, places within the documents; None for one a row.
         is_pad: [batch, length] bool, pads behind the text that the model learns to write; None where nothing marks
             them.
         end: [batch] int64, index of the end-of-text token, -1 where a row has none; None together with `is_pad`.
+        shown: [batch, length] int64, what the model sees of a token that noise left as it is; None where that is the
+            token itself. It differs where an answer ends and the next turn begins in one place (see `displayed`).
     """
 
     x_0: Tensor
@@ -41,15 +43,19 @@ class CleanBatch:
     position_ids: Tensor | None = None
     is_pad: Tensor | None = None
     end: Tensor | None = None
+    shown: Tensor | None = None
 
     @classmethod
-    def of(cls, batch: Mapping[str, Tensor], *, shift: bool) -> CleanBatch:
+    def of(cls, batch: Mapping[str, Tensor], *, shift: bool, mask_id: int) -> CleanBatch:
         """Read what a collator made, on the CPU.
+
+        A [MASK] of the text itself is no target, as no model writes it: it stays where it is, and is counted nowhere.
 
         Args:
             batch: `input_ids` and perhaps `attention_mask` (0 is padding), `maskable`, `document`, `position_ids`,
-                `is_pad`, `end`; without `maskable` every real token is.
+                `is_pad`, `end`, `shown`; without `maskable` every real token is.
             shift: whether logits at i - 1 predict token i.
+            mask_id: the id of [MASK].
         """
         x_0 = batch["input_ids"].to("cpu")
         is_padding: Tensor | None = None
@@ -62,7 +68,7 @@ class CleanBatch:
         else:
             maskable = torch.ones_like(x_0, dtype=torch.bool) if is_padding is None else ~is_padding
         others = (batch[key].to("cpu") if key in batch else None for key in _OTHERS)
-        return cls(x_0, predictable(maskable, shift), is_padding, *others)
+        return cls(x_0, predictable(maskable, shift) & (x_0 != mask_id), is_padding, *others)
 
     def truncated(self, ratio: float, *, seed: int, rows: Tensor) -> CleanBatch:
         """Cut a share of the rows to a random length, from 1 to their own; what is cut off becomes padding.
@@ -83,6 +89,22 @@ class CleanBatch:
             return self
         return replace(self, maskable=self.maskable & ~cut, is_padding=~real | cut)
 
+    def displayed(self, z: Tensor) -> Tensor:
+        """Return what the model is given of noised ids: `shown` where noise left a token as it is.
+
+        Some templates have no token of their own for the end of an answer; the place of the next turn's first token is
+        then labelled with it. Both are true of that place: the end is what is to be predicted, and the turn's first
+        token is what later turns come after, in generation as in training. So noise hides the end, and what shows
+        that it is not hidden is the turn's first token. The bound stays one, as it holds for any model of the noised
+        ids, however they are presented to it.
+
+        Args:
+            z: [batch, length] int64, noised ids.
+        Returns:
+            [batch, length] int64.
+        """
+        return z if self.shown is None else torch.where(z == self.x_0, self.shown, z)
+
     @property
     def n_tokens(self) -> int:
         """How many tokens are no padding."""
@@ -99,7 +121,7 @@ class TrainingBatch:
     """A noised micro-batch, reduced to what the step needs.
 
     Attributes:
-        z_t: [batch, length] int64, noised ids.
+        z_t: [batch, length] int64, noised ids as the model is given them.
         head_rows: [n_scored] int64, rows of the flattened hidden states that predict the tokens that are scored.
         scored: by name, integers of the scored tokens that the loss needs, [n_scored] each; floating ones as bits, as
             DeepSpeed would round them to half precision on their way to the device.
@@ -121,7 +143,7 @@ class EvaluationBatch:
     """A batch noised for evaluation.
 
     Attributes:
-        z: [batch, length] int64.
+        z: [batch, length] int64, noised ids; the model is given them as `CleanBatch.displayed` has them.
         is_scored: [batch, length] bool.
         level: [batch] float64 in [0, 1), the share of tokens that is noised, on average.
         n_counted: [batch] int64, tokens that the bound is of.
@@ -163,6 +185,10 @@ class Objective(ABC):
     truncate_ratio: float = 0.0
     term: ClassVar[str]
 
+    def clean(self, batch: Mapping[str, Tensor]) -> CleanBatch:
+        """Read what a collator made; see `CleanBatch.of`."""
+        return CleanBatch.of(batch, shift=self.shift, mask_id=self.mask_id)
+
     def draw_time(self, rows: Tensor, group_size: int) -> Tensor:
         """Return [batch] float32, the time of each row; the arguments are those of `noise`."""
         return draw_time(
@@ -174,7 +200,7 @@ class Objective(ABC):
         """Draw t and the noise of a micro-batch.
 
         Args:
-            clean: made with the same `shift`.
+            clean: from `clean`.
             rows: [batch] int64, ordinals in the run's global order.
             group_size: rows of one optimiser step over ranks and micro-steps.
             step: optimiser steps finished so far.
@@ -198,7 +224,7 @@ class Objective(ABC):
         """Noise a batch for evaluation.
 
         Args:
-            clean: made with the same `shift`.
+            clean: from `clean`.
             level: [batch] float64, uniform in [0, 1), from `evaluation_times`.
             seed: fixed for evaluation.
             rows: [batch] int64, ordinals of the draw.

@@ -1,0 +1,35 @@
+"""`eval_eos`: which tokens of a row are hidden from the model, and what it sees of the others."""
+
+from dataclasses import replace
+
+import torch
+
+from llamafactory_ddm.data.variable_length import VariableLengthCollator
+from llamafactory_ddm.integration import end_evaluation
+from llamafactory_ddm.modeling.diffusion_config import VariableLength
+from support.tiny import MASK_ID
+
+EOS, PAD = 0, 7
+
+
+def test_a_mask_of_the_text_is_given_and_ends_no_answer(make_trainer, monkeypatch):
+    """Of several turns the last answer counts; the end of an earlier one stands in the next turn's first place."""
+    rows = [
+        {"input_ids": [9, 11, 12, MASK_ID, 13, EOS], "labels": [-100, 11, 12, MASK_ID, 13, EOS]},
+        {"input_ids": [9, 11, 8, 10, 12, EOS], "labels": [-100, 11, EOS, -100, 12, EOS]},
+    ]
+    trainer = make_trainer(evaluation=rows)
+    trainer.data_collator = VariableLengthCollator(eos_id=EOS, pad_ids=(PAD,), canvas=8)
+    trainer.diffusion_config = replace(
+        trainer.diffusion_config, variable_length=VariableLength("eos_pad", ("<|pad|>",), (PAD,), canvas=8)
+    )
+    seen, given = [], []
+    inner, logits = end_evaluation.statistics, trainer.bound_logits
+    monkeypatch.setattr(
+        end_evaluation, "statistics", lambda rows, *a, **k: (seen.append(rows), inner(rows, *a, **k))[1]
+    )
+    monkeypatch.setattr(trainer, "bound_logits", lambda model, z, *a: (given.append(z), logits(model, z, *a))[1])
+    end_evaluation.evaluate_ends(trainer, rows, eos_id=EOS)
+    maskable = torch.cat([batch.maskable for batch in seen]).int().tolist()
+    assert maskable == [[0, 1, 1, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
+    assert all(z[0, 3] == MASK_ID and z[1, 2] == 8 for z in given)
