@@ -61,3 +61,112 @@ def test_a_template_whose_answers_end_where_the_next_turn_begins(finetune, write
         targets.view(-1)[noised.head_rows + 1] = noised.scored["targets"]
         hidden += int((targets[where] == 0).sum())
     assert hidden and left and len(batches) == 2
+
+
+OPENAI = {
+    "formatting": "openai",
+    "columns": {"messages": "messages"},
+    "tags": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "system_tag": "system",
+    },
+}
+PAIR = {"columns": {"prompt": "q", "response": "a"}}
+GOOD = {"q": "Tom saw a cat.", "a": "red"}
+
+
+def said(*pairs):
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+ANSWERED = said(("user", "Hi"), ("assistant", "Ho"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "entry", "words"),
+    [
+        (
+            [ANSWERED, said(("user", "Hi"), ("assistant", "Ho"), ("tool", "3"), ("assistant", "3"))],
+            OPENAI,
+            r"example 1 has the role 'tool' in message 2 .*tags are user_tag: user, .*observation_tag: tool$",
+        ),
+        (
+            [ANSWERED, said(("user", "Hi"), ("assistant", None))],
+            OPENAI,
+            r"example 1 has nothing \(null\) for content in message 1 .*role 'assistant'",
+        ),
+        ([ANSWERED, said(("user", "Hi"), ("assistant", 7))], OPENAI, r"has a number \(7\) for content in message 1"),
+        ([{"messages": None}, ANSWERED], OPENAI, r"example 0 has nothing \(null\) in column 'messages'"),
+        ([{"messages": ["Hi", "Ho"]}], OPENAI, r"example 0 has a text \(\"Hi\"\) in message 0"),
+        ([said(("user", "Hi"))], OPENAI, "example 0 has messages of the roles user: they must alternate"),
+        ([{"messages": []}], OPENAI, "example 0 has no message in column 'messages'"),
+        ([{"conversations": ANSWERED["messages"]}], CHAT, "has no 'from' in message 0 .*has 'role', 'content'; name"),
+        ([turns("Hi", "Ho"), turns(None, "Ho")], CHAT, r"example 1 has nothing \(null\) for content in message 0"),
+        ([turns("Hi", "Ho")], OPENAI, "has no column 'messages', .*names as messages; it has 'conversations'"),
+        ([GOOD], {"columns": {"prompt": "q", "response": "answer"}}, "has no column 'answer', .*names as response"),
+        ([GOOD], {}, "has no column 'instruction', which its entry"),
+        ([GOOD, {"q": 5, "a": "red"}], PAIR, r"example 1 has a number \(5\) in column 'q', where text is expected"),
+        ([{"q": "Hi", "a": 42}], PAIR, r"example 0 has a number \(42\) in column 'a'"),
+        ([{"q": ["Hi"], "a": "red"}], PAIR, r"example 0 has a list \(\[\"Hi\"\]\) in column 'q'"),
+        ([{"q": "Hi", "a": None}], PAIR, "example 0 has no response: its column 'a' is empty"),
+        (
+            [{**GOOD, "h": ["Hello", "Ho"]}],
+            {"columns": {"prompt": "q", "response": "a", "history": "h"}},
+            r"example 0 has a text \(\"Hello\"\) in column 'h', which holds pairs",
+        ),
+        ([GOOD, "red"], PAIR, r"entry 1 of .*odd.json is a text \(\"red\"\), where an object"),
+        ([GOOD], {"formatting": "chat"}, "says formatting: chat; it is one of alpaca"),
+        ([GOOD], {"columns": "q"}, "its entry in dataset_info.json cannot be read .AttributeError"),
+    ],
+)
+def test_data_that_are_not_as_their_entry_says(finetune, write_data, tmp_path, rows, entry, words):
+    folder = write_data(odd=(rows, entry))
+    keys = {"dataset": "odd", "dataset_dir": folder, "eval_dataset": None, "template": "default", "sep_token": ABSENT}
+    with pytest.raises(ValueError, match=f"^dataset: odd: .*{words}"):
+        finetune(tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()
+
+
+CAT = b'{"text": "A cat."}\n'
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (
+            "odd.jsonl",
+            CAT + b'{"text": "Caf\xe9."}\n',
+            r"odd.jsonl is not UTF-8: line 2, its byte 14, which is byte 33 of the file, is 0xe9 .*iconv",
+        ),
+        ("odd.json", '[{"text": "A"}]'.encode("utf-16"), r"is not UTF-8: line 1, its byte 1, .* is 0xff"),
+        ("odd.csv", b"text\nA cat.\nCaf\xe9.\n", r"is not UTF-8: line 3, its byte 4, which is byte 16 .* 0xe9"),
+        ("odd.txt", b"A cat.\nCaf\xe9.\n", r"odd.txt is not UTF-8: line 2"),
+        ("odd.jsonl", CAT + b'{"text": "A dog.}\n', r"odd.jsonl is not JSON: line 2, column 18: Invalid"),
+        ("odd.json", b'[{"text": "A"},\n {"text" "B"}]', r"odd.json is not JSON: line 2, column 10: Expecting"),
+        ("odd.jsonl", CAT + b'{"text": 5}\n', r"example 1 has a number \(5\) in column 'text'"),
+        ("odd.csv", b"text,more\nA cat.,5\nA dog.,6,7\n", "odd.csv cannot be read as csv"),
+        ("odd.csv", b"text\n5\n6\n", r"example 0 has a number \(5\) in column 'text'"),
+        ("odd.parquet", None, r"example 0 has a number \(5\) in column 'text'"),
+        ("odd.parquet", b"text", "odd.parquet cannot be read as parquet"),
+    ],
+)
+def test_files_that_cannot_be_read(train_small, generate, tmp_path, file, content, words):
+    """Both to train on and to generate from."""
+    if content is None:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": [5, 6]}), tmp_path / file)
+    else:
+        (tmp_path / file).write_bytes(content)
+    info = {"odd": {"file_name": file, "columns": {"prompt": "text"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=f"^dataset: odd: .*{words}"):
+        train_small(tmp_path / "out", dataset="odd", dataset_dir=tmp_path, eval_dataset=None)
+    keys = {"generate_from": "prefix", "eval_dataset": "odd", "dataset_dir": tmp_path}
+    with pytest.raises(ValueError, match=f"^dataset: odd: .*{words}"):
+        generate(tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()

@@ -73,7 +73,7 @@ def test_tokenised_rows_that_are_too_long(train_small, tmp_path):
     ("text", "words"),
     [
         ("", "is empty or gives no row"),
-        ('{"text": \n', "short could not be read"),
+        ('{"text": \n', "short.jsonl is not JSON: line 1"),
         (json.dumps({"text": "Too short."}) + "\n", "shorter than one block of cutoff_len: 64 tokens"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pyarrow.compute
 from datasets.arrow_writer import SchemaInferenceError
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetsError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..modeling.adapters import ADAPTER_CONFIG
@@ -18,6 +19,7 @@ from ..modeling.checkpoints import verify_checkpoint
 from ..modeling.own_code import kind_of, raw_config
 from ..modeling.published import is_model_folder, layout_of_folder
 from ..modeling.recognition import may_be_on_a_hub
+from .data_faults import find_fault
 from .plain_models import settle_plain_model
 
 
@@ -102,9 +104,14 @@ _AUTOREGRESSIVE = {
 }
 
 
+# What upstream and datasets raise for data that are not as their entry says.
+_OF_DATA = (DatasetsError, AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError)
+_NO_ROW = re.compile("sufficient samples|valid samples")
+
+
 @contextmanager
 def datasets_explained(data_args: Any, names: list[str] | None = None) -> Iterator[None]:
-    """Turn what upstream raises for an empty or too short data set into an error with a cure.
+    """Turn what upstream raises for data that it cannot prepare into an error that says where and how to mend it.
 
     Args:
         data_args: upstream's.
@@ -112,26 +119,20 @@ def datasets_explained(data_args: Any, names: list[str] | None = None) -> Iterat
     """
     try:
         yield
-    except DatasetGenerationError as error:
-        cause = error.__cause__
-        if isinstance(cause, SchemaInferenceError):
+    except _OF_DATA as error:
+        read = names or [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
+        fault = find_fault(read, data_args)
+        if fault is not None:
+            raise ValueError(f"dataset: {fault}") from error
+        cause = error.__cause__ or error
+        if isinstance(cause, (SchemaInferenceError, StopIteration, IndexError)) or _NO_ROW.search(str(cause)):
             raise ValueError(no_block(data_args, names)) from error
-        said = ", ".join(names) if names else _names(data_args)
-        raise ValueError(
-            f"dataset: {said} could not be read ({cause or error}); check the file against its entry in "
-            "dataset_info.json"
-        ) from error
-    except KeyError as error:
-        said = ", ".join(names) if names else _names(data_args)
-        raise ValueError(
-            f"dataset: {said} has no column {error}, which its entry in dataset_info.json (or the default of its "
-            "formatting) names; add the column to the data, or name the right one under columns"
-        ) from error
-    except (RuntimeError, StopIteration, IndexError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and "sufficient samples" not in text and "valid samples" not in text:
+        if isinstance(error, ValueError):
             raise
-        raise ValueError(no_block(data_args, names)) from error
+        raise ValueError(
+            f"dataset: {', '.join(read)} could not be prepared ({type(cause).__name__}: {cause}); check the data "
+            "against their entry in dataset_info.json"
+        ) from error
 
 
 def no_block(data_args: Any, names: list[str] | None = None) -> str:

@@ -167,10 +167,11 @@ def _texts(model_args: Any, data_args: Any, training_args: Any) -> Iterator[tupl
     names = _names(data_args)
     with datasets_explained(data_args, names), training_args.main_process_first(desc="load dataset"):
         rows = _get_merged_dataset(names, model_args, data_args, training_args, "pt")
-    for row in _joined(rows):
-        text = "".join(message["content"] for message in row["_prompt"])
-        label = "".join(message["content"] for message in row["_response"])
-        yield text, label or None
+    with datasets_explained(data_args, names):
+        for row in _joined(rows):
+            text = "".join(message["content"] for message in row["_prompt"])
+            label = "".join(message["content"] for message in row["_response"])
+            yield text, label or None
 
 
 def _names(data_args: Any) -> list[str]:
