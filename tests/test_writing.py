@@ -5,12 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as property_settings
+from hypothesis import strategies as st
 
 from llamafactory_ddm.data.canvas import canvas_of
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig, VariableLength
 from llamafactory_ddm.modeling.length_heads import LengthHeads, LengthPredictors
-from llamafactory_ddm.sampling import LogitsConfig, SamplingSettings
+from llamafactory_ddm.sampling import STRATEGIES, LogitsConfig, SamplingSettings
 from llamafactory_ddm.writing import Writer
+from support.numbers import counted
 
 END, PAD, WORD, MASK, FIRST = 0, 1, 2, 3, 10
 WIDTH = 4
@@ -126,8 +130,8 @@ def test_what_is_noted_while_a_text_grows_leads_to_it(monkeypatch):
 def test_growing_does_not_depend_on_the_batch(monkeypatch):
     made = writer(monkeypatch, boasts=True)
     noisy = dataclasses.replace(SETTINGS, logits=LogitsConfig(temperature=7.0), denoising_strategy="random")
-    together = made.write([canvas(n).cut(4) for n in (2, 9, 5)], noisy, ordinals=[3, 4, 5])
-    alone = [made.write([canvas(n).cut(4)], noisy, ordinals=[o])[0] for n, o in ((2, 3), (9, 4), (5, 5))]
+    together = made.write([canvas(n).cut(4) for n in (2, 9, 5)], noisy, ordinals=[6, 7, 8])
+    alone = [made.write([canvas(n).cut(4)], noisy, ordinals=[o])[0] for n, o in ((2, 6), (9, 7), (5, 8))]
     assert together == alone
     assert any(len(one.ids) > 9 for one in alone)
 
@@ -139,6 +143,49 @@ def test_a_grown_place_draws_its_own_numbers(monkeypatch):
     ids = made.write([canvas(30).cut(4)], noisy, ordinals=[0])[0].ids[1:]
     assert len(ids) == 30
     assert ids[:4] != ids[4:8] and ids[4:8] != ids[8:12]
+
+
+@property_settings(max_examples=30, deadline=None)
+@given(
+    words=st.lists(st.integers(0, 30), min_size=1, max_size=4),
+    name=st.sampled_from(sorted(STRATEGIES)),
+    way=st.sampled_from(["none", "eos", "predict", "grow"]),
+    steps=st.integers(8, 30),
+    block=st.sampled_from([None, 4, 7]),
+    length=st.integers(2, 9),
+    logits=st.sampled_from([LogitsConfig(20.0), LogitsConfig(20.0, top_p=0.9), LogitsConfig(20.0, top_k=5)]),
+    edit_steps=st.integers(0, 2),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_no_two_draws_share_a_number(words, name, way, steps, block, length, logits, edit_steps, seed):
+    """Of all samples, parts of a growing text, steps, places and purposes, in one run or in runs of other seeds."""
+    settings = SamplingSettings(
+        denoising_strategy=name,
+        logits=logits,
+        diffusion_steps=steps,
+        block_length=None if way == "grow" else block,
+        early_stop=way,
+        grow_length=length,
+        edit_threshold=0.3 if edit_steps else None,
+        edit_steps=edit_steps,
+    )
+    with pytest.MonkeyPatch.context() as patch, counted() as ledger:
+        made = writer(patch, boasts=True)
+        for own in (seed, seed ^ 1, (seed + 0x9E3779B97F4A7C15) % 2**64):
+            one = dataclasses.replace(settings, seed=own)
+            sized = [one.canvas for one in made.sized([canvas(n) for n in words], one)]
+            made.write(sized, one, ordinals=range(5, 5 + len(sized)))
+    assert len(ledger.uses) >= 3 * len(words)
+
+
+def test_numbers_are_not_shared_where_steps_differ():
+    """Row 3 of 4 steps and row 2 of 6, where 3 * 4 is 2 * 6."""
+    with pytest.MonkeyPatch.context() as patch, counted():
+        made = writer(patch)
+        settings = dataclasses.replace(SETTINGS, logits=LogitsConfig(20.0, suppress=(END, PAD)), diffusion_steps=10)
+        sizes = [canvas(40, 20).cut(8), canvas(40, 20).cut(12)]
+        written = made.write(sizes, settings, ordinals=[3, 2])
+    assert [len(one.ids) for one in written] == [21, 21]
 
 
 def test_sizes_are_rounded_to_what_the_model_was_trained_on(monkeypatch):

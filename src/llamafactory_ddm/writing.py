@@ -16,7 +16,6 @@ from .sizing import Sizer
 
 # Called after each step with the step, the canvases and their ids.
 Watch = Callable[[int, Sequence[Canvas], list[list[int]]], None]
-_NEXT_SEED = 0x9E3779B97F4A7C15  # a grown canvas draws other numbers
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Written:
         committed: the last step that wrote each, -1 where a token was given or lies behind the end.
         forwards: calls of the model that the text needed.
         computed: tokens that went through the model for it, padding up to the longest of the batch included.
+        steps: denoising steps that it was given; a row of fewer tokens takes fewer.
         edits: how often a token was rewritten.
         events: what the steps wrote, (step, place, id) in order of step, the id of [MASK] where a place was masked
             again; None if that was not asked for.
@@ -39,6 +39,7 @@ class Written:
     committed: list[int]
     forwards: int
     computed: int = field(compare=False)
+    steps: int = 0
     edits: int = 0
     events: tuple[tuple[int, int, int], ...] | None = None
 
@@ -89,9 +90,10 @@ class Writer(Sizer):
         Raises:
             ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
         """
+        none = [0] * len(canvases)
         if settings.early_stop != "grow":
-            return self._once(canvases, settings, ordinals, traced, watch, 0)
-        result = self._in_steps(canvases, canvases, settings, ordinals, traced, watch, 0)
+            return self._once(canvases, settings, ordinals, none, traced, watch, 0)
+        result = self._in_steps(canvases, canvases, settings, ordinals, none, traced, watch, 0)
         while True:
             todo = [number for number, one in enumerate(result) if one.canvas.room and not self._has_ended(one)]
             if not todo:
@@ -101,10 +103,9 @@ class Writer(Sizer):
                 result[number].canvas.given(result[number].ids).grown(len(canvas) - len(result[number].ids))
                 for number, canvas in zip(todo, longer, strict=True)
             ]
-            settings = replace(settings, seed=(settings.seed + _NEXT_SEED) % 2**64)
             shown = max(max(result[number].committed) for number in todo) + 1
-            own = [ordinals[number] for number in todo]
-            more = self._in_steps(grown, longer, settings, own, traced, watch, shown)
+            own, taken = [ordinals[number] for number in todo], [result[number].steps for number in todo]
+            more = self._in_steps(grown, longer, settings, own, taken, traced, watch, shown)
             for number, canvas, new in zip(todo, longer, more, strict=True):
                 result[number] = _continued(result[number], canvas, new)
 
@@ -114,9 +115,10 @@ class Writer(Sizer):
         whole: Sequence[Canvas],
         settings: SamplingSettings,
         ordinals: Sequence[int],
+        taken: Sequence[int],
         traced: bool,
         watch: Watch | None,
-        first_step: int,
+        shown: int,
     ) -> list[Written]:
         """Write on parts of canvases, each in its share of the steps of the whole; parts of equal steps together."""
         steps = []
@@ -130,9 +132,10 @@ class Writer(Sizer):
                 [canvases[number] for number in own],
                 replace(settings, diffusion_steps=count),
                 [ordinals[number] for number in own],
+                [taken[number] for number in own],
                 traced,
                 watch,
-                first_step,
+                shown,
             )
             result |= dict(zip(own, written, strict=True))
         return [result[number] for number in range(len(canvases))]
@@ -146,10 +149,12 @@ class Writer(Sizer):
         canvases: Sequence[Canvas],
         settings: SamplingSettings,
         ordinals: Sequence[int],
+        taken: Sequence[int],
         traced: bool,
         watch: Watch | None,
-        first_step: int,
+        shown: int,
     ) -> list[Written]:
+        """Write on canvases that have taken so many steps, of which `shown` were shown, in one call of the sampler."""
         device, edits = self.model.device, self.edits(settings)
         batch, denoiser = self.batch(canvases)
         blank = batch.x.masked_fill(batch.editable, self.config.mask_token_id)
@@ -160,7 +165,7 @@ class Writer(Sizer):
                 record(step, z)
             if watch is not None:
                 ids = [row[len(row) - len(canvas) :] for row, canvas in zip(z.tolist(), canvases, strict=True)]
-                watch(first_step + step, canvases, ids)
+                watch(shown + step, canvases, ids)
 
         prompt = batch.prompt.to(device) if bool(batch.prompt.any()) else None
         try:
@@ -174,6 +179,7 @@ class Writer(Sizer):
                 logits=settings.logits,
                 seed=settings.seed % 2**64,
                 rows=torch.tensor(list(ordinals), dtype=torch.int64, device=device),
+                first_step=torch.tensor(list(taken), dtype=torch.int64, device=device),
                 schedule=get_schedule(self.config.noise_schedule),
                 block_length=settings.block_length,
                 stable_stop=settings.stable_stop,
@@ -196,6 +202,7 @@ class Writer(Sizer):
                 steps[-len(canvas) :],
                 forwards,
                 forwards * width,
+                settings.diffusion_steps,
                 n_edits,
                 None if record is None else _moved(record.events[row], 0, len(canvas) - width),
             )
@@ -218,6 +225,7 @@ def _continued(old: Written, canvas: Canvas, new: Written) -> Written:
         [*old.committed, *behind],
         old.forwards + new.forwards,
         old.computed + new.computed,
+        old.steps + new.steps,
         old.edits + new.edits,
         None if old.events is None or new.events is None else old.events + _moved(new.events, begin, 0),
     )

@@ -318,7 +318,7 @@ def test_draws_of_rows_do_not_collide_in_further_steps():
     options = {"editable": x == 0, "mask_id": MASK, "steps": 4, "seed": 5}
     _, plain = start(x, **options)
     row_step = torch.tensor([0, 1, 3])
-    expected = keyed_uniform(5, Stream.SAMPLE_ORDER, torch.arange(3) * 4 + row_step, 2)
+    expected = keyed_uniform(5, Stream.SAMPLE_ORDER, torch.arange(3), 2, steps=row_step)
     assert torch.equal(plain.uniform(Stream.SAMPLE_ORDER, row_step)[..., 0], expected)
     seen = [plain.uniform(Stream.SAMPLE_ORDER, torch.full((3,), step))[..., 0] for step in range(4)]
     assert len({value for u in seen for value in u.flatten().tolist()}) == 4 * 6

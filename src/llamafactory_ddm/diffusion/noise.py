@@ -13,7 +13,10 @@ from .schedules import NoiseSchedule
 
 
 class Stream(IntEnum):
-    """What a keyed draw is for; each has its own independent numbers."""
+    """What a keyed draw is for; each has its own independent numbers.
+
+    Evaluation shares none with training, as its fixed seed may be the run's.
+    """
 
     TIME = 1
     MASK = 2
@@ -26,6 +29,10 @@ class Stream(IntEnum):
     UNIFORM = 9
     REMASK = 10
     TRUNCATE = 11
+    EVALUATION_UNIFORM = 12
+    EVALUATION_REVEAL = 13
+    EVALUATION_CUT = 14
+    LENGTH_FIT = 15
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,7 @@ def mix_tokens(
     seed: int,
     rows: Tensor,
     stream: int = Stream.MASK,
+    uniform_stream: int = Stream.UNIFORM,
 ) -> Tensor:
     """Replace each maskable token with probability 1 - alpha: by a random token in a share of cases, else by [MASK].
 
@@ -128,7 +136,8 @@ def mix_tokens(
         mask_id: the id of [MASK].
         seed: of the run.
         rows: [batch] int64, ordinals in the run's global order.
-        stream: what u is for.
+        stream: of u.
+        uniform_stream: of the random tokens.
     Returns:
         [batch, length] int64, the noised ids.
     Raises:
@@ -144,7 +153,7 @@ def mix_tokens(
     if not uniform_ratio:
         return z_t
     # One number has 24 bits, which would favour some of many ids; two have enough.
-    pair = keyed_uniform(seed, Stream.UNIFORM, rows, 2 * x_0.shape[1]).double()
+    pair = keyed_uniform(seed, uniform_stream, rows, 2 * x_0.shape[1]).double()
     drawn = ((pair[:, 0::2] + pair[:, 1::2] * 2.0**-24) * n_ids).long()
     return torch.where((u < uniform_ratio * level) & maskable, drawn, z_t)
 

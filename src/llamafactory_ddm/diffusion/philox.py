@@ -1,9 +1,9 @@
 """A counter-based random generator in integer tensor operations.
 
-A draw is a pure function of (seed, stream, row, column): nothing is consumed, so a resumed run, another rank, another
-batch size or
-another device sees the same number. That is what makes training noise exact under resume, accumulation and data
-parallelism.
+A draw is a pure function of (seed, stream, row, step, column): nothing is consumed, so a resumed run, another rank,
+another batch size or another device sees the same number. That is what makes training noise exact under resume,
+accumulation and data parallelism. Each of the five has bits of the key or the counter to itself, so no two draws share
+a number.
 """
 
 from __future__ import annotations
@@ -43,14 +43,17 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
-def keyed_uniform(seed: int, stream: int, rows: Tensor, length: int) -> Tensor:
-    """Return uniform numbers in [0, 1) that depend only on (seed, stream, row, column).
+def keyed_uniform(seed: int, stream: int, rows: Tensor, length: int, *, steps: Tensor | None = None) -> Tensor:
+    """Return uniform numbers in [0, 1) that depend only on (seed, stream, row, step, column).
 
     Args:
         seed: any integer in [0, 2**64).
         stream: which use the numbers are for, in [0, 2**32); streams are independent.
-        rows: [n_rows] int64 >= 0, the ordinal of each row in the run's global order.
+        rows: [n_rows] int64 >= 0, the ordinal of each row in the run's global order; below 2**32 with `steps`, which
+            take the word of the counter that otherwise holds the upper half of the row.
         length: how many numbers a row gets.
+        steps: [n_rows] int64 in [0, 2**32), which of a row's repeated draws this is. A stream is drawn from either
+            always with steps or never.
     Returns:
         [n_rows, length] float32, a multiple of 2**-24, on the device of `rows`.
     Raises:
@@ -64,7 +67,8 @@ def keyed_uniform(seed: int, stream: int, rows: Tensor, length: int) -> Tensor:
         raise ValueError(f"length must be at least 1, got {length}")
     blocks = torch.arange((length + 3) // 4, device=rows.device, dtype=torch.int64)
     row = rows.to(torch.int64)[:, None]
-    counter = (blocks[None, :], row & _MASK32, (row >> 32) & _MASK32, torch.full_like(row, stream))
+    third = row >> 32 if steps is None else steps.to(torch.int64)[:, None]
+    counter = (blocks[None, :], row & _MASK32, third & _MASK32, torch.full_like(row, stream))
     words = philox4x32(counter, (seed & _MASK32, seed >> 32))
     bits = torch.stack(words, dim=-1).flatten(start_dim=1)[:, :length]
     return (bits >> 8).to(torch.float32) * 2.0**-24

@@ -87,7 +87,7 @@ def hidden_after_revealing(batch: EndRows, share: float) -> Tensor:
     place = torch.arange(batch.maskable.shape[1])
     text = batch.maskable & (place < batch.end[:, None])
     count = (text.sum(dim=1).double() * share).floor().long()
-    u = keyed_uniform(batch.seed, Stream.EVALUATION, batch.rows, batch.maskable.shape[1])
+    u = keyed_uniform(batch.seed, Stream.EVALUATION_REVEAL, batch.rows, batch.maskable.shape[1])
     return batch.maskable & ~lowest(u, text, count)
 
 
@@ -118,7 +118,7 @@ def _first_step(batch: EndRows, share: float, logits: Logits, eos_id: int, ends:
 def _quarter(batch: EndRows, number: int, logits: Logits, ends: Tensor) -> Tensor:
     """Return [batch, 4] float64: true and false positives, false and true negatives behind a cut in a quarter."""
     length = batch.maskable.shape[1] - batch.is_padding.sum(dim=1)
-    u = keyed_uniform(batch.seed, Stream.EVALUATION, batch.rows, QUARTERS)[:, number].double()
+    u = keyed_uniform(batch.seed, Stream.EVALUATION_CUT, batch.rows, QUARTERS)[:, number].double()
     cut = ((number + u) / QUARTERS * length).floor().long()
     place = torch.arange(batch.maskable.shape[1])
     masked = batch.maskable & (place >= cut[:, None])

@@ -116,7 +116,7 @@ def fit(
         logger.info_rank0(f"dataset: the heads are fitted to the first {_MOST_ROWS} of {len(train)} texts.")
         train = train.select(range(_MOST_ROWS))
     heads = fit_heads(
-        _examples(writer, texts(train, collator, seed), size, seed, len(train)),
+        _examples(writer, texts(train, collator, seed, 0), size, seed, len(train)),
         epochs=max(1, round(training_args.num_train_epochs)) if "num_train_epochs" in given else _EPOCHS,
         learning_rate=training_args.learning_rate if "learning_rate" in given else _LEARNING_RATE,
         seed=seed,
@@ -126,7 +126,7 @@ def fit(
     steps: list[FirstStep] = []
     needed: list[Tensor] = []
     before: list[Tensor] = []
-    for batch in _batches(texts(held_out, collator, seed), size, "Calibrating", len(held_out)):
+    for batch in _batches(texts(held_out, collator, seed, 1), size, "Calibrating", len(held_out)):
         steps.append(writer.first_step([text.canvas for text in batch])[0].cpu())
         needed.append(torch.tensor([text.needed for text in batch]))
         before.append(torch.tensor([len(text.canvas) - text.canvas.n_editable for text in batch]))
@@ -159,13 +159,14 @@ def _check(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
         raise ValueError("streaming: true does not go with fit-length; remove it, and set max_samples")
 
 
-def texts(rows: Iterable[Any], collator: VariableLengthCollator, seed: int) -> Iterator[Text]:
+def texts(rows: Iterable[Any], collator: VariableLengthCollator, seed: int, part: int) -> Iterator[Text]:
     """Yield the last answer of each row behind its prompt, or the rest of a document behind a place drawn at random.
 
     Args:
         rows: of a prepared data set.
         collator: finds their ends.
         seed: of the places.
+        part: which of several data sets the rows are; each draws places of its own.
     """
     for number, row in enumerate(rows):
         ids, maskable, end = collator.row(row)
@@ -175,7 +176,8 @@ def texts(rows: Iterable[Any], collator: VariableLengthCollator, seed: int) -> I
             while begin > 0 and maskable[begin - 1]:
                 begin -= 1
         else:
-            u = keyed_uniform(seed % 2**64, Stream.EVALUATION, torch.tensor([number]), 1)
+            ordinal, which = torch.tensor([number]), torch.tensor([part])
+            u = keyed_uniform(seed % 2**64, Stream.LENGTH_FIT, ordinal, 1, steps=which)
             begin = first + int(float(u) * (end - first))
         room = collator.canvas - begin
         given = [False] * begin + [True] * room

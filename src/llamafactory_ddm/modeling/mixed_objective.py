@@ -70,7 +70,8 @@ class MixedObjective(Objective):
         squares draw more samples there, of less weight each, and bound its variance.
         """
         level, maskable = level.square().clamp(min=_LEAST_LEVEL), clean.maskable
-        z = self._mix(clean, level, seed=seed, rows=rows, stream=Stream.EVALUATION)
+        streams = {"stream": Stream.EVALUATION, "uniform_stream": Stream.EVALUATION_UNIFORM}
+        z = self._mix(clean, level, seed=seed, rows=rows, **streams)
         return EvaluationBatch(z, maskable, level, maskable.sum(dim=1), 2.0 * level.sqrt())
 
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ class MixedObjective(Objective):
         *,
         seed: int,
         rows: Tensor,
-        stream: Stream = Stream.MASK,
+        **streams: Stream,
     ) -> Tensor:
         return mix_tokens(
             clean.x_0,
@@ -104,7 +105,7 @@ class MixedObjective(Objective):
             mask_id=self.mask_id,
             seed=seed,
             rows=rows,
-            stream=stream,
+            **streams,
         )
 
     def _kl(self, logits: Tensor, targets: Tensor, noised: Tensor, alpha: Tensor) -> Tensor:

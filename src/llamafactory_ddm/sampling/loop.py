@@ -64,6 +64,7 @@ def sample(
     logits: LogitsConfig | None = None,
     seed: int = 0,
     rows: Tensor | None = None,
+    first_step: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
     stable_stop: StableStop | None = None,
@@ -88,7 +89,9 @@ def sample(
         strategy: which positions each step commits.
         logits: how a token is drawn; by default from the model's own distribution.
         seed: of every draw.
-        rows: [batch] int64, the ordinal of each sample; by default 0, 1, 2 …
+        rows: [batch] int64, the ordinal of each sample, below 2**32; by default 0, 1, 2 …
+        first_step: [batch] int64, steps that each sample has behind it, in earlier calls for its first places, so that
+            it draws other numbers now; 0 by default.
         schedule: the noise schedule that sets the pace; by default linear.
         block_length: editable positions of a row that are decided together, from left to right; None is all at once.
         stable_stop: when to commit the rest of a block; never by default.
@@ -112,6 +115,7 @@ def sample(
         steps=steps,
         seed=seed,
         rows=rows,
+        first_step=first_step,
         schedule=schedule,
         block_length=block_length,
         end_ids=end_ids,

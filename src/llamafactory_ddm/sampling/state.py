@@ -13,6 +13,7 @@ from ..diffusion.philox import keyed_uniform
 from ..diffusion.schedules import LinearSchedule, NoiseSchedule
 from .steps import pace_of_blocks, split_into_blocks, steps_of_blocks
 
+MOST_ROWS = 2**32
 TRIES = 8  # columns of uniform numbers: draws outside the nucleus are repeated, see `draw_tokens`
 
 
@@ -27,6 +28,7 @@ class Plan:
         schedule: sets the pace.
         seed: of every draw.
         rows: [batch] int64, ordinal of each sample; with `seed` it fixes the sample's draws.
+        first_step: [batch] int64, steps that a sample took before this call, whose numbers are used up.
         ordinal: [batch, length] int64, how many editable positions of the row come before.
         block: [batch, length] int64, which block a position belongs to; -1 for a given token.
         block_steps: [batch, n_blocks] int64, denoising steps of each block.
@@ -43,6 +45,7 @@ class Plan:
     schedule: NoiseSchedule
     seed: int
     rows: Tensor
+    first_step: Tensor
     ordinal: Tensor
     block: Tensor
     block_steps: Tensor
@@ -60,7 +63,7 @@ class Plan:
         Editable positions take theirs in order, so that padding before a text changes nothing.
         """
         width = int(self.ordinal.shape[1])
-        u = keyed_uniform(self.seed, stream, self.rows * self.steps + row_step, width * depth)
+        u = keyed_uniform(self.seed, stream, self.rows, width * depth, steps=self.first_step + row_step)
         return u.view(-1, width, depth).gather(1, self.ordinal[:, :, None].expand(-1, -1, depth))
 
     def token_draws(self, row_step: Tensor, *, tries: int = TRIES) -> Tensor:
@@ -164,6 +167,7 @@ def start(
     steps: int,
     seed: int = 0,
     rows: Tensor | None = None,
+    first_step: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
     end_ids: Sequence[int] = (),
@@ -179,6 +183,7 @@ def start(
         ValueError: if a number is out of range, or a shape or dtype is wrong.
     """
     rows = torch.arange(len(x), device=x.device) if rows is None else rows
+    first_step = torch.zeros_like(rows) if first_step is None else first_step
     schedule = LinearSchedule() if schedule is None else schedule
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -186,16 +191,7 @@ def start(
         raise ValueError(f"edit_steps must be at least 0, got {edit_steps}")
     if mask_id < 0:
         raise ValueError(f"mask_id must be an id of the tokenizer, at least 0, got {mask_id}")
-    fits = x.dim() == 2 and x.shape[1] > 0 and editable.shape == x.shape and rows.shape == x.shape[:1]
-    if not fits or x.dtype != torch.int64 or editable.dtype != torch.bool or rows.dtype != torch.int64:
-        given = ", ".join(
-            f"{name} {list(value.shape)} {value.dtype}"
-            for name, value in (("x", x), ("editable", editable), ("rows", rows))
-        )
-        raise ValueError(
-            "x must be [batch, length] int64 with length at least 1, editable [batch, length] bool and rows [batch] "
-            f"int64; got {given}"
-        )
+    _check(x, editable, rows, first_step)
     block = split_into_blocks(editable, block_length)
     block_steps = steps_of_blocks(block, steps)
     budget, chance = pace_of_blocks(block, block_steps, steps, schedule)
@@ -205,6 +201,7 @@ def start(
         schedule=schedule,
         seed=seed,
         rows=rows,
+        first_step=first_step,
         ordinal=editable.cumsum(dim=1) - editable.long(),
         block=block,
         block_steps=block_steps,
@@ -234,6 +231,27 @@ def start(
         stable=zero,
     )
     return state, plan
+
+
+def _check(x: Tensor, editable: Tensor, rows: Tensor, first_step: Tensor) -> None:
+    """Look at shapes, dtypes and ordinals.
+
+    Raises:
+        ValueError: if one is wrong.
+    """
+    named = {"x": x, "editable": editable, "rows": rows, "first_step": first_step}
+    dtypes = {"x": torch.int64, "editable": torch.bool, "rows": torch.int64, "first_step": torch.int64}
+    shapes = {"x": x.shape, "editable": x.shape, "rows": x.shape[:1], "first_step": x.shape[:1]}
+    fits = x.dim() == 2 and x.shape[1] > 0
+    if not fits or any(v.shape != shapes[name] or v.dtype != dtypes[name] for name, v in named.items()):
+        given = ", ".join(f"{name} {list(value.shape)} {value.dtype}" for name, value in named.items())
+        raise ValueError(
+            "x must be [batch, length] int64 with length at least 1, editable [batch, length] bool, rows and "
+            f"first_step [batch] int64; got {given}"
+        )
+    low, high = torch.cat([rows, first_step, rows.new_zeros(1)]).aminmax()
+    if int(low) < 0 or int(high) >= MOST_ROWS:
+        raise ValueError(f"rows and first_step must lie in [0, 2**32), 32 bits each; got {int(low)} to {int(high)}")
 
 
 def next_turn(state: SamplerState, plan: Plan) -> Turn:

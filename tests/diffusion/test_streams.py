@@ -1,0 +1,122 @@
+"""Training, evaluation and sampling draw numbers of their own, whatever seed they have in common."""
+
+import pytest
+import torch
+
+from llamafactory_ddm.data.variable_length import VariableLengthCollator
+from llamafactory_ddm.diffusion import attention, ends, likelihood, noise, philox
+from llamafactory_ddm.diffusion.schedules import LinearSchedule
+from llamafactory_ddm.evaluation.end_metrics import EndRows, statistics
+from llamafactory_ddm.integration.length_fitting import texts
+from llamafactory_ddm.modeling.mixed_objective import MixedObjective
+from llamafactory_ddm.modeling.objective import CleanBatch
+from llamafactory_ddm.sampling.state import start
+from support.numbers import Ledger
+
+ROWS, LENGTH, MASK = torch.arange(2, 6), 8, 9
+X = torch.full((len(ROWS), LENGTH), 3)
+ALL, END = torch.ones_like(X, dtype=torch.bool), torch.full((len(ROWS),), 5)
+KEYS = {"seed": 0, "rows": ROWS}
+MIXED = MixedObjective(mask_id=MASK, shift=False, schedule=LinearSchedule(), uniform_ratio=0.5, n_ids=9)
+CLEAN = CleanBatch(X, ALL)
+DOCUMENTS, COLLATOR = [{"input_ids": [3] * 6}] * 6, VariableLengthCollator(1, (1,), LENGTH)
+
+
+def masks(_):
+    t = torch.full((len(ROWS),), 0.5)
+    ends.draw_masks(
+        ends.EndNoise(0.5, eos_window_ratio=0.5), ALL, ALL, END, t, LinearSchedule(), weighting="elbo", step=0, **KEYS
+    )
+
+
+def plan(steps, first_step=0):
+    options = {"editable": ALL, "mask_id": MASK, "steps": steps, "first_step": torch.full_like(ROWS, first_step)}
+    return start(X, **options, **KEYS)[1]
+
+
+def sampled(steps, first_step=0):
+    for stream in (noise.Stream.SAMPLE_TOKEN, noise.Stream.SAMPLE_ORDER, noise.Stream.REMASK):
+        for step in range(steps):
+            plan(steps, first_step).uniform(stream, torch.full_like(ROWS, step))
+
+
+def measured(_):
+    table = lambda masked: torch.zeros(int(masked.sum()), MASK)  # noqa: E731
+    statistics(EndRows(ALL, ~ALL, END, 0, ROWS), table, eos_id=1, pad_ids=[])
+
+
+USES = {
+    "training, masked": masks,
+    "training, time": lambda _: noise.draw_time(0, ROWS),
+    "training, mixed": lambda _: MIXED._mix(CLEAN, torch.full((len(ROWS),), 0.5), **KEYS),
+    "training, cut": lambda _: CLEAN.truncated(0.5, **KEYS),
+    "attention, step 3 of length 4": lambda _: attention.annealed_visibility(4, 0.5, seed=0, draw=3, device="cpu"),
+    "attention, step 2 of length 6": lambda _: attention.annealed_visibility(6, 0.5, seed=0, draw=2, device="cpu"),
+    "evaluation, masked": lambda _: likelihood.mask_exactly(ALL, torch.full((len(ROWS),), 0.5), **KEYS),
+    "evaluation, mixed": lambda _: MIXED.evaluation(CLEAN, torch.full((len(ROWS),), 0.5), **KEYS),
+    "evaluation, ends": measured,
+    "length fit, training": lambda _: list(texts(DOCUMENTS, COLLATOR, 0, 0)),
+    "length fit, held out": lambda _: list(texts(DOCUMENTS, COLLATOR, 0, 1)),
+    "sampling, first part": lambda _: sampled(4),
+    "sampling, second part": lambda _: sampled(6, first_step=4),
+}
+ONE_IN_A_RUN = [{"training, masked", "training, mixed"}, {"evaluation, masked", "evaluation, mixed"}]
+
+
+def numbers_of(use, ledger):
+    """Return the counters that a use draws from."""
+    seen = set()
+
+    def philox4x32(counter, key):
+        before = ledger.philox(counter, key)
+        counter = torch.broadcast_tensors(*counter)
+        seen.update((key, *one) for one in zip(*(part.flatten().tolist() for part in counter), strict=True))
+        return before
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(philox, "philox4x32", philox4x32)
+        USES[use](None)
+    assert seen
+    return seen
+
+
+def test_no_use_shares_numbers_with_another():
+    ledger = Ledger()
+    found = {use: numbers_of(use, ledger) for use in USES}
+    for use in found:
+        for other in found:
+            if use != other and {use, other} not in ONE_IN_A_RUN:
+                assert not found[use] & found[other], f"{use} and {other}"
+
+
+def test_what_is_revealed_and_where_a_row_is_cut_are_drawn_apart():
+    """In one evaluation, with the same rows."""
+    ledger, counters = Ledger(), []
+
+    def philox4x32(counter, key):
+        counters.append(int(counter[3].unique()))
+        return ledger.philox(counter, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(philox, "philox4x32", philox4x32)
+        measured(None)
+    assert set(counters) == {noise.Stream.EVALUATION_REVEAL, noise.Stream.EVALUATION_CUT}
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**32])
+def test_ordinals_and_steps_have_32_bits(wrong):
+    for key in ("rows", "first_step"):
+        ordinals = {"rows": ROWS, "first_step": ROWS} | {key: ROWS.masked_fill(ROWS == 3, wrong)}
+        with pytest.raises(ValueError, match=r"rows and first_step must lie in \[0, 2\*\*32\)"):
+            start(X, editable=ALL, mask_id=MASK, steps=4, **ordinals)
+
+
+def test_rows_and_steps_are_not_mixed_up():
+    """Every row and step up to the edge of its word, and columns of a long canvas."""
+    ledger = Ledger()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(philox, "philox4x32", ledger.philox)
+        pairs = [(row, step) for row in (0, 1, 2**16, 2**32 - 1) for step in (0, 1, 2**16, 2**32 - 1)]
+        rows, steps = torch.tensor(pairs).unbind(dim=1)
+        u = philox.keyed_uniform(7, noise.Stream.SAMPLE_TOKEN, rows, 40_000, steps=steps)
+    assert u.unique().numel() == u.numel()

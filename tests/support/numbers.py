@@ -1,0 +1,59 @@
+"""Which random number is which: a stand-in for Philox whose every number names the counter that it came from."""
+
+import contextlib
+
+import pytest
+
+from llamafactory_ddm.diffusion import philox
+from llamafactory_ddm.sampling import loop, state
+
+
+class Ledger:
+    """Notes what each number was drawn for; a number that was drawn for two things is an error."""
+
+    def __init__(self):
+        self.counters = {}
+        self.uses = {}
+
+    def philox(self, counter, key):
+        """Return a new number for each key, counter and word, its 24 bits reversed so that it looks random."""
+        counter = philox.torch.broadcast_tensors(*counter)
+        flat = zip(*(part.flatten().tolist() for part in counter), strict=True)
+        numbers = [self.counters.setdefault((key, *one), len(self.counters)) for one in flat]
+        assert 4 * len(self.counters) < 2**24
+        words = ([int(f"{4 * number + word:024b}"[::-1], 2) << 8 for number in numbers] for word in range(4))
+        return tuple(philox.torch.tensor(word).view(counter[0].shape) for word in words)
+
+    def note(self, number, use):
+        """Note what a number is for."""
+        assert self.uses.setdefault(number, use) == use, f"{self.uses[number]} and {use} share a number"
+
+
+@contextlib.contextmanager
+def counted():
+    """Give a ledger that all keyed draws go through, and that notes what the sampler draws."""
+    ledger, turns, plans = Ledger(), [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(philox, "philox4x32", ledger.philox)
+        following, uniform = loop.next_turn, state.Plan.uniform
+
+        def next_turn(*arguments):
+            turns[:] = [following(*arguments)]
+            return turns[0]
+
+        def noted(plan, stream, row_step, *, depth=1):
+            u = uniform(plan, stream, row_step, depth=depth)
+            if not any(plan is other for other in plans):
+                plans.append(plan)
+            part = next(number for number, other in enumerate(plans) if plan is other)
+            turn = turns[0]
+            at_work = turn.scope & ((turn.steps > 0) & (turn.further == 0))[:, None]
+            for row, place in at_work.nonzero().tolist():
+                sample, step = int(plan.rows[row]), (part, int(row_step[row]))
+                for nth, number in enumerate(u[row, place].tolist()):
+                    ledger.note(number, (plan.seed, sample, step, place, nth, stream))
+            return u
+
+        patch.setattr(loop, "next_turn", next_turn)
+        patch.setattr(state.Plan, "uniform", noted)
+        yield ledger
