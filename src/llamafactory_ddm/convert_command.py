@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 EPILOG = """examples:
   llamafactory-ddm convert downloads/diffugpt-m saves/diffugpt-m --base gpt2-medium
@@ -34,7 +35,10 @@ def main(words: list[str]) -> int:
     arguments = parser.parse_args(words)
     from transformers.utils import logging
 
+    from .modeling.adapters import ADAPTER_CONFIG
     from .modeling.conversion import convert
+    from .modeling.own_code import LLADA
+    from .modeling.published import layout_of_folder
 
     logging.set_verbosity_error()
     try:
@@ -51,5 +55,15 @@ def main(words: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"llamafactory-ddm convert: {error}", file=sys.stderr)
         return 1
-    print(f"{arguments.target} is ready: use it as model_name_or_path (an adapter as adapter_name_or_path)")
+    layout = layout_of_folder(arguments.target)
+    is_adapter = (Path(arguments.target) / ADAPTER_CONFIG).is_file()
+    if layout is None or (layout == LLADA and not is_adapter):
+        print(f"{arguments.target} is ready: use it as model_name_or_path (an adapter as adapter_name_or_path)")
+    else:
+        print(
+            f"{arguments.target} is ready, in the layout of {layout.name}; to use it here, name it as checkpoint_dir "
+            "with its base as model_name_or_path, or convert it back"
+            if not is_adapter
+            else f"{arguments.target} is ready, in the layout of {layout.name}; to use it here, convert it back"
+        )
     return 0

@@ -14,7 +14,9 @@ from .modeling.bidirectional import make_bidirectional
 from .modeling.checkpoints import verify_checkpoint
 from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from .modeling.length_heads import LengthPredictors
+from .modeling.published import layout_of_folder
 from .modeling.recognition import may_be_on_a_hub, plain_folder
+from .modeling.whole_weights import load_whole
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: Any = None) -> TextGenerator:
@@ -26,7 +28,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
         device: by default the first GPU if there is one, else the CPU.
         dtype: of the weights; by default the one they are stored in, on a CPU float32.
     Raises:
-        ValueError: if the folder is not there, is truncated, or is no diffusion model.
+        ValueError: if the folder is not there, is truncated, lacks weights, or is no diffusion model.
     """
     folder = Path(plain_folder(path))
     if not folder.is_dir():
@@ -41,13 +43,19 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
             f"{path} holds no {FILE_NAME}, so it is not a diffusion model of this package; adapt it with stage: ddm"
         )
     verify_checkpoint(folder)
+    layout = layout_of_folder(folder)
+    if layout is not None:
+        raise ValueError(
+            f"{path} has the layout of {layout.name}, whose weights Hugging Face cannot load: make it an ordinary "
+            f"folder with llamafactory-ddm convert {path} OUT"
+        )
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         model = merged_with_base(folder, config, base=plain_folder(base_of(folder)), dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = load_whole(AutoModelForCausalLM, pretrained_model_name_or_path=folder, dtype=dtype)
     model.to(device)  # type: ignore[arg-type]
     make_bidirectional(model)
     return TextGenerator(model, tokenizer, config, lengths=LengthPredictors.find(folder))

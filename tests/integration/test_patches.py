@@ -23,6 +23,8 @@ MODULES = (
     "llamafactory.extras.env",
     "llamafactory.v1.launcher",
     "llamafactory.hparams.finetuning_args",
+    "llamafactory.model.loader",
+    "llamafactory.model.adapter",
 )
 
 
@@ -60,6 +62,9 @@ def test_undone_to_the_last_name_and_applied_once(upstream):
         *{("llamafactory.hparams.parser", name) for name in ("_parse_args", "_parse_train_args")},
         *{(m, f"get_{kind}_args") for m in MODULES[:3] for kind in ("train", "infer")},
         *{("llamafactory.train.tuner", name) for name in ("run_pt", "run_sft", "load_model", "load_tokenizer")},
+        *{("llamafactory.model.loader", f"AutoModelFor{kind}") for kind in ("CausalLM", "ImageTextToText")},
+        ("llamafactory.model.loader", "init_adapter"),
+        ("llamafactory.model.adapter", "PeftModel"),
         ("llamafactory.extras.constants", "TRAINING_STAGES"),
         ("llamafactory.extras.env", "print_env"),
         ("llamafactory.v1.launcher", "launch"),

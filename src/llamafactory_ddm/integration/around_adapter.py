@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,22 @@ from ..modeling.published import is_model_folder, layout_of_folder
 from ..modeling.recognition import origin_of
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
+_loading: ContextVar[bool] = ContextVar("loading", default=False)
+
+
+def in_a_diffusion_run() -> bool:
+    """Tell whether upstream is loading the model of a diffusion run."""
+    return _loading.get()
+
+
+@contextmanager
+def loading_for_diffusion() -> Iterator[None]:
+    """Have upstream's loader demand every weight in the block."""
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
 
 
 @dataclass

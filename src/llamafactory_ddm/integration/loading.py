@@ -21,7 +21,7 @@ from ..modeling.published import (
     published_config,
     set_published_padding,
 )
-from .around_adapter import AroundAdapter
+from .around_adapter import AroundAdapter, loading_for_diffusion
 from .noise_process import settle_noise_process, with_noise_process
 from .variable_length import LengthPlan
 
@@ -190,7 +190,8 @@ def load_diffusion_model(
     )
     base_stage, finetuning_args.stage = finetuning_args.stage, finetuning_args.diffusion_stage
     try:
-        model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+        with loading_for_diffusion():
+            model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     finally:
         finetuning_args.stage = base_stage
         finetuning_args.around_adapter = None

@@ -27,14 +27,18 @@ from .replacements import (
     refusing_post_init,
     refusing_v1_launch,
     telling_print_env,
+    whole_model_class,
+    whole_peft_model,
     with_our_keys,
     with_our_labels,
 )
 
 CHECKED = ("0.9.4", "0.9.5")
 _PARSER, _TUNER = "llamafactory.hparams.parser", "llamafactory.train.tuner"
-_LOADER = "llamafactory.model.loader"
+_LOADER, _ADAPTER = "llamafactory.model.loader", "llamafactory.model.adapter"
 _CONSTANTS, _ENV, _V1 = "llamafactory.extras.constants", "llamafactory.extras.env", "llamafactory.v1.launcher"
+
+_RANDOM = "weights that a folder lacks would be random numbers"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def status() -> str:
 
 def _rebind() -> None:
     """Rebind upstream's names in modules that may be loaded long after the parser."""
-    for module in (_TUNER, _LOADER):
+    for module in (_TUNER, _LOADER, _ADAPTER):
         if module in sys.modules:
             apply(module)
 
@@ -111,6 +115,9 @@ PATCHES = (
     Patch(f"{_TUNER}:load_tokenizer", diffusion_load_tokenizer, "an export would lose the mask token", swept=False),
     Patch(f"{_TUNER}:load_model", diffusion_load_model, "an export would lose diffusion_config.json", swept=False),
     Patch(f"{_LOADER}:init_adapter", diffusion_init_adapter, "adapters would miss the mask token", swept=False),
+    Patch(f"{_LOADER}:AutoModelForCausalLM", whole_model_class, _RANDOM, swept=False),
+    Patch(f"{_LOADER}:AutoModelForImageTextToText", whole_model_class, _RANDOM, swept=False),
+    Patch(f"{_ADAPTER}:PeftModel", whole_peft_model, _RANDOM, swept=False),
     Patch(
         f"{_ENV}:print_env",
         functools.partial(telling_print_env, status=status),

@@ -162,6 +162,38 @@ def diffusion_init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return init_adapter
 
 
+def whole_model_class(original: Any) -> Any:
+    """Have a diffusion run demand of a checkpoint every weight of its model."""
+
+    class Whole(original):  # type: ignore[misc]
+        @classmethod
+        def from_pretrained(cls, **kwargs: Any) -> Any:  # as upstream's loader calls it
+            from ..modeling.whole_weights import load_whole
+            from .around_adapter import in_a_diffusion_run
+
+            return load_whole(original, **kwargs) if in_a_diffusion_run() else original.from_pretrained(**kwargs)
+
+    Whole.__name__ = Whole.__qualname__ = original.__name__
+    return Whole
+
+
+def whole_peft_model(original: Any) -> Any:
+    """Have a diffusion run demand of an adapter's folder every weight of the adapter."""
+
+    class Whole(original):  # type: ignore[misc]
+        @classmethod
+        def from_pretrained(cls, model: Any, model_id: Any, **kwargs: Any) -> Any:
+            from ..modeling.whole_weights import load_whole_adapter
+            from .around_adapter import in_a_diffusion_run
+
+            if in_a_diffusion_run():
+                return load_whole_adapter(original, model, model_id, **kwargs)
+            return original.from_pretrained(model, model_id, **kwargs)
+
+    Whole.__name__ = Whole.__qualname__ = original.__name__
+    return Whole
+
+
 def dispatching_run(original: Callable[..., Any]) -> Callable[..., Any]:
     """Hand our stages to their runner, and the others to the original."""
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from .diffusion_config import DiffusionConfig
+from .whole_weights import load_whole, load_whole_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -34,7 +35,7 @@ def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, 
     from peft import PeftModel
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        model: Any = load_whole(AutoModelForCausalLM, pretrained_model_name_or_path=base, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} is an adapter of {base}, which cannot be loaded ({str(error).strip().splitlines()[0]}); start "
@@ -44,7 +45,7 @@ def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, 
     highest = max((config.mask_token_id, *(() if ends is None else ends.pad_token_ids)))
     if highest >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(highest + 1, mean_resizing=False)
-    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    merged = load_whole_adapter(PeftModel, model, folder).merge_and_unload()
     tie_again(merged)
     return merged
 

@@ -1,0 +1,116 @@
+"""Loading a model or an adapter with every weight that it has: what a file lacks would be random numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import read_weights, some, weight_files
+
+_logger = logging.getLogger(__name__)
+_ADAPTER_PREFIX = "base_model.model."
+_REPORT = "LOAD REPORT"  # transformers' own table, of which one line is made here
+
+
+def load_whole(kind: Any, **kwargs: Any) -> Any:
+    """Call `kind.from_pretrained`, and check that the files hold every weight of the model, in its shape.
+
+    Tied weights, and buffers that follow from the config, may be absent; weights that the model has no place for are
+    said in one line.
+
+    Args:
+        kind: a class of transformers, such as AutoModelForCausalLM.
+        kwargs: of from_pretrained, with pretrained_model_name_or_path.
+    Raises:
+        ValueError: naming the folder, and what is missing or of another shape.
+    """
+    name = kwargs["pretrained_model_name_or_path"]
+    with _without_report():
+        model, found = kind.from_pretrained(**{"ignore_mismatched_sizes": True, **kwargs}, output_loading_info=True)
+    buffers = dict(model.named_buffers())
+    missing = sorted(key for key in found["missing_keys"] if not _follows_from_config(key, buffers.get(key)))
+    other = sorted(f"{key} {tuple(stored)} instead of {tuple(own)}" for key, stored, own in found["mismatched_keys"])
+    if missing or other:
+        faults = [f"lack {some(missing)}"] if missing else []
+        faults += [f"hold others in shape: {some(other)}"] if other else []
+        raise ValueError(
+            f"the weights in {name} do not fill the {type(model).__name__} that its config.json describes: they "
+            f"{' and '.join(faults)}, which would be random numbers; copy or save it again, with the config.json of "
+            "these weights"
+        )
+    if found["unexpected_keys"]:
+        _logger.warning(
+            "%s holds weights that its %s has no place for, which are not used: %s",
+            name,
+            type(model).__name__,
+            some(sorted(found["unexpected_keys"])),
+        )
+    return model
+
+
+def load_whole_adapter(kind: Any, model: Any, folder: str | Path, **kwargs: Any) -> Any:
+    """Call `kind.from_pretrained`, and check that the folder holds every weight that the adapter has in the model.
+
+    Args:
+        kind: PEFT's PeftModel.
+        model: the base.
+        folder: of the adapter; a name on a hub is loaded without a check.
+        kwargs: of from_pretrained.
+    Raises:
+        ValueError: naming the folder and what is missing.
+    """
+    from peft import get_peft_model_state_dict
+
+    inner = Path(folder) / (kwargs.get("subfolder") or "")
+    if not inner.is_dir():
+        return kind.from_pretrained(model, folder, **kwargs)
+    held = {key for path in weight_files(inner) for key in _names(path)}
+    try:
+        adapted = kind.from_pretrained(model, folder, **kwargs)
+    except KeyError as error:  # of modules that are saved in full, PEFT looks up each weight
+        if error.args[0] in held or not str(error.args[0]).startswith(_ADAPTER_PREFIX):
+            raise
+        missing = [str(error.args[0])]
+    else:
+        wanted = get_peft_model_state_dict(
+            adapted, adapter_name=kwargs.get("adapter_name", "default"), save_embedding_layers=False
+        )
+        missing = sorted(wanted.keys() - held)
+    if missing:
+        raise ValueError(
+            f"the weights of the adapter {folder} lack {some(missing)}, which would be those of an untrained one; "
+            "copy or save it again, with the adapter_config.json of these weights"
+        )
+    return adapted
+
+
+def _names(path: Path) -> list[str]:
+    if path.suffix != ".safetensors":
+        return list(read_weights(path))
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _follows_from_config(key: str, buffer: Any) -> bool:
+    """Tell whether a key is a table that the model makes itself: of angles, places, or what may be seen."""
+    return buffer is not None and (not buffer.is_floating_point() or key.endswith(("inv_freq", "masked_bias")))
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers' table of what did not fit off the screen in the block."""
+
+    def shows(record: logging.LogRecord) -> bool:
+        return _REPORT not in str(record.msg)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(shows)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shows)
