@@ -61,13 +61,13 @@ def rows_of(frames, row=0):
 
 
 def test_the_budget_by_hand():
-    """Ratio one half allows an edit for each token committed in earlier steps, the surest first; one step each."""
+    """Ratio one half allows an edit for each token committed, the surest first."""
     x = torch.zeros(1, 4, dtype=torch.int64)
     denoiser = settled(p0=(5, 0.6), p1=(6, 0.8), p2=(2, 0.9))
     output, frames = frames_of(
         x, x == 0, denoiser=denoiser, steps=4, strategy=LeftToRight(), config=GREEDY, edits=Edits(ratio=0.5)
     )
-    # One may be rewritten in the second step, two in the third, of which one is spent, and so on.
+    # Two may be rewritten in the second step, three in the third, of which one is spent, and so on.
     assert rows_of(frames) == ["____", "2___", "52__", "562_", "5622"]
     assert output.committed.tolist() == [[1, 2, 2, 3]] and output.edits.tolist() == [2]
     none = run(x, x == 0, denoiser=denoiser, steps=4, strategy=LeftToRight(), config=GREEDY)
@@ -75,7 +75,9 @@ def test_the_budget_by_hand():
 
 
 def test_the_surest_comes_first_and_what_is_not_spent_stays():
-    """A third: one edit for two tokens. Nothing differs before the fourth is there, then three do, and two may."""
+    """A third: one edit for two tokens. Nothing differs before the fourth is there, then three do: with the fifth two
+    may, and with the sixth the last.
+    """
 
     def denoiser(z, select):
         p = torch.full((1, 6, V), 0.1 / (V - 2))
@@ -92,11 +94,79 @@ def test_the_surest_comes_first_and_what_is_not_spent_stays():
     _, frames = frames_of(
         x, x == 0, denoiser=denoiser, steps=6, strategy=LeftToRight(), config=GREEDY, edits=Edits(ratio=ratio)
     )
-    assert rows_of(frames)[4:] == ["2222__", "27722_", "277222"]
-    one_more, _ = frames_of(
-        x, x == 0, denoiser=denoiser, steps=6, strategy=LeftToRight(), config=GREEDY, edits=Edits(ratio, steps=1)
+    assert rows_of(frames)[4:] == ["2222__", "27722_", "777222"]
+    at_once = {"denoiser": denoiser, "steps": 1, "name": "low_confidence", "config": GREEDY}
+    for further, expected in ((0, "222222"), (1, "777222")):
+        _, frames = frames_of(x, x == 0, edits=Edits(ratio, steps=further), **at_once)
+        assert rows_of(frames)[-1] == expected  # in a block's first step nothing can be rewritten
+
+
+def test_what_the_step_commits_counts():
+    """A third, one token a step: a model that writes 1 and then prefers 2 takes its 1 back in the second step."""
+
+    def denoiser(z, select):
+        wanted = 1 if bool((z == MASK).all()) else 2
+        return torch.nn.functional.one_hot(torch.full_like(z, wanted), V).float().mul(9.0)[select]
+
+    x = torch.zeros(1, 4, dtype=torch.int64)
+    options = {"denoiser": denoiser, "steps": 4, "strategy": LeftToRight(), "config": GREEDY}
+    _, frames = frames_of(x, x == 0, edits=Edits(ratio=1 / 3), **options)
+    assert rows_of(frames) == ["____", "1___", "22__", "222_", "2222"]
+
+
+def published(table_of, z, blocks, steps, k):
+    """XDLM's loop on plain lists: a transfer budget a block, and edits by what is committed, this step included."""
+    z, frames = list(z), []
+    for block in range(max(blocks) + 1):
+        inside = [place for place, b in enumerate(blocks) if b == block]
+        committed = rewritten = 0
+        for step in range(steps):
+            table = [softmax(row) for row in table_of(z)]
+            best = {place: max(range(V), key=lambda token, p=table[place]: p[token]) for place in inside}
+            surest = sorted(inside, key=lambda place: -table[place][best[place]])
+            masked = [place for place in surest if z[place] == MASK]
+            decided = [place for place in surest if z[place] != MASK and z[place] != best[place]]
+            fresh = masked[: len(inside) // steps + (step < len(inside) % steps)]
+            committed += len(fresh)
+            allowed_now = math.floor(committed * k / (1 - k)) - rewritten if step else 0
+            again = [place for place in decided if table[place][best[place]] >= table[place][z[place]]][:allowed_now]
+            rewritten += len(again)
+            for place in fresh + again:
+                z[place] = best[place]
+            frames.append(list(z))
+    return frames
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    size=st.integers(4, 6),
+    k=st.sampled_from(
+        [Fraction(1, 10), Fraction(1, 3), Fraction(3, 10), Fraction(1, 2), Fraction(2, 3), Fraction(9, 10)]
+    ),
+    given_tokens=st.integers(0, 2),
+)
+def test_the_published_rule(seed, sizes, size, k, given_tokens):
+    """Blocks of one size, as many steps in each as the smallest has tokens, and a prompt in front."""
+    n_blocks, steps = len(sizes), min(sizes)
+    x = torch.randint(0, MASK, (1, given_tokens + n_blocks * size), generator=torch.Generator().manual_seed(seed))
+    editable = torch.arange(x.shape[1])[None] >= given_tokens
+    blocks = split_into_blocks(editable, size)[0].tolist()
+    everywhere = torch.ones_like(editable)
+    _, frames = frames_of(
+        x,
+        editable,
+        steps=n_blocks * steps,
+        name="low_confidence",
+        block_length=size,
+        config=GREEDY,
+        edits=Edits(ratio=float(k)),
     )
-    assert one_more.sequences.tolist() == [[7, 7, 7, 2, 2, 2]] and one_more.steps == 7
+    expected = published(
+        lambda z: toy(torch.tensor([z]), everywhere).view(len(z), V).tolist(), frames[0][0].tolist(), blocks, steps, k
+    )
+    assert [frame[0].tolist() for frame in frames[1:]] == expected
 
 
 def test_the_threshold_by_hand():
@@ -183,7 +253,8 @@ def follow_row(frames, tables, editable, blocks, edits, ends=()):
         if edits.threshold is not None:
             rewritten = [one for one in rewritten if -one[0] >= edits.threshold]
         else:
-            rewritten = sorted(rewritten)[: max(0, allowed(len(decided), spent, edits.ratio))]
+            n = sum(after[place] != MASK for place in inside)
+            rewritten = sorted(rewritten)[: max(0, allowed(n, spent, edits.ratio))]
         expected = list(before)
         for _, place, token in rewritten:
             expected[place] = token
@@ -437,5 +508,6 @@ def test_the_allowance_is_that_of_exact_arithmetic(ratio):
 
     decided = torch.ones(400, 400).tril().bool()
     turn = SimpleNamespace(is_decided=decided, spent=torch.zeros(400, dtype=torch.int64))
-    got = Edits(ratio).allowance(turn).tolist()
-    assert got == [allowed(n, 0, ratio) for n in range(1, 401)]
+    for more in (0, 3):
+        got = Edits(ratio).allowance(turn, torch.full((400,), more)).tolist()
+        assert got == [allowed(n + more, 0, ratio) for n in range(1, 401)]

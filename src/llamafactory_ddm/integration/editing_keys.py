@@ -32,9 +32,10 @@ class EditingKeys:
         default=None,
         metadata={
             "help": (
-                "Diffusion: r in [0, 1): once n tokens of a block are committed, up to n r / (1 - r) of its tokens "
-                "may have been rewritten with what the model would now write, the most confident first. Defaults to "
-                "the checkpoint's uniform_ratio, but at most 0.5; 0 for masked noise or with edit_threshold."
+                "Diffusion: r in [0, 1): once n tokens of a block are committed, the current step's included, up to "
+                "n r / (1 - r) of its tokens may have been rewritten with what the model would now write, the most "
+                "confident first. Defaults to the checkpoint's uniform_ratio, but at most 0.5; 0 for masked noise or "
+                "with edit_threshold."
             )
         },
     )

@@ -26,8 +26,9 @@ class Edits:
     one that stands there.
 
     Attributes:
-        ratio: r in [0, 1). As many edits are allowed in a block as floor(n r / (1 - r)), where n of its positions have
-            been committed in earlier steps, the most confident first; what is not spent stays for later steps.
+        ratio: r in [0, 1). Up to floor(n r / (1 - r)) edits in all are allowed in a block once n of its positions are
+            committed, those of the current step included, the most confident first; what is not spent stays for later
+            steps. A block's first step finds nothing to rewrite.
         threshold: in (0, 1]; every token is rewritten whose successor has at least this probability. None is off.
         steps: how many further steps a block may take after its last mask is gone, as long as the step before changed
             something.
@@ -64,18 +65,30 @@ class Edits:
         """Whether anything may be rewritten."""
         return self.ratio > 0.0 or self.threshold is not None
 
-    def allowance(self, turn: Turn) -> Tensor:
-        """Return [batch] int64, how many edits a row may still make in its block, where they go by the ratio."""
-        earned = turn.is_decided.sum(dim=1).double() * (self.ratio / (1.0 - self.ratio))
+    def allowance(self, turn: Turn, n_new: Tensor) -> Tensor:
+        """Return [batch] int64, how many edits a row may make in this step, where they go by the ratio.
+
+        Args:
+            turn: of this step.
+            n_new: [batch] int64, tokens that the step commits.
+        """
+        earned = (turn.is_decided.sum(dim=1) + n_new).double() * (self.ratio / (1.0 - self.ratio))
         return ((earned + _TINY).floor().to(torch.int64) - turn.spent).clamp(min=0)
 
-    def candidates(self, turn: Turn) -> Tensor:
-        """Return [batch, length] bool, the decided positions of which the model has to say what it would write."""
+    def candidates(self, turn: Turn, most_new: Tensor) -> Tensor:
+        """Return [batch, length] bool, the decided positions of which the model has to say what it would write.
+
+        Args:
+            turn: of this step.
+            most_new: [batch] int64, the most tokens that the step may commit.
+        """
         if self.threshold is not None:
             return turn.is_decided
-        return turn.is_decided & (self.allowance(turn) > 0)[:, None]
+        return turn.is_decided & (self.allowance(turn, most_new) > 0)[:, None]
 
-    def rewrites(self, turn: Turn, z: Tensor, candidate: Tensor, argmax: Tensor, top_log_prob: Tensor) -> Tensor:
+    def rewrites(
+        self, turn: Turn, z: Tensor, candidate: Tensor, commit: Tensor, argmax: Tensor, top_log_prob: Tensor
+    ) -> Tensor:
         """Return [batch, length] bool, the candidates that are rewritten with their most probable token.
 
         With `eos_last` no end is written while a position of the block is masked.
@@ -84,6 +97,7 @@ class Edits:
             turn: of this step.
             z: [batch, length] int64, the sequences before it.
             candidate: [batch, length] bool, what `candidates` returned, or a part of it.
+            commit: [batch, length] bool, what the step commits.
             argmax: [batch, length] int64, the most probable token of each.
             top_log_prob: [batch, length] float32, its log-probability in nats.
         """
@@ -92,7 +106,7 @@ class Edits:
             differs &= ~(torch.isin(argmax, turn.plan.end_ids) & turn.is_masked.any(dim=1, keepdim=True))
         if self.threshold is not None:
             return differs & (top_log_prob.exp() >= self.threshold)
-        return differs & (ranks(top_log_prob, differs) < self.allowance(turn)[:, None])
+        return differs & (ranks(top_log_prob, differs) < self.allowance(turn, commit.sum(dim=1))[:, None])
 
 
 def edits_of(ratio: float | None, threshold: float | None, steps: int, *, default: float) -> Edits:

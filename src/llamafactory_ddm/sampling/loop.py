@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.schedules import NoiseSchedule
 from .edits import Edits
 from .logits import LogitsConfig
-from .moves import Made, ask, counts, decide, settle, written
+from .moves import Made, ask, counts, decide, revise, settle, written
 from .prediction import Context, Denoiser, Scores, check_context, predict
 from .stable import StableStop
 from .state import Plan, SamplerState, next_turn, start
@@ -201,7 +201,8 @@ def denoise_step(
         computed=state.computed + forwards * n_rows * state.z.shape[1],
     )
     scores = Scores(draws, place, state, plan)
-    made = decide(state, turn, asked, scores, strategy, edits)
+    made = decide(state, turn, asked, scores, strategy)
     if stable_stop is not None:
         advanced, made = settle(stable_stop, state, advanced, turn, scores, made)
+    made = revise(state, turn, asked, scores, edits, made)
     return written(state, advanced, plan, turn, asked, made, strategy)

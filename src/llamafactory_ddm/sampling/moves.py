@@ -56,7 +56,9 @@ def ask(
     if stable_stop is not None:
         wanted, measures = wanted | turn.is_masked, measures | stable.MEASURES
     if edits.active:
-        revisable = edits.candidates(turn) & ~is_behind_end(state.z, state.is_masked, plan)
+        revisable = edits.candidates(turn, (wanted & turn.is_masked).sum(dim=1)) & ~is_behind_end(
+            state.z, state.is_masked, plan
+        )
         if again is not None:
             revisable &= ~again
         wanted, measures = wanted | revisable, measures | editing.MEASURES
@@ -93,8 +95,8 @@ def counts(state: SamplerState, plan: Plan, turn: Turn, asked: Asked, strategy: 
     return (n, n_rows) if active else None
 
 
-def decide(state: SamplerState, turn: Turn, asked: Asked, scores: Scores, strategy: Strategy, edits: Edits) -> Made:
-    """Return what the strategy commits and what is rewritten."""
+def decide(state: SamplerState, turn: Turn, asked: Asked, scores: Scores, strategy: Strategy) -> Made:
+    """Return what the strategy commits."""
 
     def score(measure: Measure) -> Tensor:
         if measure not in strategy.measures:
@@ -102,12 +104,7 @@ def decide(state: SamplerState, turn: Turn, asked: Asked, scores: Scores, strate
         return scores.certainty(measure)
 
     commit = strategy.commit(turn, asked.chosen, score) & asked.chosen & turn.is_masked
-    ids = torch.where(commit, scores.ids, state.z)
-    if asked.revisable is None:
-        return Made(ids, commit)
-    argmax = scores.spread("argmax")
-    rewrite = edits.rewrites(turn, state.z, asked.revisable, argmax, scores.spread("top_log_prob"))
-    return Made(torch.where(rewrite, argmax, ids), commit, rewrite)
+    return Made(torch.where(commit, scores.ids, state.z), commit)
 
 
 def settle(
@@ -119,6 +116,16 @@ def settle(
     settled = stop.settled(turn, stable, scores.spread("entropy"))
     made = replace(made, ids=torch.where(settled, scores.ids, made.ids), commit=made.commit | settled)
     return replace(advanced, guess=guess, stable=stable), made
+
+
+def revise(state: SamplerState, turn: Turn, asked: Asked, scores: Scores, edits: Edits, made: Made) -> Made:
+    """Return what the step writes with the decided tokens that it rewrites; what it commits counts in their budget."""
+    if asked.revisable is None:
+        return made
+    argmax = scores.spread("argmax")
+    certainty = scores.spread("top_log_prob")
+    rewrite = edits.rewrites(turn, state.z, asked.revisable, made.commit, argmax, certainty)
+    return replace(made, ids=torch.where(rewrite, argmax, made.ids), rewrite=rewrite)
 
 
 def written(
