@@ -182,19 +182,6 @@ def test_chat_says_what_to_do_and_export_is_noted(upstream):
     assert parser.get_infer_args({**keys, "stage": "sft"})[2].stage == "sft"
 
 
-def test_an_autoregressive_stage_on_a_diffusion_model_is_warned_of(upstream, basic, tmp_path, caplog):
-    parser = upstream[0]
-    parser.get_train_args(basic(stage="pt", model_name_or_path=str(tmp_path)))
-    assert "is a diffusion model" not in caplog.text
-    (tmp_path / "diffusion_config.json").write_text("{}")
-    parser.get_train_args(basic(model_name_or_path=str(tmp_path)))
-    assert "is a diffusion model" not in caplog.text
-    parser.get_train_args(basic(stage="pt", model_name_or_path=str(tmp_path)))
-    assert "but stage: pt treats it as autoregressive" in caplog.text
-    parser.get_infer_args({"model_name_or_path": str(tmp_path), "finetuning_type": "full"})
-    assert "but this command treats it as autoregressive" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("args", "stage"),
     [

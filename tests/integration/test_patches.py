@@ -61,6 +61,7 @@ def test_undone_to_the_last_name_and_applied_once(upstream):
         *{("llamafactory.hparams.parser", f"_{kind}_ARGS") for kind in ("TRAIN", "INFER", "EVAL")},
         *{("llamafactory.hparams.parser", name) for name in ("_parse_args", "_parse_train_args")},
         *{(m, f"get_{kind}_args") for m in MODULES[:3] for kind in ("train", "infer")},
+        *{(m, "get_eval_args") for m in MODULES[:2]},
         *{("llamafactory.train.tuner", name) for name in ("run_pt", "run_sft", "load_model", "load_tokenizer")},
         *{("llamafactory.model.loader", f"AutoModelFor{kind}") for kind in ("CausalLM", "ImageTextToText")},
         ("llamafactory.model.loader", "init_adapter"),

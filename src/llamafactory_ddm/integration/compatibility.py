@@ -21,6 +21,7 @@ _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
     "_parse_train_args": (["args"], ["_parse_args"]),
     "get_train_args": (["args"], ["_parse_train_args"]),
     "get_infer_args": (["args"], []),
+    "get_eval_args": (["args"], []),
     "read_args": (["args"], []),
 }
 _PARSED = ["ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments"]

@@ -24,6 +24,7 @@ from .replacements import (
     dispatching_get_train_args,
     dispatching_run,
     hiding_parse_train_args,
+    refusing_get_eval_args,
     refusing_post_init,
     refusing_v1_launch,
     telling_print_env,
@@ -107,6 +108,7 @@ PATCHES = (
         functools.partial(dispatching_get_infer_args, rebind=_rebind),
         "chat would run autoregressively in silence, and an export would not be a diffusion model any more",
     ),
+    Patch(f"{_PARSER}:get_eval_args", refusing_get_eval_args, "a diffusion model would be asked for the next token"),
     Patch(f"{_PARSER}:*_ARGS", with_our_keys, "the keys and the stages would be unknown"),
     Patch(f"{_CONSTANTS}:TRAINING_STAGES", with_our_labels, "LlamaBoard would not offer the stages"),
     # Only the tuner's own names: run_pt and run_sft stay what they are in their packages.

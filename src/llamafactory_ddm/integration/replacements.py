@@ -75,7 +75,9 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
         parsed = original(args)
         model_args, _, training_args, finetuning_args, _ = parsed
         if finetuning_args.diffusion_stage is None:
-            warn_of_diffusion_model(model_args.model_name_or_path, f"stage: {finetuning_args.stage}")
+            from .autoregressive_use import check_training
+
+            check_training(model_args, training_args, finetuning_args)
         else:
             check_environment()
             for key, value in finetuning_args.hidden.items():
@@ -91,6 +93,7 @@ def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[]
 
     @functools.wraps(original)
     def get_infer_args(args: Any = None) -> Any:
+        from .autoregressive_use import check_serving, find_diffusion_models
         from .templates import register_templates
 
         register_templates()
@@ -101,20 +104,28 @@ def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[]
 
             settle_plain_model(model_args)
         stage = finetuning_args.diffusion_stage
-        folders = [*(model_args.adapter_name_or_path or []), model_args.model_name_or_path]
-        if model_args.export_dir is not None and (stage is not None or any(map(_is_ours, folders))):
+        if model_args.export_dir is None:
+            check_serving(model_args, stage)
+        elif stage is not None or next(find_diffusion_models(model_args), None) is not None:
             rebind()
             model_args.exported_diffusion = finetuning_args
-        elif stage is not None:
-            raise ValueError(
-                f"this command does not serve stage: {stage}; generate with do_predict: true and llamafactory-cli "
-                "train"
-            )
-        else:
-            warn_of_diffusion_model(model_args.model_name_or_path, "this command")
         return parsed
 
     return get_infer_args
+
+
+def refusing_get_eval_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse upstream's evaluation, which reads the next token, for diffusion models."""
+
+    @functools.wraps(original)
+    def get_eval_args(args: Any = None) -> Any:
+        from .autoregressive_use import check_serving
+
+        parsed = original(args)
+        check_serving(parsed[0], parsed[3].diffusion_stage)
+        return parsed
+
+    return get_eval_args
 
 
 def diffusion_load_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -260,21 +271,6 @@ def with_our_keys(kinds: list[Any]) -> list[Any]:
 def with_our_labels(stages: dict[str, str]) -> dict[str, str]:
     """Return LlamaBoard's table of stages with ours."""
     return {**stages, **{stage.label: stage.name for stage in STAGES.values()}}
-
-
-def warn_of_diffusion_model(folder: str | None, what: str) -> None:
-    """Warn if `folder` is a model of ours, which `what` is about to treat as autoregressive."""
-    if folder is not None and _is_ours(folder):
-        from llamafactory.extras import logging
-
-        logging.get_logger(f"llamafactory.{__name__}").warning_rank0(
-            f"{folder} is a diffusion model (it holds diffusion_config.json), but {what} treats it as autoregressive; "
-            f"use one of {', '.join(f'stage: {name}' for name in STAGES)} to go on with it as what it is."
-        )
-
-
-def _is_ours(folder: str) -> bool:
-    return (Path(folder) / "diffusion_config.json").is_file()
 
 
 def _names_our_stage(words: list[str]) -> bool:

@@ -1,0 +1,140 @@
+"""Every way to take a diffusion model for an autoregressive one: training warns, everything else refuses."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Folders as the parser sees them: a diffusion model, two adapters of which one is diffusion, LLaDA, another."""
+    for name in ("ours", "adapter", "other_adapter", "published", "plain"):
+        (tmp_path / name).mkdir()
+    for name in ("ours", "adapter"):
+        (tmp_path / name / "diffusion_config.json").write_text("{}")
+    for name, kind in (("ours", "gpt2"), ("published", "llada"), ("plain", "gpt2")):
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    for name in ("adapter", "other_adapter"):
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    return {path.name: str(path) for path in tmp_path.iterdir()}
+
+
+def named(folders, keys):
+    """Fill in the folders' paths, in lists with commas too."""
+    return {
+        key: ",".join(folders.get(name, name) for name in value.split(",")) if isinstance(value, str) else value
+        for key, value in keys.items()
+    }
+
+
+MODELS = [
+    ({"model_name_or_path": "ours"}, "ours"),
+    ({"model_name_or_path": "published"}, "published"),
+    ({"model_name_or_path": "plain", "adapter_name_or_path": "adapter"}, "adapter"),
+    ({"model_name_or_path": "plain", "adapter_name_or_path": "other_adapter,adapter"}, "adapter"),
+]
+BESIDE = [
+    ({"model_name_or_path": "plain", "ref_model": "ours"}, "ours"),
+    ({"model_name_or_path": "plain", "ref_model_adapters": "other_adapter,adapter"}, "adapter"),
+    ({"model_name_or_path": "plain", "reward_model": "adapter"}, "adapter"),
+]
+
+
+def finetuning_type(keys):
+    return {"finetuning_type": "lora" if "adapter_name_or_path" in keys or "reward_model" in keys else "full"}
+
+
+@pytest.mark.parametrize("backend", ["huggingface", "vllm", "sglang"])
+def test_serving_is_refused(upstream, folders, monkeypatch, caplog, backend):
+    parser = upstream[0]
+    monkeypatch.setattr(parser, "_check_extra_dependencies", lambda *rest: None)
+    for keys, found in MODELS:
+        if backend == "vllm" and "," in keys.get("adapter_name_or_path", ""):
+            continue  # it takes one adapter
+        caplog.clear()
+        args = {**named(folders, keys), **finetuning_type(keys), "infer_backend": backend}
+        with pytest.raises(ValueError, match="does not serve") as told:
+            parser.get_infer_args(args)
+        assert f"{folders[found]}, a diffusion model" in str(told.value)
+        assert f"llamafactory-ddm generate {folders[found]};" in str(told.value)
+        assert f"{folders[found]} is a diffusion model" in caplog.text
+
+
+def test_upstreams_evaluation_is_refused(upstream, folders, tmp_path):
+    for keys, _ in MODELS:
+        args = {
+            **named(folders, keys),
+            **finetuning_type(keys),
+            "task": "mmlu_test",
+            "save_dir": str(tmp_path / "new"),
+        }
+        with pytest.raises(ValueError, match="does not serve"):
+            upstream[0].get_eval_args(args)
+
+
+def test_what_is_no_diffusion_model_is_served(upstream, folders, tmp_path):
+    parser = upstream[0]
+    keys = {"model_name_or_path": folders["plain"], "finetuning_type": "lora"}
+    parser.get_infer_args({**keys, "adapter_name_or_path": folders["other_adapter"]})
+    parser.get_eval_args({**keys, "task": "mmlu_test", "save_dir": str(tmp_path / "e")})
+    (tmp_path / "plain" / "config.json").write_text("no JSON")  # upstream says what is wrong
+    parser.get_infer_args(keys)
+
+
+@pytest.mark.parametrize("file", ["diffusion_config.json", "config.json"])
+def test_a_model_in_the_hubs_cache_is_known(upstream, tmp_path, file):
+    """It is asked for by name, as upstream asks."""
+    root = tmp_path / "hub" / "models--someone--diffuses"
+    held = root / "snapshots" / "abc"
+    held.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("abc")
+    (held / file).write_text(json.dumps({"model_type": "Dream"}))
+    keys = {"model_name_or_path": "someone/diffuses", "finetuning_type": "full", "cache_dir": str(tmp_path / "hub")}
+    with pytest.raises(ValueError, match="does not serve someone/diffuses, a diffusion model"):
+        upstream[0].get_infer_args(keys)
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft", "rm", "ppo", "dpo", "kto"])
+def test_training_is_warned_of(upstream, basic, folders, caplog, stage):
+    needed = {"reward_model": "plain"} if stage == "ppo" else {}
+    for keys, found in [*MODELS, *BESIDE]:
+        caplog.clear()
+        lora = {"finetuning_type": "lora"} if stage == "ppo" else finetuning_type(keys)
+        upstream[0].get_train_args(basic(stage=stage, template="default", **lora, **named(folders, needed | keys)))
+        assert f"{folders[found]} is a diffusion model" in caplog.text
+        assert f"but stage: {stage} treats it as autoregressive" in caplog.text
+
+
+def test_nothing_is_said_of_other_models_or_to_our_stages(upstream, basic, folders, caplog):
+    parser = upstream[0]
+    parser.get_train_args(basic(stage="pt", model_name_or_path=folders["plain"]))
+    parser.get_train_args(basic(model_name_or_path=folders["ours"]))
+    assert "is a diffusion model" not in caplog.text
+
+
+def test_generating_with_one_autoregressively_is_refused(upstream, basic, folders, monkeypatch):
+    monkeypatch.setattr(upstream[0], "_check_extra_dependencies", lambda *rest: None)
+    keys = {"do_train": False, "do_predict": True, "predict_with_generate": True, "eval_dataset": "x", "dataset": None}
+    args = basic(stage="sft", template="default", model_name_or_path=folders["ours"], **keys)
+    with pytest.raises(ValueError, match=r"do_predict: .*ours is a diffusion model.* set stage: ddm-sft"):
+        upstream[0].get_train_args(args)
+
+
+@pytest.mark.parametrize("place", ["", "checkpoint-4"])
+def test_no_weights_are_written_beside_a_diffusion_models_config(upstream, basic, folders, tmp_path, place):
+    held = tmp_path / "out" / place
+    held.mkdir(parents=True)
+    (held / "diffusion_config.json").write_text("{}")
+    args = basic(stage="pt", model_name_or_path=folders["plain"])
+    with pytest.raises(ValueError, match=r"name another output_dir|goes? on with"):
+        upstream[0].get_train_args({**args, "overwrite_output_dir": True})
+    with pytest.raises(ValueError, match="output_dir"):
+        upstream[0].get_train_args(args)
+    upstream[0].get_train_args({**args, "do_train": False, "do_eval": True, "eval_dataset": "x", "dataset": None})
+
+
+def test_a_diffusion_run_is_not_resumed_as_another(upstream, basic, folders):
+    args = basic(stage="pt", model_name_or_path=folders["plain"], resume_from_checkpoint=folders["ours"])
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*ours is a checkpoint of a diffusion run"):
+        upstream[0].get_train_args(args)
