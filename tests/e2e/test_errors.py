@@ -112,11 +112,16 @@ def test_broken_checkpoints(train_small, generate, checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_generating_with_a_model_that_is_no_diffusion_model(generate, tmp_path):
+def test_generating_with_a_model_that_is_no_diffusion_model(generate, tmp_path, caplog):
     with pytest.raises(ValueError, match=r"holds no diffusion_config\.json"):
         generate(tmp_path / "out", model_name_or_path="data/tiny_gpt2")
-    # The user may say that it is one.
+    # The user may say that it is one; a token that no model was trained with cannot be its mask.
+    with pytest.raises(
+        ValueError, match=r"mask_token \('<\|mask\|>'\): new to the model, and a run that trains nothing"
+    ):
+        generate(tmp_path / "out", model_name_or_path="data/tiny_gpt2", mask_token="<|mask|>", shift=True)
     assert len(generate(tmp_path / "out", model_name_or_path="data/tiny_gpt2", mask_token=5)) == 3
+    assert "nothing but the YAML says that it is a diffusion model, trained with" in caplog.text
 
 
 def test_annealing_under_flash_attention(train_small, tmp_path, monkeypatch):

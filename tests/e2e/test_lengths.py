@@ -179,13 +179,15 @@ def test_rows_that_have_no_room(documents, finetune, tmp_path):
 
 
 def test_an_adapter_needs_a_place_for_new_pads(checkpoint, finetune, tmp_path):
-    with pytest.raises(ValueError, match=r"the pad tokens <\|pad\|> are new to the model.*additional_target"):
+    with pytest.raises(
+        ValueError, match=r"variable_length \('<\|pad\|>'\): new to the model.*additional_target.*eos_eos"
+    ):
         finetune(tmp_path / "out", recipe=LORA, variable_length="eos_pad")
     finetune(tmp_path / "eos", recipe=LORA, variable_length="eos_eos")
-    with pytest.raises(ValueError, match="finetuning_type: freeze would not train their embeddings; finetune in full"):
+    with pytest.raises(ValueError, match="finetuning_type: freeze would not train their embeddings; add the input"):
         finetune(tmp_path / "out", finetuning_type="freeze", variable_length="rainbow")
     plain = finetune(tmp_path / "plain", recipe=LORA)
-    with pytest.raises(ValueError, match=r"that goes on training does not hold .*create_new_adapter: true"):
+    with pytest.raises(ValueError, match=r"that goes on training does not hold .*begin a new one"):
         finetune(tmp_path / "out", recipe=LORA, adapter_name_or_path=str(plain), variable_length="rainbow")
     out = finetune(tmp_path / "out", recipe=LORA, variable_length="eos_pad", additional_target="wte")
     assert load(out).generate(max_new_tokens=4)

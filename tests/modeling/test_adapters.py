@@ -11,7 +11,7 @@ from llamafactory_ddm.modeling.adapters import (
     linear_modules,
     merged_with_base,
     settle_targets,
-    stores_embedding,
+    stored_embeddings,
     tie_again,
 )
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
@@ -63,9 +63,52 @@ def test_names_are_kept_and_checked():
     words = r"additional_target: wte matches no module.*nothing was matched.*embed_tokens"
     with pytest.raises(ValueError, match=words):
         settle_targets(llama(), args(["q_proj"], ["wte"]))
-    assert stores_embedding(llama(), args(additional_target=["embed_tokens"]))
-    assert not stores_embedding(llama(), args(additional_target=["lm_head"]))
-    assert not stores_embedding(llama(), args())
+
+
+@pytest.mark.parametrize(
+    ("tied", "names", "freeze", "expected"),
+    [
+        (False, ["embed_tokens"], False, (True, False)),
+        (True, ["embed_tokens"], False, (True, True)),
+        (False, ["lm_head"], False, (False, True)),
+        (False, ["embed_tokens", "lm_head"], True, (True, True)),
+        (True, ["embed_tokens"], True, (True, True)),
+        (False, ["norm"], True, (False, False)),
+        (False, [], False, (False, False)),
+    ],
+)
+def test_which_embeddings_are_trained_and_stored(tied, names, freeze, expected):
+    assert stored_embeddings(llama(tied), names, freeze=freeze) == expected
+
+
+def test_lora_on_the_output_embedding_and_on_embeddings():
+    """They are modules that LoRA takes; where the two are tied, merging would change the other end."""
+    settle_targets(llama(), args(["lm_head", "q_proj"]))
+    settle_targets(llama(), args(["embed_tokens"]))
+    settle_targets(gpt2(), args(["wpe"]))
+    with pytest.raises(ValueError, match=r"lora_target: lm_head is one end of .* that are tied.*add embed_tokens"):
+        settle_targets(llama(True), args(["lm_head", "q_proj"]))
+    with pytest.raises(ValueError, match="lora_target: wte is one end of"):
+        settle_targets(gpt2(), args(["wte"]))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_that_holds_more_rows_than_its_base(tied, tmp_path):
+    llama(tied).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(64)
+    names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    trained = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=names, task_type="CAUSAL_LM"))
+    tie_again(trained)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    trained.save_pretrained(tmp_path / "adapter")
+    described = DiffusionConfig("x", 3, True, "masked", 0.0, "linear", 1.0)
+    merged = merged_with_base(tmp_path / "adapter", described, base=str(tmp_path / "base"), dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(trained), rtol=0, atol=1e-5)
+    assert merged.get_input_embeddings().weight.shape[0] == merged.config.vocab_size == 64
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,9 @@
 import pytest
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from llamafactory_ddm.modeling.mask_token import ResolvedMaskToken, add_mask_token, resolve_mask_token
+from llamafactory_ddm.modeling.mask_token import ResolvedMaskToken, add_mask_token, check_roles, resolve_mask_token
 from support.tiny import tiny_tokenizer
-
-
-def model_of(rows, tied=True):
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=rows, n_embd=16, n_layer=1, n_head=2, n_positions=8, tie_word_embeddings=tied)
-    )
 
 
 @pytest.fixture
@@ -77,56 +69,27 @@ def test_what_is_no_mask_token(tokenizer, given, words):
     assert "<|mask|>" in str(error.value)  # the cure
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_new_row_is_the_mean(tokenizer, tied):
-    model = model_of(len(tokenizer), tied)
-    means = [
-        e.weight.detach().clone().mean(dim=0) for e in (model.get_input_embeddings(), model.get_output_embeddings())
-    ]
-    old = model.get_input_embeddings().weight.detach().clone()
+def test_adding_it_to_the_tokenizer(tokenizer):
     mask = resolve_mask_token(tokenizer, "<|mask|>")
-    add_mask_token(model, tokenizer, mask)
+    assert tokenizer.mask_token is None  # asking adds nothing
+    add_mask_token(tokenizer, mask)
     assert tokenizer.mask_token_id == mask.id == len(tokenizer) - 1
-    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == len(tokenizer)
-    for table, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=True):
-        torch.testing.assert_close(table.weight[mask.id], mean)
-    torch.testing.assert_close(model.get_input_embeddings().weight[:-1], old)
-    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
-
-
-def test_a_padded_vocabulary_is_not_resized_and_padding_is_not_in_the_mean(tokenizer):
     known = len(tokenizer)
-    model = model_of(known + 5)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[known:] = 100.0
-    mean = model.get_input_embeddings().weight[:known].detach().mean(dim=0)
-    add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, "<|mask|>"))
-    assert model.get_input_embeddings().weight.shape[0] == known + 5
-    torch.testing.assert_close(model.get_input_embeddings().weight[known], mean)
+    add_mask_token(tokenizer, resolve_mask_token(tokenizer, "cat"))  # stays an ordinary token
+    assert tokenizer.mask_token == "<|mask|>" and len(tokenizer) == known
 
 
-def test_an_existing_token_keeps_its_row(tokenizer):
-    model = model_of(len(tokenizer))
-    old = model.get_input_embeddings().weight.detach().clone()
-    add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, "cat"))
-    assert torch.equal(model.get_input_embeddings().weight, old)
+def test_a_tokenizer_that_gives_the_checkpoints_token_another_id(tokenizer):
+    mask = resolve_mask_token(tokenizer, None, config_mask=("<|mask|>", len(tokenizer) + 1))
+    with pytest.raises(ValueError, match=r"gives '<\|mask\|>' the id 262, expected 263; use the tokenizer"):
+        add_mask_token(tokenizer, mask)
 
 
-def test_a_trained_row_of_the_checkpoint_is_kept(tokenizer):
-    model = model_of(len(tokenizer) + 1)
-    old = model.get_input_embeddings().weight.detach().clone()
-    add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, None, config_mask=("<|mask|>", len(tokenizer))))
-    assert torch.equal(model.get_input_embeddings().weight, old)
-    assert tokenizer.mask_token == "<|mask|>"
-
-
-def test_a_quantised_model_cannot_grow(tokenizer):
-    model = model_of(len(tokenizer))
-    model.is_quantized = True
-    with pytest.raises(ValueError, match="quantised model cannot grow; name a token that exists"):
-        add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, "<|mask|>"))
-    assert tokenizer.mask_token is None  # nothing half done
-    add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, "cat"))
+def test_a_template_may_make_it_the_end_of_text(tokenizer):
+    mask = resolve_mask_token(tokenizer, "cat")
+    tokenizer.eos_token = "cat"
+    with pytest.raises(ValueError, match="mask_token: 'cat' is the tokenizer's eos token"):
+        check_roles(tokenizer, mask, "cat")
 
 
 def word_tokenizer(vocabulary, **special):
@@ -147,8 +110,7 @@ def test_a_vocabulary_with_gaps():
         resolve_mask_token(tokenizer, 2)
     mask = resolve_mask_token(tokenizer, "<|mask|>")
     assert tokenizer.mask_token is None  # asking adds nothing
-    model = model_of(8)
-    add_mask_token(model, tokenizer, mask)
+    add_mask_token(tokenizer, mask)
     assert tokenizer.mask_token_id == mask.id
 
 
@@ -160,63 +122,7 @@ def test_neither_the_checkpoint_nor_the_tokenizer_may_name_the_padding_token(tok
         resolve_mask_token(tokenizer, None)
 
 
-def test_a_yaml_that_repeats_the_checkpoints_token_leaves_the_trained_row(tokenizer):
-    model = model_of(len(tokenizer) + 1)
-    old = model.get_input_embeddings().weight.detach().clone()
+def test_a_yaml_that_repeats_the_checkpoints_token(tokenizer):
     mask = resolve_mask_token(tokenizer, "<|mask|>", config_mask=("<|mask|>", len(tokenizer)))
-    add_mask_token(model, tokenizer, mask)
     assert mask.is_new and mask.is_trained
-    assert torch.equal(model.get_input_embeddings().weight, old)
     assert not resolve_mask_token(tokenizer, "cat", config_mask=("<|mask|>", len(tokenizer) - 1)).is_trained
-
-
-def test_the_bias_of_the_output_embedding_gets_the_mean_too(tokenizer):
-    model = model_of(len(tokenizer) + 3, tied=False)
-    model.lm_head.bias = torch.nn.Parameter(torch.arange(float(len(tokenizer) + 3)))
-    known = len(tokenizer)
-    add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, "<|mask|>"))
-    assert model.lm_head.bias[known].item() == pytest.approx((known - 1) / 2)
-
-
-def test_the_mean_of_half_precision_rows_is_taken_in_float32(tokenizer):
-    """A sum of equal bfloat16 numbers stops growing; their mean in float32 is the number itself."""
-    model = model_of(len(tokenizer)).bfloat16()
-    with torch.no_grad():
-        model.get_input_embeddings().weight.fill_(1.0078125)
-    mask = resolve_mask_token(tokenizer, "<|mask|>")
-    add_mask_token(model, tokenizer, mask)
-    assert set(model.get_input_embeddings().weight[mask.id].tolist()) == {1.0078125}
-
-
-def test_a_quantised_model_takes_a_trained_row_it_already_has(tokenizer):
-    model = model_of(len(tokenizer) + 1)
-    model.is_quantized = True
-    add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, None, config_mask=("<|mask|>", len(tokenizer))))
-    assert tokenizer.mask_token == "<|mask|>"
-
-
-@pytest.mark.parametrize("sign", ["quantization_method", "bitsandbytes"])
-def test_other_signs_of_a_quantised_model(tokenizer, sign):
-    model = model_of(len(tokenizer))
-    if sign == "quantization_method":
-        model.quantization_method = "gptq"
-    else:
-        model.extra = type("Linear4bit", (torch.nn.Identity,), {"__module__": "bitsandbytes.nn.modules"})()
-    with pytest.raises(ValueError, match="quantised model cannot grow"):
-        add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, "<|mask|>"))
-    assert tokenizer.mask_token is None
-
-
-def test_a_token_beyond_the_rows_of_a_quantised_model_is_refused(tokenizer):
-    model = model_of(len(tokenizer) - 3)
-    model.is_quantized = True
-    with pytest.raises(ValueError, match="quantised model cannot grow"):
-        add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, len(tokenizer) - 1))
-
-
-def test_a_token_beyond_the_rows_gets_the_mean(tokenizer):
-    model = model_of(len(tokenizer) - 3)
-    mean = model.get_input_embeddings().weight.detach().mean(dim=0)
-    add_mask_token(model, tokenizer, resolve_mask_token(tokenizer, len(tokenizer) - 1))
-    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    torch.testing.assert_close(model.get_input_embeddings().weight[-1], mean)

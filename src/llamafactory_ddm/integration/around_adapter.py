@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 from llamafactory.extras import logging
 
-from ..modeling.adapters import base_of, settle_targets, stores_embedding, tie_again
+from ..modeling.adapters import base_of, fit_rows, settle_targets, tie_again
 from ..modeling.bidirectional import make_bidirectional
 from ..modeling.checkpoints import load_weights, stored_dtype
-from ..modeling.mask_token import ResolvedMaskToken, add_mask_token, needs_row
-from ..modeling.pad_tokens import add_pad_tokens, new_names
-from ..modeling.published import is_model_folder, layout_of_folder
+from ..modeling.embedding_rows import give_rows, rows_of, set_rows
+from ..modeling.published import embedding_rows, is_model_folder, layout_of_folder
 from ..modeling.recognition import origin_of
+from .vocabulary import Vocabulary, check_stored
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 _loading: ContextVar[bool] = ContextVar("loading", default=False)
@@ -44,92 +45,83 @@ class AroundAdapter:
     """What is done to a base model before upstream adds or merges adapters, and after.
 
     Attributes:
-        tokenizer: gets the mask token.
-        mask: of the run.
+        vocabulary: the tokens of the run.
+        rows: of the embeddings that the base model was saved with.
+        model_args: upstream's.
         finetuning_args: upstream's, with our keys.
         new_adapter: whether an adapter is about to be made.
         do_train: whether the model is about to be trained.
         autocast: whether it is trained in mixed precision.
-        pad_tokens: spellings of the pad tokens that the run needs.
-        base: the model's folder or name.
-        adapters: folders of adapters that are there already.
     """
 
-    tokenizer: Any
-    mask: ResolvedMaskToken
+    vocabulary: Vocabulary
+    rows: int
+    model_args: Any
     finetuning_args: Any
     new_adapter: bool
     do_train: bool
     autocast: bool
-    pad_tokens: tuple[str, ...] = ()
-    base: str = ""
-    adapters: tuple[str, ...] = ()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Folders of adapters that are there already."""
+        return tuple(self.model_args.adapter_name_or_path or ())
 
     def before(self, model: Any) -> None:
-        """Give the base model its mask token and the checkpoint's weights, and settle what LoRA takes hold of.
+        """Give the base model rows for its new tokens and the checkpoint's weights, and settle what LoRA takes.
 
         Raises:
-            ValueError: if an adapter could not hold the new token, a name matches nothing, or weights do not fit.
+            ValueError: if an adapter could not hold a new token, a name matches nothing, or weights do not fit.
         """
-        origin = origin_of(self.base)
-        if origin != self.base:
+        base = self.model_args.model_name_or_path
+        origin = origin_of(base)
+        if origin != base:
             # An adapter remembers its base by this name, and is to find it when the cache is gone.
             model.name_or_path = model.config._name_or_path = origin
-        for folder in self.adapters:
-            trained_on = base_of(folder)
-            if trained_on != origin and Path(trained_on).resolve() not in (
-                Path(self.base).resolve(),
-                Path(origin).resolve(),
-            ):
-                logger.warning_rank0(
-                    f"The adapter {folder} was trained on {trained_on}, and is put on {self.base}: that gives another "
-                    "model than was trained, unless the two are the same."
-                )
+        self._warn_of_other_base(base, origin)
         if self.new_adapter:
             settle_targets(model, self.finetuning_args)
-            if needs_row(model, self.mask) and not stores_embedding(model, self.finetuning_args):
-                raise ValueError(
-                    f"mask_token: {self.mask.token!r} is new to the model, and a LoRA adapter does not hold its "
-                    "embedding; name a token that exists, add the name of the input embedding to additional_target "
-                    "(wte, embed_tokens), or adapt the model in full first, with stage: ddm"
-                )
-        elif self.do_train and self.finetuning_args.finetuning_type == "freeze" and needs_row(model, self.mask):
-            raise ValueError(
-                f"mask_token: {self.mask.token!r} is new to the model, and finetuning_type: freeze would not train "
-                "its embedding; name a token that exists, or adapt the model in full first, with stage: ddm"
-            )
-        self._check_new_pads(model)
-        add_mask_token(model, self.tokenizer, self.mask)
-        add_pad_tokens(model, self.tokenizer, self.pad_tokens)
         checkpoint = self.finetuning_args.checkpoint_dir
         if checkpoint and not is_model_folder(checkpoint):
             # Upstream makes float32 of what it trains only after this, and weights must not be rounded before.
             model.to(stored_dtype(checkpoint))
             layout = layout_of_folder(checkpoint)
+            self.rows = embedding_rows(checkpoint, layout) or self.rows
+            set_rows(model, self.rows)
             load_weights(model, checkpoint, rename=None if layout is None else layout.to_standard)
+        for folder in self.adapters:
+            fit_rows(model, folder, own=self.rows)
+        self._make_room(model)
 
-    def _check_new_pads(self, model: Any) -> None:
-        """Check that pad tokens that the model lacks would be trained, and stored.
+    def _make_room(self, model: Any) -> None:
+        """Give the model rows for the tokens that it lacks, if they will be trained."""
+        vocabulary = self.vocabulary
+        rows = rows_of(model) if self.adapters else self.rows
+        if self.do_train and (self.new_adapter or self.finetuning_args.finetuning_type == "freeze"):
+            check_stored(vocabulary, model, rows, self.model_args, self.finetuning_args)
+        lacking = vocabulary.lacking(rows)
+        if self.model_args.resize_vocab and rows_of(model) > rows:
+            # What upstream has made rows for is as it makes them, but for [MASK] and pads.
+            ours = {vocabulary.mask.token, *vocabulary.pads}
+            lacking = {token: i for token, i in lacking.items() if token in ours or i >= rows_of(model)}
+        if lacking:
+            logger.info_rank0(
+                f"{vocabulary.said(lacking)}: new to the model; their embeddings begin as the mean of the others."
+            )
+        give_rows(model, lacking.values(), known=min(vocabulary.additions.known, rows))
 
-        Raises:
-            ValueError: if not, naming the cure.
-        """
-        new, kind = new_names(self.tokenizer, self.pad_tokens), self.finetuning_args.finetuning_type
-        if not new or not self.do_train or kind == "full":
-            return
-        if self.new_adapter and stores_embedding(model, self.finetuning_args):
-            return
-        said, cure = "finetuning_type: freeze would not train their embeddings", "finetune in full"
-        if kind == "lora" and self.new_adapter:
-            said = "a LoRA adapter does not hold their embeddings"
-            cure = "add the name of the input embedding to additional_target (wte, embed_tokens)"
-        elif kind == "lora":
-            said = "the adapter that goes on training does not hold their embeddings"
-            cure = "begin a new one (create_new_adapter: true) with the input embedding in additional_target"
-        raise ValueError(
-            f"variable_length: the pad tokens {', '.join(new)} are new to the model, and {said}; {cure}, or use "
-            "variable_length: eos_eos"
-        )
+    def _warn_of_other_base(self, base: str, origin: str) -> None:
+        """Warn of adapters that were trained on another model than they are put on."""
+        for folder in self.adapters:
+            trained_on = base_of(folder)
+            if trained_on != origin and Path(trained_on).resolve() not in (
+                Path(base).resolve(),
+                Path(origin).resolve(),
+            ):
+                logger.warning_rank0(
+                    f"The adapter {folder} was trained on {trained_on}, and is put on {base}: that gives another "
+                    "model than was trained, unless the two are the same."
+                )
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -143,10 +135,16 @@ class AroundAdapter:
         except RuntimeError as error:
             if not self.adapters or "size mismatch" not in str(error):
                 raise
-            owners = ", ".join(f"{folder} was trained on {base_of(folder)}" for folder in self.adapters)
+            base = self.model_args.model_name_or_path
+            owners = ", ".join(
+                f"{folder} was trained on {base_of(folder)}" for folder in self.adapters if base_of(folder) != base
+            )
+            shapes = re.findall(r"size mismatch for (\S+): .*?(\[[^]]*\]).*?(\[[^]]*\])", str(error))
+            said = "; ".join(f"{name} {theirs} against the model's {ours}" for name, theirs, ours in shapes[:2])
+            owners = owners or "the model is not as it was when the adapter was trained"
             raise ValueError(
-                f"adapter_name_or_path: the shapes of its weights are not those of model_name_or_path: {self.base}; "
-                f"{owners}"
+                f"adapter_name_or_path: the shapes of its weights are not those of model_name_or_path: {base}"
+                f"{f' ({said})' if said else ''}; {owners}"
             ) from error
 
     def after(self, model: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..modeling.diffusion_config import DiffusionConfig
 from .loading import LoadedModel, find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
+from .vocabulary import refuse_untrained, settle_vocabulary
 
 _NOT_TRAINING = SimpleNamespace(do_train=False)
 
@@ -22,17 +23,21 @@ def exported_tokenizer(model_args: Any) -> dict[str, Any]:
     stored = find_diffusion_config(model_args, args.checkpoint_dir)
     if stored is not None:  # a run that trains may go on under other noise; an export is what was trained
         stored.check_against(noise_process=args.noise_process, uniform_ratio=args.uniform_ratio)
-    tokenizer_module, config, mask = load_diffusion_tokenizer(model_args, args, _NOT_TRAINING)
-    model_args.exported_as = (config, mask)
-    return tokenizer_module
+    loaded = load_diffusion_tokenizer(model_args, args, _NOT_TRAINING)
+    tokenizer = loaded.module["tokenizer"]
+    vocabulary = settle_vocabulary(tokenizer, loaded.additions, loaded.mask, loaded.config, None, args.mask_token)
+    model_args.exported_as = (loaded.config, vocabulary)
+    return loaded.module
 
 
 def exported_model(tokenizer: Any, model_args: Any) -> Any:
     """Return the model with its adapters merged, which saves diffusion_config.json with its weights."""
     args = model_args.exported_diffusion
-    config, mask = model_args.exported_as
+    config, vocabulary = model_args.exported_as
+    vocabulary.additions.note(tokenizer, "template")  # upstream has applied it by now
+    refuse_untrained(vocabulary)
     args.diffusion_stage = args.diffusion_stage or "ddm-sft"
-    loaded: LoadedModel = load_diffusion_model(tokenizer, mask, config, model_args, args, _NOT_TRAINING)
+    loaded: LoadedModel = load_diffusion_model(tokenizer, vocabulary, config, model_args, args, _NOT_TRAINING)
     _save_with(loaded.model, loaded.diffusion_config)
     return loaded.model
 

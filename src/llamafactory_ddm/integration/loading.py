@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.mask_token import ResolvedMaskToken, resolve_mask_token
-from ..modeling.pad_tokens import pad_names
 from ..modeling.published import (
     embedding_rows,
     is_model_folder,
@@ -23,9 +22,10 @@ from ..modeling.published import (
 )
 from .around_adapter import AroundAdapter, loading_for_diffusion
 from .noise_process import settle_noise_process, with_noise_process
-from .variable_length import LengthPlan
+from .vocabulary import Additions, Vocabulary, restore_stored, resumes_adapter
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
+_ADDED = ("add_tokens", "add_special_tokens")
 # What two checkpoints of one run, a base and its adapter, must say alike.
 _AGREEING = ("mask_token", "mask_token_id", "shift", "noise_schedule")
 
@@ -67,15 +67,37 @@ def sources(model_args: Any, checkpoint_dir: str | None) -> list[str]:
     return [*adapters, *([checkpoint_dir] if checkpoint_dir else []), model_args.model_name_or_path]
 
 
-def load_diffusion_tokenizer(
-    model_args: Any, finetuning_args: Any, training_args: Any
-) -> tuple[dict[str, Any], DiffusionConfig | None, ResolvedMaskToken]:
-    """Return upstream's tokenizer module, the checkpoint's own diffusion config if it has one, and the mask token."""
+@dataclass
+class LoadedTokenizer:
+    """The tokenizer of a run, with what its checkpoint was trained with.
+
+    Attributes:
+        module: upstream's `tokenizer` and `processor`.
+        additions: what has been added to it.
+        config: what the checkpoint says about its diffusion process; None for an autoregressive one.
+        mask: its mask token; None for an autoregressive one.
+    """
+
+    module: dict[str, Any]
+    additions: Additions
+    config: DiffusionConfig | None
+    mask: ResolvedMaskToken | None
+
+
+def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_args: Any) -> LoadedTokenizer:
+    """Load the tokenizer, and find out what the checkpoint says about its diffusion process.
+
+    Raises:
+        ValueError: if the YAML contradicts the checkpoint, or nothing says that a model is a diffusion model in a run
+            that does not make it one.
+    """
     folder = finetuning_args.checkpoint_dir or model_args.model_name_or_path
     config = find_diffusion_config(model_args, finetuning_args.checkpoint_dir)
-    tokenizer_module = load_newest_tokenizer(model_args, finetuning_args.checkpoint_dir)
+    module = load_newest_tokenizer(model_args, finetuning_args.checkpoint_dir)
+    tokenizer = module["tokenizer"]
+    additions = Additions.to(tokenizer)
     if config is None:
-        config = _of_published(model_args, finetuning_args, tokenizer_module["tokenizer"])
+        config = _of_published(model_args, finetuning_args, tokenizer)
     if config is None and not training_args.do_train and finetuning_args.mask_token is None:
         raise ValueError(
             f"{folder} holds no {FILE_NAME}, so nothing says that it is a diffusion model, and this run trains "
@@ -83,25 +105,35 @@ def load_diffusion_tokenizer(
             "folder of a published one, such as DiffuLLaMA, with llamafactory-ddm convert; if it is a diffusion model "
             "from elsewhere, say so with mask_token and shift"
         )
-    stored = None
-    if config is not None:
-        config.check_against(
-            shift=finetuning_args.shift,
-            noise_schedule=finetuning_args.noise_schedule,
-        )
-        if getattr(training_args, "do_predict", False) and not training_args.do_train:
-            # Evaluation may take other noise, but whether a model may edit is a fact of how it was trained.
-            config.check_against(
-                noise_process=finetuning_args.noise_process, uniform_ratio=finetuning_args.uniform_ratio
-            )
-        stored = (config.mask_token, config.mask_token_id)
-    mask = resolve_mask_token(tokenizer_module["tokenizer"], finetuning_args.mask_token, config_mask=stored)
-    if config is not None and mask.id != config.mask_token_id:
+    mask = None if config is None else _stored_mask(tokenizer, config, folder, finetuning_args, training_args)
+    if config is not None and mask is not None:
+        restore_stored(tokenizer, config, mask)
+        additions = Additions.to(tokenizer)
+    patch_tokenizer(tokenizer, model_args)
+    additions.note(tokenizer)
+    return LoadedTokenizer(module, additions, with_noise_process(config, finetuning_args), mask)
+
+
+def _stored_mask(
+    tokenizer: Any, config: DiffusionConfig, folder: str, finetuning_args: Any, training_args: Any
+) -> ResolvedMaskToken:
+    """Return the mask token of a checkpoint; what the YAML says about its process must agree.
+
+    Raises:
+        ValueError: naming the key that does not.
+    """
+    config.check_against(shift=finetuning_args.shift, noise_schedule=finetuning_args.noise_schedule)
+    if getattr(training_args, "do_predict", False) and not training_args.do_train:
+        # Evaluation may take other noise, but whether a model may edit is a fact of how it was trained.
+        config.check_against(noise_process=finetuning_args.noise_process, uniform_ratio=finetuning_args.uniform_ratio)
+    stored = (config.mask_token, config.mask_token_id)
+    mask = resolve_mask_token(tokenizer, finetuning_args.mask_token, config_mask=stored)
+    if mask.id != config.mask_token_id:
         raise ValueError(
             f"mask_token: {finetuning_args.mask_token!r} has id {mask.id}, but {Path(folder) / FILE_NAME} says the "
             f"model was trained with {config.mask_token!r}, id {config.mask_token_id}; remove the key from the YAML"
         )
-    return tokenizer_module, with_noise_process(config, finetuning_args), mask
+    return mask
 
 
 def _of_published(model_args: Any, finetuning_args: Any, tokenizer: Any) -> DiffusionConfig | None:
@@ -130,6 +162,8 @@ def _of_published(model_args: Any, finetuning_args: Any, tokenizer: Any) -> Diff
 def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[str, Any]:
     """Load the tokenizer of the newest folder that has one; a checkpoint that is a whole model replaces the base.
 
+    It comes as it was saved: upstream's add_tokens and add_special_tokens are for `patch_tokenizer`.
+
     Raises:
         ValueError: if none has one.
     """
@@ -139,6 +173,9 @@ def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[s
     # Upstream looks for a model in the folder too, which that of an adapter does not hold.
     is_with_model = newest is not None and (newest / "config.json").is_file()
     model_args.model_name_or_path = str(newest) if is_with_model else base
+    added = {key: getattr(model_args, key) for key in _ADDED}
+    for key in _ADDED:
+        setattr(model_args, key, None)
     try:
         tokenizer_module: dict[str, Any] = load_tokenizer(model_args)
         if newest is not None and not is_with_model:
@@ -148,7 +185,6 @@ def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[s
                 split_special_tokens=model_args.split_special_tokens,
                 padding_side="right",
             )
-            patch_tokenizer(tokenizer, model_args)
             tokenizer_module["tokenizer"] = tokenizer
     except OSError as error:
         raise ValueError(
@@ -156,6 +192,8 @@ def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[s
             "give a folder with a model and its tokenizer, or the name of one that can be downloaded"
         ) from error
     finally:
+        for key, value in added.items():
+            setattr(model_args, key, value)
         is_whole = checkpoint_dir is not None and is_model_folder(checkpoint_dir)
         model_args.model_name_or_path = checkpoint_dir if is_whole else base
     return tokenizer_module
@@ -163,30 +201,23 @@ def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[s
 
 def load_diffusion_model(
     tokenizer: Any,
-    mask: ResolvedMaskToken,
+    vocabulary: Vocabulary,
     config: DiffusionConfig | None,
     model_args: Any,
     finetuning_args: Any,
     training_args: Any,
-    *,
-    lengths: LengthPlan | None = None,
 ) -> LoadedModel:
     """Load the model by upstream's own function, with what a diffusion model needs around its adapters."""
-    stored = None if config is None else config.variable_length
-    pads = () if stored is None else stored.pad_tokens
-    if lengths is not None:
-        pads = pad_names(tokenizer, lengths.format, lengths.colors, stored)
-    resumes = model_args.adapter_name_or_path is not None and not finetuning_args.create_new_adapter
+    mask = vocabulary.mask
+    is_new = finetuning_args.finetuning_type == "lora" and not resumes_adapter(model_args, finetuning_args)
     finetuning_args.around_adapter = AroundAdapter(
-        tokenizer,
-        mask,
+        vocabulary,
+        int(load_config(model_args).get_text_config().vocab_size),
+        model_args,
         finetuning_args,
-        new_adapter=training_args.do_train and finetuning_args.finetuning_type == "lora" and not resumes,
+        new_adapter=training_args.do_train and is_new,
         do_train=training_args.do_train,
         autocast=getattr(training_args, "bf16", False) or getattr(training_args, "fp16", False),
-        base=model_args.model_name_or_path,
-        adapters=tuple(model_args.adapter_name_or_path or ()),
-        pad_tokens=pads,
     )
     base_stage, finetuning_args.stage = finetuning_args.stage, finetuning_args.diffusion_stage
     try:
@@ -201,6 +232,13 @@ def load_diffusion_model(
                 f"{model_args.model_name_or_path} holds no {FILE_NAME} and is taken for an autoregressive model: its "
                 f"attention is annealed over {finetuning_args.anneal_steps} steps. Set anneal_steps: 0 for a "
                 "diffusion model from elsewhere."
+            )
+        if not training_args.do_train:
+            shifts = finetuning_args.shift is not False
+            logger.warning_rank0(
+                f"{model_args.model_name_or_path} holds no {FILE_NAME}: nothing but the YAML says that it is a "
+                f"diffusion model, trained with {mask.token!r} as [MASK] and shift: {shifts}. "
+                "If it is not, as any autoregressive model, what it writes and measures here means nothing."
             )
         process, ratio = settle_noise_process(None, finetuning_args)
         config = DiffusionConfig(

@@ -10,12 +10,12 @@ from llamafactory.model import load_config
 
 from ..data.variable_length import VariableLengthCollator
 from ..modeling.diffusion_config import DiffusionConfig
-from ..modeling.mask_token import ResolvedMaskToken
 from .checks import check_cutoff, check_rows, datasets_explained
 from .finetuning import finetuned_config, settle_digits, settle_template, with_own_cut
 from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
 from .templates import uncut
 from .variable_length import LengthPlan, check_width, keep_fitting, settle_ends, settle_lengths
+from .vocabulary import Vocabulary, check_new_tokens, settle_vocabulary
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PreparedData:
         tokenizer_module: upstream's.
         template: upstream's.
         config: what the checkpoint says about its diffusion process; None for an autoregressive one.
-        mask: its mask token.
+        vocabulary: the tokens of the run, all of them in the tokenizer.
         model_config: of transformers.
         lengths: the variable-length format, or None.
         dataset_module: upstream's `train_dataset` and `eval_dataset`, as far as the run needs them.
@@ -35,7 +35,7 @@ class PreparedData:
     tokenizer_module: dict[str, Any]
     template: Any
     config: DiffusionConfig | None
-    mask: ResolvedMaskToken
+    vocabulary: Vocabulary
     model_config: Any
     lengths: LengthPlan | None
     dataset_module: dict[str, Any]
@@ -64,16 +64,22 @@ def prepare_data(model_args: Any, data_args: Any, training_args: Any, finetuning
         OSError: if a file is missing.
     """
     finetunes = finetuning_args.stage == "sft"
-    tokenizer_module, config, mask = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
+    loaded = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
+    tokenizer_module, config = loaded.module, loaded.config
     if finetunes:
         settle_digits(tokenizer_module, finetuning_args)
     tokenizer = tokenizer_module["tokenizer"]
     model_config = load_config(model_args)
     check_cutoff(model_config, data_args)
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    loaded.additions.note(tokenizer, f"template: {data_args.template}")
     lengths = settle_lengths(config, data_args, training_args, finetuning_args)
     if lengths is not None:
         check_width(lengths, model_config)
+    vocabulary = settle_vocabulary(
+        tokenizer, loaded.additions, loaded.mask, config, lengths, finetuning_args.mask_token
+    )
+    check_new_tokens(vocabulary, model_config, model_args, training_args, finetuning_args)
     if finetunes:
         cuts = lengths is None
         template = settle_template(template, tokenizer, config, data_args, finetuning_args, cuts=cuts)
@@ -81,7 +87,7 @@ def prepare_data(model_args: Any, data_args: Any, training_args: Any, finetuning
     dataset_module = _load_data(
         template, tokenizer_module, model_args, preparing, training_args, stage=finetuning_args.stage
     )
-    return PreparedData(tokenizer_module, template, config, mask, model_config, lengths, dataset_module)
+    return PreparedData(tokenizer_module, template, config, vocabulary, model_config, lengths, dataset_module)
 
 
 def prepare_model(
@@ -94,9 +100,7 @@ def prepare_model(
     """
     tokenizer, lengths = data.tokenizer_module["tokenizer"], data.lengths
     finetunes, dataset_module = finetuning_args.stage == "sft", data.dataset_module
-    loaded = load_diffusion_model(
-        tokenizer, data.mask, data.config, model_args, finetuning_args, training_args, lengths=lengths
-    )
+    loaded = load_diffusion_model(tokenizer, data.vocabulary, data.config, model_args, finetuning_args, training_args)
     collator: VariableLengthCollator | None = None
     if lengths is not None:
         loaded.diffusion_config, collator = settle_ends(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from .checkpoints import weight_files
 from .diffusion_config import DiffusionConfig
+from .embedding_rows import has_tied_embeddings, rows_of, set_rows
+from .published import shapes_of
 from .whole_weights import load_whole, load_whole_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,10 +45,7 @@ def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, 
             f"{folder} is an adapter of {base}, which cannot be loaded ({str(error).strip().splitlines()[0]}); start "
             "where that path is right, or change base_model_name_or_path in its adapter_config.json"
         ) from error
-    ends = config.variable_length
-    highest = max((config.mask_token_id, *(() if ends is None else ends.pad_token_ids)))
-    if highest >= model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(highest + 1, mean_resizing=False)
+    fit_rows(model, folder, own=rows_of(model))
     merged = load_whole_adapter(PeftModel, model, folder).merge_and_unload()
     tie_again(merged)
     return merged
@@ -65,12 +66,15 @@ def settle_targets(model: Any, finetuning_args: Any) -> None:
     if targets == ["all"]:
         finetuning_args.lora_target = own
     else:
-        _check_names("lora_target", targets, linear, own)
+        others = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        head = embedding_names(model)[1]
+        _check_names("lora_target", targets, [*linear, *others, *([head] if head else [])], own)
+        _check_tied("lora_target", model, targets)
     if finetuning_args.additional_target:
         names = [name for name, _ in model.named_modules() if name]
         others = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
         _check_names("additional_target", list(finetuning_args.additional_target), names, others)
-        _check_tied(model, finetuning_args)
+        _check_tied("additional_target", model, finetuning_args.additional_target)
 
 
 def linear_modules(model: Any) -> list[str]:
@@ -85,26 +89,79 @@ def linear_modules(model: Any) -> list[str]:
     ]
 
 
-def stores_embedding(model: Any, finetuning_args: Any) -> bool:
-    """Tell whether additional_target names the input embedding, so that the adapter holds a copy of it."""
-    embedding = model.get_input_embeddings()
-    names = [name for name, module in model.named_modules() if module is embedding]
-    return any(_matches(target, name) for target in finetuning_args.additional_target or () for name in names)
-
-
-def _check_tied(model: Any, finetuning_args: Any) -> None:
-    """Refuse a target that names the output end of tied embeddings alone: `tie_again` would undo its training."""
+def embedding_names(model: Any) -> tuple[str, str | None]:
+    """Return the names of the input and the output embedding, the latter None where there is none of its own."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is not embedding.weight or stores_embedding(model, finetuning_args):
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    if head is None or head is embedding:
+        return name, None
+    return name, next(name for name, module in model.named_modules() if module is head)
+
+
+def stored_embeddings(model: Any, targets: Iterable[str], *, freeze: bool) -> tuple[bool, bool]:
+    """Tell whether input and output embedding are trained and stored under these names.
+
+    Args:
+        model: the base model; of tied embeddings the output is stored with the input.
+        targets: upstream's additional_target, or with `freeze` its freeze_extra_modules, which match parts of names.
+        freeze: see there.
+    """
+    embedding, head = embedding_names(model)
+
+    def is_named(name: str) -> bool:
+        return any(target in f"{name}.weight" if freeze else _matches(target, name) for target in targets)
+
+    stored = is_named(embedding)
+    return stored, stored if head is None or has_tied_embeddings(model) else is_named(head)
+
+
+def _check_tied(key: str, model: Any, targets: Iterable[str]) -> None:
+    """Refuse a target that names the output end of tied embeddings alone: `tie_again` would undo its training."""
+    targets = list(targets)
+    if not has_tied_embeddings(model) or (
+        key == "additional_target" and stored_embeddings(model, targets, freeze=False)[0]
+    ):
         return
-    ends = [name for name, module in model.named_modules() if module is head]
-    named = [target for target in finetuning_args.additional_target if any(_matches(target, end) for end in ends)]
+    embedding, head = embedding_names(model)
+    named = [target for target in targets if head is not None and _matches(target, head)]
+    if key == "lora_target":
+        named += [target for target in targets if _matches(target, embedding)]
+        if named:
+            raise ValueError(
+                f"lora_target: {', '.join(named)} is one end of input and output embedding that are tied, and merged "
+                f"into one the adapter would change the other too; remove it, or add {embedding.rpartition('.')[2]} "
+                "to additional_target, which trains both"
+            )
     if named:
-        one = next(name.rpartition(".")[2] for name, module in model.named_modules() if module is embedding)
+        one = embedding.rpartition(".")[2]
         raise ValueError(
             f"additional_target: {', '.join(named)} is tied to the input embedding {one}, and trained alone would "
             f"part from it; name {one}, which trains both"
         )
+
+
+def fit_rows(model: Any, folder: str | Path, *, own: int) -> None:
+    """Give the embeddings of a base model as many rows as those that the adapter in `folder` holds, if it holds any.
+
+    Args:
+        model: the base model.
+        folder: of the adapter.
+        own: rows that the base model was saved with; an adapter with fewer belongs to another model.
+    """
+    rows = adapter_rows(model, folder)
+    if rows is not None and rows >= own:
+        set_rows(model, rows)
+
+
+def adapter_rows(model: Any, folder: str | Path) -> int | None:
+    """Return how many tokens the embeddings have that the adapter in `folder` holds, None where it holds none."""
+    ends = [name for name in embedding_names(model) if name is not None]
+    for path in weight_files(Path(folder)):
+        for key, shape in shapes_of(path).items():
+            for name in ends:
+                if key.endswith((f".{name}.weight", f".{name}.lora_B.weight", f".{name}.base_layer.weight")):
+                    return shape[0]
+    return None
 
 
 def tie_again(model: Any) -> None:

@@ -1,17 +1,11 @@
-"""Which token is [MASK], and adding one to a model that has none."""
+"""Which token is [MASK], and adding one to a tokenizer that has none."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
-
-from .quantization import is_quantized
 
 _SPECIAL = re.compile(r"<.+>|\[.+\]")
 _CURE = (
@@ -55,13 +49,22 @@ def resolve_mask_token(
             padding, start or end token.
     """
     resolved = _find(tokenizer, mask_token, config_mask)
+    check_roles(tokenizer, resolved, mask_token)
+    return resolved
+
+
+def check_roles(tokenizer: Any, mask: ResolvedMaskToken, mask_token: str | int | None) -> None:
+    """Check that the mask token is none of those that text needs; a template may have made it one.
+
+    Raises:
+        ValueError: naming the role.
+    """
     for role in ("pad", "eos", "bos"):
-        if resolved.id == getattr(tokenizer, f"{role}_token_id"):
+        if mask.id == getattr(tokenizer, f"{role}_token_id"):
             raise ValueError(
-                f"mask_token: {mask_token if mask_token is not None else resolved.token!r} is the tokenizer's {role} "
+                f"mask_token: {mask_token if mask_token is not None else mask.token!r} is the tokenizer's {role} "
                 f"token, which text needs; {_CURE}"
             )
-    return resolved
 
 
 def _find(tokenizer: Any, mask_token: str | int | None, config_mask: tuple[str, int] | None) -> ResolvedMaskToken:
@@ -148,67 +151,17 @@ def _next_id(tokenizer: Any, text: str) -> int:
     return int(trial.convert_tokens_to_ids(text))
 
 
-def add_mask_token(model: Any, tokenizer: Any, mask: ResolvedMaskToken) -> None:
-    """Give tokenizer and model the mask token where they do not have it; a token that exists stays an ordinary one.
-
-    A new row of the input embedding, and of an untied output embedding and its bias, is the float32 mean of the rows
-    of the old vocabulary.
+def add_mask_token(tokenizer: Any, mask: ResolvedMaskToken) -> None:
+    """Give the tokenizer the mask token if it lacks it; a token that exists stays an ordinary one.
 
     Raises:
-        ValueError: if a row is needed and the model is quantised, or if the tokenizer gives the token another id.
+        ValueError: if the tokenizer gives the token another id than the model was trained with.
     """
-    old_size, rows = len(tokenizer), rows_of(model)
-    is_without_row = needs_row(model, mask)
-    if is_without_row and is_quantized(model):
-        raise ValueError(
-            f"mask_token: {mask.token!r} is new, and a quantised model cannot grow; name a token that exists, "
-            "or add it once without quantization_bit: run stage: ddm on the full model, save, and quantise the result"
-        )
     if mask.is_new:
         tokenizer.add_special_tokens({"mask_token": mask.token})
-    if tokenizer.convert_tokens_to_ids(mask.token) != mask.id:
+    found = tokenizer.convert_tokens_to_ids(mask.token)
+    if found != mask.id:
         raise ValueError(
-            f"the tokenizer gives {mask.token!r} the id {tokenizer.convert_tokens_to_ids(mask.token)}, expected "
-            f"{mask.id}; "
-            "use the tokenizer that was saved with the checkpoint"
+            f"the tokenizer gives {mask.token!r} the id {found}, expected {mask.id}; use the tokenizer that was saved "
+            "with the checkpoint"
         )
-    if mask.id >= rows:
-        model.resize_token_embeddings(mask.id + 1, mean_resizing=False)
-    if is_without_row:
-        write_mean(model, mask.id, min(old_size, rows))
-
-
-def needs_row(model: Any, mask: ResolvedMaskToken) -> bool:
-    """Tell whether the mask token has no row of the model's embedding that means something."""
-    return mask.id >= rows_of(model) or (mask.is_new and not mask.is_trained)
-
-
-def rows_of(model: Any) -> int:
-    """Return how many tokens the input embedding has."""
-    weight = model.get_input_embeddings().weight
-    return int(getattr(weight, "ds_shape", weight.shape)[0])  # under DeepSpeed ZeRO-3 a rank holds only a part
-
-
-def write_mean(model: Any, index: int, known: int) -> None:
-    """Make row `index` of the embeddings, and of an output bias, the float32 mean of their first `known` rows."""
-    tables = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not tables[0]:
-        tables.append(head.weight)
-    if getattr(head, "bias", None) is not None:
-        tables.append(head.bias)
-    with torch.no_grad(), _gathered(tables):
-        for table in tables:
-            table[index] = table[:known].mean(dim=0, dtype=torch.float32).to(table.dtype)
-
-
-@contextmanager
-def _gathered(parameters: list[Any]) -> Iterator[None]:
-    """Make whole parameters that DeepSpeed ZeRO-3 has split, for the block."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-        yield

@@ -1,12 +1,10 @@
-"""The tokens that stand behind the end of a text, and adding them to a model that lacks them."""
+"""The tokens that stand behind the end of a text, and adding them to a tokenizer that lacks them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .diffusion_config import VariableLength
-from .mask_token import rows_of, write_mean
-from .quantization import is_quantized
 
 _PAD = "<|pad|>"
 
@@ -42,24 +40,8 @@ def new_names(tokenizer: Any, names: tuple[str, ...]) -> list[str]:
     return [name for name in names if name not in vocabulary]
 
 
-def add_pad_tokens(model: Any, tokenizer: Any, names: tuple[str, ...]) -> None:
-    """Give tokenizer and model the tokens that they do not have; new embeddings are the mean of the old ones.
-
-    Raises:
-        ValueError: if a quantised model would have to grow.
-    """
+def add_pad_tokens(tokenizer: Any, names: tuple[str, ...]) -> None:
+    """Give the tokenizer those of `names` that it does not have."""
     new = new_names(tokenizer, names)
-    known, rows = len(tokenizer), rows_of(model)
     if new:
         tokenizer.add_tokens(new, special_tokens=True)
-    ids = {name: int(tokenizer.convert_tokens_to_ids(name)) for name in names}
-    without_row = [name for name, index in ids.items() if name in new or index >= rows]
-    if without_row and is_quantized(model):
-        raise ValueError(
-            f"variable_length: the pad tokens {', '.join(without_row)} are new, and a quantised model cannot grow; "
-            "add them once without quantization_bit, or use variable_length: eos_eos"
-        )
-    if max(ids.values(), default=0) >= rows:
-        model.resize_token_embeddings(max(ids.values()) + 1, mean_resizing=False)
-    for name in without_row:
-        write_mean(model, ids[name], min(known, rows))

@@ -1,0 +1,239 @@
+"""The tokens that a run adds to its tokenizer, and whether its model will learn them.
+
+Order matters, as ids are given in it: what the checkpoint says (its mask and pad tokens, which have their ids
+already), then upstream's add_tokens and add_special_tokens, the template's, the mask token, the pad tokens. All are in
+the tokenizer before data are tokenised, from an autoregressive base and from a diffusion checkpoint alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..modeling.adapters import embedding_names, stored_embeddings
+from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.embedding_rows import has_tied_embeddings
+from ..modeling.mask_token import ResolvedMaskToken, add_mask_token, check_roles, resolve_mask_token
+from ..modeling.pad_tokens import add_pad_tokens, pad_names
+from .variable_length import LengthPlan
+
+_ADDS = "add_tokens or add_special_tokens"
+
+
+@dataclass
+class Additions:
+    """What has been added to a tokenizer so far.
+
+    Attributes:
+        known: the ids below it were there before.
+        fresh: id of each token that was added.
+        reasons: the key that adds it.
+    """
+
+    known: int
+    fresh: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
+
+    @classmethod
+    def to(cls, tokenizer: Any) -> Additions:
+        """Begin with a tokenizer as it was saved."""
+        vocabulary = tokenizer.get_vocab()
+        return cls(max(vocabulary.values(), default=-1) + 1, _seen=set(vocabulary))
+
+    def note(self, tokenizer: Any, key: str = _ADDS) -> None:
+        """Remember which tokens `key` has added."""
+        vocabulary = tokenizer.get_vocab()
+        for token in sorted(vocabulary.keys() - self._seen, key=vocabulary.__getitem__):
+            self.fresh[token], self.reasons[token] = int(vocabulary[token]), key
+        self._seen = set(vocabulary)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a run, all of which its tokenizer has.
+
+    Attributes:
+        mask: the mask token.
+        pads: spellings of the pad tokens of the variable-length format.
+        additions: what the run has added.
+        needed: id of each other token for which the model must have a row.
+    """
+
+    mask: ResolvedMaskToken
+    pads: tuple[str, ...]
+    additions: Additions
+    needed: dict[str, int]
+
+    def lacking(self, rows: int) -> dict[str, int]:
+        """Return token and id of what a model with `rows` rows was not trained on, or has no row for."""
+        without = {token: index for token, index in self.needed.items() if index >= rows}
+        return {**self.additions.fresh, **without}
+
+    def said(self, lacking: dict[str, int]) -> str:
+        """Return the tokens under the keys that bring them, for messages."""
+        groups: dict[str, list[str]] = {}
+        for token in lacking:
+            groups.setdefault(self.additions.reasons.get(token, "the tokenizer"), []).append(token)
+        return " and ".join(f"{key} ({', '.join(map(repr, tokens))})" for key, tokens in groups.items())
+
+    def others(self, lacking: dict[str, int]) -> str:
+        """Return what one may use in place of tokens that cannot be new."""
+        without_pads = "; variable_length: eos_eos needs no pad token" if {*self.pads} & lacking.keys() else ""
+        return f"name tokens that exist{without_pads}"
+
+
+def restore_stored(tokenizer: Any, config: DiffusionConfig, mask: ResolvedMaskToken) -> None:
+    """Give a tokenizer the tokens that its checkpoint was trained with, before others take their ids.
+
+    Raises:
+        ValueError: if the tokenizer gives one of them another id.
+    """
+    add_mask_token(tokenizer, mask)
+    ends = config.variable_length
+    if ends is None:
+        return
+    add_pad_tokens(tokenizer, ends.pad_tokens)
+    for token, index in zip(ends.pad_tokens, ends.pad_token_ids, strict=True):
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != index:
+            raise ValueError(
+                f"the tokenizer gives the pad token {token!r} the id {found}, expected {index}; use the tokenizer "
+                "that was saved with the checkpoint"
+            )
+
+
+def settle_vocabulary(
+    tokenizer: Any,
+    additions: Additions,
+    mask: ResolvedMaskToken | None,
+    config: DiffusionConfig | None,
+    lengths: LengthPlan | None,
+    mask_token: str | int | None,
+) -> Vocabulary:
+    """Give the tokenizer what it still lacks, and return the tokens of the run; the template's are in it by now.
+
+    Args:
+        tokenizer: of the run.
+        additions: what was added to it.
+        mask: the checkpoint's mask token, None for an autoregressive model.
+        config: what the checkpoint says.
+        lengths: the variable-length format, or None.
+        mask_token: the YAML's.
+    Raises:
+        ValueError: if there is no mask token, or it is one that text needs.
+    """
+    if mask is None:
+        mask = resolve_mask_token(tokenizer, mask_token)
+    check_roles(tokenizer, mask, mask_token)
+    add_mask_token(tokenizer, mask)
+    additions.note(tokenizer, "mask_token")
+    stored = None if config is None else config.variable_length
+    pads = () if stored is None else stored.pad_tokens
+    if lengths is not None:
+        pads = pad_names(tokenizer, lengths.format, lengths.colors, stored)
+    add_pad_tokens(tokenizer, pads)
+    additions.note(tokenizer, "variable_length")
+    roles = {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token} - {None}
+    others = {str(token): int(tokenizer.convert_tokens_to_ids(token)) for token in sorted({*pads, *roles})}
+    return Vocabulary(mask, pads, additions, {mask.token: mask.id, **others})
+
+
+def check_new_tokens(
+    vocabulary: Vocabulary, model_config: Any, model_args: Any, training_args: Any, finetuning_args: Any
+) -> None:
+    """Check, as far as that is known without the model, that it will learn the tokens that are new to it.
+
+    Raises:
+        ValueError: naming the tokens, the key that adds them, and the cure.
+    """
+    if not training_args.do_train:
+        refuse_untrained(vocabulary)
+        return
+    # An adapter, or the weights of a checkpoint_dir, may hold more rows than the base model.
+    grown = bool(model_args.adapter_name_or_path or finetuning_args.checkpoint_dir)
+    lacking = vocabulary.additions.fresh if grown else vocabulary.lacking(model_config.get_text_config().vocab_size)
+    if not lacking:
+        return
+    said, others = f"{vocabulary.said(lacking)}: new to the model", vocabulary.others(lacking)
+    if model_args.quantization_bit is not None or getattr(model_config, "quantization_config", None):
+        raise ValueError(
+            f"{said}, and a quantised model cannot grow; {others}; or add them once without "
+            "quantization_bit: train the full model, save, and quantise the result"
+        )
+    kind = finetuning_args.finetuning_type
+    if kind == "freeze" and not finetuning_args.freeze_extra_modules:
+        raise _not_learnt(said, kind, "the input embedding (wte, embed_tokens)", others)
+    if kind == "lora" and resumes_adapter(model_args, finetuning_args):
+        raise ValueError(
+            f"{said}, and the adapter that goes on training does not hold their embeddings; {others}; or "
+            "merge the adapter with llamafactory-cli export and begin a new one on that, with resize_vocab: true"
+        )
+    if kind == "lora" and not (finetuning_args.additional_target or model_args.resize_vocab):
+        raise _not_learnt(said, kind, "the input embedding (wte, embed_tokens)", others)
+
+
+def refuse_untrained(vocabulary: Vocabulary) -> None:
+    """Refuse tokens that no training has seen in a run that trains nothing.
+
+    Raises:
+        ValueError: naming the tokens and the key that adds them.
+    """
+    fresh = vocabulary.additions.fresh
+    if fresh:
+        raise ValueError(
+            f"{vocabulary.said(fresh)}: new to the model, and a run that trains nothing cannot use tokens that the "
+            "model was never trained on; name those that it was trained with, or train first (eval_on_start: true "
+            "evaluates before the first step)"
+        )
+
+
+def resumes_adapter(model_args: Any, finetuning_args: Any) -> bool:
+    """Tell whether the run trains an adapter that is there already."""
+    return model_args.adapter_name_or_path is not None and not finetuning_args.create_new_adapter
+
+
+def check_stored(vocabulary: Vocabulary, model: Any, rows: int, model_args: Any, finetuning_args: Any) -> None:
+    """Check that the embeddings of tokens that are new to `model` are among what is about to be trained and stored.
+
+    Args:
+        vocabulary: of the run.
+        model: before it grows.
+        rows: that the checkpoint has.
+        model_args: upstream's.
+        finetuning_args: upstream's, the names in it checked.
+    Raises:
+        ValueError: if not, naming the modules to add.
+    """
+    lacking, kind = vocabulary.lacking(rows), finetuning_args.finetuning_type
+    if not lacking or kind == "full":
+        return
+    if kind == "lora":
+        if model_args.resize_vocab and finetuning_args.additional_target is None:
+            return  # upstream adds both embeddings
+        names = finetuning_args.additional_target
+    else:
+        names = finetuning_args.freeze_extra_modules
+    embedding, head = embedding_names(model)
+    trained, written = stored_embeddings(model, names or (), freeze=kind == "freeze")
+    trained_together = has_tied_embeddings(model)
+    # [MASK] is never written, so its row of an untied output embedding need not be trained.
+    if trained and (written or set(lacking) == {vocabulary.mask.token}):
+        return
+    ends = [*([] if trained else [embedding]), *([head] if head and not (written or trained_together) else [])]
+    missing = ", ".join(name.rpartition(".")[2] for name in ends)
+    raise _not_learnt(f"{vocabulary.said(lacking)}: new to the model", kind, missing, vocabulary.others(lacking))
+
+
+def _not_learnt(said: str, kind: str, missing: str, others: str) -> ValueError:
+    """Return the error of tokens whose embeddings would not be trained; `missing` are the modules to name."""
+    others = f"{others}; or adapt the model in full first, with stage: ddm"
+    if kind == "lora":
+        return ValueError(
+            f"{said}, and a LoRA adapter does not hold their embeddings; set resize_vocab: true; or add {missing} to "
+            f"additional_target; or {others}"
+        )
+    return ValueError(
+        f"{said}, and finetuning_type: freeze would not train their embeddings; add {missing} to "
+        f"freeze_extra_modules; or {others}"
+    )

@@ -1,0 +1,78 @@
+"""Rows of the embeddings for tokens that are new to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .quantization import is_quantized
+
+
+def rows_of(model: Any) -> int:
+    """Return how many tokens the input embedding has."""
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # under DeepSpeed ZeRO-3 a rank holds only a part
+
+
+def has_tied_embeddings(model: Any) -> bool:
+    """Tell whether input and output embedding are one weight, or there is no output embedding."""
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
+def give_rows(model: Any, ids: Iterable[int], *, known: int) -> None:
+    """Give every id a row of the embeddings that means something: the float32 mean of the rows that the model knows.
+
+    Rows that have to be added below the highest id get the mean too. An untied output embedding and its bias are
+    treated as the input embedding is.
+
+    Args:
+        model: a causal language model.
+        ids: tokens that are new to the model, whether it has a row for them or not.
+        known: the first rows that belong to tokens that the model knows.
+    Raises:
+        ValueError: if there are such ids and the model is quantised.
+    """
+    wanted, rows = set(ids), rows_of(model)
+    if not wanted:
+        return
+    if is_quantized(model):
+        raise ValueError(f"{len(wanted)} tokens are new to the model, and a quantised model cannot grow")
+    if max(wanted) >= rows:
+        set_rows(model, max(wanted) + 1)
+        wanted |= set(range(rows, max(wanted)))
+    _write_means(model, sorted(wanted), min(known, rows))
+
+
+def set_rows(model: Any, rows: int) -> None:
+    """Give the embeddings `rows` rows; those that are added hold nothing that means something."""
+    if rows != rows_of(model):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _write_means(model: Any, ids: list[int], known: int) -> None:
+    """Make rows `ids` of the embeddings, and of an output bias, the float32 mean of their first `known` rows."""
+    tables = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if not has_tied_embeddings(model):
+        tables.append(head.weight)
+    if getattr(head, "bias", None) is not None:
+        tables.append(head.bias)
+    with torch.no_grad(), _gathered(tables):
+        for table in tables:
+            table[ids] = table[:known].mean(dim=0, dtype=torch.float32).to(table.dtype)
+
+
+@contextmanager
+def _gathered(parameters: list[Any]) -> Iterator[None]:
+    """Make whole parameters that DeepSpeed ZeRO-3 has split, for the block."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        yield
