@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .generation import TextGenerator
-from .modeling.adapters import ADAPTER_CONFIG, base_of, merged_with_base
+from .modeling.adapters import ADAPTER_CONFIG, base_of, merged_with_base, refuse_both
 from .modeling.bidirectional import make_bidirectional
 from .modeling.checkpoints import verify_checkpoint
 from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
@@ -42,6 +42,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
         raise ValueError(
             f"{path} holds no {FILE_NAME}, so it is not a diffusion model of this package; adapt it with stage: ddm"
         )
+    refuse_both(folder)
     verify_checkpoint(folder)
     layout = layout_of_folder(folder)
     if layout is not None:

@@ -59,3 +59,15 @@ def test_what_a_killed_save_left_is_cleared(tmp_path):
     with published_together(tmp_path, last="z.json") as scratch:
         (scratch / "z.json").write_text("x")
     assert texts(tmp_path) == {"z.json": "x"}
+
+
+@pytest.mark.parametrize("saved", ["model.safetensors", "adapter_model.safetensors"])
+def test_a_model_and_an_adapter_do_not_mix(tmp_path, saved):
+    old = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.bin", "README.md", "notes.txt")
+    for name in old:
+        (tmp_path / name).write_text("old")
+    with published_together(tmp_path, last="z.json") as scratch:
+        (scratch / saved).write_text("new")
+        (scratch / ("config.json" if saved.startswith("model") else "adapter_config.json")).write_text("new")
+    kept = {"config.json"} if saved.startswith("model") else {"adapter_config.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {saved, "notes.txt", *kept}

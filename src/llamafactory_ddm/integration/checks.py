@@ -13,7 +13,7 @@ from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ..modeling.adapters import ADAPTER_CONFIG
+from ..modeling.adapters import ADAPTER_CONFIG, refuse_both
 from ..modeling.attention_layers import max_positions
 from ..modeling.checkpoints import verify_checkpoint
 from ..modeling.own_code import kind_of, raw_config
@@ -70,6 +70,7 @@ def _check_kind(key: str, path: Path) -> None:
         raise ValueError(
             f"{key}: {path} holds no {ADAPTER_CONFIG}, so it is no adapter; name a model as model_name_or_path"
         )
+    refuse_both(path)
     if key == "model_name_or_path" and is_adapter and not (path / "config.json").is_file():
         raise ValueError(
             f"{key}: {path} is an adapter; name it as adapter_name_or_path, with finetuning_type: lora, and as "

@@ -7,6 +7,7 @@ from typing import Any
 
 from llamafactory.extras import logging
 
+from ..modeling.adapters import ADAPTER_CONFIG
 from ..modeling.checkpoints import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
 from ..modeling.diffusion_config import DiffusionConfig
 
@@ -45,7 +46,7 @@ def settle_resume(training_args: Any, finetuning_args: Any) -> str | None:
                 f"resume_from_checkpoint: {asked} cannot be resumed: {error}. Name another checkpoint, or set "
                 "resume_from_checkpoint: true to take the last complete one in output_dir"
             ) from error
-        return str(folder)
+        return _of_kind(folder, finetuning_args)
     found = training_args.resume_from_checkpoint
     if asked is None and found is None:
         return None
@@ -61,7 +62,23 @@ def settle_resume(training_args: Any, finetuning_args: Any) -> str | None:
         logger.warning_rank0(f"No complete checkpoint in {training_args.output_dir}: training starts anew.")
         return None
     logger.info_rank0(f"Resuming from {best}.")
-    return str(best)
+    return _of_kind(best, finetuning_args)
+
+
+def _of_kind(folder: Path, finetuning_args: Any) -> str:
+    """Return the folder if it holds what the run saves.
+
+    Raises:
+        ValueError: if it holds an adapter and the run saves a model, or the reverse.
+    """
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if is_adapter != (finetuning_args.finetuning_type == "lora"):
+        raise ValueError(
+            f"the checkpoint to resume from, {folder}, holds {'an adapter' if is_adapter else 'a model'}, which "
+            f"finetuning_type: {finetuning_args.finetuning_type} does not go on with; set finetuning_type as it was, "
+            "or choose another output_dir"
+        )
+    return str(folder)
 
 
 def check_resumed(config: DiffusionConfig, folder: str) -> None:

@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 
 _PREFIX = ".unfinished-"
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_OF_ADAPTER = re.compile(r"adapter_(config\.json|model\.(safetensors|bin))")
+_OF_MODEL = ("config.json", "generation_config.json")  # beside the weights
+_CARD = "README.md"
 
 
 def _rank(name: str, last: str) -> tuple[int, str]:
@@ -29,8 +32,9 @@ def _rank(name: str, last: str) -> tuple[int, str]:
 def published_together(folder: str | Path, *, last: str) -> Iterator[Path]:
     """Yield an empty folder inside `folder`; on success its files replace those of the same name in `folder`.
 
-    Every file is complete on disk before the first one is moved, each move is atomic, and weights of an earlier save
-    that the new one does not replace are deleted at the end.
+    Every file is complete on disk before the first one is moved, each move is atomic, and what an earlier save left
+    that would make another model of the new one is deleted at the end: further weights, an adapter beside a model, a
+    model beside an adapter.
 
     Args:
         folder: where the files end up; made if absent.
@@ -90,7 +94,17 @@ def _move(scratch: Path, target: Path, last: str) -> None:
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(scratch / name, target / name)
-    if any(_WEIGHTS.fullmatch(name) for name in names):
-        for path in target.iterdir():
-            if _WEIGHTS.fullmatch(path.name) and path.name not in names:
-                path.unlink()
+    misleading = {path.name for path in target.iterdir() if path.name not in names and _misleads(path.name, names)}
+    if any(map(_OF_ADAPTER.fullmatch, misleading)) and (target / _CARD).is_file():
+        misleading.add(_CARD)  # the adapter's, whose library PEFT is asked to write the next one
+    for name in misleading:
+        (target / name).unlink()
+
+
+def _misleads(name: str, saved: list[str]) -> bool:
+    """Tell whether a file of an earlier save would be taken for a part of the model or adapter that was saved now."""
+    if any(_WEIGHTS.fullmatch(one) for one in saved):
+        return bool(_WEIGHTS.fullmatch(name) or _OF_ADAPTER.fullmatch(name))
+    if any(_OF_ADAPTER.fullmatch(one) for one in saved):
+        return bool(_WEIGHTS.fullmatch(name) or _OF_ADAPTER.fullmatch(name)) or name in _OF_MODEL
+    return False

@@ -22,6 +22,7 @@ from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.objective import Objective
 from .evaluation import evaluate_bound
 from .half_logits import keep_half_logits
+from .run_facts import save_facts
 from .saving import explained, published_together
 
 
@@ -58,6 +59,7 @@ class DiffusionTrainer(CustomTrainer):
         self.diffusion_config = diffusion_config
         self.anneal_steps = anneal_steps
         self.eval_time_samples = eval_time_samples
+        self.run_facts: dict[str, Any] | None = None  # kept with the checkpoints that a run is resumed from
         # The denominator covers the whole optimiser step, so upstream must not average over micro-batches again.
         self.model_accepts_loss_kwargs = True
         self._head = RowSelectingHead(self.model)
@@ -279,4 +281,6 @@ class DiffusionTrainer(CustomTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with published_together(output_dir or self.args.output_dir, last=FILE_NAME) as scratch:
             super()._save(str(scratch), state_dict=state_dict)
+            if self.run_facts is not None and output_dir not in (None, self.args.output_dir):
+                save_facts(self.run_facts, scratch)
             replace(self.diffusion_config, attention_ratio=self.reached_ratio()).save(scratch)

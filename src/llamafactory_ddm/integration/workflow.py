@@ -20,8 +20,10 @@ from .finetuning import response_collator
 from .generating import generate, what_to_generate
 from .loading import LoadedModel
 from .noise_process import make_objective
+from .output_folder import check_output_folder
 from .preparing import prepare_data, prepare_model
 from .resume import check_resumed, settle_resume
+from .run_facts import check_facts, run_facts
 from .trainer import DiffusionTrainer
 from .unfinished import barrier
 from .variable_length import LengthPlan
@@ -45,6 +47,8 @@ def run(
     """
     check_checkpoint_folders(model_args, finetuning_args, training_args)
     check_predict(training_args, finetuning_args.given_keys)
+    if training_args.do_train or training_args.do_eval or training_args.do_predict:
+        check_output_folder(model_args, training_args, finetuning_args)
     resume = settle_resume(training_args, finetuning_args)
     data = prepare_data(model_args, data_args, training_args, finetuning_args)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
@@ -52,8 +56,10 @@ def run(
         return
     prepared = prepare_model(data, model_args, data_args, training_args, finetuning_args)
     loaded, dataset_module = prepared.loaded, prepared.dataset_module
+    facts = run_facts(model_args, data_args, training_args, finetuning_args, dataset_module.get("train_dataset"))
     if resume is not None:
         check_resumed(loaded.diffusion_config, resume)
+        check_facts(facts, resume)
     asked = None
     if training_args.do_predict:
         asked = what_to_generate(
@@ -70,6 +76,7 @@ def run(
     trainer = _make_trainer(
         loaded, collator, data.lengths, dataset_module, model_args, training_args, finetuning_args, callbacks
     )
+    trainer.run_facts = facts
     if training_args.do_train:
         check_data(trainer, data_args)
         _train(trainer, dataset_module, resume, finetuning_args)

@@ -18,6 +18,25 @@ from .published import shapes_of
 from .whole_weights import load_whole, load_whole_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHTS = ("safetensors", "bin")  # how files of weights end
+
+
+def holds_model(folder: str | Path) -> bool:
+    """Tell whether weights of a whole model lie in `folder`."""
+    return any(any(Path(folder).glob(f"{kind}*.{end}")) for kind in ("model", "pytorch_model") for end in _WEIGHTS)
+
+
+def refuse_both(folder: str | Path) -> None:
+    """Refuse a folder that holds a model and an adapter, of which each reader would take another one.
+
+    Raises:
+        ValueError: naming the files.
+    """
+    if (Path(folder) / ADAPTER_CONFIG).is_file() and holds_model(folder):
+        raise ValueError(
+            f"{folder} holds the weights of a model and an adapter ({ADAPTER_CONFIG}), so it is not known which is "
+            "meant: move one of them to another folder, with its own diffusion_config.json and tokenizer"
+        )
 
 
 def base_of(folder: str | Path) -> str:

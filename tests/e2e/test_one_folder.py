@@ -1,0 +1,57 @@
+"""Runs that meet in one output_dir, or go on from another's checkpoint."""
+
+import shutil
+
+import pytest
+
+from llamafactory_ddm import load
+from support.cli import history
+
+LORA = "tiny_gpt2_lora_ddm_sft.yaml"
+
+
+def test_an_adapter_gives_way_to_a_model_and_a_model_to_an_adapter(adapter, checkpoint, finetune, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(adapter, out)
+    with pytest.raises(ValueError, match="not empty"):
+        finetune(out, overwrite_output_dir=False)
+    finetune(out, max_steps=1)
+    assert (out / "model.safetensors").is_file() and not list(out.glob("adapter_*"))
+    assert "lora" not in (out / "README.md").read_text().lower()
+    load(out)
+    finetune(out, recipe=LORA, max_steps=1)
+    assert (out / "adapter_model.safetensors").is_file() and not (out / "model.safetensors").exists()
+    load(out)
+    shutil.copy(checkpoint / "model.safetensors", out)
+    with pytest.raises(ValueError, match="holds the weights of a model and an adapter"):
+        load(out)
+    with pytest.raises(ValueError, match="is the folder of model_name_or_path"):
+        finetune(checkpoint, recipe=LORA, model_name_or_path=checkpoint)
+
+
+def test_resuming_another_run_is_an_error(finetune, small_data, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    out = finetune(tmp_path / "out", **keys)
+    keys |= {"resume_from_checkpoint": str(out / "checkpoint-1"), "overwrite_output_dir": False}
+    changes = {
+        "seed": 3,
+        "dataset": "tiny_answers_train",
+        "loss_weighting": "uniform",
+        "learning_rate": 1e-4,
+        "cutoff_len": 60,
+        "gradient_accumulation_steps": 2,
+    }
+    for key, value in changes.items():
+        said = {"gradient_accumulation_steps": "rows of a step"}.get(key, key)
+        with pytest.raises(ValueError, match=f"resuming from .*checkpoint-1 would be another run: .*{said}: "):
+            finetune(out, **keys | {key: value})
+    with pytest.raises(ValueError, match="checkpoint-1, holds a model, which finetuning_type: lora does not go on"):
+        finetune(tmp_path / "other", recipe=LORA, **keys)
+    lines = (small_data / "tiny_problems_train.jsonl").read_text(encoding="utf-8").splitlines()
+    other = tmp_path / "data"
+    shutil.copytree(small_data, other)
+    (other / "tiny_problems_train.jsonl").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="the training rows are not those"):
+        finetune(out, **keys, dataset_dir=other)
+    finetune(out, **keys | {"max_steps": 3})
+    assert [log["step"] for log in history(out)] == [1, 2, 3]
