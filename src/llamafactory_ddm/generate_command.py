@@ -33,6 +33,9 @@ def main(words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .sampling.logits import SCORE_DISTRIBUTIONS
+    from .sampling.steps import COMMIT_SCHEDULES
+
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm generate",
         description="Generate text with a diffusion model.",
@@ -48,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-samples", type=int, default=1, help="texts from noise, or for each prompt (default: 1)")
     parser.add_argument("--strategy", default="low_confidence", help="denoising_strategy (default: low_confidence)")
     parser.add_argument("--steps", type=int, default=64, help="diffusion_steps (default: 64)")
+    parser.add_argument("--commit-schedule", default="even", choices=COMMIT_SCHEDULES, help="pace (default: even)")
+    parser.add_argument(
+        "--score-distribution", default="model", choices=SCORE_DISTRIBUTIONS, help="what is scored (default: model)"
+    )
     parser.add_argument("--block-length", type=int, help="tokens decided together, from left to right (default: all)")
     parser.add_argument("--temperature", type=float, default=0.95, help="0 takes the most probable (default: 0.95)")
     parser.add_argument("--top-p", type=float, default=0.9, help="nucleus mass (default: 0.9)")
@@ -96,12 +103,14 @@ def _generate(arguments: argparse.Namespace) -> None:
         denoising_strategy=arguments.strategy,
         diffusion_steps=arguments.steps,
         block_length=arguments.block_length,
+        commit_schedule=arguments.commit_schedule,
         logits=LogitsConfig(
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             top_k=arguments.top_k,
             repetition_penalty=arguments.repetition_penalty,
             guidance_scale=arguments.guidance_scale,
+            score_distribution=arguments.score_distribution,
         ),
         edit_ratio=arguments.edit_ratio,
         edit_threshold=arguments.edit_threshold,

@@ -182,6 +182,7 @@ class Writer(Sizer):
                 first_step=torch.tensor(list(taken), dtype=torch.int64, device=device),
                 schedule=get_schedule(self.config.noise_schedule),
                 block_length=settings.block_length,
+                commit_schedule=settings.commit_schedule,
                 stable_stop=settings.stable_stop,
                 edits=edits,
                 end_ids=self.end_ids,

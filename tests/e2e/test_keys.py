@@ -24,6 +24,8 @@ TRAINING = {
 SAMPLING = {
     "denoising_strategy": ("random", {}),
     "diffusion_steps": (9, {}),
+    "commit_schedule": ("dream", {}),
+    "score_distribution": ("filtered", {"denoising_strategy": "entropy", "topp_temp": 0.5, "diffusion_steps": 12}),
     "block_length": (3, {"diffusion_steps": 12}),
     "logits_temp": (0.1, {}),
     "topp_temp": (0.05, {}),

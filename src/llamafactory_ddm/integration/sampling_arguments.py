@@ -7,11 +7,15 @@ from typing import Any
 
 from ..sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
 from ..sampling.length import PREDICTORS
-from ..sampling.settings import EARLY_STOPS
+from ..sampling.logits import SCORE_DISTRIBUTIONS
+from ..sampling.settings import EARLY_STOPS, check_scores
+from ..sampling.steps import COMMIT_SCHEDULES
 from . import editing_keys
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "denoising_strategy": tuple(STRATEGIES),
+    "commit_schedule": COMMIT_SCHEDULES,
+    "score_distribution": SCORE_DISTRIBUTIONS,
     "generate_from": ("noise", "prefix", "infill", "prompt"),
     "early_stop": EARLY_STOPS,
     "length_predictor": tuple(PREDICTORS),
@@ -88,6 +92,25 @@ class SamplingArguments(editing_keys.EditingKeys):
     diffusion_steps: int = field(
         default=64,
         metadata={"help": "Diffusion: number of denoising steps in sampling, shared by the blocks of a text."},
+    )
+    commit_schedule: str = field(
+        default="even",
+        metadata={
+            "help": (
+                "Diffusion: how many tokens the steps commit, with denoising_strategy: random, low_confidence, margin "
+                "or entropy: even shares (LLaDA), or dream, int(n (1 - s / t)) of the n tokens left in the step from "
+                "time t to s, and the rest in the last (Dream)."
+            )
+        },
+    )
+    score_distribution: str = field(
+        default="model",
+        metadata={
+            "help": (
+                "Diffusion: which distribution confidence, margin and entropy are of: the model's own, or filtered, "
+                "what temperature, top_p and top_k leave (Dream)."
+            )
+        },
     )
     block_length: int | None = field(
         default=None,
@@ -232,6 +255,7 @@ class SamplingArguments(editing_keys.EditingKeys):
                     f"{key} is read by denoising_strategy: {strategy} only, but denoising_strategy is "
                     f"{self.denoising_strategy}; change one or remove {key}"
                 )
+        check_scores(self.denoising_strategy, self.commit_schedule, self.score_distribution, bool(self.stable_steps))
         self.check_edits()
         if self.length_coverage == 0.0:
             raise ValueError("length_coverage must lie in (0, 1], got 0")
@@ -294,6 +318,7 @@ class SamplingArguments(editing_keys.EditingKeys):
             denoising_strategy=self.denoising_strategy,
             diffusion_steps=self.diffusion_steps,
             block_length=self.block_length,
+            commit_schedule=self.commit_schedule,  # type: ignore[arg-type]
             logits=LogitsConfig(
                 temperature=values["logits_temp"],
                 top_p=values["topp_temp"],
@@ -302,6 +327,7 @@ class SamplingArguments(editing_keys.EditingKeys):
                 guidance_scale=self.guidance_scale,
                 eos_penalty=self.eos_penalty,
                 suppress=_token_ids(self.suppress_tokens, tokenizer),
+                score_distribution=self.score_distribution,  # type: ignore[arg-type]
             ),
             confidence_threshold=self.confidence_threshold,
             entropy_bound=self.entropy_bound,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .logits import LogitsConfig, Measure, check_logits, clamped, from_highest, top_k_scores
+from .logits import LogitsConfig, Measure, check_logits, clamped, filtered_scores, from_highest, top_k_scores
 from .nucleus import Weights, in_nucleus, nucleus_mask, sample_weights
 
 # Rows are worked on a few at a time, so that a row is still in the cache when the next operation reads it.
@@ -19,7 +19,8 @@ class Draws(NamedTuple):
     """What `draw_tokens` returns; a measure that was not asked for is None.
 
     All measures are of the model's own distribution: after guidance, penalty and suppression, before temperature and
-    filters, so that they tell positions apart in greedy decoding as well.
+    filters, so that they tell positions apart in greedy decoding as well. With `score_distribution: filtered`
+    `log_prob`, `margin` and `entropy` are of what temperature and filters leave.
 
     Attributes:
         ids: [n] int64, the tokens drawn.
@@ -106,8 +107,9 @@ def _draw(
     """Draw for a few rows; with `may_leave` an id is -1 where more than a first look is needed, for a second pass."""
     u = u.double()
     values, highest = from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
+    is_filtered = config.score_distribution == "filtered"
     top = values.argmax(dim=1) if config.temperature == 0.0 or "argmax" in measures else None
-    own = values.softmax(dim=1) if measures & {"margin", "entropy"} else None
+    own = values.softmax(dim=1) if not is_filtered and measures & {"margin", "entropy"} else None
     if config.temperature == 0.0 and top is not None:
         ids = top
     elif config.top_k is not None and config.top_k < values.shape[1]:
@@ -119,10 +121,13 @@ def _draw(
         weights = values.mul(1.0 / clamped(config.temperature)).softmax(dim=1)
         ids = _draw_nucleus(values, weights, config.top_p, u, may_leave)
     log_prob = margin = entropy = top_log_prob = None
-    if "log_prob" in measures:
-        log_prob = values.log_softmax(dim=1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
     if "top_log_prob" in measures:
         top_log_prob = -values.logsumexp(dim=1)  # the highest logit is 0
+    if is_filtered and measures & {"log_prob", "margin", "entropy"}:
+        values = filtered_scores(values, config)
+        own = values.softmax(dim=1)
+    if "log_prob" in measures:
+        log_prob = values.log_softmax(dim=1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
     if own is not None and "entropy" in measures:
         # The highest logit is 0, so the logarithm of its share is the log-partition with the other sign. A share of 0
         # times a logit of -inf would be NaN.

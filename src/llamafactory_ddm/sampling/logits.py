@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from .nucleus import nucleus_mask
 
 Measure = Literal["log_prob", "margin", "entropy", "argmax", "top_log_prob"]
+ScoreDistribution = Literal["model", "filtered"]
+SCORE_DISTRIBUTIONS: tuple[ScoreDistribution, ...] = get_args(ScoreDistribution)
 
 _SMALLEST_TEMPERATURE, _LARGEST_TEMPERATURE = 1e-30, 1e30
 _LOW_32 = 0xFFFFFFFF
@@ -33,6 +35,8 @@ class LogitsConfig:
         top_k: how many of the most probable tokens stay, or None for all.
         top_p: nucleus mass in (0, 1]: of what top-k leaves, the fewest most probable tokens whose mass reaches it
             stay, at least one; of equal ones the lowest ids.
+        score_distribution: which distribution positions are told apart by: the `model`'s own, before temperature and
+            filters, or the `filtered` one, after them; a temperature of 0 divides by nothing.
     Raises:
         ValueError: if a value is out of range.
     Source: Ho & Salimans 2022 (arXiv 2207.12598) and LLaDA (arXiv 2502.09992), appendix A, for the guidance; CTRL
@@ -46,6 +50,7 @@ class LogitsConfig:
     guidance_scale: float = 1.0
     eos_penalty: float = 0.0
     suppress: tuple[int, ...] = ()
+    score_distribution: ScoreDistribution = "model"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
@@ -62,6 +67,10 @@ class LogitsConfig:
             raise ValueError(f"eos_penalty must be a finite number, got {self.eos_penalty}")
         if any(token < 0 for token in self.suppress):
             raise ValueError(f"ids to suppress must not be negative, got {self.suppress}")
+        if self.score_distribution not in SCORE_DISTRIBUTIONS:
+            raise ValueError(
+                f"score_distribution must be one of {', '.join(SCORE_DISTRIBUTIONS)}, got {self.score_distribution!r}"
+            )
 
     def uses_nucleus(self, vocab: int) -> bool:
         """Tell whether tokens are drawn from a nucleus of the whole vocabulary."""
@@ -109,16 +118,29 @@ def filtered_log_probs(logits: Tensor, config: LogitsConfig, *, suppress: tuple[
     """
     check_logits(logits, suppress)
     values, _ = from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
-    result = torch.full_like(values, -torch.inf)
     if config.temperature == 0.0:
+        result = torch.full_like(values, -torch.inf)
         return result.scatter_(1, values.argmax(dim=1, keepdim=True), 0.0)
+    return filtered_scores(values, config).double().log_softmax(dim=1).float()
+
+
+def filtered_scores(values: Tensor, config: LogitsConfig) -> Tensor:
+    """Return [n, vocab] float32 logits after temperature, top-k and nucleus, 0 the highest; -inf where left out.
+
+    A temperature of 0 divides by nothing.
+
+    Args:
+        values: [n, vocab] float32 logits, the highest of a row being 0.
+        config: temperature and filters.
+    """
+    config = config if config.temperature > 0.0 else replace(config, temperature=1.0)
     if config.top_k is not None and config.top_k < values.shape[1]:
         ids, scores = top_k_scores(values, config, config.top_k)
-        return result.scatter_(1, ids, scores.log_softmax(dim=1).float())
+        return torch.full_like(values, -torch.inf).scatter_(1, ids, scores.float())
     scaled = values / clamped(config.temperature)
     if config.top_p < 1.0:
         scaled = scaled.masked_fill(~nucleus_mask(values, scaled.exp(), config.top_p), -torch.inf)
-    return scaled.double().log_softmax(dim=1).float()
+    return scaled
 
 
 def check_logits(logits: Tensor, suppress: tuple[int, ...]) -> None:

@@ -15,6 +15,7 @@ from .moves import Made, ask, counts, decide, revise, settle, written
 from .prediction import Context, Denoiser, Scores, check_context, predict
 from .stable import StableStop
 from .state import Plan, SamplerState, next_turn, start
+from .steps import CommitSchedule
 from .strategies import Strategy
 
 _NO_EDITS = Edits()
@@ -67,6 +68,7 @@ def sample(
     first_step: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
+    commit_schedule: CommitSchedule = "even",
     stable_stop: StableStop | None = None,
     edits: Edits | None = None,
     end_ids: Sequence[int] = (),
@@ -94,6 +96,8 @@ def sample(
             it draws other numbers now; 0 by default.
         schedule: the noise schedule that sets the pace; by default linear.
         block_length: editable positions of a row that are decided together, from left to right; None is all at once.
+        commit_schedule: how many tokens the steps of a block commit where a strategy goes by number, and with what
+            chance in random order: `even`, or `dream`, see `sampling.steps`.
         stable_stop: when to commit the rest of a block; never by default.
         edits: which decided tokens are rewritten; none by default. Their further steps come on top of `steps`.
         end_ids: tokens behind which nothing is text. By default there are none.
@@ -118,6 +122,7 @@ def sample(
         first_step=first_step,
         schedule=schedule,
         block_length=block_length,
+        commit_schedule=commit_schedule,
         end_ids=end_ids,
         stop_at_end=stop_at_end,
         eos_last=eos_last,

@@ -9,10 +9,12 @@ from .edits import MOST_BY_DEFAULT, Edits, edits_of
 from .length import PREDICTORS, PredictorName, check_coverage
 from .logits import LogitsConfig
 from .stable import StableStop
+from .steps import COMMIT_SCHEDULES, CommitSchedule
 from .strategies import Strategy, get_strategy
 
 EarlyStop = Literal["none", "eos", "predict", "grow"]
 EARLY_STOPS: tuple[EarlyStop, ...] = get_args(EarlyStop)
+_OWN_PACE = ("topk", "confidence_threshold", "entropy_bound", "remdm")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class SamplingSettings:
         denoising_strategy: see `sampling.strategies`.
         diffusion_steps: denoising steps of a whole canvas, at most; one that grows gets its share for each part.
         block_length: tokens decided together, from left to right; None is all at once.
-        logits: temperature, filters, penalty, guidance.
+        commit_schedule: how many tokens each step commits: `even` shares, LLaDA's, or those of `dream`; of the
+            strategies that go by number, and of `random` the chances.
+        logits: temperature, filters, penalty, guidance, and which distribution is scored.
         confidence_threshold: of the strategy of this name.
         entropy_bound: of the strategy of this name, in nats.
         remask_cap: of the strategy remdm, the most that a token's chance to be masked again may be.
@@ -45,6 +49,7 @@ class SamplingSettings:
     denoising_strategy: str = "low_confidence"
     diffusion_steps: int = 64
     block_length: int | None = None
+    commit_schedule: CommitSchedule = "even"
     logits: LogitsConfig = field(default_factory=lambda: LogitsConfig(temperature=0.95, top_p=0.9))
     confidence_threshold: float = 0.9
     entropy_bound: float = 0.1
@@ -83,6 +88,9 @@ class SamplingSettings:
                 f"stable_steps: {self.stable_stop.stable_steps} does not go with denoising_strategy: remdm, which "
                 "masks again what was committed; remove stable_steps, or take another strategy"
             )
+        check_scores(
+            self.denoising_strategy, self.commit_schedule, self.logits.score_distribution, self.stable_stop is not None
+        )
         self.edits(MOST_BY_DEFAULT)  # whatever the checkpoint says, the rest has to fit
 
     def strategy(self) -> Strategy:
@@ -105,3 +113,28 @@ class SamplingSettings:
             ValueError: naming the keys, if there are further steps and nothing to do in them.
         """
         return edits_of(self.edit_ratio, self.edit_threshold, self.edit_steps, default=uniform_ratio)
+
+
+def check_scores(strategy: str, commit_schedule: str, score_distribution: str, stable: bool) -> None:
+    """Look at the keys commit_schedule and score_distribution.
+
+    Args:
+        strategy: name of the denoising strategy.
+        commit_schedule: see `SamplingSettings`.
+        score_distribution: see `LogitsConfig`.
+        stable: whether there is a stable stop, which goes by entropies.
+    Raises:
+        ValueError: if one has no effect, or there is no such schedule.
+    """
+    if commit_schedule not in COMMIT_SCHEDULES:
+        raise ValueError(f"commit_schedule must be one of {', '.join(COMMIT_SCHEDULES)}, got {commit_schedule!r}")
+    if commit_schedule != "even" and strategy in _OWN_PACE:
+        raise ValueError(
+            f"commit_schedule: {commit_schedule} has no effect, as denoising_strategy: {strategy} has a pace of its "
+            "own; take entropy, margin, low_confidence or random, or remove commit_schedule"
+        )
+    if score_distribution != "model" and strategy in ("random", "remdm") and not stable:
+        raise ValueError(
+            f"score_distribution: {score_distribution} has no effect, as denoising_strategy: {strategy} scores no "
+            "position; take entropy, margin or low_confidence, or remove score_distribution"
+        )

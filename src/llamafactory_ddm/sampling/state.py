@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.noise import Stream
 from ..diffusion.philox import keyed_uniform
 from ..diffusion.schedules import LinearSchedule, NoiseSchedule
-from .steps import pace_of_blocks, split_into_blocks, steps_of_blocks
+from .steps import CommitSchedule, pace_of_blocks, split_into_blocks, steps_of_blocks
 
 MOST_ROWS = 2**32
 TRIES = 8  # columns of uniform numbers: draws outside the nucleus are repeated, see `draw_tokens`
@@ -170,6 +170,7 @@ def start(
     first_step: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
+    commit_schedule: CommitSchedule = "even",
     end_ids: Sequence[int] = (),
     stop_at_end: bool = True,
     eos_last: bool = False,
@@ -194,7 +195,7 @@ def start(
     _check(x, editable, rows, first_step)
     block = split_into_blocks(editable, block_length)
     block_steps = steps_of_blocks(block, steps)
-    budget, chance = pace_of_blocks(block, block_steps, steps, schedule)
+    budget, chance = pace_of_blocks(block, block_steps, steps, schedule, commit_schedule)
     plan = Plan(
         mask_id=mask_id,
         steps=steps,

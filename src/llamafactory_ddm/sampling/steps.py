@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from ..diffusion.schedules import NoiseSchedule
 
 NO_BLOCK = -1
+CommitSchedule = Literal["even", "dream"]
+COMMIT_SCHEDULES: tuple[CommitSchedule, ...] = get_args(CommitSchedule)
+_LAST_TIME = 1e-3  # Dream's eps
 
 
 def reveal_probability(step: int, steps: int, schedule: NoiseSchedule) -> float:
@@ -80,6 +85,38 @@ def transfer_budget(n_masked: Tensor, steps: int, schedule: NoiseSchedule) -> Te
     return revealed.diff(dim=1, prepend=torch.zeros_like(revealed[:, :1]))
 
 
+def dream_shares(steps: int, schedule: NoiseSchedule) -> Tensor:
+    """Return [steps] float32, the share of the tokens still masked that each step reveals; all of them in the last.
+
+    The steps go from t = 1 to 1e-3; with the linear schedule the share is 1 - s / t. It is computed in float32, as
+    published, so that whole numbers of tokens round alike.
+
+    Raises:
+        ValueError: if `steps` is below 1.
+    Source: Dream (arXiv 2508.15487), the sampler of its published code.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    times = torch.linspace(1.0, _LAST_TIME, steps + 1)
+    masked = (1.0 - schedule.alpha(times.double())).float()
+    shares = 1.0 - masked[1:] / masked[:-1]
+    shares[-1] = 1.0
+    return shares
+
+
+def dream_budget(n_masked: int, steps: int, schedule: NoiseSchedule) -> list[int]:
+    """Return how many tokens each step commits: int(n share), with n tokens still masked and `dream_shares`.
+
+    Raises:
+        ValueError: if `steps` is below 1.
+    """
+    budget = []
+    for share in dream_shares(steps, schedule):
+        budget.append(int(share * n_masked))
+        n_masked -= budget[-1]
+    return budget
+
+
 def kept_masked(n: Tensor, left: Tensor, steps: Tensor, schedule: NoiseSchedule) -> Tensor:
     """Return how many of n positions stay masked while `left` of `steps` steps are still to come.
 
@@ -145,7 +182,9 @@ def steps_of_blocks(block: Tensor, steps: int) -> Tensor:
     return torch.where(place < blocks[:, None], result, 0)
 
 
-def pace_of_blocks(block: Tensor, block_steps: Tensor, steps: int, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+def pace_of_blocks(
+    block: Tensor, block_steps: Tensor, steps: int, schedule: NoiseSchedule, commit_schedule: CommitSchedule = "even"
+) -> tuple[Tensor, Tensor]:
     """Return what each step commits by number and by chance, the blocks of a row one after another.
 
     Args:
@@ -153,11 +192,24 @@ def pace_of_blocks(block: Tensor, block_steps: Tensor, steps: int, schedule: Noi
         block_steps: [batch, n_blocks] int64, from `steps_of_blocks`.
         steps: of the whole row.
         schedule: sets the pace.
+        commit_schedule: `even`, see `transfer_budget` and `reveal_probability`, or `dream`, see `dream_shares`.
     Returns:
         [batch, steps] int64, the budgets, and [batch, steps] float64, the chances to be revealed.
     """
     n_blocks = block_steps.shape[1]
     sizes = torch.stack([(block == index).sum(dim=1) for index in range(n_blocks)], dim=1).tolist()
+
+    def numbers_of(size: int, count: int) -> list[int]:
+        if commit_schedule == "dream":
+            return dream_budget(size, count, schedule)
+        even: list[int] = transfer_budget(torch.tensor([size]), count, schedule)[0].tolist()
+        return even
+
+    def chances_of(count: int) -> list[float]:
+        if commit_schedule == "dream":
+            return list(map(float, dream_shares(count, schedule)))
+        return [reveal_probability(step, count, schedule) for step in range(count)]
+
     budgets: dict[tuple[int, int], list[int]] = {}
     chances: dict[int, list[float]] = {}
     budget, chance = [], []
@@ -168,9 +220,9 @@ def pace_of_blocks(block: Tensor, block_steps: Tensor, steps: int, schedule: Noi
             if not count:
                 continue
             if (size, count) not in budgets:
-                budgets[size, count] = transfer_budget(torch.tensor([size]), count, schedule)[0].tolist()
+                budgets[size, count] = numbers_of(size, count)
             if count not in chances:
-                chances[count] = [reveal_probability(step, count, schedule) for step in range(count)]
+                chances[count] = chances_of(count)
             numbers += budgets[size, count]
             probabilities += chances[count]
         budget.append(numbers + [0] * (steps - len(numbers)))

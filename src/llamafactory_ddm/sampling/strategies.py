@@ -83,7 +83,10 @@ class Budgeted:
             `entropy`, of which the lowest is best.
     Source: LLaDA (arXiv 2502.09992), section 2.4, for the budget and `low_confidence`; Kim et al. 2025 (arXiv
         2502.06768), section 4, for the margin; Dream (arXiv 2508.15487) for the entropy.
-    Deviates: Dream takes margin and entropy of the filtered distribution; here all are the model's own.
+    Deviates: Dream scores the filtered distribution and commits by its own schedule; here that is
+        `score_distribution: filtered` and `commit_schedule: dream`, and by default the scores are the model's own and
+        the budget LLaDA's. Of equal scores the earlier position comes first, which Dream leaves to `topk`, and
+        [MASK] is never drawn.
     """
 
     name: str
