@@ -2,6 +2,7 @@ import json
 import shutil
 import struct
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from llamafactory_ddm.modeling.checkpoints import (
     BrokenCheckpointError,
     last_complete_checkpoint,
     load_weights,
+    stored_dtype,
     verify_checkpoint,
+    weight_files,
 )
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.modeling.published import layout_of_folder
 from support.tiny import tiny_model
 
 CONFIG = DiffusionConfig("<|mask|>", 39, True, "masked", 0.0, "linear", 1.0)
@@ -257,6 +261,71 @@ def test_a_tampered_index(folder, table):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
     with pytest.raises(BrokenCheckpointError, match=r"model\.safetensors\.index\.json"):
         verify_checkpoint(folder)
+
+
+OUTSIDE = [
+    "../outside.safetensors",
+    "sub/../../outside.safetensors",
+    "/outside.safetensors",
+    "..",
+    "a\\b.safetensors",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_names_files_of_its_own_folder_only(folder, name):
+    """Files that are there, so that nothing but the name can be wrong."""
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    table = json.loads(index.read_text())["weight_map"]
+    (folder / "sub").mkdir()
+    (folder / "b.safetensors").rename(folder.parent / "outside.safetensors")
+    if name.startswith("/"):
+        name = str(folder.parent / "outside.safetensors")
+    index.write_text(json.dumps({"weight_map": {k: name if v == "b.safetensors" else v for k, v in table.items()}}))
+    for use in (verify_checkpoint, weight_files, stored_dtype, layout_of_folder, last_weights):
+        with pytest.raises(BrokenCheckpointError, match=r"index\.json names .*, which is no file of its folder"):
+            use(folder)
+
+
+def last_weights(folder):
+    """Ask as a run does that is to be resumed."""
+    faults = last_complete_checkpoint(folder.parent)[1]
+    raise BrokenCheckpointError(faults[0][1])
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", 5, "gone.safetensors"])
+def test_a_config_names_weights_of_its_own_folder_only(folder, name):
+    """Transformers reads the file of that name, and not the one that has been checked."""
+    (folder / "config.json").write_text(json.dumps({"transformers_weights": name}))
+    with pytest.raises(BrokenCheckpointError, match=r"config\.json names .*(no file of its folder|not found there)"):
+        verify_checkpoint(folder)
+
+
+def test_a_config_that_names_its_weights(folder):
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    (folder / "model.safetensors").write_bytes(b"of no one")
+    (folder / "config.json").write_text(json.dumps({"transformers_weights": "other.safetensors"}))
+    verify_checkpoint(folder)
+
+
+def test_files_of_a_hubs_cache_are_links_to_elsewhere(folder):
+    shard(folder)
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.glob("*.safetensors"))):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("..") / "blobs" / str(number))
+    verify_checkpoint(folder)
+    assert {path.name for path in weight_files(folder)} == {"a.safetensors", "b.safetensors"}
+
+
+def test_of_several_the_file_is_checked_that_transformers_reads(folder):
+    shard(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"old")
+    verify_checkpoint(folder)
+    assert {path.name for path in weight_files(folder)} == {"a.safetensors", "b.safetensors"}
 
 
 def test_a_shard_of_another_save(folder):

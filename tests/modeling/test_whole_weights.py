@@ -116,3 +116,21 @@ def test_an_adapter_that_lacks_weights_is_an_error(tmp_path, part):
     change(tmp_path / "adapter", without(part), "adapter_model.safetensors")
     with pytest.raises(ValueError, match=f"weights of the adapter .*adapter lack .*{part}"):
         load(tmp_path / "adapter", device="cpu")
+
+
+def test_the_base_of_an_adapter_is_checked_too(tmp_path):
+    """Its index may name what it likes, and is read by transformers alone."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    get_peft_model(save(base), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    FACTS.save(adapter)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, adapter)
+    shutil.copytree(base, tmp_path / "elsewhere")
+    table = dict.fromkeys(load_file(base / "model.safetensors"), "../elsewhere/model.safetensors")
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    for folder in (base, adapter):
+        with pytest.raises(ValueError, match="no file of its folder"):
+            load(folder)

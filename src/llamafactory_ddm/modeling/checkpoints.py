@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from .diffusion_config import FILE_NAME, DiffusionConfig
 
-_SINGLE, _INDEX = (
-    ("model.safetensors", "pytorch_model.bin"),
-    ("model.safetensors.index.json", "pytorch_model.bin.index.json"),
-)
+# In the order in which transformers looks for them.
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 _ZIPPED = ("optimizer.pt", "scheduler.pt", "training_args.bin")
@@ -93,33 +91,72 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _weight_table(folder: Path) -> dict[Path, set[str]]:
-    """Return each file of weights with the keys that an index promises in it; the set is empty without an index."""
-    for name in (*_SINGLE, *_ADAPTER):
-        if (folder / name).is_file():
-            return {folder / name: set()}
-    for name in _INDEX:
-        index = folder / name
-        if not index.is_file():
+    """Return each file of weights with the keys that an index promises in it; the set is empty without an index.
+
+    Of several the first is taken, in the order in which transformers looks for them.
+    """
+    named = _named_by_config(folder)
+    for name in named or (*_NAMES, *_ADAPTER):
+        if not (folder / name).is_file():
             continue
-        table: dict[Path, set[str]] = {}
-        try:
-            for key, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-                table.setdefault(folder / shard, set()).add(key)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BrokenCheckpointError(f"{index} is not a readable index of weights ({error})") from error
-        missing = [path.name for path in table if not path.is_file()]
-        if missing or not table:
-            raise BrokenCheckpointError(
-                f"{index} names {', '.join(missing) or 'no shard'}, not found in {folder}; download or copy it again"
-            )
-        return table
+        return _shards(folder, folder / name) if name.endswith(".index.json") else {folder / name: set()}
+    if named:
+        raise BrokenCheckpointError(f"{folder / 'config.json'} names {named[0]}, not found there; copy it again")
     shards = sorted(path.name for path in folder.glob("*-of-*.safetensors"))
     if shards:
         raise BrokenCheckpointError(
             f"{folder} holds {shards[0]} but no model.safetensors.index.json, which says what each shard holds; "
             "download or copy it again"
         )
-    raise BrokenCheckpointError(f"{folder} holds no weights (none of {', '.join((*_SINGLE, *_INDEX))})")
+    raise BrokenCheckpointError(f"{folder} holds no weights (none of {', '.join(_NAMES)})")
+
+
+def _named_by_config(folder: Path) -> tuple[str, ...]:
+    """Return the file of weights that config.json names, which transformers reads in place of the usual ones.
+
+    Raises:
+        BrokenCheckpointError: if it is none of this folder.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # an adapter has none; a broken one is found where it is read
+        return ()
+    name = raw.get("transformers_weights") if isinstance(raw, dict) else None
+    return () if name is None else (_own_file(folder / "config.json", name),)
+
+
+def _own_file(source: Path, name: Any) -> str:
+    """Return the name of a file that `source` says lies beside it.
+
+    The name is judged and not where it leads: in a hub's cache each file is a link to one elsewhere.
+
+    Raises:
+        BrokenCheckpointError: if it is no bare name, so that a folder which was downloaded could name any file.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise BrokenCheckpointError(
+            f"{source} names {name!r}, which is no file of its folder; download the folder again, from where you "
+            "trust it, or do not use it"
+        )
+    return name
+
+
+def _shards(folder: Path, index: Path) -> dict[Path, set[str]]:
+    """Return each file that an index names, with the keys that it promises there."""
+    table: dict[Path, set[str]] = {}
+    try:
+        for key, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            table.setdefault(folder / _own_file(index, shard), set()).add(key)
+    except BrokenCheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BrokenCheckpointError(f"{index} is not a readable index of weights ({error})") from error
+    missing = [path.name for path in table if not path.is_file()]
+    if missing or not table:
+        raise BrokenCheckpointError(
+            f"{index} names {', '.join(missing) or 'no shard'}, not found in {folder}; download or copy it again"
+        )
+    return table
 
 
 def _verify_safetensors(path: Path, keys: set[str]) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import read_weights, some, weight_files
+from .checkpoints import read_weights, some, verify_checkpoint, weight_files
 
 _logger = logging.getLogger(__name__)
 _ADAPTER_PREFIX = "base_model.model."
@@ -25,9 +25,11 @@ def load_whole(kind: Any, **kwargs: Any) -> Any:
         kind: a class of transformers, such as AutoModelForCausalLM.
         kwargs: of from_pretrained, with pretrained_model_name_or_path.
     Raises:
-        ValueError: naming the folder, and what is missing or of another shape.
+        ValueError: naming the folder, and what is missing, of another shape, or not whole.
     """
     name = kwargs["pretrained_model_name_or_path"]
+    if Path(name).is_dir() and not kwargs.get("subfolder"):
+        verify_checkpoint(name)
     with _without_report():
         model, found = kind.from_pretrained(**{"ignore_mismatched_sizes": True, **kwargs}, output_loading_info=True)
     buffers = dict(model.named_buffers())
