@@ -78,11 +78,14 @@ class TextGenerator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.config = config
-        self.start_id = start_token_id(tokenizer) if config.shift else None
+        self.start_id = None
+        if config.shift:
+            self.start_id = start_token_id(tokenizer) if config.start_token_id is None else config.start_token_id
         pads = () if config.variable_length is None else config.variable_length.pad_token_ids
-        self.codec = TextCodec(tokenizer, config.mask_token_id, pads)
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-        self._ends = {*eos, *pads}  # none of them, and nothing behind them, is text
+        ends = eos if config.end_token_ids is None else config.end_token_ids
+        self._ends = {*ends, *pads}  # none of them, and nothing behind them, is text
+        self.codec = TextCodec(tokenizer, config.mask_token_id, sorted(self._ends))
         n_ids = max(tokenizer.get_vocab().values()) + 1  # rows of the model beyond are no tokens
         self.writer = Writer(model, config, end_ids=sorted(self._ends), n_ids=n_ids, lengths=lengths)
         if probe:

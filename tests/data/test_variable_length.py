@@ -114,3 +114,13 @@ def test_a_row_as_long_as_the_canvas_fits_and_a_longer_one_does_not():
     assert not VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=4).fits({"input_ids": [5, 6, 7, 8]})
     with pytest.raises(ValueError, match=r"5 tokens, its end included, does not fit cutoff_len: 4.*drop_overlong"):
         short([ANSWER])
+
+
+def test_a_stop_word_ends_an_answer_and_no_document():
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=6, end_ids=(8,))
+    assert collator.row({"input_ids": [8, 6, 8, 4], "labels": [-100, 6, 8, 4]}) == (
+        [8, 6, 8],
+        [False, True, True],
+        2,
+    )
+    assert collator.row({"input_ids": [6, 8]})[0] == [6, 8, EOS]

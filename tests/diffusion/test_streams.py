@@ -42,7 +42,7 @@ def sampled(steps, first_step=0):
 
 def measured(_):
     table = lambda masked: torch.zeros(int(masked.sum()), MASK)  # noqa: E731
-    statistics(EndRows(ALL, ~ALL, END, 0, ROWS), table, eos_id=1, pad_ids=[])
+    statistics(EndRows(ALL, ~ALL, END, 0, ROWS), table, end_ids=[1], pad_ids=[])
 
 
 USES = {

@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from llamafactory_ddm.modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
 
 CONFIG = DiffusionConfig(
     mask_token="<|mask|>",
@@ -31,6 +32,22 @@ def test_what_is_saved_is_loaded(tmp_path):
     CONFIG.save(tmp_path)
     assert DiffusionConfig.load(tmp_path) == DiffusionConfig.find(tmp_path) == CONFIG
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_start_ends_and_template_are_loaded_and_may_be_absent(tmp_path):
+    parts = (Part("<s>"), Part(None, ("Q: ", "\nA: ")))
+    config = replace(
+        CONFIG,
+        start_token="<s>",
+        start_token_id=1,
+        end_tokens=("</s>", "<|im_end|>"),
+        end_token_ids=(2, 3),
+        template=PromptTemplate("x", parts),
+    )
+    config.save(tmp_path)
+    assert DiffusionConfig.load(tmp_path) == config
+    write(tmp_path, **dict.fromkeys(("start_token", "start_token_id", "end_tokens", "end_token_ids", "template"), ...))
+    assert DiffusionConfig.load(tmp_path) == CONFIG
 
 
 def test_no_file_is_none(tmp_path):
@@ -62,6 +79,14 @@ def test_no_file_is_none(tmp_path):
         ({"train_on_padding": "yes"}, "train_on_padding must be bool or NoneType"),
         ({"sep_token": "x"}, "sep_token 'x' with sep_token_id None is no token"),
         ({"sep_token": "x", "sep_token_id": -1}, "with sep_token_id -1 is no token"),
+        ({"start_token": "x"}, "start_token 'x' with start_token_id None is no token"),
+        ({"end_tokens": ["x"]}, r"end_tokens \['x'\] with end_token_ids None are no tokens"),
+        ({"end_tokens": ["x"], "end_token_ids": [1, 2]}, "are no tokens"),
+        ({"end_tokens": ["x"], "end_token_ids": ["1"]}, "are no tokens"),
+        ({"end_tokens": "x"}, "end_tokens must be list or NoneType"),
+        ({"template": {"name": "x"}}, "template: .* is no template of this version"),
+        ({"template": {"name": "x", "parts": [{"token": None, "text": []}]}}, "is no part of a template"),
+        ({"template": {"name": "x", "parts": [{"token": "a", "text": ["b"]}]}}, "is no part of a template"),
     ],
 )
 def test_a_tampered_file_is_an_error_that_names_it(tmp_path, changes, words):

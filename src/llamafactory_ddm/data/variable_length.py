@@ -29,7 +29,7 @@ class VariableLengthCollator:
     - `end`: [batch] int64, index of the end-of-text token.
 
     Attributes:
-        eos_id: ends a text; added where a row lacks it.
+        eos_id: ends a text; added where a row lacks an end.
         pad_ids: what stands behind the end, in turn: the end-of-text token itself (`eos_eos`), a token of its own
             (`eos_pad`), or several (`rainbow`).
         canvas: the most tokens of a row.
@@ -39,6 +39,7 @@ class VariableLengthCollator:
             many is decided by the row's own tokens, so that it is the same in every epoch, run and process. A model
             that only sees canvases that end with the text's last block takes their size for the length of the text.
         multiple: make the rectangle's length a multiple of so many tokens.
+        end_ids: of further tokens that end an answer, such as a template's stop words.
     Source: Rainbow Padding (arXiv 2510.03680) for `rainbow`; variable-length DiffuGPT for the other two.
     """
 
@@ -49,6 +50,7 @@ class VariableLengthCollator:
     block: int | None = None
     extra: int | None = None
     multiple: int = 1
+    end_ids: tuple[int, ...] = ()
 
     def row(self, feature: Mapping[str, Any]) -> tuple[list[int], list[bool], int]:
         """Return a row's clean ids up to its end, which of them noise may fall on, and the index of the end.
@@ -65,7 +67,8 @@ class VariableLengthCollator:
                 ids = [self.start_id, *ids]
             maskable = [True] * len(ids)
         first = 0 if self.start_id is None else 1  # the start token may be the same as the end
-        end = max((n for n in range(first, len(ids)) if maskable[n] and ids[n] == self.eos_id), default=None)
+        ends = {self.eos_id, *(self.end_ids if "labels" in feature else ())}
+        end = max((n for n in range(first, len(ids)) if maskable[n] and ids[n] in ends), default=None)
         if end is not None and (end == len(ids) - 1 or ("labels" in feature and all(maskable[end:]))):
             return ids[: end + 1], maskable[: end + 1], end
         return [*ids, self.eos_id], [*maskable, True], len(ids)

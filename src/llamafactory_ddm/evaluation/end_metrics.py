@@ -59,19 +59,19 @@ def columns() -> int:
     return len(REVEALED) * _COUNTS + QUARTERS * _CONFUSION
 
 
-def statistics(batch: EndRows, logits: Logits, *, eos_id: int, pad_ids: Sequence[int]) -> Tensor:
+def statistics(batch: EndRows, logits: Logits, *, end_ids: Sequence[int], pad_ids: Sequence[int]) -> Tensor:
     """Return what each row adds to the metrics.
 
     Args:
         batch: rows with their ends.
         logits: gives the model's logits where a row is masked.
-        eos_id: of the end-of-text token.
-        pad_ids: of what stands behind it.
+        end_ids: of the tokens that end a text, of which any will do.
+        pad_ids: of what stands behind them.
     Returns:
         [batch, columns()] float64 on the CPU, to be summed over rows; 0 for a row without an end.
     """
-    ends = torch.tensor(sorted({eos_id, *pad_ids}))
-    parts = [_first_step(batch, share, logits, eos_id, ends) for share in REVEALED]
+    ends = torch.tensor(sorted({*end_ids, *pad_ids}))
+    parts = [_first_step(batch, share, logits, sorted(end_ids), ends) for share in REVEALED]
     parts += [_quarter(batch, number, logits, ends) for number in range(QUARTERS)]
     return torch.cat(parts, dim=1) * (batch.end >= 0)[:, None]
 
@@ -91,7 +91,7 @@ def hidden_after_revealing(batch: EndRows, share: float) -> Tensor:
     return batch.maskable & ~lowest(u, text, count)
 
 
-def _first_step(batch: EndRows, share: float, logits: Logits, eos_id: int, ends: Tensor) -> Tensor:
+def _first_step(batch: EndRows, share: float, logits: Logits, end_ids: Sequence[int], ends: Tensor) -> Tensor:
     """Return [batch, 6] float64: see `_COUNTS`."""
     masked = hidden_after_revealing(batch, share)
     found = logits(masked)
@@ -99,11 +99,11 @@ def _first_step(batch: EndRows, share: float, logits: Logits, eos_id: int, ends:
     at_end = place[:, 1] == batch.end[place[:, 0]]
     row = place[at_end, 0]
     there = found[at_end.to(found.device)].float()
-    own = there[:, eos_id]
+    own = there[:, list(end_ids)]
     result = torch.zeros(len(masked), _COUNTS, dtype=torch.float64)
     result[row, 0] = 1.0
-    result[row, 1] = (own - there.logsumexp(dim=1)).exp().cpu().double()
-    rank = (there > own[:, None]).sum(dim=1).cpu().double() + 1.0
+    result[row, 1] = (own.logsumexp(dim=1) - there.logsumexp(dim=1)).exp().cpu().double()
+    rank = (there > own.amax(dim=1, keepdim=True)).sum(dim=1).cpu().double() + 1.0
     result[row, 2] = (rank == 1).double()
     result[row, 3] = 1.0 / rank
     # The text is as long as the first place where the model would write an end, or as the canvas.
@@ -135,7 +135,7 @@ def metrics(total: Tensor) -> dict[str, dict[str, float]]:
     """Return the metrics of summed statistics.
 
     `revealed 0.25` and so on hold, at the first denoising step with so much of the text given, at the true place of
-    the end the mean probability of the end-of-text token (`p_eos`), how often it is the most probable one (`top1`) and
+    the end the mean probability of a token that ends a text (`p_eos`), how often one is the most probable (`top1`) and
     its mean reciprocal rank (`mrr`); and the mean absolute and root mean square error in tokens of the length, which
     is where an end or a pad is first the most probable token (`length_mae`, `length_rmse`).
 

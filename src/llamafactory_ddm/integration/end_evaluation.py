@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ JSON, PLOT = "eos_metrics.json", "eos_metrics.png"
 
 
 @torch.no_grad()
-def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, eos_id: int) -> dict[str, dict[str, float]]:
+def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, end_ids: Sequence[int]) -> dict[str, dict[str, float]]:
     """Return the metrics of a data set whose rows have ends: the same for any batch size or number of ranks.
 
     Raises:
@@ -51,7 +52,7 @@ def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, eos_id: int) -> di
         found = statistics(
             EndRows(clean.maskable & last_text(labelled, end), padding, end, EVALUATION_SEED, rows),
             logits,
-            eos_id=eos_id,
+            end_ids=end_ids,
             pad_ids=ends.pad_token_ids,
         )
         gathered: Tensor = trainer.accelerator.gather_for_metrics(found.float().to(device))

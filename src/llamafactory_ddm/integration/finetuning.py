@@ -9,6 +9,7 @@ from ..data.responses import ResponseCollator
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.digits import split_digits, splits_digits
 from ..modeling.mask_token import resolve_token
+from .start_and_end import with_padding, with_template
 from .templates import DIFFULLAMA, DiffuLlamaTemplate, uncut
 
 
@@ -90,11 +91,12 @@ def finetuned_config(
         )
     if settled is None:
         settled = not data_args.packing
+    config = with_template(replace(config, train_on_padding=settled), template, tokenizer, data_args)
+    config = with_padding(config, tokenizer)
     sep = template.sep_token if isinstance(template, DiffuLlamaTemplate) else None
     if sep is None:
-        return replace(config, train_on_padding=settled)
-    index = int(tokenizer.convert_tokens_to_ids(sep))
-    return replace(config, train_on_padding=settled, sep_token=sep, sep_token_id=index)
+        return config
+    return replace(config, sep_token=sep, sep_token_id=int(tokenizer.convert_tokens_to_ids(sep)))
 
 
 def response_collator(config: DiffusionConfig, tokenizer: Any, data_args: Any) -> ResponseCollator:

@@ -13,6 +13,7 @@ from ..modeling.diffusion_config import DiffusionConfig
 from .checks import check_cutoff, check_rows, datasets_explained
 from .finetuning import finetuned_config, settle_digits, settle_template, with_own_cut
 from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
+from .start_and_end import keep_end_token, take_stored_template, tell_other_template, with_start_and_end
 from .templates import uncut
 from .variable_length import LengthPlan, check_width, keep_fitting, settle_ends, settle_lengths
 from .vocabulary import Vocabulary, check_new_tokens, settle_vocabulary
@@ -71,8 +72,12 @@ def prepare_data(model_args: Any, data_args: Any, training_args: Any, finetuning
     tokenizer = tokenizer_module["tokenizer"]
     model_config = load_config(model_args)
     check_cutoff(model_config, data_args)
+    if finetunes:
+        take_stored_template(config, data_args)
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     loaded.additions.note(tokenizer, f"template: {data_args.template}")
+    if not finetunes:
+        keep_end_token(config, tokenizer, data_args, trains=training_args.do_train)
     lengths = settle_lengths(config, data_args, training_args, finetuning_args)
     if lengths is not None:
         check_width(lengths, model_config)
@@ -83,6 +88,7 @@ def prepare_data(model_args: Any, data_args: Any, training_args: Any, finetuning
     if finetunes:
         cuts = lengths is None
         template = settle_template(template, tokenizer, config, data_args, finetuning_args, cuts=cuts)
+        tell_other_template(config, template, tokenizer, data_args)
     preparing = with_own_cut(template, data_args) if lengths is None else uncut(data_args)
     dataset_module = _load_data(
         template, tokenizer_module, model_args, preparing, training_args, stage=finetuning_args.stage
@@ -101,6 +107,14 @@ def prepare_model(
     tokenizer, lengths = data.tokenizer_module["tokenizer"], data.lengths
     finetunes, dataset_module = finetuning_args.stage == "sft", data.dataset_module
     loaded = load_diffusion_model(tokenizer, data.vocabulary, data.config, model_args, finetuning_args, training_args)
+    loaded.diffusion_config = with_start_and_end(
+        loaded.diffusion_config,
+        data.template,
+        tokenizer,
+        data_args,
+        finetunes=finetunes,
+        trains=training_args.do_train,
+    )
     collator: VariableLengthCollator | None = None
     if lengths is not None:
         loaded.diffusion_config, collator = settle_ends(

@@ -160,11 +160,13 @@ def settle_ends(
     names = pad_names(tokenizer, plan.format, plan.colors, config.variable_length)
     ids = tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in names)
     ends = VariableLength(plan.format, names, ids, canvas=plan.canvas, block=plan.block, extra=plan.extra)
+    start = config.start_token_id
     collator = VariableLengthCollator(
         eos_id=int(tokenizer.eos_token_id),
+        end_ids=tuple(config.end_token_ids or ()),
         pad_ids=ids,
         canvas=plan.canvas,
-        start_id=start_token_id(tokenizer) if config.shift and not answers else None,
+        start_id=(start_token_id(tokenizer) if start is None else start) if config.shift and not answers else None,
         block=plan.block,
         extra=plan.extra,
         multiple=plan.multiple,

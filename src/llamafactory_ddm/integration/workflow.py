@@ -85,7 +85,7 @@ def run(
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if finetuning_args.eval_eos:
-        _evaluate_ends(trainer, dataset_module["eval_dataset"], loaded.tokenizer)
+        _evaluate_ends(trainer, dataset_module["eval_dataset"], loaded.diffusion_config.end_token_ids or ())
     if asked is not None:
         generate(trainer, loaded, *asked, model_args, finetuning_args)
     create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
@@ -133,12 +133,14 @@ def _make_collator(loaded: LoadedModel, data_args: Any, finetuning_args: Any) ->
     collator = DataCollatorWithPadding(loaded.tokenizer)
     if data_args.packing or not loaded.diffusion_config.shift:
         return collator
-    return StartTokenCollator(collator, start_token_id(loaded.tokenizer), max_positions(loaded.model.config))
+    start = loaded.diffusion_config.start_token_id
+    start = start_token_id(loaded.tokenizer) if start is None else start
+    return StartTokenCollator(collator, start, max_positions(loaded.model.config))
 
 
-def _evaluate_ends(trainer: DiffusionTrainer, dataset: Any, tokenizer: Any) -> None:
+def _evaluate_ends(trainer: DiffusionTrainer, dataset: Any, end_ids: tuple[int, ...]) -> None:
     for name, part in (dataset if isinstance(dataset, dict) else {"": dataset}).items():
-        found = evaluate_ends(trainer, part, eos_id=int(tokenizer.eos_token_id))
+        found = evaluate_ends(trainer, part, end_ids=end_ids)
         if trainer.is_world_process_zero():
             folder = Path(trainer.args.output_dir) / name
             folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,14 @@ from .key_tables import check_keys, is_tied
 from .own_code import LLADA, kind_behind, kind_of, raw_config
 from .own_code import published_config as published_config_of
 from .published import LAYOUTS, AnyLayout, Layout, embedding_rows, keys_of, layout_of
-from .source_parts import check_options, described_by_code, described_by_table, source_config, source_tokenizer
+from .source_parts import (
+    check_options,
+    described_by_code,
+    described_by_table,
+    source_config,
+    source_tokenizer,
+    with_start_and_end,
+)
 
 
 def convert(
@@ -114,7 +121,7 @@ def _convert_model(
             f"{described.mask_token_id}; name the model that they were trained from with --base"
         )
     tokenizer.save_pretrained(scratch)
-    described.save(scratch)
+    with_start_and_end(described, tokenizer).save(scratch)
     own = kind_behind(config.model_type, described.shift)
     if to_published and own is not None and not isinstance(wanted, Layout):
         raw = published_config_of(config, own, described.mask_token_id)

@@ -8,6 +8,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .prompt_template import PromptTemplate
+
 FILE_NAME = "diffusion_config.json"
 FORMAT_VERSION = 1
 
@@ -24,6 +26,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "train_on_padding": (bool, type(None)),
     "sep_token": (str, type(None)),
     "sep_token_id": (int, type(None)),
+    "start_token": (str, type(None)),
+    "start_token_id": (int, type(None)),
+    "end_tokens": (list, type(None)),
+    "end_token_ids": (list, type(None)),
+    "template": (dict, type(None)),
 }
 
 
@@ -92,6 +99,13 @@ class DiffusionConfig:
             finetuning.
         sep_token: spelling of the token between prompt and response in DiffuLLaMA's format, None where there is none.
         sep_token_id: its id.
+        start_token: spelling of the token that a text was trained to start from; None where none is needed, or from
+            before this was remembered: then it is the tokenizer's.
+        start_token_id: its id.
+        end_tokens: spellings of the tokens that a text was trained to end with, the tokenizer's own first; pads of
+            variable length are not among them. None from before this was remembered: then it is the tokenizer's.
+        end_token_ids: their ids.
+        template: how prompts were written in finetuning; None before finetuning.
     """
 
     mask_token: str
@@ -106,6 +120,11 @@ class DiffusionConfig:
     train_on_padding: bool | None = None
     sep_token: str | None = None
     sep_token_id: int | None = None
+    start_token: str | None = None
+    start_token_id: int | None = None
+    end_tokens: tuple[str, ...] | None = None
+    end_token_ids: tuple[int, ...] | None = None
+    template: PromptTemplate | None = None
 
     def save(self, folder: str | Path) -> None:
         """Write the file so that a reader sees the old one or the complete new one."""
@@ -145,6 +164,11 @@ class DiffusionConfig:
         _check(path, raw)
         if raw.get("variable_length") is not None:
             raw["variable_length"] = VariableLength.read(path, raw["variable_length"])
+        if raw.get("template") is not None:
+            raw["template"] = _template(path, raw["template"])
+        for key in ("end_tokens", "end_token_ids"):
+            if raw.get(key) is not None:
+                raw[key] = tuple(raw[key])
         return cls(**raw)
 
     @classmethod
@@ -167,6 +191,35 @@ class DiffusionConfig:
                     f"{key}: {value} contradicts the checkpoint, whose {FILE_NAME} says {key}: {stored}; "
                     f"remove {key} from the YAML, or start from another checkpoint"
                 )
+
+
+def _template(path: Path, raw: Any) -> PromptTemplate:
+    try:
+        return PromptTemplate.read(raw)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: template: {error} of this version; restore the file from a copy of the checkpoint, or upgrade "
+            "llamafactory-ddm"
+        ) from error
+
+
+def _check_tokens(path: Path, raw: dict[str, Any]) -> None:
+    """Check spellings of tokens against their ids: both or neither, and as many."""
+    for name in ("sep_token", "start_token"):
+        token, index = raw.get(name), raw.get(f"{name}_id")
+        if (token is None) != (index is None) or (index or 0) < 0:
+            raise ValueError(
+                f"{path}: {name} {token!r} with {name}_id {index} is no token; restore the file from a copy of the "
+                "checkpoint"
+            )
+    ends, ids = raw.get("end_tokens"), raw.get("end_token_ids")
+    sound = (ends is None) == (ids is None) and len(ends or ()) == len(ids or ())
+    sound = sound and all(isinstance(token, str) for token in ends or ())
+    if not sound or not all(type(index) is int and index >= 0 for index in ids or ()):
+        raise ValueError(
+            f"{path}: end_tokens {ends!r} with end_token_ids {ids!r} are no tokens; restore the file from a copy of "
+            "the checkpoint"
+        )
 
 
 def _check(path: Path, raw: dict[str, Any]) -> None:
@@ -197,11 +250,7 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
             f"{path}: mask_token {raw['mask_token']!r} with mask_token_id {raw['mask_token_id']} is no token; "
             "restore the file from a copy of the checkpoint"
         )
-    if (raw.get("sep_token") is None) != (raw.get("sep_token_id") is None) or (raw.get("sep_token_id") or 0) < 0:
-        raise ValueError(
-            f"{path}: sep_token {raw.get('sep_token')!r} with sep_token_id {raw.get('sep_token_id')} is no token; "
-            "restore the file from a copy of the checkpoint"
-        )
+    _check_tokens(path, raw)
     if raw["noise_process"] not in ("masked", "mixed"):
         raise ValueError(
             f"{path}: noise_process {raw['noise_process']!r} is not known to this version, which knows masked and "

@@ -25,7 +25,7 @@ from .own_code import OwnCode, kind_of, raw_config
 CACHE = "LLAMAFACTORY_DDM_CACHE"
 ORIGIN_NAME = "converted_from.json"
 # To be raised when `convert` makes something else of a LLaDA or Dream.
-_CONVERSION = 1
+_CONVERSION = 2
 # Weights, config and tokenizer; of a hub nothing else is fetched, code least of all.
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt")
 _BESIDE_WEIGHTS = 2**26  # bytes: config and tokenizer

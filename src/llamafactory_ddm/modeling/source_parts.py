@@ -14,6 +14,8 @@ from .mask_token import resolve_token
 from .own_code import OwnCode, kind_of, raw_config, standard_config
 from .published import AnyLayout, published_config, set_published_padding
 
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # of LLaDA and of Dream
+
 
 def source_config(source: Path, base: str | Path | None) -> Any:
     """Return the config of an ordinary model: from `base` where that is given, unless `source` is LLaDA or Dream.
@@ -135,3 +137,26 @@ def described_by_table(
     elif known is not None:
         set_published_padding(config.model_type, rows, tokenizer)
     return described
+
+
+def with_start_and_end(described: DiffusionConfig, tokenizer: Any) -> DiffusionConfig:
+    """Return what a checkpoint says about itself, with what its texts start from and end with if it does not say.
+
+    A published model ends a document with the tokenizer's end-of-text token, and a turn with what its chat template
+    puts behind one.
+    """
+    if described.end_tokens is not None:
+        return described
+    vocabulary = tokenizer.get_vocab()
+    chat = str(getattr(tokenizer, "chat_template", None) or "")
+    turns = [token for token in _TURN_ENDS if token in vocabulary and token in chat]
+    ends = [str(token) for token in (tokenizer.eos_token, *turns) if token is not None]
+    ends = list(dict.fromkeys(ends))
+    start = (tokenizer.bos_token or tokenizer.eos_token) if described.shift else None
+    return replace(
+        described,
+        start_token=None if start is None else str(start),
+        start_token_id=None if start is None else int(vocabulary[start]),
+        end_tokens=tuple(ends),
+        end_token_ids=tuple(int(vocabulary[token]) for token in ends),
+    )

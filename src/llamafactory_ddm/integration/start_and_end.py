@@ -1,0 +1,107 @@
+"""What texts start from, end with and are prompted by: settled once, in training, and kept by the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from llamafactory.data.template import TEMPLATES
+from llamafactory.extras import logging
+
+from ..data.collators import start_token_id
+from ..modeling.diffusion_config import DiffusionConfig
+from .prompting import end_tokens, recorded
+
+logger = logging.get_logger(f"llamafactory.{__name__}")
+
+
+def take_stored_template(config: DiffusionConfig | None, data_args: Any) -> None:
+    """Have a run that names no template take the one that the checkpoint was finetuned with."""
+    stored = None if config is None else config.template
+    if data_args.template is None and stored is not None and stored.name in TEMPLATES:
+        logger.info_rank0(f"template: is not given, and the checkpoint was finetuned with {stored.name}: it is taken.")
+        data_args.template = stored.name
+
+
+def keep_end_token(config: DiffusionConfig | None, tokenizer: Any, data_args: Any, *, trains: bool) -> None:
+    """Have documents end with what the checkpoint was trained to end them with, whatever the template says.
+
+    A run that trains may teach another end; it is told.
+    """
+    stored = () if config is None else config.end_tokens or ()
+    if not stored or tokenizer.eos_token in stored:
+        return
+    said = f"template: {data_args.template} ends texts with {tokenizer.eos_token}, but the checkpoint was trained to "
+    if trains:
+        logger.warning_rank0(f"{said}end them with {stored[0]}; from here on it learns the former.")
+        return
+    logger.warning_rank0(f"{said}end them with {stored[0]}, which is what counts here; remove template.")
+    tokenizer.eos_token = stored[0]
+
+
+def tell_other_template(config: DiffusionConfig | None, template: Any, tokenizer: Any, data_args: Any) -> None:
+    """Say in one line if prompts are written otherwise than those that the checkpoint was finetuned on."""
+    stored = None if config is None else config.template
+    if stored is None:
+        return
+    here = recorded(template, tokenizer, data_args.template)
+    if here.parts == stored.parts:
+        return
+    name = "none" if stored.name is None else stored.name
+    if stored.name == data_args.template:
+        said = "the same with another system prompt (default_system), way of thinking (enable_thinking) or sep_token"
+    else:
+        said = f"template: {name}"
+    logger.warning_rank0(
+        f"template: {data_args.template} writes prompts otherwise than those that the checkpoint was finetuned on, "
+        f"which was with {said}; remove the key to go on as it was."
+    )
+
+
+def with_start_and_end(
+    config: DiffusionConfig, template: Any, tokenizer: Any, data_args: Any, *, finetunes: bool, trains: bool
+) -> DiffusionConfig:
+    """Return what a checkpoint of this run says of the tokens that its texts start from and end with.
+
+    A run that trains adds the ends that it teaches to those that the checkpoint has learnt; one that does not takes
+    the checkpoint's, and under a template, whose turn the model has to end, the template's too.
+
+    Raises:
+        ValueError: if a start token is needed and the tokenizer has none.
+    """
+    start, start_id = config.start_token, config.start_token_id
+    if config.shift and start_id is None:
+        start_id = start_token_id(tokenizer)
+        start = str(tokenizer.convert_ids_to_tokens(start_id))
+    names = list(end_tokens(template, tokenizer)) if finetunes else _document_ends(tokenizer, data_args)
+    known = config.end_tokens
+    if known is not None:
+        names = [*names, *known] if trains else [*known, *names] if finetunes else list(known)
+    vocabulary = tokenizer.get_vocab()
+    names = [name for name in dict.fromkeys(names) if name in vocabulary and name != config.mask_token]
+    return replace(
+        config,
+        start_token=start,
+        start_token_id=start_id,
+        end_tokens=tuple(names),
+        end_token_ids=tuple(int(vocabulary[name]) for name in names),
+    )
+
+
+def with_padding(config: DiffusionConfig, tokenizer: Any) -> DiffusionConfig:
+    """Return the config with the padding among the ends: the model learns to write it behind a text."""
+    pad, index, ends = tokenizer.pad_token, tokenizer.pad_token_id, config.end_tokens or ()
+    if config.variable_length is not None or not config.train_on_padding or pad in (*ends, config.mask_token, None):
+        return config
+    return replace(config, end_tokens=(*ends, str(pad)), end_token_ids=(*(config.end_token_ids or ()), int(index)))
+
+
+def with_template(config: DiffusionConfig, template: Any, tokenizer: Any, data_args: Any) -> DiffusionConfig:
+    """Return the config with the way in which prompts are written."""
+    return replace(config, template=recorded(template, tokenizer, data_args.template))
+
+
+def _document_ends(tokenizer: Any, data_args: Any) -> list[str]:
+    """Return what upstream puts behind a document."""
+    own = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
+    return [*own, "<|end_of_text|>"] if data_args.template == "llama3" else own
