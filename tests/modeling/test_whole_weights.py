@@ -46,6 +46,11 @@ def without(part):
     return edit
 
 
+def said(caplog):
+    """Return what our own loader warned of."""
+    return [record.getMessage() for record in caplog.records if record.name.endswith("whole_weights")]
+
+
 @pytest.mark.parametrize(("part", "tied"), [("layers.1.", False), ("lm_head", False), ("embed_tokens", True)])
 def test_a_missing_weight_is_an_error(tmp_path, part, tied):
     save(tmp_path / "m", tied=tied)
@@ -62,7 +67,7 @@ def test_a_whole_model_loads_tied_or_not_in_one_file_or_many(tmp_path, kind, how
     model = save(tmp_path / "m", kind, tied=tied, **how)
     loaded = load(tmp_path / "m", device="cpu").model
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    assert not caplog.records
+    assert not said(caplog)
 
 
 def test_bin_files_are_held_to_the_same(tmp_path):
@@ -90,8 +95,8 @@ def test_weights_without_a_place_are_said(tmp_path, caplog):
     save(tmp_path / "m")
     change(tmp_path / "m", lambda weights: weights.update({"model.layers.2.mlp.up_proj.weight": torch.ones(48, 32)}))
     load(tmp_path / "m", device="cpu")
-    (record,) = caplog.records
-    assert "has no place for" in record.getMessage() and "layers.2.mlp.up_proj" in record.getMessage()
+    (line,) = said(caplog)
+    assert "has no place for" in line and "layers.2.mlp.up_proj" in line
 
 
 def test_a_table_that_the_model_makes_itself_may_be_absent(tmp_path):
