@@ -82,6 +82,18 @@ def test_places_by_belief(ended, margin, places):
     assert PREDICTORS["belief"].places(step(ended), margin).tolist() == [places]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])
+def test_how_a_quantile_deviates_from_an_interpolated_one(share):
+    """By the rank j of n: ours ends where j > q n, the published one where j > q (n - 1), so never later than ours."""
+    for seed in range(20):
+        ended = torch.rand(1, 17, generator=torch.Generator().manual_seed(seed))
+        places = int(PREDICTORS["eos_quantile"].places(FirstStep(torch.ones(1, 17, dtype=torch.bool), ended), share))
+        rank = ended[0].argsort().argsort()
+        first = next((n + 1 for n in range(17) if rank[n] > share * 17), 17)
+        published = next((n + 1 for n in range(17) if ended[0, n] > ended[0].quantile(share)), 17)
+        assert places == first >= published == next((n + 1 for n in range(17) if rank[n] > share * 16), 17)
+
+
 def test_places_by_a_quantile_of_the_row():
     """An end is less probable at 1, 0, 3, 2 of the four places than at the 1st, 2nd, 3rd, 4th."""
     seen = step([0.9, 0.2, 0.1, 0.8, 0.4])

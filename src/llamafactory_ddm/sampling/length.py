@@ -115,6 +115,9 @@ class ByPlace:
             probability. `eos_quantile`: the share of the row's places at which an end is less probable; the margin is
             a quantile. `token_classifier`: what a trained head says of the place's hidden state.
     Source: variable-length DiffuGPT's published code for `eos_quantile` and `token_classifier`.
+    Deviates: the published code interpolates the quantile q of the scores of a row's n places, so the place with j
+        lower ones exceeds it from j > q (n - 1); here from j > q n, one rank later at most, as the statistic is the
+        share j / n.
     """
 
     name: PredictorName
