@@ -54,6 +54,7 @@ ELSEWHERE = {
     "uniform_ratio",
     "random_truncate_ratio",
     "eval_time_samples",
+    "stop_after_nan_steps",
     "checkpoint_dir",
     "num_samples",
     "generate_from",
@@ -135,6 +136,15 @@ def test_eval_time_samples(train_small, tmp_path):
     )
     assert one != four
     assert one == pytest.approx(four, rel=0.2)
+
+
+def test_stop_after_nan_steps(train_small, tmp_path):
+    keys = {"learning_rate": 1e38, "max_grad_norm": 0, "max_steps": 5}
+    with pytest.raises(ValueError, match="the loss was NaN or infinite in steps 2 to 3, so training has stopped"):
+        train_small(tmp_path / "out", **keys)
+    with pytest.raises(ValueError, match="NaN or infinite after the last step, 5, so the model is not saved"):
+        train_small(tmp_path / "out", stop_after_nan_steps=0, **keys)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_mask_token_that_exists(train_small, tmp_path):

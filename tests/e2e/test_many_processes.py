@@ -189,3 +189,16 @@ def test_each_way_resumes(way, checkpoint, small_data, tmp_path):
     shutil.copytree(whole / "checkpoint-2", half / "checkpoint-2")
     spread(way, "full", half, checkpoint, small_data, f"resume_from_checkpoint={half / 'checkpoint-2'}")
     assert [log["loss"] for log in history(half)] == pytest.approx([log["loss"] for log in history(whole)], rel=1e-6)
+
+
+def test_a_diverged_run_stops_in_all_processes(checkpoint, small_data, tmp_path):
+    folder = tmp_path / "out"
+    more = (*WAYS["ddp"][0], "learning_rate=1.0e+38", "max_steps=8", "save_steps=1", "max_grad_norm=0")
+    with pytest.raises(AssertionError) as ended:
+        start("full", folder, checkpoint, small_data, *more, in_two=True)
+    said = str(ended.value)
+    for rank in (0, 1):
+        part = said.partition(f"rank {rank} ended with ")[2].partition("rank 1 ended")[0]
+        assert "the loss was NaN or infinite in steps 2 to 3" in part
+    assert not (folder / "model.safetensors").exists()
+    assert not list(folder.glob("checkpoint-*"))

@@ -37,6 +37,7 @@ def test_every_key_has_a_help_text():
         ("anneal_steps", "many", "whole number"),
         ("num_samples", 0, "num_samples must be at least 1"),
         ("eval_time_samples", 0, "eval_time_samples must be at least 1"),
+        ("stop_after_nan_steps", -1, "stop_after_nan_steps must be at least 0"),
         ("time_epsilon", 0.7, r"time_epsilon must lie in \[0, 0.5\]"),
         ("logits_temp", -1, "logits_temp must lie in"),
         ("logits_temp", float("nan"), "logits_temp must lie in"),

@@ -440,3 +440,26 @@ def test_logits_of_half_precision_are_not_copied_to_float32(make_trainer, monkey
     monkeypatch.setattr("llamafactory_ddm.integration.trainer.keep_half_logits", lambda model: False)
     assert run("theirs") == pytest.approx(ours, rel=1e-6)
     assert set(seen) == {torch.float32}
+
+
+def test_the_best_weights_are_saved_with_the_ratio_that_they_were_trained_at(make_trainer, tmp_path):
+    trainer = make_trainer(
+        evaluation=Rows(4, seed=1),
+        max_steps=3,
+        anneal_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    trainer.evaluate = lambda **_: {"eval_loss": float(trainer.state.global_step)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert trainer.reached_ratio() == 0.25
+    trainer.save_model()
+    assert json.loads((tmp_path / "out/diffusion_config.json").read_text())["attention_ratio"] == 0.25
+    trainer.args.load_best_model_at_end = False
+    trainer.train()  # the weights are the last step's again
+    assert trainer.reached_ratio() == 0.75

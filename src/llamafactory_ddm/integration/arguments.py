@@ -21,6 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _INTEGERS: dict[str, tuple[int, int | None]] = {
     "anneal_steps": (0, None),
     "eval_time_samples": (1, None),
+    "stop_after_nan_steps": (0, None),
     **length_keys.INTEGERS,
     **sampling_arguments.INTEGERS,
 }
@@ -124,6 +125,15 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
     eval_time_samples: int = field(
         default=4,
         metadata={"help": "Diffusion: noise levels per evaluated row, stratified over the time axis."},
+    )
+    stop_after_nan_steps: int = field(
+        default=2,
+        metadata={
+            "help": (
+                "Diffusion: stop when the loss was NaN or infinite in this many optimiser steps in a row; 0 goes on. "
+                "Neither such a step nor weights that are not finite are ever saved."
+            )
+        },
     )
     checkpoint_dir: str | None = field(
         default=None,

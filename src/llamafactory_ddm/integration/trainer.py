@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llamafactory.extras import logging
 from llamafactory.train.pt.trainer import CustomTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,9 +22,12 @@ from ..modeling.denoiser import RowSelectingHead
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.objective import Objective
 from .evaluation import evaluate_bound
+from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from .half_logits import keep_half_logits
 from .run_facts import save_facts
 from .saving import explained, published_together
+
+logger = logging.get_logger(f"llamafactory.{__name__}")
 
 
 class DiffusionTrainer(CustomTrainer):
@@ -34,6 +38,7 @@ class DiffusionTrainer(CustomTrainer):
         diffusion_config: what the checkpoints say about themselves; its attention ratio is where annealing starts.
         anneal_steps: optimiser steps from causal to full attention.
         eval_time_samples: noise levels per evaluated row.
+        stop_after_nan_steps: how many steps in a row with a loss that is not finite end the run; 0 for none.
         kwargs: upstream's.
     """
 
@@ -44,6 +49,7 @@ class DiffusionTrainer(CustomTrainer):
         diffusion_config: DiffusionConfig,
         anneal_steps: int,
         eval_time_samples: int,
+        stop_after_nan_steps: int = 2,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -72,6 +78,8 @@ class DiffusionTrainer(CustomTrainer):
         self._counts = torch.zeros(4, dtype=torch.int64)  # scored, masked, maskable, tokens since the last log
         self._clock: float | None = None
         self._paused = 0.0
+        self.stop_after_nan_steps = stop_after_nan_steps
+        self._loaded_ratio: float | None = None  # of the best weights, once they are loaded
 
     # ---- data ----
 
@@ -106,8 +114,13 @@ class DiffusionTrainer(CustomTrainer):
             total += share
         if not batches:
             return batches, None
-        total = total.to(device, non_blocking=True)
-        return batches, self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
+        # One reduction for two: this step's denominator, and whether the last step's loss was finite everywhere.
+        sums = self._summed(torch.stack([total.to(device, non_blocking=True), self._finite.take().to(device)]))
+        self._finite.count(sums[1], self.state.global_step)
+        return batches, sums[0]
+
+    def _summed(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
 
     def _noise(self, collated: dict[str, Tensor], micro: int) -> tuple[dict[str, Any], Tensor]:
         args = self.args
@@ -138,12 +151,24 @@ class DiffusionTrainer(CustomTrainer):
 
     # ---- the step ----
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as upstream does.
+
+        Raises:
+            LossNotFiniteError: if the loss stays NaN or infinite, or is at the end.
+        """
+        self._finite = FiniteLoss(self.stop_after_nan_steps, self.args.device)
+        self._loaded_ratio = None
+        return super().train(*args, **kwargs)
+
     def attention_ratio(self, step: int) -> float:
         """Return the share of future keys visible at optimiser step `step`, at least what the checkpoint reached."""
         return max(self.diffusion_config.attention_ratio, annealing_ratio(step, self.anneal_steps))
 
     def reached_ratio(self) -> float:
-        """Return the share of future keys that the last finished step saw."""
+        """Return the share of future keys seen by the last step that the weights were trained in."""
+        if self._loaded_ratio is not None:
+            return self._loaded_ratio
         steps = self.state.global_step
         return self.attention_ratio(steps - 1) if steps else self.diffusion_config.attention_ratio
 
@@ -168,6 +193,7 @@ class DiffusionTrainer(CustomTrainer):
             )
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         loss, terms = self.objective.loss(logits, inputs, num_items_in_batch)
+        self._finite.see(loss)
         self._terms = terms if self._terms is None else self._terms + terms
         loss = loss * self.args.world_size  # gradients are averaged over ranks, the denominator is their sum
         return (loss, output) if return_outputs else loss
@@ -273,6 +299,31 @@ class DiffusionTrainer(CustomTrainer):
             self._terms, self._clock, self._paused = None, None, 0.0
             self._counts.zero_()
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Let no weights of a step that went wrong be saved, neither as a checkpoint nor, at the end, as the model."""
+        ends, saves = self.control.should_training_stop, self.control.should_save
+        if (ends or saves) and not self._is_sound():
+            step = self.state.global_step
+            if ends and not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
+                raise LossNotFiniteError(
+                    f"the loss or a weight is NaN or infinite after the last step, {step}, so the model is not saved; "
+                    "resume from the last checkpoint, or start anew, with a lower learning_rate"
+                )
+            if saves:
+                logger.warning_rank0(f"Step {step} is not saved: its loss or a weight is NaN or infinite.")
+            self.control.should_save = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _is_sound(self) -> bool:
+        """Tell whether the last step's loss and the weights are finite; waits for the device."""
+        self._finite.count(self._summed(self._finite.take()), self.state.global_step)
+        self._finite.settle()
+        return weights_are_finite(self.model, self._summed, self.args.device) and not self._finite.streak
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._loaded_ratio = DiffusionConfig.load(str(self.state.best_model_checkpoint)).attention_ratio
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._pause(), explained(self.args.output_dir):

@@ -115,6 +115,7 @@ def _make_trainer(
         diffusion_config=config,
         anneal_steps=finetuning_args.anneal_steps,
         eval_time_samples=finetuning_args.eval_time_samples,
+        stop_after_nan_steps=finetuning_args.stop_after_nan_steps,
         model=loaded.model,
         args=training_args,
         finetuning_args=finetuning_args,
@@ -164,9 +165,11 @@ def _train(
     trainer.save_state()
     reached = trainer.reached_ratio()
     if reached < 1.0:
+        best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
         logger.warning_rank0(
-            f"Training ended while attention was still annealing (ratio {reached:.3f}), but sampling and evaluation "
-            f"use full attention: train for at least anneal_steps ({finetuning_args.anneal_steps}) steps, or lower it."
+            f"{f'The best weights, of {best}, were saved' if best else 'Training ended'} while attention was still "
+            f"annealing (ratio {reached:.3f}), but sampling and evaluation use full attention: train for at least "
+            f"anneal_steps ({finetuning_args.anneal_steps}) steps, or lower it."
         )
     if trainer.is_world_process_zero() and finetuning_args.plot_loss:
         keys = ["loss", trainer.objective.term]

@@ -1,0 +1,113 @@
+"""Stopping a run whose loss stays NaN or infinite, without making the host wait for the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from llamafactory.extras import logging
+from torch import Tensor
+
+logger = logging.get_logger(f"llamafactory.{__name__}")
+
+
+class LossNotFiniteError(ValueError):
+    """The loss or the weights are NaN or infinite; the message names the steps and the cure."""
+
+
+class FiniteLoss:
+    """Counts the optimiser steps in a row whose loss was NaN or infinite on any process.
+
+    The flags stay on the device. Each is added up over the processes with the next step's denominator, and the host
+    reads it when the device has long written it: on a GPU one step later, elsewhere at once. Every process reads the
+    same numbers at the same places, so all of them stop together.
+
+    Args:
+        limit: how many such steps in a row end the run; 0 for none.
+        device: of the losses.
+    """
+
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self.limit = limit
+        self.streak = 0  # steps in a row up to the last that was read
+        self._flag = torch.zeros((), dtype=torch.int64, device=device)
+        self._streak = torch.zeros((), dtype=torch.int64, device=device)
+        self._counted = -1
+        self._unread: deque[tuple[int, Tensor, Any]] = deque()
+
+    def see(self, loss: Tensor) -> None:
+        """Note the loss of a micro-batch."""
+        self._flag |= (~torch.isfinite(loss.detach())).long()
+
+    def take(self) -> Tensor:
+        """Return 1 if a loss of this process was not finite since the last call, else 0, on the device."""
+        flag, self._flag = self._flag, torch.zeros_like(self._flag)
+        return flag
+
+    def count(self, flag: Tensor, step: int) -> None:
+        """Count a finished step.
+
+        Args:
+            flag: what `take` returned, summed over the processes; scalar int64.
+            step: number of the step, from 1. A step that was counted already is not counted again.
+        Raises:
+            LossNotFiniteError: if the limit is reached by the steps that can be read by now.
+        """
+        if step == self._counted:
+            return
+        self._counted = step
+        self._streak = torch.where(flag > 0, self._streak + 1, 0)
+        written = None
+        value = self._streak
+        if value.device.type == "cuda":
+            value = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(value, non_blocking=True)
+            written = torch.cuda.Event()
+            written.record()
+        self._unread.append((step, value, written))
+        self._read(leave=0 if written is None else 1)
+
+    def settle(self) -> None:
+        """Read all that is counted, which waits for the device.
+
+        Raises:
+            LossNotFiniteError: if the limit is reached.
+        """
+        self._read(leave=0)
+
+    def _read(self, *, leave: int) -> None:
+        while len(self._unread) > leave:
+            step, value, written = self._unread.popleft()
+            if written is not None:
+                written.synchronize()
+            self.streak = int(value)
+            if self.limit and self.streak >= self.limit:
+                first = step - self.streak + 1
+                steps = f"step {step}" if first == step else f"steps {first} to {step}"
+                raise LossNotFiniteError(
+                    f"the loss was NaN or infinite in {steps}, so training has stopped, and nothing was saved since: "
+                    "resume from the last checkpoint before them, or start anew, with a lower learning_rate, more "
+                    f"warmup_steps or bf16 in place of fp16 (stop_after_nan_steps: {self.limit}; 0 goes on for ever)"
+                )
+            if self.streak == 1:
+                logger.warning_rank0(f"The loss of step {step} is NaN or infinite.")
+
+
+def weights_are_finite(model: Any, sum_over_processes: Callable[[Tensor], Tensor], device: torch.device) -> bool:
+    """Tell whether no trained weight is NaN or infinite, of this process' share or of another's.
+
+    Args:
+        model: whose parameters may be sharded.
+        sum_over_processes: called once on every process.
+        device: of the sum.
+    """
+    largest = torch.zeros((), device=device)
+    for parameter in model.parameters():
+        share = getattr(parameter, "ds_tensor", parameter)  # of DeepSpeed ZeRO-3
+        share = getattr(share, "to_local", lambda share=share: share)()  # of FSDP 2
+        if parameter.requires_grad and share.numel():
+            # A norm takes no memory of the weights' size, as isfinite would.
+            norm = torch.linalg.vector_norm(share.detach(), torch.inf).to(device, torch.float32)
+            largest = torch.maximum(largest, norm)  # NaN wins
+    return not bool(sum_over_processes((~torch.isfinite(largest)).long()))
