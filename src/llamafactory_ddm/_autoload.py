@@ -18,6 +18,7 @@ from typing import Any
 # Module of LLaMA-Factory -> function of ours, as module:name, that is called with it once it is loaded.
 HOOKS = {
     "llamafactory.hparams.parser": "llamafactory_ddm.integration.patches:after_parser",
+    "llamafactory.train.tuner": "llamafactory_ddm.integration.patches:after_tuner",
     "llamafactory.extras.env": "llamafactory_ddm.integration.patches:after_env",
     "llamafactory.v1.launcher": "llamafactory_ddm.integration.patches:after_v1_launcher",
 }

@@ -63,6 +63,7 @@ def test_undone_to_the_last_name_and_applied_once(upstream):
         *{(m, f"get_{kind}_args") for m in MODULES[:3] for kind in ("train", "infer")},
         *{(m, "get_eval_args") for m in MODULES[:2]},
         *{("llamafactory.train.tuner", name) for name in ("run_pt", "run_sft", "load_model", "load_tokenizer")},
+        ("llamafactory.train.tuner", "export_model"),
         *{("llamafactory.model.loader", f"AutoModelFor{kind}") for kind in ("CausalLM", "ImageTextToText")},
         ("llamafactory.model.loader", "init_adapter"),
         ("llamafactory.model.adapter", "PeftModel"),

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from llamafactory.extras import logging
+
 from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.recognition import origin_of
 from .loading import LoadedModel, find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
+from .model_card import FILE_NAME as CARD
+from .model_card import Origin, card, write
 from .vocabulary import refuse_untrained, settle_vocabulary
 
+logger = logging.get_logger(f"llamafactory.{__name__}")
+_exported: list[Path] = []  # folders that the export at work has written a diffusion model to
 _NOT_TRAINING = SimpleNamespace(do_train=False)
 
 
@@ -38,15 +46,34 @@ def exported_model(tokenizer: Any, model_args: Any) -> Any:
     refuse_untrained(vocabulary)
     args.diffusion_stage = args.diffusion_stage or "ddm-sft"
     loaded: LoadedModel = load_diffusion_model(tokenizer, vocabulary, config, model_args, args, _NOT_TRAINING)
-    _save_with(loaded.model, loaded.diffusion_config)
+    _save_with(loaded.model, loaded.diffusion_config, model_args)
+    _exported.append(Path(model_args.export_dir))
     return loaded.model
 
 
-def _save_with(model: Any, config: DiffusionConfig) -> None:
+def without_modelfile(export: Callable[..., Any], args: Any) -> Any:
+    """Run upstream's export, which leaves no Modelfile with a diffusion model: Ollama could not run it."""
+    _exported.clear()
+    result = export(args)
+    for folder in _exported:
+        (folder / "Modelfile").unlink(missing_ok=True)
+        logger.info_rank0(
+            f"The Modelfile was removed from {folder}: Ollama writes token by token, a diffusion model does not. "
+            f"{folder / CARD} says how text comes out of it."
+        )
+    return result
+
+
+def _save_with(model: Any, config: DiffusionConfig, model_args: Any) -> None:
     save = model.save_pretrained
+    adapters = tuple(model_args.adapter_name_or_path or ())
+    origin = Origin(origin_of(model_args.model_name_or_path), None, "full", adapters=adapters)
 
     def save_pretrained(save_directory: str | Path, **kwargs: Any) -> None:
         save(save_directory, **kwargs)
+        is_local = Path(save_directory) == Path(model_args.export_dir)  # else a folder that is about to be pushed
+        path = str(save_directory if is_local else model_args.export_hub_model_id)
+        write(save_directory, card(Path(path).resolve().name, path, config, origin))
         config.save(save_directory)
 
     model.save_pretrained = save_pretrained

@@ -24,6 +24,7 @@ from .replacements import (
     dispatching_get_train_args,
     dispatching_run,
     hiding_parse_train_args,
+    modelfile_free_export,
     refusing_get_eval_args,
     refusing_post_init,
     refusing_v1_launch,
@@ -116,6 +117,7 @@ PATCHES = (
     Patch(f"{_TUNER}:run_sft", dispatching_run, "stages based on sft would run as sft", swept=False),
     Patch(f"{_TUNER}:load_tokenizer", diffusion_load_tokenizer, "an export would lose the mask token", swept=False),
     Patch(f"{_TUNER}:load_model", diffusion_load_model, "an export would lose diffusion_config.json", swept=False),
+    Patch(f"{_TUNER}:export_model", modelfile_free_export, "an export would hold a Modelfile that cannot work"),
     Patch(f"{_LOADER}:init_adapter", diffusion_init_adapter, "adapters would miss the mask token", swept=False),
     Patch(f"{_LOADER}:AutoModelForCausalLM", whole_model_class, _RANDOM, swept=False),
     Patch(f"{_LOADER}:AutoModelForImageTextToText", whole_model_class, _RANDOM, swept=False),
@@ -153,6 +155,12 @@ def after_parser(parser: ModuleType) -> None:
         _refuse_our_stages(parser)
         raise
     _state.active = True
+
+
+def after_tuner(tuner: ModuleType) -> None:
+    """Change upstream's stages and export before anything of them is called."""
+    if _state.active:
+        apply(tuner.__name__)
 
 
 def after_env(env: ModuleType) -> None:

@@ -156,6 +156,18 @@ def diffusion_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_model
 
 
+def modelfile_free_export(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave no Modelfile with the export of a diffusion model."""
+
+    @functools.wraps(original)
+    def export_model(args: Any = None) -> Any:
+        from .export import without_modelfile
+
+        return without_modelfile(original, args)
+
+    return export_model
+
+
 def diffusion_init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     """Let a diffusion run prepare the base model before adapters are added or merged, and mend it after."""
 

@@ -24,6 +24,7 @@ from ..modeling.objective import Objective
 from .evaluation import evaluate_bound
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from .half_logits import keep_half_logits
+from .model_card import Origin, write_trained
 from .run_facts import save_facts
 from .saving import explained, published_together
 
@@ -65,6 +66,7 @@ class DiffusionTrainer(CustomTrainer):
         self.diffusion_config = diffusion_config
         self.anneal_steps = anneal_steps
         self.eval_time_samples = eval_time_samples
+        self.origin: Origin | None = None  # for the model card
         self.run_facts: dict[str, Any] | None = None  # kept with the checkpoints that a run is resumed from
         # The denominator covers the whole optimiser step, so upstream must not average over micro-batches again.
         self.model_accepts_loss_kwargs = True
@@ -328,6 +330,11 @@ class DiffusionTrainer(CustomTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._pause(), explained(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(self, language: Any = None, license: Any = None, **given: Any) -> None:
+        """Write README.md; the base class would say that the model is autoregressive."""
+        if self.origin is not None and self.is_world_process_zero():
+            write_trained(self, self.origin, given.get("model_name"))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with published_together(output_dir or self.args.output_dir, last=FILE_NAME) as scratch:

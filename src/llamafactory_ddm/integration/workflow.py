@@ -7,18 +7,19 @@ from typing import Any
 
 from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
-from llamafactory.train.trainer_utils import create_modelcard_and_push
 from transformers import DataCollatorWithPadding
 
 from ..data.collators import StartTokenCollator, start_token_id
 from ..modeling.attention_layers import max_positions
 from ..modeling.length_heads import FILE_NAME as LENGTHS
 from ..modeling.length_heads import REPORT_NAME as LENGTHS_REPORT
+from ..modeling.recognition import origin_of
 from .checks import check_checkpoint_folders, check_data, check_predict
 from .end_evaluation import evaluate_ends, save_end_metrics
 from .finetuning import response_collator
 from .generating import generate, what_to_generate
 from .loading import LoadedModel
+from .model_card import Origin
 from .noise_process import make_objective
 from .output_folder import check_output_folder
 from .preparing import prepare_data, prepare_model
@@ -76,7 +77,7 @@ def run(
     trainer = _make_trainer(
         loaded, collator, data.lengths, dataset_module, model_args, training_args, finetuning_args, callbacks
     )
-    trainer.run_facts = facts
+    trainer.run_facts, trainer.origin = facts, _origin(model_args, data_args, finetuning_args)
     if training_args.do_train:
         check_data(trainer, data_args)
         _train(trainer, dataset_module, resume, finetuning_args)
@@ -88,7 +89,8 @@ def run(
         _evaluate_ends(trainer, dataset_module["eval_dataset"], loaded.diffusion_config.end_token_ids or ())
     if asked is not None:
         generate(trainer, loaded, *asked, model_args, finetuning_args)
-    create_modelcard_and_push(trainer, model_args, data_args, training_args, finetuning_args)
+    if training_args.do_train:
+        trainer.push_to_hub() if training_args.push_to_hub else trainer.create_model_card()
     # torchrun ends the first process in the middle of its writing if another one, which is done, fails as it exits.
     barrier(training_args.world_size)
 
@@ -125,6 +127,15 @@ def _make_trainer(
         tokenizer=loaded.tokenizer,
         processor=None,
         **dataset_module,
+    )
+
+
+def _origin(model_args: Any, data_args: Any, finetuning_args: Any) -> Origin:
+    return Origin(
+        None if model_args.train_from_scratch else origin_of(model_args.model_name_or_path),
+        finetuning_args.diffusion_stage,
+        finetuning_args.finetuning_type,
+        tuple(data_args.dataset or ()),
     )
 
 

@@ -1,0 +1,175 @@
+"""README.md of a diffusion model: what it is, how text comes out of it, and how it was trained."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from llamafactory.extras import logging
+from transformers.modelcard import extract_hyperparameters_from_trainer
+
+from .._version import __version__
+from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.recognition import may_be_on_a_hub
+
+logger = logging.get_logger(f"llamafactory.{__name__}")
+FILE_NAME = "README.md"
+_HOW = {"ddm": "adapted by continual pre-training", "ddm-sft": "finetuned on prompts and answers"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from.
+
+    Attributes:
+        base: folder or name of the model that was trained, None where it was trained from nothing.
+        stage: ours; None for an export, which trains nothing.
+        finetuning_type: upstream's.
+        datasets: names of the data sets.
+        adapters: that an export has merged into `base`.
+    """
+
+    base: str | None
+    stage: str | None
+    finetuning_type: str
+    datasets: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+
+
+def write_trained(trainer: Any, origin: Origin, name: str | None = None) -> None:
+    """Write the card of what a trainer has saved; what keeps it from being written is said, and no more.
+
+    Args:
+        trainer: a DiffusionTrainer that is done.
+        origin: see there.
+        name: title of the card, by default that of output_dir.
+    """
+    folder, hub = Path(trainer.args.output_dir), trainer.args.hub_model_id if trainer.args.push_to_hub else None
+    config = replace(trainer.diffusion_config, attention_ratio=trainer.reached_ratio())
+    training = {**extract_hyperparameters_from_trainer(trainer), "steps": trainer.state.global_step}
+    results: dict[str, float] = {}
+    for log in trainer.state.log_history:
+        results |= {key: value for key, value in log.items() if key.startswith("eval_") and key.endswith("loss")}
+    text = card(
+        name or (hub or folder.resolve().name).rpartition("/")[2],
+        hub or str(folder),
+        config,
+        origin,
+        training=training,
+        results=results,
+    )
+    write(folder, text)
+
+
+def write(folder: str | Path, text: str) -> None:
+    """Write README.md, or say why not: the weights beside it are worth more."""
+    scratch = Path(folder) / f".{FILE_NAME}.tmp"
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, Path(folder) / FILE_NAME)
+    except OSError as error:
+        logger.warning_rank0(f"The model card {Path(folder) / FILE_NAME} could not be written ({error}).")
+
+
+def card(
+    name: str,
+    path: str,
+    config: DiffusionConfig,
+    origin: Origin,
+    *,
+    training: dict[str, Any] | None = None,
+    results: dict[str, float] | None = None,
+) -> str:
+    """Return the text of a model card, with its metadata for Hugging Face's hub.
+
+    Args:
+        name: its title.
+        path: folder or hub name under which the model is loaded.
+        config: of its diffusion process.
+        origin: see there.
+        training: hyperparameters by name.
+        results: evaluation losses by name.
+    """
+    head = yaml.safe_dump(_metadata(config, origin), sort_keys=False, allow_unicode=True)
+    parts = [f"---\n{head}---\n\n# {name}\n", _summary(origin), _usage(path, origin), _process(config)]
+    for title, values in (("Evaluation", results), ("Training", training)):
+        if values:
+            parts.append(f"## {title}\n\n" + "".join(f"- {key}: {value}\n" for key, value in values.items()))
+    return "\n".join(parts)
+
+
+def _is_adapter(origin: Origin) -> bool:
+    return origin.finetuning_type == "lora"
+
+
+def _metadata(config: DiffusionConfig, origin: Origin) -> dict[str, Any]:
+    kind = "uniform-diffusion" if config.noise_process == "mixed" and config.uniform_ratio == 1 else "masked-diffusion"
+    tags = ["diffusion", kind, "diffusion-language-model", "llama-factory", "llamafactory-ddm"]
+    data: dict[str, Any] = {
+        "library_name": "llamafactory-ddm",
+        "pipeline_tag": "text-generation",
+        "license": "other",
+        "tags": [*tags, origin.finetuning_type],
+    }
+    # The hub takes names of its own models alone.
+    if origin.base is not None and may_be_on_a_hub(origin.base) and not Path(origin.base).exists():
+        data |= {"base_model": origin.base, "base_model_relation": "adapter" if _is_adapter(origin) else "finetune"}
+    return data
+
+
+def _summary(origin: Origin) -> str:
+    return (
+        f"{_what(origin)}\n\n"
+        "It fills all positions in parallel, starting from a masked sequence. Generation token by token "
+        "(`model.generate` of transformers, vLLM, Ollama) gives no usable text.\n"
+    )
+
+
+def _what(origin: Origin) -> str:
+    if origin.stage is None:
+        merged = f", with {' and '.join(origin.adapters)} merged into it" if origin.adapters else ""
+        return f"A diffusion language model, exported from {origin.base}{merged} by llamafactory-ddm {__version__}."
+    what, trained = "A diffusion language model", _HOW[origin.stage]
+    if _is_adapter(origin):
+        what = f"A LoRA adapter that makes a diffusion language model of {origin.base}"
+    elif origin.base is None:
+        trained = "trained from random weights"
+    else:
+        trained += f" from {origin.base} ({origin.finetuning_type})"
+    data = f" Data: {', '.join(origin.datasets)}." if origin.datasets else ""
+    return f"{what}, {trained}, with LLaMA-Factory (`stage: {origin.stage}`) and llamafactory-ddm {__version__}.{data}"
+
+
+def _usage(path: str, origin: Origin) -> str:
+    base = f"The base model is loaded from `{origin.base}`.\n\n" if _is_adapter(origin) else ""
+    return (
+        f"## Usage\n\n{base}"
+        "```bash\npip install llamafactory-ddm\n"
+        f'llamafactory-ddm generate {path} --prompt "Once upon a time"\n```\n\n'
+        "```python\nfrom llamafactory_ddm import load\n\n"
+        f"model = load({path!r})\n"
+        'print(model.generate("Once upon a time", max_new_tokens=64)[0])\n```\n'
+    )
+
+
+def _process(config: DiffusionConfig) -> str:
+    rows = {
+        "mask token": f"`{config.mask_token}` (id {config.mask_token_id})",
+        "logits at position i predict": "token i + 1 (shift: true)" if config.shift else "token i (shift: false)",
+        "noise": config.noise_process
+        + (f", uniform_ratio {config.uniform_ratio}" if config.noise_process == "mixed" else ""),
+        "schedule": config.noise_schedule,
+        "attention": "full"
+        if config.attention_ratio == 1
+        else f"annealed to {config.attention_ratio:.3f}, unfinished",
+    }
+    if config.variable_length is not None:
+        ends = config.variable_length
+        rows["ends of texts"] = f"{ends.format}, canvas of {ends.canvas} tokens"
+    if config.sep_token is not None:
+        rows["between prompt and response"] = f"`{config.sep_token}` (id {config.sep_token_id})"
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    return f"## Diffusion process\n\n| | |\n|---|---|\n{table}"
