@@ -7,6 +7,7 @@ print(model.generate("Tom saw a small")[0])
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -208,7 +209,7 @@ class TextGenerator:
                 spans[-1].append(ids[place])
         text = ids[canvas.n_start :]
         if len(spans) == 1 and canvas.editable[-1]:
-            behind = next((len(spans[0]) - n for n, token in enumerate(spans[0]) if token in self._ends), 0)
+            behind = len(spans[0]) - len(self.before_end(spans[0]))
             if behind:
                 spans[0], text = spans[0][:-behind], text[:-behind]
         first_is_given = not canvas.editable[canvas.n_start]
@@ -223,6 +224,10 @@ class TextGenerator:
             edits=written.edits,
             trace=None if written.events is None else replay(self.codec, canvas, ids, written.events),
         )
+
+    def before_end(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids up to the first token that ends a text."""
+        return list(itertools.takewhile(lambda token: token not in self._ends, ids))
 
     def generate(
         self,

@@ -266,7 +266,9 @@ def test_a_column_that_is_not_there(small_data, finetuned, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
     (data / "tiny_problems_eval.jsonl").write_text('{"instruction": "Tom has 3 apples."}\n')
-    with pytest.raises(ValueError, match="tiny_problems_eval has no column 'output'"):
+    assert len(solve(tmp_path / "solved", model_name_or_path=finetuned, dataset_dir=data)) == 1  # a test set
+    (data / "tiny_problems_eval.jsonl").write_text('{"output": "3"}\n')
+    with pytest.raises(ValueError, match="tiny_problems_eval has no column 'instruction'"):
         solve(tmp_path / "solved", model_name_or_path=finetuned, dataset_dir=data)
 
 

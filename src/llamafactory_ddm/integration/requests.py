@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llamafactory.data import get_dataset
-from llamafactory.data.loader import _get_merged_dataset
-from llamafactory.extras.constants import IGNORE_INDEX
+from llamafactory.data.processor import SupervisedDatasetProcessor
 
 from ..data.canvas import Canvas
 from ..generation import TextGenerator, saying
 from .checks import datasets_explained
+from .prompts import examples
 from .templates import uncut, without_cut
 
 
@@ -125,53 +124,81 @@ def from_examples(
     """Return a request for the last response of each example of an instruction data set, under its template.
 
     Examples come through upstream's training-side processor, so that the prompt is what training gives the model; but
-    nothing is cut off, as an answer to half a question, or half a label, would be measured in silence.
+    nothing is cut off, as an answer to half a question, or half a label, would be measured in silence. An example
+    without an answer is a prompt without a label.
 
     Raises:
-        ValueError: if there is no data set, or an example leaves no room for a response.
+        ValueError: if there is no data set, an example is no prompt, or it leaves no room for a response.
     """
-    _names(data_args)
     whole = uncut(data_args)
     whole.packing = whole.neat_packing = whole.train_on_prompt = False
-    training_args.predict_with_generate = False
-    with datasets_explained(data_args, _names(data_args)):
-        module = get_dataset(without_cut(template), model_args, whole, training_args, stage="sft", **tokenizer_module)
-    rows = module.get("eval_dataset") if data_args.eval_dataset or data_args.val_size else module.get("train_dataset")
-    requests = []
-    for number, row in enumerate(_joined(rows)):
-        ids, labels = list(row["input_ids"]), list(row["labels"])
-        scored = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
+    processor = SupervisedDatasetProcessor(template=without_cut(template), **tokenizer_module, data_args=whole)
+    names, requests = _names(data_args), []
+    for number, row in enumerate(_examples(model_args, data_args, training_args)):
         with saying(f"dataset: example {number}"):
-            if not scored:
-                raise ValueError("it has no response; give each example one, as its length and text are the label")
-            begin = scored[-1]
-            # A label that is not the token itself is the end of the answer before, in the place of the prompt's first.
-            while begin > 0 and labels[begin - 1] == ids[begin - 1]:
-                begin -= 1
-            room = data_args.cutoff_len - begin
+            _check_turns(row)
+        with datasets_explained(data_args, names):
+            ids, answer = _split(processor, row)
+        with saying(f"dataset: example {number}"):
+            room = data_args.cutoff_len - len(ids)
             if max_new_tokens is None and room < 1:
                 raise ValueError(
-                    f"its prompt of {begin} tokens leaves no room within cutoff_len: {data_args.cutoff_len}; raise "
+                    f"its prompt of {len(ids)} tokens leaves no room within cutoff_len: {data_args.cutoff_len}; raise "
                     "cutoff_len or set max_new_tokens"
                 )
             n_tokens = room if max_new_tokens is None else max_new_tokens
-            canvas = generator.from_prompt(ids[:begin], n_tokens, start=False)
-            prompt = generator.tokenizer.decode(ids[:begin])
-            label = generator.tokenizer.decode(labels[begin : scored[-1] + 1], skip_special_tokens=True)
-            requests.append(Request(canvas, prompt, label))
+            canvas = generator.from_prompt(ids, n_tokens, start=False)
+            label = (
+                None
+                if answer is None
+                else generator.tokenizer.decode(generator.before_end(answer), skip_special_tokens=True)
+            )
+            requests.append(Request(canvas, generator.tokenizer.decode(ids), label))
     return _not_empty(requests, data_args)
+
+
+def _check_turns(row: Any) -> None:
+    if len(row["_prompt"]) % 2 != 1 or len(row["_response"]) != 1:
+        raise ValueError(
+            "its turns are not those of a prompt, which begin with the user's and alternate; mend it, or take it out"
+        )
+
+
+def _split(processor: SupervisedDatasetProcessor, row: Any) -> tuple[list[int], list[int] | None]:
+    """Return the ids of an example's prompt, and those of its answer, or None if it has none."""
+    response = dict(row["_response"][0])
+    is_answered = bool(response["content"])
+    # A template may leave nothing of an empty answer, and then nothing would say where it begins.
+    response["content"] = response["content"] or "."
+    ids, labels = processor._encode_data_example(
+        prompt=row["_prompt"],
+        response=[response],
+        system=row["_system"],
+        tools=row["_tools"],
+        images=row["_images"] or [],
+        videos=row["_videos"] or [],
+        audios=row["_audios"] or [],
+    )
+    begin = len(ids)
+    # A label that is not the token itself is the end of the answer before, in the place of the prompt's first.
+    while begin > 0 and labels[begin - 1] == ids[begin - 1]:
+        begin -= 1
+    return ids[:begin], labels[begin:] if is_answered else None
 
 
 def _texts(model_args: Any, data_args: Any, training_args: Any) -> Iterator[tuple[str, str | None]]:
     """Yield text and label (the response column, if there is one) of each example."""
-    names = _names(data_args)
-    with datasets_explained(data_args, names), training_args.main_process_first(desc="load dataset"):
-        rows = _get_merged_dataset(names, model_args, data_args, training_args, "pt")
-    with datasets_explained(data_args, names):
-        for row in _joined(rows):
+    for row in _examples(model_args, data_args, training_args):
+        with datasets_explained(data_args, _names(data_args)):
             text = "".join(message["content"] for message in row["_prompt"])
             label = "".join(message["content"] for message in row["_response"])
-            yield text, label or None
+        yield text, label or None
+
+
+def _examples(model_args: Any, data_args: Any, training_args: Any) -> Any:
+    names = _names(data_args)
+    with datasets_explained(data_args, names), training_args.main_process_first(desc="load dataset"):
+        return examples(names, model_args, data_args, training_args)
 
 
 def _names(data_args: Any) -> list[str]:
@@ -184,13 +211,6 @@ def _names(data_args: Any) -> list[str]:
             "generate_from: noise"
         )
     return list(names)
-
-
-def _joined(rows: Any) -> Iterable[Any]:
-    """Return the rows of one data set or of several by name."""
-    if isinstance(rows, dict):
-        return (row for part in rows.values() for row in part)
-    return rows if rows is not None else ()
 
 
 def _not_empty(requests: list[Request], data_args: Any) -> list[Request]:
