@@ -9,6 +9,7 @@ import pytest
 
 from llamafactory_ddm import __version__
 from support.cli import QUIET, ROOT, run
+from support.limits import LIMIT
 
 ACTIVE = f"`llamafactory-ddm` version: {__version__} (active)"
 OFF = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -37,7 +38,7 @@ def python(*words, path, env=None, check=True):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
         check=False,
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
@@ -97,7 +98,7 @@ def wheel(tmp_path_factory):
     words = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), "."]
     copy = source.parent / "copy"
     subprocess.run(["cp", "-rL", str(source), str(copy)], check=True)
-    subprocess.run(words, cwd=copy, check=True, capture_output=True, timeout=300)
+    subprocess.run(words, cwd=copy, check=True, capture_output=True, timeout=LIMIT)
     return target
 
 

@@ -12,6 +12,7 @@ import pytest
 from llamafactory_ddm.integration import compatibility
 from llamafactory_ddm.integration.arguments import DiffusionArguments
 from support.cli import QUIET, ROOT, run
+from support.limits import LIMIT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
@@ -156,7 +157,7 @@ def test_the_benchmark_runs():
         env={**os.environ, **QUIET},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=LIMIT,
         check=False,
     )
     assert done.returncode in (0, 1), done.stderr[-2000:]

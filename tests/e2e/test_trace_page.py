@@ -5,11 +5,11 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from urllib.parse import urlsplit
 
 import pytest
 
 from llamafactory_ddm.sampling.trace import BLANK, Trace, write_html
+from support.limits import LIMIT
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is on this machine")
@@ -83,7 +83,7 @@ def browse(tmp_path_factory):
     def run(path, *flags, fragment=""):
         profile = tmp_path_factory.mktemp("profile")
         command = [BROWSER, *FLAGS, f"--user-data-dir={profile}", *flags, path.as_uri() + fragment]
-        done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+        done = subprocess.run(command, capture_output=True, timeout=LIMIT, check=True)
         shutil.rmtree(profile, ignore_errors=True)
         return done.stdout.decode("utf-8")
 
@@ -219,11 +219,25 @@ def test_no_samples(browse, tmp_path):
 
 
 def requests(browse, path, tmp_path):
-    """The addresses that a page asks the network for; what Chromium asks for on its own is left out."""
+    """The addresses that a page asks the network for."""
     log = tmp_path / "net.json"
     browse(path, "--dump-dom", f"--log-net-log={log}", "--virtual-time-budget=15000")
-    found = set(re.findall(r'"url":"((?:https?|wss?)://[^"]*)"', log.read_text(encoding="utf-8")))
-    return {url for url in found if not (urlsplit(url).hostname or "").endswith(".google.com")}
+    return asked_by_pages(log.read_text(encoding="utf-8"))
+
+
+def asked_by_pages(log):
+    """Leave out what Chromium asks for on its own, of updates and the like: its log says who asked."""
+    lines = [line for line in log.splitlines() if '"initiator":"' in line and '"not an origin"' not in line]
+    return set(re.findall(r'"url":"((?:https?|wss?)://[^"]*)"', "\n".join(lines)))
+
+
+def test_what_the_browser_asks_for_is_not_the_pages():
+    lines = [
+        '{"params":{"initiator":"not an origin","url":"https://update.googleapis.com/service/update2/json"},"type":2},',
+        '{"params":{"initiator":"null","url":"https://one.invalid/a"},"type":2},',
+        '{"params":{"url":"https://update.googleapis.com/service/update2/json"},"type":101},',
+    ]
+    assert asked_by_pages("\n".join(lines)) == {"https://one.invalid/a"}
 
 
 def test_the_network_is_left_alone(page, browse, tmp_path):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import QUIET, ROOT, SCRIPTS, evaluations, history, predictions, run, train_here
+from support.limits import LIMIT
 
 RECIPE = "examples/tiny_gpt2_full_ddm.yaml"
 SMALL = (
@@ -187,7 +188,7 @@ SAVING = (
 )
 
 
-def wait_for(path, process, seconds=200):
+def wait_for(path, process, seconds=LIMIT):
     end = time.time() + seconds
     while not path.exists():
         assert process.poll() is None, "the run ended early"

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from support.limits import LIMIT
+
 MODULES = (
     "llamafactory.hparams.parser",
     "llamafactory.hparams",
@@ -308,7 +310,7 @@ def test_a_spawned_process_is_patched_even_when_the_parser_is_loaded_already():
     queue = context.Queue()
     child = context.Process(target=in_a_child, args=(queue,))
     child.start()
-    assert queue.get(timeout=120) == "DiffusionFinetuningArguments"
+    assert queue.get(timeout=LIMIT) == "DiffusionFinetuningArguments"
     child.join()
 
 

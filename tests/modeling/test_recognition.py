@@ -17,6 +17,7 @@ from llamafactory_ddm.modeling import recognition
 from llamafactory_ddm.modeling.conversion import convert
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.recognition import CACHE, ORIGIN_NAME, cache_root, origin_of, plain_folder
+from support.limits import LIMIT
 from support.published import all_weights, in_hub, llada_weights, write_dream, write_llada
 
 
@@ -184,7 +185,7 @@ def test_processes_that_start_at_once_make_one_copy(llada, cache):
     for process in started:
         process.stdin.write("go\n")
         process.stdin.flush()
-    ended = [process.communicate(timeout=200) for process in started]
+    ended = [process.communicate(timeout=LIMIT) for process in started]
     assert all(process.returncode == 0 for process in started), ended
     lines = [line for out, _ in ended for line in out.splitlines()]
     (made,) = entries(cache)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from .limits import LIMIT
 from .warm import QUIET, free_port, run_warm
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ PROGRAMS = ("llamafactory-cli", "llamafactory-ddm")
 ABSENT = _Absent()  # as an override: the key is taken out of the recipe
 
 
-def run(*words, check=True, env=None, program="llamafactory-cli", timeout=400, fresh=False, **rest):
+def run(*words, check=True, env=None, program="llamafactory-cli", timeout=LIMIT, fresh=False, **rest):
     """Run a program of this environment from the repository's root; returns the finished process with its text.
 
     A console script runs in a process that has imported the libraries already, unless it is to be a `fresh` one, or
@@ -55,7 +56,7 @@ def verify(done):
         raise AssertionError(f"{done.args} ended with {done.returncode}:\n{texts}")
 
 
-def train_in_processes(count, *words, env=None, timeout=400):
+def train_in_processes(count, *words, env=None, timeout=LIMIT):
     """Run `llamafactory-cli train` on `count` processes, started as torchrun starts them; returns them finished."""
     ranks = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     everything = {**os.environ, **QUIET, **ranks, **(env or {})}

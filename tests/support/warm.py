@@ -96,7 +96,7 @@ def _ask(jobs, timeout):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}  # select sees what is unread
         _server = subprocess.Popen([sys.executable, __file__], env={**os.environ, **QUIET}, **pipes)
         atexit.register(_server.kill)
-        timeout += 120
+        timeout *= 2
     _server.stdin.write(json.dumps(jobs).encode() + b"\n")
     return _answer(timeout)
 

@@ -1,0 +1,3 @@
+"""How long a test waits: nothing here is a measurement, and the machine may be loaded four times over."""
+
+LIMIT = 4 * 400  # seconds until a process counts as hung
