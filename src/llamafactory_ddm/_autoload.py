@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from . import _errors
+
 # Module of LLaMA-Factory -> function of ours, as module:name, that is called with it once it is loaded.
 HOOKS = {
     "llamafactory.hparams.parser": "llamafactory_ddm.integration.patches:after_parser",
@@ -32,6 +34,7 @@ def activate() -> None:
         if disabled() or any(isinstance(f, _Finder) for f in sys.meta_path):
             return
         sys.meta_path.insert(0, _Finder())
+        _errors.install()
         for name in HOOKS:
             module = sys.modules.get(name)
             if module is None:

@@ -157,13 +157,13 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
                 raise ValueError(_unknown_choice(key, value, choices))
         for key, (low, high) in _INTEGERS.items():
             if getattr(self, key) is not None or _default(self.__dataclass_fields__[key]) is not None:
-                setattr(self, key, _integer(key, getattr(self, key), low, high))
+                setattr(self, key, integer(key, getattr(self, key), low, high))
         for key, (least, most) in _NUMBERS.items():
             if getattr(self, key) is not None:
-                setattr(self, key, _number(key, getattr(self, key), least, most))
+                setattr(self, key, number(key, getattr(self, key), least, most))
         for key in (*_BOOLEANS, *_BOOLEANS_OR_NONE):
             if getattr(self, key) is not None or key in _BOOLEANS:
-                setattr(self, key, _boolean(key, getattr(self, key)))
+                setattr(self, key, boolean(key, getattr(self, key)))
         self.check_sampling()
 
     def changed_keys(self) -> list[str]:
@@ -181,33 +181,50 @@ def _unknown_choice(key: str, value: object, choices: tuple[str, ...]) -> str:
     return f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}"
 
 
-def _integer(key: str, value: object, low: int, high: int | None) -> int:
+def integer(key: str, value: object, low: int, high: int | None) -> int:
+    """Return a whole number, also of a string that spells one.
+
+    Raises:
+        ValueError: naming the key and its bounds, `high` being None for none.
+    """
     try:
-        number = int(value)  # type: ignore[call-overload]
-        whole = not isinstance(value, bool) and number == float(value)  # type: ignore[arg-type]
+        found = int(value)  # type: ignore[call-overload]
+        whole = not isinstance(value, bool) and found == float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
         raise ValueError(f"{key} must be a whole number, got {value!r}")
-    if number < low or (high is not None and number > high):
+    if found < low or (high is not None and found > high):
         raise ValueError(
             f"{key} must be at least {low}{'' if high is None else f' and at most {high}'}, got {value!r}"
         )
-    return int(number)
+    return int(found)
 
 
-def _number(key: str, value: object, least: float, most: float) -> float:
+def number(key: str, value: object, least: float, most: float) -> float:
+    """Return a finite number between the bounds, also of a string that spells one.
+
+    Raises:
+        ValueError: naming the key and the bounds.
+    """
     try:
-        number = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        found = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        number = float("nan")
-    if not (math.isfinite(number) and least <= number <= most):
-        said = sampling_arguments.OPEN_RANGES.get(key, f"[{least:g}, {most:g}]")
-        raise ValueError(f"{key} must lie in {said}, got {value!r}")
-    return number
+        found = float("nan")
+    if not (math.isfinite(found) and least <= found <= most):
+        said = f"lie in {sampling_arguments.OPEN_RANGES.get(key, f'[{least:g}, {most:g}]')}"
+        if most == math.inf:
+            said = "be a number" if least == -math.inf else f"be a number of at least {least:g}"
+        raise ValueError(f"{key} must {said}, got {value!r}")
+    return found
 
 
-def _boolean(key: str, value: object) -> bool:
+def boolean(key: str, value: object) -> bool:
+    """Return true or false, also of a string that spells one.
+
+    Raises:
+        ValueError: naming the key.
+    """
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.lower() in ("true", "false"):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import _errors
 from .._version import __version__
 from .stages import STAGES, requested_stage
 
@@ -21,10 +22,13 @@ def checked_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _parse_args(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
         from .hparams import check_keys
+        from .upstream_keys import checked_values
 
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         if not allow_extra_keys:
             check_keys(parser, args)
+        if isinstance(args, dict) and requested_stage(args) in STAGES:
+            args = checked_values(parser.dataclass_types, args)
         return original(parser, args, allow_extra_keys)
 
     return _parse_args
@@ -67,6 +71,7 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
         from .hparams import check_environment
         from .templates import register_templates
 
+        _errors.install()
         register_templates()
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         # Before parsing, as another trainer may need packages; and after, as argparse takes --stag for --stage.
@@ -250,7 +255,7 @@ def refusing_v1_launch(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def launch() -> Any:
-        if _names_our_stage(sys.argv[1:]):
+        if names_our_stage(sys.argv[1:]):
             from .hparams import check_environment
 
             check_environment()
@@ -285,7 +290,7 @@ def with_our_labels(stages: dict[str, str]) -> dict[str, str]:
     return {**stages, **{stage.label: stage.name for stage in STAGES.values()}}
 
 
-def _names_our_stage(words: list[str]) -> bool:
+def names_our_stage(words: list[str]) -> bool:
     """Tell whether the command line says one of our stages itself or in a file that it names."""
     if requested_stage(words) in STAGES or any(word == f"stage={name}" for word in words for name in STAGES):
         return True

@@ -81,6 +81,16 @@ def _of_kind(folder: Path, finetuning_args: Any) -> str:
     return str(folder)
 
 
+def how_to_go_on(training_args: Any) -> str:
+    """Return what somebody who has interrupted a run may do next."""
+    if training_args.do_train:
+        best, _ = last_complete_checkpoint(training_args.output_dir)
+        if best is not None:
+            return f"The same command with resume_from_checkpoint=true goes on from {best}."
+        return "No checkpoint was saved, so the same command starts anew; save_steps says how often one is."
+    return "Texts that are done are kept, and the same command goes on with the others." * training_args.do_predict
+
+
 def check_resumed(config: DiffusionConfig, folder: str) -> None:
     """Check that the run is the one that `folder` was saved by.
 

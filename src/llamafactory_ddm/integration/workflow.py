@@ -9,6 +9,7 @@ from llamafactory.extras import logging
 from llamafactory.extras.ploting import plot_loss
 from transformers import DataCollatorWithPadding
 
+from .. import _errors
 from ..data.collators import StartTokenCollator, start_token_id
 from ..modeling.attention_layers import max_positions
 from ..modeling.length_heads import FILE_NAME as LENGTHS
@@ -23,7 +24,7 @@ from .model_card import Origin
 from .noise_process import make_objective
 from .output_folder import check_output_folder
 from .preparing import prepare_data, prepare_model
-from .resume import check_resumed, settle_resume
+from .resume import check_resumed, how_to_go_on, settle_resume
 from .run_facts import check_facts, run_facts
 from .trainer import DiffusionTrainer
 from .unfinished import barrier
@@ -46,6 +47,7 @@ def run(
         ValueError: for every mistake in the YAML, naming the key and the cure, before anything is written.
         OSError: if a file is missing or cannot be written.
     """
+    _errors.when_interrupted(lambda: how_to_go_on(training_args))
     check_checkpoint_folders(model_args, finetuning_args, training_args)
     check_predict(training_args, finetuning_args.given_keys)
     if training_args.do_train or training_args.do_eval or training_args.do_predict:
@@ -93,6 +95,7 @@ def run(
         trainer.push_to_hub() if training_args.push_to_hub else trainer.create_model_card()
     # torchrun ends the first process in the middle of its writing if another one, which is done, fails as it exits.
     barrier(training_args.world_size)
+    _errors.when_interrupted(None)
 
 
 def _make_trainer(

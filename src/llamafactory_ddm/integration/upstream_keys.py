@@ -1,0 +1,81 @@
+"""The types and ranges of upstream's keys, which its parser does not look at where they come from a YAML."""
+
+from __future__ import annotations
+
+import math
+import types
+from dataclasses import MISSING, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from .arguments import DiffusionArguments, boolean, integer, number
+
+# Inclusive bounds of what a run counts, divides by or draws from; None is unbounded.
+_INTEGERS: dict[str, tuple[int, int | None]] = {
+    "cutoff_len": (2, None),  # with shift the first token of a row is given
+    "max_samples": (1, None),
+    "preprocessing_num_workers": (1, None),
+    "preprocessing_batch_size": (1, None),
+    "buffer_size": (1, None),
+    "per_device_train_batch_size": (1, None),
+    "per_device_eval_batch_size": (1, None),
+    "gradient_accumulation_steps": (1, None),
+    "dataloader_num_workers": (0, None),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+    "lora_rank": (1, None),
+    "save_total_limit": (1, None),
+}
+_NUMBERS = {
+    "learning_rate": (0.0, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "max_grad_norm": (0.0, math.inf),
+    "lora_dropout": (0.0, 1.0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0.0, 1.0)),
+}
+_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+
+
+def checked_values(kinds: Any, args: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a YAML with numbers and booleans in the types that upstream declares.
+
+    Args:
+        kinds: upstream's dataclasses.
+        args: what the YAML says.
+    Raises:
+        ValueError: naming the key, for a value of another type or out of range, or none where one is needed.
+    """
+    checked = dict(args)
+    ours = {spec.name for spec in fields(DiffusionArguments)}  # which check their values themselves
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for spec in fields(kind):
+            if spec.name in args and args[spec.name] is None:
+                _check_empty(spec, hints[spec.name])
+            elif spec.name in args and spec.name not in ours:
+                checked[spec.name] = _checked(spec.name, hints[spec.name], args[spec.name])
+    if checked.get("max_steps") == 0:
+        raise ValueError("max_steps: 0 trains nothing; set a number of steps, or remove it and set num_train_epochs")
+    return checked
+
+
+def _check_empty(spec: Any, hint: Any) -> None:
+    may_be_none = type(None) in get_args(hint) or spec.default is None
+    if not may_be_none and (spec.default is not MISSING or spec.default_factory is not MISSING):
+        raise ValueError(f"{spec.name}: is left empty; give it a value, or remove the key")
+
+
+def _checked(name: str, hint: Any, value: Any) -> Any:
+    options = [one for one in get_args(hint) if one is not type(None)]
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = options[0] if len(options) == 1 else None
+    if name.endswith("_strategy") and value is False:
+        return "no"  # as YAML reads a no without quotes
+    if hint is int or name in _INTEGERS:
+        value = integer(name, value, *_INTEGERS.get(name, (-(2**63), None)))
+    elif hint is float:
+        value = number(name, value, *_NUMBERS.get(name, (-math.inf, math.inf)))
+    elif hint is bool:
+        value = boolean(name, value)
+    if name in _ABOVE_ZERO and isinstance(value, (int, float)) and not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return value

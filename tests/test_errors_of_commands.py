@@ -1,0 +1,139 @@
+"""How a command ends on its user's mistake, on a fault of the program, and on Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llamafactory_ddm import _errors
+from support.cli import QUIET, ROOT, SCRIPTS, run
+
+
+@pytest.fixture
+def diffusion_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/llamafactory-cli", "stage=ddm"])
+    monkeypatch.delenv(_errors.TRACEBACK, raising=False)
+
+
+def said(function):
+    with pytest.raises(BaseException) as caught:
+        function()
+    return _errors.message(caught.type, caught.value, caught.tb)
+
+
+def raise_in(package, error):
+    code = compile("def fail(error):\n    raise error", package, "exec")
+    names = {"__name__": f"{package}.module"}
+    exec(code, names)
+    return lambda: names["fail"](error)
+
+
+@pytest.mark.parametrize("package", ["llamafactory_ddm", "llamafactory", "transformers", "omegaconf"])
+def test_a_mistake_is_one_line(diffusion_command, package):
+    line = said(raise_in(package, ValueError("key: 3 is\n    wrong; set 4")))
+    assert line == "key: 3 is wrong; set 4  [LLAMAFACTORY_DDM_TRACEBACK=1 shows where]"
+
+
+def test_files_and_packages_are_the_users_wherever_they_are_missed(diffusion_command):
+    assert said(Path("/nowhere/at/all").read_text).startswith("[Errno 2] No such file")
+    assert said(raise_in("importlib", ImportError("install x"))).startswith("install x")
+
+
+@pytest.mark.parametrize(
+    "package, error",
+    [("torch", ValueError("a fault")), ("llamafactory_ddm", TypeError("a fault")), ("numpy", KeyError("a fault"))],
+)
+def test_a_fault_of_the_program_keeps_its_traceback(diffusion_command, package, error):
+    assert said(raise_in(package, error)) is None
+
+
+def test_the_traceback_is_there_for_the_asking(diffusion_command, monkeypatch):
+    monkeypatch.setenv(_errors.TRACEBACK, "1")
+    assert said(raise_in("llamafactory_ddm", ValueError("x"))) is None
+
+
+def test_other_stages_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/llamafactory-cli", "stage=sft"])
+    monkeypatch.setattr(_errors, "_how_to_go_on", None)
+    assert said(raise_in("llamafactory", ValueError("x"))) is None
+    assert said(raise_in("builtins", KeyboardInterrupt())) is None
+    # Where this package refuses something of theirs, it is a mistake like others.
+    assert said(raise_in("llamafactory_ddm", ValueError("x"))).startswith("x")
+
+
+@pytest.mark.parametrize(
+    "argv, ours",
+    [
+        ("/v/bin/llamafactory-cli", True),
+        ("/v/bin/lmf", True),
+        ("/v/bin/llamafactory-ddm", True),
+        ("/v/bin/torchrun", True),
+        ("/v/site-packages/llamafactory/cli.py", True),
+        ("/v/site-packages/llamafactory_ddm/_launcher.py", True),
+        ("/home/me/my_script.py", False),
+        ("/home/me/tool/cli.py", False),
+        ("/v/bin/pytest", False),
+        ("", False),
+    ],
+)
+def test_it_is_for_the_commands_alone(argv, ours, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [argv])
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(_errors, "_before", None)
+    _errors.install()
+    assert (sys.excepthook is not sys.__excepthook__) == ours
+    _errors.uninstall()
+    assert sys.excepthook is sys.__excepthook__
+
+
+MISTAKES = {
+    "our key": (["examples/tiny_gpt2_full_ddm.yaml", "loss_weighting=elba"], "did you mean 'elbo'?"),
+    "no such model": (["examples/tiny_gpt2_full_ddm.yaml", "model_name_or_path=data/nothing"], "data/nothing"),
+    "upstream's key": (["examples/tiny_gpt2_full_ddm.yaml", "template=nothing", "stage=ddm-sft"], "nothing"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_no_traceback_on_a_mistake(name, tmp_path):
+    words, text = MISTAKES[name]
+    done = run("train", *words, f"output_dir={tmp_path / 'out'}", check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert text in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_yaml_that_is_none(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("stage: ddm\nmodel_name_or_path: [data\ndo_train: true\n")
+    done = run("train", path, check=False, fresh=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    out = tmp_path / "out"
+    words = ["train", "examples/tiny_gpt2_full_ddm.yaml", f"output_dir={out}", "save_steps=1", "max_steps=1000"]
+    words += ["per_device_train_batch_size=1", "max_samples=50"]
+    process = subprocess.Popen(
+        [SCRIPTS / "llamafactory-cli", *words],
+        cwd=ROOT,
+        env={**os.environ, **QUIET},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 400
+    while not (out / "checkpoint-2" / "trainer_state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=400)
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in error
+    assert f"resume_from_checkpoint=true goes on from {out}" in error
