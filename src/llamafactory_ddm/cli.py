@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from ._autoload import disabled
 from ._version import __version__
 
 _FORWARDED = ("train", "chat", "api", "export", "webchat", "webui", "env", "version")
+_COMMANDS = ("doctor", "generate", "convert", "fit-length", *_FORWARDED)
 # A console script has no current folder on its path, as -c has.
 _PROBE = """
 import json, sys
@@ -41,6 +43,19 @@ def main(argv: list[str] | None = None) -> int:
         from .fit_length_command import main as fit_length
 
         return fit_length(words[1:])
+    parser = _parser()
+    if words in ([], ["help"]):
+        parser.print_help(sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    if not words[0].startswith("-") and words[0] not in _COMMANDS:
+        near = difflib.get_close_matches(words[0], _COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        parser.error(f"unknown command {words[0]!r}{hint or ';'} there are {', '.join(_COMMANDS)}")
+    parser.parse_args(words)
+    return doctor()
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm",
         description="Diffusion language models for LLaMA-Factory.",
@@ -52,12 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
         "command",
-        choices=("doctor", "generate", "convert", "fit-length", *_FORWARDED),
+        choices=_COMMANDS,
         help="doctor: is the plugin active, and why not; generate: text; convert: published checkpoints; fit-length: "
         "train length predictors",
     )
-    parser.parse_args(words)
-    return doctor()
+    return parser
 
 
 def doctor() -> int:
