@@ -53,11 +53,6 @@ def disabled() -> bool:
     return os.environ.get(DISABLE, "").lower() in ("1", "true", "yes")
 
 
-def deactivate() -> None:
-    """Stop watching; patches that are applied stay."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
-
-
 def not_active(reason: object) -> None:
     """Say in one line, once, why the plugin does nothing."""
     line = f"[llamafactory_ddm] NOT ACTIVE: {' '.join(str(reason).split()) or type(reason).__name__}"

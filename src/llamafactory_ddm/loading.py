@@ -54,7 +54,13 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
     dtype = dtype if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        model = merged_with_base(folder, config, base=plain_folder(base_of(folder)), dtype=dtype)
+        base = base_of(folder)
+        if not Path(base).is_dir() and not may_be_on_a_hub(base):
+            raise ValueError(
+                f"{path} is an adapter of {base}, which is not a folder; start where that path is right, or change "
+                f"base_model_name_or_path in its {ADAPTER_CONFIG}"
+            )
+        model = merged_with_base(folder, config, base=plain_folder(base), dtype=dtype)
     else:
         model = load_whole(AutoModelForCausalLM, pretrained_model_name_or_path=folder, dtype=dtype)
     model.to(device)  # type: ignore[arg-type]

@@ -92,7 +92,8 @@ def export(model, adapter, folder):
 
 def logits(model):
     with torch.no_grad():
-        return model.eval()(torch.arange(KNOWN - 8, KNOWN + 3)[None]).logits
+        rows = len(model.get_input_embeddings().weight)
+        return model.eval()(torch.arange(KNOWN - 8, min(KNOWN + 3, rows))[None]).logits
 
 
 def rows(folder):
@@ -245,3 +246,46 @@ def test_tokens_that_are_described(base, train, tmp_path):
     before, after = (AutoModelForCausalLM.from_pretrained(f).get_input_embeddings().weight for f in (model, out))
     ids = AutoTokenizer.from_pretrained(model).encode("It was red.", add_special_tokens=False)
     torch.testing.assert_close(after[KNOWN + 1], before[ids].mean(dim=0))
+
+
+def test_the_plain_adapter_of_pissa_convert(base, train, tmp_path):
+    """It is a diffusion model with its tokenizer; what is kept beside it is half of one."""
+    model = base(extra=["<|mask|>"])
+    keys = {"finetuning_type": "lora", "pissa_init": True, "pissa_convert": True}
+    out = train(model, **keys)
+    plain = out / "pissa_converted"
+    assert DiffusionConfig.load(plain) == DiffusionConfig.load(out)
+    loaded = logits(load(plain).model)
+    exported = export(model, plain, tmp_path / "exported")
+    torch.testing.assert_close(logits(load(exported).model), loaded, rtol=0, atol=1e-5)
+    tuned = {"finetuning_type": "lora", "mask_token": None, "learning_rate": 0.0}
+    more = train(model, "more", adapter_name_or_path=plain, **tuned)
+    torch.testing.assert_close(logits(load(more).model), loaded, rtol=0, atol=1e-5)
+    for folder in (out, out / "pissa_backup", out / "pissa_init"):
+        with pytest.raises(ValueError, match=f"use {plain}"):
+            train(model, "more", adapter_name_or_path=folder, **tuned)
+    with pytest.raises(ValueError, match=f"use {plain}"):
+        load(out)
+
+
+def test_an_adapter_without_weights(base, train, tmp_path):
+    model = base(extra=["<|mask|>"])
+    out = train(model, finetuning_type="lora")
+    (out / "adapter_model.safetensors").unlink()
+    words = r"holds adapter_config.json but no weights of an adapter \(none of adapter_model.safetensors"
+    with pytest.raises(ValueError, match=words):
+        load(out)
+    with pytest.raises(ValueError, match=words):
+        train(model, "more", finetuning_type="lora", adapter_name_or_path=out)
+
+
+def test_half_precision_on_a_cpu_is_what_upstream_makes_of_it(base, train):
+    """It computes in float32 there, so masks are float32 too."""
+    train(base(), stage="ddm", fp16=True, anneal_steps=4)
+
+
+def test_lora_on_the_output_embedding(base, train, tmp_path):
+    model = base(extra=["<|mask|>"])
+    out = train(model, finetuning_type="lora", lora_target="lm_head,q_proj")
+    exported = export(model, out, tmp_path / "exported")
+    torch.testing.assert_close(logits(load(out).model), logits(load(exported).model), rtol=0, atol=1e-5)

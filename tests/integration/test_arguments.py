@@ -51,6 +51,27 @@ def test_every_key_has_a_help_text():
         ("edit_threshold", 0, r"edit_threshold must lie in \(0, 1\], got 0.0"),
         ("edit_steps", -1, "edit_steps must be at least 0"),
         ("remask_cap", 1.5, r"remask_cap must lie in \[0, 1\]"),
+        pytest.param("uniform_ratio", 10**400, "uniform_ratio must lie in", id="a number beyond all"),
+        (
+            "denoising_strategy",
+            None,
+            "denoising_strategy is empty; write a value, or remove the key .*default is random",
+        ),
+        ("save_trace", None, r"save_trace is empty; .*default is False\)"),
+        ("diffusion_steps", None, r"diffusion_steps is empty; .*default is 64\)"),
+        ("logits_temp", None, r"logits_temp is empty; .*default is 0.95\)"),
+        (
+            "mask_token",
+            ["MASK"],
+            r"\['MASK'\] is a list, as YAML reads brackets; write mask_token: '\[MASK\]' or 'MASK'",
+        ),
+        ("sep_token", ["\n"], r'is a list, as YAML reads brackets; write sep_token: "\\n", with the quotes'),
+        ("mask_token", 740.0, "mask_token: 740.0 is a number with a fraction; write the id as a whole number: 740"),
+        ("mask_token", 740.5, "mask_token: 740.5 is of type float; write a token in quotes, or an id"),
+        ("mask_token", {"a": 1}, "is of type dict; write a token in quotes, or an id"),
+        ("suppress_tokens", [5, 7], "suppress_tokens: .* is a list; write tokens or ids in one text"),
+        ("checkpoint_dir", 5, "checkpoint_dir: 5 is of type int; write the path of a folder"),
+        ("checkpoint_dir", " ", "checkpoint_dir is empty; write the path of a folder, or remove the key"),
         ("shift", "maybe", "shift must be true or false"),
         ("antithetic_time", 3, "antithetic_time must be true or false"),
     ],
@@ -80,3 +101,21 @@ def test_what_yaml_reads_as_text_is_understood(key, given, meant):
 
 def test_changed_keys_are_listed_in_order():
     assert DiffusionArguments(num_samples=3, shift=False).changed_keys() == ["num_samples", "shift"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, "", [], ["x"], [5], {}, {"a": 1}, 1.5, float("nan"), float("inf"), 10**400, -(10**400), True, "zzz"],
+    ids=lambda value: repr(value)[:8],
+)
+@pytest.mark.parametrize("spec", dataclasses.fields(DiffusionArguments), ids=lambda spec: spec.name)
+def test_no_value_of_any_key_is_more_than_an_error_that_names_it(spec, value):
+    """Whatever YAML makes of a line: the key takes it as what it takes, or the message names the key."""
+    try:
+        arguments = DiffusionArguments(**{spec.name: value})
+        arguments.validate()
+    except ValueError as error:
+        assert spec.name in str(error)
+    else:
+        taken = getattr(arguments, spec.name)
+        assert not isinstance(taken, (list, dict)) and (taken is not None or spec.default is None)

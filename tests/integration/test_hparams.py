@@ -120,6 +120,10 @@ def known(parser, key):
         ({"mixture_of_depths": "convert"}, "mixture_of_depths: convert does not work"),
         ({"use_kt": True}, "use_kt: True does not work"),
         ({"neat_packing": True}, "neat_packing: True does not work"),
+        (
+            {"moe_aux_loss_coef": 0.01},
+            "moe_aux_loss_coef: 0.01 does not work with stage: ddm: a router's loss is no sum",
+        ),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: 0.1 does not work"),
         ({"use_dft_loss": True}, "use_dft_loss: True does not work with stage: ddm: it is a loss of autoregressive"),
     ],

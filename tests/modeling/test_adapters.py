@@ -1,5 +1,6 @@
 """Which modules LoRA takes, and embeddings that stay tied, on GPT-2 and on Llama."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from llamafactory_ddm.modeling.adapters import (
+    base_of,
+    check_adapter,
     linear_modules,
     merged_with_base,
     settle_targets,
@@ -155,3 +158,50 @@ def test_an_adapter_whose_base_is_gone(tmp_path):
     described = DiffusionConfig("x", 3, True, "masked", 0.0, "linear", 1.0)
     with pytest.raises(ValueError, match="is an adapter of nowhere, which cannot be loaded"):
         merged_with_base(tmp_path, described, base="nowhere", dtype=torch.float32)
+
+
+def test_an_adapter_and_a_base_of_another_process(tmp_path):
+    """The base's own diffusion_config.json says what the adapter must say too."""
+    gpt2().save_pretrained(tmp_path / "base")
+    adapter = LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).save_pretrained(tmp_path / "a")
+    ours = DiffusionConfig("x", 3, True, "masked", 0.0, "linear", 1.0)
+    for key, theirs in (
+        ("shift: True", DiffusionConfig("x", 3, False, "masked", 0.0, "linear", 1.0)),
+        ("mask_token_id: 3", DiffusionConfig("x", 4, True, "masked", 0.0, "linear", 1.0)),
+        ("noise_schedule: linear", DiffusionConfig("x", 3, True, "masked", 0.0, "cosine", 1.0)),
+    ):
+        theirs.save(tmp_path / "base")
+        with pytest.raises(ValueError, match=f"was trained with {key}, but .*base says"):
+            merged_with_base(tmp_path / "a", ours, base=str(tmp_path / "base"), dtype=torch.float32)
+    DiffusionConfig("x", 3, True, "masked", 0.0, "linear", 0.5).save(tmp_path / "base")
+    merged_with_base(tmp_path / "a", ours, base=str(tmp_path / "base"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "init", "words"),
+    [
+        ("a", True, None),
+        ("a", "pissa", None),
+        ("a", "pissa_niter_16", r"PEFT draws anew when it loads the adapter.*train with pissa_convert: true"),
+        ("pissa_backup", True, "on its base model another one than was trained"),
+        ("pissa_init", True, "on its base model another one than was trained"),
+        ("pissa_converted", True, None),
+    ],
+)
+def test_adapters_that_do_not_load_as_they_were_trained(tmp_path, name, init, words):
+    (tmp_path / name).mkdir()
+    settings = {"base_model_name_or_path": "x", "init_lora_weights": init}
+    (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings))
+    if words is None:
+        check_adapter(tmp_path / name)
+        return
+    with pytest.raises(ValueError, match=words):
+        check_adapter(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base_model_name_or_path": null}'])
+def test_settings_that_name_no_base(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="is not readable, or names no base_model_name_or_path"):
+        base_of(tmp_path)

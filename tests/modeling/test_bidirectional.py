@@ -21,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from llamafactory_ddm.modeling import bidirectional
@@ -456,3 +458,55 @@ def test_a_recurrent_layer_beside_attention_is_refused():
     with pytest.raises(NotBidirectionalError, match="mixes tokens by Recurrent"):
         make_bidirectional(model)
     assert not is_bidirectional(model)
+
+
+def moe(**keys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=40, num_key_value_heads=2, **sizes, **experts, **keys))
+
+
+def test_a_config_that_asks_for_more_than_logits():
+    """A router's loss would want a mask of another form; upstream writes the key into config.json."""
+    model = moe(output_router_logits=True, output_hidden_states=True)
+    make_bidirectional(model)
+    probe_bidirectional(model)
+    ids, visible = torch.arange(6)[None], torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    plain = moe()
+    make_bidirectional(plain)
+    results = []
+    for one in (model, plain):
+        mask = full_attention_mask(
+            one, batch=1, length=6, is_padding=None, visible=visible, dtype=torch.float32, device=ids.device
+        )
+        results.append(one.eval()(input_ids=ids, attention_mask=mask, use_cache=False))
+    assert torch.equal(results[0].logits, results[1].logits)
+    assert results[0].router_logits is None and results[0].hidden_states is None
+
+
+def test_an_error_that_has_nothing_to_do_with_masks_is_not_blamed_on_them():
+    model = moe()
+    make_bidirectional(model)
+    model.model.layers[0].mlp.gate = torch.nn.Identity()
+    with pytest.raises(NotBidirectionalError, match="cannot compute logits, with or without an attention mask"):
+        probe_bidirectional(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["flash_attention_2", "flash_attention_3", "kernels-community/vllm-flash-attn3", "kernels-community/flash-attn"],
+)
+def test_every_kind_of_flash_attention_is_treated_alike(monkeypatch, name):
+    model = moe()
+    model.config._attn_implementation_internal = name
+    make_bidirectional(model)
+    about = {"batch": 1, "length": 4, "visible": None, "dtype": torch.float32, "device": torch.device("cpu")}
+    padding = torch.tensor([[False, False, False, True]])
+    assert full_attention_mask(model, is_padding=None, **about) is None
+    assert full_attention_mask(model, is_padding=padding, **about).tolist() == [[1, 1, 1, 0]]
+    with pytest.raises(ValueError, match=r"flash attention \(flash_attn: fa2, fa3\) does not take; set"):
+        full_attention_mask(model, is_padding=None, **about, document=torch.zeros(1, 4, dtype=torch.long))
+    model.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(NotBidirectionalError, match=r"runs attention by 'flex_attention'; choose flash_attn: sdpa"):
+        make_bidirectional(model)

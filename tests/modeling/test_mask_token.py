@@ -2,7 +2,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llamafactory_ddm.modeling.mask_token import ResolvedMaskToken, add_mask_token, check_roles, resolve_mask_token
+from llamafactory_ddm.modeling.mask_token import (
+    ResolvedMaskToken,
+    add_mask_token,
+    check_roles,
+    resolve_mask_token,
+    resolve_token,
+)
 from support.tiny import tiny_tokenizer
 
 
@@ -101,6 +107,17 @@ def word_tokenizer(vocabulary, **special):
 def test_text_that_the_tokenizer_does_not_know_is_not_the_unknown_token():
     with pytest.raises(ValueError, match="'zebra' is unknown to the tokenizer, which reads it as '<unk>'"):
         resolve_mask_token(word_tokenizer({"<unk>": 0, "cat": 1}), "zebra")
+
+
+def test_an_escape_that_yaml_did_not_read(tokenizer):
+    """In single quotes YAML leaves a backslash and an n as they stand."""
+    assert resolve_token(tokenizer, "sep_token", "\n")[0] == "Ċ"
+    for find in (resolve_mask_token, lambda known, text: resolve_token(known, "mask_token", text)):
+        with pytest.raises(ValueError, match=r'for the escape write mask_token: "\\n"'):
+            find(tokenizer, r"\n")
+    with pytest.raises(ValueError) as error:
+        resolve_token(tokenizer, "sep_token", "nonsuch")
+    assert "escape" not in str(error.value)
 
 
 def test_a_vocabulary_with_gaps():

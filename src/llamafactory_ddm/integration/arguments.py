@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -34,6 +35,8 @@ _NUMBERS: dict[str, tuple[float, float]] = {
 }
 _BOOLEANS = ("antithetic_time", *length_keys.BOOLEANS, *sampling_arguments.BOOLEANS)
 _BOOLEANS_OR_NONE = ("shift", "train_on_padding", "split_digits")
+# Keys that take text -> whether a number is fine too.
+_TEXTS = {"mask_token": True, "sep_token": True, "suppress_tokens": True, "checkpoint_dir": False}
 
 
 @dataclass
@@ -151,18 +154,24 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
         Raises:
             ValueError: naming the key, the value given, what is accepted and, for a misspelt choice, the nearest one.
         """
+        for spec in fields(DiffusionArguments):
+            default = _default(spec)
+            if getattr(self, spec.name) is None and default is not None:
+                raise ValueError(f"{spec.name} is empty; write a value, or remove the key (its default is {default})")
+        for key, takes_number in _TEXTS.items():
+            _check_text(key, getattr(self, key), takes_number=takes_number)
         for key, choices in _CHOICES.items():
             value = getattr(self, key)
             if value is not None and value not in choices:
                 raise ValueError(_unknown_choice(key, value, choices))
         for key, (low, high) in _INTEGERS.items():
-            if getattr(self, key) is not None or _default(self.__dataclass_fields__[key]) is not None:
+            if getattr(self, key) is not None:
                 setattr(self, key, integer(key, getattr(self, key), low, high))
         for key, (least, most) in _NUMBERS.items():
             if getattr(self, key) is not None:
                 setattr(self, key, number(key, getattr(self, key), least, most))
         for key in (*_BOOLEANS, *_BOOLEANS_OR_NONE):
-            if getattr(self, key) is not None or key in _BOOLEANS:
+            if getattr(self, key) is not None:
                 setattr(self, key, boolean(key, getattr(self, key)))
         self.check_sampling()
 
@@ -179,6 +188,32 @@ def _unknown_choice(key: str, value: object, choices: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}"
+
+
+def _check_text(key: str, value: object, *, takes_number: bool) -> None:
+    """Check the type of a key that takes text; YAML makes others of what is not in quotes.
+
+    Raises:
+        ValueError: saying how to write it.
+    """
+    if value is None or isinstance(value, str):
+        if value is not None and not value.strip() and key == "checkpoint_dir":
+            raise ValueError(f"{key} is empty; write the path of a folder, or remove the key")
+        return
+    if takes_number and isinstance(value, (bool, int)):
+        return  # an id; a truth value gets its own words when the token is looked for
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and key != "suppress_tokens":
+        text = value[0]
+        written = f"'[{text}]' or '{text}'" if text.isprintable() else json.dumps(text)
+        raise ValueError(
+            f"{key}: {value!r} is a list, as YAML reads brackets; write {key}: {written}, with the quotes"
+        )
+    if key == "suppress_tokens" and isinstance(value, list):
+        raise ValueError(f"{key}: {value!r} is a list; write tokens or ids in one text, separated by commas: '5,7'")
+    if takes_number and isinstance(value, float) and value.is_integer():
+        raise ValueError(f"{key}: {value!r} is a number with a fraction; write the id as a whole number: {int(value)}")
+    wanted = "a token in quotes, or an id" if takes_number else "the path of a folder"
+    raise ValueError(f"{key}: {value!r} is of type {type(value).__name__}; write {wanted}")
 
 
 def integer(key: str, value: object, low: int, high: int | None) -> int:
@@ -209,7 +244,7 @@ def number(key: str, value: object, least: float, most: float) -> float:
     """
     try:
         found = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = float("nan")
     if not (math.isfinite(found) and least <= found <= most):
         said = f"lie in {sampling_arguments.OPEN_RANGES.get(key, f'[{least:g}, {most:g}]')}"

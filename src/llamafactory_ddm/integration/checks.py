@@ -13,7 +13,7 @@ from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ..modeling.adapters import ADAPTER_CONFIG, refuse_both
+from ..modeling.adapters import ADAPTER_CONFIG, check_adapter, refuse_both
 from ..modeling.attention_layers import max_positions
 from ..modeling.checkpoints import verify_checkpoint
 from ..modeling.own_code import kind_of, raw_config
@@ -50,6 +50,8 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_arg
                     "model_name_or_path"
                 )
             verify_checkpoint(path)
+            if key == "adapter_name_or_path":
+                check_adapter(path)
             layout = None if key == "checkpoint_dir" else layout_of_folder(path)
             if layout is not None:
                 raise ValueError(

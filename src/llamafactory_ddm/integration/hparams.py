@@ -34,6 +34,7 @@ _REFUSED = {
     "enable_liger_kernel": "its fused loss computes the autoregressive loss over all positions",
     "shift_attn": "S^2 attention is causal",
     "mixture_of_depths": "its routing is causal",
+    "moe_aux_loss_coef": "a router's loss is no sum over tokens, so that it would change with how a batch is split",
     "compute_accuracy": "it measures next-token accuracy",
     "use_dft_loss": "it is a loss of autoregressive training",
     "use_asft_loss": "it is a loss of autoregressive training",

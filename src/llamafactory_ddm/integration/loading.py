@@ -11,6 +11,7 @@ from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.model.patcher import patch_tokenizer
 from transformers import AutoTokenizer
 
+from ..modeling.adapters import check_agreement
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.mask_token import ResolvedMaskToken, resolve_mask_token
 from ..modeling.published import (
@@ -26,8 +27,6 @@ from .vocabulary import Additions, Vocabulary, restore_stored, resumes_adapter
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 _ADDED = ("add_tokens", "add_special_tokens")
-# What two checkpoints of one run, a base and its adapter, must say alike.
-_AGREEING = ("mask_token", "mask_token_id", "shift", "noise_schedule")
 
 
 @dataclass
@@ -50,14 +49,7 @@ def find_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> Diffus
         config = DiffusionConfig.find(folder)
         if config is not None:
             found.append((folder, config))
-    for folder, config in found[1:]:
-        for key in _AGREEING:
-            ours, theirs = getattr(found[0][1], key), getattr(config, key)
-            if ours != theirs:
-                raise ValueError(
-                    f"{found[0][0]} was trained with {key}: {ours}, but {folder} says {key}: {theirs}; use the "
-                    "adapter with the model that it was trained on"
-                )
+    check_agreement(found)
     return found[0][1] if found else None
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .loading import LoadedModel
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
-PROCESSES = ("masked", "mixed")
 _UNIFORM_RATIO = 0.1  # XDLM's
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..modeling.mask_token import escape_hint
 from ..sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
 from ..sampling.length import PREDICTORS
 from ..sampling.logits import SCORE_DISTRIBUTIONS
@@ -361,5 +362,8 @@ def _token_ids(words: str | None, tokenizer: Any) -> tuple[int, ...]:
         elif word.isdigit() and int(word) < len(tokenizer):
             ids.append(int(word))
         else:
-            raise ValueError(f"suppress_tokens: {word!r} is neither a token of the vocabulary nor an id")
+            raise ValueError(
+                f"suppress_tokens: {word!r} is neither a token of the vocabulary nor an id"
+                f"{escape_hint('suppress_tokens', word)}"
+            )
     return tuple(ids)

@@ -235,6 +235,8 @@ class DiffusionTrainer(CustomTrainer):
         # Autocast is entered inside the prepared model's forward, so ask the accelerator what the queries will be.
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = half.get(str(self.accelerator.mixed_precision), self.model.dtype)
+        if z.device.type == "cpu" and not self.accelerator.native_amp:  # it runs fp16 on a CPU as it runs none
+            dtype = self.model.dtype
         return full_attention_mask(
             self.model,
             batch=z.shape[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,7 @@ def _train(
 ) -> None:
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    _complete_converted(trainer, finetuning_args)
     if trainer.is_world_process_zero():
         _forget_lengths(Path(trainer.args.output_dir))
     trainer.log_metrics("train", result.metrics)
@@ -193,6 +195,19 @@ def _train(
         elif evaluated is not None:
             keys += ["eval_loss"]
         plot_loss(trainer.args.output_dir, keys=keys)
+
+
+def _complete_converted(trainer: DiffusionTrainer, finetuning_args: Any) -> None:
+    """Put beside the plain LoRA adapter that pissa_convert has written what makes it one of a diffusion model."""
+    folder = Path(trainer.args.output_dir) / "pissa_converted"
+    if finetuning_args.pissa_convert and trainer.is_world_process_zero() and folder.is_dir():
+        trainer.processing_class.save_pretrained(folder)
+        replace(trainer.diffusion_config, attention_ratio=trainer.reached_ratio()).save(folder)
+    elif finetuning_args.pissa_init and finetuning_args.pissa_iter != -1:
+        logger.warning_rank0(
+            "pissa_init with an approximate decomposition (pissa_iter): PEFT draws it anew whenever the adapter is "
+            "loaded, which gives another model than was trained. Set pissa_convert: true, or pissa_iter: -1."
+        )
 
 
 def _forget_lengths(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ from .published import shapes_of
 from .whole_weights import load_whole, load_whole_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
+# What an adapter and the model that it was trained on must say alike.
+_AGREEING = ("mask_token", "mask_token_id", "shift", "noise_schedule")
+# What pissa_convert keeps for itself: weights that belong to the rest of a decomposition, not to the base model.
+_HALVES = ("pissa_init", "pissa_backup")
 _WEIGHTS = ("safetensors", "bin")  # how files of weights end
 
 
@@ -41,7 +45,67 @@ def refuse_both(folder: str | Path) -> None:
 
 def base_of(folder: str | Path) -> str:
     """Return the folder or name of the model that an adapter was trained on."""
-    return str(json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    return str(_settings(folder)["base_model_name_or_path"])
+
+
+def _settings(folder: str | Path) -> dict[str, Any]:
+    """Return what adapter_config.json of a folder says.
+
+    Raises:
+        ValueError: if it is not readable, or names no base model.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        named = isinstance(settings["base_model_name_or_path"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        named = False
+    if not named:
+        raise ValueError(
+            f"{path} is not readable, or names no base_model_name_or_path, the model that the adapter was trained on; "
+            "copy or save the adapter again"
+        )
+    return settings
+
+
+def check_agreement(found: Sequence[tuple[str, DiffusionConfig]]) -> None:
+    """Check that what adapter, checkpoint and base model say about themselves is of one diffusion process.
+
+    Args:
+        found: folder and config of each that says something, the newest first.
+    Raises:
+        ValueError: if two contradict each other, naming both.
+    """
+    for folder, config in found[1:]:
+        for key in _AGREEING:
+            ours, theirs = getattr(found[0][1], key), getattr(config, key)
+            if ours != theirs:
+                raise ValueError(
+                    f"{found[0][0]} was trained with {key}: {ours}, but {folder} says {key}: {theirs}; use the "
+                    "adapter with the model that it was trained on"
+                )
+
+
+def check_adapter(folder: str | Path) -> None:
+    """Check that an adapter loads as it was trained.
+
+    Raises:
+        ValueError: if it is one half of a decomposition whose other half is not the base model (PiSSA).
+    """
+    folder = Path(folder)
+    converted = folder.parent / "pissa_converted" if folder.name in _HALVES else folder / "pissa_converted"
+    cure = f"use {converted}" if converted.is_dir() else "train with pissa_convert: true and use its pissa_converted"
+    if folder.name in _HALVES:
+        raise ValueError(
+            f"{folder} is what pissa_convert keeps of a decomposition, and on its base model another one than was "
+            f"trained; {cure}"
+        )
+    if str(_settings(folder).get("init_lora_weights")).startswith("pissa_niter"):
+        raise ValueError(
+            f"{folder} was trained with pissa_init and an approximate decomposition (pissa_iter), which PEFT draws "
+            f"anew when it loads the adapter: that gives another model than was trained; {cure}, or train with "
+            "pissa_iter: -1"
+        )
 
 
 def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, dtype: Any) -> Any:
@@ -53,10 +117,14 @@ def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, 
         base: folder or name of the model, as transformers can load it.
         dtype: of the model's weights, as Hugging Face takes it.
     Raises:
-        ValueError: if the base model cannot be loaded.
+        ValueError: if the base model cannot be loaded, or is not the one that the adapter was trained on.
     """
     from peft import PeftModel
 
+    check_adapter(folder)
+    described = DiffusionConfig.find(base)
+    if described is not None:
+        check_agreement([(str(folder), config), (base, described)])
     try:
         model: Any = load_whole(AutoModelForCausalLM, pretrained_model_name_or_path=base, dtype=dtype)
     except (OSError, ValueError) as error:

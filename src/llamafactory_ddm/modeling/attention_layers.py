@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 SUCH_AS = "such as GPT-2, Llama, Qwen2, Qwen3, Mistral or Gemma"
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-_KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2")
+_KNOWN_ATTENTION = ("eager", "sdpa")
 
 
 class NotBidirectionalError(RuntimeError):
@@ -30,10 +30,10 @@ def refuse_unfit(model: nn.Module, modules: list[Any]) -> None:
             f"{kind} has layers of type {', '.join(sorted(unknown))}, which cannot be made bidirectional; "
             f"use a model with full or sliding-window attention, {SUCH_AS}"
         )
-    if implementation(model) not in _KNOWN_ATTENTION:
+    if implementation(model) not in _KNOWN_ATTENTION and not is_flash(implementation(model)):
         raise NotBidirectionalError(
-            f"{kind} runs attention by {implementation(model)!r}; choose flash_attn: sdpa (or fa2, or disabled for "
-            "eager)"
+            f"{kind} runs attention by {implementation(model)!r}; choose flash_attn: sdpa (or fa2 or fa3, or disabled "
+            "for eager)"
         )
     if not modules:
         raise NotBidirectionalError(
@@ -83,6 +83,14 @@ def text_config(model: nn.Module) -> Any:
 def implementation(model: nn.Module) -> str:
     """Return what computes attention, as transformers spells it."""
     return getattr(text_config(model), "_attn_implementation", None) or "eager"
+
+
+def is_flash(name: str) -> bool:
+    """Tell whether an implementation is a kind of flash attention, which takes no mask between queries and keys.
+
+    transformers has it under several names: flash_attention_2, flash_attention_3, kernels-community/vllm-flash-attn3.
+    """
+    return "flash" in name
 
 
 def window_of(model: nn.Module) -> int | None:

@@ -22,6 +22,7 @@ from .attention_layers import (
     attention_modules,
     causal_triangle,
     dtype_of,
+    is_flash,
     refuse_unfit,
     text_config,
     window_of,
@@ -39,6 +40,13 @@ __all__ = [
 
 _READS_CONFIG = Version(transformers.__version__) >= Version("5.5.0")
 _PROBE_LENGTH = 8
+# What a config may ask of every forward beside logits. A router's loss wants a mask of its own form and is not used.
+_OUTPUTS = {
+    "output_router_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+}
 
 
 def make_bidirectional(model: nn.Module) -> None:
@@ -61,8 +69,11 @@ def make_bidirectional(model: nn.Module) -> None:
         # every step.
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):
             module.warn_if_padding_and_no_attention_mask = _say_nothing  # type: ignore[assignment]
-    outer: Any = model.config
-    outer.is_causal = text_config(model).is_causal = False
+    for config in (model.config, text_config(model)):
+        config.is_causal = False  # type: ignore[union-attr]
+        for name, value in _OUTPUTS.items():
+            if getattr(config, name, value) != value:
+                setattr(config, name, value)
 
 
 def is_bidirectional(model: nn.Module) -> bool:
@@ -115,16 +126,16 @@ def full_attention_mask(
             raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {(batch, length)}")
     if visible is not None and (visible.shape[0] not in (1, batch) or visible.shape[1:] != (1, length, length)):
         raise ValueError(f"visible has shape {tuple(visible.shape)}, expected (1 or {batch}, 1, {length}, {length})")
-    if _implementation(model) == "flash_attention_2":
+    if is_flash(_implementation(model)):
         if visible is not None:
             raise ValueError(
-                "anneal_steps needs an attention mask that flash_attn: fa2 does not take; anneal under flash_attn: "
-                "sdpa, or set anneal_steps: 0"
+                "anneal_steps needs an attention mask that flash attention (flash_attn: fa2, fa3) does not take; "
+                "anneal under flash_attn: sdpa, or set anneal_steps: 0"
             )
         if document is not None:
             raise ValueError(
-                "packing keeps documents apart by an attention mask that flash_attn: fa2 does not take; set "
-                "flash_attn: sdpa, or packing: false"
+                "packing keeps documents apart by an attention mask that flash attention (flash_attn: fa2, fa3) does "
+                "not take; set flash_attn: sdpa, or packing: false"
             )
         return None if is_padding is None else (~is_padding).to(torch.int64)
     allowed = visible
@@ -202,7 +213,10 @@ def _probe(model: nn.Module, inner: nn.Module) -> None:
                 return True
         return False
 
-    base = _taken(name, logits, ids)
+    def plain() -> None:
+        model(input_ids=ids, use_cache=False).logits  # noqa: B018
+
+    base = _taken(name, logits, plain, ids)
     if bool(base.isnan().any()):
         raise NotBidirectionalError(
             f"{name} computes NaN logits in {dtype}, which proves nothing and trains nothing; check the weights, "
@@ -218,15 +232,28 @@ def _probe(model: nn.Module, inner: nn.Module) -> None:
                 "It cannot be trained or sampled as a diffusion model; try flash_attn: sdpa or flash_attn: disabled, "
                 "or another model"
             )
-    if _implementation(inner) != "flash_attention_2":
-        _taken(name, logits, ids, torch.ones(1, 1, length, length, dtype=torch.bool, device=device))
+    if not is_flash(_implementation(inner)):
+        _taken(name, logits, plain, ids, torch.ones(1, 1, length, length, dtype=torch.bool, device=device))
 
 
-def _taken(name: str, logits: Any, ids: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Return `logits(ids, visible)`; a model that trips over the form of the mask raises all kinds of errors."""
+_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def _taken(name: str, logits: Any, plain: Any, ids: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Return `logits(ids, visible)`; a model that trips over the form of the mask raises all kinds of errors.
+
+    Whether the mask is to blame is seen by the `plain` forward, which has none.
+    """
     try:
         result: Tensor = logits(ids, visible)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+    except _ERRORS as error:
+        try:
+            plain()
+        except _ERRORS as other:
+            raise NotBidirectionalError(
+                f"{name} cannot compute logits, with or without an attention mask ({type(other).__name__}: {other}); "
+                "check its config.json and its weights, or use another model"
+            ) from other
         raise NotBidirectionalError(
             f"{name} does not take the attention masks that diffusion needs ({type(error).__name__}: {error}); try "
             f"flash_attn: sdpa, or use a model {SUCH_AS}"

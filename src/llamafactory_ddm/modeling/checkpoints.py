@@ -108,6 +108,11 @@ def _weight_table(folder: Path) -> dict[Path, set[str]]:
             f"{folder} holds {shards[0]} but no model.safetensors.index.json, which says what each shard holds; "
             "download or copy it again"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise BrokenCheckpointError(
+            f"{folder} holds adapter_config.json but no weights of an adapter (none of {', '.join(_ADAPTER)}); copy "
+            "or save it again"
+        )
     raise BrokenCheckpointError(f"{folder} holds no weights (none of {', '.join(_NAMES)})")
 
 

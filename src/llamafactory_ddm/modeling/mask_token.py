@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 _SPECIAL = re.compile(r"<.+>|\[.+\]")
+_ESCAPE = re.compile(r"\\[ntr0xu\"\\]")
 _CURE = (
     "set mask_token to a token of the vocabulary that text does not use, to its id, or to a new special token "
     "such as '<|mask|>'"
@@ -106,7 +107,17 @@ def resolve_token(tokenizer: Any, key: str, value: str | int) -> tuple[str, int]
             ids = tokenizer.encode(str(value), add_special_tokens=False)
             if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
                 return str(tokenizer.convert_ids_to_tokens(ids[0])), int(ids[0])
-    raise ValueError(f"{key}: {value!r} is not one token of the vocabulary; name a token that is, or its id")
+    raise ValueError(
+        f"{key}: {value!r} is not one token of the vocabulary; name a token that is, or its id"
+        f"{escape_hint(key, value)}"
+    )
+
+
+def escape_hint(key: str, value: object) -> str:
+    r"""Return how to write an escape such as \n, which YAML reads in double quotes alone, or nothing."""
+    if not isinstance(value, str) or not _ESCAPE.search(value):
+        return ""
+    return f'. In single quotes, or none, YAML takes a backslash as it stands: for the escape write {key}: "{value}"'
 
 
 def _is_id(tokenizer: Any, mask_token: str | int) -> bool:
@@ -135,10 +146,13 @@ def _by_text(tokenizer: Any, text: str) -> ResolvedMaskToken:
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return ResolvedMaskToken(tokenizer.convert_ids_to_tokens(ids[0]), int(ids[0]), False)
+    hint = escape_hint("mask_token", text)
     pieces = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r}" for i in ids)
     if len(ids) == 1:
-        raise ValueError(f"mask_token: {text!r} is unknown to the tokenizer, which reads it as {pieces}; {_CURE}")
-    raise ValueError(f"mask_token: {text!r} is not one token but {len(ids)} ({pieces}); {_CURE}")
+        raise ValueError(
+            f"mask_token: {text!r} is unknown to the tokenizer, which reads it as {pieces}; {_CURE}{hint}"
+        )
+    raise ValueError(f"mask_token: {text!r} is not one token but {len(ids)} ({pieces}); {_CURE}{hint}")
 
 
 def _next_id(tokenizer: Any, text: str) -> int:
