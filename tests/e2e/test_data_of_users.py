@@ -170,3 +170,90 @@ def test_files_that_cannot_be_read(train_small, generate, tmp_path, file, conten
     with pytest.raises(ValueError, match=f"^dataset: odd: .*{words}"):
         generate(tmp_path / "out", **keys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_token_that_the_data_use(train_small, tmp_path):
+    keys = {"mask_token": "Ġa", "max_steps": 1}
+    words = r"mask_token: 'Ġa' \(id \d+\) stands \d+ times in the \d+ tokens .*allow_common_mask_token: true"
+    with pytest.raises(ValueError, match=words):
+        train_small(tmp_path / "out", **keys)
+    assert not (tmp_path / "out").exists()
+    train_small(tmp_path / "out", **keys, allow_common_mask_token=True)
+
+
+@pytest.mark.parametrize("keys", [{}, {"packing": True}, {"template": "default", "sep_token": ABSENT}])
+def test_a_cutoff_that_leaves_no_answer(finetune, tmp_path, keys):
+    with pytest.raises(ValueError, match="cutoff_len: 6 cuts the answers of 80 of 80 examples short"):
+        finetune(tmp_path / "out", cutoff_len=6, eval_dataset=None, **keys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cutoff_that_leaves_no_room_for_an_answer(finetune, tmp_path):
+    with pytest.raises(ValueError, match="cutoff_len: 3 leaves no room for an answer beside the 3 marks"):
+        finetune(tmp_path / "out", cutoff_len=3)
+    with pytest.raises(ValueError, match=r"cutoff_len: 5 leaves no room .*set it to at least 6"):
+        finetune(tmp_path / "out", cutoff_len=5, packing=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "words"),
+    [
+        ("ddm", [{"q": ""}] * 8, "every text is empty"),
+        ("ddm-sft", [{"q": "Hi", "a": ""}] * 8, "every response is empty"),
+    ],
+)
+@pytest.mark.parametrize("streams", [False, True])
+def test_data_in_which_there_is_nothing_to_learn(
+    train_small, finetune, write_data, tmp_path, stage, rows, words, streams
+):
+    folder = write_data(
+        empty=(rows, {"columns": {"prompt": "q", "response": "a"}} if stage != "ddm" else {"columns": {"prompt": "q"}})
+    )
+    keys = {"dataset": "empty", "dataset_dir": folder, "eval_dataset": None, "cutoff_len": 8}
+    keys |= {"streaming": True, "dataloader_num_workers": 1} if streams else {}
+    run = train_small if stage == "ddm" else finetune
+    with pytest.raises(ValueError, match=rf"dataset: empty \(train\): none of its .*rows .*{words}"):
+        run(tmp_path / "out", **keys, **({"packing": False} if stage == "ddm" else {}))
+
+
+def test_prepared_rows_remember_what_they_were_made_for(finetune, train_small, write_data, tmp_path):
+    from datasets import load_from_disk
+    from transformers import AutoTokenizer
+
+    rows = tmp_path / "rows"
+    keys = {"tokenized_path": rows, "max_steps": 1, "eval_dataset": ABSENT}
+    finetune(tmp_path / "made", **keys)
+    facts = json.loads((rows / "llamafactory_ddm.json").read_text())
+    assert {"packing": False, "variable_length": False, "template": "diffullama"}.items() <= facts.items()
+    assert set(load_from_disk(rows)) == {"train"}
+    finetune(tmp_path / "again", **keys)
+    for change, words in (
+        ({"template": "default", "sep_token": ABSENT}, "made with template: diffullama, and template is default"),
+        ({"train_on_prompt": True}, "with train_on_prompt: false, and train_on_prompt is true"),
+        ({"variable_length": "eos_pad"}, "with variable_length: false, and variable_length is true"),
+        ({"packing": True}, "with packing: false, and packing is true"),
+        ({"cutoff_len": 20}, r"a row of \d+ tokens, more than cutoff_len: 20"),
+    ):
+        with pytest.raises(ValueError, match=f"tokenized_path: .*{words}"):
+            finetune(tmp_path / "out", **{**keys, **change})
+    with pytest.raises(ValueError, match=r"has labels, .* made for stage: ddm-sft, and stage is ddm"):
+        train_small(tmp_path / "out", **keys)
+    other = tmp_path / "other"
+    for name in ("config.json", "model.safetensors", "diffusion_config.json"):
+        other.mkdir(exist_ok=True)
+        (other / name).write_bytes((tmp_path / "made" / name).read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = vocabulary["model"]["vocab"]
+    one, two = (tokenizer.convert_ids_to_tokens(index) for index in facts["ids"][:2])
+    words[one], words[two] = words[two], words[one]
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(vocabulary))
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ValueError, match=r"tokenized_path: .* was made with another tokenizer, under which"):
+        finetune(tmp_path / "out", **keys, model_name_or_path=other)
+    (rows / "dataset_dict.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenized_path: .*rows holds no rows that can be opened"):
+        finetune(tmp_path / "out", **keys)
+    with pytest.raises(ValueError, match=r"tokenized_path: .*llamafactory_ddm.json is a file"):
+        finetune(tmp_path / "out", **{**keys, "tokenized_path": rows / "llamafactory_ddm.json"})
+    assert not (tmp_path / "out").exists()

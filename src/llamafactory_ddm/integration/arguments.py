@@ -33,7 +33,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     **length_keys.NUMBERS,
     **sampling_arguments.NUMBERS,
 }
-_BOOLEANS = ("antithetic_time", *length_keys.BOOLEANS, *sampling_arguments.BOOLEANS)
+_BOOLEANS = ("antithetic_time", "allow_common_mask_token", *length_keys.BOOLEANS, *sampling_arguments.BOOLEANS)
 _BOOLEANS_OR_NONE = ("shift", "train_on_padding", "split_digits")
 # Keys that take text -> whether a number is fine too.
 _TEXTS = {"mask_token": True, "sep_token": True, "suppress_tokens": True, "checkpoint_dir": False}
@@ -50,6 +50,15 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
             "help": (
                 "Diffusion: the [MASK] token: a token of the vocabulary, an id, or a new special token to add "
                 "such as '<|mask|>'. Defaults to the checkpoint's, then to the tokenizer's own mask token."
+            )
+        },
+    )
+    allow_common_mask_token: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Diffusion: train even if the mask token is more than one in 10,000 tokens of the data. Where it "
+                "stands there it is never learnt, so the model cannot write what it stands for."
             )
         },
     )

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute
 from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -145,13 +144,14 @@ def no_block(data_args: Any, names: list[str] | None = None) -> str:
     packed = f", because all texts together are shorter than one block of cutoff_len: {data_args.cutoff_len} tokens"
     parts = " or, as streaming: true reads a local file in that many parts, set dataloader_num_workers: 1 or more"
     return (
-        f"dataset: {_names(data_args)} is empty or gives no row{packed if data_args.packing else ''}; "
+        f"dataset: {dataset_names(data_args)} is empty or gives no row{packed if data_args.packing else ''}; "
         f"check the file, lower cutoff_len or set packing: false{parts if data_args.streaming else ''}"
     )
 
 
-def _names(data_args: Any) -> str:
-    name = data_args.dataset or data_args.tokenized_path
+def dataset_names(data_args: Any) -> str:
+    """Return the names of the data sets that are trained on, as text."""
+    name = data_args.dataset or data_args.eval_dataset or data_args.tokenized_path
     return ", ".join(name) if isinstance(name, (list, tuple)) else str(name)
 
 
@@ -191,30 +191,6 @@ def check_cutoff(config: Any, data_args: Any) -> None:
         raise ValueError(
             f"cutoff_len: {data_args.cutoff_len} exceeds the model's {limit} positions; "
             f"set cutoff_len: {limit} or less"
-        )
-
-
-def check_rows(config: Any, data_args: Any, dataset_module: dict[str, Any]) -> None:
-    """Check that rows which were tokenised earlier fit the model's positions.
-
-    Raises:
-        ValueError: naming tokenized_path and the number of positions.
-    """
-    rows = dataset_module.get("train_dataset")
-    if data_args.tokenized_path is None or rows is None or data_args.streaming or not len(rows):
-        return
-    lengths = pyarrow.compute.list_value_length(rows.with_format("arrow")[:]["input_ids"])
-    longest = int(pyarrow.compute.max(lengths).as_py())
-    limit = max_positions(config)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"tokenized_path: {data_args.tokenized_path} holds a row of {longest} tokens, more than the model's "
-            f"{limit} positions; prepare it again with cutoff_len: {limit} or less"
-        )
-    if longest > data_args.cutoff_len:
-        raise ValueError(
-            f"tokenized_path: {data_args.tokenized_path} holds a row of {longest} tokens, more than cutoff_len: "
-            f"{data_args.cutoff_len}; prepare it again, or set cutoff_len as it was then"
         )
 
 

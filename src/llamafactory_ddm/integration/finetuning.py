@@ -10,7 +10,7 @@ from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.digits import split_digits, splits_digits
 from ..modeling.mask_token import resolve_token
 from .start_and_end import with_padding, with_template
-from .templates import DIFFULLAMA, DiffuLlamaTemplate, uncut
+from .templates import DIFFULLAMA, MARKS, DiffuLlamaTemplate, uncut
 
 
 def settle_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> None:
@@ -59,10 +59,15 @@ def settle_template(
             f"sep_token: {sep!r} (id {index}) contradicts the checkpoint, which was trained with {stored!r} (id "
             f"{config.sep_token_id}); remove the key from the YAML"
         )
-    # Upstream may cut a packed example that fills the row by a token more.
-    return replace(
-        template, sep_token=sep, cutoff_len=data_args.cutoff_len - bool(data_args.packing) if cuts else None
-    )
+    # Of the YAML's cutoff_len upstream has taken a token off for packing, and may cut what fills the row by one more.
+    packed = bool(data_args.packing)
+    longest = data_args.cutoff_len - packed
+    if cuts and longest <= MARKS:
+        raise ValueError(
+            f"cutoff_len: {data_args.cutoff_len + packed} leaves no room for an answer beside the {MARKS} marks of "
+            f"template: {DIFFULLAMA}; set it to at least {MARKS + 1 + 2 * packed}"
+        )
+    return replace(template, sep_token=sep, cutoff_len=longest if cuts else None)
 
 
 def with_own_cut(template: Any, data_args: Any) -> Any:

@@ -9,12 +9,15 @@ from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.model import load_config
 
 from ..data.variable_length import VariableLengthCollator
+from ..modeling.attention_layers import max_positions
 from ..modeling.diffusion_config import DiffusionConfig
-from .checks import check_cutoff, check_rows, datasets_explained
+from .checks import check_cutoff, dataset_names, datasets_explained
 from .finetuning import finetuned_config, settle_digits, settle_template, with_own_cut
 from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
+from .prepared_rows import AnswerMarks, RowRules, check_columns, check_prepared
 from .start_and_end import keep_end_token, take_stored_template, tell_other_template, with_start_and_end
 from .templates import uncut
+from .tokenized_folder import check_facts, facts_of, is_opened, opening, write_facts
 from .variable_length import LengthPlan, check_width, keep_fitting, settle_ends, settle_lengths
 from .vocabulary import Vocabulary, check_new_tokens, settle_vocabulary
 
@@ -90,10 +93,43 @@ def prepare_data(model_args: Any, data_args: Any, training_args: Any, finetuning
         template = settle_template(template, tokenizer, config, data_args, finetuning_args, cuts=cuts)
         tell_other_template(config, template, tokenizer, data_args)
     preparing = with_own_cut(template, data_args) if lengths is None else uncut(data_args)
+    opened = is_opened(data_args)
     dataset_module = _load_data(
-        template, tokenizer_module, model_args, preparing, training_args, stage=finetuning_args.stage
+        template, tokenizer_module, model_args, preparing, training_args, stage=finetuning_args.stage, opened=opened
     )
-    return PreparedData(tokenizer_module, template, config, vocabulary, model_config, lengths, dataset_module)
+    data = PreparedData(tokenizer_module, template, config, vocabulary, model_config, lengths, dataset_module)
+    if dataset_module:
+        _check_rows(data, data_args, training_args, finetuning_args, opened=opened)
+    return data
+
+
+def _check_rows(data: PreparedData, data_args: Any, training_args: Any, finetuning_args: Any, *, opened: bool) -> None:
+    """Check what the rows hold, and what they were made for if an earlier run made them."""
+    tokenizer, path = data.tokenizer_module["tokenizer"], data_args.tokenized_path
+    stage, packed, variable = finetuning_args.diffusion_stage, bool(data_args.packing), data.lengths is not None
+    answers = None
+    if stage == "ddm-sft" and not variable:
+        answers = AnswerMarks.of(data.template, tokenizer, cutoff_len=data_args.cutoff_len, packed=packed)
+    rules = RowRules(
+        source=f"tokenized_path: {path}" if opened else f"dataset: {dataset_names(data_args)}",
+        stage=stage,
+        is_opened=opened,
+        packed=packed,
+        variable=variable,
+        cutoff_len=data_args.cutoff_len,
+        positions=max_positions(data.model_config),
+        tokenizer=tokenizer,
+        mask=data.vocabulary.mask,
+        allow_common_mask=finetuning_args.allow_common_mask_token,
+        answers=answers,
+    )
+    facts = facts_of(stage, data_args, variable=variable)
+    if opened:
+        check_columns(data.dataset_module, rules, training_args)
+        check_facts(path, facts, tokenizer)
+    elif path is not None and training_args.should_save:
+        write_facts(path, facts, data.dataset_module, tokenizer)
+    check_prepared(data.dataset_module, rules, data_args, training_args)
 
 
 def prepare_model(
@@ -125,7 +161,6 @@ def prepare_model(
         loaded.diffusion_config = finetuned_config(
             loaded.diffusion_config, data.template, tokenizer, data_args, finetuning_args
         )
-    check_rows(data.model_config, data_args, dataset_module)
     return Prepared(loaded, collator, dataset_module)
 
 
@@ -137,11 +172,12 @@ def _load_data(
     training_args: Any,
     *,
     stage: str,
+    opened: bool,
 ) -> dict[str, Any]:
     """Return upstream's `train_dataset` and `eval_dataset`; generation alone needs none."""
     if training_args.do_predict and not (training_args.do_train or training_args.do_eval):
         return {}
-    with datasets_explained(data_args):
+    with opening(data_args.tokenized_path) if opened else datasets_explained(data_args):
         module: dict[str, Any] = get_dataset(
             template, model_args, data_args, training_args, stage=stage, **tokenizer_module
         )

@@ -10,7 +10,7 @@ from llamafactory.data.formatter import EmptyFormatter, StringFormatter
 from llamafactory.data.template import TEMPLATES, Template, register_template
 
 DIFFULLAMA = "diffullama"
-_MARKS = 3  # bos, sep, eos
+MARKS = 3  # bos, sep, eos
 _UNLIMITED = 2**30  # tokens
 
 
@@ -47,7 +47,7 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
         prompt = tokenizer.encode((system or self.default_system) + messages[0]["content"], add_special_tokens=False)
         response = tokenizer.encode(messages[1]["content"], add_special_tokens=False)
         if self.cutoff_len is not None:
-            room = self.cutoff_len - _MARKS
+            room = self.cutoff_len - MARKS
             response = response[:room]
             prompt = prompt[max(0, len(prompt) - (room - len(response))) :]
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
