@@ -8,6 +8,7 @@ print(model.generate("Tom saw a small")[0])
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from .sampling.trace import Trace
 from .sizing import Sized
 from .writing import Writer, Written
 
+logger = logging.getLogger(__name__)
 # Called after each step with the step and a function that gives the pieces of each text of the batch; None is [MASK].
 StepCallback = Callable[[int, Callable[[], list[list[str | None]]]], None]
 
@@ -86,7 +88,10 @@ class TextGenerator:
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         ends = eos if config.end_token_ids is None else config.end_token_ids
         self._ends = {*ends, *pads}  # none of them, and nothing behind them, is text
-        self.codec = TextCodec(tokenizer, config.mask_token_id, sorted(self._ends))
+        self.codec = TextCodec(
+            tokenizer, config.mask_token_id, sorted(self._ends), [pad for pad in pads if pad not in ends]
+        )
+        self._with_control = 0
         n_ids = max(tokenizer.get_vocab().values()) + 1  # rows of the model beyond are no tokens
         self.writer = Writer(model, config, end_ids=sorted(self._ends), n_ids=n_ids, lengths=lengths)
         if probe:
@@ -113,6 +118,8 @@ class TextGenerator:
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ValueError("the prompt is empty; give one, or generate from noise")
+        if isinstance(prompt, str):
+            self.note_text(prompt)
         return self._checked(canvas_of([ids, n_tokens], start_id=self.start_id if start else None))
 
     def from_marked(self, text: str, *, label: str | None = None) -> Canvas:
@@ -121,19 +128,31 @@ class TextGenerator:
         Raises:
             ValueError: if there is no marker or a wrong one, if the text holds the mask token, or leaves no room.
         """
+        self.note_text(text)
         return self._checked(
             infilling_canvas(
                 text, self.codec.encode, encode_after=self.codec.encode_after, label=label, start_id=self.start_id
             )
         )
 
+    def note_text(self, text: str) -> None:
+        """Count a given text that spells a control token; `check` says how many there were."""
+        self._with_control += self.codec.holds_control(text)
+
     def check(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
-        """Find before the first forward what would fail in the middle of a run.
+        """Find before the first forward what would fail in the middle of a run, and say what may surprise.
 
         Raises:
             ValueError: if a canvas has more blocks than there are steps, guidance lacks a prompt, or a length
                 predictor is not fitted.
         """
+        if self._with_control:
+            said = " or ".join(map(repr, self.codec.controls))
+            logger.warning(
+                f"{self._with_control} of the given texts hold {said}: there it is read as plain characters, as in "
+                "training, not as the mask token or a pad. Mark places to be written with <|infill:8|>."
+            )
+            self._with_control = 0
         settings.strategy()
         self.writer.check(canvases, settings)
         for number, canvas in enumerate(canvases):

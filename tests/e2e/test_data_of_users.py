@@ -1,11 +1,14 @@
 """Data as users have them: templates, odd files, rows prepared elsewhere."""
 
 import json
+import re
 
 import pytest
+import torch
 
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.masked_objective import MaskedObjective
-from support.cli import ABSENT
+from support.cli import ABSENT, train_here
 
 CHAT = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}
 
@@ -125,7 +128,7 @@ ANSWERED = said(("user", "Hi"), ("assistant", "Ho"))
 def test_data_that_are_not_as_their_entry_says(finetune, write_data, tmp_path, rows, entry, words):
     folder = write_data(odd=(rows, entry))
     keys = {"dataset": "odd", "dataset_dir": folder, "eval_dataset": None, "template": "default", "sep_token": ABSENT}
-    with pytest.raises(ValueError, match=f"^dataset: odd: .*{words}"):
+    with pytest.raises(ValueError, match=f"^dataset: odd:? .*{words}"):
         finetune(tmp_path / "out", **keys)
     assert not (tmp_path / "out").exists()
 
@@ -257,3 +260,40 @@ def test_prepared_rows_remember_what_they_were_made_for(finetune, train_small, w
     with pytest.raises(ValueError, match=r"tokenized_path: .*llamafactory_ddm.json is a file"):
         finetune(tmp_path / "out", **{**keys, "tokenized_path": rows / "llamafactory_ddm.json"})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", [{"packing": False}, {"packing": True}, {"variable_length": "eos_pad"}])
+def test_the_spelling_of_control_tokens_is_text(train_small, checkpoint, write_data, tmp_path, batches, caplog, form):
+    """From an autoregressive base, to which they are new, and from a diffusion checkpoint alike."""
+    rows = [{"text": f"Tom <|mask|> saw <|pad|> {n} cats."} for n in range(24)]
+    keys = {"dataset": "text", "dataset_dir": write_data(text=(rows, {"columns": {"prompt": "text"}})), "max_steps": 1}
+    keys |= {"cutoff_len": 40, "eval_dataset": None, "disable_shuffling": True}
+    if "packing" not in form:
+        keys["packing"] = ABSENT
+    found = []
+    for name, base in (("new", {}), ("trained", {"model_name_or_path": checkpoint})):
+        batches.clear()
+        caplog.clear()
+        train_small(tmp_path / name, **keys, **form, **base)
+        (clean, noised), *_ = batches
+        found.append(clean.x_0)
+        mask = DiffusionConfig.load(tmp_path / name).mask_token_id
+        assert mask not in clean.x_0 and mask not in noised.scored["targets"]
+        count = r"\d+ of \d+" if form.get("packing") else "24 of 24"
+        assert re.search(
+            rf"'<\|mask\|>'.* stands in {count} rows .*read as plain characters, not as the mask token", caplog.text
+        )
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("stage", ["prefix", "prompt"])
+def test_the_spelling_of_the_mask_token_in_prompts_is_text(generate, finetuned, write_data, tmp_path, caplog, stage):
+    rows = [{"q": "Tom <|mask|> saw", "a": "5"}, {"q": "Tom saw", "a": "6"}]
+    keys = {"dataset_dir": write_data(odd=(rows, PAIR)), "eval_dataset": "odd", "cutoff_len": 32, "diffusion_steps": 8}
+    if stage == "prefix":
+        generate(tmp_path / "out", generate_from="prefix", **keys)
+    else:
+        train_here("tiny_gpt2_sft_inference.yaml", model_name_or_path=finetuned, output_dir=tmp_path / "out", **keys)
+    lines = (tmp_path / "out" / "generated_predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and "Tom <|mask|> saw" in json.loads(lines[0])["prompt"]
+    assert "1 of the given texts hold '<|mask|>': there it is read as plain characters" in caplog.text

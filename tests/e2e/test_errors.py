@@ -223,7 +223,6 @@ def test_keys_of_generation_that_do_not_fit(generate, tmp_path, keys, words):
     [
         (["A cat.", ""], {}, "text 1: the prompt is empty"),
         (["A cat.", "A dog saw a cat. " * 9], {}, "text 1: its .* tokens leave no room within cutoff_len: 12"),
-        (["A cat.", "A <|mask|> cat."], {}, r"text 1: the text holds the mask token '<\|mask\|>'"),
         (["A cat."], {"prefix_length": 10}, "text 0: it has .* tokens, so prefix_length: 10 leaves nothing"),
         (["A cat."], {"max_new_tokens": 300}, "more than the model's 256 positions"),
         (["A cat."], {"generate_from": "infill"}, "text 0: there is nothing to fill in"),

@@ -27,6 +27,7 @@ def rules(**changes):
         "positions": 32,
         "tokenizer": tiny_tokenizer(),
         "mask": ResolvedMaskToken("<|mask|>", MASK, True),
+        "controls": [],
         "allow_common_mask": False,
         "answers": None,
     }

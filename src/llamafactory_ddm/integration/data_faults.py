@@ -45,7 +45,7 @@ def find_fault(names: list[str], data_args: Any) -> str | None:
             try:
                 _check(name, data_args, leaves_out=leaves_out)
             except DataFault as fault:
-                return f"{name}: {fault}"
+                return f"{name}{' ' if str(fault).startswith('has ') else ': '}{fault}"
     return None
 
 

@@ -22,6 +22,7 @@ from .templates import DiffuLlamaTemplate
 
 logger = logging.get_logger(f"llamafactory.{__name__}")
 _MOST, _AT_ONCE, _STREAMED = 20_000, 2_000, 1_000  # rows
+_TO_READ = 1_000_000  # tokens that are read as text
 _COMMON = 1e-4  # of the tokens
 _COLUMNS = ("input_ids", "labels", "position_ids")
 
@@ -40,6 +41,7 @@ class RowRules:
         positions: that the model has; None for no limit.
         tokenizer: of this run.
         mask: its mask token.
+        controls: spellings of the mask token and of pads that texts may hold, as mere text.
         allow_common_mask: whether that may be a token that texts use.
         answers: how whole answers are told from cut ones; None where nothing tells.
     """
@@ -53,6 +55,7 @@ class RowRules:
     positions: int | None
     tokenizer: Any
     mask: ResolvedMaskToken
+    controls: list[str]
     allow_common_mask: bool
     answers: AnswerMarks | None
 
@@ -108,6 +111,8 @@ class _Counts:
     answers: int = 0
     cut: int = 0
     gone: int = 0
+    read: int = 0
+    with_text: int = 0
 
 
 def check_prepared(dataset_module: dict[str, Any], rules: RowRules, data_args: Any, training_args: Any) -> None:
@@ -134,6 +139,11 @@ def check_prepared(dataset_module: dict[str, Any], rules: RowRules, data_args: A
             _check_learnable(rows, counts, rules, name)
             _check_answers(counts, rules, name, trains=trains)
             _check_mask(counts, rules, name, trains=trains)
+            if counts.with_text:
+                logger.warning_rank0(
+                    f"{' or '.join(map(repr, rules.controls))} stands in {counts.with_text} of {counts.read} rows "
+                    f"({rules.source}, {name}): there it is read as plain characters, not as the mask token or a pad."
+                )
 
 
 def _parts(dataset_module: dict[str, Any], training_args: Any) -> list[tuple[str, Any, bool]]:
@@ -196,7 +206,23 @@ def _count(rows: Any, rules: RowRules) -> _Counts:
     counts = _Counts(np.zeros(n_ids, dtype=bool))
     for table in _tables(rows):
         _add(counts, table, rules)
+        if not counts.read and rules.controls:
+            _read(counts, table, rules)
     return counts
+
+
+def _read(counts: _Counts, table: pyarrow.Table, rules: RowRules) -> None:
+    """Count the rows in which a control token is spelt; its own id is none of its letters."""
+    control = {int(index) for index in rules.tokenizer.convert_tokens_to_ids(rules.controls)}
+    left = _TO_READ
+    for ids in table["input_ids"]:
+        if left <= 0:
+            break
+        letters = [index for index in ids.as_py() if index not in control]
+        left -= len(letters)
+        text = rules.tokenizer.decode(letters)
+        counts.with_text += any(token in text for token in rules.controls)
+        counts.read += 1
 
 
 def _first(rows: Any) -> list[dict[str, Any]]:

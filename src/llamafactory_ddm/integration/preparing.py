@@ -8,6 +8,7 @@ from typing import Any
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.model import load_config
 
+from ..data.control_tokens import control_texts, reading_as_text
 from ..data.variable_length import VariableLengthCollator
 from ..modeling.attention_layers import max_positions
 from ..modeling.diffusion_config import DiffusionConfig
@@ -94,8 +95,11 @@ def prepare_data(model_args: Any, data_args: Any, training_args: Any, finetuning
         tell_other_template(config, template, tokenizer, data_args)
     preparing = with_own_cut(template, data_args) if lengths is None else uncut(data_args)
     opened = is_opened(data_args)
+    # Of a user's texts no part becomes a control token, whether the tokenizer had that before or not.
+    controls = control_texts(tokenizer, [vocabulary.mask.token, *vocabulary.pads])
+    reading = {**tokenizer_module, "tokenizer": reading_as_text(tokenizer, controls)}
     dataset_module = _load_data(
-        template, tokenizer_module, model_args, preparing, training_args, stage=finetuning_args.stage, opened=opened
+        template, reading, model_args, preparing, training_args, stage=finetuning_args.stage, opened=opened
     )
     data = PreparedData(tokenizer_module, template, config, vocabulary, model_config, lengths, dataset_module)
     if dataset_module:
@@ -120,6 +124,7 @@ def _check_rows(data: PreparedData, data_args: Any, training_args: Any, finetuni
         positions=max_positions(data.model_config),
         tokenizer=tokenizer,
         mask=data.vocabulary.mask,
+        controls=control_texts(tokenizer, [data.vocabulary.mask.token, *data.vocabulary.pads]),
         allow_common_mask=finetuning_args.allow_common_mask_token,
         answers=answers,
     )

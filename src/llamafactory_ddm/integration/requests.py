@@ -9,6 +9,7 @@ from typing import Any
 from llamafactory.data.processor import SupervisedDatasetProcessor
 
 from ..data.canvas import Canvas
+from ..data.control_tokens import reading_as_text
 from ..generation import TextGenerator, saying
 from .checks import datasets_explained
 from .prompts import examples
@@ -96,6 +97,7 @@ def _continued(
     max_new_tokens: int | None,
 ) -> tuple[Canvas, str, str | None]:
     ids = generator.codec.encode(text)
+    generator.note_text(text)
     if prefix_length is not None:
         if len(ids) <= prefix_length:
             raise ValueError(f"it has {len(ids)} tokens, so prefix_length: {prefix_length} leaves nothing to write")
@@ -132,7 +134,11 @@ def from_examples(
     """
     whole = uncut(data_args)
     whole.packing = whole.neat_packing = whole.train_on_prompt = False
-    processor = SupervisedDatasetProcessor(template=without_cut(template), **tokenizer_module, data_args=whole)
+    reading = {
+        **tokenizer_module,
+        "tokenizer": reading_as_text(tokenizer_module["tokenizer"], generator.codec.controls),
+    }
+    processor = SupervisedDatasetProcessor(template=without_cut(template), **reading, data_args=whole)
     names, requests = _names(data_args), []
     for number, row in enumerate(_examples(model_args, data_args, training_args)):
         with saying(f"dataset: example {number}"):
@@ -153,7 +159,9 @@ def from_examples(
                 if answer is None
                 else generator.tokenizer.decode(generator.before_end(answer), skip_special_tokens=True)
             )
-            requests.append(Request(canvas, generator.tokenizer.decode(ids), label))
+            prompt = generator.tokenizer.decode(ids)
+            generator.note_text(prompt)
+            requests.append(Request(canvas, prompt, label))
     return _not_empty(requests, data_args)
 
 

@@ -1,0 +1,50 @@
+"""[MASK] and pads mean something to a diffusion model alone; their spelling in a user's text is mere text."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from typing import Any
+
+# Put around the spelling of a token, which no text then has: a code point that is for internal use and no character.
+_HIDDEN = "\ufdd0"
+
+
+def control_texts(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
+    """Return those of `tokens` that are control tokens, and neither words of the vocabulary nor what upstream writes.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        tokens: spellings.
+    """
+    added = tokenizer.get_added_vocab()
+    written = {tokenizer.eos_token, tokenizer.bos_token}
+    return [token for token in dict.fromkeys(tokens) if token in added and token not in written]
+
+
+def reading_as_text(tokenizer: Any, tokens: Sequence[str]) -> Any:
+    """Return a tokenizer that reads the texts of control tokens as it reads any other characters; ids stay the same.
+
+    The tokenizer given stays as it is, and is returned where there is nothing to change, or it is a slow one.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        tokens: spellings of control tokens.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    added = tokenizer.get_added_vocab()
+    hidden = {token: f"{_HIDDEN}{token}{_HIDDEN}" for token in tokens if token in added}
+    if backend is None or not hidden:
+        return tokenizer
+    described = json.loads(backend.to_str())
+    for entry in described["added_tokens"]:
+        entry["content"] = hidden.get(entry["content"], entry["content"])
+    vocabulary = described["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        described["model"]["vocab"] = {hidden.get(token, token): index for token, index in vocabulary.items()}
+    elif isinstance(vocabulary, list):  # of pieces with their scores
+        described["model"]["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocabulary]
+    result = copy.deepcopy(tokenizer)
+    result._tokenizer = type(backend).from_str(json.dumps(described))
+    return result

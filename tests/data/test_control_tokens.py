@@ -1,0 +1,55 @@
+"""The spelling of [MASK] in a text, under tokenizers that have it as an added token, in the vocabulary too, or not."""
+
+import pickle
+
+from transformers import AddedToken, PreTrainedTokenizerFast
+
+from llamafactory_ddm.data.control_tokens import control_texts, reading_as_text
+from llamafactory_ddm.data.text_codec import TextCodec
+from support.tiny import tiny_tokenizer
+
+TEXT = "a cat <|mask|> do<|im_end|>"
+
+
+def with_tokens(*tokens):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens])
+    return tokenizer
+
+
+def test_it_is_read_as_by_a_tokenizer_that_never_had_it():
+    """And every other token keeps its id, what was added later too; also in a process that it is sent to."""
+    tokenizer, without = with_tokens("<|mask|>", "<|im_end|>"), with_tokens("<|im_end|>")
+    plain = reading_as_text(tokenizer, ["<|mask|>"])
+    end, mask = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|mask|>"))
+    expected = [
+        end if index == without.convert_tokens_to_ids("<|im_end|>") else index for index in without.encode(TEXT)
+    ]
+    assert plain.encode(TEXT) == plain(TEXT)["input_ids"] == pickle.loads(pickle.dumps(plain)).encode(TEXT) == expected
+    assert mask in tokenizer.encode(TEXT) and plain.decode(expected) == TEXT
+    assert len(plain) == len(tokenizer) and plain.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_token_that_the_vocabulary_has_as_well():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"[UNK]": 0, "a": 1, "[MASK]": 2, "cat": 3}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", unk_token="[UNK]")
+    assert tokenizer.encode("a [MASK] cat") == [1, 2, 3]
+    assert reading_as_text(tokenizer, ["[MASK]"]).encode("a [MASK] cat") == [1, 0, 3]
+
+
+def test_words_and_ends_are_no_control_tokens():
+    tokenizer = with_tokens("<|mask|>")
+    assert control_texts(tokenizer, ["<|mask|>", "cat", "<|endoftext|>", "<|new|>", "<|mask|>"]) == ["<|mask|>"]
+    assert reading_as_text(tokenizer, ["<|new|>"]) is tokenizer
+
+
+def test_prompts_are_read_so_too():
+    tokenizer = with_tokens("<|mask|>")
+    codec = TextCodec(tokenizer, tokenizer.convert_tokens_to_ids("<|mask|>"))
+    assert codec.encode("a <|mask|>") == tiny_tokenizer().encode("a <|mask|>")
+    assert codec.encode_after(" <|mask|>") == tiny_tokenizer().encode(" <|mask|>")
+    assert codec.holds_control("a <|mask|>") and not codec.holds_control("a cat")
