@@ -1,5 +1,6 @@
 """Make the prompts and gaps for trying out generation from the held-out split: python data/make_prompts.py
 
+tiny_stories_eval.jsonl: whole stories, to be continued from their beginnings.
 tiny_prompts_eval.jsonl: stories, the first two sentences as instruction and the rest as output.
 tiny_infill_eval.jsonl: texts with one gap of two to five words, marked <|infill|>, and what belongs there as label.
 """
@@ -48,10 +49,11 @@ def write(name: str, rows: list[dict[str, str]]) -> None:
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the three files."""
     lines = (HERE / "tiny_corpus_eval.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     stories = [text for text in texts if "=" not in text]
+    write("tiny_stories_eval.jsonl", [{"text": story} for story in stories[:COUNT]])
     write("tiny_prompts_eval.jsonl", prompts(stories))
     write("tiny_infill_eval.jsonl", gaps(stories, random.Random(0)))
 

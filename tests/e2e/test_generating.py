@@ -46,7 +46,7 @@ def test_each_kind_writes_texts_labels_and_metrics(kind, generate, tmp_path):
             assert (row["prompt"], row["label"]) == (line["instruction"], line["output"])
             assert row["text"] == row["prompt"].replace("<|infill|>", row["predict"])
     elif kind == "prefix":
-        texts = [json.loads(line)["text"] for line in (ROOT / "data" / "tiny_corpus_eval.jsonl").open()][:5]
+        texts = [json.loads(line)["text"] for line in (ROOT / "data" / "tiny_stories_eval.jsonl").open()][:5]
         assert [row["prompt"] + row["label"] for row in rows] == texts
         assert all(row["text"] == row["prompt"] + row["predict"] for row in rows)
     else:

@@ -1,6 +1,7 @@
 """README tells the truth: its commands, files, links, keys and versions."""
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -197,3 +198,25 @@ def test_the_scripts_of_docs_run(checkpoint, tmp_path):
     run("docs/make_mixed_table.py", *small, *folders, program=sys.executable)
     assert (tmp_path / "docs" / "mixed_table.md").read_text().count("| mixed, with edits | ") == 3
     assert (tmp_path / "docs" / "mixed.png").stat().st_size > 5000
+
+
+def test_the_figures_of_readme_are_measured(tmp_path):
+    """One step of each recipe, and a second call that repeats nothing and writes the same page."""
+    words = ("--threads", "1", "--seeds", "7", "--steps", "1", "--samples", "2", "--work", tmp_path / "work")
+    pages = []
+    for name in ("first.md", "again.md"):
+        run("docs/make_readme_figures.py", *words, "--out", tmp_path / name, program=sys.executable)
+        pages.append((tmp_path / name).read_text())
+    (row,) = re.findall(r"^\| 1 \| 7 \| (.*) \|$", pages[0], re.M)
+    cells = row.split(" | ")
+    assert len(cells) == 7 and 4 < float(cells[0]) < 20
+    assert all(0 <= float(cell.removesuffix(" %")) <= 100 for cell in cells[1:4])
+    assert pages[0] == pages[1]
+
+
+def test_beginnings_to_be_continued_are_those_of_stories():
+    """The prefixes of the recipe are beginnings of held-out stories, none of which computes."""
+    stories = [json.loads(line)["text"] for line in (ROOT / "data" / "tiny_stories_eval.jsonl").open()]
+    held_out = [json.loads(line)["text"] for line in (ROOT / "data" / "tiny_corpus_eval.jsonl").open()]
+    assert stories == [text for text in held_out if "=" not in text][:40]
+    assert "\neval_dataset: tiny_stories_eval\n" in (ROOT / "examples/tiny_gpt2_prefix_inference.yaml").read_text()
