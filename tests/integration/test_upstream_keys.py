@@ -36,6 +36,11 @@ def test_numbers_and_booleans_in_quotes_are_what_they_spell(check):
         ("logging_steps", 0, "logging_steps must be above 0, got 0"),
         ("num_train_epochs", -1, "num_train_epochs must be above 0"),
         ("max_steps", 0, "max_steps: 0 trains nothing"),
+        ("val_size", -0.5, "val_size must be a number of at least 0, got -0.5"),
+        ("output_dir", "", "output_dir: is empty"),
+        ("finetuning_type", "qlora", "finetuning_type must be one of .*; did you mean 'lora'"),
+        ("mix_strategy", "foo", "mix_strategy must be one of concat, .*, got 'foo'"),
+        ("stage", "DDM", "stage must be one of .*; did you mean 'ddm'"),
         ("denoising_strategy", None, "denoising_strategy: is left empty"),
         ("anneal_steps", None, "anneal_steps: is left empty"),
     ],
@@ -43,6 +48,12 @@ def test_numbers_and_booleans_in_quotes_are_what_they_spell(check):
 def test_what_cannot_be_meant(check, key, value, words):
     with pytest.raises(ValueError, match=words):
         check(**{key: value})
+
+
+def test_freezing_everything_is_an_error(check):
+    with pytest.raises(ValueError, match="freeze_trainable_layers: 0 trains nothing"):
+        check(finetuning_type="freeze", freeze_trainable_layers=0)
+    assert check(finetuning_type="full", freeze_trainable_layers=0)
 
 
 def test_what_may_be_empty_or_of_several_types_passes(check):

@@ -172,7 +172,7 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
         for key, choices in _CHOICES.items():
             value = getattr(self, key)
             if value is not None and value not in choices:
-                raise ValueError(_unknown_choice(key, value, choices))
+                raise ValueError(unknown_choice(key, value, choices))
         for key, (low, high) in _INTEGERS.items():
             if getattr(self, key) is not None:
                 setattr(self, key, integer(key, getattr(self, key), low, high))
@@ -193,10 +193,12 @@ def _default(spec: Any) -> Any:
     return None if spec.default is MISSING else spec.default
 
 
-def _unknown_choice(key: str, value: object, choices: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(value), choices, n=1)
+def unknown_choice(key: str, value: object, choices: tuple[object, ...]) -> str:
+    """Return what to say of a word that is none of a key's, with the nearest that is."""
+    known = [str(choice) for choice in choices]
+    near = difflib.get_close_matches(str(value).lower(), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}"
+    return f"{key} must be one of {', '.join(known)}, got {value!r}{hint}"
 
 
 def _check_text(key: str, value: object, *, takes_number: bool) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import types
 from dataclasses import MISSING, fields
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .arguments import DiffusionArguments, boolean, integer, number
+from .arguments import DiffusionArguments, boolean, integer, number, unknown_choice
 
 # Inclusive bounds of what a run counts, divides by or draws from; None is unbounded.
 _INTEGERS: dict[str, tuple[int, int | None]] = {
@@ -30,6 +30,7 @@ _NUMBERS = {
     "weight_decay": (0.0, math.inf),
     "max_grad_norm": (0.0, math.inf),
     "lora_dropout": (0.0, 1.0),
+    "val_size": (0.0, math.inf),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0.0, 1.0)),
 }
 _ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
@@ -53,6 +54,10 @@ def checked_values(kinds: Any, args: dict[str, Any]) -> dict[str, Any]:
                 _check_empty(spec, hints[spec.name])
             elif spec.name in args and spec.name not in ours:
                 checked[spec.name] = _checked(spec.name, hints[spec.name], args[spec.name])
+    if checked.get("output_dir") == "":
+        raise ValueError("output_dir: is empty; name a folder")
+    if checked.get("freeze_trainable_layers") == 0 and checked.get("finetuning_type") == "freeze":
+        raise ValueError("freeze_trainable_layers: 0 trains nothing; set how many of the last layers to train")
     if checked.get("max_steps") == 0:
         raise ValueError("max_steps: 0 trains nothing; set a number of steps, or remove it and set num_train_epochs")
     return checked
@@ -70,6 +75,9 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
         hint = options[0] if len(options) == 1 else None
     if name.endswith("_strategy") and value is False:
         return "no"  # as YAML reads a no without quotes
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        # Upstream would take any word of a YAML, and do something of its own with it.
+        raise ValueError(unknown_choice(name, value, get_args(hint)))
     if hint is int or name in _INTEGERS:
         value = integer(name, value, *_INTEGERS.get(name, (-(2**63), None)))
     elif hint is float:
