@@ -1,10 +1,13 @@
 """Runs that meet in one output_dir, or go on from another's checkpoint."""
 
+import os
 import shutil
 
 import pytest
 
 from llamafactory_ddm import load
+from llamafactory_ddm.integration.run_lock import FILE_NAME as LOCK
+from llamafactory_ddm.integration.run_lock import run_lock
 from support.cli import history
 
 LORA = "tiny_gpt2_lora_ddm_sft.yaml"
@@ -55,3 +58,31 @@ def test_resuming_another_run_is_an_error(finetune, small_data, tmp_path):
         finetune(out, **keys, dataset_dir=other)
     finetune(out, **keys | {"max_steps": 3})
     assert [log["step"] for log in history(out)] == [1, 2, 3]
+
+
+def test_a_second_run_in_the_same_folder_is_told_who_holds_it(finetune, tmp_path):
+    out = tmp_path / "out"
+    with run_lock(out):
+        with pytest.raises(
+            ValueError, match=rf"output_dir: .*out is in use by another run \(process {os.getpid()} on"
+        ):
+            finetune(out)
+        assert [path.name for path in out.iterdir()] == [LOCK]
+    finetune(out, max_steps=1)
+    assert (out / "model.safetensors").is_file() and not (out / LOCK).exists()
+    with pytest.raises(ValueError, match="nowhere"):
+        finetune(tmp_path / "new" / "out", dataset="nowhere")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_finished_run_that_is_started_again_trains_nothing(finetune, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "do_eval": True, "plot_loss": True}
+    out = finetune(tmp_path / "out", **keys)
+    before = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    results, pictures = (out / "train_results.json").read_text(), sorted(path.name for path in out.glob("*.png"))
+    (out / "model.safetensors").unlink()  # as if it had been killed before its last save
+    finetune(out, **keys, overwrite_output_dir=False, resume_from_checkpoint="true")
+    assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == before
+    assert (out / "train_results.json").read_text() == results
+    assert pictures == ["training_loss.png", "training_nll.png"]
+    assert [log["step"] for log in history(out)] == [1, 2]

@@ -8,6 +8,7 @@ from torch.nn import functional
 from llamafactory_ddm.data.responses import ResponseCollator
 from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens, mix_tokens
 from llamafactory_ddm.diffusion.schedules import get_schedule
+from llamafactory_ddm.integration.model_card import Origin
 from llamafactory_ddm.modeling import bidirectional
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
 from llamafactory_ddm.modeling.denoiser import head_rows
@@ -454,12 +455,65 @@ def test_the_best_weights_are_saved_with_the_ratio_that_they_were_trained_at(mak
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
     )
-    trainer.evaluate = lambda **_: {"eval_loss": float(trainer.state.global_step)}
+
+    def evaluate(**_):
+        metrics = {"eval_loss": float(trainer.state.global_step)}
+        trainer.log(dict(metrics))
+        return metrics
+
+    trainer.evaluate = evaluate
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     assert trainer.reached_ratio() == 0.25
+    trainer.origin = Origin(base=None, stage="ddm", finetuning_type="full")
+    trainer.create_model_card()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "eval_loss: 1.0" in card and "steps: 1\n" in card
     trainer.save_model()
     assert json.loads((tmp_path / "out/diffusion_config.json").read_text())["attention_ratio"] == 0.25
     trainer.args.load_best_model_at_end = False
     trainer.train()  # the weights are the last step's again
     assert trainer.reached_ratio() == 0.75
+
+
+def test_an_evaluation_of_the_same_weights_is_not_repeated(make_trainer):
+    keys = {"evaluation": Rows(4, seed=1), "eval_strategy": "steps", "eval_steps": 2, "eval_time_samples": 1}
+    trainer = make_trainer(max_steps=4, **keys)
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert [log["step"] for log in logged] == [2, 4]
+    assert trainer.last_evaluation()["eval_loss"] == logged[-1]["eval_loss"] == trainer.evaluate()["eval_loss"]
+    other = make_trainer(max_steps=3, folder="other", **keys)
+    other.train()
+    assert other.last_evaluation()["eval_loss"] == other.evaluate()["eval_loss"] != logged[0]["eval_loss"]
+    assert [log["step"] for log in other.state.log_history if "eval_loss" in log] == [2, 3, 3]
+
+
+@pytest.mark.parametrize("steps", [3, 4, 8])
+def test_a_finished_run_takes_no_further_step(make_trainer, steps):
+    """In the middle of an epoch, at the end of one, and at the end of all; nor does one that is beyond its end."""
+    keys = {"train": Rows(32), "save_strategy": "steps", "save_steps": steps}  # four steps an epoch
+    run = make_trainer(max_steps=steps, **keys)
+    run.train()
+    for most in (steps, 2):
+        again = make_trainer(max_steps=most, model=tiny_model(seed=99), **keys)
+        again.train(resume_from_checkpoint=f"{run.args.output_dir}/checkpoint-{steps}")
+        assert (again.state.global_step, again.steps_taken) == (steps, 0)
+        assert again.state.log_history == run.state.log_history[:steps]
+        for one, two in zip(run.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_weights_that_are_tied_are_not_missing(make_trainer, caplog):
+    keys = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    run = make_trainer(**keys)
+    run.train()
+    again = make_trainer(model=tiny_model(seed=99), **keys)
+    again.train(resume_from_checkpoint=run.args.output_dir + "/checkpoint-1")
+    assert not [record for record in caplog.records if "missing keys" in record.getMessage()]
+    result = torch.nn.modules.module._IncompatibleKeys(["lm_head.weight", "transformer.wpe.weight"], [])
+    again._issue_warnings_after_load(result)
+    assert "missing keys in the checkpoint model loaded: ['transformer.wpe.weight']" in caplog.text
+    result = torch.nn.modules.module._IncompatibleKeys(["lm_head.weight", "transformer.wte.weight"], [])
+    again._issue_warnings_after_load(result)
+    assert "['lm_head.weight', 'transformer.wte.weight']" in caplog.text

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llamafactory.extras import logging
 
 from ..modeling.adapters import base_of, fit_rows, settle_targets, tie_again
 from ..modeling.bidirectional import make_bidirectional
@@ -19,9 +18,10 @@ from ..modeling.checkpoints import load_weights, stored_dtype
 from ..modeling.embedding_rows import give_rows, rows_of, set_rows
 from ..modeling.published import embedding_rows, is_model_folder, layout_of_folder
 from ..modeling.recognition import origin_of
+from .logs import get_logger
 from .vocabulary import Vocabulary, check_stored
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 _loading: ContextVar[bool] = ContextVar("loading", default=False)
 
 

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llamafactory.extras import logging
 from llamafactory.extras.misc import try_download_model_from_other_hub
 from transformers.utils.hub import cached_file
 
 from ..modeling.diffusion_config import FILE_NAME
 from ..modeling.own_code import kind_of, raw_config
 from ..modeling.recognition import may_be_on_a_hub
+from .logs import get_logger
 from .stages import STAGES
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 _OURS = " or ".join(f"stage: {name}" for name in STAGES)
 # Models that stages of upstream read beside the one that they train.
 _BESIDE = ("ref_model", "ref_model_adapters", "reward_model", "reward_model_adapters")

@@ -7,16 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llamafactory.extras import logging
-
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.recognition import origin_of
 from .loading import LoadedModel, find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
+from .logs import get_logger
 from .model_card import FILE_NAME as CARD
 from .model_card import Origin, card, write
 from .vocabulary import refuse_untrained, settle_vocabulary
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 _exported: list[Path] = []  # folders that the export at work has written a diffusion model to
 _NOT_TRAINING = SimpleNamespace(do_train=False)
 

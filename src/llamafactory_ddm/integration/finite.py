@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from llamafactory.extras import logging
 from torch import Tensor
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+from .logs import get_logger
+
+logger = get_logger(__name__)
 
 
 class LossNotFiniteError(ValueError):

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from llamafactory.extras import logging
-
 from ..generation import TextGenerator
 from ..modeling.length_heads import LengthPredictors
 from ..sampling import SamplingSettings
 from . import requests
 from .loading import LoadedModel, sources
+from .logs import get_logger
 from .predict import generate_all
 from .trainer import DiffusionTrainer
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 
 
 def what_to_generate(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llamafactory.extras import logging
 from llamafactory.hparams import get_train_args
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,9 +25,10 @@ from ..sampling.length import FirstStep
 from ..writing import Writer
 from .checks import check_checkpoint_folders
 from .loading import sources
+from .logs import get_logger
 from .preparing import prepare_data, prepare_model
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 _EPOCHS, _LEARNING_RATE = 50, 1e-3
 # What the heads are fitted to is kept in memory: places of a row that the classifier sees, and rows.
 _PLACES_OF_A_ROW, _MOST_ROWS = 32, 10_000

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llamafactory.extras import logging
 from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.model.patcher import patch_tokenizer
 from transformers import AutoTokenizer
@@ -22,10 +21,11 @@ from ..modeling.published import (
     set_published_padding,
 )
 from .around_adapter import AroundAdapter, loading_for_diffusion
+from .logs import get_logger
 from .noise_process import settle_noise_process, with_noise_process
 from .vocabulary import Additions, Vocabulary, restore_stored, resumes_adapter
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 _ADDED = ("add_tokens", "add_special_tokens")
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from llamafactory.extras import logging
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from .._version import __version__
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.recognition import may_be_on_a_hub
+from .logs import get_logger
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 FILE_NAME = "README.md"
 _HOW = {"ddm": "adapted by continual pre-training", "ddm-sft": "finetuned on prompts and answers"}
 
@@ -49,10 +49,13 @@ def write_trained(trainer: Any, origin: Origin, name: str | None = None) -> None
     """
     folder, hub = Path(trainer.args.output_dir), trainer.args.hub_model_id if trainer.args.push_to_hub else None
     config = replace(trainer.diffusion_config, attention_ratio=trainer.reached_ratio())
-    training = {**extract_hyperparameters_from_trainer(trainer), "steps": trainer.state.global_step}
+    training = {**extract_hyperparameters_from_trainer(trainer), "steps": trainer.trained_steps()}
     results: dict[str, float] = {}
+    is_over = False
     for log in trainer.state.log_history:
-        results |= {key: value for key, value in log.items() if key.startswith("eval_") and key.endswith("loss")}
+        is_over |= "train_runtime" in log  # what follows is of the weights that are saved
+        if is_over or log.get("step") == trainer.trained_steps():
+            results |= {key: log[key] for key in log if key.startswith("eval_") and key.endswith("loss")}
     text = card(
         name or (hub or folder.resolve().name).rpartition("/")[2],
         hub or str(folder),

@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llamafactory.extras import logging
-
 from ..diffusion.schedules import get_schedule
 from ..modeling.attention_layers import text_config
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.masked_objective import MaskedObjective
 from ..modeling.mixed_objective import MixedObjective
 from ..modeling.objective import Objective
+from .logs import get_logger
 from .variable_length import LengthPlan, end_noise
 
 if TYPE_CHECKING:
     from .loading import LoadedModel
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 _UNIFORM_RATIO = 0.1  # XDLM's
 
 

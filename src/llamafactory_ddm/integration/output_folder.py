@@ -6,11 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llamafactory.extras import logging
-
 from ..modeling.adapters import ADAPTER_CONFIG, holds_model
+from .logs import get_logger
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 
 
 def check_output_folder(model_args: Any, training_args: Any, finetuning_args: Any) -> None:

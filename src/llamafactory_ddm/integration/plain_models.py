@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from llamafactory.extras import logging
 from llamafactory.extras.misc import try_download_model_from_other_hub
 
 from ..modeling.recognition import plain_folder
+from .logs import get_logger
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 
 
 def settle_plain_model(model_args: Any) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llamafactory.extras import logging
 from tqdm.auto import tqdm
 
 from .._version import __version__
@@ -20,12 +19,13 @@ from ..generation import Generated, TextGenerator
 from ..modeling.checkpoints import weight_files
 from ..sampling import SamplingSettings
 from ..sampling.trace import Trace, write_html
+from .logs import get_logger
 from .predict_metrics import metrics_of
 from .requests import Request
 from .saving import explained
 from .unfinished import Unfinished, barrier, write_predictions
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 
 FILE = "generated_predictions.jsonl"
 PAGE = "generated_predictions.html"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llamafactory.extras import logging
-
 from ..evaluation.metrics import exact_match, gsm8k_accuracy, rouge
+from .logs import get_logger
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 
 
 def metrics_of(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.compute
-from llamafactory.extras import logging
 
 from ..data.responses import IGNORE
 from ..modeling.mask_token import ResolvedMaskToken
 from .checks import datasets_explained
+from .logs import get_logger
 from .templates import DiffuLlamaTemplate
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 _MOST, _AT_ONCE, _STREAMED = 20_000, 2_000, 1_000  # rows
 _TO_READ = 1_000_000  # tokens that are read as text
 _COMMON = 1e-4  # of the tokens

@@ -69,6 +69,7 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
     @functools.wraps(original)
     def get_train_args(args: Any = None) -> Any:
         from .hparams import check_environment
+        from .logs import without_known_noise
         from .templates import register_templates
 
         _errors.install()
@@ -77,7 +78,10 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
         # Before parsing, as another trainer may need packages; and after, as argparse takes --stag for --stage.
         if requested_stage(args) in STAGES:
             check_environment()
-        parsed = original(args)
+            with without_known_noise(on_cpu=_runs_on_cpu(args)):
+                parsed = original(args)
+        else:
+            parsed = original(args)
         model_args, _, training_args, finetuning_args, _ = parsed
         if finetuning_args.diffusion_stage is None:
             from .autoregressive_use import check_training
@@ -91,6 +95,12 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
         return parsed
 
     return get_train_args
+
+
+def _runs_on_cpu(args: Any) -> bool:
+    from llamafactory.extras.misc import get_current_device
+
+    return (isinstance(args, dict) and bool(args.get("use_cpu"))) or get_current_device().type == "cpu"
 
 
 def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[], None]) -> Callable[..., Any]:

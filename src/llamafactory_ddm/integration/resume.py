@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llamafactory.extras import logging
-
 from ..modeling.adapters import ADAPTER_CONFIG
 from ..modeling.checkpoints import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
 from ..modeling.diffusion_config import DiffusionConfig
+from .logs import get_logger
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 _OF_FINETUNING = ("train_on_padding", "sep_token", "sep_token_id", "variable_length")
 _AGREEING = (
     *("mask_token", "mask_token_id", "shift", "noise_schedule", "noise_process", "uniform_ratio"),

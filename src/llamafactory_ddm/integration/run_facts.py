@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llamafactory.extras import logging
+from .logs import get_logger
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 FILE_NAME = "diffusion_run.json"
 _ROWS = 64  # that stand for a data set
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from llamafactory.data.template import TEMPLATES
-from llamafactory.extras import logging
 
 from ..data.collators import start_token_id
 from ..modeling.diffusion_config import DiffusionConfig
+from .logs import get_logger
 from .prompting import end_tokens, recorded
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 
 
 def take_stored_template(config: DiffusionConfig | None, data_args: Any) -> None:

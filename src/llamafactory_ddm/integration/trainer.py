@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from llamafactory.extras import logging
 from llamafactory.train.pt.trainer import CustomTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,11 +24,12 @@ from ..modeling.objective import Objective
 from .evaluation import evaluate_bound
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from .half_logits import keep_half_logits
+from .logs import get_logger
 from .model_card import Origin, write_trained
 from .run_facts import save_facts
 from .saving import explained, published_together
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 
 
 class DiffusionTrainer(CustomTrainer):
@@ -82,6 +83,8 @@ class DiffusionTrainer(CustomTrainer):
         self._paused = 0.0
         self.stop_after_nan_steps = stop_after_nan_steps
         self._loaded_ratio: float | None = None  # of the best weights, once they are loaded
+        self._evaluated: dict[str, float] | None = None  # what an evaluation of the present weights gave
+        self.steps_taken = 0  # by this call of train
 
     # ---- data ----
 
@@ -100,6 +103,10 @@ class DiffusionTrainer(CustomTrainer):
         Returns:
             The noised micro-batches, and the loss's denominator summed over all of them and over ranks.
         """
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the end of a run, whose last epoch is not over; upstream looks after the next step only.
+            self.control.should_training_stop = True
+            return [], None
         if self._clock is None:
             self._clock, self._paused = time.perf_counter(), 0.0
         batches: list[dict[str, Any]] = []
@@ -116,6 +123,7 @@ class DiffusionTrainer(CustomTrainer):
             total += share
         if not batches:
             return batches, None
+        self.steps_taken += 1
         # One reduction for two: this step's denominator, and whether the last step's loss was finite everywhere.
         sums = self._summed(torch.stack([total.to(device, non_blocking=True), self._finite.take().to(device)]))
         self._finite.count(sums[1], self.state.global_step)
@@ -160,7 +168,7 @@ class DiffusionTrainer(CustomTrainer):
             LossNotFiniteError: if the loss stays NaN or infinite, or is at the end.
         """
         self._finite = FiniteLoss(self.stop_after_nan_steps, self.args.device)
-        self._loaded_ratio = None
+        self._loaded_ratio, self._evaluated, self.steps_taken = None, None, 0
         return super().train(*args, **kwargs)
 
     def attention_ratio(self, step: int) -> float:
@@ -173,6 +181,11 @@ class DiffusionTrainer(CustomTrainer):
             return self._loaded_ratio
         steps = self.state.global_step
         return self.attention_ratio(steps - 1) if steps else self.diffusion_config.attention_ratio
+
+    def trained_steps(self) -> int:
+        """Return how many steps the weights were trained for, fewer than the run's if they are the best of it."""
+        best = self._loaded_ratio is not None
+        return int(self.state.best_global_step or 0) if best else self.state.global_step
 
     def compute_loss(
         self,
@@ -250,6 +263,24 @@ class DiffusionTrainer(CustomTrainer):
 
     # ---- evaluation ----
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as upstream does, and remember what the present weights gave."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if not args and kwargs.get("eval_dataset") is None:  # not a part of the data
+            self._evaluated = metrics
+        return metrics
+
+    def last_evaluation(self) -> dict[str, float]:
+        """Return the metrics of the present weights, which the training loop may have evaluated already."""
+        # After training, evaluation in half precision turns the weights into it.
+        again = self.args.bf16_full_eval or self.args.fp16_full_eval
+        return self.evaluate() if again or self._evaluated is None else self._evaluated
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a step as upstream does; an evaluation is of other weights then."""
+        self._evaluated = None
+        return super().training_step(*args, **kwargs)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -302,6 +333,8 @@ class DiffusionTrainer(CustomTrainer):
             logs["tokens_per_second"] = round(counts[3] / elapsed, 1) if elapsed > 0 else 0.0
             self._terms, self._clock, self._paused = None, None, 0.0
             self._counts.zero_()
+        if "train_runtime" in logs and not self.steps_taken:
+            return  # a loss of 0 that nobody has trained
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -327,7 +360,19 @@ class DiffusionTrainer(CustomTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._loaded_ratio = DiffusionConfig.load(str(self.state.best_model_checkpoint)).attention_ratio
+        best = Path(str(self.state.best_model_checkpoint))
+        self._loaded_ratio = DiffusionConfig.load(best).attention_ratio
+        if best.name != f"checkpoint-{self.state.global_step}":
+            self._evaluated = None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of missing weights, but not of those that are tied to weights which are there."""
+        of = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = load_result.missing_keys
+        there = {id(parameter) for name, parameter in of.items() if name not in missing}
+        tied = {name for name in missing if name in of and id(of[name]) in there}
+        kept = [name for name in missing if name not in tied]
+        super()._issue_warnings_after_load(type(load_result)(kept, load_result.unexpected_keys))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._pause(), explained(self.args.output_dir):

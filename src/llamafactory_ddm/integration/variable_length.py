@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llamafactory.extras import logging
-
 from ..data.collators import start_token_id
 from ..data.variable_length import VariableLengthCollator
 from ..diffusion.ends import EndNoise
@@ -15,8 +13,9 @@ from ..modeling.attention_layers import max_positions
 from ..modeling.diffusion_config import DiffusionConfig, VariableLength
 from ..modeling.pad_tokens import pad_names
 from .length_keys import NEEDS
+from .logs import get_logger
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 _COLORS = 7
 
 

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamafactory.extras import logging
-from llamafactory.extras.ploting import plot_loss
 from transformers import DataCollatorWithPadding
 
 from .. import _errors
@@ -21,17 +19,20 @@ from .end_evaluation import evaluate_ends, save_end_metrics
 from .finetuning import response_collator
 from .generating import generate, what_to_generate
 from .loading import LoadedModel
+from .logs import get_logger, without_known_noise
 from .model_card import Origin
 from .noise_process import make_objective
 from .output_folder import check_output_folder
+from .plotting import plot_logs
 from .preparing import prepare_data, prepare_model
 from .resume import check_resumed, how_to_go_on, settle_resume
 from .run_facts import check_facts, run_facts
+from .run_lock import run_lock
 from .trainer import DiffusionTrainer
 from .unfinished import barrier
 from .variable_length import LengthPlan
 
-logger = logging.get_logger(f"llamafactory.{__name__}")
+logger = get_logger(__name__)
 
 
 def run(
@@ -49,15 +50,29 @@ def run(
         OSError: if a file is missing or cannot be written.
     """
     _errors.when_interrupted(lambda: how_to_go_on(training_args))
-    check_checkpoint_folders(model_args, finetuning_args, training_args)
-    check_predict(training_args, finetuning_args.given_keys)
-    if training_args.do_train or training_args.do_eval or training_args.do_predict:
+    with without_known_noise(on_cpu=training_args.device.type == "cpu"):
+        check_checkpoint_folders(model_args, finetuning_args, training_args)
+        check_predict(training_args, finetuning_args.given_keys)
+        if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+            prepare_data(model_args, data_args, training_args, finetuning_args)
+            logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
+            return
         check_output_folder(model_args, training_args, finetuning_args)
+        with run_lock(training_args.output_dir, rank=training_args.process_index, world=training_args.world_size):
+            _run(model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+
+
+def _run(
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    finetuning_args: Any,
+    generating_args: Any,
+    callbacks: list[Any] | None,
+) -> None:
+    """Run in an output_dir that nobody else writes to."""
     resume = settle_resume(training_args, finetuning_args)
     data = prepare_data(model_args, data_args, training_args, finetuning_args)
-    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
-        logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
-        return
     prepared = prepare_model(data, model_args, data_args, training_args, finetuning_args)
     loaded, dataset_module = prepared.loaded, prepared.dataset_module
     facts = run_facts(model_args, data_args, training_args, finetuning_args, dataset_module.get("train_dataset"))
@@ -85,7 +100,7 @@ def run(
         check_data(trainer, data_args)
         _train(trainer, dataset_module, resume, finetuning_args)
     if training_args.do_eval:
-        metrics = trainer.evaluate(metric_key_prefix="eval")
+        metrics = trainer.last_evaluation()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if finetuning_args.eval_eos:
@@ -113,6 +128,8 @@ def _make_trainer(
     objective = make_objective(loaded, lengths, training_args, finetuning_args)
     # The filter would hide a diverged loss behind the last good one, and costs a device synchronisation every step.
     training_args.logging_nan_inf_filter = False
+    if training_args.device.type == "cpu":
+        training_args.dataloader_pin_memory = False  # there is nothing to pin for, and torch would say so
     if training_args.accelerator_config.dispatch_batches is None:
         # A dispatcher would put streamed batches on the device, where noise is not drawn, and cut up the last one.
         training_args.accelerator_config.dispatch_batches = False
@@ -176,8 +193,15 @@ def _train(
     _complete_converted(trainer, finetuning_args)
     if trainer.is_world_process_zero():
         _forget_lengths(Path(trainer.args.output_dir))
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    if trainer.steps_taken:
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+    else:
+        logger.warning_rank0(
+            f"Nothing was trained: {resume or trainer.args.output_dir} has seen {trainer.state.global_step} of "
+            f"{trainer.state.max_steps} steps. "
+            "Raise max_steps (or num_train_epochs) to go on, or set overwrite_output_dir: true to start anew."
+        )
     trainer.save_state()
     reached = trainer.reached_ratio()
     if reached < 1.0:
@@ -189,12 +213,12 @@ def _train(
         )
     if trainer.is_world_process_zero() and finetuning_args.plot_loss:
         keys = ["loss", trainer.objective.term]
-        evaluated = dataset_module.get("eval_dataset")
+        evaluated = dataset_module.get("eval_dataset") if str(trainer.args.eval_strategy.value) != "no" else None
         if isinstance(evaluated, dict):
             keys += [f"eval_{name}_loss" for name in evaluated]
         elif evaluated is not None:
             keys += ["eval_loss"]
-        plot_loss(trainer.args.output_dir, keys=keys)
+        plot_logs(trainer.args.output_dir, trainer.state.log_history, keys)
 
 
 def _complete_converted(trainer: DiffusionTrainer, finetuning_args: Any) -> None:

@@ -1,0 +1,49 @@
+"""Pictures of what a run has logged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llamafactory.extras.ploting import smooth
+
+from .logs import get_logger
+
+logger = get_logger(__name__)
+_MANY = 20  # values that are worth smoothing: of fewer the curve would show something else than was measured
+
+
+def plot_logs(folder: str | Path, log_history: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
+    """Save a picture for each key, training_<key>.png.
+
+    Args:
+        folder: where to.
+        log_history: of the trainer.
+        keys: what to plot; one that was never logged is said.
+    """
+    for key in keys:
+        points = [(log["step"], log[key]) for log in log_history if key in log]
+        if not points:
+            logger.warning_rank0(f"{key} was not logged, so there is nothing to plot.")
+            continue
+        path = Path(folder) / f"training_{key.replace('/', '_')}.png"
+        figure_of(points, key, f"{key} of {folder}").savefig(path, dpi=100)
+        logger.info_rank0(f"{key} is plotted in {path}.")
+
+
+def figure_of(points: Sequence[tuple[int, float]], key: str, title: str) -> Any:
+    """Return a figure of (step, value), with a smoothed curve beside what was measured where that is much."""
+    from matplotlib.figure import Figure
+
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    figure = Figure()
+    axes = figure.add_subplot()
+    if len(points) < _MANY:
+        axes.plot(steps, values, color="#1f77b4", marker="o")
+    else:
+        axes.plot(steps, values, color="#1f77b4", alpha=0.4, label="measured")
+        axes.plot(steps, smooth(values), color="#1f77b4", label="smoothed")
+        axes.legend()
+    axes.set(title=title, xlabel="step", ylabel=key)
+    return figure
