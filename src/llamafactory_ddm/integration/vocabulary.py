@@ -148,7 +148,8 @@ def check_new_tokens(
         ValueError: naming the tokens, the key that adds them, and the cure.
     """
     if not training_args.do_train:
-        refuse_untrained(vocabulary)
+        if training_args.do_eval or training_args.do_predict:  # a run that only prepares data uses no model
+            refuse_untrained(vocabulary)
         return
     # An adapter, or the weights of a checkpoint_dir, may hold more rows than the base model.
     grown = bool(model_args.adapter_name_or_path or finetuning_args.checkpoint_dir)
