@@ -12,6 +12,7 @@ from llamafactory_ddm import LogitsConfig, SamplingSettings, load
 from llamafactory_ddm.generation import TextGenerator
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
 from llamafactory_ddm.sampling import prediction
 from llamafactory_ddm.writing import Written
 from support.tiny import tiny_tokenizer
@@ -368,3 +369,58 @@ def test_without_an_end_no_length_is_predicted():
     for way in ("predict", "grow"):
         with pytest.raises(ValueError, match="the tokenizer has no end-of-text token"):
             generator.generate("dog", max_new_tokens=4, settings=SamplingSettings(early_stop=way))
+
+
+def test_single_settings_as_keyword_arguments(generator):
+    settings = dataclasses.replace(GREEDY, block_length=3, logits=LogitsConfig(0.0, suppress=(5,)))
+    expected = generator.generate("dog", max_new_tokens=6, settings=settings)
+    keywords = {"temperature": 0, "top_p": 1.0, "diffusion_steps": 20, "block_length": 3, "suppress_tokens": [5]}
+    assert generator.generate("dog", max_new_tokens=6, **keywords) == expected
+    assert generator.generate("dog", max_new_tokens=6, settings=settings, logits_temp=0) == expected
+    assert generator.settings() == SamplingSettings()
+    assert generator.settings(suppress_tokens="cat, dog").logits.suppress == (258, 260)
+    with pytest.raises(TypeError, match="'temprature' is no setting of generation; did you mean 'temperature'"):
+        generator.generate("dog", temprature=0)
+    with pytest.raises(ValueError, match="suppress_tokens: 'cow' is not one token"):
+        generator.generate("dog", suppress_tokens="cow")
+
+
+def test_it_says_what_it_is(generator):
+    said = repr(generator)
+    assert "GPT2LMHeadModel of 0.0 million parameters, float32 on cpu" in said
+    assert "masked noise, mask <|mask|>" in said and "ends <|endoftext|>" in said
+
+
+def test_start_and_ends_are_those_of_the_checkpoint():
+    tokenizer = tiny_tokenizer()
+    model = make_model(tokenizer)
+    make_bidirectional(model)
+    config = dataclasses.replace(
+        config_for(tokenizer), start_token="a", start_token_id=5, end_tokens=("b", "c"), end_token_ids=(6, 7)
+    )
+    generator = TextGenerator(model, tokenizer, config)
+    assert generator.from_prompt("dog", 3).ids[0] == 5
+    assert generator.writer.end_ids == (6, 7)
+    assert generator.before_end([1, 0, 7, 1]) == [1, 0]
+    assert generator.codec.decode([261, 6], follows=False) == tokenizer.decode([261])
+
+
+def test_a_template_is_around_the_prompt_and_raw_leaves_it_out(generator):
+    parts = (Part("<|endoftext|>"), Part(None, ("cat", "dog")), Part(None, ("cat",)))
+    config = dataclasses.replace(generator.config, template=PromptTemplate("x", parts))
+    own = TextGenerator(generator.model, generator.tokenizer, config)
+    codec = own.codec
+    given = own.asked("ca", 3).ids[:-3]
+    assert list(given) == [0, *codec.encode("catcadog"), *codec.encode("cat")]
+    assert own.with_template(None).asked("ca", 3) == generator.asked("ca", 3) == generator.from_prompt("ca", 3)
+    assert own.generate("ca", max_new_tokens=5, settings=GREEDY, raw=True) == generator.generate(
+        "ca", max_new_tokens=5, settings=GREEDY
+    )
+
+
+def test_the_defaults_are_one_set_in_yaml_shell_and_python(generator):
+    from llamafactory_ddm.generate_command import _parser, settings_of
+    from llamafactory_ddm.integration.arguments import DiffusionArguments
+
+    yaml = DiffusionArguments().sampling_settings(None, frozenset(), seed=0, tokenizer=generator.tokenizer)
+    assert yaml == settings_of(_parser().parse_args(["x"])) == generator.settings() == SamplingSettings()

@@ -6,7 +6,11 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .sampling import SamplingSettings
 
 EPILOG = """examples:
   llamafactory-ddm generate saves/tiny_gpt2/full/ddm --show
@@ -44,8 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("path", help="folder of a model that stage: ddm has saved; or a LLaDA or Dream")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", help="a text to continue; may be given several times")
+    source.add_argument("--prompt", action="append", help="a text to answer or continue; may be given several times")
     source.add_argument("--infill", action="append", help="a text with gaps, <|infill:8|> for one of 8 tokens")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--template", help="how prompts are written (default: as the model was finetuned)")
+    form.add_argument("--raw", action="store_true", help="continue prompts as they stand, without a template")
     parser.add_argument("--show", action="store_true", help="watch the text come about")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write (default: 64)")
     parser.add_argument("--num-samples", type=int, default=1, help="texts from noise, or for each prompt (default: 1)")
@@ -94,12 +101,15 @@ def _of_strategy(arguments: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _generate(arguments: argparse.Namespace) -> None:
-    from .loading import load
-    from .sampling import LogitsConfig, SamplingSettings
-    from .sampling.terminal import TerminalAnimation
+def settings_of(arguments: argparse.Namespace) -> SamplingSettings:
+    """Return how to sample.
 
-    settings = SamplingSettings(
+    Raises:
+        ValueError: if a value is out of range, or two do not go together.
+    """
+    from .sampling import LogitsConfig, SamplingSettings
+
+    return SamplingSettings(
         denoising_strategy=arguments.strategy,
         diffusion_steps=arguments.steps,
         block_length=arguments.block_length,
@@ -119,7 +129,15 @@ def _generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         **_of_strategy(arguments),
     )
-    model = load(arguments.path)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from .loading import load
+    from .sampling.terminal import TerminalAnimation
+
+    settings = settings_of(arguments)
+    model = load(arguments.path, template=arguments.template, raw=arguments.raw)
+    settings = replace(settings, grow_length=model.settings().grow_length)
     with contextlib.ExitStack() as screen:
         shown: list[TerminalAnimation] = []
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from .modeling.attention_layers import max_positions
 from .modeling.bidirectional import probe_bidirectional
 from .modeling.diffusion_config import DiffusionConfig
 from .modeling.length_heads import LengthPredictors
+from .modeling.mask_token import resolve_token
 from .sampling import SamplingSettings
+from .sampling.keywords import with_keywords
 from .sampling.steps import split_into_blocks, steps_of_blocks
 from .sampling.trace import Trace
 from .sizing import Sized
@@ -121,6 +124,78 @@ class TextGenerator:
         if isinstance(prompt, str):
             self.note_text(prompt)
         return self._checked(canvas_of([ids, n_tokens], start_id=self.start_id if start else None))
+
+    def asked(self, prompt: str, n_tokens: int) -> Canvas:
+        """Return the canvas of a prompt as the model was finetuned on it, or of one to be continued.
+
+        Raises:
+            ValueError: see `from_prompt`.
+        """
+        canvas, template = self.from_prompt(prompt, n_tokens), self.config.template
+        if template is None:
+            return canvas
+        token_id = self.tokenizer.convert_tokens_to_ids
+        return self.from_prompt(
+            template.ids(prompt, encode=self.codec.encode, token_id=token_id), n_tokens, start=False
+        )
+
+    def with_template(self, template: str | None) -> TextGenerator:
+        """Return a generator of the same model that writes prompts by another template, or None for as they stand.
+
+        Raises:
+            ValueError: if there is no template of this name, or the model lacks tokens for it.
+        """
+        config, stored = self.config, self.config.template
+        if template is None:
+            config = replace(config, template=None)
+        elif stored is None or stored.name != template:
+            # LLaMA-Factory has them, which nothing else here needs.
+            found, ends = import_module(f"{__package__}.integration.prompting").named_template(
+                template, self.tokenizer
+            )
+            if stored is not None and stored.parts != found.parts:
+                logger.warning(
+                    "template: %s is not the one that this model was finetuned with, which is %s",
+                    template,
+                    stored.name,
+                )
+            known = self.tokenizer.get_vocab()
+            own = self.tokenizer.convert_ids_to_tokens(sorted(self._ends))
+            names = tuple(dict.fromkeys((*(config.end_tokens or own), *(end for end in ends if end in known))))
+            ids = tuple(int(known[name]) for name in names)
+            config = replace(config, template=found, end_tokens=names, end_token_ids=ids)
+        return TextGenerator(self.model, self.tokenizer, config, probe=False, lengths=self.writer.lengths)
+
+    def settings(self, settings: SamplingSettings | None = None, **keywords: Any) -> SamplingSettings:
+        """Return sampling settings: those given, else the defaults for this model, with what the keywords change.
+
+        Raises:
+            TypeError: for a keyword that is no setting.
+            ValueError: if a value is out of range, or a token to suppress does not exist.
+        """
+        if settings is None:
+            settings = SamplingSettings()
+            settings = replace(
+                settings, grow_length=self.writer.block if self.writer.block > 1 else settings.grow_length
+            )
+        for key in {"suppress", "suppress_tokens"} & keywords.keys():
+            words = keywords[key]
+            words = [word.strip() for word in words.split(",")] if isinstance(words, str) else words
+            keywords[key] = tuple(resolve_token(self.tokenizer, key, word)[1] for word in words)
+        return with_keywords(settings, keywords)
+
+    def __repr__(self) -> str:
+        """Say which model it is, and how it was trained."""
+        config, model = self.config, self.model
+        size = sum(parameter.numel() for parameter in model.parameters())
+        noise = f"mixed noise ({config.uniform_ratio:g} random tokens)" if config.uniform_ratio else "masked noise"
+        ends = ", ".join(self.tokenizer.convert_ids_to_tokens(sorted(self._ends)))
+        named = "" if config.template is None else f", template {config.template.name or 'of its own'}"
+        return (
+            f"<{type(self).__name__}: {type(model).__name__} of {size / 1e6:.1f} million parameters, "
+            f"{str(model.dtype).removeprefix('torch.')} on {model.device}; {noise}, mask {config.mask_token}, "
+            f"{'with' if config.shift else 'no'} shift, ends {ends}{named}>"
+        )
 
     def from_marked(self, text: str, *, label: str | None = None) -> Canvas:
         """Return the canvas of a text with markers such as <|infill:8|>; `label` gives the length of <|infill|>.
@@ -258,21 +333,44 @@ class TextGenerator:
         batch_size: int = 8,
         settings: SamplingSettings | None = None,
         callback: StepCallback | None = None,
+        template: str | None = None,
+        raw: bool = False,
+        **keywords: Any,
     ) -> list[str]:
-        """Return texts: continuations of prompts, texts with their gaps filled, or texts from noise.
+        """Return texts: answers to prompts or continuations of them, texts with their gaps filled, or from noise.
+
+        A model that was finetuned on prompts gets each prompt as it was trained to, under its template; any other
+        continues the text.
 
         Args:
-            prompt: one or several texts to continue; what comes back are the continuations.
+            prompt: one or several texts to answer or continue; what comes back is what follows them.
             infill: one or several texts with markers such as <|infill:8|>; what comes back are the whole texts.
             max_new_tokens: tokens to write after a prompt or from noise.
             num_samples: how many texts to write from noise, or for each prompt.
             batch_size: texts that are denoised together; it does not change them.
             settings: how to sample.
             callback: called after each step of each batch.
+            template: name of another template to write prompts by.
+            raw: continue prompts as they stand, without the model's template.
+            keywords: single settings, as `temperature=0`: of `SamplingSettings`, `LogitsConfig` and the YAML keys.
         Raises:
+            TypeError: for a keyword that is no setting.
             ValueError: if both prompt and infill are given, or a text cannot be used; it says which and why.
         """
-        settings = settings or SamplingSettings()
+        if raw or template is not None:
+            if raw and template is not None:
+                raise ValueError("give either template or raw, not both")
+            return self.with_template(template).generate(
+                prompt,
+                infill=infill,
+                max_new_tokens=max_new_tokens,
+                num_samples=num_samples,
+                batch_size=batch_size,
+                settings=settings,
+                callback=callback,
+                **keywords,
+            )
+        settings = self.settings(settings, **keywords)
         if prompt is not None and infill is not None:
             raise ValueError("give either prompt or infill, not both")
         if num_samples < 1 or max_new_tokens < 1 or batch_size < 1:
@@ -285,7 +383,7 @@ class TextGenerator:
             canvases = [self.from_noise(max_new_tokens + (self.start_id is not None))] * num_samples
         for number, text in enumerate([given] if isinstance(given, str) else given or ()):
             with saying(f"text {number}"):
-                canvas = self.from_prompt(text, max_new_tokens) if prompt is not None else self.from_marked(text)
+                canvas = self.asked(text, max_new_tokens) if prompt is not None else self.from_marked(text)
             canvases += [canvas] * num_samples
         self.check(canvases, settings)
         results: list[Generated] = []

@@ -19,7 +19,14 @@ from .modeling.recognition import may_be_on_a_hub, plain_folder
 from .modeling.whole_weights import load_whole
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None, dtype: Any = None) -> TextGenerator:
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: Any = None,
+    template: str | None = None,
+    raw: bool = False,
+) -> TextGenerator:
     """Load a diffusion model that this package has saved, or a LLaDA or Dream as it was published.
 
     Args:
@@ -27,9 +34,13 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
             or a LLaDA or Dream, as a folder or by its name on Hugging Face's hub, of which a plain copy is made once.
         device: by default the first GPU if there is one, else the CPU.
         dtype: of the weights; by default the one they are stored in, on a CPU float32.
+        template: name of the template to write prompts by; by default the one that the model was finetuned with.
+        raw: continue prompts as they stand.
     Raises:
         ValueError: if the folder is not there, is truncated, lacks weights, or is no diffusion model.
     """
+    if raw and template is not None:
+        raise ValueError("give either template or raw, not both")
     folder = Path(plain_folder(path))
     if not folder.is_dir():
         hub = ", nor a model in the hub's cache (without HF_HUB_OFFLINE it would be downloaded)"
@@ -65,4 +76,5 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
         model = load_whole(AutoModelForCausalLM, pretrained_model_name_or_path=folder, dtype=dtype)
     model.to(device)  # type: ignore[arg-type]
     make_bidirectional(model)
-    return TextGenerator(model, tokenizer, config, lengths=LengthPredictors.find(folder))
+    generator = TextGenerator(model, tokenizer, config, lengths=LengthPredictors.find(folder))
+    return generator.with_template(template) if raw or template is not None else generator

@@ -82,7 +82,7 @@ class SamplingArguments(editing_keys.EditingKeys):
         },
     )
     denoising_strategy: str = field(
-        default="random",
+        default=SamplingSettings.denoising_strategy,
         metadata={
             "help": (
                 "Diffusion: which masked tokens a sampling step commits: random, topk, low_confidence, margin, "

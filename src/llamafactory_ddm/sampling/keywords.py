@@ -1,0 +1,54 @@
+"""Sampling settings from keyword arguments, under their own names and those of the YAML keys."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from .logits import LogitsConfig
+from .settings import SamplingSettings
+from .stable import StableStop
+
+# Names of YAML keys -> those of the settings.
+ALIASES = {"logits_temp": "temperature", "topp_temp": "top_p", "suppress_tokens": "suppress"}
+_OF_COMMAND = {"steps": "diffusion_steps", "strategy": "denoising_strategy"}  # as the command line has them
+_STABLE = {"stable_steps": "stable_steps", "stable_entropy": "entropy"}
+
+
+def with_keywords(settings: SamplingSettings, keywords: Mapping[str, Any]) -> SamplingSettings:
+    """Return the settings with what keyword arguments change.
+
+    Args:
+        settings: what stays where no keyword says otherwise.
+        keywords: attributes of SamplingSettings and LogitsConfig, or YAML keys.
+    Raises:
+        TypeError: for one that does not exist, with the nearest name, or one that is given under two names.
+        ValueError: if a value is out of range.
+    """
+    own = {f.name for f in fields(SamplingSettings)} - {"logits"}
+    of_logits = {f.name for f in fields(LogitsConfig)}
+    names: dict[str, str] = {}
+    for key in keywords:
+        name = ALIASES.get(key, key)
+        if name not in own | of_logits | _STABLE.keys():
+            raise TypeError(_unknown(key, own | of_logits | ALIASES.keys() | _STABLE.keys()))
+        if name in names:
+            raise TypeError(f"{names[name]} and {key} mean the same; give one of them")
+        names[name] = key
+    given = {name: keywords[key] for name, key in names.items()}
+    changes = {name: value for name, value in given.items() if name in own}
+    logits = {name: value for name, value in given.items() if name in of_logits}
+    stable = {_STABLE[name]: value for name, value in given.items() if name in _STABLE}
+    if stable.get("stable_steps", 1) == 0:
+        changes["stable_stop"] = None
+    elif stable:
+        changes["stable_stop"] = replace(settings.stable_stop or StableStop(), **stable)
+    return replace(settings, logits=replace(settings.logits, **logits), **changes)
+
+
+def _unknown(key: str, known: set[str]) -> str:
+    near = [_OF_COMMAND[key]] if key in _OF_COMMAND else difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"
+    return f"{key!r} is no setting of generation{hint}"

@@ -1,0 +1,102 @@
+"""A template as it is remembered writes the very ids that training gives the model, without LLaMA-Factory."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+from llamafactory.data import get_template_and_fix_tokenizer
+from llamafactory.data.processor import SupervisedDatasetProcessor
+from llamafactory.data.template import TEMPLATES
+from transformers import AutoTokenizer
+
+from llamafactory_ddm.integration.prompting import named_template, recorded
+from llamafactory_ddm.integration.templates import register_templates
+from llamafactory_ddm.modeling.prompt_template import PromptTemplate
+
+register_templates()
+PROMPTS = ["Tom saw a cat.", " two  spaces\n", "{{content}}", "Привет, 你好 🙂", "a <|im_end|> in the text"]
+
+
+def prepared(name, *, bos=True, **keys):
+    tokenizer = AutoTokenizer.from_pretrained("data/tiny_gpt2")
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<s>"], special_tokens=True)
+    tokenizer.bos_token = "<s>" if bos else None
+    args = SimpleNamespace(
+        template=name,
+        train_on_prompt=False,
+        mask_history=False,
+        tool_format=None,
+        default_system=None,
+        enable_thinking=True,
+        preserve_thinking=False,
+        cutoff_len=10**6,
+    )
+    vars(args).update(keys)
+    template = get_template_and_fix_tokenizer(tokenizer, args)
+    if name == "diffullama":
+        template = dataclasses.replace(template, sep_token="Ċ")
+    return template, tokenizer, args
+
+
+def by_training(template, tokenizer, args, prompt):
+    """Return the ids before the answer in a training row of upstream's."""
+    if type(template.mm_plugin).__name__ != "BasePlugin":  # the processor would want one for images
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "It was red."}]
+        return template.encode_multiturn(tokenizer, turns, None, None)[0][0]
+    processor = SupervisedDatasetProcessor(template=template, tokenizer=tokenizer, processor=None, data_args=args)
+    turns = [[{"role": "user", "content": prompt}], [{"role": "assistant", "content": "It was red."}]]
+    ids, labels = processor._encode_data_example(*turns, "", "", [], [], [])
+    return ids[: next(n for n, label in enumerate(labels) if label != -100)]
+
+
+def check(name, **keys):
+    template, tokenizer, args = prepared(name, **keys)
+    raw = json.loads(json.dumps(dataclasses.asdict(recorded(template, tokenizer, name))))
+    stored = PromptTemplate.read(raw)
+    assert stored.name == name
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    for prompt in PROMPTS:
+        ids = stored.ids(prompt, encode=encode, token_id=tokenizer.convert_tokens_to_ids)
+        assert ids == by_training(template, tokenizer, args, prompt), (name, prompt)
+
+
+def test_every_template_of_text():
+    for name in sorted(TEMPLATES):
+        check(name)
+
+
+@pytest.mark.parametrize("name", ["default", "llama2", "llama3", "gemma2", "glm4", "diffullama", "llada", "dream"])
+def test_without_a_bos_token(name):
+    check(name, bos=False)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"enable_thinking": False}, {"enable_thinking": None}, {"default_system": "Be kind."}]
+)
+@pytest.mark.parametrize("name", ["qwen3", "deepseekr1", "qwen", "mistral"])
+def test_thinking_and_system_prompts(name, keys, monkeypatch):
+    monkeypatch.setattr(
+        TEMPLATES[name], "default_system", TEMPLATES[name].default_system
+    )  # upstream changes it for good
+    check(name, **keys)
+
+
+def test_a_template_by_its_name():
+    tokenizer = AutoTokenizer.from_pretrained("data/tiny_gpt2")
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    before = dict(tokenizer.get_vocab()), tokenizer.eos_token
+    found, ends = named_template("chatml", tokenizer)
+    assert found.name == "chatml" and "<|im_end|>" in ends
+    assert (dict(tokenizer.get_vocab()), tokenizer.eos_token) == before
+    with pytest.raises(ValueError, match="template: chatm does not exist; did you mean 'chatml'"):
+        named_template("chatm", tokenizer)
+    with pytest.raises(ValueError, match="template: diffullama needs the sep_token"):
+        named_template("diffullama", tokenizer)
+    with pytest.raises(
+        ValueError, match=r"template: chatml writes <\|im_end\|>, <\|im_start\|>, which this model has no token for"
+    ):
+        named_template("chatml", AutoTokenizer.from_pretrained("data/tiny_gpt2"))

@@ -1,0 +1,42 @@
+"""Settings from keyword arguments."""
+
+import pytest
+
+from llamafactory_ddm.sampling import LogitsConfig, SamplingSettings, StableStop
+from llamafactory_ddm.sampling.keywords import with_keywords
+
+START = SamplingSettings(diffusion_steps=7, logits=LogitsConfig(0.5, 0.8))
+
+
+def test_attributes_of_the_settings_and_of_the_logits():
+    found = with_keywords(START, {"temperature": 0, "block_length": 4, "seed": 3, "eos_penalty": 1.5})
+    assert found == SamplingSettings(
+        diffusion_steps=7, block_length=4, seed=3, logits=LogitsConfig(0, 0.8, eos_penalty=1.5)
+    )
+    assert with_keywords(START, {}) == START
+
+
+def test_names_of_yaml_keys():
+    found = with_keywords(START, {"logits_temp": 0.2, "topp_temp": 1.0, "suppress_tokens": (3,)})
+    assert found.logits == LogitsConfig(0.2, 1.0, suppress=(3,))
+    assert with_keywords(START, {"stable_steps": 3, "stable_entropy": 0.4}).stable_stop == StableStop(3, 0.4)
+    assert with_keywords(START, {"stable_steps": 0}).stable_stop is None
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"temprature": 0}, "'temprature' is no setting of generation; did you mean 'temperature'?"),
+        ({"steps": 3}, "did you mean 'diffusion_steps'?"),
+        ({"logits": None}, "'logits' is no setting"),
+        ({"temperature": 0, "logits_temp": 0}, "temperature and logits_temp mean the same"),
+    ],
+)
+def test_what_is_no_setting_or_given_twice(keywords, words):
+    with pytest.raises(TypeError, match=words.replace("?", r"\?")):
+        with_keywords(START, keywords)
+
+
+def test_values_are_checked():
+    with pytest.raises(ValueError, match="early_stop must be one of"):
+        with_keywords(START, {"early_stop": "never"})
