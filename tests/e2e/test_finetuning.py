@@ -268,7 +268,7 @@ def test_a_column_that_is_not_there(small_data, finetuned, tmp_path):
     (data / "tiny_problems_eval.jsonl").write_text('{"instruction": "Tom has 3 apples."}\n')
     assert len(solve(tmp_path / "solved", model_name_or_path=finetuned, dataset_dir=data)) == 1  # a test set
     (data / "tiny_problems_eval.jsonl").write_text('{"output": "3"}\n')
-    with pytest.raises(ValueError, match="tiny_problems_eval: has no column 'instruction'"):
+    with pytest.raises(ValueError, match=r"tiny_problems_eval:? has no column 'instruction'"):
         solve(tmp_path / "solved", model_name_or_path=finetuned, dataset_dir=data)
 
 
