@@ -3,12 +3,13 @@
     python docs/make_mixed_table.py                twelve runs and 90 generations, about an hour on two cores
     python docs/make_mixed_table.py --continue-steps 2 --seeds 1 --questions 4 --texts 4 --work w --out o  a quick look
 
-From the models of examples/tiny_gpt2_full_ddm.yaml (texts) and tiny_gpt2_full_ddm_sft_varlen.yaml (answers) training
-goes on as examples/tiny_gpt2_full_ddm_xdlm.yaml does: once with masked noise alone, and once with a tenth of the noise
-uniform, with the same data, steps and seeds. Answers are measured by exact match, texts from nothing by the perplexity
-that the autoregressive model data/tiny_gpt2 gives them, beside the entropy of their words, which falls where texts
-repeat themselves. The mixed model generates with edits (edit_ratio as it was trained) and without. Runs that are
-finished are not repeated; --only answers and --only texts can run side by side, and a last call writes the table.
+From the models of examples/tiny_gpt2_full_ddm.yaml with max_steps=800 (texts) and, trained from it,
+tiny_gpt2_full_ddm_sft_varlen.yaml (answers) training goes on as examples/tiny_gpt2_full_ddm_xdlm.yaml does: once with
+masked noise alone, and once with a tenth of the noise uniform, with the same data, steps and seeds. Answers are
+measured by exact match, texts from nothing by the perplexity that the autoregressive model data/tiny_gpt2 gives them,
+beside the entropy of their words, which falls where texts repeat themselves. The mixed model generates with edits
+(edit_ratio as it was trained) and without. Runs that are finished are not repeated; --only answers and --only texts
+can run side by side, and a last call writes the table.
 """
 
 from __future__ import annotations
