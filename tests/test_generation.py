@@ -1,6 +1,7 @@
 """Texts from a model in memory and from a folder, as a notebook gets them."""
 
 import dataclasses
+import tracemalloc
 
 import pytest
 import torch
@@ -278,6 +279,22 @@ def test_a_model_of_mixed_noise_edits_by_its_own_ratio(generator):
         plain.check([plain.from_noise(9)], further)
 
 
+def test_texts_come_one_batch_after_another(generator):
+    """The same as all at once, without memory for those to come."""
+    settings = dataclasses.replace(GREEDY, logits=LogitsConfig(0.9))
+    keys = {"max_new_tokens": 5, "batch_size": 2, "settings": settings}
+    whole = generator.generate(PROMPTS[:3], num_samples=3, **keys)
+    assert [one.predict for one in generator.stream(PROMPTS[:3], num_samples=3, **keys)] == whole
+    tracemalloc.start()
+    endless = generator.stream(num_samples=10**9, **keys)
+    assert [next(endless).predict for _ in range(3)] == generator.generate(num_samples=3, **keys)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2_000_000
+    with pytest.raises(ValueError, match="num_samples: 5000000000 is too many"):
+        generator.stream(num_samples=5 * 10**9, **keys)
+
+
 def test_a_model_that_never_saw_mask_cannot_start_from_it(generator):
     uniform = mixed(generator, 1.0)
     for settings in (GREEDY, dataclasses.replace(GREEDY, edit_ratio=0.3)):
@@ -295,6 +312,18 @@ def test_a_model_that_never_saw_mask_cannot_start_from_it(generator):
         ),
         (lambda g: g.generate("dog", max_new_tokens=60), "more than the model's 48 positions"),
         (lambda g: g.generate(infill="dog"), "nothing to fill in"),
+        (
+            lambda g: g.generate(["cat", "a <|infill:2|> dog"], max_new_tokens=5),
+            r"text 1: it holds the marker <\|infill:2\|>",
+        ),
+        (
+            lambda g: g.generate(
+                "dog",
+                max_new_tokens=5,
+                settings=SamplingSettings(logits=LogitsConfig(suppress=tuple(range(len(g.tokenizer))))),
+            ),
+            "suppress_tokens: .* leaves no text but its end",
+        ),
         (lambda g: g.generate("dog", infill="dog"), "either prompt or infill"),
         (lambda g: g.generate("dog", max_new_tokens=0), "must be at least 1"),
         (lambda g: g.from_prompt([3, len(g.tokenizer)], 2), r"holds the mask token '<\|mask\|>'"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,8 @@ EPILOG = """examples:
 def main(words: list[str]) -> int:
     """Run the command; returns the exit status."""
     arguments = _parser().parse_args(words)
+    # The libraries alone take seconds, and transformers' own lines are switched off.
+    print(f"llamafactory-ddm generate: loading {arguments.path} ...", file=sys.stderr, flush=True)
     from transformers.utils import logging
 
     from .modeling.attention_layers import NotBidirectionalError
@@ -37,9 +38,6 @@ def main(words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .sampling.logits import SCORE_DISTRIBUTIONS
-    from .sampling.steps import COMMIT_SCHEDULES
-
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm generate",
         description="Generate text with a diffusion model.",
@@ -58,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-samples", type=int, default=1, help="texts from noise, or for each prompt (default: 1)")
     parser.add_argument("--strategy", default="low_confidence", help="denoising_strategy (default: low_confidence)")
     parser.add_argument("--steps", type=int, default=64, help="diffusion_steps (default: 64)")
-    parser.add_argument("--commit-schedule", default="even", choices=COMMIT_SCHEDULES, help="pace (default: even)")
+    parser.add_argument("--commit-schedule", default="even", choices=("even", "dream"), help="pace (default: even)")
     parser.add_argument(
-        "--score-distribution", default="model", choices=SCORE_DISTRIBUTIONS, help="what is scored (default: model)"
+        "--score-distribution", default="model", choices=("model", "filtered"), help="what is scored (default: model)"
     )
     parser.add_argument("--block-length", type=int, help="tokens decided together, from left to right (default: all)")
     parser.add_argument("--temperature", type=float, default=0.95, help="0 takes the most probable (default: 0.95)")
@@ -138,30 +136,35 @@ def _generate(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments)
     model = load(arguments.path, template=arguments.template, raw=arguments.raw)
     settings = replace(settings, grow_length=model.settings().grow_length)
-    with contextlib.ExitStack() as screen:
-        shown: list[TerminalAnimation] = []
+    is_watched = arguments.show and sys.stdout.isatty()
+    shown: list[TerminalAnimation] = []
 
-        def watch(step: int, pieces: Callable[[], list[list[str | None]]]) -> None:
-            text = pieces()[0]
-            if step == 0:  # the next text begins
-                for old in shown:
-                    old.close()
-                shown[:] = [screen.enter_context(TerminalAnimation([None] * len(text), stream=sys.stdout))]
-            shown[0].update(step + 1, max(step + 1, arguments.steps), text)  # edits may take further steps
+    def watch(step: int, pieces: Callable[[], list[list[str | None]]]) -> None:
+        text = pieces()[0]
+        if not shown:
+            shown.append(TerminalAnimation([None] * len(text), stream=sys.stdout))
+        shown[0].update(step + 1, max(step + 1, arguments.steps), text)  # edits may take further steps
 
-        texts = model.generate(
-            arguments.prompt,
-            infill=arguments.infill,
-            max_new_tokens=arguments.max_new_tokens,
-            num_samples=arguments.num_samples,
-            batch_size=1 if arguments.show else 8,
-            settings=settings,
-            callback=watch if arguments.show and sys.stdout.isatty() else None,
-        )
-    if arguments.show and sys.stdout.isatty():
-        print()
-    for text in texts:
-        print(text.strip() if len(texts) == 1 else f"- {text.strip()}")
+    texts = model.stream(
+        arguments.prompt,
+        infill=arguments.infill,
+        max_new_tokens=arguments.max_new_tokens,
+        num_samples=arguments.num_samples,
+        batch_size=1 if arguments.show else 8,
+        settings=settings,
+        callback=watch if is_watched else None,
+    )
+    is_alone = arguments.num_samples * len(arguments.prompt or arguments.infill or "?") == 1
+    try:
+        for result in texts:
+            if shown:  # what was watched stays on the screen
+                shown.pop().close(result.text)
+                continue
+            text = (result.predict if arguments.infill is None else result.text).strip()
+            print(text if is_alone else f"- {text}", flush=True)
+    finally:
+        for animation in shown:  # the terminal is itself again, whatever happened
+            animation.close()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from .data.canvas import Canvas, canvas_of, infilling_canvas
+from .data.canvas import Canvas, canvas_of, check_unmarked, infilling_canvas
 from .data.collators import start_token_id
 from .data.replay import replay
 from .data.text_codec import TextCodec
@@ -27,6 +27,7 @@ from .modeling.length_heads import LengthPredictors
 from .modeling.mask_token import resolve_token
 from .sampling import SamplingSettings
 from .sampling.keywords import with_keywords
+from .sampling.state import MOST_ROWS
 from .sampling.steps import split_into_blocks, steps_of_blocks
 from .sampling.trace import Trace
 from .sizing import Sized
@@ -116,8 +117,10 @@ class TextGenerator:
             n_tokens: to be written.
             start: whether to put the start token in front where the model needs one.
         Raises:
-            ValueError: if the prompt is empty, holds the mask token, or leaves no room.
+            ValueError: if the prompt is empty, holds the mask token or a marker, or leaves no room.
         """
+        if isinstance(prompt, str):
+            check_unmarked(prompt)
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ValueError("the prompt is empty; give one, or generate from noise")
@@ -218,8 +221,8 @@ class TextGenerator:
         """Find before the first forward what would fail in the middle of a run, and say what may surprise.
 
         Raises:
-            ValueError: if a canvas has more blocks than there are steps, guidance lacks a prompt, or a length
-                predictor is not fitted.
+            ValueError: if a canvas has more blocks than there are steps, guidance lacks a prompt, a length predictor
+                is not fitted, or no token is left to write.
         """
         if self._with_control:
             said = " or ".join(map(repr, self.codec.controls))
@@ -229,6 +232,12 @@ class TextGenerator:
             )
             self._with_control = 0
         settings.strategy()
+        silent = {*settings.logits.suppress, *self._ends, self.config.mask_token_id}
+        if settings.logits.suppress and silent.issuperset(self.tokenizer.get_vocab().values()):
+            raise ValueError(
+                f"suppress_tokens: {len(set(settings.logits.suppress))} of the vocabulary's tokens are never written, "
+                "which leaves no text but its end; suppress fewer"
+            )
         self.writer.check(canvases, settings)
         for number, canvas in enumerate(canvases):
             with saying(f"text {number}"):
@@ -357,10 +366,46 @@ class TextGenerator:
             TypeError: for a keyword that is no setting.
             ValueError: if both prompt and infill are given, or a text cannot be used; it says which and why.
         """
+        results = self.stream(
+            prompt,
+            infill=infill,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            settings=settings,
+            callback=callback,
+            template=template,
+            raw=raw,
+            **keywords,
+        )
+        return [result.predict if infill is None else result.text for result in results]
+
+    def stream(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        infill: str | Sequence[str] | None = None,
+        max_new_tokens: int = 64,
+        num_samples: int = 1,
+        batch_size: int = 8,
+        settings: SamplingSettings | None = None,
+        callback: StepCallback | None = None,
+        template: str | None = None,
+        raw: bool = False,
+        **keywords: Any,
+    ) -> Iterator[Generated]:
+        """Return an iterator over the texts that `generate` returns, each as soon as its batch is finished.
+
+        The arguments are those of `generate`. Nothing is kept of texts that are out, so there may be any number.
+
+        Raises:
+            TypeError: at once, see `generate`.
+            ValueError: at once, see `generate`.
+        """
         if raw or template is not None:
             if raw and template is not None:
                 raise ValueError("give either template or raw, not both")
-            return self.with_template(template).generate(
+            return self.with_template(template).stream(
                 prompt,
                 infill=infill,
                 max_new_tokens=max_new_tokens,
@@ -375,25 +420,36 @@ class TextGenerator:
             raise ValueError("give either prompt or infill, not both")
         if num_samples < 1 or max_new_tokens < 1 or batch_size < 1:
             raise ValueError("num_samples, max_new_tokens and batch_size must be at least 1")
-        canvases: list[Canvas] = []
         given = prompt if prompt is not None else infill
         if given is not None and not isinstance(given, str) and not all(isinstance(text, str) for text in given):
             raise ValueError("prompt and infill are texts; for ids use from_prompt and sample_batch")
+        canvases: list[Canvas] = []
         if given is None:
-            canvases = [self.from_noise(max_new_tokens + (self.start_id is not None))] * num_samples
+            canvases = [self.from_noise(max_new_tokens + (self.start_id is not None))]
         for number, text in enumerate([given] if isinstance(given, str) else given or ()):
             with saying(f"text {number}"):
-                canvas = self.asked(text, max_new_tokens) if prompt is not None else self.from_marked(text)
-            canvases += [canvas] * num_samples
+                canvases.append(self.asked(text, max_new_tokens) if prompt is not None else self.from_marked(text))
+        if len(canvases) * num_samples > MOST_ROWS:
+            raise ValueError(f"num_samples: {num_samples} is too many; a call numbers up to {MOST_ROWS} texts")
         self.check(canvases, settings)
-        results: list[Generated] = []
+        return self._in_batches(canvases, settings, num_samples, batch_size, callback)
+
+    def _in_batches(
+        self,
+        canvases: Sequence[Canvas],
+        settings: SamplingSettings,
+        num_samples: int,
+        batch_size: int,
+        callback: StepCallback | None,
+    ) -> Iterator[Generated]:
+        """Yield `num_samples` texts for each canvas, one canvas after another."""
         parts = [canvases[low : low + batch_size] for low in range(0, len(canvases), batch_size)]
         canvases = [sized.canvas for part in parts for sized in self.sized(part, settings)]
-        for low in range(0, len(canvases), batch_size):
-            part = canvases[low : low + batch_size]
-            ordinals = range(low, low + len(part))
-            results += self.sample_batch(part, settings, ordinals=ordinals, callback=callback)
-        return [result.predict if infill is None else result.text for result in results]
+        count = len(canvases) * num_samples
+        for low in range(0, count, batch_size):
+            ordinals = range(low, min(low + batch_size, count))
+            batch = [canvases[number // num_samples] for number in ordinals]
+            yield from self.sample_batch(batch, settings, ordinals=ordinals, callback=callback)
 
 
 class saying:

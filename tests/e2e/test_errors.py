@@ -193,7 +193,7 @@ def test_resuming_another_process_is_an_error(train_small, tmp_path):
         ({"denoising_strategy": "topq"}, "denoising_strategy must be one of .* did you mean 'topk'"),
         ({"diffusion_steps": 0}, "diffusion_steps must be at least 1"),
         ({"diffusion_steps": 4, "block_length": 2}, "4 steps cannot finish 6 blocks"),
-        ({"cutoff_len": 1}, "cutoff_len: 1: .*at least 1 token"),
+        ({"cutoff_len": 1}, "cutoff_len must be at least 2, got 1"),
         ({"confidence_threshold": 0.5}, "is read by denoising_strategy: confidence_threshold only"),
         ({"entropy_bound": 3}, "is read by denoising_strategy: entropy_bound only"),
         ({"remask_cap": 0.5}, "remask_cap is read by denoising_strategy: remdm only"),
@@ -210,6 +210,13 @@ def test_resuming_another_process_is_an_error(train_small, tmp_path):
         ({"generate_from": "prompt"}, "generate_from: prompt does not go with stage: ddm"),
         ({"generate_from": "prefix"}, "nothing to generate from: set eval_dataset"),
         ({"suppress_tokens": "nonsuch"}, "'nonsuch' is neither a token of the vocabulary nor an id"),
+        # A digit is the token of this text, no id.
+        (
+            {"suppress_tokens": ",".join([*map(str, range(740)), *"!\"#$%&'()"])},
+            "suppress_tokens: 739 of .* leaves no text but its end",
+        ),
+        ({"commit_schedule": "dream", "denoising_strategy": "topk"}, "commit_schedule: dream has no effect"),
+        ({"score_distribution": "filtered", "denoising_strategy": "random"}, "filtered has no effect"),
     ],
 )
 def test_keys_of_generation_that_do_not_fit(generate, tmp_path, keys, words):
@@ -223,6 +230,7 @@ def test_keys_of_generation_that_do_not_fit(generate, tmp_path, keys, words):
     [
         (["A cat.", ""], {}, "text 1: the prompt is empty"),
         (["A cat.", "A dog saw a cat. " * 9], {}, "text 1: its .* tokens leave no room within cutoff_len: 12"),
+        (["A <|infill:2|> cat."], {}, r"text 0: it holds the marker <\|infill:2\|>.* generate_from: infill"),
         (["A cat."], {"prefix_length": 10}, "text 0: it has .* tokens, so prefix_length: 10 leaves nothing"),
         (["A cat."], {"max_new_tokens": 300}, "more than the model's 256 positions"),
         (["A cat."], {"generate_from": "infill"}, "text 0: there is nothing to fill in"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tracemalloc
 
 import pytest
 
@@ -232,6 +233,27 @@ def test_an_interrupted_run_goes_on_where_it_stopped(generate, tmp_path, monkeyp
     calls += [[]] * 3
     generate(tmp_path / "other", **keys, seed=7)
     assert calls[3:] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_billion_texts_begin_at_once(generate, tmp_path, monkeypatch):
+    """Nothing is set aside for those to come, with a bar and sized canvases too."""
+    from llamafactory_ddm.generation import TextGenerator
+
+    calls, plain = [], TextGenerator.sample_batch
+
+    def counted(self, canvases, *args, **rest):
+        calls.append(list(rest["ordinals"]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(self, canvases, *args, **rest)
+
+    monkeypatch.setattr(TextGenerator, "sample_batch", counted)
+    tracemalloc.start()
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path / "out", num_samples=10**9, per_device_eval_batch_size=2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert calls == [[0, 1], [2, 3], [4, 5]] and peak < 200_000_000
 
 
 def test_two_processes_share_the_work_and_give_the_same(generate, checkpoint, tmp_path):

@@ -128,6 +128,20 @@ def split_at_markers(text: str) -> list[str | int | None]:
     return parts
 
 
+def check_unmarked(text: str) -> None:
+    """Look for infilling markers in a text that is to be continued, where they would be given as plain characters.
+
+    Raises:
+        ValueError: naming the first and what fills it.
+    """
+    found = MARKER.search(text)
+    if found:
+        raise ValueError(
+            f"it holds the marker {found[0]}, which a text to be continued does not fill; fill it in with "
+            "generate_from: infill (--infill, infill=), or remove it"
+        )
+
+
 def infilling_canvas(
     text: str,
     encode: Encode,

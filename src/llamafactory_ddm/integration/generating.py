@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ..data.canvas import MARKER
 from ..generation import TextGenerator
 from ..modeling.length_heads import LengthPredictors
 from ..sampling import SamplingSettings
@@ -25,7 +27,7 @@ def what_to_generate(
     training_args: Any,
     finetuning_args: Any,
     generating_args: Any,
-) -> tuple[SamplingSettings, list[requests.Request]]:
+) -> tuple[SamplingSettings, Sequence[requests.Request]]:
     """Return how and what to generate, every mistake found, so that no training is lost to one.
 
     Raises:
@@ -46,6 +48,7 @@ def what_to_generate(
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     source = finetuning_args.generation_source()
+    asked: Sequence[requests.Request] = ()
     if source == "noise":
         if data_args.dataset is not None or data_args.eval_dataset is not None:
             logger.info_rank0("Generation starts from nothing but noise: the data set given is not used for it.")
@@ -65,6 +68,13 @@ def what_to_generate(
         asked = requests.from_examples(
             generator, template, tokenizer_module, model_args, data_args, training_args, max_new_tokens=max_new_tokens
         )
+        marked = [number for number, one in enumerate(asked) if one.prompt and MARKER.search(one.prompt)]
+        if marked:
+            logger.warning_rank0(
+                f"{len(marked)} prompts hold an infilling marker such as <|infill:8|>, example {marked[0]} the first: "
+                "stage: ddm-sft gives it to the model as plain text. To fill gaps, use stage: ddm with "
+                "generate_from: infill."
+            )
     elif source != "noise":
         asked = requests.from_texts(
             generator,
@@ -75,7 +85,7 @@ def what_to_generate(
             prefix_length=finetuning_args.prefix_length,
             max_new_tokens=max_new_tokens,
         )
-    generator.check([request.canvas for request in asked], settings)
+    generator.check([request.canvas for request in requests.distinct(asked)], settings)
     return settings, asked
 
 
@@ -83,7 +93,7 @@ def generate(
     trainer: DiffusionTrainer,
     loaded: LoadedModel,
     settings: SamplingSettings,
-    asked: list[requests.Request],
+    asked: Sequence[requests.Request],
     model_args: Any,
     finetuning_args: Any,
 ) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from ..sampling import SamplingSettings
 from ..sampling.trace import Trace, write_html
 from .logs import get_logger
 from .predict_metrics import metrics_of
-from .requests import Request
+from .requests import Repeated, Request, distinct
 from .saving import explained
-from .unfinished import Unfinished, barrier, write_predictions
+from .unfinished import Collected, Numbers, Unfinished, barrier, write_predictions
 
 logger = get_logger(__name__)
 
@@ -64,8 +65,9 @@ def generate_all(
     """
     rank, world = training_args.process_index, training_args.world_size
     folder = Path(training_args.output_dir)
-    most = max(request.canvas.n_editable for request in requests)
-    if settings.diffusion_steps > most and settings.denoising_strategy not in ("random", "remdm"):
+    most = max(request.canvas.n_editable for request in distinct(requests))
+    by_chance = settings.denoising_strategy in ("random", "remdm")
+    if settings.diffusion_steps > most and not by_chance:
         logger.info_rank0(
             f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to write: fewer will do."
         )
@@ -82,41 +84,83 @@ def generate_all(
     done = unfinished.open(resume=model_folders is not None)
     if done:
         logger.info_rank0(f"{len(done)} of {len(requests)} texts were generated before the run was interrupted.")
-    todo = [number for number in range(len(requests)) if number not in done][rank::world]
+    todo: Iterable[int] = _numbers(len(requests), done, rank, world)
     began, tokens = time.perf_counter(), 0
     if settings.early_stop in ("predict", "grow"):
-        requests = _sized(generator, requests, todo, settings, training_args)
-        todo.sort(key=lambda number: len(requests[number].canvas))  # texts of one batch are of one length, nearly
-    bar = tqdm(total=len(todo), desc="Denoising", unit="text", disable=bool(training_args.disable_tqdm or rank))
-    with bar:
-        for batch, results in _batches(generator, requests, settings, todo, training_args, save_trace, bar):
+        requests, todo = _sized(generator, requests, todo, settings, training_args)
+    progress = _Progress(
+        max(0, -(-(len(requests) - len(done) - rank) // world)),
+        training_args.per_device_eval_batch_size,
+        settings.diffusion_steps if by_chance else min(settings.diffusion_steps, most),
+        disable=bool(training_args.disable_tqdm or rank),
+    )
+    with progress.bar:
+        for batch, results in _batches(generator, requests, settings, todo, training_args, save_trace, progress):
             for number, result in zip(batch, results, strict=True):
                 unfinished.add(_record(number, requests[number], result, edited=edited))
                 tokens += result.n_tokens
-            bar.update(len(batch))
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):.0f} tokens/s")
+            progress.finish(len(batch), tokens)
     seconds, tokens = _over_ranks(time.perf_counter() - began, tokens, world)
     records = unfinished.collect(len(requests))
+    metrics = metrics_of(records)
     if rank == 0:
         _publish(folder, records, _facts(generator, settings), save_trace=save_trace)
+    barrier(world)  # all have read
+    if rank == 0:
         shutil.rmtree(folder / _UNFINISHED)
     barrier(world)
-    metrics = metrics_of(records)
     if tokens:
         metrics["predict_runtime"] = seconds
         metrics["predict_tokens_per_second"] = tokens / seconds
     return metrics
 
 
+class _Progress:
+    """A bar that advances with the steps of each batch; one that needs fewer than it might leaps to its end."""
+
+    def __init__(self, texts: int, batch: int, steps: int, *, disable: bool) -> None:
+        self.bar = tqdm(total=-(-texts // batch) * steps, desc="Denoising", unit="step", disable=disable)
+        self._texts, self._steps = texts, steps
+        self._done = self._before = 0
+        self._began = time.perf_counter()
+
+    def step(self, number: int) -> None:
+        """Show that a batch has taken step `number`, counted from 0."""
+        self._advance(self._before + min(number + 1, self._steps))
+
+    def finish(self, n_texts: int, tokens: int) -> None:
+        """Show that a batch is finished, with so many tokens written in all."""
+        self._done += n_texts
+        self._before += self._steps
+        speed = tokens / (time.perf_counter() - self._began)
+        self.bar.set_postfix_str(f"{self._done} of {self._texts} texts, {speed:.0f} tokens/s", refresh=False)
+        self._advance(self._before)
+
+    def _advance(self, to: int) -> None:
+        self.bar.update(max(0, to - self.bar.n))
+
+
+def _numbers(count: int, done: Numbers, rank: int, world: int) -> Iterator[int]:
+    """Return the numbers below `count` that are not done, this process's share of them."""
+    return itertools.islice((number for number in range(count) if number not in done), rank, None, world)
+
+
 def _sized(
     generator: TextGenerator,
     requests: Sequence[Request],
-    todo: list[int],
+    todo: Iterable[int],
     settings: SamplingSettings,
     training_args: Any,
-) -> list[Request]:
-    """Return the requests with the canvases of `todo` cut to the size that their texts are thought to need."""
-    size, result = training_args.per_device_eval_batch_size, list(requests)
+) -> tuple[Sequence[Request], Iterable[int]]:
+    """Return the requests with the canvases of `todo` cut to the size that their texts are thought to need.
+
+    And `todo` in an order in which texts of one batch are of one length, nearly. Requests that are all the same are
+    looked at once.
+    """
+    if isinstance(requests, Repeated):
+        alone, _ = _sized(generator, [requests.request], [0], settings, training_args)
+        return Repeated(alone[0], len(requests)), todo
+    size, result, todo = training_args.per_device_eval_batch_size, list(requests), list(todo)
     if settings.early_stop == "predict":
         whys = {generator.writer.uncalibrated(settings, requests[number].canvas) for number in todo} - {None}
         for why in sorted(map(str, whys)):
@@ -132,29 +176,29 @@ def _sized(
     logger.info_rank0(
         f"early_stop: {settings.early_stop} begins with {100 * after / max(before, 1):.1f} % of the canvases' tokens."
     )
-    return result
+    todo.sort(key=lambda number: len(result[number].canvas))
+    return result, todo
 
 
 def _margins(generator: TextGenerator, requests: Sequence[Request], settings: SamplingSettings) -> list[float]:
     """Return the margins that the lengths are predicted with."""
     if settings.early_stop != "predict":
         return []
-    return sorted({generator.writer.margin(settings, request.canvas) for request in requests})
+    return sorted({generator.writer.margin(settings, request.canvas) for request in distinct(requests)})
 
 
 def _batches(
     generator: TextGenerator,
     requests: Sequence[Request],
     settings: SamplingSettings,
-    todo: list[int],
+    todo: Iterable[int],
     training_args: Any,
     traced: bool,
-    bar: Any,
+    progress: _Progress,
 ) -> Iterator[tuple[list[int], list[Generated]]]:
     """Yield the numbers of a batch and what was generated."""
-    size = training_args.per_device_eval_batch_size
-    for low in range(0, len(todo), size):
-        batch = todo[low : low + size]
+    numbers = iter(todo)
+    while batch := list(itertools.islice(numbers, training_args.per_device_eval_batch_size)):
         yield (
             batch,
             generator.sample_batch(
@@ -162,7 +206,7 @@ def _batches(
                 settings,
                 ordinals=batch,
                 traced=traced,
-                callback=lambda step, pieces: bar.set_description(f"Denoising, step {step + 1}"),
+                callback=lambda step, pieces: progress.step(step),
             ),
         )
 
@@ -185,10 +229,7 @@ def _record(number: int, request: Request, result: Generated, *, edited: bool) -
     return record
 
 
-def _publish(folder: Path, records: list[dict[str, Any]], facts: dict[str, str], *, save_trace: bool) -> None:
-    traces = [(record["number"], record.pop("trace", None)) for record in records]
-    for record in records:
-        del record["number"]
+def _publish(folder: Path, records: Collected, facts: dict[str, str], *, save_trace: bool) -> None:
     if not save_trace:
         (folder / PAGE).unlink(missing_ok=True)  # of an earlier run
     else:
@@ -202,14 +243,17 @@ def _publish(folder: Path, records: list[dict[str, Any]], facts: dict[str, str],
                         tuple((step, place, piece) for step, place, piece in raw["events"]),
                         raw["steps"],
                     )
-                    for number, raw in traces
+                    for number, raw in ((record["number"], record["trace"]) for record in records)
                 ],
                 heading="Generated texts",
                 facts=facts,
             )
         logger.info_rank0(f"How they came about can be watched in {folder / PAGE}")
-    write_predictions(folder / FILE, records)
-    for number, record in enumerate(records[:_SHOWN]):
+    hidden = ("number", "trace")
+    write_predictions(
+        folder / FILE, ({key: value for key, value in record.items() if key not in hidden} for record in records)
+    )
+    for number, record in enumerate(itertools.islice(records, _SHOWN)):
         prompt = f"{record['prompt']} >>> " if "prompt" in record else ""
         logger.info_rank0(f"sample {number}:\n{prompt}{record['predict']}")
     logger.info_rank0(f"{len(records)} generated texts are saved at {folder / FILE}")
@@ -261,7 +305,8 @@ def _fingerprint(
         dataclasses.asdict(settings),
         _margins(generator, requests, settings),
         save_trace,
-        [[request.canvas.ids, request.canvas.editable, request.prompt, request.label] for request in requests],
+        len(requests),
+        [[one.canvas.ids, one.canvas.editable, one.prompt, one.label] for one in distinct(requests)],
     ]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 

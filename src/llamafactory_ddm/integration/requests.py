@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llamafactory.data.processor import SupervisedDatasetProcessor
 
-from ..data.canvas import Canvas
+from ..data.canvas import Canvas, check_unmarked
 from ..data.control_tokens import reading_as_text
 from ..generation import TextGenerator, saying
 from .checks import datasets_explained
@@ -35,9 +35,33 @@ class Request:
     computed: int = 0
 
 
-def from_noise(
-    generator: TextGenerator, *, count: int, length: int, max_new_tokens: int | None = None
-) -> list[Request]:
+class Repeated(Sequence[Request]):
+    """One request many times, of which one is kept."""
+
+    def __init__(self, request: Request, count: int) -> None:
+        self.request, self._count = request, count
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        """Return it.
+
+        Raises:
+            IndexError: beyond the last.
+        """
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return self.request
+
+
+def distinct(requests: Sequence[Request]) -> Sequence[Request]:
+    """Return the requests without those that are the same anyway."""
+    return (requests.request,) if isinstance(requests, Repeated) else requests
+
+
+def from_noise(generator: TextGenerator, *, count: int, length: int, max_new_tokens: int | None = None) -> Repeated:
     """Return `count` requests for texts of `length` tokens, the start token included, or of `max_new_tokens` without.
 
     Raises:
@@ -48,7 +72,7 @@ def from_noise(
         length, said = max_new_tokens + int(generator.start_id is not None), f"max_new_tokens: {max_new_tokens}"
     with saying(said):
         canvas = generator.from_noise(length)
-    return [Request(canvas)] * count
+    return Repeated(Request(canvas), count)
 
 
 def from_texts(
@@ -103,6 +127,7 @@ def _continued(
             raise ValueError(f"it has {len(ids)} tokens, so prefix_length: {prefix_length} leaves nothing to write")
         ids, rest = ids[:prefix_length], ids[prefix_length:]
         text, label = generator.tokenizer.decode(ids), generator.tokenizer.decode(rest)
+    check_unmarked(text)
     has_start = bool(ids) and ids[0] == generator.start_id
     room = cutoff_len - len(ids) - int(generator.start_id is not None and not has_start)
     if max_new_tokens is None and ids and room < 1:

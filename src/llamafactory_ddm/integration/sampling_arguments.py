@@ -10,6 +10,7 @@ from ..sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
 from ..sampling.length import PREDICTORS
 from ..sampling.logits import SCORE_DISTRIBUTIONS
 from ..sampling.settings import EARLY_STOPS, check_scores
+from ..sampling.state import MOST_ROWS
 from ..sampling.steps import COMMIT_SCHEDULES
 from . import editing_keys
 
@@ -26,7 +27,7 @@ INTEGERS: dict[str, tuple[int, int | None]] = {
     "block_length": (1, None),
     "stable_steps": (0, None),
     **editing_keys.INTEGERS,
-    "num_samples": (1, None),
+    "num_samples": (1, MOST_ROWS),
     "prefix_length": (1, None),
     "grow_length": (1, None),
 }

@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
+import heapq
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from .saving import explained
 
+_FINGERPRINT = "fingerprint"
+
+
+class Numbers:
+    """A set of numbers from 0 that takes a bit for each up to the largest."""
+
+    def __init__(self, numbers: Iterable[int] = ()) -> None:
+        self._bits = bytearray()
+        self._count = 0
+        for number in numbers:
+            self.add(number)
+
+    def add(self, number: int) -> None:
+        """Put a number into the set."""
+        place, bit = number >> 3, 1 << (number & 7)
+        if place >= len(self._bits):
+            self._bits.extend(bytes(place + 1 - len(self._bits)))
+        self._count += not self._bits[place] & bit
+        self._bits[place] |= bit
+
+    def __contains__(self, number: int) -> bool:
+        """Tell whether a number is in the set."""
+        place = number >> 3
+        return place < len(self._bits) and bool(self._bits[place] & (1 << (number & 7)))
+
+    def __len__(self) -> int:
+        """Return how many numbers there are."""
+        return self._count
+
 
 class Unfinished:
-    """The texts of a run that is not complete: a file for each process, a line for each text."""
+    """The texts of a run that is not complete: a file for each process, a line for each text.
+
+    Texts are read one after another, as all of them may be more than the memory holds.
+    """
 
     def __init__(self, folder: Path, fingerprint: str, rank: int, world: int) -> None:
         self.folder = folder
@@ -22,56 +59,123 @@ class Unfinished:
         self.rank, self.world = rank, world
         self.path = folder / f"{rank}-of-{world}.jsonl"
 
-    def open(self, *, resume: bool) -> set[int]:
+    def open(self, *, resume: bool) -> Numbers:
         """Return the numbers of the texts that are there, after dropping what is not of this run."""
         with explained(self.folder.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
         barrier(self.world)
-        found = self._read_all() if resume else []
-        mine = [record for path, record in found if path == self.path]
+        found = self._paths() if resume else []
+        done = Numbers(record["number"] for path in found for _, record in _records(path))
         barrier(self.world)  # nobody writes before all have read
         if self.rank == 0:
-            for path in set(self.folder.glob("*.jsonl")) - {path for path, _ in found}:
+            for path in set(self.folder.glob("*.jsonl")) - set(found):
                 path.unlink()
         barrier(self.world)
+        mine = (record for _, record in _records(self.path)) if self.path in found else ()
         with explained(self.folder.parent):
-            _write_lines(self.path, [{"fingerprint": self.fingerprint}, *mine])
+            _write_lines(self.path, itertools.chain([{_FINGERPRINT: self.fingerprint}], mine))
         barrier(self.world)
-        return {record["number"] for _, record in found}
+        return done
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a text."""
         with explained(self.folder.parent), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def collect(self, count: int) -> list[dict[str, Any]]:
+    def collect(self, count: int) -> Collected:
         """Wait for the other processes and return all texts in order.
 
         Raises:
             RuntimeError: if one is missing.
         """
         barrier(self.world)
-        records = {record["number"]: record for _, record in self._read_all()}
-        barrier(self.world)
-        if len(records) != count:
-            raise RuntimeError(f"{count - len(records)} texts are missing in {self.folder}; run it again to go on")
-        return [records[number] for number in range(count)]
+        runs: list[Run] = []
+        numbers = Numbers()
+        for path in self._paths():
+            last = None
+            for place, record in _records(path):
+                number = record["number"]
+                if last is None or number < last:
+                    runs.append(Run(path, place))
+                runs[-1].count += 1
+                last = number
+                numbers.add(number)
+        if len(numbers) != count:
+            raise RuntimeError(f"{count - len(numbers)} texts are missing in {self.folder}; run it again to go on")
+        return Collected(runs, count)
 
-    def _read_all(self) -> list[tuple[Path, dict[str, Any]]]:
-        found = []
-        for path in sorted(self.folder.glob("*.jsonl")):
-            # Not splitlines, which also splits at separators that a text may hold.
-            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-            parsed = [line for line in map(_parsed, lines) if line is not None]
-            if parsed and parsed[0].get("fingerprint") == self.fingerprint:
-                found += [(path, record) for record in parsed[1:] if "number" in record]
-        return found
+    def _paths(self) -> list[Path]:
+        """Return the files of this run."""
+        return [path for path in sorted(self.folder.glob("*.jsonl")) if _fingerprint_of(path) == self.fingerprint]
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+@dataclass
+class Run:
+    """Lines of a file whose numbers ascend.
+
+    Attributes:
+        path: of the file.
+        place: byte at which the first begins.
+        count: how many texts there are.
+    """
+
+    path: Path
+    place: int
+    count: int = 0
+
+    def records(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
+        """Yield the texts, from a file that others read from in between."""
+        place = self.place
+        for _ in range(self.count):
+            record = None
+            while record is None or "number" not in record:
+                file.seek(place)
+                record = _parsed(file.readline())
+                place = file.tell()
+            yield record
+
+
+class Collected:
+    """All texts of a run in the order of their numbers, read anew each time that one goes through them."""
+
+    def __init__(self, runs: list[Run], count: int) -> None:
+        self._runs, self._count = runs, count
+
+    def __len__(self) -> int:
+        """Return how many texts there are."""
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the texts."""
+        with contextlib.ExitStack() as stack:
+            files = {path: stack.enter_context(open(path, "rb")) for path in {run.path for run in self._runs}}
+            merged = heapq.merge(*(run.records(files[run.path]) for run in self._runs), key=itemgetter("number"))
+            for _, same in itertools.groupby(merged, key=itemgetter("number")):
+                yield next(same)
+
+
+def _fingerprint_of(path: Path) -> Any:
+    """Return what the first whole line of a file says."""
+    with open(path, "rb") as file:
+        first = next((record for record in map(_parsed, file) if record is not None), {})
+    return first.get(_FINGERPRINT)
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the texts of a file with the bytes at which they begin."""
+    place = 0
+    with open(path, "rb") as file:
+        for line in file:  # bytes, as text may hold other separators of lines
+            record = _parsed(line)
+            if record is not None and "number" in record:
+                yield place, record
+            place += len(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
     """Return the object of a line, or None for one that an interruption has cut short."""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8", "replace"))
     except json.JSONDecodeError:
         return None
     return value if isinstance(value, dict) else None
@@ -83,14 +187,14 @@ def barrier(world: int) -> None:
         torch.distributed.barrier()
 
 
-def write_predictions(path: Path, records: Sequence[dict[str, Any]]) -> None:
+def write_predictions(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line, so that `path` is either the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with explained(path.parent):
         _write_lines(path, records)
 
 
-def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     scratch = path.with_suffix(".jsonl.tmp")
     try:
         with open(scratch, "w", encoding="utf-8") as file:

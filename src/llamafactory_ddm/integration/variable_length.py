@@ -73,6 +73,15 @@ def settle_lengths(
             raise ValueError(f"{key}: says nothing without eos_window_ratio; set it above 0, or remove {key}")
     if name == "none":
         return None
+    if (
+        training_args.do_train
+        and "pad_block_length" in given
+        and finetuning_args.pad_block_length > data_args.cutoff_len
+    ):
+        raise ValueError(
+            f"pad_block_length: {finetuning_args.pad_block_length} is more than cutoff_len: {data_args.cutoff_len}, "
+            "so no canvas could end at a multiple of it; lower it, raise cutoff_len, or remove it"
+        )
     if finetuning_args.random_truncate_ratio:
         raise ValueError(
             f"random_truncate_ratio: {finetuning_args.random_truncate_ratio} cuts texts short of their end, which "

@@ -156,11 +156,16 @@ class TerminalAnimation:
         if self._delay > 0:
             time.sleep(self._delay)
 
-    def close(self) -> None:
-        """Leave the whole text behind, without highlights, and give the terminal back; a second call does nothing."""
+    def close(self, text: str | None = None) -> None:
+        """Leave the whole text behind, without highlights, and give the terminal back; a second call does nothing.
+
+        Args:
+            text: as it turned out, without what stands behind its end; what was shown last, if None.
+        """
         if self._closed:
             return
         self._closed = True
+        self._pieces = self._pieces if text is None else [text]
         if not self._live:
             self._write("".join(BLANK if piece is None else _printable(piece) for piece in self._pieces) + "\n")
             return

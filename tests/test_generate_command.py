@@ -1,0 +1,94 @@
+"""What the command for people shows, on a terminal and elsewhere."""
+
+import io
+import re
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from llamafactory_ddm import LogitsConfig, SamplingSettings, generate_command, loading
+from llamafactory_ddm.generation import TextGenerator
+from llamafactory_ddm.modeling.bidirectional import make_bidirectional
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.sampling import terminal
+from support.tiny import tiny_tokenizer
+
+WORDS = ("model", "--max-new-tokens", "5", "--steps", "5", "--seed", "3")
+SETTINGS = SamplingSettings(diffusion_steps=5, logits=LogitsConfig(temperature=0.95, top_p=0.9), seed=3)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """A model that writes letters and its end."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer) + 1, n_positions=48, n_embd=32, n_layer=2, n_head=2))
+    letters = {i for token, i in tokenizer.get_vocab().items() if token.isascii() and token.isalpha()}
+    model.lm_head = torch.nn.Linear(32, len(tokenizer) + 1)
+    for row in range(len(tokenizer) + 1):
+        model.lm_head.bias.data[row] = 7.0 if row == tokenizer.eos_token_id else 4.0 if row in letters else -30.0
+    make_bidirectional(model)
+    config = DiffusionConfig("<|mask|>", len(tokenizer), True, "masked", 0.0, "linear", 1.0)
+    return TextGenerator(model, tokenizer, config)
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self):
+        return True
+
+    def rows(self):
+        """Return what stands on it in the end."""
+        rows, row, column = [""], 0, 0
+        for part in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|[^\x1b]", self.getvalue()):
+            if part == "\r":
+                column = 0
+            elif part == "\n":
+                row, column = row + 1, 0
+                rows += [""] * (row + 1 - len(rows))
+            elif part == "\x1b[K" or part == "\x1b[J":
+                rows[row] = rows[row][:column]
+                del rows[row + 1 if part.endswith("J") else len(rows) :]
+            elif part.startswith("\x1b"):
+                row -= int(part[2:-1]) if part.endswith("A") else 0
+            else:
+                rows[row] = rows[row][:column] + part
+                column += 1
+        return [line for line in rows if line]
+
+
+@pytest.fixture
+def command(generator, monkeypatch):
+    """Run the command with a model in memory; returns what was written, and what on stderr."""
+    monkeypatch.setattr(loading, "load", lambda path, **keys: generator)
+    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def run(*words, file):
+        err = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdout", file)
+            patch.setattr("sys.stderr", err)
+            assert generate_command.main([*WORDS, *words]) == 0
+        return file, err.getvalue()
+
+    return run
+
+
+@pytest.mark.parametrize("source", [{}, {"prompt": "cat"}, {"infill": "a<|infill:2|>b"}])
+def test_what_was_watched_is_not_printed_again(command, generator, source):
+    """Each text stands there once, without the places behind its end."""
+    keys = {"max_new_tokens": 5, "num_samples": 3, "batch_size": 1, "settings": SETTINGS}
+    texts = [one.text for one in generator.stream(**source, **keys)]
+    words = [f"--{key}={value}" for key, value in source.items()]
+    screen, _ = command("--show", "--num-samples", "3", *words, file=Screen())
+    assert screen.rows() == [text for text in texts if text]
+    assert source or any(len(text) < 5 for text in texts)
+
+
+def test_elsewhere_the_texts_alone_are_printed_and_loading_is_said(command):
+    file, said = command("--show", "--num-samples", "3", file=io.StringIO())
+    assert "\x1b" not in file.getvalue() and file.getvalue().count("- ") == 3
+    assert said == "llamafactory-ddm generate: loading model ...\n"
