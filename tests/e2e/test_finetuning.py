@@ -339,12 +339,13 @@ def test_lora_on_a_published_checkpoint(checkpoint, finetune, tmp_path):
     ("keys", "words"),
     [
         ({"sep_token": ABSENT}, "template: diffullama needs sep_token"),
+        ({"sep_token": "<|mask|>"}, r"sep_token: '<\|mask\|>' is the mask token"),
         ({"sep_token": "two words"}, "sep_token: 'two words' is not one token"),
         ({"template": "alpaca"}, r"sep_token: '\\n' belongs to template: diffullama, but template is alpaca"),
         ({"packing": True, "train_on_padding": True}, "train_on_padding: true contradicts packing: true"),
         ({"split_digits": False}, "split_digits: false, but the tokenizer of this model makes every digit"),
         ({"train_on_padding": "maybe"}, "train_on_padding must be true or false"),
-        ({"finetuning_type": "oft"}, "supports finetuning_type full or freeze or lora"),
+        ({"finetuning_type": "oft"}, "finetuning_type must be one of full, freeze, lora for stage: ddm-sft"),
         (
             {"adapter_name_or_path": "nowhere", "finetuning_type": "lora"},
             "adapter_name_or_path: nowhere is not a folder",

@@ -14,9 +14,9 @@ def check(upstream):
 
 
 def test_numbers_and_booleans_in_quotes_are_what_they_spell(check):
-    given = {"cutoff_len": "64", "learning_rate": "1e-4", "packing": "false", "save_strategy": False, "max_steps": 4.0}
+    given = {"cutoff_len": "64", "learning_rate": "1e-4", "packing": "false", "save_strategy": False, "max_steps": -1}
     assert check(**given) == {
-        **{"cutoff_len": 64, "learning_rate": 1e-4, "packing": False, "save_strategy": "no", "max_steps": 4}
+        **{"cutoff_len": 64, "learning_rate": 1e-4, "packing": False, "save_strategy": "no", "max_steps": -1}
     }
 
 
@@ -35,12 +35,15 @@ def test_numbers_and_booleans_in_quotes_are_what_they_spell(check):
         ("packing", "maybe", "packing must be true or false"),
         ("logging_steps", 0, "logging_steps must be above 0, got 0"),
         ("num_train_epochs", -1, "num_train_epochs must be above 0"),
-        ("max_steps", 0, "max_steps: 0 trains nothing"),
         ("val_size", -0.5, "val_size must be a number of at least 0, got -0.5"),
         ("output_dir", "", "output_dir: is empty"),
         ("finetuning_type", "qlora", "finetuning_type must be one of .*; did you mean 'lora'"),
         ("mix_strategy", "foo", "mix_strategy must be one of concat, .*, got 'foo'"),
         ("stage", "DDM", "stage must be one of .*; did you mean 'ddm'"),
+        ("max_steps", 0, "max_steps: 0 is no number of steps"),
+        ("max_steps", -5, "max_steps: -5 is no number of steps"),
+        ("neftune_noise_alpha", -1, "neftune_noise_alpha must be a number of at least 0"),
+        ("load_best_model_at_end", True, "load_best_model_at_end: true needs evaluations to choose by"),
         ("denoising_strategy", None, "denoising_strategy: is left empty"),
         ("anneal_steps", None, "anneal_steps: is left empty"),
     ],

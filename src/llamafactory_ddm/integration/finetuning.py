@@ -31,12 +31,19 @@ def settle_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> Non
 
 
 def settle_template(
-    template: Any, tokenizer: Any, config: DiffusionConfig | None, data_args: Any, finetuning_args: Any, *, cuts: bool
+    template: Any,
+    tokenizer: Any,
+    config: DiffusionConfig | None,
+    data_args: Any,
+    finetuning_args: Any,
+    *,
+    mask_id: int,
+    cuts: bool,
 ) -> Any:
     """Return the template with what it needs of this run; with `cuts` it cuts examples to cutoff_len.
 
     Raises:
-        ValueError: if sep_token is missing, is no token, contradicts the checkpoint or has no use.
+        ValueError: if sep_token is missing, is no token or the mask token, contradicts the checkpoint or has no use.
     """
     asked = finetuning_args.sep_token
     if not isinstance(template, DiffuLlamaTemplate):
@@ -54,6 +61,10 @@ def settle_template(
             "none; set it to a token of the vocabulary, such as '======' for GPT-2"
         )
     sep, index = resolve_token(tokenizer, "sep_token", named)
+    if index == mask_id:
+        raise ValueError(
+            f"sep_token: {sep!r} is the mask token, which stands for what is to be written; name another token"
+        )
     if config is not None and stored is not None and (sep, index) != (stored, config.sep_token_id):
         raise ValueError(
             f"sep_token: {sep!r} (id {index}) contradicts the checkpoint, which was trained with {stored!r} (id "

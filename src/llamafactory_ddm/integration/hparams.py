@@ -86,6 +86,11 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
                 )
         else:
             self.validate()
+            if self.finetuning_type not in stage.finetuning_types:
+                raise ValueError(
+                    f"finetuning_type must be one of {', '.join(stage.finetuning_types)} for stage: {stage.name}, got "
+                    f"{self.finetuning_type!r}{nearest(str(self.finetuning_type), stage.finetuning_types)}"
+                )
             self.diffusion_stage, self.stage = stage.name, stage.base
         super().__post_init__()
 
@@ -160,9 +165,4 @@ def check_together(finetuning_args: Any, *others: Any) -> None:
         raise ValueError(
             f"random_truncate_ratio: {finetuning_args.random_truncate_ratio} cuts texts of stage: ddm, but stage is "
             f"{stage.name}, whose answers it would break; remove it"
-        )
-    if finetuning_args.finetuning_type not in stage.finetuning_types:
-        raise ValueError(
-            f"stage: {stage.name} supports finetuning_type {' or '.join(stage.finetuning_types)}, got "
-            f"{finetuning_args.finetuning_type}; set finetuning_type: {stage.finetuning_types[0]}"
         )

@@ -90,8 +90,8 @@ def prepare_data(model_args: Any, data_args: Any, training_args: Any, finetuning
     )
     check_new_tokens(vocabulary, model_config, model_args, training_args, finetuning_args)
     if finetunes:
-        cuts = lengths is None
-        template = settle_template(template, tokenizer, config, data_args, finetuning_args, cuts=cuts)
+        mask_id, cuts = vocabulary.mask.id, lengths is None
+        template = settle_template(template, tokenizer, config, data_args, finetuning_args, mask_id=mask_id, cuts=cuts)
         tell_other_template(config, template, tokenizer, data_args)
     preparing = with_own_cut(template, data_args) if lengths is None else uncut(data_args)
     opened = is_opened(data_args)

@@ -9,7 +9,7 @@ from ..modeling.mask_token import escape_hint
 from ..sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
 from ..sampling.length import PREDICTORS
 from ..sampling.logits import SCORE_DISTRIBUTIONS
-from ..sampling.settings import EARLY_STOPS, check_scores
+from ..sampling.settings import EARLY_STOPS, MOST_STEPS, check_scores
 from ..sampling.state import MOST_ROWS
 from ..sampling.steps import COMMIT_SCHEDULES
 from . import editing_keys
@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "length_predictor": tuple(PREDICTORS),
 }
 INTEGERS: dict[str, tuple[int, int | None]] = {
-    "diffusion_steps": (1, None),
+    "diffusion_steps": (1, MOST_STEPS),
     "block_length": (1, None),
     "stable_steps": (0, None),
     **editing_keys.INTEGERS,

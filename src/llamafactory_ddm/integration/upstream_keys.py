@@ -31,6 +31,7 @@ _NUMBERS = {
     "max_grad_norm": (0.0, math.inf),
     "lora_dropout": (0.0, 1.0),
     "val_size": (0.0, math.inf),
+    "neftune_noise_alpha": (0.0, math.inf),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0.0, 1.0)),
 }
 _ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
@@ -58,8 +59,15 @@ def checked_values(kinds: Any, args: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("output_dir: is empty; name a folder")
     if checked.get("freeze_trainable_layers") == 0 and checked.get("finetuning_type") == "freeze":
         raise ValueError("freeze_trainable_layers: 0 trains nothing; set how many of the last layers to train")
-    if checked.get("max_steps") == 0:
-        raise ValueError("max_steps: 0 trains nothing; set a number of steps, or remove it and set num_train_epochs")
+    steps = checked.get("max_steps", -1)
+    if steps < 1 and steps != -1:
+        raise ValueError(
+            f"max_steps: {steps} is no number of steps; set one of at least 1, or remove it and set num_train_epochs"
+        )
+    if checked.get("load_best_model_at_end") and checked.get("eval_strategy", "no") == "no":
+        raise ValueError(
+            "load_best_model_at_end: true needs evaluations to choose by; set eval_strategy: steps or epoch"
+        )
     return checked
 
 

@@ -15,6 +15,7 @@ from .strategies import Strategy, get_strategy
 EarlyStop = Literal["none", "eos", "predict", "grow"]
 EARLY_STOPS: tuple[EarlyStop, ...] = get_args(EarlyStop)
 _OWN_PACE = ("topk", "confidence_threshold", "entropy_bound", "remdm")
+MOST_STEPS = 100_000  # the budget of every step is laid out ahead
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 1 <= self.diffusion_steps <= MOST_STEPS:
+            raise ValueError(
+                f"diffusion_steps must be at least 1 and at most {MOST_STEPS}, got {self.diffusion_steps}; a step "
+                "beyond one for each token changes little"
+            )
         if self.early_stop not in EARLY_STOPS:
             raise ValueError(f"early_stop must be one of {', '.join(EARLY_STOPS)}, got {self.early_stop!r}")
         if self.length_predictor not in PREDICTORS:
