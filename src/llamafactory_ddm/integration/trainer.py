@@ -82,6 +82,7 @@ class DiffusionTrainer(CustomTrainer):
         self._clock: float | None = None
         self._paused = 0.0
         self.stop_after_nan_steps = stop_after_nan_steps
+        self._finite = FiniteLoss(stop_after_nan_steps, self.args.device)
         self._loaded_ratio: float | None = None  # of the best weights, once they are loaded
         self._evaluated: dict[str, float] | None = None  # what an evaluation of the present weights gave
         self.steps_taken = 0  # by this call of train
