@@ -99,6 +99,17 @@ def test_separators_of_lines_in_a_text_are_part_of_it(generate, tmp_path):
     assert [record["prompt"] for record in read] == [text]
 
 
+def test_markers_in_prompts_are_plain_text_and_said(generate, tmp_path, caplog):
+    examples = [{"instruction": text, "output": "x"} for text in ("A cat.", "A <|infill:2|> cat.")]
+    (tmp_path / "marked.json").write_text(json.dumps(examples))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"marked": {"file_name": "marked.json"}}))
+    generate(
+        tmp_path / "out", recipe=KINDS["prompt"], eval_dataset="marked", dataset_dir=tmp_path, cutoff_len=40, **SMALL
+    )
+    assert len(lines(tmp_path / "out")) == 2
+    assert "1 prompts hold an infilling marker such as <|infill:8|>, example 1 the first" in caplog.text
+
+
 def test_nothing_of_a_long_conversation_is_cut_off(generate, tmp_path):
     talk = [("human", "Tom saw a cat. " * 6), ("gpt", " a cat. " * 6), ("human", " Max saw"), ("gpt", " a small dog.")]
     turns = {"conversations": [{"from": who, "value": value} for who, value in talk]}

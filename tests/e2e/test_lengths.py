@@ -59,6 +59,11 @@ def test_each_key_changes_the_loss(before, change, finetune, tmp_path):
     assert losses(one) != losses(two)
 
 
+def test_blocks_longer_than_the_canvas_are_refused(finetune, tmp_path):
+    with pytest.raises(ValueError, match=r"pad_block_length: 65 is more than cutoff_len: 64, so no canvas could end"):
+        finetune(tmp_path / "out", variable_length="eos_pad", pad_block_length=65)
+
+
 def test_a_round_length_is_seen_by_nothing(eos_pad, finetune, tmp_path):
     """The batch is longer, and nothing is computed from what is added."""
     longer = finetune(tmp_path / "longer", variable_length="eos_pad", pad_to_multiple_of=48)
