@@ -47,6 +47,15 @@ def test_words_and_ends_are_no_control_tokens():
     assert reading_as_text(tokenizer, ["<|new|>"]) is tokenizer
 
 
+def test_padding_that_is_a_word_stays_one():
+    """Some models have "!" as their padding; hidden, the merges of its tokenizer would name a token that is gone."""
+    tokenizer = tiny_tokenizer()
+    for word in ("!", "ca", "cat"):
+        tokenizer.add_special_tokens({"pad_token": word})
+        assert word in tokenizer.get_added_vocab()
+        assert control_texts(tokenizer, [word]) == []
+
+
 def test_prompts_are_read_so_too():
     tokenizer = with_tokens("<|mask|>")
     codec = TextCodec(tokenizer, tokenizer.convert_tokens_to_ids("<|mask|>"))

@@ -20,7 +20,20 @@ def control_texts(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
     """
     added = tokenizer.get_added_vocab()
     written = {tokenizer.eos_token, tokenizer.bos_token}
-    return [token for token in dict.fromkeys(tokens) if token in added and token not in written]
+    found = [token for token in dict.fromkeys(tokens) if token in added and token not in written]
+    words = _words(tokenizer, found)
+    return [token for token in found if token not in words]
+
+
+def _words(tokenizer: Any, tokens: Sequence[str]) -> set[str]:
+    """Return those of `tokens` that texts are made of all the same: some models have "!" as their padding."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not set(tokens) & set(backend.get_vocab(with_added_tokens=False)):
+        return set()
+    merges = json.loads(backend.to_str())["model"].get("merges") or ()
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    made = {"".join(pair) for pair in pairs}.union(*pairs)
+    return {token for token in tokens if len(token) == 1 or token in made}
 
 
 def reading_as_text(tokenizer: Any, tokens: Sequence[str]) -> Any:
