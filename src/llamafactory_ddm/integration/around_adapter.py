@@ -81,6 +81,7 @@ class AroundAdapter:
         self._warn_of_other_base(base, origin)
         if self.new_adapter:
             settle_targets(model, self.finetuning_args)
+            self._tell_of_a_chain()
         checkpoint = self.finetuning_args.checkpoint_dir
         if checkpoint and not is_model_folder(checkpoint):
             # Upstream makes float32 of what it trains only after this, and weights must not be rounded before.
@@ -92,6 +93,15 @@ class AroundAdapter:
         for folder in self.adapters:
             fit_rows(model, folder, own=self.rows)
         self._make_room(model)
+
+    def _tell_of_a_chain(self) -> None:
+        """Say that an adapter on top of others is nothing without them, as its own folder names the base alone."""
+        if self.adapters:
+            names = ",".join(self.adapters)
+            logger.warning_rank0(
+                f"The new adapter goes on top of {names}, and alone it is another model: use it as "
+                f"adapter_name_or_path: {names},OUTPUT_DIR, or merge {names} first with llamafactory-cli export."
+            )
 
     def _make_room(self, model: Any) -> None:
         """Give the model rows for the tokens that it lacks, if they will be trained."""
