@@ -117,6 +117,7 @@ def make_step(kind: str, shape: argparse.Namespace, folder: str) -> Callable[[],
             trainer = _diffusion_trainer(kind, common)
     loader = trainer.get_train_dataloader()
     trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
+    trainer.state.max_steps = 10**6
 
     def batches() -> Any:
         while True:

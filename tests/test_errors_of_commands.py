@@ -127,6 +127,9 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a job in the background ignores it
     )
     deadline = time.monotonic() + 400
     while not (out / "checkpoint-2" / "trainer_state.json").exists():

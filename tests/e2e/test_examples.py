@@ -72,6 +72,8 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
         result.append("mask_token=10")  # what the recipe names is one of its model's
     if keys.get("sep_token") == "======":
         result.append("sep_token=10")
+    if keys.get("template") == "qwen3_nothink":
+        result.append("resize_vocab=true")  # the recipe's model has the tokens of its template
     if keys.stage == "sft":
         result.append("lora_target=c_attn")  # upstream's "all" does not find GPT-2's layers
     if keys.get("save_strategy") == "epoch":

@@ -186,7 +186,7 @@ def test_a_base_that_is_gone(kind, adapter, tmp_path):
     shutil.copytree(adapter, moved)
     settings = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "/nowhere/llada"}))
-    with pytest.raises(ValueError, match="is an adapter of /nowhere/llada, which cannot be loaded"):
+    with pytest.raises(ValueError, match="is an adapter of /nowhere/llada, which is not a folder"):
         load(moved)
 
 
