@@ -88,7 +88,9 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
         result.append("dataloader_num_workers=1")
     if keys.get("do_train"):
         # Rows of variable length are left out where they are too long.
-        return [*result, *SMALL_TRAINING, *(["cutoff_len=250"] if "variable_length" in keys else [])]
+        longer = ["cutoff_len=250"] if "variable_length" in keys else []
+        longer += ["cutoff_len=120"] if keys.get("template") == "qwen3_nothink" else []  # its answers have to fit
+        return [*result, *SMALL_TRAINING, *longer]
     if name == FITTING:
         return [*result, "variable_length=eos_eos", "sep_token=10", "overwrite_cache=true", "num_train_epochs=1"]
     if keys.get("eval_eos"):
