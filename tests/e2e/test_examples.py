@@ -73,7 +73,7 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
     if keys.get("sep_token") == "======":
         result.append("sep_token=10")
     if keys.get("template") == "qwen3_nothink":
-        result.append("resize_vocab=true")  # the recipe's model has the tokens of its template
+        result.append("template=default")  # the built-in model lacks the tokens of the recipe's
     if keys.stage == "sft":
         result.append("lora_target=c_attn")  # upstream's "all" does not find GPT-2's layers
     if keys.get("save_strategy") == "epoch":
