@@ -87,7 +87,9 @@ def how_to_go_on(training_args: Any) -> str:
         if best is not None:
             return f"The same command with resume_from_checkpoint=true goes on from {best}."
         return "No checkpoint was saved, so the same command starts anew; save_steps says how often one is."
-    return "Texts that are done are kept, and the same command goes on with the others." * training_args.do_predict
+    if training_args.do_predict:
+        return "Texts that are done are kept, and the same command goes on with the others."
+    return ""
 
 
 def check_resumed(config: DiffusionConfig, folder: str) -> None:
