@@ -47,6 +47,15 @@ def test_words_and_ends_are_no_control_tokens():
     assert reading_as_text(tokenizer, ["<|new|>"]) is tokenizer
 
 
+def test_an_unknown_word_stays_unknown_where_its_token_is_hidden():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "cat": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    assert reading_as_text(tokenizer, ["[UNK]"]).encode("a dog cat") == [1, 0, 2]
+
+
 def test_padding_that_is_a_word_stays_one():
     """Some models have "!" as their padding; hidden, the merges of its tokenizer would name a token that is gone."""
     tokenizer = tiny_tokenizer()

@@ -64,6 +64,19 @@ def test_the_same_run_and_an_older_checkpoint_pass(folder, tmp_path, caplog):
     check_facts(facts(seed=4), folder)
 
 
+def test_names_in_a_set_have_one_order(tmp_path):
+    """Upstream makes a set of additional_target, whose order differs from process to process."""
+    names = ["wte", "lm_head", "embed_tokens", "wpe"]
+    for number, order in enumerate((names, names[::-1])):
+        finetuning = SimpleNamespace(
+            **{"stage": "pt", "diffusion_stage": "ddm", "finetuning_type": "lora", "additional_target": set(order)}
+        )
+        training = SimpleNamespace(per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=1)
+        data = SimpleNamespace(packing=False)
+        found = run_facts(SimpleNamespace(model_name_or_path="a/b"), data, training, finetuning, None)
+        assert found["additional_target"] == sorted(names), number
+
+
 def test_what_may_change_is_said_in_one_line(folder, monkeypatch):
     lines = []
     monkeypatch.setattr("llamafactory_ddm.integration.run_facts.logger", SimpleNamespace(info_rank0=lines.append))

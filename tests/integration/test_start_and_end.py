@@ -177,6 +177,14 @@ def test_padding_that_is_learnt_ends_a_text_too():
     assert learnt.end_token_ids[-1] == tokenizer.convert_tokens_to_ids("<|pad|>")
 
 
+def test_padding_that_is_a_word_ends_nothing():
+    """Some models have "!" as their padding: "Hello! How are you" does not end behind its first word."""
+    settled, _, tokenizer = facts("qwen", padding="!")
+    assert (
+        start_and_end.with_padding(replace(settled, train_on_padding=True), tokenizer).end_tokens == settled.end_tokens
+    )
+
+
 def test_documents_under_llama3_end_as_upstream_ends_them():
     settled, *_ = facts("llama3", finetunes=False, tokens=["<|end_of_text|>"])
     assert settled.end_tokens == ("<|eot_id|>", "<|end_of_text|>")

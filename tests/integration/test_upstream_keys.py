@@ -15,8 +15,9 @@ def check(upstream):
 
 def test_numbers_and_booleans_in_quotes_are_what_they_spell(check):
     given = {"cutoff_len": "64", "learning_rate": "1e-4", "packing": "false", "save_strategy": False, "max_steps": -1}
-    assert check(**given) == {
-        **{"cutoff_len": 64, "learning_rate": 1e-4, "packing": False, "save_strategy": "no", "max_steps": -1}
+    assert check(**given, save_total_limit=0) == {
+        **{"cutoff_len": 64, "learning_rate": 1e-4, "packing": False, "save_strategy": "no", "max_steps": -1},
+        "save_total_limit": 0,  # which keeps all
     }
 
 

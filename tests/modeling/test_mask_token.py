@@ -131,6 +131,14 @@ def test_a_vocabulary_with_gaps():
     assert tokenizer.mask_token_id == mask.id
 
 
+def test_the_unknown_token_is_no_mask_unless_a_checkpoint_was_trained_so(tokenizer):
+    tokenizer.unk_token = "cat"
+    with pytest.raises(ValueError, match="mask_token: 'cat' is the tokenizer's unk token"):
+        resolve_mask_token(tokenizer, "cat")
+    index = tokenizer.convert_tokens_to_ids("cat")
+    assert resolve_mask_token(tokenizer, None, config_mask=("cat", index)).is_trained
+
+
 def test_neither_the_checkpoint_nor_the_tokenizer_may_name_the_padding_token(tokenizer):
     with pytest.raises(ValueError, match=r"'<\|endoftext\|>' is the tokenizer's pad token"):
         resolve_mask_token(tokenizer, None, config_mask=("<|endoftext|>", 0))

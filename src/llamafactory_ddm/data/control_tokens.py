@@ -21,11 +21,11 @@ def control_texts(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
     added = tokenizer.get_added_vocab()
     written = {tokenizer.eos_token, tokenizer.bos_token}
     found = [token for token in dict.fromkeys(tokens) if token in added and token not in written]
-    words = _words(tokenizer, found)
+    words = words_among(tokenizer, found)
     return [token for token in found if token not in words]
 
 
-def _words(tokenizer: Any, tokens: Sequence[str]) -> set[str]:
+def words_among(tokenizer: Any, tokens: Sequence[str]) -> set[str]:
     """Return those of `tokens` that texts are made of all the same: some models have "!" as their padding."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not set(tokens) & set(backend.get_vocab(with_added_tokens=False)):
@@ -53,6 +53,9 @@ def reading_as_text(tokenizer: Any, tokens: Sequence[str]) -> Any:
     described = json.loads(backend.to_str())
     for entry in described["added_tokens"]:
         entry["content"] = hidden.get(entry["content"], entry["content"])
+    unknown = described["model"].get("unk_token")
+    if unknown in hidden:
+        described["model"]["unk_token"] = hidden[unknown]
     vocabulary = described["model"].get("vocab")
     if isinstance(vocabulary, dict):
         described["model"]["vocab"] = {hidden.get(token, token): index for token, index in vocabulary.items()}

@@ -112,7 +112,8 @@ def check_facts(facts: dict[str, Any], folder: str) -> None:
 
 
 def _value(name: str, *holders: Any) -> Any:
-    return next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
+    value = next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
+    return sorted(value) if isinstance(value, (set, frozenset)) else value  # a set has no order to compare
 
 
 def _said(value: Any) -> str:

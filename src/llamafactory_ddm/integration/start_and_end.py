@@ -8,6 +8,7 @@ from typing import Any
 from llamafactory.data.template import TEMPLATES
 
 from ..data.collators import start_token_id
+from ..data.control_tokens import words_among
 from ..modeling.diffusion_config import DiffusionConfig
 from .logs import get_logger
 from .prompting import end_tokens, recorded
@@ -93,6 +94,8 @@ def with_padding(config: DiffusionConfig, tokenizer: Any) -> DiffusionConfig:
     pad, index, ends = tokenizer.pad_token, tokenizer.pad_token_id, config.end_tokens or ()
     if config.variable_length is not None or not config.train_on_padding or pad in (*ends, config.mask_token, None):
         return config
+    if words_among(tokenizer, [pad]):
+        return config  # a word of the vocabulary, which stands in texts as well
     return replace(config, end_tokens=(*ends, str(pad)), end_token_ids=(*(config.end_token_ids or ()), int(index)))
 
 

@@ -23,7 +23,7 @@ _INTEGERS: dict[str, tuple[int, int | None]] = {
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
     "lora_rank": (1, None),
-    "save_total_limit": (1, None),
+    "save_total_limit": (0, None),  # 0 keeps all
 }
 _NUMBERS = {
     "learning_rate": (0.0, math.inf),

@@ -73,12 +73,14 @@ def _run(
     """Run in an output_dir that nobody else writes to."""
     resume = settle_resume(training_args, finetuning_args)
     data = prepare_data(model_args, data_args, training_args, finetuning_args)
+    rows = data.dataset_module.get("train_dataset")
+    facts = run_facts(model_args, data_args, training_args, finetuning_args, rows)
+    if resume is not None:
+        check_facts(facts, resume)
     prepared = prepare_model(data, model_args, data_args, training_args, finetuning_args)
     loaded, dataset_module = prepared.loaded, prepared.dataset_module
-    facts = run_facts(model_args, data_args, training_args, finetuning_args, dataset_module.get("train_dataset"))
     if resume is not None:
         check_resumed(loaded.diffusion_config, resume)
-        check_facts(facts, resume)
     asked = None
     if training_args.do_predict:
         asked = what_to_generate(

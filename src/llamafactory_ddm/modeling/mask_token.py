@@ -60,7 +60,7 @@ def check_roles(tokenizer: Any, mask: ResolvedMaskToken, mask_token: str | int |
     Raises:
         ValueError: naming the role.
     """
-    for role in ("pad", "eos", "bos"):
+    for role in ("pad", "eos", "bos", *(() if mask.is_trained else ("unk",))):
         if mask.id == getattr(tokenizer, f"{role}_token_id"):
             raise ValueError(
                 f"mask_token: {mask_token if mask_token is not None else mask.token!r} is the tokenizer's {role} "
