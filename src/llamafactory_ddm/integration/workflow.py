@@ -75,12 +75,12 @@ def _run(
     data = prepare_data(model_args, data_args, training_args, finetuning_args)
     rows = data.dataset_module.get("train_dataset")
     facts = run_facts(model_args, data_args, training_args, finetuning_args, rows)
-    if resume is not None:
-        check_facts(facts, resume)
     prepared = prepare_model(data, model_args, data_args, training_args, finetuning_args)
     loaded, dataset_module = prepared.loaded, prepared.dataset_module
     if resume is not None:
+        # What the checkpoint says of itself comes first: other tokens make other rows, which is no fault of the files.
         check_resumed(loaded.diffusion_config, resume)
+        check_facts(facts, resume)
     asked = None
     if training_args.do_predict:
         asked = what_to_generate(
