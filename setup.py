@@ -26,8 +26,10 @@ setup(
     packages=find_packages("src"),
     package_data={"llamafactory_ddm": ["py.typed", "sampling/*.html"]},
     install_requires=[
-        # LLaMA-Factory imports torchaudio, whose last release (2.11) refuses another torch.
+        # LLaMA-Factory imports torchaudio, whose 2.11.0 refuses another torch.
         "torch>=2.5,<2.12",
+        # 2.11.1 asks for torch >= 2.11, but cannot be loaded under it (undefined symbol).
+        "torchaudio>=2.5,<2.11.1",
         "llamafactory>=0.9.4,<0.9.7",
         # 5.6.0 has a broken FlashAttention-2 path.
         "transformers>=4.57,!=5.6.0",

@@ -177,7 +177,7 @@ def test_files_that_cannot_be_read(train_small, generate, tmp_path, file, conten
 
 def test_a_mask_token_that_the_data_use(train_small, tmp_path):
     keys = {"mask_token": "Ġa", "max_steps": 1}
-    words = r"mask_token: 'Ġa' \(id \d+\) stands \d+ times in the \d+ tokens .*allow_common_mask_token: true"
+    words = r"mask_token: 'Ġa' \(id \d+\) occurs \d+ times among \d+ tokens, .*allow_common_mask_token: true"
     with pytest.raises(ValueError, match=words):
         train_small(tmp_path / "out", **keys)
     assert not (tmp_path / "out").exists()

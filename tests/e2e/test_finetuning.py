@@ -148,9 +148,9 @@ def test_an_adapter_generates_and_is_trained_on(adapter, checkpoint, finetune, t
 def test_an_adapter_on_top_of_another_is_told_of(adapter, finetune, tmp_path, caplog):
     keys = {"recipe": LORA, "adapter_name_or_path": str(adapter), "max_steps": 1}
     finetune(tmp_path / "more", **keys)
-    assert "goes on top of" not in caplog.text
+    assert "is trained on top of" not in caplog.text
     finetune(tmp_path / "new", **keys, create_new_adapter=True)
-    assert f"use it as adapter_name_or_path: {adapter},OUTPUT_DIR" in caplog.text
+    assert f"set adapter_name_or_path: {adapter},OUTPUT_DIR" in caplog.text
 
 
 @pytest.mark.parametrize("stage", [None, "ddm-sft"])

@@ -137,10 +137,10 @@ def test_a_mask_token_that_texts_use(caplog):
     mask = {"mask": ResolvedMaskToken("dog", DOG, False)}
     rare = [texts([CAT] * 30)[0]] * 400 + texts([CAT, DOG] + [CAT] * 28)
     check(rare, cutoff_len=30, **mask)
-    said = r"mask_token: 'dog' \(id 260\) stands 1 times in the 12030 tokens of the 401 rows .* in 1 of them"
+    said = r"mask_token: 'dog' \(id 260\) occurs 1 times among 12030 tokens, in 1 of 401 rows"
     assert re.search(said, caplog.text)
     often = texts([CAT, DOG, EOS], [DOG, DOG])
-    words = r"stands 3 times in the 5 tokens of the 2 rows .* in 2 of them .*allow_common_mask_token: true"
+    words = r"occurs 3 times among 5 tokens, in 2 of 2 rows .*allow_common_mask_token: true"
     refused(words, often, **mask)
     check(often, allow_common_mask=True, **mask)
     check(often, mask=ResolvedMaskToken("dog", DOG, False, is_trained=True))  # a checkpoint has the one it has

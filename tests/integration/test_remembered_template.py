@@ -87,16 +87,19 @@ def test_the_shell(work, capsys):
 def test_a_yaml_takes_the_template_or_is_told_that_it_is_another(work, tmp_path, told):
     assert predict(tmp_path / "none", work) == predict(tmp_path / "named", work, template="qwen")
     assert "the checkpoint was finetuned with qwen: it is taken" in told.text
-    assert "writes prompts otherwise" not in told.text
+    assert "formats prompts differently" not in told.text
     predict(tmp_path / "other", work, template="default")
-    assert "template: default writes prompts otherwise than those that the checkpoint was finetuned on" in told.text
+    assert (
+        "template: default formats prompts differently from the checkpoint's finetuning, which used template: qwen"
+        in told.text
+    )
 
 
 def test_training_further_under_another_template_is_told_and_remembered(work, tmp_path, told, monkeypatch):
     monkeypatch.setattr(TEMPLATES["qwen"], "default_system", "You are a cat.")
     keys = {"do_train": True, "model_name_or_path": work / "out", "template": "qwen", "dataset": "one", **STAGE}
     out = run_keys(tmp_path / "out", dataset_dir=work / "data", train_on_padding=None, **keys)
-    assert "was with the same with another system prompt (default_system)" in told.text
+    assert "which used another system prompt, thinking setting or separator; remove default_system" in told.text
     texts = json.dumps([part.text for part in DiffusionConfig.load(out).template.parts])
     assert "You are a cat." in texts
 

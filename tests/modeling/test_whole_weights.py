@@ -55,7 +55,7 @@ def said(caplog):
 def test_a_missing_weight_is_an_error(tmp_path, part, tied):
     save(tmp_path / "m", tied=tied)
     change(tmp_path / "m", without(part))
-    with pytest.raises(ValueError, match=f"m do not fill the LlamaForCausalLM .*lack .*{part}") as found:
+    with pytest.raises(ValueError, match=f"m do not fill the LlamaForCausalLM .*missing: .*{part}") as found:
         load(tmp_path / "m", device="cpu")
     assert "\n" not in str(found.value)
 
@@ -78,7 +78,7 @@ def test_bin_files_are_held_to_the_same(tmp_path):
     load(tmp_path / "m", device="cpu")
     del state["model.layers.0.mlp.up_proj.weight"]
     torch.save(state, tmp_path / "m" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"lack model\.layers\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.0\.mlp\.up_proj\.weight"):
         load(tmp_path / "m", device="cpu")
 
 

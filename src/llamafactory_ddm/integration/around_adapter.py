@@ -99,7 +99,7 @@ class AroundAdapter:
         if self.adapters:
             names = ",".join(self.adapters)
             logger.warning_rank0(
-                f"The new adapter goes on top of {names}, and alone it is another model: use it as "
+                f"The new adapter is trained on top of {names} and works only together with it: set "
                 f"adapter_name_or_path: {names},OUTPUT_DIR, or merge {names} first with llamafactory-cli export."
             )
 

@@ -123,6 +123,6 @@ def _check_output_dir(training_args: Any, stage: str) -> None:
     held = [path for path in held if (path / FILE_NAME).is_file()]
     if held:
         raise ValueError(
-            f"output_dir: {held[0]} holds a diffusion model, whose {FILE_NAME} would vouch for the weights that "
-            f"{stage} writes there; name another output_dir, or remove that folder"
+            f"output_dir: {held[0]} holds a diffusion model, whose {FILE_NAME} would mark the autoregressive weights "
+            f"of {stage} as a diffusion model; choose another output_dir, or remove that folder"
         )

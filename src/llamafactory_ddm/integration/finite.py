@@ -87,9 +87,9 @@ class FiniteLoss:
                 first = step - self.streak + 1
                 steps = f"step {step}" if first == step else f"steps {first} to {step}"
                 raise LossNotFiniteError(
-                    f"the loss was NaN or infinite in {steps}, so training has stopped, and nothing was saved since: "
-                    "resume from the last checkpoint before them, or start anew, with a lower learning_rate, more "
-                    f"warmup_steps or bf16 in place of fp16 (stop_after_nan_steps: {self.limit}; 0 goes on for ever)"
+                    f"the loss was NaN or infinite in {steps}, so training has stopped, and these steps were not "
+                    "saved. Resume from the last checkpoint, or start again, with a lower learning_rate, more "
+                    f"warmup_steps or bf16 in place of fp16 (stop_after_nan_steps: {self.limit}; 0 disables this stop)"
                 )
             if self.streak == 1:
                 logger.warning_rank0(f"The loss of step {step} is NaN or infinite.")

@@ -230,7 +230,7 @@ def load_diffusion_model(
             logger.warning_rank0(
                 f"{model_args.model_name_or_path} holds no {FILE_NAME}: nothing but the YAML says that it is a "
                 f"diffusion model, trained with {mask.token!r} as [MASK] and shift: {shifts}. "
-                "If it is not, as any autoregressive model, what it writes and measures here means nothing."
+                "If it is an autoregressive model, its texts and metrics here are meaningless."
             )
         process, ratio = settle_noise_process(None, finetuning_args)
         config = DiffusionConfig(

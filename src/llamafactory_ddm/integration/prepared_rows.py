@@ -395,12 +395,12 @@ def _check_mask(counts: _Counts, rules: RowRules, name: str, *, trains: bool) ->
         return
     mask = rules.mask
     said = (
-        f"mask_token: {mask.token!r} (id {mask.id}) stands {counts.masks} times in the {counts.tokens} tokens of the "
-        f"{counts.rows} rows that were looked at, in {counts.with_mask} of them ({rules.source}, {name})"
+        f"mask_token: {mask.token!r} (id {mask.id}) occurs {counts.masks} times among {counts.tokens} tokens, in "
+        f"{counts.with_mask} of {counts.rows} rows that were checked ({rules.source}, {name})"
     )
     if trains and not (mask.is_trained or rules.allow_common_mask) and counts.masks > _COMMON * counts.tokens:
         raise ValueError(
-            f"{said}: the model could never write what it stands for. Name a token that texts do not use, such as a "
+            f"{said}: the model could never generate this token. Name a token that texts do not use, such as a "
             "new one, '<|mask|>', or set allow_common_mask_token: true"
         )
-    logger.warning_rank0(f"{said}; there it is given, and neither noised nor scored.")
+    logger.warning_rank0(f"{said}; there it is treated as given: neither noised nor scored.")

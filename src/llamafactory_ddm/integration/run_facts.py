@@ -103,8 +103,8 @@ def check_facts(facts: dict[str, Any], folder: str) -> None:
             if name != "training rows"
         )
         raise ValueError(
-            f"resuming from {folder} would be another run: {said}. Set what differs as it was, or start a new run "
-            "from it with model_name_or_path"
+            f"resuming from {folder} would be another run: {said}. Restore these settings, or start a new run from it "
+            "with model_name_or_path"
         )
     if differing:
         said = ", ".join(f"{name}: {_said(facts[name])} (was {_said(stored[name])})" for name in differing)

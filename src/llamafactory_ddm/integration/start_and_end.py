@@ -34,9 +34,9 @@ def keep_end_token(config: DiffusionConfig | None, tokenizer: Any, data_args: An
         return
     said = f"template: {data_args.template} ends texts with {tokenizer.eos_token}, but the checkpoint was trained to "
     if trains:
-        logger.warning_rank0(f"{said}end them with {stored[0]}; from here on it learns the former.")
+        logger.warning_rank0(f"{said}end them with {stored[0]}; it learns the template's from now on.")
         return
-    logger.warning_rank0(f"{said}end them with {stored[0]}, which is what counts here; remove template.")
+    logger.warning_rank0(f"{said}end them with {stored[0]}; this run goes by the checkpoint. Remove template.")
     tokenizer.eos_token = stored[0]
 
 
@@ -48,14 +48,16 @@ def tell_other_template(config: DiffusionConfig | None, template: Any, tokenizer
     here = recorded(template, tokenizer, data_args.template)
     if here.parts == stored.parts:
         return
-    name = "none" if stored.name is None else stored.name
     if stored.name == data_args.template:
-        said = "the same with another system prompt (default_system), way of thinking (enable_thinking) or sep_token"
+        said, keys = (
+            "another system prompt, thinking setting or separator",
+            "default_system, enable_thinking or sep_token",
+        )
     else:
-        said = f"template: {name}"
+        said, keys = f"template: {'none' if stored.name is None else stored.name}", "template"
     logger.warning_rank0(
-        f"template: {data_args.template} writes prompts otherwise than those that the checkpoint was finetuned on, "
-        f"which was with {said}; remove the key to go on as it was."
+        f"template: {data_args.template} formats prompts differently from the checkpoint's finetuning, which used "
+        f"{said}; remove {keys} from the YAML to use the checkpoint's."
     )
 
 

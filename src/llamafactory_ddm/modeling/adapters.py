@@ -97,8 +97,8 @@ def check_adapter(folder: str | Path) -> None:
     cure = f"use {converted}" if converted.is_dir() else "train with pissa_convert: true and use its pissa_converted"
     if folder.name in _HALVES:
         raise ValueError(
-            f"{folder} is what pissa_convert keeps of a decomposition, and on its base model another one than was "
-            f"trained; {cure}"
+            f"{folder} is an intermediate adapter of pissa_convert, and on the base model it is not the model that "
+            f"was trained; {cure}"
         )
     if str(_settings(folder).get("init_lora_weights")).startswith("pissa_niter"):
         raise ValueError(
@@ -215,9 +215,9 @@ def _check_tied(key: str, model: Any, targets: Iterable[str]) -> None:
         named += [target for target in targets if _matches(target, embedding)]
         if named:
             raise ValueError(
-                f"lora_target: {', '.join(named)} is one end of input and output embedding that are tied, and merged "
-                f"into one the adapter would change the other too; remove it, or add {embedding.rpartition('.')[2]} "
-                "to additional_target, which trains both"
+                f"lora_target: {', '.join(named)} is tied to the other embedding (input and output share one weight), "
+                f"so merging the adapter would change both; remove it, or add {embedding.rpartition('.')[2]} to "
+                "additional_target, which trains both"
             )
     if named:
         one = embedding.rpartition(".")[2]

@@ -36,12 +36,11 @@ def load_whole(kind: Any, **kwargs: Any) -> Any:
     missing = sorted(key for key in found["missing_keys"] if not _follows_from_config(key, buffers.get(key)))
     other = sorted(f"{key} {tuple(stored)} instead of {tuple(own)}" for key, stored, own in found["mismatched_keys"])
     if missing or other:
-        faults = [f"lack {some(missing)}"] if missing else []
-        faults += [f"hold others in shape: {some(other)}"] if other else []
+        faults = [f"missing: {some(missing)}"] if missing else []
+        faults += [f"wrong shape: {some(other)}"] if other else []
         raise ValueError(
-            f"the weights in {name} do not fill the {type(model).__name__} that its config.json describes: they "
-            f"{' and '.join(faults)}, which would be random numbers; copy or save it again, with the config.json of "
-            "these weights"
+            f"the weights in {name} do not fill the {type(model).__name__} of its config.json: {'; '.join(faults)}. "
+            "These would be random numbers; copy or save it again, with the config.json of these weights"
         )
     if found["unexpected_keys"]:
         _logger.warning(
