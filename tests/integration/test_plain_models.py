@@ -1,4 +1,4 @@
-"""What stands in for a LLaDA or Dream that a run names, and what is asked of hubs for it."""
+"""Which folder stands in for a diffusion model that a run names, and what is asked of hubs for it."""
 
 from types import SimpleNamespace
 
@@ -7,11 +7,11 @@ from transformers import LlamaConfig
 
 from llamafactory_ddm.integration import plain_models
 from llamafactory_ddm.modeling.recognition import CACHE, origin_of
-from support.published import write_dream
+from support.published import in_hub, write_dream
 
 
 def arguments(name, **keys):
-    given = {"model_revision": "main", "cache_dir": None, "hf_hub_token": None, **keys}
+    given = {"adapter_name_or_path": None, "model_revision": "main", "cache_dir": None, "hf_hub_token": None, **keys}
     return SimpleNamespace(model_name_or_path=str(name), **given)
 
 
@@ -61,3 +61,14 @@ def test_revision_token_and_folder_reach_the_hub(monkeypatch):
     monkeypatch.setattr(plain_models, "plain_folder", lambda name, **keys: asked.update(keys) or name)
     plain_models.settle_plain_model(arguments("owner/x", model_revision="v2", cache_dir="/hub", hf_hub_token="t"))
     assert (asked["revision"], asked["download_dir"], asked["token"]) == ("v2", "/hub", "t")
+
+
+def test_models_and_adapters_of_ours_on_a_hub_become_folders(tmp_path):
+    """By name alone a model would be taken for an autoregressive one, as its diffusion_config.json is not read."""
+    (tmp_path / "diffusion_config.json").write_text("{}")
+    hub, model = in_hub(tmp_path / "hub", "owner/ours", [tmp_path / "diffusion_config.json"])
+    _, adapter = in_hub(tmp_path / "hub", "owner/adapter", [tmp_path / "diffusion_config.json"])
+    args = arguments("owner/ours", cache_dir=str(hub), adapter_name_or_path=["owner/adapter", "saves/other"])
+    plain_models.settle_plain_model(args)
+    assert args.model_name_or_path == str(model)
+    assert args.adapter_name_or_path == [str(adapter), "saves/other"]

@@ -102,7 +102,7 @@ def test_only_what_looks_like_a_name_is_looked_up(tmp_path, cache, monkeypatch):
     (tmp_path / "data").mkdir()
     for name in ("./x", "/x", "~/x", "a/b/c", "data/x", "gpt2", "owner/model"):
         plain_folder(name)
-    assert asked == ["gpt2", "owner/model"]
+    assert set(asked) == {"gpt2", "owner/model"}
 
 
 def test_a_name_on_the_hub(llada, cache, tmp_path):
@@ -112,6 +112,21 @@ def test_a_name_on_the_hub(llada, cache, tmp_path):
     assert DiffusionConfig.load(made).mask_token == "<|mdm_mask|>"
     # Without the folder of this run a name alone would not be found again.
     assert origin_of(made) == str(snapshot)
+
+
+def test_a_model_of_ours_on_the_hub_is_its_folder(tmp_path, cache, monkeypatch):
+    """It is named by the hub in what is trained from it, unless a run would look for it elsewhere."""
+    (tmp_path / "diffusion_config.json").write_text("{}")
+    hub, snapshot = in_hub(tmp_path / "hub", "owner/ours", [tmp_path / "diffusion_config.json"])
+    assert plain_folder("owner/ours", download_dir=str(hub)) == str(snapshot)
+    assert origin_of(snapshot) == str(snapshot)  # not the usual cache
+    monkeypatch.setattr(recognition, "HF_HUB_CACHE", str(hub))
+    assert origin_of(snapshot) == "owner/ours"
+    other = snapshot.with_name("another")
+    other.mkdir()
+    assert origin_of(other) == str(other)
+    assert origin_of("/") == "/" and origin_of("x") == "x"
+    assert entries(cache) == []
 
 
 def test_nothing_but_weights_config_and_tokenizer_is_asked_of_the_hub(llada, cache, tmp_path, monkeypatch):

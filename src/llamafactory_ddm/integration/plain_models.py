@@ -1,4 +1,4 @@
-"""A LLaDA or Dream that a run names as it was published: the plain copy takes its place."""
+"""Models and adapters that a run names by the hub, or as a LLaDA or Dream was published: their folder is named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ logger = get_logger(__name__)
 
 
 def settle_plain_model(model_args: Any) -> None:
-    """Have `model_name_or_path` name a plain copy if it names a LLaDA or Dream as published; else it stays.
+    """Have `model_name_or_path` and `adapter_name_or_path` name folders where they name diffusion models.
+
+    A LLaDA or Dream as published gives way to its plain copy, a model or adapter of this package on a hub to the
+    folder that it is downloaded to; anything else stays.
 
     Raises:
         ValueError: if the files are not whole or cannot be had, or the copy has no room.
@@ -21,13 +24,20 @@ def settle_plain_model(model_args: Any) -> None:
     """
     # As upstream is about to do: the name of a model on ModelScope becomes its folder.
     name = try_download_model_from_other_hub(model_args)
-    folder = plain_folder(
+    folder = _folder(name, model_args, model_args.model_revision)
+    if folder != name:
+        logger.info_rank0(f"{name} is used from {folder}.")
+        model_args.model_name_or_path = folder
+    if model_args.adapter_name_or_path:
+        # Upstream's model_revision is the model's alone.
+        model_args.adapter_name_or_path = [_folder(name, model_args) for name in model_args.adapter_name_or_path]
+
+
+def _folder(name: str, model_args: Any, revision: str = "main") -> str:
+    return plain_folder(
         name,
-        revision=model_args.model_revision,
+        revision=revision,
         download_dir=model_args.cache_dir,
         token=model_args.hf_hub_token,
         say=logger.info,  # by whichever rank comes first, and is the only one to say it
     )
-    if folder != name:
-        logger.info_rank0(f"{name} is used from its plain copy, {folder}.")
-        model_args.model_name_or_path = folder

@@ -1,4 +1,4 @@
-"""A LLaDA or Dream as it was published, recognised by its config.json and made a plain model, once, in a cache."""
+"""Models by name: one of ours on a hub becomes its folder; a published LLaDA or Dream a plain copy, made once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HOME
+from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from transformers.utils.hub import cached_file
 
 from .checkpoints import verify_checkpoint, weight_files
 from .conversion import convert
+from .diffusion_config import FILE_NAME
 from .key_tables import first_line
 from .own_code import OwnCode, kind_of, raw_config
 
@@ -57,10 +59,11 @@ def plain_folder(
     token: str | None = None,
     say: Callable[[str], None] = _logger.warning,
 ) -> str:
-    """Return where transformers finds a model: `name` itself, or a plain copy of a LLaDA or Dream.
+    """Return where transformers finds a model: `name` itself, or the folder of one that is a diffusion model.
 
-    The copy is made the first time, in `cache_root()`; other processes wait for it. None of the published code is
-    run, and a model of another kind is not touched.
+    A model or adapter of this package on a hub is downloaded, as its diffusion_config.json is read beside its
+    weights. Of a LLaDA or Dream a plain copy is made the first time, in `cache_root()`; other processes wait for it.
+    None of the published code is run, and a model of another kind is not touched.
 
     Args:
         name: a folder, or a name on Hugging Face's hub.
@@ -73,6 +76,9 @@ def plain_folder(
             it.
         OSError: if the copy cannot be written.
     """
+    ours = None if Path(name).is_dir() else _downloaded(str(name), revision, download_dir, token)
+    if ours is not None:
+        return str(ours)
     found = _published(name, revision, download_dir, token)
     if found is None:
         return str(name)
@@ -100,12 +106,23 @@ def cache_root() -> Path:
 
 
 def origin_of(folder: str | Path) -> str:
-    """Return the path or name of what a plain copy was made from; another folder is its own origin.
+    """Return the path or name of what a plain copy was made from, or a hub's folder downloaded from.
 
-    This is what adapters name as their base model: it outlives the cache.
+    Any other folder is its own origin. This is what adapters name as their base model: it outlives the cache.
     """
     path = Path(folder) / ORIGIN_NAME
-    return str(json.loads(path.read_text(encoding="utf-8"))["origin"]) if path.is_file() else str(folder)
+    if path.is_file():
+        return str(json.loads(path.read_text(encoding="utf-8"))["origin"])
+    return _name_of_snapshot(Path(folder)) or str(folder)
+
+
+def _name_of_snapshot(folder: Path) -> str | None:
+    """Return owner/name of CACHE/models--owner--name/snapshots/REVISION, None for another cache or revision."""
+    kind, *words = folder.parents[1].name.split("--") if folder.parent.name == "snapshots" else [""]
+    if kind != "models" or folder.parents[2] != Path(HF_HUB_CACHE):
+        return None
+    newest = folder.parents[1] / "refs" / "main"
+    return "/".join(words) if newest.is_file() and newest.read_text(encoding="utf-8") == folder.name else None
 
 
 def may_be_on_a_hub(name: str) -> bool:
@@ -114,6 +131,25 @@ def may_be_on_a_hub(name: str) -> bool:
     if not rest:
         return True
     return "/" not in rest and not name.startswith((".", "/", "~")) and not Path(owner).is_dir()
+
+
+def _downloaded(name: str, revision: str, download_dir: str | None, token: str | None) -> Path | None:
+    """Return the folder of a model or adapter of this package on a hub, or None if it is something else."""
+    if not may_be_on_a_hub(name):
+        return None
+    where: dict[str, Any] = {"revision": revision, "cache_dir": download_dir, "token": token}
+    try:
+        if cached_file(name, FILE_NAME, _raise_exceptions_for_missing_entries=False, **where) is None:
+            return None
+    except (OSError, ValueError):  # upstream will look for it too, and say what is wrong
+        return None
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*_FILES, "*.bin"], **where))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is a diffusion model, and its files could not be downloaded ({first_line(error)}); check the "
+            "connection, or download it and name its folder"
+        ) from error
 
 
 def _published(name: str | Path, revision: str, download_dir: str | None, token: str | None) -> _Published | None:
