@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-_PRELOADED = ["llamafactory.train.tuner", "llamafactory.cli", "transformers.models.gpt2.modeling_gpt2", "datasets"]
+# PyTorch comes first: its import activates the plugin.
+_PRELOADED = [
+    "torch",
+    "llamafactory.train.tuner",
+    "llamafactory.cli",
+    "transformers.models.gpt2.modeling_gpt2",
+    "datasets",
+]
 _LOCK = threading.Lock()
 _CPU_SECONDS = "CPU seconds:"
 
