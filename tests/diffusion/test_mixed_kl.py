@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamafactory_ddm.diffusion import objectives
+from llamafactory_ddm.diffusion import losses as objectives
+from llamafactory_ddm.diffusion.losses import masked_cross_entropy, mixed_kl
 from llamafactory_ddm.diffusion.noise import draw_time, mix_tokens
-from llamafactory_ddm.diffusion.objectives import masked_cross_entropy, mixed_kl
 
 IDS, MASK, WIDTH = 7, 5, 9  # two logits more than there are tokens
 RATIOS = (0.0, 0.05, 0.1, 0.5, 0.9, 1.0)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from llamafactory_ddm.data.variable_length import VariableLengthCollator
-from llamafactory_ddm.diffusion import attention, ends, likelihood, noise, philox
+from llamafactory_ddm.diffusion import attention, likelihood, noise
+from llamafactory_ddm.diffusion import eos_noise as ends
+from llamafactory_ddm.diffusion import rng as philox
 from llamafactory_ddm.diffusion.schedules import LinearSchedule
 from llamafactory_ddm.evaluation.end_metrics import EndRows, statistics
 from llamafactory_ddm.integration.length_fitting import texts

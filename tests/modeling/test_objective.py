@@ -8,7 +8,7 @@ import torch
 
 from llamafactory_ddm.data.responses import ResponseCollator
 from llamafactory_ddm.data.variable_length import VariableLengthCollator
-from llamafactory_ddm.diffusion.ends import EndNoise
+from llamafactory_ddm.diffusion.eos_noise import EndNoise
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.modeling.masked_objective import MaskedObjective
 from llamafactory_ddm.modeling.mixed_objective import MixedObjective

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toy_sampling import MASK, NAMES, LeftToRight, V, by_selection, ragged, relative, run, toy
 
 from llamafactory_ddm.diffusion.noise import Stream
-from llamafactory_ddm.diffusion.philox import keyed_uniform
+from llamafactory_ddm.diffusion.rng import keyed_uniform
 from llamafactory_ddm.sampling import (
     Edits,
     LogitsConfig,

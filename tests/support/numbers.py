@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from llamafactory_ddm.diffusion import philox
+from llamafactory_ddm.diffusion import rng as philox
 from llamafactory_ddm.sampling import loop, state
 
 

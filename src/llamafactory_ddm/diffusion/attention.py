@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .noise import Stream
-from .philox import keyed_uniform
+from .rng import keyed_uniform
 
 
 def annealing_ratio(step: int, anneal_steps: int) -> float:

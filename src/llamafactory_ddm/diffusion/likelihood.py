@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .noise import Stream, lowest
-from .philox import keyed_uniform
+from .rng import keyed_uniform
 
 _GOLDEN = 0.6180339887498949
 

@@ -8,7 +8,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from .philox import keyed_uniform
+from .rng import keyed_uniform
 from .schedules import NoiseSchedule
 
 

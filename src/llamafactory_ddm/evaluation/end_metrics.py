@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.noise import Stream, lowest
-from ..diffusion.philox import keyed_uniform
+from ..diffusion.rng import keyed_uniform
 
 # Shares of the text, without its end, that are given; at 1 all of it is, and the end alone is to be found.
 REVEALED = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..data.canvas import Canvas
 from ..data.variable_length import VariableLengthCollator
 from ..diffusion.noise import Stream
-from ..diffusion.philox import keyed_uniform
+from ..diffusion.rng import keyed_uniform
 from ..evaluation.length_metrics import FOLDS, least_margins, length_metrics
 from ..generation import TextGenerator
 from ..modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.collators import start_token_id
 from ..data.variable_length import VariableLengthCollator
-from ..diffusion.ends import EndNoise
+from ..diffusion.eos_noise import EndNoise
 from ..modeling.attention_layers import max_positions
 from ..modeling.diffusion_config import DiffusionConfig, VariableLength
 from ..modeling.pad_tokens import pad_names

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..diffusion.ends import EndNoise, draw_masks
+from ..diffusion.eos_noise import EndNoise, draw_masks
 from ..diffusion.likelihood import bound_per_row, mask_exactly
+from ..diffusion.loss_weights import denominator, token_weight
+from ..diffusion.losses import masked_cross_entropy
 from ..diffusion.noise import mask_tokens
-from ..diffusion.objectives import masked_cross_entropy
-from ..diffusion.weights import denominator, token_weight
 from .denoiser import head_rows
 from .objective import CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
 

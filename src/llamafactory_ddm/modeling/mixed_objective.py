@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..diffusion.loss_weights import denominator, token_weight
+from ..diffusion.losses import mixed_kl
 from ..diffusion.noise import Stream, mix_tokens
-from ..diffusion.objectives import mixed_kl
-from ..diffusion.weights import denominator, token_weight
 from .denoiser import head_rows
 from .objective import CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
 

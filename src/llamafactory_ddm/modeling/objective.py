@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..diffusion.loss_weights import LossNorm, LossWeighting
 from ..diffusion.noise import Stream, draw_time
-from ..diffusion.philox import keyed_uniform
+from ..diffusion.rng import keyed_uniform
 from ..diffusion.schedules import NoiseSchedule
-from ..diffusion.weights import LossNorm, LossWeighting
 from .denoiser import predictable
 
 _OTHERS = ("document", "position_ids", "is_pad", "end", "shown")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.noise import Stream
-from ..diffusion.philox import keyed_uniform
+from ..diffusion.rng import keyed_uniform
 from ..diffusion.schedules import LinearSchedule, NoiseSchedule
 from .steps import CommitSchedule, pace_of_blocks, split_into_blocks, steps_of_blocks
 

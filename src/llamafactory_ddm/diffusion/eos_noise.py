@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .loss_weights import LossWeighting, row_weight
 from .noise import Stream, draw_masked, lowest
-from .philox import keyed_uniform
+from .rng import keyed_uniform
 from .schedules import NoiseSchedule
-from .weights import LossWeighting, row_weight
 
 PadMaskMethod = Literal["elbo", "counts"]
 

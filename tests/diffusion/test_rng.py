@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ddm.diffusion.philox import keyed_uniform, philox4x32
+from llamafactory_ddm.diffusion.rng import keyed_uniform, philox4x32
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result.
 KNOWN = [

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ddm.diffusion.ends import (
+from llamafactory_ddm.diffusion.eos_noise import (
     EndNoise,
     draw_masks,
     is_window_row,
@@ -14,9 +14,9 @@ from llamafactory_ddm.diffusion.ends import (
     risen,
     scored_pads,
 )
+from llamafactory_ddm.diffusion.loss_weights import token_weight
 from llamafactory_ddm.diffusion.noise import draw_time
 from llamafactory_ddm.diffusion.schedules import SCHEDULES, get_schedule
-from llamafactory_ddm.diffusion.weights import token_weight
 
 
 def rows_of(*rows):

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from llamafactory_ddm.diffusion import objectives
+from llamafactory_ddm.diffusion import losses as objectives
+from llamafactory_ddm.diffusion.loss_weights import denominator, row_weight, token_weight
+from llamafactory_ddm.diffusion.losses import masked_cross_entropy
 from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens
-from llamafactory_ddm.diffusion.objectives import masked_cross_entropy
 from llamafactory_ddm.diffusion.schedules import SCHEDULES, get_schedule
-from llamafactory_ddm.diffusion.weights import denominator, row_weight, token_weight
 
 VOCAB, LENGTH, MASK = 3, 3, 3
 
