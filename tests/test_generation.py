@@ -14,7 +14,7 @@ from llamafactory_ddm.generation import TextGenerator
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
-from llamafactory_ddm.sampling import prediction
+from llamafactory_ddm.sampling import forward as prediction
 from llamafactory_ddm.writing import Written
 from support.tiny import tiny_tokenizer
 

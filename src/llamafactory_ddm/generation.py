@@ -26,9 +26,9 @@ from .modeling.diffusion_config import DiffusionConfig
 from .modeling.length_heads import LengthPredictors
 from .modeling.mask_token import resolve_token
 from .sampling import SamplingSettings
+from .sampling.budget import split_into_blocks, steps_of_blocks
 from .sampling.keywords import with_keywords
 from .sampling.state import MOST_ROWS
-from .sampling.steps import split_into_blocks, steps_of_blocks
 from .sampling.trace import Trace
 from .sizing import Sized
 from .writing import Writer, Written

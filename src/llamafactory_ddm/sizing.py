@@ -14,7 +14,14 @@ from .modeling.denoiser import ModelDenoiser
 from .modeling.diffusion_config import DiffusionConfig
 from .modeling.length_heads import LengthPredictors, mean_hidden
 from .sampling import SamplingSettings
-from .sampling.length import PREDICTORS, FirstStep, calibrated_margin, default_margin, end_probability, up_to_block
+from .sampling.length_predictors import (
+    PREDICTORS,
+    FirstStep,
+    calibrated_margin,
+    default_margin,
+    end_probability,
+    up_to_block,
+)
 
 
 @dataclass(frozen=True)

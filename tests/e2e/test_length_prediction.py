@@ -8,7 +8,7 @@ import pytest
 from llamafactory_ddm import SamplingSettings, load
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.length_heads import FILE_NAME, REPORT_NAME, LengthPredictors
-from llamafactory_ddm.sampling.length import PREDICTORS
+from llamafactory_ddm.sampling.length_predictors import PREDICTORS
 from llamafactory_ddm.writing import Writer
 from support.cli import ROOT, predictions, run, train_here
 

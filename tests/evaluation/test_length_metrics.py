@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llamafactory_ddm.evaluation.length_metrics import FOLDS, as_table, least_margins, length_metrics
-from llamafactory_ddm.sampling.length import PREDICTORS, FirstStep, calibrated_margin
+from llamafactory_ddm.sampling.length_predictors import PREDICTORS, FirstStep, calibrated_margin
 
 PLACES = 12
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy_sampling import MASK, NAMES, V, by_selection, ragged, relative, run
 
 from llamafactory_ddm.sampling import Context, LogitsConfig, sample, start
-from llamafactory_ddm.sampling.steps import kept_masked, split_into_blocks, steps_of_blocks
+from llamafactory_ddm.sampling.budget import kept_masked, split_into_blocks, steps_of_blocks
 from llamafactory_ddm.sampling.strategies import get_strategy
 
 GREEDY = LogitsConfig(0.0)

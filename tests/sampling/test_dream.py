@@ -7,8 +7,9 @@ import torch
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.modeling.denoiser import ModelDenoiser
-from llamafactory_ddm.sampling import LogitsConfig, SamplingSettings, get_strategy, prediction, sample
-from llamafactory_ddm.sampling.steps import dream_budget, dream_shares
+from llamafactory_ddm.sampling import LogitsConfig, SamplingSettings, get_strategy, sample
+from llamafactory_ddm.sampling import forward as prediction
+from llamafactory_ddm.sampling.budget import dream_budget, dream_shares
 from support.tiny import MASK_ID, VOCABULARY, tiny_model
 
 PROMPT, LENGTH, SHARP = [5, 7, 11], 14, 60.0

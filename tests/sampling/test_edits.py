@@ -20,8 +20,8 @@ from llamafactory_ddm.sampling import (
     get_strategy,
     start,
 )
+from llamafactory_ddm.sampling.budget import split_into_blocks
 from llamafactory_ddm.sampling.edits import edits_of
-from llamafactory_ddm.sampling.steps import split_into_blocks
 
 GREEDY = LogitsConfig(0.0)
 END, PAD = 0, 1

@@ -8,7 +8,7 @@ import torch
 from toy_sampling import MASK, LeftToRight, V, run
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.sampling.steps import reveal_probability
+from llamafactory_ddm.sampling.budget import reveal_probability
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

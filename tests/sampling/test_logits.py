@@ -7,9 +7,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ddm.sampling import draws as module
-from llamafactory_ddm.sampling.draws import draw_tokens
+from llamafactory_ddm.sampling import tokens as module
 from llamafactory_ddm.sampling.logits import LogitsConfig, filtered_log_probs
+from llamafactory_ddm.sampling.tokens import draw_tokens
 
 
 def by_full_sort(logits, config, suppress=()):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamafactory_ddm.sampling import start
-from llamafactory_ddm.sampling.draws import draw_tokens
 from llamafactory_ddm.sampling.logits import LogitsConfig, filtered_log_probs, guided_logits, penalise_repetition
 from llamafactory_ddm.sampling.nucleus import Weights, in_nucleus, nucleus_mask, sample_weights
+from llamafactory_ddm.sampling.tokens import draw_tokens
 
 ALL = frozenset({"log_prob", "margin", "entropy", "argmax", "top_log_prob"})
 

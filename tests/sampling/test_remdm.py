@@ -9,7 +9,7 @@ from toy_sampling import MASK, NAMES, LeftToRight, V, run, toy
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.sampling import LogitsConfig, Remasking, SamplingSettings, StableStop, get_strategy
-from llamafactory_ddm.sampling.steps import remask_probability, reveal_probability, split_into_blocks
+from llamafactory_ddm.sampling.budget import remask_probability, reveal_probability, split_into_blocks
 
 CAPS = [0.0, 0.02, 0.3, 1.0]
 

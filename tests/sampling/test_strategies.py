@@ -8,7 +8,7 @@ from toy_sampling import MASK, LeftToRight, V, run, toy
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.sampling import LogitsConfig, StableStop, get_strategy, register
-from llamafactory_ddm.sampling.steps import transfer_budget
+from llamafactory_ddm.sampling.budget import transfer_budget
 from llamafactory_ddm.sampling.strategies import RandomOrder
 
 

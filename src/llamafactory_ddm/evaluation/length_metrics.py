@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sampling.length import PREDICTORS, FirstStep, calibrated_margin, up_to_block
+from ..sampling.length_predictors import PREDICTORS, FirstStep, calibrated_margin, up_to_block
 
 FOLDS = 5
 

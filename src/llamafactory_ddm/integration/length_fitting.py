@@ -21,7 +21,7 @@ from ..diffusion.rng import keyed_uniform
 from ..evaluation.length_metrics import FOLDS, least_margins, length_metrics
 from ..generation import TextGenerator
 from ..modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
-from ..sampling.length import FirstStep
+from ..sampling.length_predictors import FirstStep
 from ..writing import Writer
 from .checks import check_checkpoint_folders
 from .loading import sources

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..modeling.mask_token import escape_hint
 from ..sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
-from ..sampling.length import PREDICTORS
+from ..sampling.budget import COMMIT_SCHEDULES
+from ..sampling.length_predictors import PREDICTORS
 from ..sampling.logits import SCORE_DISTRIBUTIONS
 from ..sampling.settings import EARLY_STOPS, MOST_STEPS, check_scores
 from ..sampling.state import MOST_ROWS
-from ..sampling.steps import COMMIT_SCHEDULES
 from . import editing_keys
 
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -1,15 +1,15 @@
 """Sampling from masked diffusion models: one loop, with the choice of tokens and of positions as parts of it."""
 
-from .draws import Draws, draw_tokens
 from .edits import Edits
+from .forward import Context, Denoiser
 from .logits import LogitsConfig, filtered_log_probs
 from .loop import SamplerOutput, denoise_step, sample
-from .prediction import Context, Denoiser
 from .remasking import Remasking
 from .settings import SamplingSettings
 from .stable import StableStop
 from .state import Plan, SamplerState, Turn, start
 from .strategies import STRATEGIES, Strategy, get_strategy, register
+from .tokens import Draws, draw_tokens
 
 __all__ = [
     "STRATEGIES",

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..diffusion.schedules import NoiseSchedule
+from .budget import CommitSchedule
 from .edits import Edits
+from .forward import Context, Denoiser, Scores, check_context, predict
 from .logits import LogitsConfig
 from .moves import Made, ask, counts, decide, revise, settle, written
-from .prediction import Context, Denoiser, Scores, check_context, predict
 from .stable import StableStop
 from .state import Plan, SamplerState, next_turn, start
-from .steps import CommitSchedule
 from .strategies import Strategy
 
 _NO_EDITS = Edits()

@@ -10,8 +10,8 @@ from torch import Tensor
 from . import edits as editing
 from . import stable
 from .edits import Edits
+from .forward import Scores
 from .logits import Measure
-from .prediction import Scores
 from .remasking import remasked, stays
 from .stable import StableStop
 from .state import Plan, SamplerState, Turn, is_behind_end, is_complete

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..diffusion.noise import Stream
+from .budget import remask_probability
 from .logits import Measure
 from .state import Turn
-from .steps import remask_probability
 from .strategies import Strategy, register
 
 

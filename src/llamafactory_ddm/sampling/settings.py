@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from .budget import COMMIT_SCHEDULES, CommitSchedule
 from .edits import MOST_BY_DEFAULT, Edits, edits_of
-from .length import PREDICTORS, PredictorName, check_coverage
+from .length_predictors import PREDICTORS, PredictorName, check_coverage
 from .logits import LogitsConfig
 from .stable import StableStop
-from .steps import COMMIT_SCHEDULES, CommitSchedule
 from .strategies import Strategy, get_strategy
 
 EarlyStop = Literal["none", "eos", "predict", "grow"]

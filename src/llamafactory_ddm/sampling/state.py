@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.noise import Stream
 from ..diffusion.rng import keyed_uniform
 from ..diffusion.schedules import LinearSchedule, NoiseSchedule
-from .steps import CommitSchedule, pace_of_blocks, split_into_blocks, steps_of_blocks
+from .budget import CommitSchedule, pace_of_blocks, split_into_blocks, steps_of_blocks
 
 MOST_ROWS = 2**32
 TRIES = 8  # columns of uniform numbers: draws outside the nucleus are repeated, see `draw_tokens`

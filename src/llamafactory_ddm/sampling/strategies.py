@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..diffusion.noise import Stream
+from .budget import kept_masked
 from .logits import Measure
 from .state import Turn
-from .steps import kept_masked
 
 
 class Strategy(Protocol):

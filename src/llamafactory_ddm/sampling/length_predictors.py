@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from .prediction import Denoiser
+from .forward import Denoiser
 
 PredictorName = Literal["belief", "expected", "eos_quantile", "regressor", "token_classifier"]
 UNTRAINED: tuple[PredictorName, ...] = ("belief", "expected", "eos_quantile")

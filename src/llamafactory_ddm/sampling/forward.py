@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .draws import Draws, concatenate, draw_tokens
 from .logits import LogitsConfig, Measure, guided_logits, penalise_repetition
 from .state import TRIES, Plan, SamplerState, Turn
+from .tokens import Draws, concatenate, draw_tokens
 
 _UNCERTAIN = 1e4  # nats; more than any token's, and ends keep their order
 _NO_TOKEN = torch.iinfo(torch.int64).max

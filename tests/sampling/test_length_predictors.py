@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_ddm.sampling.length import (
+from llamafactory_ddm.sampling.length_predictors import (
     PREDICTORS,
     FirstStep,
     default_margin,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory_ddm.diffusion.schedules import SCHEDULES, get_schedule
-from llamafactory_ddm.sampling.steps import reveal_probability, transfer_budget
+from llamafactory_ddm.sampling.budget import reveal_probability, transfer_budget
 
 
 @given(
