@@ -38,8 +38,8 @@ from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.integration.trainer import DiffusionTrainer
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.masked_objective import MaskedObjective
-from llamafactory_ddm.modeling.mixed_objective import MixedObjective
+from llamafactory_ddm.objectives.masked import MaskedObjective
+from llamafactory_ddm.objectives.mixed import MixedObjective
 
 KINDS = ("ar", "dense", "full", "annealed", "mixed")
 # (kind, baseline, what must hold)

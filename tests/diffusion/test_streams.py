@@ -10,8 +10,8 @@ from llamafactory_ddm.diffusion import rng as philox
 from llamafactory_ddm.diffusion.schedules import LinearSchedule
 from llamafactory_ddm.evaluation.end_metrics import EndRows, statistics
 from llamafactory_ddm.integration.length_fitting import texts
-from llamafactory_ddm.modeling.mixed_objective import MixedObjective
-from llamafactory_ddm.modeling.objective import CleanBatch
+from llamafactory_ddm.objectives.base import CleanBatch
+from llamafactory_ddm.objectives.mixed import MixedObjective
 from llamafactory_ddm.sampling.state import start
 from support.numbers import Ledger
 

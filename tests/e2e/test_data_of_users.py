@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.masked_objective import MaskedObjective
+from llamafactory_ddm.objectives.masked import MaskedObjective
 from support.cli import ABSENT, train_here
 
 CHAT = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}

@@ -4,8 +4,8 @@ import pytest
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.masked_objective import MaskedObjective
-from llamafactory_ddm.modeling.mixed_objective import MixedObjective
+from llamafactory_ddm.objectives.masked import MaskedObjective
+from llamafactory_ddm.objectives.mixed import MixedObjective
 from support.tiny import MASK_ID, VOCABULARY, Rows, stack, tiny_model
 
 

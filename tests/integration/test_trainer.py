@@ -12,7 +12,7 @@ from llamafactory_ddm.integration.model_card import Origin
 from llamafactory_ddm.modeling import bidirectional
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
 from llamafactory_ddm.modeling.denoiser import head_rows
-from llamafactory_ddm.modeling.objective import CleanBatch
+from llamafactory_ddm.objectives.base import CleanBatch
 from support.tiny import LENGTH, MASK_ID, VOCABULARY, Rows, tiny_model
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..evaluation.end_metrics import EndRows, columns, last_text, metrics, statistics
 from ..modeling.denoiser import head_rows
-from ..modeling.objective import CleanBatch
+from ..objectives.base import CleanBatch
 from .evaluation import EVALUATION_SEED, prepared_batches
 
 if TYPE_CHECKING:

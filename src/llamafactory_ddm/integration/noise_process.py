@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ..diffusion.schedules import get_schedule
 from ..modeling.attention_layers import text_config
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..modeling.masked_objective import MaskedObjective
-from ..modeling.mixed_objective import MixedObjective
-from ..modeling.objective import Objective
+from ..objectives.base import Objective
+from ..objectives.masked import MaskedObjective
+from ..objectives.mixed import MixedObjective
 from .logs import get_logger
 from .variable_length import LengthPlan, end_noise
 

@@ -20,7 +20,7 @@ from ..diffusion.attention import annealed_visibility, annealing_ratio
 from ..modeling.bidirectional import full_attention_mask, probe_bidirectional
 from ..modeling.denoiser import RowSelectingHead
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..modeling.objective import Objective
+from ..objectives.base import Objective
 from .evaluation import evaluate_bound
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from .half_logits import keep_half_logits

@@ -5,8 +5,8 @@ import torch
 
 from llamafactory_ddm.diffusion.likelihood import evaluation_times
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.modeling.mixed_objective import MixedObjective
-from llamafactory_ddm.modeling.objective import CleanBatch
+from llamafactory_ddm.objectives.base import CleanBatch
+from llamafactory_ddm.objectives.mixed import MixedObjective
 from support.tiny import MASK_ID, VOCABULARY, Rows, stack, tiny_model
 
 

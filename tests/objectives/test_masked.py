@@ -10,8 +10,8 @@ from llamafactory_ddm.data.responses import ResponseCollator
 from llamafactory_ddm.data.variable_length import VariableLengthCollator
 from llamafactory_ddm.diffusion.eos_noise import EndNoise
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.modeling.masked_objective import MaskedObjective
-from llamafactory_ddm.modeling.mixed_objective import MixedObjective
+from llamafactory_ddm.objectives.masked import MaskedObjective
+from llamafactory_ddm.objectives.mixed import MixedObjective
 from support.tiny import LENGTH, MASK_ID, VOCABULARY
 
 PAD, EOS = 7, 0
