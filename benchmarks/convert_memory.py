@@ -27,7 +27,7 @@ CLAIM = 0.25  # GB more than for a few kilobytes, whatever the size of the check
 _CONVERT = """
 import re, sys
 from pathlib import Path
-from llamafactory_ddm.modeling.conversion import convert
+from llamafactory_ddm.checkpoints.convert import convert
 convert(sys.argv[1], sys.argv[2], to_published=sys.argv[3] == "back")
 print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """

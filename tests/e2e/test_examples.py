@@ -5,9 +5,9 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
+from llamafactory_ddm.checkpoints.plain_copy import CACHE
 from llamafactory_ddm.integration.stages import STAGES
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.recognition import CACHE
 from support.cli import ROOT, predictions, run
 from support.published import write_dream, write_llada
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm import load
+from llamafactory_ddm.checkpoints.plain_copy import CACHE, plain_folder
 from llamafactory_ddm.cli import main
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.recognition import CACHE, plain_folder
 from support.cli import ABSENT, history, predictions, run, train_here
 from support.published import MASK_ID, all_weights, by_formula, dream_by_formula, in_hub, write_dream, write_llada
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig
 
+from llamafactory_ddm.checkpoints.plain_copy import CACHE, origin_of
 from llamafactory_ddm.integration import plain_models
-from llamafactory_ddm.modeling.recognition import CACHE, origin_of
 from support.published import in_hub, write_dream
 
 

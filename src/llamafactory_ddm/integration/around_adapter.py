@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.diffullama import embedding_rows, is_model_folder, layout_of_folder
+from ..checkpoints.plain_copy import origin_of
+from ..checkpoints.weights import load_weights, stored_dtype
 from ..modeling.adapters import base_of, fit_rows, settle_targets, tie_again
 from ..modeling.bidirectional import make_bidirectional
-from ..modeling.checkpoints import load_weights, stored_dtype
 from ..modeling.embedding_rows import give_rows, rows_of, set_rows
-from ..modeling.published import embedding_rows, is_model_folder, layout_of_folder
-from ..modeling.recognition import origin_of
 from .logs import get_logger
 from .vocabulary import Vocabulary, check_stored
 

@@ -9,9 +9,9 @@ from typing import Any
 from llamafactory.extras.misc import try_download_model_from_other_hub
 from transformers.utils.hub import cached_file
 
+from ..checkpoints.llada_dream import kind_of, raw_config
+from ..checkpoints.plain_copy import may_be_on_a_hub
 from ..modeling.diffusion_config import FILE_NAME
-from ..modeling.own_code import kind_of, raw_config
-from ..modeling.recognition import may_be_on_a_hub
 from .logs import get_logger
 from .stages import STAGES
 

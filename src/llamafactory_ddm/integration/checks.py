@@ -12,12 +12,12 @@ from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ..checkpoints.diffullama import is_model_folder, layout_of_folder
+from ..checkpoints.llada_dream import kind_of, raw_config
+from ..checkpoints.plain_copy import may_be_on_a_hub
+from ..checkpoints.weights import verify_checkpoint
 from ..modeling.adapters import ADAPTER_CONFIG, check_adapter, refuse_both
 from ..modeling.attention_layers import max_positions
-from ..modeling.checkpoints import verify_checkpoint
-from ..modeling.own_code import kind_of, raw_config
-from ..modeling.published import is_model_folder, layout_of_folder
-from ..modeling.recognition import may_be_on_a_hub
 from .data_faults import find_fault
 from .plain_models import settle_plain_model
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..checkpoints.plain_copy import origin_of
 from ..modeling.diffusion_config import DiffusionConfig
-from ..modeling.recognition import origin_of
 from .loading import LoadedModel, find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
 from .logs import get_logger
 from .model_card import FILE_NAME as CARD

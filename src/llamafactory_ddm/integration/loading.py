@@ -10,16 +10,16 @@ from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.model.patcher import patch_tokenizer
 from transformers import AutoTokenizer
 
-from ..modeling.adapters import check_agreement
-from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..modeling.mask_token import ResolvedMaskToken, resolve_mask_token
-from ..modeling.published import (
+from ..checkpoints.diffullama import (
     embedding_rows,
     is_model_folder,
     layout_of_folder,
     published_config,
     set_published_padding,
 )
+from ..modeling.adapters import check_agreement
+from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ..modeling.mask_token import ResolvedMaskToken, resolve_mask_token
 from .around_adapter import AroundAdapter, loading_for_diffusion
 from .logs import get_logger
 from .noise_process import settle_noise_process, with_noise_process

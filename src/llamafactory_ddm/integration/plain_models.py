@@ -6,7 +6,7 @@ from typing import Any
 
 from llamafactory.extras.misc import try_download_model_from_other_hub
 
-from ..modeling.recognition import plain_folder
+from ..checkpoints.plain_copy import plain_folder
 from .logs import get_logger
 
 logger = get_logger(__name__)

@@ -16,8 +16,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .._version import __version__
+from ..checkpoints.weights import weight_files
 from ..generation import Generated, TextGenerator
-from ..modeling.checkpoints import weight_files
 from ..sampling import SamplingSettings
 from ..sampling.trace import Trace, write_html
 from .logs import get_logger

@@ -206,7 +206,7 @@ def whole_model_class(original: Any) -> Any:
     class Whole(original):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, **kwargs: Any) -> Any:  # as upstream's loader calls it
-            from ..modeling.whole_weights import load_whole
+            from ..checkpoints.load_model import load_whole
             from .around_adapter import in_a_diffusion_run
 
             return load_whole(original, **kwargs) if in_a_diffusion_run() else original.from_pretrained(**kwargs)
@@ -221,7 +221,7 @@ def whole_peft_model(original: Any) -> Any:
     class Whole(original):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, model: Any, model_id: Any, **kwargs: Any) -> Any:
-            from ..modeling.whole_weights import load_whole_adapter
+            from ..checkpoints.load_model import load_whole_adapter
             from .around_adapter import in_a_diffusion_run
 
             if in_a_diffusion_run():

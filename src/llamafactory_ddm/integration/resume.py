@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.weights import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
 from ..modeling.adapters import ADAPTER_CONFIG
-from ..modeling.checkpoints import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
 from ..modeling.diffusion_config import DiffusionConfig
 from .logs import get_logger
 

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoints import weight_files
+from ..checkpoints.diffullama import shapes_of
+from ..checkpoints.load_model import load_whole, load_whole_adapter
+from ..checkpoints.weights import weight_files
 from .diffusion_config import DiffusionConfig
 from .embedding_rows import has_tied_embeddings, rows_of, set_rows
-from .published import shapes_of
-from .whole_weights import load_whole, load_whole_adapter
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What an adapter and the model that it was trained on must say alike.

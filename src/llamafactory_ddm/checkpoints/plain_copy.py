@@ -18,11 +18,11 @@ from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from transformers.utils.hub import cached_file
 
-from .checkpoints import verify_checkpoint, weight_files
-from .conversion import convert
-from .diffusion_config import FILE_NAME
+from ..modeling.diffusion_config import FILE_NAME
+from .convert import convert
 from .key_tables import first_line
-from .own_code import OwnCode, kind_of, raw_config
+from .llada_dream import OwnCode, kind_of, raw_config
+from .weights import verify_checkpoint, weight_files
 
 CACHE = "LLAMAFACTORY_DDM_CACHE"
 ORIGIN_NAME = "converted_from.json"

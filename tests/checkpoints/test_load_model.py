@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from llamafactory_ddm import load
+from llamafactory_ddm.checkpoints.load_model import load_whole
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.whole_weights import load_whole
 from support.tiny import tiny_tokenizer
 
 FACTS = DiffusionConfig("<|mask|>", 262, True, "masked", 0.0, "linear", 1.0)

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from .diffusion_config import DiffusionConfig
+from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.mask_token import resolve_token
+from .diffullama import AnyLayout, published_config, set_published_padding
 from .key_tables import first_line
-from .mask_token import resolve_token
-from .own_code import OwnCode, kind_of, raw_config, standard_config
-from .published import AnyLayout, published_config, set_published_padding
+from .llada_dream import OwnCode, kind_of, raw_config, standard_config
 
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # of LLaDA and of Dream
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import read_weights, some, verify_checkpoint, weight_files
+from .weights import read_weights, some, verify_checkpoint, weight_files
 
 _logger = logging.getLogger(__name__)
 _ADAPTER_PREFIX = "base_model.model."

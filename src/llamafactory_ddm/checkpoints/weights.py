@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .diffusion_config import FILE_NAME, DiffusionConfig
+from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 
 # In the order in which transformers looks for them.
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

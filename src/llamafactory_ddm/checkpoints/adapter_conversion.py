@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .adapters import ADAPTER_CONFIG
-from .checkpoints import weight_files
+from ..modeling.adapters import ADAPTER_CONFIG
+from ..modeling.diffusion_config import DiffusionConfig
 from .converted_weights import renamer, write_weights
-from .diffusion_config import DiffusionConfig
+from .diffullama import LAYOUTS, Layout, keys_of, layout_of
 from .key_tables import check_adapter_keys
-from .own_code import kind_behind, kind_of, raw_config
-from .published import LAYOUTS, Layout, keys_of, layout_of
+from .llada_dream import kind_behind, kind_of, raw_config
 from .source_parts import source_tokenizer
+from .weights import weight_files
 
 
 def convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_published: bool) -> None:

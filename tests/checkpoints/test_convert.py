@@ -16,10 +16,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from llamafactory_ddm.checkpoints import diffullama as published
+from llamafactory_ddm.checkpoints.convert import convert
+from llamafactory_ddm.checkpoints.weights import load_weights
 from llamafactory_ddm.cli import main
-from llamafactory_ddm.modeling import published
-from llamafactory_ddm.modeling.checkpoints import load_weights
-from llamafactory_ddm.modeling.conversion import convert
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.tiny import tiny_tokenizer
 

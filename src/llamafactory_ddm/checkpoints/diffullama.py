@@ -16,9 +16,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from .checkpoints import read_weights, weight_files
-from .diffusion_config import DiffusionConfig
-from .own_code import LLADA, LladaLayout
+from ..modeling.diffusion_config import DiffusionConfig
+from .llada_dream import LLADA, LladaLayout
+from .weights import read_weights, weight_files
 
 _ADAPTER_PREFIX = "base_model.model."
 # Buffers of old GPT-2 files, and the autoregressive model that lies beside the other in DiffuGPT's .bin files.

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llamafactory_ddm.modeling.checkpoints import (
+from llamafactory_ddm.checkpoints.diffullama import layout_of_folder
+from llamafactory_ddm.checkpoints.weights import (
     BrokenCheckpointError,
     last_complete_checkpoint,
     load_weights,
@@ -17,7 +18,6 @@ from llamafactory_ddm.modeling.checkpoints import (
     weight_files,
 )
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.published import layout_of_folder
 from support.tiny import tiny_model
 
 CONFIG = DiffusionConfig("<|mask|>", 39, True, "masked", 0.0, "linear", 1.0)

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from llamafactory_ddm.checkpoints.source_parts import with_start_and_end
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.source_parts import with_start_and_end
 from support.tiny import tiny_tokenizer
 
 DESCRIBED = DiffusionConfig("<|mask|>", 262, True, "masked", 0.0, "linear", 1.0)

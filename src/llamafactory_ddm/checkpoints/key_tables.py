@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .checkpoints import some, weight_files
-from .published import AnyLayout, shapes_of
+from .diffullama import AnyLayout, shapes_of
+from .weights import some, weight_files
 
 
 def check_keys(source: Path, layout: AnyLayout | None, config: Any) -> None:

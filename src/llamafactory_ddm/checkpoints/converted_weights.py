@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoints import read_weights, weight_files
-from .published import AnyLayout
-from .renaming import write_renamed
+from .diffullama import AnyLayout
+from .rename import write_renamed
+from .weights import read_weights, weight_files
 
 
 def renamer(layout: AnyLayout | None, published: AnyLayout | None) -> Callable[[str], str | None]:

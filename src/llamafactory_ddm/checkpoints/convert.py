@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modeling.adapters import ADAPTER_CONFIG
+from ..modeling.diffusion_config import DiffusionConfig
 from .adapter_conversion import convert_adapter
-from .adapters import ADAPTER_CONFIG
-from .checkpoints import read_weight, stored_dtype, verify_checkpoint, weight_files
 from .converted_weights import renamer, write_weights
-from .diffusion_config import DiffusionConfig
+from .diffullama import LAYOUTS, AnyLayout, Layout, embedding_rows, keys_of, layout_of
 from .key_tables import check_keys, is_tied
-from .own_code import LLADA, kind_behind, kind_of, raw_config
-from .own_code import published_config as published_config_of
-from .published import LAYOUTS, AnyLayout, Layout, embedding_rows, keys_of, layout_of
+from .llada_dream import LLADA, kind_behind, kind_of, raw_config
+from .llada_dream import published_config as published_config_of
 from .source_parts import (
     check_options,
     described_by_code,
@@ -29,6 +28,7 @@ from .source_parts import (
     source_tokenizer,
     with_start_and_end,
 )
+from .weights import read_weight, stored_dtype, verify_checkpoint, weight_files
 
 
 def convert(

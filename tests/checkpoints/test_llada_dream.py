@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm import load
+from llamafactory_ddm.checkpoints.convert import convert
+from llamafactory_ddm.checkpoints.llada_dream import LLADA
+from llamafactory_ddm.checkpoints.rename import write_renamed
+from llamafactory_ddm.checkpoints.weights import stored_dtype
 from llamafactory_ddm.cli import main
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
-from llamafactory_ddm.modeling.checkpoints import stored_dtype
-from llamafactory_ddm.modeling.conversion import convert
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.own_code import LLADA
-from llamafactory_ddm.modeling.renaming import write_renamed
 from support.published import (
     DREAM_CONFIG,
     LLADA_CONFIG,
@@ -183,7 +183,7 @@ def test_converting_takes_little_memory(tmp_path):
     script = (
         "import re, sys\n"
         "from pathlib import Path\n"
-        "from llamafactory_ddm.modeling.conversion import convert\n"
+        "from llamafactory_ddm.checkpoints.convert import convert\n"
         "convert(sys.argv[1], sys.argv[2])\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
     )

@@ -13,10 +13,10 @@ import torch
 from transformers import LlamaConfig
 
 from llamafactory_ddm import load
-from llamafactory_ddm.modeling import recognition
-from llamafactory_ddm.modeling.conversion import convert
+from llamafactory_ddm.checkpoints import plain_copy as recognition
+from llamafactory_ddm.checkpoints.convert import convert
+from llamafactory_ddm.checkpoints.plain_copy import CACHE, ORIGIN_NAME, cache_root, origin_of, plain_folder
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.recognition import CACHE, ORIGIN_NAME, cache_root, origin_of, plain_folder
 from support.limits import LIMIT
 from support.published import all_weights, in_hub, llada_weights, write_dream, write_llada
 
