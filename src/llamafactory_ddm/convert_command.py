@@ -38,7 +38,7 @@ def main(words: list[str]) -> int:
     from .checkpoints.convert import convert
     from .checkpoints.diffullama import layout_of_folder
     from .checkpoints.llada_dream import LLADA
-    from .modeling.adapters import ADAPTER_CONFIG
+    from .modeling.lora import ADAPTER_CONFIG
 
     logging.set_verbosity_error()
     try:

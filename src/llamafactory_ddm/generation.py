@@ -20,11 +20,11 @@ from .data.canvas import Canvas, canvas_of, check_unmarked, infilling_canvas
 from .data.collators import start_token_id
 from .data.replay import replay
 from .data.text_codec import TextCodec
-from .modeling.attention_layers import max_positions
 from .modeling.bidirectional import probe_bidirectional
 from .modeling.diffusion_config import DiffusionConfig
 from .modeling.length_heads import LengthPredictors
-from .modeling.mask_token import resolve_token
+from .modeling.model_info import max_positions
+from .modeling.special_tokens import resolve_token
 from .sampling import SamplingSettings
 from .sampling.budget import split_into_blocks, steps_of_blocks
 from .sampling.keywords import with_keywords

@@ -13,10 +13,10 @@ from .checkpoints.load_model import load_whole
 from .checkpoints.plain_copy import may_be_on_a_hub, plain_folder
 from .checkpoints.weights import verify_checkpoint
 from .generation import TextGenerator
-from .modeling.adapters import ADAPTER_CONFIG, base_of, merged_with_base, refuse_both
 from .modeling.bidirectional import make_bidirectional
 from .modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from .modeling.length_heads import LengthPredictors
+from .modeling.lora import ADAPTER_CONFIG, base_of, merged_with_base, refuse_both
 
 
 def load(

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from llamafactory_ddm.integration import prepared_rows
 from llamafactory_ddm.integration.prepared_rows import AnswerMarks, RowRules, check_columns, check_prepared
-from llamafactory_ddm.modeling.mask_token import ResolvedMaskToken
+from llamafactory_ddm.modeling.special_tokens import ResolvedMaskToken
 from support.tiny import tiny_tokenizer
 
 EOS, A, CAT, DOG, MASK = 0, 40, 258, 260, 262  # of the tiny tokenizer; the last is new

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling.adapters import ADAPTER_CONFIG
 from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.lora import ADAPTER_CONFIG
 from .adapter_conversion import convert_adapter
 from .converted_weights import renamer, write_weights
 from .diffullama import LAYOUTS, AnyLayout, Layout, embedding_rows, keys_of, layout_of

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from ..modeling.diffusion_config import DiffusionConfig
-from ..modeling.mask_token import resolve_token
+from ..modeling.special_tokens import resolve_token
 from .diffullama import AnyLayout, published_config, set_published_padding
 from .key_tables import first_line
 from .llada_dream import OwnCode, kind_of, raw_config, standard_config

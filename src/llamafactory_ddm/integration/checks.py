@@ -16,8 +16,8 @@ from ..checkpoints.diffullama import is_model_folder, layout_of_folder
 from ..checkpoints.llada_dream import kind_of, raw_config
 from ..checkpoints.plain_copy import may_be_on_a_hub
 from ..checkpoints.weights import verify_checkpoint
-from ..modeling.adapters import ADAPTER_CONFIG, check_adapter, refuse_both
-from ..modeling.attention_layers import max_positions
+from ..modeling.lora import ADAPTER_CONFIG, check_adapter, refuse_both
+from ..modeling.model_info import max_positions
 from .data_faults import find_fault
 from .plain_models import settle_plain_model
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..data.responses import ResponseCollator
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.digits import split_digits, splits_digits
-from ..modeling.mask_token import resolve_token
+from ..modeling.special_tokens import resolve_token
 from .start_and_end import with_padding, with_template
 from .templates import DIFFULLAMA, MARKS, DiffuLlamaTemplate, uncut
 

@@ -17,9 +17,9 @@ from ..checkpoints.diffullama import (
     published_config,
     set_published_padding,
 )
-from ..modeling.adapters import check_agreement
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..modeling.mask_token import ResolvedMaskToken, resolve_mask_token
+from ..modeling.lora import check_agreement
+from ..modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from .around_adapter import AroundAdapter, loading_for_diffusion
 from .logs import get_logger
 from .noise_process import settle_noise_process, with_noise_process

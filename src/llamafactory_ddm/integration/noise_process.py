@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..diffusion.schedules import get_schedule
-from ..modeling.attention_layers import text_config
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ..modeling.model_info import text_config
 from ..objectives.base import Objective
 from ..objectives.masked import MaskedObjective
 from ..objectives.mixed import MixedObjective

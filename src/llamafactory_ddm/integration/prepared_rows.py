@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.compute
 
 from ..data.responses import IGNORE
-from ..modeling.mask_token import ResolvedMaskToken
+from ..modeling.special_tokens import ResolvedMaskToken
 from .checks import datasets_explained
 from .logs import get_logger
 from .templates import DiffuLlamaTemplate

@@ -10,8 +10,8 @@ from llamafactory.model import load_config
 
 from ..data.control_tokens import control_texts, reading_as_text
 from ..data.variable_length import VariableLengthCollator
-from ..modeling.attention_layers import max_positions
 from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.model_info import max_positions
 from .checks import check_cutoff, dataset_names, datasets_explained
 from .finetuning import finetuned_config, settle_digits, settle_template, with_own_cut
 from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.weights import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
-from ..modeling.adapters import ADAPTER_CONFIG
 from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.lora import ADAPTER_CONFIG
 from .logs import get_logger
 
 logger = get_logger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..modeling.mask_token import escape_hint
+from ..modeling.special_tokens import escape_hint
 from ..sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
 from ..sampling.budget import COMMIT_SCHEDULES
 from ..sampling.length_predictors import PREDICTORS

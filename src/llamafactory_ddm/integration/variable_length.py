@@ -9,8 +9,8 @@ from typing import Any
 from ..data.collators import start_token_id
 from ..data.variable_length import VariableLengthCollator
 from ..diffusion.eos_noise import EndNoise
-from ..modeling.attention_layers import max_positions
 from ..modeling.diffusion_config import DiffusionConfig, VariableLength
+from ..modeling.model_info import max_positions
 from ..modeling.pad_tokens import pad_names
 from .length_keys import NEEDS
 from .logs import get_logger

@@ -11,9 +11,9 @@ from transformers import DataCollatorWithPadding
 from .. import _errors
 from ..checkpoints.plain_copy import origin_of
 from ..data.collators import StartTokenCollator, start_token_id
-from ..modeling.attention_layers import max_positions
 from ..modeling.length_heads import FILE_NAME as LENGTHS
 from ..modeling.length_heads import REPORT_NAME as LENGTHS_REPORT
+from ..modeling.model_info import max_positions
 from .checks import check_checkpoint_folders, check_data, check_predict
 from .end_evaluation import evaluate_ends, save_end_metrics
 from .finetuning import response_collator

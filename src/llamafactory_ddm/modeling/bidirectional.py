@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from ..diffusion.attention import additive_mask
-from .attention_layers import (
+from .model_info import (
     SUCH_AS,
     NotBidirectionalError,
     attention_modules,
@@ -27,7 +27,7 @@ from .attention_layers import (
     text_config,
     window_of,
 )
-from .attention_layers import implementation as _implementation
+from .model_info import implementation as _implementation
 from .quantization import evaluation_mode
 
 __all__ = [

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .attention_layers import dtype_of, text_config
 from .bidirectional import full_attention_mask
+from .model_info import dtype_of, text_config
 
 _ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
 # A product of few rows with many outputs is half as fast again on a CPU if the outputs are taken 1,024 at a time and

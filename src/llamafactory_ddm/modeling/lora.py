@@ -15,7 +15,7 @@ from ..checkpoints.diffullama import shapes_of
 from ..checkpoints.load_model import load_whole, load_whole_adapter
 from ..checkpoints.weights import weight_files
 from .diffusion_config import DiffusionConfig
-from .embedding_rows import has_tied_embeddings, rows_of, set_rows
+from .embeddings import has_tied_embeddings, rows_of, set_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What an adapter and the model that it was trained on must say alike.

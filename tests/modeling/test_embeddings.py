@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llamafactory_ddm.modeling.embedding_rows import give_rows, has_tied_embeddings, rows_of, set_rows
+from llamafactory_ddm.modeling.embeddings import give_rows, has_tied_embeddings, rows_of, set_rows
 
 KNOWN = 20
 

@@ -2,7 +2,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llamafactory_ddm.modeling.mask_token import (
+from llamafactory_ddm.modeling.special_tokens import (
     ResolvedMaskToken,
     add_mask_token,
     check_roles,
