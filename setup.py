@@ -24,7 +24,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"llamafactory_ddm": ["py.typed", "sampling/*.html"]},
+    package_data={"llamafactory_ddm": ["py.typed", "generation/*.html"]},
     install_requires=[
         # LLaMA-Factory imports torchaudio, whose 2.11.0 refuses another torch.
         "torch>=2.5,<2.12",

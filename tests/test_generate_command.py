@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llamafactory_ddm import LogitsConfig, SamplingSettings, generate_command, loading
-from llamafactory_ddm.generation import TextGenerator
+from llamafactory_ddm import LogitsConfig, SamplingSettings, generate_command
+from llamafactory_ddm.generation import terminal
+from llamafactory_ddm.generation.generator import TextGenerator
+from llamafactory_ddm.generation.generator import load as loading
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.sampling import terminal
 from support.tiny import tiny_tokenizer
 
 WORDS = ("model", "--max-new-tokens", "5", "--steps", "5", "--seed", "3")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .generation import TextGenerator
-    from .loading import load
+    from .generation.generator import TextGenerator
+    from .generation.load import load
     from .sampling import LogitsConfig, SamplingSettings, StableStop
 
 __all__ = ["LogitsConfig", "SamplingSettings", "StableStop", "TextGenerator", "__version__", "load"]
@@ -17,8 +17,8 @@ _HOMES = {
     "StableStop": "sampling",
     "LogitsConfig": "sampling",
     "SamplingSettings": "sampling",
-    "TextGenerator": "generation",
-    "load": "loading",
+    "TextGenerator": "generation.generator",
+    "load": "generation.load",
 }
 
 

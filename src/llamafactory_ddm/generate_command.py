@@ -130,8 +130,8 @@ def settings_of(arguments: argparse.Namespace) -> SamplingSettings:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from .loading import load
-    from .sampling.terminal import TerminalAnimation
+    from .generation.load import load
+    from .generation.terminal import TerminalAnimation
 
     settings = settings_of(arguments)
     model = load(arguments.path, template=arguments.template, raw=arguments.raw)

@@ -67,7 +67,7 @@ def test_answers_are_counted_as_in_gsm8k(generate, tmp_path):
 
 
 def test_a_right_answer_counts(generate, tmp_path, monkeypatch):
-    from llamafactory_ddm.generation import Generated, TextGenerator
+    from llamafactory_ddm.generation.generator import Generated, TextGenerator
 
     def answering(self, canvases, *args, **rest):
         said = ("so #### 1000", "so #### 7")
@@ -214,7 +214,7 @@ def test_more_steps_than_tokens_is_said_and_costs_nothing(generate, tmp_path, ca
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(generate, tmp_path, monkeypatch):
-    from llamafactory_ddm.generation import TextGenerator
+    from llamafactory_ddm.generation.generator import TextGenerator
 
     keys = {"num_samples": 6, "per_device_eval_batch_size": 2}
     whole = generate(tmp_path / "whole", **keys)
@@ -248,7 +248,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(generate, tmp_path, monkeyp
 
 def test_a_billion_texts_begin_at_once(generate, tmp_path, monkeypatch):
     """Nothing is set aside for those to come, with a bar and sized canvases too."""
-    from llamafactory_ddm.generation import TextGenerator
+    from llamafactory_ddm.generation.generator import TextGenerator
 
     calls, plain = [], TextGenerator.sample_batch
 

@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from llamafactory_ddm import SamplingSettings, load
+from llamafactory_ddm.generation.writer import Writer
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.length_heads import FILE_NAME, REPORT_NAME, LengthPredictors
 from llamafactory_ddm.sampling.length_predictors import PREDICTORS
-from llamafactory_ddm.writing import Writer
 from support.cli import ROOT, predictions, run, train_here
 
 RECIPE = "examples/varlen_fit_length.yaml"

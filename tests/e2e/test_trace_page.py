@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from llamafactory_ddm.sampling.trace import BLANK, Trace, write_html
+from llamafactory_ddm.generation.trace import BLANK, Trace, write_html
 from support.limits import LIMIT
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

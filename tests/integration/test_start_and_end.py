@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from llamafactory_ddm import generation, load
+from llamafactory_ddm import load
+from llamafactory_ddm.generation import generator as generation
 from llamafactory_ddm.integration import start_and_end
 from llamafactory_ddm.modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from support.chat import PAIR, TEXT, run_keys, save_data, save_decoder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.canvas import MARKER
-from ..generation import TextGenerator
+from ..generation.generator import TextGenerator
 from ..modeling.length_heads import LengthPredictors
 from ..sampling import SamplingSettings
 from . import requests

@@ -19,10 +19,10 @@ from ..data.variable_length import VariableLengthCollator
 from ..diffusion.noise import Stream
 from ..diffusion.rng import keyed_uniform
 from ..evaluation.length_metrics import FOLDS, least_margins, length_metrics
-from ..generation import TextGenerator
+from ..generation.generator import TextGenerator
+from ..generation.writer import Writer
 from ..modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
 from ..sampling.length_predictors import FirstStep
-from ..writing import Writer
 from .checks import check_checkpoint_folders
 from .loading import sources
 from .logs import get_logger

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from .._version import __version__
 from ..checkpoints.weights import weight_files
-from ..generation import Generated, TextGenerator
+from ..generation.generator import Generated, TextGenerator
+from ..generation.trace import Trace, write_html
 from ..sampling import SamplingSettings
-from ..sampling.trace import Trace, write_html
 from .logs import get_logger
 from .predict_metrics import metrics_of
 from .requests import Repeated, Request, distinct

@@ -10,7 +10,7 @@ from llamafactory.data.processor import SupervisedDatasetProcessor
 
 from ..data.canvas import Canvas, check_unmarked
 from ..data.control_tokens import reading_as_text
-from ..generation import TextGenerator, saying
+from ..generation.generator import TextGenerator, saying
 from .checks import datasets_explained
 from .prompts import examples
 from .templates import uncut, without_cut

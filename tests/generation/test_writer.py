@@ -10,10 +10,10 @@ from hypothesis import settings as property_settings
 from hypothesis import strategies as st
 
 from llamafactory_ddm.data.canvas import canvas_of
+from llamafactory_ddm.generation.writer import Writer
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig, VariableLength
 from llamafactory_ddm.modeling.length_heads import LengthHeads, LengthPredictors
 from llamafactory_ddm.sampling import STRATEGIES, LogitsConfig, SamplingSettings
-from llamafactory_ddm.writing import Writer
 from support.numbers import counted
 
 END, PAD, WORD, MASK, FIRST = 0, 1, 2, 3, 10
@@ -62,7 +62,7 @@ def writer(monkeypatch, block=None, boasts=False, lengths=None, config=None):
         length = [0] * 99 if is_padding is None else is_padding.sum(dim=1).tolist()
         return ByHeart(length, boasts)
 
-    monkeypatch.setattr("llamafactory_ddm.sizing.ModelDenoiser", denoiser)
+    monkeypatch.setattr("llamafactory_ddm.generation.canvas_size.ModelDenoiser", denoiser)
     return made
 
 

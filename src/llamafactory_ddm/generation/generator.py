@@ -16,22 +16,22 @@ from typing import Any
 
 import torch
 
-from .data.canvas import Canvas, canvas_of, check_unmarked, infilling_canvas
-from .data.collators import start_token_id
-from .data.replay import replay
-from .data.text_codec import TextCodec
-from .modeling.bidirectional import probe_bidirectional
-from .modeling.diffusion_config import DiffusionConfig
-from .modeling.length_heads import LengthPredictors
-from .modeling.model_info import max_positions
-from .modeling.special_tokens import resolve_token
-from .sampling import SamplingSettings
-from .sampling.budget import split_into_blocks, steps_of_blocks
-from .sampling.keywords import with_keywords
-from .sampling.state import MOST_ROWS
-from .sampling.trace import Trace
-from .sizing import Sized
-from .writing import Writer, Written
+from ..data.canvas import Canvas, canvas_of, check_unmarked, infilling_canvas
+from ..data.collators import start_token_id
+from ..data.text_codec import TextCodec
+from ..modeling.bidirectional import probe_bidirectional
+from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.length_heads import LengthPredictors
+from ..modeling.model_info import max_positions
+from ..modeling.special_tokens import resolve_token
+from ..sampling import SamplingSettings
+from ..sampling.budget import split_into_blocks, steps_of_blocks
+from ..sampling.keywords import with_keywords
+from ..sampling.state import MOST_ROWS
+from .canvas_size import Sized
+from .replay import replay
+from .trace import Trace
+from .writer import Writer, Written
 
 logger = logging.getLogger(__name__)
 # Called after each step with the step and a function that gives the pieces of each text of the batch; None is [MASK].

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Sequence
 from operator import itemgetter
 
-from ..sampling.trace import Trace
-from .canvas import Canvas
-from .text_codec import TextCodec
+from ..data.canvas import Canvas
+from ..data.text_codec import TextCodec
+from .trace import Trace
 
 
 def replay(codec: TextCodec, canvas: Canvas, ids: Sequence[int], events: Sequence[tuple[int, int, int]]) -> Trace:

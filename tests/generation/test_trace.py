@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_ddm.sampling import trace as module
-from llamafactory_ddm.sampling.trace import Recorder, Trace, html_page, write_html
+from llamafactory_ddm.generation import trace as module
+from llamafactory_ddm.generation.trace import Recorder, Trace, html_page, write_html
 
 EDITED = Trace("sample 0", ("a", None, None), ((0, 1, "b"), (2, 2, "c"), (2, 1, None), (3, 1, "B")), 5)
 

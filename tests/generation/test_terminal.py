@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_ddm.sampling import terminal as module
-from llamafactory_ddm.sampling.terminal import TerminalAnimation
-from llamafactory_ddm.sampling.trace import BLANK, Trace
+from llamafactory_ddm.generation import terminal as module
+from llamafactory_ddm.generation.terminal import TerminalAnimation
+from llamafactory_ddm.generation.trace import BLANK, Trace
 
 EDITED = Trace("sample 0", ("a", None, None), ((0, 1, "b"), (2, 2, "c"), (2, 1, None), (3, 1, "B")), 5)
 

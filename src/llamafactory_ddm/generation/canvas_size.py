@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data.canvas import Canvas, CanvasBatch, stack_canvases
-from .modeling.denoiser import ModelDenoiser
-from .modeling.diffusion_config import DiffusionConfig
-from .modeling.length_heads import LengthPredictors, mean_hidden
-from .sampling import SamplingSettings
-from .sampling.length_predictors import (
+from ..data.canvas import Canvas, CanvasBatch, stack_canvases
+from ..modeling.denoiser import ModelDenoiser
+from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.length_heads import LengthPredictors, mean_hidden
+from ..sampling import SamplingSettings
+from ..sampling.length_predictors import (
     PREDICTORS,
     FirstStep,
     calibrated_margin,

@@ -10,12 +10,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import llamafactory_ddm
 from llamafactory_ddm import LogitsConfig, SamplingSettings, load
-from llamafactory_ddm.generation import TextGenerator
+from llamafactory_ddm.generation.generator import TextGenerator
+from llamafactory_ddm.generation.writer import Written
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
 from llamafactory_ddm.sampling import forward as prediction
-from llamafactory_ddm.writing import Written
 from support.tiny import tiny_tokenizer
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .data.canvas import Canvas
-from .diffusion.schedules import get_schedule
-from .sampling import Context, Edits, SamplingSettings, sample
-from .sampling.trace import Recorder
-from .sizing import Sizer
+from ..data.canvas import Canvas
+from ..diffusion.schedules import get_schedule
+from ..sampling import Context, Edits, SamplingSettings, sample
+from .canvas_size import Sizer
+from .trace import Recorder
 
 # Called after each step with the step, the canvases and their ids.
 Watch = Callable[[int, Sequence[Canvas], list[list[int]]], None]
