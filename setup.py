@@ -39,7 +39,7 @@ setup(
     entry_points={
         # torch >= 2.5 calls this at the end of its import, in every process.
         "torch.backends": ["llamafactory_ddm = llamafactory_ddm._autoload:activate"],
-        "console_scripts": ["llamafactory-ddm = llamafactory_ddm.cli:main"],
+        "console_scripts": ["llamafactory-ddm = llamafactory_ddm.cli.main:main"],
     },
     extras_require={
         # Earlier ones fail without a GPU under torch 2.11.

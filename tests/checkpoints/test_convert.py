@@ -19,7 +19,7 @@ from transformers import (
 from llamafactory_ddm.checkpoints import diffullama as published
 from llamafactory_ddm.checkpoints.convert import convert
 from llamafactory_ddm.checkpoints.weights import load_weights
-from llamafactory_ddm.cli import main
+from llamafactory_ddm.cli.main import main
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.tiny import tiny_tokenizer
 

@@ -15,7 +15,7 @@ from llamafactory_ddm.checkpoints.convert import convert
 from llamafactory_ddm.checkpoints.llada_dream import LLADA
 from llamafactory_ddm.checkpoints.rename import write_renamed
 from llamafactory_ddm.checkpoints.weights import stored_dtype
-from llamafactory_ddm.cli import main
+from llamafactory_ddm.cli.main import main
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.published import (

@@ -166,7 +166,7 @@ def test_by_name_from_the_shell_and_in_the_usual_places(llada, tmp_path):
     env = {key: value for key, value in os.environ.items() if key not in (CACHE, "HF_HUB_CACHE")}
     words = ["generate", "owner/LLaDA-mini", "--max-new-tokens", "3", "--steps", "3"]
     done = subprocess.run(
-        [sys.executable, "-m", "llamafactory_ddm.cli", *words],
+        [sys.executable, "-m", "llamafactory_ddm.cli.main", *words],
         env={**env, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

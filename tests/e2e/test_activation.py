@@ -136,7 +136,7 @@ for call, keys in ((get_train_args, {**words, "anneal_steps": 3}), (get_infer_ar
         call({**keys, "stage": "ddm"})
     except ValueError as error:
         print("refused:", error)
-from llamafactory_ddm.cli import doctor
+from llamafactory_ddm.cli.main import doctor
 print("doctor:", doctor())
 """
 

@@ -5,8 +5,8 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llamafactory_ddm.convert_command import main as convert
-from llamafactory_ddm.generate_command import main as generate_text
+from llamafactory_ddm.cli.convert import main as convert
+from llamafactory_ddm.cli.generate import main as generate_text
 from support.cli import train_here
 
 SOLVE = "tiny_gpt2_sft_inference.yaml"

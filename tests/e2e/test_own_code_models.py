@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm import load
 from llamafactory_ddm.checkpoints.plain_copy import CACHE, plain_folder
-from llamafactory_ddm.cli import main
+from llamafactory_ddm.cli.main import main
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import ABSENT, history, predictions, run, train_here

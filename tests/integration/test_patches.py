@@ -317,7 +317,7 @@ def test_a_spawned_process_is_patched_even_when_the_parser_is_loaded_already():
 IMPORT = """
 import sys
 before = list(sys.meta_path)
-import llamafactory_ddm, llamafactory_ddm.cli, llamafactory_ddm._autoload, llamafactory_ddm._launcher
+import llamafactory_ddm, llamafactory_ddm.cli.main, llamafactory_ddm._autoload, llamafactory_ddm._launcher
 assert sys.meta_path == before
 assert not {"llamafactory", "torch", "transformers"} & set(sys.modules), "an import that should not be"
 import llamafactory_ddm.diffusion

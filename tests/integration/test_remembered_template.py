@@ -7,7 +7,7 @@ import pytest
 from llamafactory.data.template import TEMPLATES
 
 from llamafactory_ddm import load
-from llamafactory_ddm.generate_command import main
+from llamafactory_ddm.cli.generate import main
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.chat import PAIR, run_keys, save_data, save_decoder
 from support.cli import predictions

@@ -28,7 +28,7 @@ PRELOADED = (
     "llamafactory.cli",
     "llamafactory.launcher",
     "llamafactory.train.tuner",
-    "llamafactory_ddm.generate_command",
+    "llamafactory_ddm.cli.generate",
     "peft",
     "torch.distributed.fsdp",
     "transformers.models.gpt2.modeling_gpt2",

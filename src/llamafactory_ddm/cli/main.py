@@ -11,8 +11,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from ._autoload import disabled
-from ._version import __version__
+from .._autoload import disabled
+from .._version import __version__
 
 _FORWARDED = ("train", "chat", "api", "export", "webchat", "webui", "env", "version")
 _COMMANDS = ("doctor", "generate", "convert", "fit-length", *_FORWARDED)
@@ -32,15 +32,15 @@ def main(argv: list[str] | None = None) -> int:
     if words and words[0] in _FORWARDED:
         return forward(words)
     if words and words[0] == "generate":
-        from .generate_command import main as generate
+        from .generate import main as generate
 
         return generate(words[1:])
     if words and words[0] == "convert":
-        from .convert_command import main as convert
+        from .convert import main as convert
 
         return convert(words[1:])
     if words and words[0] == "fit-length":
-        from .fit_length_command import main as fit_length
+        from .fit_length import main as fit_length
 
         return fit_length(words[1:])
     parser = _parser()
@@ -110,14 +110,14 @@ def doctor() -> int:
 
 def forward(words: list[str]) -> int:
     """Activate the plugin and run LLaMA-Factory's command line with `words`."""
-    from ._autoload import activate
+    from .._autoload import activate
 
     activate()
     import llamafactory.launcher
     from llamafactory.cli import main as upstream
 
     # Upstream starts torchrun on this file.
-    llamafactory.launcher.__file__ = str(Path(__file__).with_name("_launcher.py"))
+    llamafactory.launcher.__file__ = str(Path(__file__).parents[1] / "_launcher.py")
     sys.argv = ["llamafactory-cli", *words]
     upstream()
     return 0

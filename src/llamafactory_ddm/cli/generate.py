@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .sampling import SamplingSettings
+    from ..sampling import SamplingSettings
 
 EPILOG = """examples:
   llamafactory-ddm generate saves/tiny_gpt2/full/ddm --show
@@ -25,7 +25,7 @@ def main(words: list[str]) -> int:
     print(f"llamafactory-ddm generate: loading {arguments.path} ...", file=sys.stderr, flush=True)
     from transformers.utils import logging
 
-    from .modeling.model_info import NotBidirectionalError
+    from ..modeling.model_info import NotBidirectionalError
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -105,7 +105,7 @@ def settings_of(arguments: argparse.Namespace) -> SamplingSettings:
     Raises:
         ValueError: if a value is out of range, or two do not go together.
     """
-    from .sampling import LogitsConfig, SamplingSettings
+    from ..sampling import LogitsConfig, SamplingSettings
 
     return SamplingSettings(
         denoising_strategy=arguments.strategy,
@@ -130,8 +130,8 @@ def settings_of(arguments: argparse.Namespace) -> SamplingSettings:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from .generation.load import load
-    from .generation.terminal import TerminalAnimation
+    from ..generation.load import load
+    from ..generation.terminal import TerminalAnimation
 
     settings = settings_of(arguments)
     model = load(arguments.path, template=arguments.template, raw=arguments.raw)

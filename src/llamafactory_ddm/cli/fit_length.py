@@ -19,12 +19,12 @@ def main(words: list[str]) -> int:
         asked = bool(words) and words[0] in ("-h", "--help")
         print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    from ._autoload import activate
+    from .._autoload import activate
 
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process; upstream refuses several devices otherwise
     activate()
-    from .evaluation.length_metrics import as_table
-    from .integration.length_fitting import fit_from_words
+    from ..evaluation.length_metrics import as_table
+    from ..integration.length_fitting import fit_from_words
 
     try:
         path, found = fit_from_words(words)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafactory_ddm.cli import main
+from llamafactory_ddm.cli.main import main
 
 
 def test_without_a_command_the_help_is_shown(capsys):
