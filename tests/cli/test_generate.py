@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from llamafactory_ddm import LogitsConfig, SamplingSettings
 from llamafactory_ddm.cli import generate as generate_command
+from llamafactory_ddm.generation import load as loading
 from llamafactory_ddm.generation import terminal
 from llamafactory_ddm.generation.generator import TextGenerator
-from llamafactory_ddm.generation import load as loading
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.tiny import tiny_tokenizer

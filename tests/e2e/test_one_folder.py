@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from llamafactory_ddm import load
-from llamafactory_ddm.integration.run_lock import FILE_NAME as LOCK
-from llamafactory_ddm.integration.run_lock import run_lock
+from llamafactory_ddm.utils.run_lock import FILE_NAME as LOCK
+from llamafactory_ddm.utils.run_lock import run_lock
 from support.cli import history
 
 LORA = "tiny_gpt2_lora_ddm_sft.yaml"

@@ -20,10 +20,10 @@ from ..checkpoints.weights import weight_files
 from ..generation.generator import Generated, TextGenerator
 from ..generation.trace import Trace, write_html
 from ..sampling import SamplingSettings
+from ..utils.files import explained
 from .logs import get_logger
 from .predict_metrics import metrics_of
 from .requests import Repeated, Request, distinct
-from .saving import explained
 from .unfinished import Collected, Numbers, Unfinished, barrier, write_predictions
 
 logger = get_logger(__name__)

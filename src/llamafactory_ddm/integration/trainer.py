@@ -21,13 +21,13 @@ from ..modeling.bidirectional import full_attention_mask, probe_bidirectional
 from ..modeling.denoiser import RowSelectingHead
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..objectives.base import Objective
+from ..utils.files import explained, published_together
 from .evaluation import evaluate_bound
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from .half_logits import keep_half_logits
 from .logs import get_logger
 from .model_card import Origin, write_trained
 from .run_facts import save_facts
-from .saving import explained, published_together
 
 logger = get_logger(__name__)
 

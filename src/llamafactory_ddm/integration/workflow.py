@@ -14,6 +14,7 @@ from ..data.collators import StartTokenCollator, start_token_id
 from ..modeling.length_heads import FILE_NAME as LENGTHS
 from ..modeling.length_heads import REPORT_NAME as LENGTHS_REPORT
 from ..modeling.model_info import max_positions
+from ..utils.run_lock import run_lock
 from .checks import check_checkpoint_folders, check_data, check_predict
 from .end_evaluation import evaluate_ends, save_end_metrics
 from .finetuning import response_collator
@@ -27,7 +28,6 @@ from .plotting import plot_logs
 from .preparing import prepare_data, prepare_model
 from .resume import check_resumed, how_to_go_on, settle_resume
 from .run_facts import check_facts, run_facts
-from .run_lock import run_lock
 from .trainer import DiffusionTrainer
 from .unfinished import barrier
 from .variable_length import LengthPlan

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from .saving import explained
+from .files import explained
 
 try:
     import fcntl

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from llamafactory_ddm.integration.saving import published_together
+from llamafactory_ddm.utils.files import published_together
 
 
 def fill(folder, **files):

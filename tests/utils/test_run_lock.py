@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
-from llamafactory_ddm.integration import run_lock as module
-from llamafactory_ddm.integration.run_lock import FILE_NAME, run_lock
+from llamafactory_ddm.utils import run_lock as module
+from llamafactory_ddm.utils.run_lock import FILE_NAME, run_lock
 
 HELD = r"output_dir: .*out is in use by another run \(process {pid} on {host}, since 2\d\d\d-.*\); wait for it"
 
