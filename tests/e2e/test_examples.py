@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from llamafactory_ddm.checkpoints.plain_copy import CACHE
-from llamafactory_ddm.integration.stages import STAGES
+from llamafactory_ddm.integration.hparams.stages import STAGES
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import ROOT, predictions, run
 from support.published import write_dream, write_llada

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llamafactory_ddm.integration.arguments import DiffusionArguments
-from llamafactory_ddm.integration.length_keys import LengthKeys
-from llamafactory_ddm.integration.sampling_arguments import UPSTREAM_KEYS
+from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
+from llamafactory_ddm.integration.hparams.length import LengthKeys
+from llamafactory_ddm.integration.hparams.sampling import UPSTREAM_KEYS
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import evaluations, history
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from llamafactory_ddm.integration import compatibility
-from llamafactory_ddm.integration.arguments import DiffusionArguments
+from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
 from support.cli import QUIET, ROOT, run
 from support.limits import LIMIT
 

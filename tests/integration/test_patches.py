@@ -151,7 +151,7 @@ def test_run_pt_dispatches_by_stage(upstream, basic, monkeypatch):
     parser, tuner, _ = upstream
     from llamafactory.train import pt
 
-    from llamafactory_ddm.integration import stages
+    from llamafactory_ddm.integration.hparams import stages
 
     calls, parsed = [], parser.get_train_args(basic())
     monkeypatch.setattr(stages.Stage, "load_runner", lambda self: lambda *args: calls.append((self.name, args)))
@@ -163,7 +163,7 @@ def test_run_pt_dispatches_by_stage(upstream, basic, monkeypatch):
 
 def test_run_exp_keeps_upstreams_prelude_for_our_runner(upstream, basic, monkeypatch):
     _, tuner, _ = upstream
-    from llamafactory_ddm.integration import stages
+    from llamafactory_ddm.integration.hparams import stages
 
     calls = []
     monkeypatch.setattr(stages.Stage, "load_runner", lambda self: lambda *args: calls.append(args))

@@ -95,7 +95,7 @@ def test_every_name_is_one_of_upstreams_or_ours():
     from llamafactory.hparams import DataArguments, TrainingArguments
 
     from llamafactory_ddm.integration import run_facts as module
-    from llamafactory_ddm.integration.hparams import DiffusionFinetuningArguments
+    from llamafactory_ddm.integration.hparams.parser import DiffusionFinetuningArguments
 
     known = {
         name

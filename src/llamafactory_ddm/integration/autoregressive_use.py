@@ -12,8 +12,8 @@ from transformers.utils.hub import cached_file
 from ..checkpoints.llada_dream import kind_of, raw_config
 from ..checkpoints.plain_copy import may_be_on_a_hub
 from ..modeling.diffusion_config import FILE_NAME
+from .hparams.stages import STAGES
 from .logs import get_logger
-from .stages import STAGES
 
 logger = get_logger(__name__)
 _OURS = " or ".join(f"stage: {name}" for name in STAGES)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import _errors
 from .._version import __version__
-from .stages import STAGES, requested_stage
+from .hparams.stages import STAGES, requested_stage
 
 _HIDDEN = ("do_predict", "predict_with_generate")
 
@@ -21,8 +21,8 @@ def checked_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _parse_args(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
-        from .hparams import check_keys
-        from .upstream_keys import checked_values
+        from .hparams.parser import check_keys
+        from .hparams.upstream import checked_values
 
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         if not allow_extra_keys:
@@ -39,7 +39,7 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _parse_train_args(args: Any = None) -> Any:
-        from .hparams import check_together, given_keys
+        from .hparams.parser import check_together, given_keys
 
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         parsed = original(args)
@@ -68,7 +68,7 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
 
     @functools.wraps(original)
     def get_train_args(args: Any = None) -> Any:
-        from .hparams import check_environment
+        from .hparams.parser import check_environment
         from .logs import without_known_noise
         from .templates import register_templates
 
@@ -266,7 +266,7 @@ def refusing_v1_launch(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def launch() -> Any:
         if names_our_stage(sys.argv[1:]):
-            from .hparams import check_environment
+            from .hparams.parser import check_environment
 
             check_environment()
         return original()
@@ -290,7 +290,7 @@ def with_our_keys(kinds: list[Any]) -> list[Any]:
     """Return the dataclasses with upstream's FinetuningArguments exchanged for the one that has our keys too."""
     from llamafactory.hparams.finetuning_args import FinetuningArguments
 
-    from .hparams import DiffusionFinetuningArguments
+    from .hparams.parser import DiffusionFinetuningArguments
 
     return [DiffusionFinetuningArguments if kind is FinetuningArguments else kind for kind in kinds]
 

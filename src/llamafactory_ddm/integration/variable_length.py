@@ -12,7 +12,7 @@ from ..diffusion.eos_noise import EndNoise
 from ..modeling.diffusion_config import DiffusionConfig, VariableLength
 from ..modeling.model_info import max_positions
 from ..modeling.pad_tokens import pad_names
-from .length_keys import NEEDS
+from .hparams.length import NEEDS
 from .logs import get_logger
 
 logger = get_logger(__name__)

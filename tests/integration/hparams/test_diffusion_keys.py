@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from llamafactory_ddm.integration.arguments import DiffusionArguments
+from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
 
 
 def test_defaults_are_valid_and_unchanged():

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from llamafactory_ddm.integration.stages import requested_stage
+from llamafactory_ddm.integration.hparams.stages import requested_stage
 
 
 def words_of(keys):
@@ -145,7 +145,7 @@ def test_trainers_that_not_every_version_has(upstream, basic, key):
 
 
 def test_a_trainer_that_a_later_version_adds_is_refused(upstream, basic):
-    from llamafactory_ddm.integration.hparams import check_together
+    from llamafactory_ddm.integration.hparams.parser import check_together
 
     _, _, training_args, finetuning_args, _ = upstream[0].get_train_args(basic())
     check_together(finetuning_args, training_args)

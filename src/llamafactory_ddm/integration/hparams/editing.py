@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..sampling.edits import MOST_BY_DEFAULT, edits_of
+from ...sampling.edits import MOST_BY_DEFAULT, edits_of
 
 INTEGERS: dict[str, tuple[int, int | None]] = {"edit_steps": (0, None)}
 NUMBERS: dict[str, tuple[float, float]] = {

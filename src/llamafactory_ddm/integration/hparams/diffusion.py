@@ -8,7 +8,9 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from . import finetuning_keys, length_keys, sampling_arguments
+from . import length as length_keys
+from . import sampling as sampling_arguments
+from . import sft as finetuning_keys
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "noise_process": ("masked", "mixed"),

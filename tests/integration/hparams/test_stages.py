@@ -1,6 +1,6 @@
 import pytest
 
-from llamafactory_ddm.integration.stages import STAGES, Stage, register
+from llamafactory_ddm.integration.hparams.stages import STAGES, Stage, register
 
 
 def test_ddm_shares_the_data_path_of_pt():

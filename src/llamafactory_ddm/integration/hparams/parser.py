@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from llamafactory.hparams.finetuning_args import FinetuningArguments
 
-from .arguments import DiffusionArguments
-from .finetuning_keys import KEYS as FINETUNING_KEYS
+from .diffusion import DiffusionArguments
+from .sft import KEYS as FINETUNING_KEYS
 from .stages import STAGES, requested_stage
 
 UPSTREAM_STAGES: tuple[str, ...] = get_args(get_type_hints(FinetuningArguments)["stage"])

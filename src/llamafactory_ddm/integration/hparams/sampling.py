@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..modeling.special_tokens import escape_hint
-from ..sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
-from ..sampling.budget import COMMIT_SCHEDULES
-from ..sampling.length_predictors import PREDICTORS
-from ..sampling.logits import SCORE_DISTRIBUTIONS
-from ..sampling.settings import EARLY_STOPS, MOST_STEPS, check_scores
-from ..sampling.state import MOST_ROWS
-from . import editing_keys
+from ...modeling.special_tokens import escape_hint
+from ...sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
+from ...sampling.budget import COMMIT_SCHEDULES
+from ...sampling.length_predictors import PREDICTORS
+from ...sampling.logits import SCORE_DISTRIBUTIONS
+from ...sampling.settings import EARLY_STOPS, MOST_STEPS, check_scores
+from ...sampling.state import MOST_ROWS
+from . import editing as editing_keys
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "denoising_strategy": tuple(STRATEGIES),

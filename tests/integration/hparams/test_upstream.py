@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def check(upstream):
-    from llamafactory_ddm.integration.upstream_keys import checked_values
+    from llamafactory_ddm.integration.hparams.upstream import checked_values
 
     parser, _, _ = upstream
     return lambda **args: checked_values(parser._TRAIN_ARGS, args)
@@ -69,7 +69,7 @@ def test_other_stages_are_left_to_upstream(upstream, basic, monkeypatch):
     parser, _, _ = upstream
     seen = []
     monkeypatch.setattr(
-        "llamafactory_ddm.integration.upstream_keys.checked_values", lambda kinds, args: seen.append(args) or args
+        "llamafactory_ddm.integration.hparams.upstream.checked_values", lambda kinds, args: seen.append(args) or args
     )
     stub = SimpleNamespace(dataclass_types=parser._TRAIN_ARGS, parse_dict=lambda args, **_: args)
     parser._parse_args(stub, {"stage": "sft"})
