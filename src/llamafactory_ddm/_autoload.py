@@ -19,10 +19,10 @@ from . import _errors
 
 # Module of LLaMA-Factory -> function of ours, as module:name, that is called with it once it is loaded.
 HOOKS = {
-    "llamafactory.hparams.parser": "llamafactory_ddm.integration.patches:after_parser",
-    "llamafactory.train.tuner": "llamafactory_ddm.integration.patches:after_tuner",
-    "llamafactory.extras.env": "llamafactory_ddm.integration.patches:after_env",
-    "llamafactory.v1.launcher": "llamafactory_ddm.integration.patches:after_v1_launcher",
+    "llamafactory.hparams.parser": "llamafactory_ddm.integration.patches.table:after_parser",
+    "llamafactory.train.tuner": "llamafactory_ddm.integration.patches.table:after_tuner",
+    "llamafactory.extras.env": "llamafactory_ddm.integration.patches.table:after_env",
+    "llamafactory.v1.launcher": "llamafactory_ddm.integration.patches.table:after_v1_launcher",
 }
 DISABLE = "LLAMAFACTORY_DDM_DISABLE"
 _said: set[str] = set()

@@ -91,7 +91,7 @@ def _is_command(argv: list[str]) -> bool:
 
 
 def _of_a_diffusion_run() -> bool:
-    from .integration.replacements import names_our_stage
+    from .integration.patches.wrappers import names_our_stage
 
     return _how_to_go_on is not None or names_our_stage(sys.argv[1:])
 

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from llamafactory_ddm.integration import compatibility
 from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
+from llamafactory_ddm.integration.patches import compatibility
 from support.cli import QUIET, ROOT, run
 from support.limits import LIMIT
 

@@ -83,7 +83,7 @@ def upstream():
     import llamafactory.hparams.parser as parser
     import llamafactory.train.tuner as tuner
 
-    from llamafactory_ddm.integration import patches
+    from llamafactory_ddm.integration.patches import table as patches
 
     applied = {target.partition(":")[0] for target, _ in patches._applied}
     patches.undo()

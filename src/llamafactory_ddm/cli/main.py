@@ -21,7 +21,7 @@ _PROBE = """
 import json, sys
 sys.path[:] = [entry for entry in sys.path if entry]
 import llamafactory.hparams.parser
-patches = sys.modules.get("llamafactory_ddm.integration.patches")
+patches = sys.modules.get("llamafactory_ddm.integration.patches.table")
 print(json.dumps(patches.status() if patches else "PyTorch's autoload did not call it"))
 """
 

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from packaging.version import Version
 
-from .hparams.diffusion import DiffusionArguments
+from ..hparams.diffusion import DiffusionArguments
 
 SUPPORTED = ("0.9.4", "0.9.7")  # from, up to but not including
 # Function of hparams.parser -> its parameters, and the functions that it must look up by name, as those are replaced.

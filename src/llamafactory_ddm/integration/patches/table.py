@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from .compatibility import IncompatibleUpstream, incompatibilities
-from .replacements import (
+from .wrappers import (
     checked_parse_args,
     diffusion_init_adapter,
     diffusion_load_model,

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import _errors
-from .._version import __version__
-from .hparams.stages import STAGES, requested_stage
+from ... import _errors
+from ..._version import __version__
+from ..hparams.stages import STAGES, requested_stage
 
 _HIDDEN = ("do_predict", "predict_with_generate")
 
@@ -21,8 +21,8 @@ def checked_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _parse_args(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
-        from .hparams.parser import check_keys
-        from .hparams.upstream import checked_values
+        from ..hparams.parser import check_keys
+        from ..hparams.upstream import checked_values
 
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         if not allow_extra_keys:
@@ -39,7 +39,7 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _parse_train_args(args: Any = None) -> Any:
-        from .hparams.parser import check_together, given_keys
+        from ..hparams.parser import check_together, given_keys
 
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         parsed = original(args)
@@ -68,9 +68,9 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
 
     @functools.wraps(original)
     def get_train_args(args: Any = None) -> Any:
-        from .hparams.parser import check_environment
-        from .logs import without_known_noise
-        from .templates import register_templates
+        from ..hparams.parser import check_environment
+        from ..logs import without_known_noise
+        from ..templates import register_templates
 
         _errors.install()
         register_templates()
@@ -84,7 +84,7 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
             parsed = original(args)
         model_args, _, training_args, finetuning_args, _ = parsed
         if finetuning_args.diffusion_stage is None:
-            from .autoregressive_use import check_training
+            from ..autoregressive_use import check_training
 
             check_training(model_args, training_args, finetuning_args)
         else:
@@ -108,14 +108,14 @@ def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[]
 
     @functools.wraps(original)
     def get_infer_args(args: Any = None) -> Any:
-        from .autoregressive_use import check_serving, find_diffusion_models
-        from .templates import register_templates
+        from ..autoregressive_use import check_serving, find_diffusion_models
+        from ..templates import register_templates
 
         register_templates()
         parsed = original(args)
         model_args, _, finetuning_args, *_ = parsed
         if model_args.export_dir is not None:
-            from .plain_models import settle_plain_model
+            from ..plain_models import settle_plain_model
 
             settle_plain_model(model_args)
         stage = finetuning_args.diffusion_stage
@@ -134,7 +134,7 @@ def refusing_get_eval_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def get_eval_args(args: Any = None) -> Any:
-        from .autoregressive_use import check_serving
+        from ..autoregressive_use import check_serving
 
         parsed = original(args)
         check_serving(parsed[0], parsed[3].diffusion_stage)
@@ -150,7 +150,7 @@ def diffusion_load_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]
     def load_tokenizer(model_args: Any) -> Any:
         if getattr(model_args, "exported_diffusion", None) is None:
             return original(model_args)
-        from .export import exported_tokenizer
+        from ..export import exported_tokenizer
 
         return exported_tokenizer(model_args)
 
@@ -164,7 +164,7 @@ def diffusion_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_model(tokenizer: Any, model_args: Any, *rest: Any, **named: Any) -> Any:
         if getattr(model_args, "exported_diffusion", None) is None:
             return original(tokenizer, model_args, *rest, **named)
-        from .export import exported_model
+        from ..export import exported_model
 
         return exported_model(tokenizer, model_args)
 
@@ -176,7 +176,7 @@ def modelfile_free_export(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def export_model(args: Any = None) -> Any:
-        from .export import without_modelfile
+        from ..export import without_modelfile
 
         return without_modelfile(original, args)
 
@@ -206,8 +206,8 @@ def whole_model_class(original: Any) -> Any:
     class Whole(original):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, **kwargs: Any) -> Any:  # as upstream's loader calls it
-            from ..checkpoints.load_model import load_whole
-            from .around_adapter import in_a_diffusion_run
+            from ...checkpoints.load_model import load_whole
+            from ..around_adapter import in_a_diffusion_run
 
             return load_whole(original, **kwargs) if in_a_diffusion_run() else original.from_pretrained(**kwargs)
 
@@ -221,8 +221,8 @@ def whole_peft_model(original: Any) -> Any:
     class Whole(original):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, model: Any, model_id: Any, **kwargs: Any) -> Any:
-            from ..checkpoints.load_model import load_whole_adapter
-            from .around_adapter import in_a_diffusion_run
+            from ...checkpoints.load_model import load_whole_adapter
+            from ..around_adapter import in_a_diffusion_run
 
             if in_a_diffusion_run():
                 return load_whole_adapter(original, model, model_id, **kwargs)
@@ -266,7 +266,7 @@ def refusing_v1_launch(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def launch() -> Any:
         if names_our_stage(sys.argv[1:]):
-            from .hparams.parser import check_environment
+            from ..hparams.parser import check_environment
 
             check_environment()
         return original()
@@ -290,7 +290,7 @@ def with_our_keys(kinds: list[Any]) -> list[Any]:
     """Return the dataclasses with upstream's FinetuningArguments exchanged for the one that has our keys too."""
     from llamafactory.hparams.finetuning_args import FinetuningArguments
 
-    from .hparams.parser import DiffusionFinetuningArguments
+    from ..hparams.parser import DiffusionFinetuningArguments
 
     return [DiffusionFinetuningArguments if kind is FinetuningArguments else kind for kind in kinds]
 
