@@ -49,7 +49,7 @@ SAMPLING = {
 }
 ELSEWHERE = {
     "mask_token",
-    # tests/integration/test_prepared_rows.py, tests/e2e/test_data_of_users.py
+    # tests/integration/data/test_prepared_rows.py, tests/e2e/test_data_of_users.py
     "allow_common_mask_token",
     # tests/e2e/test_mixed_noise_runs.py
     "noise_process",

@@ -18,7 +18,7 @@ from ..checkpoints.plain_copy import may_be_on_a_hub
 from ..checkpoints.weights import verify_checkpoint
 from ..modeling.lora import ADAPTER_CONFIG, check_adapter, refuse_both
 from ..modeling.model_info import max_positions
-from .data_faults import find_fault
+from .data.faults import find_fault
 from .plain_models import settle_plain_model
 
 

@@ -9,8 +9,8 @@ from ..data.responses import ResponseCollator
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.digits import split_digits, splits_digits
 from ..modeling.special_tokens import resolve_token
+from .data.templates import DIFFULLAMA, MARKS, DiffuLlamaTemplate, uncut
 from .start_and_end import with_padding, with_template
-from .templates import DIFFULLAMA, MARKS, DiffuLlamaTemplate, uncut
 
 
 def settle_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> None:

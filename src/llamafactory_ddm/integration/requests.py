@@ -12,8 +12,8 @@ from ..data.canvas import Canvas, check_unmarked
 from ..data.control_tokens import reading_as_text
 from ..generation.generator import TextGenerator, saying
 from .checks import datasets_explained
-from .prompts import examples
-from .templates import uncut, without_cut
+from .data.prompts import examples
+from .data.templates import uncut, without_cut
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from llamafactory.data.template import TEMPLATES
 from ..data.collators import start_token_id
 from ..data.control_tokens import words_among
 from ..modeling.diffusion_config import DiffusionConfig
+from .data.stored_template import end_tokens, recorded
 from .logs import get_logger
-from .prompting import end_tokens, recorded
 
 logger = get_logger(__name__)
 

@@ -68,9 +68,9 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
 
     @functools.wraps(original)
     def get_train_args(args: Any = None) -> Any:
+        from ..data.templates import register_templates
         from ..hparams.parser import check_environment
         from ..logs import without_known_noise
-        from ..templates import register_templates
 
         _errors.install()
         register_templates()
@@ -109,7 +109,7 @@ def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[]
     @functools.wraps(original)
     def get_infer_args(args: Any = None) -> Any:
         from ..autoregressive_use import check_serving, find_diffusion_models
-        from ..templates import register_templates
+        from ..data.templates import register_templates
 
         register_templates()
         parsed = original(args)

@@ -10,7 +10,7 @@ from typing import Any
 from llamafactory.data import get_template_and_fix_tokenizer
 from llamafactory.data.template import TEMPLATES
 
-from ..modeling.prompt_template import Part, PromptTemplate
+from ...modeling.prompt_template import Part, PromptTemplate
 from .templates import DIFFULLAMA, register_templates, without_cut
 
 _WORDS = "\x00prompt\x00"  # in the place of the user's words

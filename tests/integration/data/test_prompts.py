@@ -7,7 +7,7 @@ from datasets import Dataset
 from llamafactory.data.data_utils import split_dataset
 from llamafactory.hparams import DataArguments, ModelArguments, TrainingArguments
 
-from llamafactory_ddm.integration import prompts
+from llamafactory_ddm.integration.data import prompts
 from support.chat import CHAT, PAIR, run_keys, save_data, save_decoder
 
 NAMED = {"tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}}

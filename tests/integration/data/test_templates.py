@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llamafactory.data.template import TEMPLATES
 
-from llamafactory_ddm.integration.templates import register_templates, without_cut
+from llamafactory_ddm.integration.data.templates import register_templates, without_cut
 from support.tiny import tiny_tokenizer
 
 register_templates()

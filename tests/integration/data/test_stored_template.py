@@ -10,8 +10,8 @@ from llamafactory.data.processor import SupervisedDatasetProcessor
 from llamafactory.data.template import TEMPLATES
 from transformers import AutoTokenizer
 
-from llamafactory_ddm.integration.prompting import named_template, recorded
-from llamafactory_ddm.integration.templates import register_templates
+from llamafactory_ddm.integration.data.stored_template import named_template, recorded
+from llamafactory_ddm.integration.data.templates import register_templates
 from llamafactory_ddm.modeling.prompt_template import PromptTemplate
 
 register_templates()

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from llamafactory_ddm.integration import prepared_rows
-from llamafactory_ddm.integration.prepared_rows import AnswerMarks, RowRules, check_columns, check_prepared
+from llamafactory_ddm.integration.data import prepared_rows
+from llamafactory_ddm.integration.data.prepared_rows import AnswerMarks, RowRules, check_columns, check_prepared
 from llamafactory_ddm.modeling.special_tokens import ResolvedMaskToken
 from support.tiny import tiny_tokenizer
 
@@ -118,7 +118,7 @@ def test_answers_of_templates_that_end_with_the_next_turn_or_cut_prompts_first()
 def test_what_tells_whole_answers_from_cut_ones():
     from llamafactory.data.template import TEMPLATES
 
-    from llamafactory_ddm.integration.templates import register_templates
+    from llamafactory_ddm.integration.data.templates import register_templates
 
     register_templates()
     tokenizer = tiny_tokenizer()

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from ..data.responses import IGNORE
-from ..modeling.special_tokens import ResolvedMaskToken
-from .checks import datasets_explained
-from .logs import get_logger
+from ...data.responses import IGNORE
+from ...modeling.special_tokens import ResolvedMaskToken
+from ..checks import datasets_explained
+from ..logs import get_logger
 from .templates import DiffuLlamaTemplate
 
 logger = get_logger(__name__)
