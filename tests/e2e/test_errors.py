@@ -251,7 +251,7 @@ def test_prompts_that_cannot_be_used(generate, tmp_path, texts, keys, words):
 def test_generation_needs_the_whole_model(generate, tmp_path):
     from types import SimpleNamespace
 
-    from llamafactory_ddm.integration.checks import check_predict
+    from llamafactory_ddm.integration.resolve.checks import check_predict
 
     with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 and FSDP do not give"):
         check_predict(SimpleNamespace(do_predict=True, fsdp="full_shard"), frozenset())

@@ -19,7 +19,7 @@ from ..modeling.bidirectional import make_bidirectional
 from ..modeling.embeddings import give_rows, rows_of, set_rows
 from ..modeling.lora import base_of, fit_rows, settle_targets, tie_again
 from .logs import get_logger
-from .vocabulary import Vocabulary, check_stored
+from .resolve.vocabulary import Vocabulary, check_stored
 
 logger = get_logger(__name__)
 _loading: ContextVar[bool] = ContextVar("loading", default=False)

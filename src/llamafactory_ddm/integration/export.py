@@ -13,7 +13,7 @@ from .loading import LoadedModel, find_diffusion_config, load_diffusion_model, l
 from .logs import get_logger
 from .model_card import FILE_NAME as CARD
 from .model_card import Origin, card, write
-from .vocabulary import refuse_untrained, settle_vocabulary
+from .resolve.vocabulary import refuse_untrained, settle_vocabulary
 
 logger = get_logger(__name__)
 _exported: list[Path] = []  # folders that the export at work has written a diffusion model to

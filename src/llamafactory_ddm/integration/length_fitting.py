@@ -23,10 +23,10 @@ from ..generation.generator import TextGenerator
 from ..generation.writer import Writer
 from ..modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
 from ..sampling.length_predictors import FirstStep
-from .checks import check_checkpoint_folders
 from .loading import sources
 from .logs import get_logger
 from .preparing import prepare_data, prepare_model
+from .resolve.checks import check_checkpoint_folders
 
 logger = get_logger(__name__)
 _EPOCHS, _LEARNING_RATE = 50, 1e-3

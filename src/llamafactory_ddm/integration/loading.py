@@ -22,8 +22,8 @@ from ..modeling.lora import check_agreement
 from ..modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from .around_adapter import AroundAdapter, loading_for_diffusion
 from .logs import get_logger
-from .noise_process import settle_noise_process, with_noise_process
-from .vocabulary import Additions, Vocabulary, restore_stored, resumes_adapter
+from .resolve.noise import settle_noise_process, with_noise_process
+from .resolve.vocabulary import Additions, Vocabulary, restore_stored, resumes_adapter
 
 logger = get_logger(__name__)
 _ADDED = ("add_tokens", "add_special_tokens")

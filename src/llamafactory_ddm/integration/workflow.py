@@ -15,22 +15,22 @@ from ..modeling.length_heads import FILE_NAME as LENGTHS
 from ..modeling.length_heads import REPORT_NAME as LENGTHS_REPORT
 from ..modeling.model_info import max_positions
 from ..utils.run_lock import run_lock
-from .checks import check_checkpoint_folders, check_data, check_predict
 from .end_evaluation import evaluate_ends, save_end_metrics
-from .finetuning import response_collator
 from .generating import generate, what_to_generate
 from .loading import LoadedModel
 from .logs import get_logger, without_known_noise
 from .model_card import Origin
-from .noise_process import make_objective
-from .output_folder import check_output_folder
 from .plotting import plot_logs
 from .preparing import prepare_data, prepare_model
-from .resume import check_resumed, how_to_go_on, settle_resume
-from .run_facts import check_facts, run_facts
+from .resolve.checks import check_checkpoint_folders, check_data, check_predict
+from .resolve.length import LengthPlan
+from .resolve.noise import make_objective
+from .resolve.output_folder import check_output_folder
+from .resolve.resume import check_resumed, how_to_go_on, settle_resume
+from .resolve.run_facts import check_facts, run_facts
+from .resolve.sft import response_collator
 from .trainer import DiffusionTrainer
 from .unfinished import barrier
-from .variable_length import LengthPlan
 
 logger = get_logger(__name__)
 

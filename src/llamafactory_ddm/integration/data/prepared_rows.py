@@ -16,8 +16,8 @@ import pyarrow.compute
 
 from ...data.responses import IGNORE
 from ...modeling.special_tokens import ResolvedMaskToken
-from ..checks import datasets_explained
 from ..logs import get_logger
+from ..resolve.checks import datasets_explained
 from .templates import DiffuLlamaTemplate
 
 logger = get_logger(__name__)

@@ -84,7 +84,7 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
             parsed = original(args)
         model_args, _, training_args, finetuning_args, _ = parsed
         if finetuning_args.diffusion_stage is None:
-            from ..autoregressive_use import check_training
+            from ..resolve.autoregressive_use import check_training
 
             check_training(model_args, training_args, finetuning_args)
         else:
@@ -108,8 +108,8 @@ def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[]
 
     @functools.wraps(original)
     def get_infer_args(args: Any = None) -> Any:
-        from ..autoregressive_use import check_serving, find_diffusion_models
         from ..data.templates import register_templates
+        from ..resolve.autoregressive_use import check_serving, find_diffusion_models
 
         register_templates()
         parsed = original(args)
@@ -134,7 +134,7 @@ def refusing_get_eval_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def get_eval_args(args: Any = None) -> Any:
-        from ..autoregressive_use import check_serving
+        from ..resolve.autoregressive_use import check_serving
 
         parsed = original(args)
         check_serving(parsed[0], parsed[3].diffusion_stage)

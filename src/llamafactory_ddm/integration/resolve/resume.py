@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.weights import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
-from ..modeling.diffusion_config import DiffusionConfig
-from ..modeling.lora import ADAPTER_CONFIG
-from .logs import get_logger
+from ...checkpoints.weights import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
+from ...modeling.diffusion_config import DiffusionConfig
+from ...modeling.lora import ADAPTER_CONFIG
+from ..logs import get_logger
 
 logger = get_logger(__name__)
 _OF_FINETUNING = ("train_on_padding", "sep_token", "sep_token_id", "variable_length")

@@ -7,11 +7,11 @@ from typing import Any
 
 from llamafactory.data.template import TEMPLATES
 
-from ..data.collators import start_token_id
-from ..data.control_tokens import words_among
-from ..modeling.diffusion_config import DiffusionConfig
-from .data.stored_template import end_tokens, recorded
-from .logs import get_logger
+from ...data.collators import start_token_id
+from ...data.control_tokens import words_among
+from ...modeling.diffusion_config import DiffusionConfig
+from ..data.stored_template import end_tokens, recorded
+from ..logs import get_logger
 
 logger = get_logger(__name__)
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .logs import get_logger
+from ..logs import get_logger
 
 logger = get_logger(__name__)
 FILE_NAME = "diffusion_run.json"

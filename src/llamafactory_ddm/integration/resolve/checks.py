@@ -12,14 +12,14 @@ from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ..checkpoints.diffullama import is_model_folder, layout_of_folder
-from ..checkpoints.llada_dream import kind_of, raw_config
-from ..checkpoints.plain_copy import may_be_on_a_hub
-from ..checkpoints.weights import verify_checkpoint
-from ..modeling.lora import ADAPTER_CONFIG, check_adapter, refuse_both
-from ..modeling.model_info import max_positions
-from .data.faults import find_fault
-from .plain_models import settle_plain_model
+from ...checkpoints.diffullama import is_model_folder, layout_of_folder
+from ...checkpoints.llada_dream import kind_of, raw_config
+from ...checkpoints.plain_copy import may_be_on_a_hub
+from ...checkpoints.weights import verify_checkpoint
+from ...modeling.lora import ADAPTER_CONFIG, check_adapter, refuse_both
+from ...modeling.model_info import max_positions
+from ..data.faults import find_fault
+from ..plain_models import settle_plain_model
 
 
 def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_args: Any) -> None:

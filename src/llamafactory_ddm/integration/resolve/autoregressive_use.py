@@ -9,11 +9,11 @@ from typing import Any
 from llamafactory.extras.misc import try_download_model_from_other_hub
 from transformers.utils.hub import cached_file
 
-from ..checkpoints.llada_dream import kind_of, raw_config
-from ..checkpoints.plain_copy import may_be_on_a_hub
-from ..modeling.diffusion_config import FILE_NAME
-from .hparams.stages import STAGES
-from .logs import get_logger
+from ...checkpoints.llada_dream import kind_of, raw_config
+from ...checkpoints.plain_copy import may_be_on_a_hub
+from ...modeling.diffusion_config import FILE_NAME
+from ..hparams.stages import STAGES
+from ..logs import get_logger
 
 logger = get_logger(__name__)
 _OURS = " or ".join(f"stage: {name}" for name in STAGES)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from llamafactory_ddm import load
 from llamafactory_ddm.generation import generator as generation
-from llamafactory_ddm.integration import start_and_end
+from llamafactory_ddm.integration.resolve import start_and_end
 from llamafactory_ddm.modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from support.chat import PAIR, TEXT, run_keys, save_data, save_decoder
 from support.cli import predictions

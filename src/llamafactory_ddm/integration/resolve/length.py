@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..data.collators import start_token_id
-from ..data.variable_length import VariableLengthCollator
-from ..diffusion.eos_noise import EndNoise
-from ..modeling.diffusion_config import DiffusionConfig, VariableLength
-from ..modeling.model_info import max_positions
-from ..modeling.pad_tokens import pad_names
-from .hparams.length import NEEDS
-from .logs import get_logger
+from ...data.collators import start_token_id
+from ...data.variable_length import VariableLengthCollator
+from ...diffusion.eos_noise import EndNoise
+from ...modeling.diffusion_config import DiffusionConfig, VariableLength
+from ...modeling.model_info import max_positions
+from ...modeling.pad_tokens import pad_names
+from ..hparams.length import NEEDS
+from ..logs import get_logger
 
 logger = get_logger(__name__)
 _COLORS = 7

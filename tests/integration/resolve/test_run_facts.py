@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from llamafactory_ddm.integration.run_facts import FILE_NAME, check_facts, run_facts, save_facts
+from llamafactory_ddm.integration.resolve.run_facts import FILE_NAME, check_facts, run_facts, save_facts
 
 
 def facts(rows=((1, 2), (3, 4)), **changes):
@@ -79,7 +79,9 @@ def test_names_in_a_set_have_one_order(tmp_path):
 
 def test_what_may_change_is_said_in_one_line(folder, monkeypatch):
     lines = []
-    monkeypatch.setattr("llamafactory_ddm.integration.run_facts.logger", SimpleNamespace(info_rank0=lines.append))
+    monkeypatch.setattr(
+        "llamafactory_ddm.integration.resolve.run_facts.logger", SimpleNamespace(info_rank0=lines.append)
+    )
     check_facts(facts(max_steps=20, logging_steps=1), folder)
     assert lines == [f"Resuming from {folder} with max_steps: 20 (was 10), logging_steps: 1 (was 5)."]
 
@@ -94,8 +96,8 @@ def test_every_name_is_one_of_upstreams_or_ours():
     """A name that a new version no longer has would be compared as None for ever."""
     from llamafactory.hparams import DataArguments, TrainingArguments
 
-    from llamafactory_ddm.integration import run_facts as module
     from llamafactory_ddm.integration.hparams.parser import DiffusionFinetuningArguments
+    from llamafactory_ddm.integration.resolve import run_facts as module
 
     known = {
         name

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..modeling.lora import ADAPTER_CONFIG, holds_model
-from .logs import get_logger
+from ...modeling.lora import ADAPTER_CONFIG, holds_model
+from ..logs import get_logger
 
 logger = get_logger(__name__)
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llamafactory_ddm.integration.output_folder import check_output_folder
+from llamafactory_ddm.integration.resolve.output_folder import check_output_folder
 
 
 def check(folder, *, kind="full", base="some/model", overwrite=False, trains=True):

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..diffusion.schedules import get_schedule
-from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..modeling.model_info import text_config
-from ..objectives.base import Objective
-from ..objectives.masked import MaskedObjective
-from ..objectives.mixed import MixedObjective
-from .logs import get_logger
-from .variable_length import LengthPlan, end_noise
+from ...diffusion.schedules import get_schedule
+from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ...modeling.model_info import text_config
+from ...objectives.base import Objective
+from ...objectives.masked import MaskedObjective
+from ...objectives.mixed import MixedObjective
+from ..logs import get_logger
+from .length import LengthPlan, end_noise
 
 if TYPE_CHECKING:
-    from .loading import LoadedModel
+    from ..loading import LoadedModel
 
 logger = get_logger(__name__)
 _UNIFORM_RATIO = 0.1  # XDLM's
