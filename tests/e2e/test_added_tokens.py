@@ -147,7 +147,7 @@ def test_a_diffusion_checkpoint_and_a_template_that_adds_tokens(base, train, sta
 
 
 def test_the_masks_spelling_in_data_is_the_same_from_a_base_and_from_a_checkpoint(base, train, monkeypatch):
-    from llamafactory_ddm.integration import preparing
+    from llamafactory_ddm.integration.model import prepare as preparing
 
     seen, original = [], preparing._load_data
 
@@ -196,7 +196,7 @@ def test_an_adapter_of_a_vocabulary_that_grew(base, train, tmp_path, tied, keys)
 
 
 def test_what_an_adapter_or_frozen_layers_would_not_hold(base, train, monkeypatch):
-    from llamafactory_ddm.integration import loading
+    from llamafactory_ddm.integration.model import loader as loading
 
     model = base()
     with monkeypatch.context() as patched:  # before the model is loaded

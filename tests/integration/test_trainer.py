@@ -8,7 +8,7 @@ from torch.nn import functional
 from llamafactory_ddm.data.responses import ResponseCollator
 from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens, mix_tokens
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.integration.model_card import Origin
+from llamafactory_ddm.integration.model.model_card import Origin
 from llamafactory_ddm.modeling import bidirectional
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
 from llamafactory_ddm.modeling.denoiser import head_rows

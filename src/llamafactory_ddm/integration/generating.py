@@ -10,8 +10,8 @@ from ..generation.generator import TextGenerator
 from ..modeling.length_heads import LengthPredictors
 from ..sampling import SamplingSettings
 from . import requests
-from .loading import LoadedModel, sources
 from .logs import get_logger
+from .model.loader import LoadedModel, sources
 from .predict import generate_all
 from .trainer import DiffusionTrainer
 

@@ -23,9 +23,9 @@ from ..generation.generator import TextGenerator
 from ..generation.writer import Writer
 from ..modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
 from ..sampling.length_predictors import FirstStep
-from .loading import sources
 from .logs import get_logger
-from .preparing import prepare_data, prepare_model
+from .model.loader import sources
+from .model.prepare import prepare_data, prepare_model
 from .resolve.checks import check_checkpoint_folders
 
 logger = get_logger(__name__)

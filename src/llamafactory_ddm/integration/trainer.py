@@ -26,7 +26,7 @@ from .evaluation import evaluate_bound
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from .half_logits import keep_half_logits
 from .logs import get_logger
-from .model_card import Origin, write_trained
+from .model.model_card import Origin, write_trained
 from .resolve.run_facts import save_facts
 
 logger = get_logger(__name__)

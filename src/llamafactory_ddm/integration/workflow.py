@@ -17,11 +17,11 @@ from ..modeling.model_info import max_positions
 from ..utils.run_lock import run_lock
 from .end_evaluation import evaluate_ends, save_end_metrics
 from .generating import generate, what_to_generate
-from .loading import LoadedModel
 from .logs import get_logger, without_known_noise
-from .model_card import Origin
+from .model.loader import LoadedModel
+from .model.model_card import Origin
+from .model.prepare import prepare_data, prepare_model
 from .plotting import plot_logs
-from .preparing import prepare_data, prepare_model
 from .resolve.checks import check_checkpoint_folders, check_data, check_predict
 from .resolve.length import LengthPlan
 from .resolve.noise import make_objective

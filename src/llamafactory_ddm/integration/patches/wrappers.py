@@ -115,7 +115,7 @@ def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[]
         parsed = original(args)
         model_args, _, finetuning_args, *_ = parsed
         if model_args.export_dir is not None:
-            from ..plain_models import settle_plain_model
+            from ..model.plain_copy import settle_plain_model
 
             settle_plain_model(model_args)
         stage = finetuning_args.diffusion_stage
@@ -150,7 +150,7 @@ def diffusion_load_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]
     def load_tokenizer(model_args: Any) -> Any:
         if getattr(model_args, "exported_diffusion", None) is None:
             return original(model_args)
-        from ..export import exported_tokenizer
+        from ..model.export import exported_tokenizer
 
         return exported_tokenizer(model_args)
 
@@ -164,7 +164,7 @@ def diffusion_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_model(tokenizer: Any, model_args: Any, *rest: Any, **named: Any) -> Any:
         if getattr(model_args, "exported_diffusion", None) is None:
             return original(tokenizer, model_args, *rest, **named)
-        from ..export import exported_model
+        from ..model.export import exported_model
 
         return exported_model(tokenizer, model_args)
 
@@ -176,7 +176,7 @@ def modelfile_free_export(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def export_model(args: Any = None) -> Any:
-        from ..export import without_modelfile
+        from ..model.export import without_modelfile
 
         return without_modelfile(original, args)
 
@@ -207,7 +207,7 @@ def whole_model_class(original: Any) -> Any:
         @classmethod
         def from_pretrained(cls, **kwargs: Any) -> Any:  # as upstream's loader calls it
             from ...checkpoints.load_model import load_whole
-            from ..around_adapter import in_a_diffusion_run
+            from ..model.adapter import in_a_diffusion_run
 
             return load_whole(original, **kwargs) if in_a_diffusion_run() else original.from_pretrained(**kwargs)
 
@@ -222,7 +222,7 @@ def whole_peft_model(original: Any) -> Any:
         @classmethod
         def from_pretrained(cls, model: Any, model_id: Any, **kwargs: Any) -> Any:
             from ...checkpoints.load_model import load_whole_adapter
-            from ..around_adapter import in_a_diffusion_run
+            from ..model.adapter import in_a_diffusion_run
 
             if in_a_diffusion_run():
                 return load_whole_adapter(original, model, model_id, **kwargs)

@@ -19,7 +19,7 @@ from ...checkpoints.weights import verify_checkpoint
 from ...modeling.lora import ADAPTER_CONFIG, check_adapter, refuse_both
 from ...modeling.model_info import max_positions
 from ..data.faults import find_fault
-from ..plain_models import settle_plain_model
+from ..model.plain_copy import settle_plain_model
 
 
 def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_args: Any) -> None:

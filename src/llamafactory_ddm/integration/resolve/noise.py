@@ -15,7 +15,7 @@ from ..logs import get_logger
 from .length import LengthPlan, end_noise
 
 if TYPE_CHECKING:
-    from ..loading import LoadedModel
+    from ..model.loader import LoadedModel
 
 logger = get_logger(__name__)
 _UNIFORM_RATIO = 0.1  # XDLM's

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from llamafactory_ddm import load
-from llamafactory_ddm.integration.model_card import Origin, card, write
+from llamafactory_ddm.integration.model.model_card import Origin, card, write
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig, VariableLength
 from support.cli import train_here
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..checkpoints.plain_copy import origin_of
-from ..modeling.diffusion_config import DiffusionConfig
-from .loading import LoadedModel, find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
-from .logs import get_logger
+from ...checkpoints.plain_copy import origin_of
+from ...modeling.diffusion_config import DiffusionConfig
+from ..logs import get_logger
+from ..resolve.vocabulary import refuse_untrained, settle_vocabulary
+from .loader import LoadedModel, find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
 from .model_card import FILE_NAME as CARD
 from .model_card import Origin, card, write
-from .resolve.vocabulary import refuse_untrained, settle_vocabulary
 
 logger = get_logger(__name__)
 _exported: list[Path] = []  # folders that the export at work has written a diffusion model to

@@ -6,8 +6,8 @@ from typing import Any
 
 from llamafactory.extras.misc import try_download_model_from_other_hub
 
-from ..checkpoints.plain_copy import plain_folder
-from .logs import get_logger
+from ...checkpoints.plain_copy import plain_folder
+from ..logs import get_logger
 
 logger = get_logger(__name__)
 

@@ -10,20 +10,20 @@ from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.model.patcher import patch_tokenizer
 from transformers import AutoTokenizer
 
-from ..checkpoints.diffullama import (
+from ...checkpoints.diffullama import (
     embedding_rows,
     is_model_folder,
     layout_of_folder,
     published_config,
     set_published_padding,
 )
-from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..modeling.lora import check_agreement
-from ..modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
-from .around_adapter import AroundAdapter, loading_for_diffusion
-from .logs import get_logger
-from .resolve.noise import settle_noise_process, with_noise_process
-from .resolve.vocabulary import Additions, Vocabulary, restore_stored, resumes_adapter
+from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ...modeling.lora import check_agreement
+from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
+from ..logs import get_logger
+from ..resolve.noise import settle_noise_process, with_noise_process
+from ..resolve.vocabulary import Additions, Vocabulary, restore_stored, resumes_adapter
+from .adapter import AroundAdapter, loading_for_diffusion
 
 logger = get_logger(__name__)
 _ADDED = ("add_tokens", "add_special_tokens")

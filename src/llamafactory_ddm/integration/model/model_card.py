@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
-from .._version import __version__
-from ..checkpoints.plain_copy import may_be_on_a_hub
-from ..modeling.diffusion_config import DiffusionConfig
-from .logs import get_logger
+from ..._version import __version__
+from ...checkpoints.plain_copy import may_be_on_a_hub
+from ...modeling.diffusion_config import DiffusionConfig
+from ..logs import get_logger
 
 logger = get_logger(__name__)
 FILE_NAME = "README.md"

@@ -8,19 +8,19 @@ from typing import Any
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.model import load_config
 
-from ..data.control_tokens import control_texts, reading_as_text
-from ..data.variable_length import VariableLengthCollator
-from ..modeling.diffusion_config import DiffusionConfig
-from ..modeling.model_info import max_positions
-from .data.prepared_rows import AnswerMarks, RowRules, check_columns, check_prepared
-from .data.templates import uncut
-from .data.tokenized_folder import check_facts, facts_of, is_opened, opening, write_facts
-from .loading import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
-from .resolve.checks import check_cutoff, dataset_names, datasets_explained
-from .resolve.length import LengthPlan, check_width, keep_fitting, settle_ends, settle_lengths
-from .resolve.sft import finetuned_config, settle_digits, settle_template, with_own_cut
-from .resolve.start_and_end import keep_end_token, take_stored_template, tell_other_template, with_start_and_end
-from .resolve.vocabulary import Vocabulary, check_new_tokens, settle_vocabulary
+from ...data.control_tokens import control_texts, reading_as_text
+from ...data.variable_length import VariableLengthCollator
+from ...modeling.diffusion_config import DiffusionConfig
+from ...modeling.model_info import max_positions
+from ..data.prepared_rows import AnswerMarks, RowRules, check_columns, check_prepared
+from ..data.templates import uncut
+from ..data.tokenized_folder import check_facts, facts_of, is_opened, opening, write_facts
+from ..resolve.checks import check_cutoff, dataset_names, datasets_explained
+from ..resolve.length import LengthPlan, check_width, keep_fitting, settle_ends, settle_lengths
+from ..resolve.sft import finetuned_config, settle_digits, settle_template, with_own_cut
+from ..resolve.start_and_end import keep_end_token, take_stored_template, tell_other_template, with_start_and_end
+from ..resolve.vocabulary import Vocabulary, check_new_tokens, settle_vocabulary
+from .loader import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig
 
 from llamafactory_ddm.checkpoints.plain_copy import CACHE, origin_of
-from llamafactory_ddm.integration import plain_models
+from llamafactory_ddm.integration.model import plain_copy as plain_models
 from support.published import in_hub, write_dream
 
 
