@@ -35,7 +35,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.integration.trainer import DiffusionTrainer
+from llamafactory_ddm.integration.train.trainer import DiffusionTrainer
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.objectives.masked import MaskedObjective

@@ -14,7 +14,7 @@ def make_trainer(tmp_path):
     """Return a function that builds a DiffusionTrainer on the CPU."""
     from llamafactory.hparams import FinetuningArguments, TrainingArguments
 
-    from llamafactory_ddm.integration.trainer import DiffusionTrainer
+    from llamafactory_ddm.integration.train.trainer import DiffusionTrainer
 
     def build(
         *,

@@ -13,7 +13,7 @@ from . import requests
 from .logs import get_logger
 from .model.loader import LoadedModel, sources
 from .predict import generate_all
-from .trainer import DiffusionTrainer
+from .train.trainer import DiffusionTrainer
 
 logger = get_logger(__name__)
 

@@ -15,13 +15,11 @@ from ..modeling.length_heads import FILE_NAME as LENGTHS
 from ..modeling.length_heads import REPORT_NAME as LENGTHS_REPORT
 from ..modeling.model_info import max_positions
 from ..utils.run_lock import run_lock
-from .end_evaluation import evaluate_ends, save_end_metrics
 from .generating import generate, what_to_generate
 from .logs import get_logger, without_known_noise
 from .model.loader import LoadedModel
 from .model.model_card import Origin
 from .model.prepare import prepare_data, prepare_model
-from .plotting import plot_logs
 from .resolve.checks import check_checkpoint_folders, check_data, check_predict
 from .resolve.length import LengthPlan
 from .resolve.noise import make_objective
@@ -29,7 +27,9 @@ from .resolve.output_folder import check_output_folder
 from .resolve.resume import check_resumed, how_to_go_on, settle_resume
 from .resolve.run_facts import check_facts, run_facts
 from .resolve.sft import response_collator
-from .trainer import DiffusionTrainer
+from .train.end_evaluation import evaluate_ends, save_end_metrics
+from .train.plotting import plot_logs
+from .train.trainer import DiffusionTrainer
 from .unfinished import barrier
 
 logger = get_logger(__name__)

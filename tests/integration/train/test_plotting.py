@@ -1,6 +1,6 @@
 import pytest
 
-from llamafactory_ddm.integration.plotting import figure_of, plot_logs
+from llamafactory_ddm.integration.train.plotting import figure_of, plot_logs
 
 
 @pytest.mark.parametrize(("count", "labels"), [(1, []), (2, []), (19, []), (20, ["measured", "smoothed"])])

@@ -438,7 +438,7 @@ def test_logits_of_half_precision_are_not_copied_to_float32(make_trainer, monkey
     ours = run("ours")
     assert set(seen) == {torch.bfloat16} and len(seen) == 2 + 2 * 4
     seen.clear()
-    monkeypatch.setattr("llamafactory_ddm.integration.trainer.keep_half_logits", lambda model: False)
+    monkeypatch.setattr("llamafactory_ddm.integration.train.trainer.keep_half_logits", lambda model: False)
     assert run("theirs") == pytest.approx(ours, rel=1e-6)
     assert set(seen) == {torch.float32}
 

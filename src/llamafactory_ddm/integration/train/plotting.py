@@ -8,7 +8,7 @@ from typing import Any
 
 from llamafactory.extras.ploting import smooth
 
-from .logs import get_logger
+from ..logs import get_logger
 
 logger = get_logger(__name__)
 _MANY = 20  # values that are worth smoothing: of fewer the curve would show something else than was measured

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamafactory_ddm.integration.finite import FiniteLoss, LossNotFiniteError, weights_are_finite
+from llamafactory_ddm.integration.train.finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from support.tiny import Rows, tiny_model
 
 CPU = torch.device("cpu")

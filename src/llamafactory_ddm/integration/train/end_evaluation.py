@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..evaluation.end_metrics import EndRows, columns, last_text, metrics, statistics
-from ..modeling.denoiser import head_rows
-from ..objectives.base import CleanBatch
+from ...evaluation.end_metrics import EndRows, columns, last_text, metrics, statistics
+from ...modeling.denoiser import head_rows
+from ...objectives.base import CleanBatch
 from .evaluation import EVALUATION_SEED, prepared_batches
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logs import get_logger
+from ..logs import get_logger
 
 logger = get_logger(__name__)
 

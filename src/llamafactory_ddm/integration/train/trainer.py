@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..diffusion.attention import annealed_visibility, annealing_ratio
-from ..modeling.bidirectional import full_attention_mask, probe_bidirectional
-from ..modeling.denoiser import RowSelectingHead
-from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ..objectives.base import Objective
-from ..utils.files import explained, published_together
+from ...diffusion.attention import annealed_visibility, annealing_ratio
+from ...modeling.bidirectional import full_attention_mask, probe_bidirectional
+from ...modeling.denoiser import RowSelectingHead
+from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ...objectives.base import Objective
+from ...utils.files import explained, published_together
+from ..logs import get_logger
+from ..model.model_card import Origin, write_trained
+from ..resolve.run_facts import save_facts
 from .evaluation import evaluate_bound
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from .half_logits import keep_half_logits
-from .logs import get_logger
-from .model.model_card import Origin, write_trained
-from .resolve.run_facts import save_facts
 
 logger = get_logger(__name__)
 

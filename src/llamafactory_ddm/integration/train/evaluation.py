@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..diffusion.likelihood import evaluation_times
-from ..modeling.denoiser import head_rows
-from ..modeling.quantization import evaluation_mode
+from ...diffusion.likelihood import evaluation_times
+from ...modeling.denoiser import head_rows
+from ...modeling.quantization import evaluation_mode
 
 if TYPE_CHECKING:
     from .trainer import DiffusionTrainer
