@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from llamafactory_ddm.integration import predict
+from llamafactory_ddm.integration.predict import runner as predict
 from support.cli import ROOT, predictions, run
 
 KINDS = {

@@ -15,11 +15,12 @@ from ..modeling.length_heads import FILE_NAME as LENGTHS
 from ..modeling.length_heads import REPORT_NAME as LENGTHS_REPORT
 from ..modeling.model_info import max_positions
 from ..utils.run_lock import run_lock
-from .generating import generate, what_to_generate
 from .logs import get_logger, without_known_noise
 from .model.loader import LoadedModel
 from .model.model_card import Origin
 from .model.prepare import prepare_data, prepare_model
+from .predict.progress import barrier
+from .predict.workflow import generate, what_to_generate
 from .resolve.checks import check_checkpoint_folders, check_data, check_predict
 from .resolve.length import LengthPlan
 from .resolve.noise import make_objective
@@ -30,7 +31,6 @@ from .resolve.sft import response_collator
 from .train.end_evaluation import evaluate_ends, save_end_metrics
 from .train.plotting import plot_logs
 from .train.trainer import DiffusionTrainer
-from .unfinished import barrier
 
 logger = get_logger(__name__)
 

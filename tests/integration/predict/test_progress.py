@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ddm.integration.predict import _numbers, _Progress
-from llamafactory_ddm.integration.predict_metrics import metrics_of
-from llamafactory_ddm.integration.requests import Repeated, Request, distinct
-from llamafactory_ddm.integration.unfinished import Numbers, Unfinished, write_predictions
+from llamafactory_ddm.integration.predict.metrics import metrics_of
+from llamafactory_ddm.integration.predict.progress import Numbers, Unfinished, write_predictions
+from llamafactory_ddm.integration.predict.requests import Repeated, Request, distinct
+from llamafactory_ddm.integration.predict.runner import _numbers, _Progress
 
 RECORD = {"predict": "a\u2028b\u0085", "tokens": 2, "forwards": 4, "computed": 8}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..evaluation.metrics import exact_match, gsm8k_accuracy, rouge
-from .logs import get_logger
-from .unfinished import Collected
+from ...evaluation.metrics import exact_match, gsm8k_accuracy, rouge
+from ..logs import get_logger
+from .progress import Collected
 
 logger = get_logger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..utils.files import explained
+from ...utils.files import explained
 
 _FINGERPRINT = "fingerprint"
 

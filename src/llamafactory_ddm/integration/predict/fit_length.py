@@ -14,19 +14,19 @@ from llamafactory.hparams import get_train_args
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.canvas import Canvas
-from ..data.variable_length import VariableLengthCollator
-from ..diffusion.noise import Stream
-from ..diffusion.rng import keyed_uniform
-from ..evaluation.length_metrics import FOLDS, least_margins, length_metrics
-from ..generation.generator import TextGenerator
-from ..generation.writer import Writer
-from ..modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
-from ..sampling.length_predictors import FirstStep
-from .logs import get_logger
-from .model.loader import sources
-from .model.prepare import prepare_data, prepare_model
-from .resolve.checks import check_checkpoint_folders
+from ...data.canvas import Canvas
+from ...data.variable_length import VariableLengthCollator
+from ...diffusion.noise import Stream
+from ...diffusion.rng import keyed_uniform
+from ...evaluation.length_metrics import FOLDS, least_margins, length_metrics
+from ...generation.generator import TextGenerator
+from ...generation.writer import Writer
+from ...modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
+from ...sampling.length_predictors import FirstStep
+from ..logs import get_logger
+from ..model.loader import sources
+from ..model.prepare import prepare_data, prepare_model
+from ..resolve.checks import check_checkpoint_folders
 
 logger = get_logger(__name__)
 _EPOCHS, _LEARNING_RATE = 50, 1e-3

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..data.canvas import MARKER
-from ..generation.generator import TextGenerator
-from ..modeling.length_heads import LengthPredictors
-from ..sampling import SamplingSettings
+from ...data.canvas import MARKER
+from ...generation.generator import TextGenerator
+from ...modeling.length_heads import LengthPredictors
+from ...sampling import SamplingSettings
+from ..logs import get_logger
+from ..model.loader import LoadedModel, sources
+from ..train.trainer import DiffusionTrainer
 from . import requests
-from .logs import get_logger
-from .model.loader import LoadedModel, sources
-from .predict import generate_all
-from .train.trainer import DiffusionTrainer
+from .runner import generate_all
 
 logger = get_logger(__name__)
 

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .._version import __version__
-from ..checkpoints.weights import weight_files
-from ..generation.generator import Generated, TextGenerator
-from ..generation.trace import Trace, write_html
-from ..sampling import SamplingSettings
-from ..utils.files import explained
-from .logs import get_logger
-from .predict_metrics import metrics_of
+from ..._version import __version__
+from ...checkpoints.weights import weight_files
+from ...generation.generator import Generated, TextGenerator
+from ...generation.trace import Trace, write_html
+from ...sampling import SamplingSettings
+from ...utils.files import explained
+from ..logs import get_logger
+from .metrics import metrics_of
+from .progress import Collected, Numbers, Unfinished, barrier, write_predictions
 from .requests import Repeated, Request, distinct
-from .unfinished import Collected, Numbers, Unfinished, barrier, write_predictions
 
 logger = get_logger(__name__)
 
