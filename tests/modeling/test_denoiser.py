@@ -4,7 +4,8 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
-from llamafactory_ddm.modeling.denoiser import ModelDenoiser, RowSelectingHead, head_rows, predictable
+from llamafactory_ddm.modeling.denoiser import ModelDenoiser, RowSelectingHead
+from llamafactory_ddm.objectives.shift import head_rows, predictable
 from support.tiny import LENGTH, VOCABULARY, Rows, tiny_model
 
 

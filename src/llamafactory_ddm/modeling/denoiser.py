@@ -1,8 +1,6 @@
-"""The one place that knows which row of a model's output belongs to which token, and that computes no other row.
+"""A bidirectional model as the sampler calls it: logits of chosen tokens, in parts.
 
-With `shift` (DiffuLLaMA) the logits at position i - 1 predict token i, so token 0 is never scored; everything outside
-this file sees logits at i for token i. The output embedding runs on the wanted rows alone: [batch, length, vocab]
-never exists.
+The output embedding runs on the hidden states of these tokens alone: [batch, length, vocab] never exists.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..objectives.shift import source_index
 from .bidirectional import full_attention_mask
 from .model_info import dtype_of, text_config
 
@@ -22,38 +21,6 @@ _ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
 # A product of few rows with many outputs is half as fast again on a CPU if the outputs are taken 1,024 at a time and
 # come first, and the rows are a multiple of 16.
 _OUTPUTS_AT_ONCE, _ROWS_MULTIPLE = 1024, 16
-
-
-def predictable(maskable: Tensor, shift: bool) -> Tensor:
-    """Return the part of `maskable` that the model can predict: with `shift` everything but position 0.
-
-    Args:
-        maskable: [batch, length] bool.
-        shift: whether logits at i - 1 predict token i.
-    Returns:
-        [batch, length] bool.
-    """
-    if not shift:
-        return maskable
-    result = maskable.clone()
-    result[:, 0] = False
-    return result
-
-
-def head_rows(select: Tensor, shift: bool) -> Tensor:
-    """Return which rows of the flattened hidden states predict the selected tokens.
-
-    Args:
-        select: [batch, length] bool, the tokens to predict.
-        shift: whether logits at i - 1 predict token i.
-    Returns:
-        [n_selected] int64 into [batch * length], in row-major order of `select`.
-    Raises:
-        ValueError: if `shift` is set and position 0 is selected, which nothing predicts.
-    """
-    if shift and bool(select[:, 0].any()):
-        raise ValueError("with shift the first token of a sequence is never predicted; leave position 0 unselected")
-    return select.flatten().nonzero()[:, 0] - int(shift)
 
 
 class RowSelectingHead:
@@ -168,7 +135,7 @@ class ModelDenoiser:
             [n_part, vocab], logits at i for token i, in the order of `place`.
         """
         z, place = self._unfinished(z, place)
-        rows = place - int(self._shift)
+        rows = source_index(place, self._shift)
         if self._knows_head is False:
             yield self._whole(z, rows)
             return

@@ -14,7 +14,7 @@ from ..diffusion.loss_weights import LossNorm, LossWeighting
 from ..diffusion.noise import Stream, draw_time
 from ..diffusion.rng import keyed_uniform
 from ..diffusion.schedules import NoiseSchedule
-from ..modeling.denoiser import predictable
+from .shift import predictable
 
 _OTHERS = ("document", "position_ids", "is_pad", "end", "shown")
 

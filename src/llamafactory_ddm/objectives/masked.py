@@ -14,8 +14,8 @@ from ..diffusion.likelihood import bound_per_row, mask_exactly
 from ..diffusion.loss_weights import denominator, token_weight
 from ..diffusion.losses import masked_cross_entropy
 from ..diffusion.noise import mask_tokens
-from ..modeling.denoiser import head_rows
 from .base import CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
+from .shift import head_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..diffusion.loss_weights import denominator, token_weight
 from ..diffusion.losses import mixed_kl
 from ..diffusion.noise import Stream, mix_tokens
-from ..modeling.denoiser import head_rows
 from .base import CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
+from .shift import head_rows
 
 _LEAST_LEVEL = 1e-6  # at no noise at all the weight of the bound is infinite
 

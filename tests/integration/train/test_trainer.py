@@ -11,8 +11,8 @@ from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.integration.model.model_card import Origin
 from llamafactory_ddm.modeling import bidirectional
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
-from llamafactory_ddm.modeling.denoiser import head_rows
 from llamafactory_ddm.objectives.base import CleanBatch
+from llamafactory_ddm.objectives.shift import head_rows
 from support.tiny import LENGTH, MASK_ID, VOCABULARY, Rows, tiny_model
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...evaluation.end_metrics import EndRows, columns, last_text, metrics, statistics
-from ...modeling.denoiser import head_rows
 from ...objectives.base import CleanBatch
+from ...objectives.shift import head_rows
 from .evaluation import EVALUATION_SEED, prepared_batches
 
 if TYPE_CHECKING:

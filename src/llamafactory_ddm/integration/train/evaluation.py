@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ...diffusion.likelihood import evaluation_times
-from ...modeling.denoiser import head_rows
 from ...modeling.quantization import evaluation_mode
+from ...objectives.shift import head_rows
 
 if TYPE_CHECKING:
     from .trainer import DiffusionTrainer

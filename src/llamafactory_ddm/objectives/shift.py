@@ -1,0 +1,51 @@
+"""Which hidden state predicts which token: the one place of the shift by one of autoregressive models.
+
+With `shift` (DiffuLLaMA) the logits at position i - 1 predict token i, as in the autoregressive model that the weights
+come from, so token 0 is never predicted. Everything outside this file sees logits at i for token i.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def predictable(maskable: Tensor, shift: bool) -> Tensor:
+    """Return the part of `maskable` that the model can predict: with `shift` everything but position 0.
+
+    Args:
+        maskable: [batch, length] bool.
+        shift: whether logits at i - 1 predict token i.
+    Returns:
+        [batch, length] bool.
+    """
+    if not shift:
+        return maskable
+    result = maskable.clone()
+    result[:, 0] = False
+    return result
+
+
+def head_rows(select: Tensor, shift: bool) -> Tensor:
+    """Return which rows of the flattened hidden states predict the selected tokens.
+
+    Args:
+        select: [batch, length] bool, the tokens to predict.
+        shift: whether logits at i - 1 predict token i.
+    Returns:
+        [n_selected] int64 into [batch * length], in row-major order of `select`.
+    Raises:
+        ValueError: if `shift` is set and position 0 is selected, which nothing predicts.
+    """
+    if shift and bool(select[:, 0].any()):
+        raise ValueError("with shift the first token of a sequence is never predicted; leave position 0 unselected")
+    return source_index(select.flatten().nonzero()[:, 0], shift)
+
+
+def source_index(flat_index: Tensor, shift: bool) -> Tensor:
+    """Return the flat indices of the hidden states that predict the tokens at `flat_index`.
+
+    Args:
+        flat_index: [n] int64 into [batch * length].
+        shift: whether logits at i - 1 predict token i.
+    """
+    return flat_index - int(shift)
