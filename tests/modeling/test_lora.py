@@ -8,16 +8,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from llamafactory_ddm.checkpoints.adapters import base_of, check_adapter, merged_with_base
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.lora import (
-    base_of,
-    check_adapter,
-    linear_modules,
-    merged_with_base,
-    settle_targets,
-    stored_embeddings,
-    tie_again,
-)
+from llamafactory_ddm.modeling.lora import linear_modules, settle_targets, stored_embeddings, tie_again
 
 GPT2_TARGETS = {"c_attn", "c_proj", "c_fc"}
 LLAMA_TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

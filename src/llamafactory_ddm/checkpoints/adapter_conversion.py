@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..modeling.diffusion_config import DiffusionConfig
-from ..modeling.lora import ADAPTER_CONFIG
+from .adapters import ADAPTER_CONFIG
 from .converted_weights import renamer, write_weights
 from .diffullama import LAYOUTS, Layout, keys_of, layout_of
 from .key_tables import check_adapter_keys

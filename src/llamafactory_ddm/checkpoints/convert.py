@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..modeling.diffusion_config import DiffusionConfig
-from ..modeling.lora import ADAPTER_CONFIG
 from .adapter_conversion import convert_adapter
+from .adapters import ADAPTER_CONFIG
 from .converted_weights import renamer, write_weights
 from .diffullama import LAYOUTS, AnyLayout, Layout, embedding_rows, keys_of, layout_of
 from .key_tables import check_keys, is_tied

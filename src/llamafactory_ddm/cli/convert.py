@@ -35,10 +35,10 @@ def main(words: list[str]) -> int:
     arguments = parser.parse_args(words)
     from transformers.utils import logging
 
+    from ..checkpoints.adapters import ADAPTER_CONFIG
     from ..checkpoints.convert import convert
     from ..checkpoints.diffullama import layout_of_folder
     from ..checkpoints.llada_dream import LLADA
-    from ..modeling.lora import ADAPTER_CONFIG
 
     logging.set_verbosity_error()
     try:

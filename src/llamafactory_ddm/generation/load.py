@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..checkpoints.adapters import ADAPTER_CONFIG, base_of, merged_with_base, refuse_both
 from ..checkpoints.diffullama import layout_of_folder
 from ..checkpoints.load_model import load_whole
 from ..checkpoints.plain_copy import may_be_on_a_hub, plain_folder
@@ -15,7 +16,6 @@ from ..checkpoints.weights import verify_checkpoint
 from ..modeling.bidirectional import make_bidirectional
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.length_heads import LengthPredictors
-from ..modeling.lora import ADAPTER_CONFIG, base_of, merged_with_base, refuse_both
 from .generator import TextGenerator
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from ...checkpoints.adapters import base_of, fit_rows
 from ...checkpoints.diffullama import embedding_rows, is_model_folder, layout_of_folder
 from ...checkpoints.plain_copy import origin_of
 from ...checkpoints.weights import load_weights, stored_dtype
 from ...modeling.bidirectional import make_bidirectional
 from ...modeling.embeddings import give_rows, rows_of, set_rows
-from ...modeling.lora import base_of, fit_rows, settle_targets, tie_again
+from ...modeling.lora import settle_targets, tie_again
 from ..logs import get_logger
 from ..resolve.vocabulary import Vocabulary, check_stored
 

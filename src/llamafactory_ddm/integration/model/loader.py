@@ -10,6 +10,7 @@ from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.model.patcher import patch_tokenizer
 from transformers import AutoTokenizer
 
+from ...checkpoints.adapters import check_agreement
 from ...checkpoints.diffullama import (
     embedding_rows,
     is_model_folder,
@@ -18,7 +19,6 @@ from ...checkpoints.diffullama import (
     set_published_padding,
 )
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ...modeling.lora import check_agreement
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from ..logs import get_logger
 from ..resolve.noise import settle_noise_process, with_noise_process

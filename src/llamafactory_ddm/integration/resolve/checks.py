@@ -12,11 +12,11 @@ from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ...checkpoints.adapters import ADAPTER_CONFIG, check_adapter, refuse_both
 from ...checkpoints.diffullama import is_model_folder, layout_of_folder
 from ...checkpoints.llada_dream import kind_of, raw_config
 from ...checkpoints.plain_copy import may_be_on_a_hub
 from ...checkpoints.weights import verify_checkpoint
-from ...modeling.lora import ADAPTER_CONFIG, check_adapter, refuse_both
 from ...modeling.model_info import max_positions
 from ..data.faults import find_fault
 from ..model.plain_copy import settle_plain_model

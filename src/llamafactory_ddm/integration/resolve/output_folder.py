@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ...modeling.lora import ADAPTER_CONFIG, holds_model
+from ...checkpoints.adapters import ADAPTER_CONFIG, holds_model
 from ..logs import get_logger
 
 logger = get_logger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.adapters import ADAPTER_CONFIG
 from ...checkpoints.weights import BrokenCheckpointError, last_complete_checkpoint, verify_checkpoint
 from ...modeling.diffusion_config import DiffusionConfig
-from ...modeling.lora import ADAPTER_CONFIG
 from ..logs import get_logger
 
 logger = get_logger(__name__)

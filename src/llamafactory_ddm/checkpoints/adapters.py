@@ -1,0 +1,167 @@
+"""Adapters in their folders: the model that they belong to, whether they load as they were trained, merging."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.embeddings import rows_of, set_rows
+from ..modeling.lora import embedding_names, tie_again
+from .diffullama import shapes_of
+from .load_model import load_whole, load_whole_adapter
+from .weights import weight_files
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+# What an adapter and the model that it was trained on must say alike.
+_AGREEING = ("mask_token", "mask_token_id", "shift", "noise_schedule")
+
+
+# What pissa_convert keeps for itself: weights that belong to the rest of a decomposition, not to the base model.
+_HALVES = ("pissa_init", "pissa_backup")
+
+
+_WEIGHTS = ("safetensors", "bin")  # how files of weights end
+
+
+def holds_model(folder: str | Path) -> bool:
+    """Tell whether weights of a whole model lie in `folder`."""
+    return any(any(Path(folder).glob(f"{kind}*.{end}")) for kind in ("model", "pytorch_model") for end in _WEIGHTS)
+
+
+def refuse_both(folder: str | Path) -> None:
+    """Refuse a folder that holds a model and an adapter, of which each reader would take another one.
+
+    Raises:
+        ValueError: naming the files.
+    """
+    if (Path(folder) / ADAPTER_CONFIG).is_file() and holds_model(folder):
+        raise ValueError(
+            f"{folder} holds the weights of a model and an adapter ({ADAPTER_CONFIG}), so it is not known which is "
+            "meant: move one of them to another folder, with its own diffusion_config.json and tokenizer"
+        )
+
+
+def base_of(folder: str | Path) -> str:
+    """Return the folder or name of the model that an adapter was trained on."""
+    return str(_settings(folder)["base_model_name_or_path"])
+
+
+def _settings(folder: str | Path) -> dict[str, Any]:
+    """Return what adapter_config.json of a folder says.
+
+    Raises:
+        ValueError: if it is not readable, or names no base model.
+    """
+    path = Path(folder) / ADAPTER_CONFIG
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        named = isinstance(settings["base_model_name_or_path"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        named = False
+    if not named:
+        raise ValueError(
+            f"{path} is not readable, or names no base_model_name_or_path, the model that the adapter was trained on; "
+            "copy or save the adapter again"
+        )
+    return settings
+
+
+def check_agreement(found: Sequence[tuple[str, DiffusionConfig]]) -> None:
+    """Check that what adapter, checkpoint and base model say about themselves is of one diffusion process.
+
+    Args:
+        found: folder and config of each that says something, the newest first.
+    Raises:
+        ValueError: if two contradict each other, naming both.
+    """
+    for folder, config in found[1:]:
+        for key in _AGREEING:
+            ours, theirs = getattr(found[0][1], key), getattr(config, key)
+            if ours != theirs:
+                raise ValueError(
+                    f"{found[0][0]} was trained with {key}: {ours}, but {folder} says {key}: {theirs}; use the "
+                    "adapter with the model that it was trained on"
+                )
+
+
+def check_adapter(folder: str | Path) -> None:
+    """Check that an adapter loads as it was trained.
+
+    Raises:
+        ValueError: if it is one half of a decomposition whose other half is not the base model (PiSSA).
+    """
+    folder = Path(folder)
+    converted = folder.parent / "pissa_converted" if folder.name in _HALVES else folder / "pissa_converted"
+    cure = f"use {converted}" if converted.is_dir() else "train with pissa_convert: true and use its pissa_converted"
+    if folder.name in _HALVES:
+        raise ValueError(
+            f"{folder} is an intermediate adapter of pissa_convert, and on the base model it is not the model that "
+            f"was trained; {cure}"
+        )
+    if str(_settings(folder).get("init_lora_weights")).startswith("pissa_niter"):
+        raise ValueError(
+            f"{folder} was trained with pissa_init and an approximate decomposition (pissa_iter), which PEFT draws "
+            f"anew when it loads the adapter: that gives another model than was trained; {cure}, or train with "
+            "pissa_iter: -1"
+        )
+
+
+def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, dtype: Any) -> Any:
+    """Load the base model of an adapter, and merge the adapter into it.
+
+    Args:
+        folder: with adapter_config.json and the adapter's weights.
+        config: of the adapter.
+        base: folder or name of the model, as transformers can load it.
+        dtype: of the model's weights, as Hugging Face takes it.
+    Raises:
+        ValueError: if the base model cannot be loaded, or is not the one that the adapter was trained on.
+    """
+    from peft import PeftModel
+
+    check_adapter(folder)
+    described = DiffusionConfig.find(base)
+    if described is not None:
+        check_agreement([(str(folder), config), (base, described)])
+    try:
+        model: Any = load_whole(AutoModelForCausalLM, pretrained_model_name_or_path=base, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is an adapter of {base}, which cannot be loaded ({str(error).strip().splitlines()[0]}); start "
+            "where that path is right, or change base_model_name_or_path in its adapter_config.json"
+        ) from error
+    fit_rows(model, folder, own=rows_of(model))
+    merged = load_whole_adapter(PeftModel, model, folder).merge_and_unload()
+    tie_again(merged)
+    return merged
+
+
+def fit_rows(model: Any, folder: str | Path, *, own: int) -> None:
+    """Give the embeddings of a base model as many rows as those that the adapter in `folder` holds, if it holds any.
+
+    Args:
+        model: the base model.
+        folder: of the adapter.
+        own: rows that the base model was saved with; an adapter with fewer belongs to another model.
+    """
+    rows = adapter_rows(model, folder)
+    if rows is not None and rows >= own:
+        set_rows(model, rows)
+
+
+def adapter_rows(model: Any, folder: str | Path) -> int | None:
+    """Return how many tokens the embeddings have that the adapter in `folder` holds, None where it holds none."""
+    ends = [name for name in embedding_names(model) if name is not None]
+    for path in weight_files(Path(folder)):
+        for key, shape in shapes_of(path).items():
+            for name in ends:
+                if key.endswith((f".{name}.weight", f".{name}.lora_B.weight", f".{name}.base_layer.weight")):
+                    return shape[0]
+    return None
