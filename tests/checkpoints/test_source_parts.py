@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from llamafactory_ddm.checkpoints.source_parts import with_start_and_end
+from llamafactory_ddm.checkpoints.convert import with_start_and_end
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.tiny import tiny_tokenizer
 

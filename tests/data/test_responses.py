@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafactory_ddm.data.responses import ResponseCollator
+from llamafactory_ddm.data.collators import ResponseCollator
 
 SHORT = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}
 LONG = {"input_ids": [1, 2, 3, 4], "attention_mask": [1] * 4, "labels": [-100, -100, -100, 4]}

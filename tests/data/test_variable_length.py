@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafactory_ddm.data.variable_length import VariableLengthCollator
+from llamafactory_ddm.data.collators import VariableLengthCollator
 
 EOS = 0
 ANSWER = {"input_ids": [0, 5, 6, 7, 0], "labels": [-100, -100, 6, 7, 0]}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llamafactory_ddm.data.variable_length import VariableLengthCollator
+from llamafactory_ddm.data.collators import VariableLengthCollator
 from llamafactory_ddm.diffusion import attention, likelihood, noise
 from llamafactory_ddm.diffusion import eos_noise as ends
 from llamafactory_ddm.diffusion import rng as philox

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from llamafactory_ddm import load
 from llamafactory_ddm.modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from llamafactory_ddm.modeling.digits import splits_digits
+from llamafactory_ddm.modeling.special_tokens import splits_digits
 from support.cli import ABSENT, ROOT, history, predictions, run, train_here
 
 SOLVE = "tiny_gpt2_sft_inference.yaml"

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from llamafactory_ddm.data.canvas import Canvas
-from llamafactory_ddm.generation.replay import replay
+from llamafactory_ddm.generation.trace import replay
 
 MASK = 99
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llamafactory_ddm.modeling.digits import split_digits, splits_digits
+from llamafactory_ddm.modeling.special_tokens import split_digits, splits_digits
 
 END = "<|endoftext|>"
 

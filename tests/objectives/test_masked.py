@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llamafactory_ddm.data.responses import ResponseCollator
-from llamafactory_ddm.data.variable_length import VariableLengthCollator
+from llamafactory_ddm.data.collators import ResponseCollator, VariableLengthCollator
 from llamafactory_ddm.diffusion.eos_noise import EndNoise
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.objectives.masked import MaskedObjective

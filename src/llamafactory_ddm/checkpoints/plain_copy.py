@@ -20,8 +20,8 @@ from transformers.utils.hub import cached_file
 
 from ..modeling.diffusion_config import FILE_NAME
 from .convert import convert
-from .key_tables import first_line
 from .llada_dream import OwnCode, kind_of, raw_config
+from .rename import first_line
 from .weights import verify_checkpoint, weight_files
 
 CACHE = "LLAMAFACTORY_DDM_CACHE"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def start_token_id(tokenizer: Any) -> int:
@@ -47,3 +52,207 @@ class StartTokenCollator:
                 ids, mask = [self.start_id, *ids], [1, *mask]
             rows.append({"input_ids": ids[: self.max_length], "attention_mask": mask[: self.max_length]})
         return self.inner(rows)
+
+
+IGNORE = -100  # the label of a token that is given
+
+
+def is_target(ids: Tensor, labels: Tensor, starts: Tensor) -> Tensor:
+    """Return which tokens of a row a model learns to write: the labelled ones.
+
+    Templates without a token for the end of an answer label the first token of the next turn with the end. With
+    mask_history LLaMA-Factory also labels the first token of all so, where nothing ends.
+
+    Args:
+        ids: [length] int64.
+        labels: [length] int64, `IGNORE` for what is given.
+        starts: [length] bool, True for the first token of each document.
+    Returns:
+        [length] bool.
+    """
+    return (labels != IGNORE) & ~(starts & (labels != ids))
+
+
+@dataclass(frozen=True)
+class ResponseCollator:
+    """Makes one rectangle of rows that hold `input_ids` and `labels`, and of packed rows also `position_ids`.
+
+    The result holds
+    - `input_ids`: [batch, length] int64, clean ids: the labels where tokens are labelled;
+    - `shown`: the same shape, what the model sees of a clean token; left out where labels are the tokens themselves;
+    - `attention_mask`: [batch, length] int64, 0 for padding that is neither seen nor noised;
+    - `maskable`: [batch, length] bool, tokens that noise may fall on: the labelled ones, and the padding if it is a
+      target;
+    - of packed rows, `document`: [batch, length] int64, a number for each document, and `position_ids`: the same
+      shape, from 0 in each document.
+
+    Attributes:
+        pad_id: of the padding.
+        shift: whether logits at i - 1 predict token i; the first token of a packed document is then given, as nothing
+            in its document predicts it.
+        target_length: pad each row to so many tokens, which the model learns to write as it learns the text; None pads
+            to the longest row with padding that the model does not see.
+    Source: DiffuSeq (arXiv 2210.08933), section 3.1, for noise on the response alone; DiffuLLaMA (arXiv 2410.17891)
+        and LLaDA (arXiv 2502.09992), section 2.3, for padding as a target.
+    """
+
+    pad_id: int
+    shift: bool
+    target_length: int | None = None
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch.
+
+        Raises:
+            ValueError: if a row is longer than `target_length`, or packed rows should have targets behind them.
+        """
+        packed = "position_ids" in features[0]
+        longest = max(len(feature["input_ids"]) for feature in features)
+        length = longest if self.target_length is None else self.target_length
+        if longest > length:
+            raise ValueError(
+                f"a row of {longest} tokens does not fit cutoff_len: {length}; prepare the data again, or raise "
+                "cutoff_len"
+            )
+        if packed and self.target_length is not None:
+            raise ValueError("packed rows have no padding to learn; set train_on_padding: false, or packing: false")
+        shape = (len(features), length)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_id, dtype=torch.int64),
+            "attention_mask": torch.full(shape, int(self.target_length is not None), dtype=torch.int64),
+            "maskable": torch.full(shape, self.target_length is not None, dtype=torch.bool),
+        }
+        shown = batch["input_ids"].clone()
+        if packed:
+            batch["document"] = torch.zeros(shape, dtype=torch.int64)
+            batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)
+        for row, feature in enumerate(features):
+            n = len(feature["input_ids"])
+            ids, labels = torch.as_tensor(feature["input_ids"]), torch.as_tensor(feature["labels"])
+            starts = torch.as_tensor(feature["position_ids"]) == 0 if packed else torch.arange(n) == 0
+            batch["maskable"][row, :n] = is_target(ids, labels, starts)
+            batch["input_ids"][row, :n] = torch.where(batch["maskable"][row, :n], labels, ids)
+            shown[row, :n] = ids
+            if packed:
+                # Not from attention_mask: upstream numbers the documents there under neat_packing only.
+                position = torch.as_tensor(feature["position_ids"])
+                batch["document"][row, :n], batch["position_ids"][row, :n] = (position == 0).cumsum(dim=0), position
+                batch["attention_mask"][row, :n] = (torch.as_tensor(feature["attention_mask"]) > 0).long()
+                batch["maskable"][row, :n] &= (position > 0) | (not self.shift)
+            else:
+                batch["attention_mask"][row, :n] = 1
+        if not torch.equal(shown, batch["input_ids"]):
+            batch["shown"] = shown
+        return batch
+
+
+@dataclass(frozen=True)
+class VariableLengthCollator:
+    """Makes one rectangle of rows that hold `input_ids` and, for answers, `labels`.
+
+    A row is `[start] text eos pad pad …` up to its canvas: `canvas` tokens, or with `block` the next multiple of it or
+    one of those behind.
+    What is inside the canvas and labelled, the end and all padding included, is a target; what is outside is neither
+    seen nor noised. The result holds
+    - `input_ids`: [batch, length] int64, clean ids: the labels where tokens are labelled;
+    - `shown`: the same shape, what the model sees of a clean token; left out where labels are the tokens themselves;
+    - `attention_mask`: [batch, length] int64, 0 outside the canvas;
+    - `maskable`: [batch, length] bool, tokens that noise may fall on;
+    - `is_pad`: [batch, length] bool, padding inside the canvas;
+    - `end`: [batch] int64, index of the end-of-text token.
+
+    Attributes:
+        eos_id: ends a text; added where a row lacks an end.
+        pad_ids: what stands behind the end, in turn: the end-of-text token itself (`eos_eos`), a token of its own
+            (`eos_pad`), or several (`rainbow`).
+        canvas: the most tokens of a row.
+        start_id: put in front of a document that lacks it; None for answers, and where none is needed.
+        block: extend a row's canvas to a multiple of so many tokens only; None extends it to `canvas`.
+        extra: blocks that a row's canvas may have beyond those it fills, None for all that `canvas` has room for; how
+            many is decided by the row's own tokens, so that it is the same in every epoch, run and process. A model
+            that only sees canvases that end with the text's last block takes their size for the length of the text.
+        multiple: make the rectangle's length a multiple of so many tokens.
+        end_ids: of further tokens that end an answer, such as a template's stop words.
+    Source: Rainbow Padding (arXiv 2510.03680) for `rainbow`; variable-length DiffuGPT for the other two.
+    """
+
+    eos_id: int
+    pad_ids: tuple[int, ...]
+    canvas: int
+    start_id: int | None = None
+    block: int | None = None
+    extra: int | None = None
+    multiple: int = 1
+    end_ids: tuple[int, ...] = ()
+
+    def row(self, feature: Mapping[str, Any]) -> tuple[list[int], list[bool], int]:
+        """Return a row's clean ids up to its end, which of them noise may fall on, and the index of the end.
+
+        What a template puts behind the end of the last answer, as the line break of ChatML, is left out.
+        """
+        ids = list(feature["input_ids"])
+        if "labels" in feature:
+            labels = torch.as_tensor(feature["labels"])
+            maskable = is_target(torch.as_tensor(ids), labels, torch.arange(len(ids)) == 0).tolist()
+            ids = [label if own else token for token, label, own in zip(ids, feature["labels"], maskable, strict=True)]
+        else:
+            if self.start_id is not None and (not ids or ids[0] != self.start_id):
+                ids = [self.start_id, *ids]
+            maskable = [True] * len(ids)
+        first = 0 if self.start_id is None else 1  # the start token may be the same as the end
+        ends = {self.eos_id, *(self.end_ids if "labels" in feature else ())}
+        end = max((n for n in range(first, len(ids)) if maskable[n] and ids[n] in ends), default=None)
+        if end is not None and (end == len(ids) - 1 or ("labels" in feature and all(maskable[end:]))):
+            return ids[: end + 1], maskable[: end + 1], end
+        return [*ids, self.eos_id], [*maskable, True], len(ids)
+
+    def shown(self, feature: Mapping[str, Any], ids: list[int]) -> list[int]:
+        """Return what a model sees of the `ids` that `row` made of a row."""
+        return [*feature["input_ids"], *ids[len(feature["input_ids"]) :]][: len(ids)] if "labels" in feature else ids
+
+    def fits(self, feature: Mapping[str, Any]) -> bool:
+        """Tell whether a row has room for its end."""
+        return len(self.row(feature)[0]) <= self.canvas
+
+    def width(self, ids: Sequence[int]) -> int:
+        """Return the length of the canvas of a row of tokens, its end included."""
+        if self.block is None:
+            return self.canvas
+        least, most = -(-len(ids) // self.block), -(-self.canvas // self.block)
+        choices = (most - least if self.extra is None else min(self.extra, most - least)) + 1
+        drawn = zlib.crc32(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()) % choices if choices > 1 else 0
+        return min(self.canvas, (least + drawn) * self.block)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch.
+
+        Raises:
+            ValueError: if a row does not fit the canvas.
+        """
+        rows = [self.row(feature) for feature in features]
+        longest = max(len(ids) for ids, _, _ in rows)
+        if longest > self.canvas:
+            raise ValueError(
+                f"a row of {longest} tokens, its end included, does not fit cutoff_len: {self.canvas}; set "
+                "drop_overlong: true, or raise cutoff_len"
+            )
+        widths = [self.width(ids) for ids, _, _ in rows]
+        shape = (len(rows), -(-max(widths) // self.multiple) * self.multiple)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_ids[0], dtype=torch.int64),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "maskable": torch.zeros(shape, dtype=torch.bool),
+            "is_pad": torch.zeros(shape, dtype=torch.bool),
+            "end": torch.tensor([end for _, _, end in rows]),
+        }
+        shown = batch["input_ids"].clone()
+        for number, ((ids, maskable, _), width) in enumerate(zip(rows, widths, strict=True)):
+            n, pads = len(ids), [self.pad_ids[i % len(self.pad_ids)] for i in range(width - len(ids))]
+            batch["input_ids"][number, :width] = torch.tensor([*ids, *pads])
+            shown[number, :width] = torch.tensor([*self.shown(features[number], ids), *pads])
+            batch["attention_mask"][number, :width] = 1
+            batch["maskable"][number, :width] = torch.tensor([*maskable, *[True] * len(pads)])
+            batch["is_pad"][number, n:width] = True
+        if not torch.equal(shown, batch["input_ids"]):
+            batch["shown"] = shown
+        return batch

@@ -29,8 +29,7 @@ from ..sampling.budget import split_into_blocks, steps_of_blocks
 from ..sampling.keywords import with_keywords
 from ..sampling.state import MOST_ROWS
 from .canvas_size import Sized
-from .replay import replay
-from .trace import Trace
+from .trace import Trace, replay
 from .writer import Writer, Written
 
 logger = logging.getLogger(__name__)

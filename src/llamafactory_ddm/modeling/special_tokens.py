@@ -7,6 +7,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from .diffusion_config import VariableLength
+
 _SPECIAL = re.compile(r"<.+>|\[.+\]")
 _ESCAPE = re.compile(r"\\[ntr0xu\"\\]")
 _CURE = (
@@ -179,3 +184,85 @@ def add_mask_token(tokenizer: Any, mask: ResolvedMaskToken) -> None:
             f"the tokenizer gives {mask.token!r} the id {found}, expected {mask.id}; use the tokenizer that was saved "
             "with the checkpoint"
         )
+
+
+_PAD = "<|pad|>"
+
+
+def pad_names(tokenizer: Any, format: str, colors: int, stored: VariableLength | None = None) -> tuple[str, ...]:
+    """Return the spellings of a format's pad tokens: the checkpoint's, else the tokenizer's own, else new ones.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        format: `eos_pad`, `eos_eos` or `rainbow`.
+        colors: pad tokens of `rainbow`.
+        stored: what the checkpoint says.
+    Raises:
+        ValueError: if the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"variable_length: {format} ends a text with the end-of-text token, and the tokenizer has none; add one"
+        )
+    if stored is not None:
+        return stored.pad_tokens
+    if format == "eos_eos":
+        return (str(tokenizer.eos_token),)
+    if format == "rainbow":
+        return tuple(f"<|pad_{number}|>" for number in range(colors))
+    taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.mask_token, None}
+    return (_PAD,) if tokenizer.pad_token in taken else (str(tokenizer.pad_token),)
+
+
+def new_names(tokenizer: Any, names: tuple[str, ...]) -> list[str]:
+    """Return those of `names` that the tokenizer does not have."""
+    vocabulary = tokenizer.get_vocab()
+    return [name for name in names if name not in vocabulary]
+
+
+def add_pad_tokens(tokenizer: Any, names: tuple[str, ...]) -> None:
+    """Give the tokenizer those of `names` that it does not have."""
+    new = new_names(tokenizer, names)
+    if new:
+        tokenizer.add_tokens(new, special_tokens=True)
+
+
+_TRIAL = ("1234567890", "20 30", "7777", " 11", "x99y")
+
+
+_KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "chat_template")
+
+
+def splits_digits(tokenizer: Any) -> bool:
+    """Tell whether no token of a number holds more than one digit."""
+    for text in _TRIAL:
+        pieces = [tokenizer.decode([index]) for index in tokenizer.encode(text, add_special_tokens=False)]
+        if any(sum(char.isdigit() for char in piece) > 1 for piece in pieces):
+            return False
+    return True
+
+
+def split_digits(tokenizer: Any) -> Any:
+    """Return a tokenizer that cuts the text before and behind every digit, and still does when it is saved and loaded.
+
+    The pieces are tokenised apart from each other, so that no token spans the border of a digit. The tokenizer given
+    changes too.
+
+    Raises:
+        ValueError: if the tokenizer is a slow one.
+    Source: DiffuLLaMA (arXiv 2410.17891), the tokenizer of its GSM8K models.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"split_digits: true needs a fast tokenizer, and {type(tokenizer).__name__} is a slow one; set "
+            "use_fast_tokenizer: true, or remove split_digits"
+        )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    before = backend.pre_tokenizer
+    backend.pre_tokenizer = digits if before is None else pre_tokenizers.Sequence([digits, before])
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    # The tokenizer of a model, such as GPT2Tokenizer, builds its own pre-tokenizer when it is loaded.
+    kept = {name: getattr(tokenizer, name) for name in _KEPT if getattr(tokenizer, name, None) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map, **kept)

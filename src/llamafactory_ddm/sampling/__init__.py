@@ -4,11 +4,10 @@ from .edits import Edits
 from .forward import Context, Denoiser
 from .logits import LogitsConfig, filtered_log_probs
 from .loop import SamplerOutput, denoise_step, sample
-from .remasking import Remasking
 from .settings import SamplingSettings
 from .stable import StableStop
 from .state import Plan, SamplerState, Turn, start
-from .strategies import STRATEGIES, Strategy, get_strategy, register
+from .strategies import STRATEGIES, Remasking, Strategy, get_strategy, register
 from .tokens import Draws, draw_tokens
 
 __all__ = [

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ddm.integration.predict.metrics import metrics_of
 from llamafactory_ddm.integration.predict.progress import Numbers, Unfinished, write_predictions
 from llamafactory_ddm.integration.predict.requests import Repeated, Request, distinct
-from llamafactory_ddm.integration.predict.runner import _numbers, _Progress
+from llamafactory_ddm.integration.predict.runner import _numbers, _Progress, metrics_of
 
 RECORD = {"predict": "a\u2028b\u0085", "tokens": 2, "forwards": 4, "computed": 8}
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from llamafactory_ddm.data.variable_length import VariableLengthCollator
+from llamafactory_ddm.data.collators import VariableLengthCollator
 from llamafactory_ddm.integration.train import end_evaluation
 from llamafactory_ddm.modeling.diffusion_config import VariableLength
 from support.tiny import MASK_ID

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from llamafactory_ddm.data.responses import ResponseCollator
+from llamafactory_ddm.data.collators import ResponseCollator
 from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens, mix_tokens
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.integration.model.model_card import Origin

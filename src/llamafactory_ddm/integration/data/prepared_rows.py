@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from ...data.responses import IGNORE
+from ...data.collators import IGNORE
 from ...modeling.special_tokens import ResolvedMaskToken
 from ..logs import get_logger
 from ..resolve.checks import datasets_explained

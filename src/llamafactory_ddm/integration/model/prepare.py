@@ -8,8 +8,8 @@ from typing import Any
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.model import load_config
 
+from ...data.collators import VariableLengthCollator
 from ...data.control_tokens import control_texts, reading_as_text
-from ...data.variable_length import VariableLengthCollator
 from ...modeling.diffusion_config import DiffusionConfig
 from ...modeling.model_info import max_positions
 from ..data.prepared_rows import AnswerMarks, RowRules, check_columns, check_prepared

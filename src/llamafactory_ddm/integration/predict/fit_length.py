@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...data.canvas import Canvas
-from ...data.variable_length import VariableLengthCollator
+from ...data.collators import VariableLengthCollator
 from ...diffusion.noise import Stream
 from ...diffusion.rng import keyed_uniform
 from ...evaluation.length_metrics import FOLDS, least_margins, length_metrics

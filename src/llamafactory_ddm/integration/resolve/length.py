@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...data.collators import start_token_id
-from ...data.variable_length import VariableLengthCollator
+from ...data.collators import VariableLengthCollator, start_token_id
 from ...diffusion.eos_noise import EndNoise
 from ...modeling.diffusion_config import DiffusionConfig, VariableLength
 from ...modeling.model_info import max_positions
-from ...modeling.pad_tokens import pad_names
+from ...modeling.special_tokens import pad_names
 from ..hparams.length import NEEDS
 from ..logs import get_logger
 

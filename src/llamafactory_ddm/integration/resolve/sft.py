@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ...data.responses import ResponseCollator
+from ...data.collators import ResponseCollator
 from ...modeling.diffusion_config import DiffusionConfig
-from ...modeling.digits import split_digits, splits_digits
-from ...modeling.special_tokens import resolve_token
+from ...modeling.special_tokens import resolve_token, split_digits, splits_digits
 from ..data.templates import DIFFULLAMA, MARKS, DiffuLlamaTemplate, uncut
 from .start_and_end import with_padding, with_template
 

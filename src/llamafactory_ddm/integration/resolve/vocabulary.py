@@ -13,8 +13,14 @@ from typing import Any
 from ...modeling.diffusion_config import DiffusionConfig
 from ...modeling.embeddings import has_tied_embeddings
 from ...modeling.lora import embedding_names, stored_embeddings
-from ...modeling.pad_tokens import add_pad_tokens, pad_names
-from ...modeling.special_tokens import ResolvedMaskToken, add_mask_token, check_roles, resolve_mask_token
+from ...modeling.special_tokens import (
+    ResolvedMaskToken,
+    add_mask_token,
+    add_pad_tokens,
+    check_roles,
+    pad_names,
+    resolve_mask_token,
+)
 from .length import LengthPlan
 
 _ADDS = "add_tokens or add_special_tokens"

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.operations import ConvertOutputsToFp32
 from llamafactory.train.pt.trainer import CustomTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -27,7 +29,6 @@ from ..model.model_card import Origin, write_trained
 from ..resolve.run_facts import save_facts
 from .evaluation import evaluate_bound
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
-from .half_logits import keep_half_logits
 
 logger = get_logger(__name__)
 
@@ -390,3 +391,22 @@ class DiffusionTrainer(CustomTrainer):
             if self.run_facts is not None and output_dir not in (None, self.args.output_dir):
                 save_facts(self.run_facts, scratch)
             replace(self.diffusion_config, attention_ratio=self.reached_ratio()).save(scratch)
+
+
+def keep_half_logits(model: Any) -> bool:
+    """Take from a model that accelerate has prepared for mixed precision the conversion of its outputs to float32.
+
+    Autocast stays, and accelerate can still undo it.
+
+    Args:
+        model: the module whose `forward` accelerate replaced, not a wrapper around it.
+    Returns:
+        Whether there was such a conversion.
+    """
+    forward = vars(model).get("forward")
+    converter = getattr(getattr(forward, "__func__", forward), "__wrapped__", None)
+    if not isinstance(converter, ConvertOutputsToFp32):
+        return False
+    inner = converter.model_forward
+    model.forward = MethodType(inner, model) if hasattr(forward, "__func__") else inner
+    return True
