@@ -8,7 +8,7 @@ from llamafactory_ddm.diffusion import attention, likelihood, noise
 from llamafactory_ddm.diffusion import eos_noise as ends
 from llamafactory_ddm.diffusion import rng as philox
 from llamafactory_ddm.diffusion.schedules import LinearSchedule
-from llamafactory_ddm.evaluation.end_metrics import EndRows, statistics
+from llamafactory_ddm.evaluation.eos import EndRows, statistics
 from llamafactory_ddm.integration.predict.fit_length import texts
 from llamafactory_ddm.objectives.base import CleanBatch
 from llamafactory_ddm.objectives.mixed import MixedObjective

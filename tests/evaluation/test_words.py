@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer, tokenize
 
-from llamafactory_ddm.evaluation.metrics import rouge
-from llamafactory_ddm.evaluation.words import words
+from llamafactory_ddm.evaluation.text import rouge, words
 
 
 @pytest.mark.parametrize(

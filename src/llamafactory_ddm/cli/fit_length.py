@@ -23,7 +23,7 @@ def main(words: list[str]) -> int:
 
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process; upstream refuses several devices otherwise
     activate()
-    from ..evaluation.length_metrics import as_table
+    from ..evaluation.lengths import as_table
     from ..integration.predict.fit_length import fit_from_words
 
     try:

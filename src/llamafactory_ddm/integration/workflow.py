@@ -28,7 +28,7 @@ from .resolve.output_folder import check_output_folder
 from .resolve.resume import check_resumed, how_to_go_on, settle_resume
 from .resolve.run_facts import check_facts, run_facts
 from .resolve.sft import response_collator
-from .train.evaluation import evaluate_ends, save_end_metrics
+from .train.eos_evaluation import evaluate_ends, save_end_metrics
 from .train.plotting import plot_logs
 from .train.trainer import DiffusionTrainer
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from llamafactory_ddm.data.collators import VariableLengthCollator
-from llamafactory_ddm.integration.train import end_evaluation
+from llamafactory_ddm.integration.train import eos_evaluation
 from llamafactory_ddm.modeling.diffusion_config import VariableLength
 from support.tiny import MASK_ID
 
@@ -24,12 +24,12 @@ def test_a_mask_of_the_text_is_given_and_ends_no_answer(make_trainer, monkeypatc
         trainer.diffusion_config, variable_length=VariableLength("eos_pad", ("<|pad|>",), (PAD,), canvas=8)
     )
     seen, given = [], []
-    inner, logits = end_evaluation.statistics, trainer.bound_logits
+    inner, logits = eos_evaluation.statistics, trainer.bound_logits
     monkeypatch.setattr(
-        end_evaluation, "statistics", lambda rows, *a, **k: (seen.append(rows), inner(rows, *a, **k))[1]
+        eos_evaluation, "statistics", lambda rows, *a, **k: (seen.append(rows), inner(rows, *a, **k))[1]
     )
     monkeypatch.setattr(trainer, "bound_logits", lambda model, z, *a: (given.append(z), logits(model, z, *a))[1])
-    end_evaluation.evaluate_ends(trainer, rows, end_ids=[EOS])
+    eos_evaluation.evaluate_ends(trainer, rows, end_ids=[EOS])
     maskable = torch.cat([batch.maskable for batch in seen]).int().tolist()
     assert maskable == [[0, 1, 1, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
     assert all(z[0, 3] == MASK_ID and z[1, 2] == 8 for z in given)

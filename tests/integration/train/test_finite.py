@@ -43,7 +43,7 @@ def said():
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    names = [f"llamafactory_ddm.integration.{name}" for name in ("finite", "trainer")]
+    names = [f"llamafactory_ddm.integration.train.{name}" for name in ("finite", "trainer")]
     for name in names:
         logging.getLogger(name).addHandler(handler)
     yield records

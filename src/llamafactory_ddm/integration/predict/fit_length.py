@@ -18,7 +18,7 @@ from ...data.canvas import Canvas
 from ...data.collators import VariableLengthCollator
 from ...diffusion.noise import Stream
 from ...diffusion.rng import keyed_uniform
-from ...evaluation.length_metrics import FOLDS, least_margins, length_metrics
+from ...evaluation.lengths import FOLDS, least_margins, length_metrics
 from ...generation.generator import TextGenerator
 from ...generation.writer import Writer
 from ...modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden

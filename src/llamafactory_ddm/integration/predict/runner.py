@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..._version import __version__
 from ...checkpoints.weights import weight_files
-from ...evaluation.metrics import exact_match, gsm8k_accuracy, rouge
+from ...evaluation.text import exact_match, gsm8k_accuracy, rouge
 from ...generation.generator import Generated, TextGenerator
 from ...generation.trace import Trace, write_html
 from ...sampling import SamplingSettings

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,18 +17,20 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 from llamafactory.train.pt.trainer import CustomTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers.trainer_utils import EvalLoopOutput
 
 from ...diffusion.attention import annealed_visibility, annealing_ratio
+from ...evaluation.bound import N_STATISTICS, bound_metrics, row_statistics
 from ...modeling.bidirectional import full_attention_mask, probe_bidirectional
 from ...modeling.denoiser import RowSelectingHead
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ...modeling.quantization import evaluation_mode
 from ...objectives.base import Objective
 from ...utils.files import explained, published_together
 from ..logs import get_logger
 from ..model.model_card import Origin, write_trained
 from ..resolve.run_facts import save_facts
-from .evaluation import evaluate_bound
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 
 logger = get_logger(__name__)
@@ -44,6 +47,8 @@ class DiffusionTrainer(CustomTrainer):
         stop_after_nan_steps: how many steps in a row with a loss that is not finite end the run; 0 for none.
         kwargs: upstream's.
     """
+
+    model: Any  # as upstream's, which mypy cannot see
 
     def __init__(
         self,
@@ -292,19 +297,63 @@ class DiffusionTrainer(CustomTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Estimate the evidence bound with full attention: the same for any batch size or number of ranks."""
-        with self._pause():
-            metrics, rows = evaluate_bound(self, dataloader, description=description, prefix=metric_key_prefix)
-        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=rows)
+        total, n_rows = torch.zeros(N_STATISTICS, dtype=torch.float64), 0
+        with self._pause(), torch.no_grad():
+            for model, batch, sample_index in self.prepared_batches(dataloader, description):
+                found = row_statistics(
+                    self.objective,
+                    self.objective.clean(batch),
+                    partial(self.bound_logits, model),
+                    samples=self.eval_time_samples,
+                    sample_index=sample_index,
+                )
+                gathered: Tensor = self.accelerator.gather_for_metrics(found.float().to(self.args.device))
+                total += gathered.cpu().double().sum(dim=0)
+                n_rows += len(gathered)
+        metrics = bound_metrics(total.tolist(), prefix=metric_key_prefix, term=self.objective.term)
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=n_rows)
+
+    def prepared_batches(
+        self, dataloader: DataLoader, description: str
+    ) -> Iterator[tuple[Any, dict[str, Tensor], Tensor]]:
+        """Give the model, as it evaluates, with each batch and the ordinals of its rows within the data set."""
+        model = self._prepared_model(dataloader)
+        self.probe(model)
+        args = self.args
+        progress = tqdm(dataloader, desc=description, disable=args.disable_tqdm or not self.is_world_process_zero())
+        with evaluation_mode(model):
+            for ordinal, batch in enumerate(progress):
+                first = (ordinal * args.world_size + args.process_index) * args.eval_batch_size
+                yield model, batch, torch.arange(first, first + len(batch["input_ids"]))
+
+    def _prepared_model(self, dataloader: DataLoader) -> Any:
+        model = self._wrap_model(self.model, training=False, dataloader=dataloader)
+        if not self.accelerator._models and model is self.model:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                model = self.accelerator.prepare(model)
+            else:
+                model = self.accelerator.prepare_model(model, evaluation_mode=True)
+            if self.is_fsdp_enabled:
+                self.model = model
+        if not self.is_in_train:
+            if self.args.fp16_full_eval:
+                model = model.to(dtype=torch.float16, device=self.args.device)
+            elif self.args.bf16_full_eval:
+                model = model.to(dtype=torch.bfloat16, device=self.args.device)
+        return model
 
     def bound_logits(self, model: Any, z: Tensor, rows: Tensor, placement: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of `rows`, [n, vocab], under full attention.
 
         Args:
             model: prepared.
-            z: [batch, length] int64.
+            z: [batch, length] int64, on any device.
             rows: [n] int64, into [batch * length].
-            placement: what `CleanBatch.placement` returns, on the device of `z`.
+            placement: what `CleanBatch.placement` returns.
         """
+        device = self.args.device
+        z, rows = z.to(device), rows.to(device)
+        placement = {name: value.to(device) for name, value in placement.items()}
         with self.compute_loss_context_manager(), self._head.only(rows):
             mask = self._full_attention_mask(z, placement.get("is_padding"), placement.get("document"))
             logits: Tensor = model(

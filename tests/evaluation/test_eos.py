@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llamafactory_ddm.evaluation.end_metrics import (
+from llamafactory_ddm.evaluation.eos import (
     REVEALED,
     EndRows,
     columns,

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from llamafactory_ddm.evaluation.metrics import exact_match, gsm8k_accuracy, gsm8k_answer, rouge
+from llamafactory_ddm.evaluation.text import exact_match, gsm8k_accuracy, gsm8k_answer, rouge
 
 
 def test_exact_match_forgives_white_space_at_the_ends_only():

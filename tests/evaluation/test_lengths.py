@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llamafactory_ddm.evaluation.length_metrics import FOLDS, as_table, least_margins, length_metrics
+from llamafactory_ddm.evaluation.lengths import FOLDS, as_table, least_margins, length_metrics
 from llamafactory_ddm.sampling.length_predictors import PREDICTORS, FirstStep, calibrated_margin
 
 PLACES = 12

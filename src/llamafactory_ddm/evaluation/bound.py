@@ -1,0 +1,83 @@
+"""The evidence bound of held-out rows, and the likelihood by quarter of the noise level; no trainer, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..diffusion.likelihood import evaluation_times
+from ..objectives.base import CleanBatch, Objective
+from ..objectives.shift import head_rows
+
+# Evaluation draws the same noise whatever seed trained the model, so that runs compare.
+EVALUATION_SEED = 0
+_QUARTERS = 4
+# Of a row: its bound, the tokens that it is of, then summed terms and scored tokens of each quarter.
+N_STATISTICS = 2 + 2 * _QUARTERS
+# (noised ids [batch, length], flat indices [n], placement) -> logits [n, vocab]; see `CleanBatch.placement`.
+BoundLogits = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+
+
+def row_statistics(
+    objective: Objective, clean: CleanBatch, logits: BoundLogits, *, samples: int, sample_index: Tensor
+) -> Tensor:
+    """Return what the metrics of a data set are sums of, [batch, N_STATISTICS] float64 on the CPU.
+
+    Args:
+        objective: noise and loss.
+        clean: a batch from `objective.clean`.
+        logits: called once for each noise level, with ids on the CPU.
+        samples: noise levels of a row.
+        sample_index: [batch] int64, the rows' ordinals within the data set; noise depends on them alone.
+    """
+    statistics = torch.zeros(len(clean.x_0), N_STATISTICS, dtype=torch.float64)
+    levels = evaluation_times(sample_index, samples)
+    placement = clean.placement()
+    for sample in range(samples):
+        noised = objective.evaluation(
+            clean, levels[:, sample], seed=EVALUATION_SEED, rows=sample_index * samples + sample
+        )
+        wanted = head_rows(noised.is_scored, objective.shift)
+        terms, bound = objective.evaluate(logits(clean.displayed(noised.z), wanted, placement), clean, noised)
+        statistics[:, 0] += bound / samples
+        statistics[:, 1] = noised.n_counted
+        quarter = (noised.level * _QUARTERS).long()
+        row = noised.is_scored.nonzero()[:, 0]
+        statistics.index_put_((row, 2 + 2 * quarter[row]), terms * noised.weight[row], accumulate=True)
+        scored = noised.is_scored.sum(dim=1) * noised.weight
+        statistics.index_put_((torch.arange(len(clean.x_0)), 3 + 2 * quarter), scored, accumulate=True)
+    return statistics
+
+
+def bound_metrics(total: Sequence[float], *, prefix: str, term: str) -> dict[str, float]:
+    """Return the metrics of a data set.
+
+    `{prefix}_loss` is the evidence bound in nats per token, `{prefix}_perplexity_bound` its exponential,
+    `{prefix}_nll` the cross-entropy in nats per masked token, and `{prefix}_nll_q1` to `q4` the same by quarter of the
+    noise level; under mixed noise `{prefix}_kl` the divergence per token in place of it.
+
+    Args:
+        total: N_STATISTICS sums over all rows of `row_statistics`.
+        prefix: of the names.
+        term: `Objective.term`.
+    Raises:
+        ValueError: if no row holds a token to predict.
+    """
+    if not total[1]:
+        raise ValueError(
+            "the evaluation data set holds no token to predict; check eval_dataset, val_size and cutoff_len"
+        )
+    loss = total[0] / total[1]
+    terms, scored = sum(total[2::2]), sum(total[3::2])
+    metrics = {
+        f"{prefix}_loss": loss,
+        f"{prefix}_perplexity_bound": math.exp(min(loss, 700.0)),
+        f"{prefix}_{term}": terms / scored,
+    }
+    for quarter in range(_QUARTERS):
+        if total[3 + 2 * quarter]:
+            metrics[f"{prefix}_{term}_q{quarter + 1}"] = total[2 + 2 * quarter] / total[3 + 2 * quarter]
+    return metrics
