@@ -18,12 +18,13 @@ from ..utils.run_lock import run_lock
 from .logs import get_logger, without_known_noise
 from .model.loader import LoadedModel
 from .model.model_card import Origin
+from .model.plain_copy import settle_plain_model
 from .model.prepare import prepare_data, prepare_model
 from .predict.progress import barrier
 from .predict.workflow import generate, what_to_generate
 from .resolve.checks import check_checkpoint_folders, check_data, check_predict
 from .resolve.length import LengthPlan
-from .resolve.noise import make_objective
+from .resolve.objective import build_objective
 from .resolve.output_folder import check_output_folder
 from .resolve.resume import check_resumed, how_to_go_on, settle_resume
 from .resolve.run_facts import check_facts, run_facts
@@ -51,6 +52,7 @@ def run(
     """
     _errors.when_interrupted(lambda: how_to_go_on(training_args))
     with without_known_noise(on_cpu=training_args.device.type == "cpu"):
+        settle_plain_model(model_args)
         check_checkpoint_folders(model_args, finetuning_args, training_args)
         check_predict(training_args, finetuning_args.given_keys)
         if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
@@ -127,7 +129,7 @@ def _make_trainer(
     callbacks: list[Any] | None,
 ) -> DiffusionTrainer:
     config = loaded.diffusion_config
-    objective = make_objective(loaded, lengths, training_args, finetuning_args)
+    objective = build_objective(config, loaded.tokenizer, loaded.model, lengths, training_args, finetuning_args)
     # The filter would hide a diverged loss behind the last good one, and costs a device synchronisation every step.
     training_args.logging_nan_inf_filter = False
     if training_args.device.type == "cpu":

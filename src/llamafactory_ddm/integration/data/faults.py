@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
+from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
 from llamafactory.data.converter import DATASET_CONVERTERS
 from llamafactory.data.parser import get_dataset_list
@@ -242,3 +245,54 @@ def _said(value: Any) -> str:
         return "nothing (null)"
     text = json.dumps(value, ensure_ascii=False, default=str)
     return f"{kinds.get(type(value), 'a ' + type(value).__name__)} ({text if len(text) <= 40 else text[:37] + '...'})"
+
+
+# What upstream and datasets raise for data that are not as their entry says.
+_OF_DATA = (DatasetsError, AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError)
+
+
+_NO_ROW = re.compile("sufficient samples|valid samples")
+
+
+@contextmanager
+def datasets_explained(data_args: Any, names: list[str] | None = None) -> Iterator[None]:
+    """Turn what upstream raises for data that it cannot prepare into an error that says where and how to mend it.
+
+    Args:
+        data_args: upstream's.
+        names: the data sets that are read to generate from; None for those that are trained on.
+    """
+    try:
+        yield
+    except _OF_DATA as error:
+        read = names or [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
+        fault = find_fault(read, data_args)
+        if fault is not None:
+            raise ValueError(f"dataset: {fault}") from error
+        cause = error.__cause__ or error
+        if isinstance(cause, (SchemaInferenceError, StopIteration, IndexError)) or _NO_ROW.search(str(cause)):
+            raise ValueError(no_block(data_args, names)) from error
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"dataset: {', '.join(read)} could not be prepared ({type(cause).__name__}: {cause}); check the data "
+            "against their entry in dataset_info.json"
+        ) from error
+
+
+def no_block(data_args: Any, names: list[str] | None = None) -> str:
+    """Return what to say when the data give no row to train on, or with `names` to generate from."""
+    if names:
+        return f"dataset: {', '.join(names)} holds no text; check the file against its entry in dataset_info.json"
+    packed = f", because all texts together are shorter than one block of cutoff_len: {data_args.cutoff_len} tokens"
+    parts = " or, as streaming: true reads a local file in that many parts, set dataloader_num_workers: 1 or more"
+    return (
+        f"dataset: {dataset_names(data_args)} is empty or gives no row{packed if data_args.packing else ''}; "
+        f"check the file, lower cutoff_len or set packing: false{parts if data_args.streaming else ''}"
+    )
+
+
+def dataset_names(data_args: Any) -> str:
+    """Return the names of the data sets that are trained on, as text."""
+    name = data_args.dataset or data_args.eval_dataset or data_args.tokenized_path
+    return ", ".join(name) if isinstance(name, (list, tuple)) else str(name)

@@ -17,7 +17,7 @@ import pyarrow.compute
 from ...data.collators import IGNORE
 from ...modeling.special_tokens import ResolvedMaskToken
 from ..logs import get_logger
-from ..resolve.checks import datasets_explained
+from .faults import datasets_explained
 from .templates import DiffuLlamaTemplate
 
 logger = get_logger(__name__)

@@ -12,10 +12,11 @@ from ...data.collators import VariableLengthCollator
 from ...data.control_tokens import control_texts, reading_as_text
 from ...modeling.diffusion_config import DiffusionConfig
 from ...modeling.model_info import max_positions
+from ..data.faults import dataset_names, datasets_explained
 from ..data.prepared_rows import AnswerMarks, RowRules, check_columns, check_prepared
 from ..data.templates import uncut
 from ..data.tokenized_folder import check_facts, facts_of, is_opened, opening, write_facts
-from ..resolve.checks import check_cutoff, dataset_names, datasets_explained
+from ..resolve.checks import check_cutoff
 from ..resolve.length import LengthPlan, check_width, keep_fitting, settle_ends, settle_lengths
 from ..resolve.sft import finetuned_config, settle_digits, settle_template, with_own_cut
 from ..resolve.start_and_end import keep_end_token, take_stored_template, tell_other_template, with_start_and_end

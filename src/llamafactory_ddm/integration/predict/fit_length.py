@@ -25,6 +25,7 @@ from ...modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fi
 from ...sampling.length_predictors import FirstStep
 from ..logs import get_logger
 from ..model.loader import sources
+from ..model.plain_copy import settle_plain_model
 from ..model.prepare import prepare_data, prepare_model
 from ..resolve.checks import check_checkpoint_folders
 
@@ -86,6 +87,7 @@ def fit(
         ValueError: naming the key that is missing or out of place, and the cure.
         OSError: if the file cannot be written.
     """
+    settle_plain_model(model_args)
     check_checkpoint_folders(model_args, finetuning_args, training_args)
     _check(data_args, training_args, finetuning_args)
     folder = Path(sources(model_args, finetuning_args.checkpoint_dir)[0])

@@ -11,9 +11,9 @@ from llamafactory.data.processor import SupervisedDatasetProcessor
 from ...data.canvas import Canvas, check_unmarked
 from ...data.control_tokens import reading_as_text
 from ...generation.generator import TextGenerator, saying
+from ..data.faults import datasets_explained
 from ..data.prompts import examples
 from ..data.templates import uncut, without_cut
-from ..resolve.checks import datasets_explained
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets.arrow_writer import SchemaInferenceError
-from datasets.exceptions import DatasetsError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ...checkpoints.adapters import ADAPTER_CONFIG, check_adapter, refuse_both
@@ -18,17 +13,15 @@ from ...checkpoints.llada_dream import kind_of, raw_config
 from ...checkpoints.plain_copy import may_be_on_a_hub
 from ...checkpoints.weights import verify_checkpoint
 from ...modeling.model_info import max_positions
-from ..data.faults import find_fault
-from ..model.plain_copy import settle_plain_model
+from ..data.faults import no_block
 
 
 def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_args: Any) -> None:
-    """Check the folders of `model_name_or_path` and `checkpoint_dir`; a LLaDA or Dream becomes a plain model.
+    """Check the folders of `model_name_or_path`, `checkpoint_dir` and `adapter_name_or_path`.
 
     Raises:
         ValueError: if one does not exist or is truncated, or the run could not use it.
     """
-    settle_plain_model(model_args)
     adapters = [("adapter_name_or_path", folder) for folder in model_args.adapter_name_or_path or ()]
     for key, folder in (
         ("model_name_or_path", model_args.model_name_or_path),
@@ -104,55 +97,6 @@ _AUTOREGRESSIVE = {
     "max_length": "set max_new_tokens, or cutoff_len for prompt and text together",
     "skip_special_tokens": "special tokens are always left out",
 }
-
-
-# What upstream and datasets raise for data that are not as their entry says.
-_OF_DATA = (DatasetsError, AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError)
-_NO_ROW = re.compile("sufficient samples|valid samples")
-
-
-@contextmanager
-def datasets_explained(data_args: Any, names: list[str] | None = None) -> Iterator[None]:
-    """Turn what upstream raises for data that it cannot prepare into an error that says where and how to mend it.
-
-    Args:
-        data_args: upstream's.
-        names: the data sets that are read to generate from; None for those that are trained on.
-    """
-    try:
-        yield
-    except _OF_DATA as error:
-        read = names or [*(data_args.dataset or ()), *(data_args.eval_dataset or ())]
-        fault = find_fault(read, data_args)
-        if fault is not None:
-            raise ValueError(f"dataset: {fault}") from error
-        cause = error.__cause__ or error
-        if isinstance(cause, (SchemaInferenceError, StopIteration, IndexError)) or _NO_ROW.search(str(cause)):
-            raise ValueError(no_block(data_args, names)) from error
-        if isinstance(error, ValueError):
-            raise
-        raise ValueError(
-            f"dataset: {', '.join(read)} could not be prepared ({type(cause).__name__}: {cause}); check the data "
-            "against their entry in dataset_info.json"
-        ) from error
-
-
-def no_block(data_args: Any, names: list[str] | None = None) -> str:
-    """Return what to say when the data give no row to train on, or with `names` to generate from."""
-    if names:
-        return f"dataset: {', '.join(names)} holds no text; check the file against its entry in dataset_info.json"
-    packed = f", because all texts together are shorter than one block of cutoff_len: {data_args.cutoff_len} tokens"
-    parts = " or, as streaming: true reads a local file in that many parts, set dataloader_num_workers: 1 or more"
-    return (
-        f"dataset: {dataset_names(data_args)} is empty or gives no row{packed if data_args.packing else ''}; "
-        f"check the file, lower cutoff_len or set packing: false{parts if data_args.streaming else ''}"
-    )
-
-
-def dataset_names(data_args: Any) -> str:
-    """Return the names of the data sets that are trained on, as text."""
-    name = data_args.dataset or data_args.eval_dataset or data_args.tokenized_path
-    return ", ".join(name) if isinstance(name, (list, tuple)) else str(name)
 
 
 def check_predict(training_args: Any, given: frozenset[str]) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...data.collators import VariableLengthCollator, start_token_id
-from ...diffusion.eos_noise import EndNoise
 from ...modeling.diffusion_config import DiffusionConfig, VariableLength
 from ...modeling.model_info import max_positions
 from ...modeling.special_tokens import pad_names
@@ -141,20 +140,6 @@ def check_width(plan: LengthPlan, model_config: Any) -> None:
             f"pad_to_multiple_of: {plan.multiple} with cutoff_len: {plan.canvas} makes batches of {width} tokens, "
             f"more than the model's {limit} positions; lower one of them"
         )
-
-
-def end_noise(plan: LengthPlan | None, finetuning_args: Any) -> EndNoise | None:
-    """Return how noise depends on where a text ends; None where it does not."""
-    if plan is None or (finetuning_args.pad_mask_ratio is None and not finetuning_args.eos_window_ratio):
-        return None
-    return EndNoise(
-        pad_mask_ratio=finetuning_args.pad_mask_ratio,
-        pad_anneal_steps=finetuning_args.pad_anneal_steps,
-        pad_mask_method=finetuning_args.pad_mask_method,
-        eos_window_ratio=finetuning_args.eos_window_ratio,
-        eos_window_max=finetuning_args.eos_window_max,
-        eos_window_anneal_steps=finetuning_args.eos_window_anneal_steps,
-    )
 
 
 def settle_ends(

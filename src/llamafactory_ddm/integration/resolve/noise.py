@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ...diffusion.schedules import get_schedule
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ...modeling.model_info import text_config
-from ...objectives.base import Objective
-from ...objectives.masked import MaskedObjective
-from ...objectives.mixed import MixedObjective
 from ..logs import get_logger
-from .length import LengthPlan, end_noise
 
 if TYPE_CHECKING:
-    from ..model.loader import LoadedModel
+    pass
 
 logger = get_logger(__name__)
 _UNIFORM_RATIO = 0.1  # XDLM's
@@ -76,26 +70,3 @@ def with_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> 
         f"{config.uniform_ratio}); this run uses {process} noise (uniform_ratio: {ratio})."
     )
     return replace(config, noise_process=process, uniform_ratio=ratio)
-
-
-def make_objective(
-    loaded: LoadedModel, lengths: LengthPlan | None, training_args: Any, finetuning_args: Any
-) -> Objective:
-    """Return the objective of a run; mixed noise with a uniform ratio of 0 is masked noise."""
-    config = loaded.diffusion_config
-    common: dict[str, Any] = {
-        "mask_id": config.mask_token_id,
-        "shift": config.shift,
-        "schedule": get_schedule(config.noise_schedule),
-        "weighting": finetuning_args.loss_weighting,
-        "norm": finetuning_args.loss_norm,
-        "time_epsilon": finetuning_args.time_epsilon,
-        "antithetic": finetuning_args.antithetic_time,
-        "seed": training_args.seed % 2**64,
-        "truncate_ratio": finetuning_args.random_truncate_ratio,
-    }
-    if not config.uniform_ratio:
-        return MaskedObjective(ends=end_noise(lengths, finetuning_args), **common)
-    # Models may have rows that are no tokens, and tokenizers tokens without a row.
-    n_ids = min(max(loaded.tokenizer.get_vocab().values()) + 1, int(text_config(loaded.model).vocab_size))
-    return MixedObjective(uniform_ratio=config.uniform_ratio, n_ids=n_ids, **common)

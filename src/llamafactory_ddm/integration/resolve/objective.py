@@ -1,0 +1,55 @@
+"""The objective of a run: its noise and its loss, from the YAML and what the checkpoint says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...diffusion.eos_noise import EndNoise
+from ...diffusion.schedules import get_schedule
+from ...modeling.diffusion_config import DiffusionConfig
+from ...modeling.model_info import text_config
+from ...objectives.base import Objective
+from ...objectives.masked import MaskedObjective
+from ...objectives.mixed import MixedObjective
+from .length import LengthPlan
+
+
+def build_objective(
+    config: DiffusionConfig,
+    tokenizer: Any,
+    model: Any,
+    lengths: LengthPlan | None,
+    training_args: Any,
+    finetuning_args: Any,
+) -> Objective:
+    """Return the objective of a run; mixed noise with a uniform ratio of 0 is masked noise."""
+    common: dict[str, Any] = {
+        "mask_id": config.mask_token_id,
+        "shift": config.shift,
+        "schedule": get_schedule(config.noise_schedule),
+        "weighting": finetuning_args.loss_weighting,
+        "norm": finetuning_args.loss_norm,
+        "time_epsilon": finetuning_args.time_epsilon,
+        "antithetic": finetuning_args.antithetic_time,
+        "seed": training_args.seed % 2**64,
+        "truncate_ratio": finetuning_args.random_truncate_ratio,
+    }
+    if not config.uniform_ratio:
+        return MaskedObjective(ends=end_noise(lengths, finetuning_args), **common)
+    # Models may have rows that are no tokens, and tokenizers tokens without a row.
+    n_ids = min(max(tokenizer.get_vocab().values()) + 1, int(text_config(model).vocab_size))
+    return MixedObjective(uniform_ratio=config.uniform_ratio, n_ids=n_ids, **common)
+
+
+def end_noise(plan: LengthPlan | None, finetuning_args: Any) -> EndNoise | None:
+    """Return how noise depends on where a text ends; None where it does not."""
+    if plan is None or (finetuning_args.pad_mask_ratio is None and not finetuning_args.eos_window_ratio):
+        return None
+    return EndNoise(
+        pad_mask_ratio=finetuning_args.pad_mask_ratio,
+        pad_anneal_steps=finetuning_args.pad_anneal_steps,
+        pad_mask_method=finetuning_args.pad_mask_method,
+        eos_window_ratio=finetuning_args.eos_window_ratio,
+        eos_window_max=finetuning_args.eos_window_max,
+        eos_window_anneal_steps=finetuning_args.eos_window_anneal_steps,
+    )
