@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llamafactory_ddm.checkpoints.diffullama import layout_of_folder
+from llamafactory_ddm.checkpoints.layouts import layout_of_folder
 from llamafactory_ddm.checkpoints.weights import (
     BrokenCheckpointError,
     last_complete_checkpoint,

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.embeddings import rows_of, set_rows
 from ..modeling.lora import embedding_names, tie_again
-from .diffullama import shapes_of
 from .load_model import load_whole, load_whole_adapter
-from .weights import weight_files
+from .weights import shapes_of, weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -17,20 +17,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.special_tokens import resolve_token
 from .adapters import ADAPTER_CONFIG
-from .diffullama import (
-    LAYOUTS,
-    AnyLayout,
-    Layout,
-    embedding_rows,
-    keys_of,
-    layout_of,
-    published_config,
-    set_published_padding,
-)
+from .diffullama import LAYOUTS, Layout, published_config, set_published_padding
+from .layouts import AnyLayout, embedding_rows, layout_of
 from .llada_dream import LLADA, OwnCode, kind_behind, kind_of, raw_config, standard_config
 from .llada_dream import published_config as published_config_of
 from .rename import check_adapter_keys, check_keys, first_line, is_tied, renamer, write_weights
-from .weights import read_weight, stored_dtype, verify_checkpoint, weight_files
+from .weights import keys_of, read_weight, stored_dtype, verify_checkpoint, weight_files
 
 
 def convert(

@@ -9,16 +9,10 @@ Source: DiffuLLaMA (arXiv 2410.17891) and its code.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from ..modeling.diffusion_config import DiffusionConfig
-from .llada_dream import LLADA, LladaLayout
-from .weights import read_weights, weight_files
 
 _ADAPTER_PREFIX = "base_model.model."
 # Buffers of old GPT-2 files, and the autoregressive model that lies beside the other in DiffuGPT's .bin files.
@@ -72,7 +66,6 @@ class Layout:
         return (("embed_tokens.", self.embedding), ("denoise_model.", self.decoder), ("lm_head.", "lm_head."))
 
 
-AnyLayout = Layout | LladaLayout
 DIFFUGPT = Layout("DiffuGPT", decoder="transformer.", embedding="transformer.wte.")
 WRAPPED_LLAMA = Layout("DiffuLLaMA's wrapper", decoder="model.", embedding="model.embed_tokens.")
 LAYOUTS = {"gpt2": DIFFUGPT, "llama": WRAPPED_LLAMA}
@@ -101,55 +94,6 @@ TOKENS = {
     ("gpt2", 50258): PublishedTokens(mask_id=50257, sep_id=50155, pad_id=101, new_mask="[\u00a8M\u00a8]"),
     ("llama", 32000): PublishedTokens(mask_id=811, sep_id=4936, pad_id=30399),
 }
-
-
-def layout_of(keys: Iterable[str]) -> AnyLayout | None:
-    """Return the published layout that names of weights have, or None for Hugging Face's own."""
-    bare = {key.removeprefix(_ADAPTER_PREFIX) for key in keys}
-    if any(key.startswith("denoise_model.layers.") for key in bare):
-        return WRAPPED_LLAMA
-    if any(key.startswith("denoise_model.") for key in bare):
-        return DIFFUGPT
-    if any(key.startswith("model.transformer.blocks.") for key in bare):
-        return LLADA
-    return None
-
-
-def layout_of_folder(folder: str | Path) -> AnyLayout | None:
-    """Return the published layout of a folder's weights, or None for Hugging Face's own.
-
-    Raises:
-        BrokenCheckpointError: if the folder holds no weights.
-    """
-    return layout_of(key for path in weight_files(Path(folder)) for key in keys_of(path))
-
-
-def keys_of(path: Path) -> list[str]:
-    """Return the names in a file of weights."""
-    return list(shapes_of(path))
-
-
-def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of each weight in a file."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    return {key: tuple(value.shape) for key, value in read_weights(path).items()}
-
-
-def embedding_rows(folder: str | Path, layout: AnyLayout | None) -> int:
-    """Return how many rows the input embedding in a folder's weights has, 0 if it is not found."""
-    names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
-    for path in weight_files(Path(folder)):
-        for key, shape in shapes_of(path).items():
-            if (key if layout is None else layout.to_standard(key)) in names:
-                return shape[0]
-    return 0
-
-
-def is_model_folder(folder: str | Path) -> bool:
-    """Tell whether Hugging Face can load the model of a folder as it stands."""
-    return (Path(folder) / "config.json").is_file() and layout_of_folder(folder) is None
 
 
 def set_published_padding(model_type: str, rows: int, tokenizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""A file of weights with other names, without reading the weights into memory."""
+"""Weights under other names: key tables, and a safetensors file renamed without reading its weights into memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .diffullama import AnyLayout, shapes_of
-from .weights import read_weights, some, weight_files
+from .layouts import AnyLayout
+from .weights import read_weights, shapes_of, some, weight_files
 
 _AT_ONCE = 2**24  # bytes
 

@@ -342,3 +342,16 @@ def _are_tied(one: Tensor, other: Tensor) -> bool:
 def some(names: list[str]) -> str:
     """Return the first of many names, and how many more there are."""
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def keys_of(path: Path) -> list[str]:
+    """Return the names in a file of weights."""
+    return list(shapes_of(path))
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each weight in a file."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return {key: tuple(value.shape) for key, value in read_weights(path).items()}

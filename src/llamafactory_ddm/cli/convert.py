@@ -37,7 +37,7 @@ def main(words: list[str]) -> int:
 
     from ..checkpoints.adapters import ADAPTER_CONFIG
     from ..checkpoints.convert import convert
-    from ..checkpoints.diffullama import layout_of_folder
+    from ..checkpoints.layouts import layout_of_folder
     from ..checkpoints.llada_dream import LLADA
 
     logging.set_verbosity_error()

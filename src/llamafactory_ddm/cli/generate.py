@@ -25,7 +25,7 @@ def main(words: list[str]) -> int:
     print(f"llamafactory-ddm generate: loading {arguments.path} ...", file=sys.stderr, flush=True)
     from transformers.utils import logging
 
-    from ..modeling.model_info import NotBidirectionalError
+    from ..modeling.bidirectional import NotBidirectionalError
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

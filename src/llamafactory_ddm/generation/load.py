@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of, merged_with_base, refuse_both
-from ..checkpoints.diffullama import layout_of_folder
+from ..checkpoints.layouts import layout_of_folder
 from ..checkpoints.load_model import load_whole
 from ..checkpoints.plain_copy import may_be_on_a_hub, plain_folder
 from ..checkpoints.weights import verify_checkpoint

@@ -1,4 +1,4 @@
-"""How a text came about, step by step, and a web page that replays it."""
+"""What each step of a sampler wrote, as pieces of text, and a web page that replays it."""
 
 from __future__ import annotations
 

@@ -16,17 +16,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from ..diffusion.attention import additive_mask
-from .model_info import (
-    SUCH_AS,
-    NotBidirectionalError,
-    attention_modules,
-    causal_triangle,
-    dtype_of,
-    is_flash,
-    refuse_unfit,
-    text_config,
-    window_of,
-)
+from .model_info import dtype_of, implementation, is_flash, text_config, window_of
 from .model_info import implementation as _implementation
 from .quantization import evaluation_mode
 
@@ -263,3 +253,74 @@ def _taken(name: str, logits: Any, plain: Any, ids: Tensor, visible: Tensor | No
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None:
     """Stand in for a method that only warns."""
+
+
+SUCH_AS = "such as GPT-2, Llama, Qwen2, Qwen3, Mistral or Gemma"
+
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+_KNOWN_ATTENTION = ("eager", "sdpa")
+
+
+class NotBidirectionalError(RuntimeError):
+    """The model's attention is causal and cannot be made, or was not made, bidirectional."""
+
+
+def refuse_unfit(model: nn.Module, modules: list[Any]) -> None:
+    """Refuse a model that switching its attention `modules` would not make bidirectional, or not as it should be.
+
+    Raises:
+        NotBidirectionalError: naming the model, its part that does not fit and the cure.
+    """
+    config = text_config(model)
+    kind = f"{type(model).__name__} (model_type {getattr(config, 'model_type', '?')})"
+    unknown = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
+    if unknown:
+        raise NotBidirectionalError(
+            f"{kind} has layers of type {', '.join(sorted(unknown))}, which cannot be made bidirectional; "
+            f"use a model with full or sliding-window attention, {SUCH_AS}"
+        )
+    if implementation(model) not in _KNOWN_ATTENTION and not is_flash(implementation(model)):
+        raise NotBidirectionalError(
+            f"{kind} runs attention by {implementation(model)!r}; choose flash_attn: sdpa (or fa2 or fa3, or disabled "
+            "for eager)"
+        )
+    if not modules:
+        raise NotBidirectionalError(
+            f"{kind} has no attention module with an is_causal switch, so it cannot be made bidirectional; "
+            f"use a model {SUCH_AS}"
+        )
+    recurrent = next((type(module).__name__ for module in model.modules() if _is_recurrent(module)), None)
+    if recurrent is not None:
+        raise NotBidirectionalError(
+            f"{kind} mixes tokens by {recurrent}, which only looks back and cannot be made bidirectional; "
+            f"use a model with attention alone, {SUCH_AS}"
+        )
+    if any((triangle := causal_triangle(module)) is not None and not triangle[..., -1, :].all() for module in modules):
+        raise NotBidirectionalError(
+            f"{kind} builds a local window into its attention, for which this package has no mask; "
+            f"use a model {SUCH_AS}"
+        )
+    if getattr(config, "alibi", False):
+        raise NotBidirectionalError(
+            f"{kind} uses ALiBi, which would favour the tokens furthest ahead under full attention; "
+            f"use a model with other positions, {SUCH_AS}"
+        )
+
+
+def attention_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that carry the switch between causal and full attention."""
+    return [module for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+
+
+def causal_triangle(module: Any) -> Tensor | None:
+    """Return the boolean buffer [1, 1, positions, positions] in which an attention module keeps its causality."""
+    buffer = getattr(module, "bias", None)
+    return buffer if isinstance(buffer, Tensor) and buffer.dtype == torch.bool else None
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    """Tell whether `module` carries a state along the sequence; all kinds of it hold a depthwise convolution."""
+    return any(isinstance(child, nn.Conv1d) and child.groups == child.in_channels > 1 for child in module.children())

@@ -1,4 +1,4 @@
-"""Which token is [MASK], and adding one to a tokenizer that has none."""
+"""Tokens that a diffusion model adds to a tokenizer: [MASK], padding behind a text, and digits one by one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The denoising loop: draw tokens, choose positions, commit, revise, repeat; block by block."""
+"""The denoising loop and its step: predict tokens, select positions, commit, edit, remask; block by block."""
 
 from __future__ import annotations
 

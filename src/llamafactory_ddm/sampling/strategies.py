@@ -1,4 +1,4 @@
-"""Which masked positions a denoising step commits."""
+"""Which masked positions a denoising step unmasks, and for ReMDM which it masks again."""
 
 from __future__ import annotations
 

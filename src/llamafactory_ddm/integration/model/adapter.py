@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...checkpoints.adapters import base_of, fit_rows
-from ...checkpoints.diffullama import embedding_rows, is_model_folder, layout_of_folder
+from ...checkpoints.layouts import embedding_rows, is_model_folder, layout_of_folder
 from ...checkpoints.plain_copy import origin_of
 from ...checkpoints.weights import load_weights, stored_dtype
 from ...modeling.bidirectional import make_bidirectional

@@ -11,13 +11,8 @@ from llamafactory.model.patcher import patch_tokenizer
 from transformers import AutoTokenizer
 
 from ...checkpoints.adapters import check_agreement
-from ...checkpoints.diffullama import (
-    embedding_rows,
-    is_model_folder,
-    layout_of_folder,
-    published_config,
-    set_published_padding,
-)
+from ...checkpoints.diffullama import published_config, set_published_padding
+from ...checkpoints.layouts import embedding_rows, is_model_folder, layout_of_folder
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from ..logs import get_logger

@@ -1,4 +1,4 @@
-"""`do_predict: true`: texts are generated, written as they come, and measured."""
+"""`do_predict: true`: generate texts, write them as they come, and measure them."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ...checkpoints.adapters import ADAPTER_CONFIG, check_adapter, refuse_both
-from ...checkpoints.diffullama import is_model_folder, layout_of_folder
+from ...checkpoints.layouts import is_model_folder, layout_of_folder
 from ...checkpoints.llada_dream import kind_of, raw_config
 from ...checkpoints.plain_copy import may_be_on_a_hub
 from ...checkpoints.weights import verify_checkpoint

@@ -1,4 +1,4 @@
-"""The training loop of the diffusion stages: noised batches, logits of masked tokens only, and exact averaging."""
+"""The trainer of the diffusion stages: noised batches, logits of masked tokens alone, exact averaging, evaluation."""
 
 from __future__ import annotations
 
