@@ -1,7 +1,7 @@
 """Batches: texts behind a start token, prompts with responses, and texts of variable length with their padding.
 
-Noise may fall on responses alone. Responses come one to a row, or packed. With variable length a row is one document or
-response, its EOS, and padding that the model learns to write.
+Noise may fall on responses alone. Responses come one to a row, or packed. With variable length a row is one document
+or response, its EOS, and padding that the model learns to write.
 """
 
 from __future__ import annotations
