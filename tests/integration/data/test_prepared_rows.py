@@ -24,7 +24,6 @@ def rules(**changes):
         "packed": False,
         "variable": False,
         "cutoff_len": 4,
-        "lowered": False,
         "positions": 32,
         "tokenizer": tiny_tokenizer(),
         "mask": ResolvedMaskToken("<|mask|>", MASK, True),
@@ -97,7 +96,7 @@ def test_answers_that_are_cut_in_packed_rows():
     """Of two texts of 4 tokens in rows of 5 the padding is none."""
     row = {"input_ids": [A, CAT, DOG, DOG, EOS], "labels": [-100, CAT, DOG, DOG, -100]}
     row["position_ids"] = [0, 1, 2, 3, 0]
-    keys = {"stage": "ddm-sft", "answers": ANSWERS, "packed": True, "lowered": True}
+    keys = {"stage": "ddm-sft", "answers": ANSWERS, "packed": True}
     refused("answers of 2 of 2 examples", [row, row], **keys)
     fine = {**row, "input_ids": [A, CAT, A, DOG, EOS], "labels": [-100, CAT, -100, DOG, -100]}
     check([row, {**fine, "position_ids": [0, 1, 0, 1, 0]}], **keys)
@@ -187,18 +186,7 @@ def test_rows_that_were_prepared_for_something_else(rows, changes, words):
 def test_rows_that_fit_and_splits_that_are_missing():
     row = {"input_ids": [A, CAT, EOS, A, CAT], "labels": [-100, CAT, -100, -100, CAT]}
     packed = {**row, "position_ids": [0, 1, 2, 0, 1]}
-    # Rows of packed answers are a token longer.
-    check([packed], **OPENED, stage="ddm-sft", packed=True, lowered=True, positions=4)
-    # Blocks of the YAML's cutoff_len, made without the key packing, are as long as a run with it reads.
-    check(texts([CAT] * 5), **OPENED, packed=True, lowered=True, positions=5)
-    refused(
-        "a row of 5 tokens, more than the model's 4",
-        texts([CAT] * 5),
-        **OPENED,
-        packed=True,
-        lowered=True,
-        positions=4,
-    )
+    check([packed], **OPENED, stage="ddm-sft", packed=True, positions=4)  # rows of packed answers are a token longer
     check(texts([CAT] * 9), **OPENED, variable=True)  # what is too long is left out later
     with pytest.raises(ValueError, match=r"tokenized_path: p has no split for evaluation; .*eval_dataset or val_size"):
         evaluates = SimpleNamespace(do_train=False, do_eval=True, do_predict=False)

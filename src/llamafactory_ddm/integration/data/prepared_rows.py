@@ -38,7 +38,6 @@ class RowRules:
         packed: whether the YAML says that a row holds several texts.
         variable: whether they end with their text, whatever its length.
         cutoff_len: tokens of a text at most.
-        lowered: whether LLaMA-Factory has taken one from the YAML's cutoff_len, as it does for `packing: true`.
         positions: that the model has; None for no limit.
         tokenizer: of this run.
         mask: its mask token.
@@ -53,7 +52,6 @@ class RowRules:
     packed: bool
     variable: bool
     cutoff_len: int
-    lowered: bool
     positions: int | None
     tokenizer: Any
     mask: ResolvedMaskToken
@@ -63,8 +61,8 @@ class RowRules:
 
     @property
     def row_len(self) -> int:
-        """Return the tokens of a row at most, the YAML's number; packed answers are padded to it."""
-        return self.cutoff_len + self.lowered
+        """Return the tokens of a row at most, the YAML's number; LLaMA-Factory pads packed answers by one."""
+        return self.cutoff_len + (self.packed and self.stage == "ddm-sft")
 
 
 @dataclass(frozen=True)
@@ -332,8 +330,7 @@ def _add_answers(counts: _Counts, ids: np.ndarray, given: np.ndarray, starts: np
 def _check_lengths(counts: _Counts, rules: RowRules) -> None:
     if not rules.is_opened or rules.variable:  # what has no room for its end is left out later
         return
-    padded = rules.packed and rules.stage == "ddm-sft"
-    needed = counts.last_position + 1 if padded else counts.longest
+    needed = counts.last_position + 1 if rules.row_len > rules.cutoff_len else counts.longest
     if rules.positions is not None and needed > rules.positions:
         raise ValueError(
             f"{rules.source} holds a row of {needed} tokens, more than the model's {rules.positions} positions; "

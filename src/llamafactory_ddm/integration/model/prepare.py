@@ -122,7 +122,6 @@ def _check_rows(data: PreparedData, data_args: Any, training_args: Any, finetuni
         packed=packed,
         variable=variable,
         cutoff_len=data_args.cutoff_len,
-        lowered=packed and (data_args.neat_packing or "packing" in finetuning_args.given_keys),
         positions=max_positions(data.model_config),
         tokenizer=tokenizer,
         mask=data.vocabulary.mask,
