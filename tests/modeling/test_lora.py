@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from llamafactory_ddm.checkpoints.adapters import base_of, check_adapter, merged_with_base
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from llamafactory_ddm.modeling.lora import linear_modules, settle_targets, stored_embeddings, tie_again
+from llamafactory_ddm.modeling.lora import linear_modules, resolve_lora_targets, stored_embeddings, tie_again
 
 GPT2_TARGETS = {"c_attn", "c_proj", "c_fc"}
 LLAMA_TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -42,7 +42,7 @@ def logits(model):
 )
 def test_all_means_every_linear_layer_but_the_head(build, targets, modules):
     asked = args()
-    settle_targets(build(), asked)
+    resolve_lora_targets(build(), asked)
     assert set(asked.lora_target) == targets
     assert len(linear_modules(build())) == modules
     adapted = get_peft_model(build(), LoraConfig(target_modules=asked.lora_target, task_type="CAUSAL_LM"))
@@ -51,14 +51,14 @@ def test_all_means_every_linear_layer_but_the_head(build, targets, modules):
 
 def test_names_are_kept_and_checked():
     asked = args(["q_proj", "v_proj"], ["embed_tokens"])
-    settle_targets(llama(), asked)
+    resolve_lora_targets(llama(), asked)
     assert asked.lora_target == ["q_proj", "v_proj"]
     words = r"lora_target: c_attn matches no module.*q_proj \(2 modules\) was matched.*up_proj"
     with pytest.raises(ValueError, match=words):
-        settle_targets(llama(), args(["q_proj", "c_attn"]))
+        resolve_lora_targets(llama(), args(["q_proj", "c_attn"]))
     words = r"additional_target: wte matches no module.*nothing was matched.*embed_tokens"
     with pytest.raises(ValueError, match=words):
-        settle_targets(llama(), args(["q_proj"], ["wte"]))
+        resolve_lora_targets(llama(), args(["q_proj"], ["wte"]))
 
 
 @pytest.mark.parametrize(
@@ -79,13 +79,13 @@ def test_which_embeddings_are_trained_and_stored(tied, names, freeze, expected):
 
 def test_lora_on_the_output_embedding_and_on_embeddings():
     """They are modules that LoRA takes; where the two are tied, merging would change the other end."""
-    settle_targets(llama(), args(["lm_head", "q_proj"]))
-    settle_targets(llama(), args(["embed_tokens"]))
-    settle_targets(gpt2(), args(["wpe"]))
+    resolve_lora_targets(llama(), args(["lm_head", "q_proj"]))
+    resolve_lora_targets(llama(), args(["embed_tokens"]))
+    resolve_lora_targets(gpt2(), args(["wpe"]))
     with pytest.raises(ValueError, match=r"lora_target: lm_head is one end of .* that are tied.*add embed_tokens"):
-        settle_targets(llama(True), args(["lm_head", "q_proj"]))
+        resolve_lora_targets(llama(True), args(["lm_head", "q_proj"]))
     with pytest.raises(ValueError, match="lora_target: wte is one end of"):
-        settle_targets(gpt2(), args(["wte"]))
+        resolve_lora_targets(gpt2(), args(["wte"]))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -18,7 +18,7 @@ from ..utils.run_lock import run_lock
 from .logs import get_logger, without_known_noise
 from .model.loader import LoadedModel
 from .model.model_card import Origin
-from .model.plain_copy import settle_plain_model
+from .model.plain_copy import resolve_model_names
 from .model.prepare import prepare_data, prepare_model
 from .predict.progress import barrier
 from .predict.workflow import generate, what_to_generate
@@ -26,7 +26,7 @@ from .resolve.checks import check_checkpoint_folders, check_data, check_predict
 from .resolve.length import LengthPlan
 from .resolve.objective import build_objective
 from .resolve.output_folder import check_output_folder
-from .resolve.resume import check_resumed, how_to_go_on, settle_resume
+from .resolve.resume import check_resumed, how_to_go_on, resolve_resume
 from .resolve.run_facts import check_facts, run_facts
 from .resolve.sft import response_collator
 from .train.eos_evaluation import evaluate_ends, save_end_metrics
@@ -52,7 +52,7 @@ def run(
     """
     _errors.when_interrupted(lambda: how_to_go_on(training_args))
     with without_known_noise(on_cpu=training_args.device.type == "cpu"):
-        settle_plain_model(model_args)
+        resolve_model_names(model_args)
         check_checkpoint_folders(model_args, finetuning_args, training_args)
         check_predict(training_args, finetuning_args.given_keys)
         if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
@@ -73,7 +73,7 @@ def _run(
     callbacks: list[Any] | None,
 ) -> None:
     """Run in an output_dir that nobody else writes to."""
-    resume = settle_resume(training_args, finetuning_args)
+    resume = resolve_resume(training_args, finetuning_args)
     data = prepare_data(model_args, data_args, training_args, finetuning_args)
     rows = data.dataset_module.get("train_dataset")
     facts = run_facts(model_args, data_args, training_args, finetuning_args, rows)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from .embeddings import has_tied_embeddings
 
 
-def settle_targets(model: Any, finetuning_args: Any) -> None:
+def resolve_lora_targets(model: Any, finetuning_args: Any) -> None:
     """Put names in place of `lora_target: all`, GPT-2's included, and check that every name is one of the model's.
 
     Args:

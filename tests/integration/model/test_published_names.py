@@ -22,19 +22,19 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_published_folder_gives_way_to_its_plain_copy(tmp_path):
     args = arguments(write_dream(tmp_path / "dream"))
-    plain_models.settle_plain_model(args)
+    plain_models.resolve_model_names(args)
     assert args.model_name_or_path.startswith(str(tmp_path / "cache" / "dream-"))
     assert origin_of(args.model_name_or_path) == str(tmp_path / "dream")
-    plain_models.settle_plain_model(args)  # of which nothing more is made
+    plain_models.resolve_model_names(args)  # of which nothing more is made
     assert origin_of(args.model_name_or_path) == str(tmp_path / "dream")
 
 
 def test_whichever_rank_makes_the_copy_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("LOCAL_RANK", "1")
     args = arguments(write_dream(tmp_path / "dream"))
-    plain_models.settle_plain_model(args)
+    plain_models.resolve_model_names(args)
     assert caplog.text.count("is Dream as it was published, with code of its own") == 1
-    plain_models.settle_plain_model(arguments(tmp_path / "dream"))
+    plain_models.resolve_model_names(arguments(tmp_path / "dream"))
     assert caplog.text.count("is Dream as it was published") == 1
 
 
@@ -42,7 +42,7 @@ def test_another_model_stays(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     for name in (str(tmp_path / "llama"), "owner/unknown", "gpt2"):
         args = arguments(name, cache_dir=str(tmp_path / "hub"))
-        plain_models.settle_plain_model(args)
+        plain_models.resolve_model_names(args)
         assert args.model_name_or_path == name
     assert not (tmp_path / "cache").exists()
 
@@ -52,14 +52,14 @@ def test_a_name_on_another_hub(tmp_path, monkeypatch):
     folder = write_dream(tmp_path / "fetched")
     monkeypatch.setattr(plain_models, "try_download_model_from_other_hub", lambda args: str(folder))
     args = arguments("owner/dream")
-    plain_models.settle_plain_model(args)
+    plain_models.resolve_model_names(args)
     assert origin_of(args.model_name_or_path) == str(folder)
 
 
 def test_revision_token_and_folder_reach_the_hub(monkeypatch):
     asked = {}
     monkeypatch.setattr(plain_models, "plain_folder", lambda name, **keys: asked.update(keys) or name)
-    plain_models.settle_plain_model(arguments("owner/x", model_revision="v2", cache_dir="/hub", hf_hub_token="t"))
+    plain_models.resolve_model_names(arguments("owner/x", model_revision="v2", cache_dir="/hub", hf_hub_token="t"))
     assert (asked["revision"], asked["download_dir"], asked["token"]) == ("v2", "/hub", "t")
 
 
@@ -69,6 +69,6 @@ def test_models_and_adapters_of_ours_on_a_hub_become_folders(tmp_path):
     hub, model = in_hub(tmp_path / "hub", "owner/ours", [tmp_path / "diffusion_config.json"])
     _, adapter = in_hub(tmp_path / "hub", "owner/adapter", [tmp_path / "diffusion_config.json"])
     args = arguments("owner/ours", cache_dir=str(hub), adapter_name_or_path=["owner/adapter", "saves/other"])
-    plain_models.settle_plain_model(args)
+    plain_models.resolve_model_names(args)
     assert args.model_name_or_path == str(model)
     assert args.adapter_name_or_path == [str(adapter), "saves/other"]

@@ -69,7 +69,7 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
         self.resume_requested: Any = None
         self.generating_args: Any = None
         self.hidden: dict[str, Any] = {}
-        self.around_adapter: Any = None
+        self.adapter_setup: Any = None
         self.given_keys: frozenset[str] = frozenset()
         if self.stage not in _STAGES:
             raise ValueError(

@@ -18,7 +18,7 @@ from ...checkpoints.plain_copy import origin_of
 from ...checkpoints.weights import load_weights, stored_dtype
 from ...modeling.bidirectional import make_bidirectional
 from ...modeling.embeddings import give_rows, rows_of, set_rows
-from ...modeling.lora import settle_targets, tie_again
+from ...modeling.lora import resolve_lora_targets, tie_again
 from ..logs import get_logger
 from ..resolve.vocabulary import Vocabulary, check_stored
 
@@ -42,7 +42,7 @@ def loading_for_diffusion() -> Iterator[None]:
 
 
 @dataclass
-class AroundAdapter:
+class AdapterSetup:
     """What is done to a base model before upstream adds or merges adapters, and after.
 
     Attributes:
@@ -81,7 +81,7 @@ class AroundAdapter:
             model.name_or_path = model.config._name_or_path = origin
         self._warn_of_other_base(base, origin)
         if self.new_adapter:
-            settle_targets(model, self.finetuning_args)
+            resolve_lora_targets(model, self.finetuning_args)
             self._tell_of_a_chain()
         checkpoint = self.finetuning_args.checkpoint_dir
         if checkpoint and not is_model_folder(checkpoint):

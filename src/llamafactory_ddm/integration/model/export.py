@@ -10,7 +10,7 @@ from typing import Any
 from ...checkpoints.plain_copy import origin_of
 from ...modeling.diffusion_config import DiffusionConfig
 from ..logs import get_logger
-from ..resolve.vocabulary import refuse_untrained, settle_vocabulary
+from ..resolve.vocabulary import refuse_untrained, resolve_vocabulary
 from .loader import LoadedModel, find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
 from .model_card import FILE_NAME as CARD
 from .model_card import Origin, card, write
@@ -32,7 +32,7 @@ def exported_tokenizer(model_args: Any) -> dict[str, Any]:
         stored.check_against(noise_process=args.noise_process, uniform_ratio=args.uniform_ratio)
     loaded = load_diffusion_tokenizer(model_args, args, _NOT_TRAINING)
     tokenizer = loaded.module["tokenizer"]
-    vocabulary = settle_vocabulary(tokenizer, loaded.additions, loaded.mask, loaded.config, None, args.mask_token)
+    vocabulary = resolve_vocabulary(tokenizer, loaded.additions, loaded.mask, loaded.config, None, args.mask_token)
     model_args.exported_as = (loaded.config, vocabulary)
     return loaded.module
 

@@ -16,9 +16,9 @@ from ...checkpoints.layouts import embedding_rows, is_model_folder, layout_of_fo
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from ..logs import get_logger
-from ..resolve.noise import settle_noise_process, with_noise_process
+from ..resolve.noise import resolve_noise_process, with_noise_process
 from ..resolve.vocabulary import Additions, Vocabulary, restore_stored, resumes_adapter
-from .adapter import AroundAdapter, loading_for_diffusion
+from .adapter import AdapterSetup, loading_for_diffusion
 
 logger = get_logger(__name__)
 _ADDED = ("add_tokens", "add_special_tokens")
@@ -197,7 +197,7 @@ def load_diffusion_model(
     """Load the model by upstream's own function, with what a diffusion model needs around its adapters."""
     mask = vocabulary.mask
     is_new = finetuning_args.finetuning_type == "lora" and not resumes_adapter(model_args, finetuning_args)
-    finetuning_args.around_adapter = AroundAdapter(
+    finetuning_args.adapter_setup = AdapterSetup(
         vocabulary,
         int(load_config(model_args).get_text_config().vocab_size),
         model_args,
@@ -212,7 +212,7 @@ def load_diffusion_model(
             model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     finally:
         finetuning_args.stage = base_stage
-        finetuning_args.around_adapter = None
+        finetuning_args.adapter_setup = None
     if config is None:
         if training_args.do_train and finetuning_args.anneal_steps > 1:
             logger.info_rank0(
@@ -227,7 +227,7 @@ def load_diffusion_model(
                 f"diffusion model, trained with {mask.token!r} as [MASK] and shift: {shifts}. "
                 "If it is an autoregressive model, its texts and metrics here are meaningless."
             )
-        process, ratio = settle_noise_process(None, finetuning_args)
+        process, ratio = resolve_noise_process(None, finetuning_args)
         config = DiffusionConfig(
             mask_token=mask.token,
             mask_token_id=mask.id,

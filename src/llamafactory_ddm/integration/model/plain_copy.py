@@ -12,7 +12,7 @@ from ..logs import get_logger
 logger = get_logger(__name__)
 
 
-def settle_plain_model(model_args: Any) -> None:
+def resolve_model_names(model_args: Any) -> None:
     """Have `model_name_or_path` and `adapter_name_or_path` name folders where they name diffusion models.
 
     A LLaDA or Dream as published gives way to its plain copy, a model or adapter of this package on a hub to the

@@ -17,10 +17,10 @@ from ..data.prepared_rows import AnswerMarks, RowRules, check_columns, check_pre
 from ..data.templates import uncut
 from ..data.tokenized_folder import check_facts, facts_of, is_opened, opening, write_facts
 from ..resolve.checks import check_cutoff
-from ..resolve.length import LengthPlan, check_width, keep_fitting, settle_ends, settle_lengths
-from ..resolve.sft import finetuned_config, settle_digits, settle_template, with_own_cut
+from ..resolve.length import LengthPlan, check_width, keep_fitting, resolve_canvas, resolve_lengths
+from ..resolve.sft import finetuned_config, resolve_digits, resolve_template, with_own_cut
 from ..resolve.start_and_end import keep_end_token, take_stored_template, tell_other_template, with_start_and_end
-from ..resolve.vocabulary import Vocabulary, check_new_tokens, settle_vocabulary
+from ..resolve.vocabulary import Vocabulary, check_new_tokens, resolve_vocabulary
 from .loader import LoadedModel, load_diffusion_model, load_diffusion_tokenizer
 
 
@@ -73,7 +73,7 @@ def prepare_data(model_args: Any, data_args: Any, training_args: Any, finetuning
     loaded = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
     tokenizer_module, config = loaded.module, loaded.config
     if finetunes:
-        settle_digits(tokenizer_module, finetuning_args)
+        resolve_digits(tokenizer_module, finetuning_args)
     tokenizer = tokenizer_module["tokenizer"]
     model_config = load_config(model_args)
     check_cutoff(model_config, data_args)
@@ -83,16 +83,18 @@ def prepare_data(model_args: Any, data_args: Any, training_args: Any, finetuning
     loaded.additions.note(tokenizer, f"template: {data_args.template}")
     if not finetunes:
         keep_end_token(config, tokenizer, data_args, trains=training_args.do_train)
-    lengths = settle_lengths(config, data_args, training_args, finetuning_args)
+    lengths = resolve_lengths(config, data_args, training_args, finetuning_args)
     if lengths is not None:
         check_width(lengths, model_config)
-    vocabulary = settle_vocabulary(
+    vocabulary = resolve_vocabulary(
         tokenizer, loaded.additions, loaded.mask, config, lengths, finetuning_args.mask_token
     )
     check_new_tokens(vocabulary, model_config, model_args, training_args, finetuning_args)
     if finetunes:
         mask_id, cuts = vocabulary.mask.id, lengths is None
-        template = settle_template(template, tokenizer, config, data_args, finetuning_args, mask_id=mask_id, cuts=cuts)
+        template = resolve_template(
+            template, tokenizer, config, data_args, finetuning_args, mask_id=mask_id, cuts=cuts
+        )
         tell_other_template(config, template, tokenizer, data_args)
     preparing = with_own_cut(template, data_args) if lengths is None else uncut(data_args)
     opened = is_opened(data_args)
@@ -159,7 +161,7 @@ def prepare_model(
     )
     collator: VariableLengthCollator | None = None
     if lengths is not None:
-        loaded.diffusion_config, collator = settle_ends(
+        loaded.diffusion_config, collator = resolve_canvas(
             loaded.diffusion_config, lengths, tokenizer, answers=finetunes, trains=training_args.do_train
         )
         dataset_module = keep_fitting(dataset_module, collator, lengths, data_args, training_args)

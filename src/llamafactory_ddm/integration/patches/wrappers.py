@@ -115,9 +115,9 @@ def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[]
         parsed = original(args)
         model_args, _, finetuning_args, *_ = parsed
         if model_args.export_dir is not None:
-            from ..model.plain_copy import settle_plain_model
+            from ..model.plain_copy import resolve_model_names
 
-            settle_plain_model(model_args)
+            resolve_model_names(model_args)
         stage = finetuning_args.diffusion_stage
         if model_args.export_dir is None:
             check_serving(model_args, stage)
@@ -188,7 +188,7 @@ def diffusion_init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
-        around = getattr(finetuning_args, "around_adapter", None)
+        around = getattr(finetuning_args, "adapter_setup", None)
         if around is None:
             return original(config, model, model_args, finetuning_args, is_trainable)
         around.before(model)

@@ -25,7 +25,7 @@ from ...modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fi
 from ...sampling.length_predictors import FirstStep
 from ..logs import get_logger
 from ..model.loader import sources
-from ..model.plain_copy import settle_plain_model
+from ..model.plain_copy import resolve_model_names
 from ..model.prepare import prepare_data, prepare_model
 from ..resolve.checks import check_checkpoint_folders
 
@@ -87,7 +87,7 @@ def fit(
         ValueError: naming the key that is missing or out of place, and the cure.
         OSError: if the file cannot be written.
     """
-    settle_plain_model(model_args)
+    resolve_model_names(model_args)
     check_checkpoint_folders(model_args, finetuning_args, training_args)
     _check(data_args, training_args, finetuning_args)
     folder = Path(sources(model_args, finetuning_args.checkpoint_dir)[0])

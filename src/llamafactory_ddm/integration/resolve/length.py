@@ -40,7 +40,7 @@ class LengthPlan:
     drop_overlong: bool
 
 
-def settle_lengths(
+def resolve_lengths(
     config: DiffusionConfig | None, data_args: Any, training_args: Any, finetuning_args: Any
 ) -> LengthPlan | None:
     """Return the format that the YAML asks for or the checkpoint has; None for none.
@@ -142,7 +142,7 @@ def check_width(plan: LengthPlan, model_config: Any) -> None:
         )
 
 
-def settle_ends(
+def resolve_canvas(
     config: DiffusionConfig, plan: LengthPlan, tokenizer: Any, *, answers: bool, trains: bool
 ) -> tuple[DiffusionConfig, VariableLengthCollator]:
     """Return what the checkpoints of this run say, and its collator; the pad tokens are in the tokenizer by now.

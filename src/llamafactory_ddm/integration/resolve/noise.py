@@ -15,7 +15,7 @@ logger = get_logger(__name__)
 _UNIFORM_RATIO = 0.1  # XDLM's
 
 
-def settle_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> tuple[str, float]:
+def resolve_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> tuple[str, float]:
     """Return noise process and uniform ratio of a run.
 
     A checkpoint goes on under other noise if the YAML names the process; a ratio alone must be the checkpoint's.
@@ -60,9 +60,9 @@ def with_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> 
     """Return the checkpoint's config with the noise process of this run.
 
     Raises:
-        ValueError: see `settle_noise_process`.
+        ValueError: see `resolve_noise_process`.
     """
-    process, ratio = settle_noise_process(config, finetuning_args)
+    process, ratio = resolve_noise_process(config, finetuning_args)
     if config is None or (config.noise_process, config.uniform_ratio) == (process, ratio):
         return config
     logger.info_rank0(

@@ -18,7 +18,7 @@ _AGREEING = (
 )
 
 
-def settle_resume(training_args: Any, finetuning_args: Any) -> str | None:
+def resolve_resume(training_args: Any, finetuning_args: Any) -> str | None:
     """Return the folder to resume from, or None to start anew.
 
     A folder that the user named must be complete. `resume_from_checkpoint: true`, and upstream's own search in an

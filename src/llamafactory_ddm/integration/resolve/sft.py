@@ -12,7 +12,7 @@ from ..data.templates import DIFFULLAMA, MARKS, DiffuLlamaTemplate, uncut
 from .start_and_end import with_padding, with_template
 
 
-def settle_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> None:
+def resolve_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> None:
     """Have the tokenizer split digits if split_digits asks for it.
 
     Raises:
@@ -29,7 +29,7 @@ def settle_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> Non
     tokenizer_module["tokenizer"] = split_digits(tokenizer_module["tokenizer"])
 
 
-def settle_template(
+def resolve_template(
     template: Any,
     tokenizer: Any,
     config: DiffusionConfig | None,

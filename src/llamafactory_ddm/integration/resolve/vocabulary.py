@@ -109,7 +109,7 @@ def restore_stored(tokenizer: Any, config: DiffusionConfig, mask: ResolvedMaskTo
             )
 
 
-def settle_vocabulary(
+def resolve_vocabulary(
     tokenizer: Any,
     additions: Additions,
     mask: ResolvedMaskToken | None,
