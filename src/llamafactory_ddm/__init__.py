@@ -9,12 +9,11 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .generation.generator import TextGenerator
     from .generation.load import load
-    from .sampling import LogitsConfig, SamplingSettings, StableStop
+    from .sampling import LogitsConfig, SamplingSettings
 
-__all__ = ["LogitsConfig", "SamplingSettings", "StableStop", "TextGenerator", "__version__", "load"]
+__all__ = ["LogitsConfig", "SamplingSettings", "TextGenerator", "__version__", "load"]
 
 _HOMES = {
-    "StableStop": "sampling",
     "LogitsConfig": "sampling",
     "SamplingSettings": "sampling",
     "TextGenerator": "generation.generator",

@@ -198,10 +198,6 @@ def test_resuming_another_process_is_an_error(train_small, tmp_path):
         ({"entropy_bound": 3}, "is read by denoising_strategy: entropy_bound only"),
         ({"remask_cap": 0.5}, "remask_cap is read by denoising_strategy: remdm only"),
         ({"denoising_strategy": "remdm", "eos_last": True}, "eos_last: true needs .* which remdm does not"),
-        (
-            {"denoising_strategy": "remdm", "stable_steps": 2},
-            "stable_steps: 2 does not go with denoising_strategy: rem",
-        ),
         ({"edit_ratio": 1}, r"edit_ratio must lie in \[0, 1\), got 1.0"),
         ({"edit_ratio": 0.2, "edit_threshold": 0.9}, "edit_ratio: 0.2 and edit_threshold: 0.9 are two rules"),
         ({"edit_steps": 2}, "edit_steps: 2 goes on with edits, and there are none; set edit_ratio"),

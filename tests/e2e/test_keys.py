@@ -37,8 +37,6 @@ SAMPLING = {
     "edit_ratio": (0.5, {"diffusion_steps": 12}),
     "edit_threshold": (0.001, {"diffusion_steps": 12}),
     "edit_steps": (3, {"edit_threshold": 0.001}),
-    "stable_steps": (1, {"stable_steps": 5, "stable_entropy": 100.0, "diffusion_steps": 12}),
-    "stable_entropy": (100.0, {"stable_steps": 1, "diffusion_steps": 12}),
     "prefix_length": (7, {"generate_from": "prefix", "prefix_length": 4}),
     # Upstream's own keys.
     "temperature": (0.1, {}),

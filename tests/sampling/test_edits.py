@@ -15,7 +15,6 @@ from llamafactory_ddm.sampling import (
     Edits,
     LogitsConfig,
     SamplingSettings,
-    StableStop,
     denoise_step,
     get_strategy,
     start,
@@ -320,11 +319,11 @@ def test_the_rule_on_plain_lists(seed, length, steps, name, block_length, rule, 
 @pytest.mark.parametrize("block_length", [None, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_without_anything_to_spend_it_is_the_masked_sampler(name, block_length, temperature):
-    """To the draw and the forward, early stop and stable stop included."""
+    """To the draw and the forward, early stop included."""
     x = torch.randint(0, MASK, (4, 8), generator=torch.Generator().manual_seed(2))
     editable = torch.ones_like(x, dtype=torch.bool)
     editable[:, 0] = editable[2, 4] = False
-    for more in ({}, {"end_ids": (3,)}, {"stable_stop": None if name == "remdm" else StableStop(1, 1.0)}):
+    for more in ({}, {"end_ids": (3,)}):
         options = {"steps": 9, "name": name, "block_length": block_length, "config": LogitsConfig(temperature), **more}
         plain = run(x, editable, **options)
         for edits in (Edits(), Edits(ratio=0.1)):  # a tenth of eight tokens is none

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafactory_ddm.sampling import LogitsConfig, SamplingSettings, StableStop
+from llamafactory_ddm.sampling import LogitsConfig, SamplingSettings
 from llamafactory_ddm.sampling.keywords import with_keywords
 
 START = SamplingSettings(diffusion_steps=7, logits=LogitsConfig(0.5, 0.8))
@@ -19,8 +19,6 @@ def test_attributes_of_the_settings_and_of_the_logits():
 def test_names_of_yaml_keys():
     found = with_keywords(START, {"logits_temp": 0.2, "topp_temp": 1.0, "suppress_tokens": (3,)})
     assert found.logits == LogitsConfig(0.2, 1.0, suppress=(3,))
-    assert with_keywords(START, {"stable_steps": 3, "stable_entropy": 0.4}).stable_stop == StableStop(3, 0.4)
-    assert with_keywords(START, {"stable_steps": 0}).stable_stop is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from toy_sampling import MASK, NAMES, LeftToRight, V, run, toy
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.sampling import LogitsConfig, Remasking, SamplingSettings, StableStop, get_strategy
+from llamafactory_ddm.sampling import LogitsConfig, Remasking, SamplingSettings, get_strategy
 from llamafactory_ddm.sampling.budget import remask_probability, reveal_probability, split_into_blocks
 
 CAPS = [0.0, 0.02, 0.3, 1.0]
@@ -239,5 +239,3 @@ def test_values_that_do_not_fit():
     )
     with pytest.raises(ValueError, match=r"eos_last: true needs a denoising_strategy .* which remdm does not"):
         SamplingSettings(denoising_strategy="remdm", eos_last=True)
-    with pytest.raises(ValueError, match="stable_steps: 2 does not go with denoising_strategy: remdm"):
-        SamplingSettings(denoising_strategy="remdm", stable_stop=StableStop())

@@ -7,7 +7,7 @@ import torch
 from toy_sampling import MASK, LeftToRight, V, run, toy
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.sampling import LogitsConfig, StableStop, get_strategy, register
+from llamafactory_ddm.sampling import LogitsConfig, get_strategy, register
 from llamafactory_ddm.sampling.budget import transfer_budget
 from llamafactory_ddm.sampling.strategies import RandomOrder
 
@@ -221,47 +221,6 @@ def test_another_schedule_gives_its_own_pace(name):
     done = [sum(c <= step for c in output.committed[0].tolist()) for step in range(4)]
     expected = [100 * (1 - math.cos(math.pi / 2 * (1 - t))) for t in (0.75, 0.5, 0.25, 0.0)]
     assert done == pytest.approx(expected, abs=1)
-
-
-def test_the_loop_stops_early_once_the_model_has_made_up_its_mind():
-    steady = [0.99, 0.98, 0.97, 0.96, 0.95, 0.94]
-    stop = StableStop(stable_steps=2, entropy=0.5)
-    output = committed(steady, steps=6, name="low_confidence", stable_stop=stop)
-    # Guesses are seen in step 0, and stayed the same in steps 1 and 2, in which all that is left is committed.
-    assert output.committed.tolist() == [[0, 1, 2, 2, 2, 2]]
-    assert output.forwards == 3
-    unsure = committed(steady, steps=6, name="low_confidence", stable_stop=StableStop(2, entropy=0.01))
-    assert unsure.committed.tolist() == [[0, 1, 2, 3, 4, 5]]
-
-
-def test_a_guess_that_changes_puts_the_stable_stop_off():
-    calls = []
-
-    def wavering(z, select):
-        logits = torch.full((1, 5, V), -50.0)
-        logits[..., 2] = 0.0
-        if len(calls) in (1, 2):
-            logits[0, 4, len(calls) + 2] = 9.0
-        calls.append(1)
-        return logits[select]
-
-    x = torch.zeros(1, 5, dtype=torch.int64)
-    output = run(
-        x,
-        x == 0,
-        denoiser=wavering,
-        steps=5,
-        strategy=LeftToRight(),
-        config=LogitsConfig(0.0),
-        stable_stop=StableStop(1, entropy=1.0),
-    )
-    assert output.committed.tolist() == [[0, 1, 2, 3, 4]]
-
-
-@pytest.mark.parametrize(("values", "words"), [({"stable_steps": 0}, "stable_steps"), ({"entropy": -1.0}, "entropy")])
-def test_stable_stop_out_of_range(values, words):
-    with pytest.raises(ValueError, match=words):
-        StableStop(**values)
 
 
 def test_a_strategy_gets_only_the_measures_that_it_names():

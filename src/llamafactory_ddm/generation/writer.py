@@ -183,7 +183,6 @@ class Writer(Sizer):
                 schedule=get_schedule(self.config.noise_schedule),
                 block_length=settings.block_length,
                 commit_schedule=settings.commit_schedule,
-                stable_stop=settings.stable_stop,
                 edits=edits,
                 end_ids=self.end_ids,
                 stop_at_end=settings.early_stop != "none",

@@ -5,7 +5,6 @@ from .forward import Context, Denoiser
 from .logits import LogitsConfig, filtered_log_probs
 from .loop import SamplerOutput, denoise_step, sample
 from .settings import SamplingSettings
-from .stable import StableStop
 from .state import Plan, SamplerState, Turn, start
 from .strategies import STRATEGIES, Remasking, Strategy, get_strategy, register
 from .tokens import Draws, draw_tokens
@@ -22,7 +21,6 @@ __all__ = [
     "SamplerOutput",
     "SamplerState",
     "SamplingSettings",
-    "StableStop",
     "Strategy",
     "Turn",
     "denoise_step",

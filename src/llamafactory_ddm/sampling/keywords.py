@@ -9,12 +9,10 @@ from typing import Any
 
 from .logits import LogitsConfig
 from .settings import SamplingSettings
-from .stable import StableStop
 
 # Names of YAML keys -> those of the settings.
 ALIASES = {"logits_temp": "temperature", "topp_temp": "top_p", "suppress_tokens": "suppress"}
 _OF_COMMAND = {"steps": "diffusion_steps", "strategy": "denoising_strategy"}  # as the command line has them
-_STABLE = {"stable_steps": "stable_steps", "stable_entropy": "entropy"}
 
 
 def with_keywords(settings: SamplingSettings, keywords: Mapping[str, Any]) -> SamplingSettings:
@@ -32,19 +30,14 @@ def with_keywords(settings: SamplingSettings, keywords: Mapping[str, Any]) -> Sa
     names: dict[str, str] = {}
     for key in keywords:
         name = ALIASES.get(key, key)
-        if name not in own | of_logits | _STABLE.keys():
-            raise TypeError(_unknown(key, own | of_logits | ALIASES.keys() | _STABLE.keys()))
+        if name not in own | of_logits:
+            raise TypeError(_unknown(key, own | of_logits | ALIASES.keys()))
         if name in names:
             raise TypeError(f"{names[name]} and {key} mean the same; give one of them")
         names[name] = key
     given = {name: keywords[key] for name, key in names.items()}
     changes = {name: value for name, value in given.items() if name in own}
     logits = {name: value for name, value in given.items() if name in of_logits}
-    stable = {_STABLE[name]: value for name, value in given.items() if name in _STABLE}
-    if stable.get("stable_steps", 1) == 0:
-        changes["stable_stop"] = None
-    elif stable:
-        changes["stable_stop"] = replace(settings.stable_stop or StableStop(), **stable)
     return replace(settings, logits=replace(settings.logits, **logits), **changes)
 
 

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from ..diffusion.schedules import NoiseSchedule
 from . import edits as editing
-from . import stable
 from .budget import CommitSchedule
 from .edits import Edits
 from .forward import Context, Denoiser, Scores, check_context, predict
 from .logits import LogitsConfig, Measure
-from .stable import StableStop
 from .state import Plan, SamplerState, Turn, is_behind_end, is_complete, next_turn, start
 from .strategies import Strategy, remasked, stays
 
@@ -70,7 +68,6 @@ def sample(
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
     commit_schedule: CommitSchedule = "even",
-    stable_stop: StableStop | None = None,
     edits: Edits | None = None,
     end_ids: Sequence[int] = (),
     stop_at_end: bool = True,
@@ -99,7 +96,6 @@ def sample(
         block_length: editable positions of a row that are decided together, from left to right; None is all at once.
         commit_schedule: how many tokens the steps of a block commit where a strategy goes by number, and with what
             chance in random order: `even`, or `dream`, see `sampling.steps`.
-        stable_stop: when to commit the rest of a block; never by default.
         edits: which decided tokens are rewritten; none by default. Their further steps come on top of `steps`.
         end_ids: tokens behind which nothing is text. By default there are none.
         stop_at_end: whether a row is finished once an end is committed and everything before it: what stands before it
@@ -138,7 +134,6 @@ def sample(
             plan,
             strategy=strategy,
             logits=logits,
-            stable_stop=stable_stop,
             edits=edits,
             context=context,
         )
@@ -162,7 +157,6 @@ def denoise_step(
     *,
     strategy: Strategy,
     logits: LogitsConfig,
-    stable_stop: StableStop | None = None,
     edits: Edits | None = None,
     context: Context | None = None,
 ) -> SamplerState:
@@ -179,7 +173,7 @@ def denoise_step(
     if edits.steps != plan.edit_steps:
         raise ValueError(f"edits with {edits.steps} further steps need start(edit_steps={edits.steps}, ...)")
     turn = next_turn(state, plan)
-    asked = ask(state, plan, turn, strategy, stable_stop, edits)
+    asked = ask(state, plan, turn, strategy, edits)
     found = counts(state, plan, turn, asked, strategy)
     if found is None:
         return replace(state, finished=True)
@@ -208,8 +202,6 @@ def denoise_step(
     )
     scores = Scores(draws, place, state, plan)
     made = decide(state, turn, asked, scores, strategy)
-    if stable_stop is not None:
-        advanced, made = settle(stable_stop, state, advanced, turn, scores, made)
     made = revise(state, turn, asked, scores, edits, made)
     return written(state, advanced, plan, turn, asked, made, strategy)
 
@@ -242,15 +234,11 @@ class Made:
     rewrite: Tensor | None = None
 
 
-def ask(
-    state: SamplerState, plan: Plan, turn: Turn, strategy: Strategy, stable_stop: StableStop | None, edits: Edits
-) -> Asked:
+def ask(state: SamplerState, plan: Plan, turn: Turn, strategy: Strategy, edits: Edits) -> Asked:
     """Return what a step needs to know; the arguments are those of `denoise_step`."""
     again = remasked(strategy, turn)
     wanted = chosen = strategy.candidates(turn) & turn.scope
     measures, revisable = strategy.measures, None
-    if stable_stop is not None:
-        wanted, measures = wanted | turn.is_masked, measures | stable.MEASURES
     if edits.active:
         revisable = edits.candidates(turn, (wanted & turn.is_masked).sum(dim=1)) & ~is_behind_end(
             state.z, state.is_masked, plan
@@ -301,17 +289,6 @@ def decide(state: SamplerState, turn: Turn, asked: Asked, scores: Scores, strate
 
     commit = strategy.commit(turn, asked.chosen, score) & asked.chosen & turn.is_masked
     return Made(torch.where(commit, scores.ids, state.z), commit)
-
-
-def settle(
-    stop: StableStop, state: SamplerState, advanced: SamplerState, turn: Turn, scores: Scores, made: Made
-) -> tuple[SamplerState, Made]:
-    """Return the state with the guesses of this step, and what it writes with what is committed as it is settled."""
-    guess = scores.spread("argmax")
-    stable = torch.where((turn.is_masked & (guess != state.guess)).any(dim=1), 0, state.stable + 1)
-    settled = stop.settled(turn, stable, scores.spread("entropy"))
-    made = replace(made, ids=torch.where(settled, scores.ids, made.ids), commit=made.commit | settled)
-    return replace(advanced, guess=guess, stable=stable), made
 
 
 def revise(state: SamplerState, turn: Turn, asked: Asked, scores: Scores, edits: Edits, made: Made) -> Made:

@@ -9,7 +9,6 @@ from .budget import COMMIT_SCHEDULES, CommitSchedule
 from .edits import MOST_BY_DEFAULT, Edits, edits_of
 from .length_predictors import PREDICTORS, PredictorName, check_coverage
 from .logits import LogitsConfig
-from .stable import StableStop
 from .strategies import Strategy, get_strategy
 
 EarlyStop = Literal["none", "eos", "predict", "grow"]
@@ -32,7 +31,6 @@ class SamplingSettings:
         confidence_threshold: of the strategy of this name.
         entropy_bound: of the strategy of this name, in nats.
         remask_cap: of the strategy remdm, the most that a token's chance to be masked again may be.
-        stable_stop: when to commit all that is left of a block.
         edit_ratio: see `sampling.edits`; None takes the checkpoint's uniform_ratio, at most one half, or 0 where there
             is an edit_threshold.
         edit_threshold: see there.
@@ -55,7 +53,6 @@ class SamplingSettings:
     confidence_threshold: float = 0.9
     entropy_bound: float = 0.1
     remask_cap: float = 0.02
-    stable_stop: StableStop | None = None
     edit_ratio: float | None = None
     edit_threshold: float | None = None
     edit_steps: int = 0
@@ -89,14 +86,7 @@ class SamplingSettings:
                 f"eos_last: true needs a denoising_strategy that goes by certainty, which {self.denoising_strategy} "
                 "does not; take low_confidence, or remove eos_last"
             )
-        if self.stable_stop is not None and self.denoising_strategy == "remdm":
-            raise ValueError(
-                f"stable_steps: {self.stable_stop.stable_steps} does not go with denoising_strategy: remdm, which "
-                "masks again what was committed; remove stable_steps, or take another strategy"
-            )
-        check_scores(
-            self.denoising_strategy, self.commit_schedule, self.logits.score_distribution, self.stable_stop is not None
-        )
+        check_scores(self.denoising_strategy, self.commit_schedule, self.logits.score_distribution)
         self.edits(MOST_BY_DEFAULT)  # whatever the checkpoint says, the rest has to fit
 
     def strategy(self) -> Strategy:
@@ -121,14 +111,13 @@ class SamplingSettings:
         return edits_of(self.edit_ratio, self.edit_threshold, self.edit_steps, default=uniform_ratio)
 
 
-def check_scores(strategy: str, commit_schedule: str, score_distribution: str, stable: bool) -> None:
+def check_scores(strategy: str, commit_schedule: str, score_distribution: str) -> None:
     """Look at the keys commit_schedule and score_distribution.
 
     Args:
         strategy: name of the denoising strategy.
         commit_schedule: see `SamplingSettings`.
         score_distribution: see `LogitsConfig`.
-        stable: whether there is a stable stop, which goes by entropies.
     Raises:
         ValueError: if one has no effect, or there is no such schedule.
     """
@@ -139,7 +128,7 @@ def check_scores(strategy: str, commit_schedule: str, score_distribution: str, s
             f"commit_schedule: {commit_schedule} has no effect, as denoising_strategy: {strategy} has a pace of its "
             "own; take entropy, margin, low_confidence or random, or remove commit_schedule"
         )
-    if score_distribution != "model" and strategy in ("random", "remdm") and not stable:
+    if score_distribution != "model" and strategy in ("random", "remdm"):
         raise ValueError(
             f"score_distribution: {score_distribution} has no effect, as denoising_strategy: {strategy} scores no "
             "position; take entropy, margin or low_confidence, or remove score_distribution"

@@ -131,8 +131,6 @@ class SamplerState:
         spent: [batch] int64, tokens that the row has rewritten in its block.
         edits: [batch] int64, tokens that the row has rewritten in all.
         bad: [] int64, 1 + the step in which logits were unusable, or 0.
-        guess: [batch, length] int64, the most probable token where it was looked at; -1 elsewhere.
-        stable: [batch] int64, steps since a guess changed.
         step: the next step, from 0.
         forwards: calls of the denoiser so far.
         computed: tokens that went through the model so far, padding included.
@@ -151,8 +149,6 @@ class SamplerState:
     spent: Tensor
     edits: Tensor
     bad: Tensor
-    guess: Tensor
-    stable: Tensor
     step: int = 0
     forwards: int = 0
     computed: int = 0
@@ -228,8 +224,6 @@ def start(
         spent=zero,
         edits=zero,
         bad=torch.zeros((), dtype=torch.int64, device=x.device),
-        guess=nothing,
-        stable=zero,
     )
     return state, plan
 

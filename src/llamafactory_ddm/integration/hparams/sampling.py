@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...modeling.special_tokens import escape_hint
-from ...sampling import STRATEGIES, LogitsConfig, SamplingSettings, StableStop
+from ...sampling import STRATEGIES, LogitsConfig, SamplingSettings
 from ...sampling.budget import COMMIT_SCHEDULES
 from ...sampling.length_predictors import PREDICTORS
 from ...sampling.logits import SCORE_DISTRIBUTIONS
@@ -25,7 +25,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 INTEGERS: dict[str, tuple[int, int | None]] = {
     "diffusion_steps": (1, MOST_STEPS),
     "block_length": (1, None),
-    "stable_steps": (0, None),
     **editing_keys.INTEGERS,
     "num_samples": (1, MOST_ROWS),
     "prefix_length": (1, None),
@@ -37,7 +36,6 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "guidance_scale": (0.0, float("inf")),
     "confidence_threshold": (0.0, 1.0),
     "entropy_bound": (0.0, float("inf")),
-    "stable_entropy": (0.0, float("inf")),
     **editing_keys.NUMBERS,
     "length_coverage": (0.0, 1.0),
     "eos_penalty": (float("-inf"), float("inf")),
@@ -206,19 +204,6 @@ class SamplingArguments(editing_keys.EditingKeys):
             )
         },
     )
-    stable_steps: int = field(
-        default=0,
-        metadata={
-            "help": (
-                "Diffusion: commit all that is left of a block once the most probable tokens stayed the same for so "
-                "many steps and stable_entropy holds; 0 never does."
-            )
-        },
-    )
-    stable_entropy: float = field(
-        default=0.1,
-        metadata={"help": "Diffusion: mean entropy in nats up to which stable_steps applies."},
-    )
     num_samples: int = field(
         default=8,
         metadata={"help": "Diffusion: how many texts `do_predict` generates from noise."},
@@ -257,7 +242,7 @@ class SamplingArguments(editing_keys.EditingKeys):
                     f"{key} is read by denoising_strategy: {strategy} only, but denoising_strategy is "
                     f"{self.denoising_strategy}; change one or remove {key}"
                 )
-        check_scores(self.denoising_strategy, self.commit_schedule, self.score_distribution, bool(self.stable_steps))
+        check_scores(self.denoising_strategy, self.commit_schedule, self.score_distribution)
         self.check_edits()
         if self.length_coverage == 0.0:
             raise ValueError("length_coverage must lie in (0, 1], got 0")
@@ -269,8 +254,6 @@ class SamplingArguments(editing_keys.EditingKeys):
                     f"{key}: {getattr(self, key)} is read by early_stop: {' and '.join(ways)} only, but early_stop is "
                     f"{self.early_stop}; change one or remove {key}"
                 )
-        if self.stable_entropy != SamplingArguments.stable_entropy and not self.stable_steps:
-            raise ValueError("stable_entropy needs stable_steps; set stable_steps: 2, or remove stable_entropy")
         stage, source = str(getattr(self, "stage", "ddm")), self.generation_source()
         if (source == "prompt") != (stage == "ddm-sft"):
             raise ValueError(
@@ -334,7 +317,6 @@ class SamplingArguments(editing_keys.EditingKeys):
             confidence_threshold=self.confidence_threshold,
             entropy_bound=self.entropy_bound,
             remask_cap=self.remask_cap,
-            stable_stop=StableStop(self.stable_steps, self.stable_entropy) if self.stable_steps else None,
             edit_ratio=self.edit_ratio,
             edit_threshold=self.edit_threshold,
             edit_steps=self.edit_steps,
