@@ -152,7 +152,7 @@ class TextGenerator:
             config = replace(config, template=None)
         elif stored is None or stored.name != template:
             # LLaMA-Factory has them, which nothing else here needs.
-            found, ends = import_module(f"{__package__}.integration.prompting").named_template(
+            found, ends = import_module("..integration.data.stored_template", __package__).named_template(
                 template, self.tokenizer
             )
             if stored is not None and stored.parts != found.parts:

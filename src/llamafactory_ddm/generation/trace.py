@@ -120,9 +120,7 @@ def html_page(traces: Sequence[Trace], *, heading: str, facts: Mapping[str, str]
         "title": html.escape(heading).encode("ascii", "xmlcharrefreplace").decode("ascii"),
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    template = (
-        resources.files("llamafactory_ddm.generation.generator").joinpath("trace.html").read_text(encoding="utf-8")
-    )
+    template = resources.files(__package__).joinpath("trace.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(title|data)\}\}", lambda match: parts[match[1]], template)
 
 
