@@ -11,6 +11,7 @@ from llamafactory_ddm.diffusion.loss_weights import denominator, row_weight, tok
 from llamafactory_ddm.diffusion.losses import masked_cross_entropy
 from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens
 from llamafactory_ddm.diffusion.schedules import SCHEDULES, get_schedule
+from support.schedules import time_of
 
 VOCAB, LENGTH, MASK = 3, 3, 3
 
@@ -52,7 +53,7 @@ def test_the_weighted_loss_integrates_to_the_any_order_bound_and_bounds_the_like
     nodes, weights = (torch.from_numpy(a) for a in __import__("numpy").polynomial.legendre.leggauss(40))
     alphas, bound = (nodes + 1) / 2, 0.0
     for alpha, weight in zip(alphas, weights / 2, strict=True):
-        t = schedule.inverse(alpha)
+        t = time_of(schedule, alpha)
         factor = float(schedule.loss_weight(t) / -schedule.dalpha(t))  # dt = dalpha / alpha'
         for pattern in itertools.product([False, True], repeat=LENGTH):
             n = sum(pattern)

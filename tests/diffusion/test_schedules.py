@@ -21,11 +21,11 @@ def test_derivative_and_weight_follow_from_alpha(name):
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_ends_and_inverse(name):
+def test_alpha_falls_from_one_to_zero(name):
     schedule = get_schedule(name)
     ends = schedule.alpha(torch.tensor([0.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(ends, torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-12, rtol=0)
-    torch.testing.assert_close(schedule.inverse(schedule.alpha(TIMES)), TIMES)
+    assert (schedule.alpha(TIMES).diff() < 0).all()
 
 
 def test_published_values():

@@ -47,6 +47,9 @@ SAMPLING = {
 }
 ELSEWHERE = {
     "mask_token",
+    # tests/integration/test_extending.py
+    "plugins",
+    "strategy_args",
     # tests/integration/data/test_prepared_rows.py, tests/e2e/test_data_of_users.py
     "allow_common_mask_token",
     # tests/e2e/test_mixed_noise_runs.py

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy_sampling import MASK, NAMES, V, by_selection, ragged, relative, run
 
 from llamafactory_ddm.sampling import Context, LogitsConfig, sample, start
-from llamafactory_ddm.sampling.budget import kept_masked, split_into_blocks, steps_of_blocks
+from llamafactory_ddm.sampling.budget import split_into_blocks, steps_of_blocks
 from llamafactory_ddm.sampling.strategies import get_strategy
 
 GREEDY = LogitsConfig(0.0)
@@ -84,12 +84,12 @@ def test_rows_of_different_lengths_give_what_each_gives_alone(seed, name, block_
 
 
 def test_kept_masked_truncates_in_float32():
-    assert kept_masked(torch.tensor([10]), torch.tensor([2]), torch.tensor([3]), get_linear()).tolist() == [6]
+    assert get_linear().kept_masked(torch.tensor([10]), torch.tensor([2]), torch.tensor([3])).tolist() == [6]
     n = torch.arange(1, 500)
     for steps in (3, 7, 30):
         for left in range(steps):
             expected = [int(torch.tensor(int(i) * left, dtype=torch.float32) / steps) for i in n]
-            got = kept_masked(n, torch.full_like(n, left), torch.full_like(n, steps), get_linear())
+            got = get_linear().kept_masked(n, torch.full_like(n, left), torch.full_like(n, steps))
             assert got.tolist() == expected
 
 

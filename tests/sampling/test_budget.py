@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory_ddm.diffusion.schedules import SCHEDULES, get_schedule
-from llamafactory_ddm.sampling.budget import reveal_probability, transfer_budget
+from llamafactory_ddm.sampling.budget import reveal_probability
 
 
 @given(
@@ -15,7 +15,7 @@ from llamafactory_ddm.sampling.budget import reveal_probability, transfer_budget
     name=st.sampled_from(sorted(SCHEDULES)),
 )
 def test_budgets_sum_to_the_number_of_masked_tokens(n, steps, name):
-    budget = transfer_budget(torch.tensor(n), steps, get_schedule(name))
+    budget = get_schedule(name).transfer_budget(torch.tensor(n), steps)
     assert budget.shape == (len(n), steps)
     assert budget.sum(dim=1).tolist() == n
     assert (budget >= 0).all()
@@ -23,20 +23,20 @@ def test_budgets_sum_to_the_number_of_masked_tokens(n, steps, name):
 
 @given(n=st.integers(0, 300), steps=st.integers(1, 80))
 def test_linear_budgets_are_even_with_the_larger_shares_first(n, steps):
-    budget = transfer_budget(torch.tensor([n]), steps, get_schedule("linear"))[0].tolist()
+    budget = get_schedule("linear").transfer_budget(torch.tensor([n]), steps)[0].tolist()
     assert budget == sorted(budget, reverse=True)
     assert budget[0] - budget[-1] <= 1
 
 
 def test_a_linear_budget_by_hand():
-    budget = transfer_budget(torch.tensor([10, 3, 0]), 4, get_schedule("linear"))
+    budget = get_schedule("linear").transfer_budget(torch.tensor([10, 3, 0]), 4)
     assert budget.tolist() == [[3, 3, 2, 2], [1, 1, 1, 0], [0, 0, 0, 0]]
     assert budget.dtype == torch.int64
 
 
 def test_a_cosine_budget_by_hand():
     # alpha(0.5) = 1 - cos(pi/4) = 0.2929
-    assert transfer_budget(torch.tensor([10]), 2, get_schedule("cosine")).tolist() == [[3, 7]]
+    assert get_schedule("cosine").transfer_budget(torch.tensor([10]), 2).tolist() == [[3, 7]]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 64])
@@ -59,4 +59,4 @@ def test_steps_out_of_range():
     with pytest.raises(ValueError, match="step must lie in"):
         reveal_probability(4, 4, get_schedule("linear"))
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        transfer_budget(torch.tensor([3]), 0, get_schedule("linear"))
+        get_schedule("linear").transfer_budget(torch.tensor([3]), 0)

@@ -28,6 +28,10 @@ class Scripted:
         return self.table[column] + seen[row]
 
 
+def strategy_of(name):
+    return get_strategy(name, **{"confidence_threshold": {name: 0.6}, "entropy_bound": {name: 1.0}}.get(name, {}))
+
+
 def run(name, seed, batch, editable, *, end_ids, block=None, temperature=0.0, steps=6):
     model = Scripted(seed, editable.shape[1])
     output = sample(
@@ -36,7 +40,7 @@ def run(name, seed, batch, editable, *, end_ids, block=None, temperature=0.0, st
         editable=editable,
         mask_id=MASK,
         steps=steps,
-        strategy=get_strategy(name, confidence_threshold=0.6, entropy_bound=1.0),
+        strategy=strategy_of(name),
         logits=LogitsConfig(temperature=temperature),
         block_length=block,
         seed=seed,
@@ -230,7 +234,7 @@ def test_ends_come_last_where_they_are_to(seed, name, block):
         editable=editable,
         mask_id=MASK,
         steps=9,
-        strategy=get_strategy(name, confidence_threshold=0.6, entropy_bound=1.0),
+        strategy=strategy_of(name),
         logits=LogitsConfig(temperature=0.0),
         block_length=block,
         end_ids=(END, PAD),

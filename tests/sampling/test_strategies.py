@@ -7,8 +7,7 @@ import torch
 from toy_sampling import MASK, LeftToRight, V, run, toy
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.sampling import LogitsConfig, get_strategy, register
-from llamafactory_ddm.sampling.budget import transfer_budget
+from llamafactory_ddm.sampling import STRATEGIES, LogitsConfig, get_strategy
 from llamafactory_ddm.sampling.strategies import RandomOrder
 
 
@@ -84,15 +83,23 @@ def test_a_strategy_cannot_change_what_is_not_masked():
 def test_unknown_and_taken_strategies():
     with pytest.raises(ValueError, match="did you mean 'low_confidence'"):
         get_strategy("low-confidence")
-    with pytest.raises(ValueError, match="exists already"):
-        register(RandomOrder())
+    with pytest.raises(ValueError, match="denoising_strategy 'random' is registered already"):
+        STRATEGIES.register(RandomOrder)
+
+
+def test_parameters_of_a_strategy():
+    assert get_strategy("entropy_bound", entropy_bound=0.5).entropy_bound == 0.5
+    with pytest.raises(ValueError, match=r"strategy_args.*'entropy_bond'.*did you mean 'entropy_bound'"):
+        get_strategy("entropy_bound", entropy_bond=0.5)
+    with pytest.raises(ValueError, match=r"strategy_args.*'measure'.*it has none"):
+        get_strategy("margin", measure="entropy")
 
 
 def test_a_step_without_a_budget_asks_for_no_logits():
     """Cosine, four tokens in nine steps: five steps have nothing to commit."""
     x = torch.zeros(1, 4, dtype=torch.int64)
     schedule = get_schedule("cosine")
-    budget = transfer_budget(torch.tensor([4]), 9, schedule)[0]
+    budget = schedule.transfer_budget(torch.tensor([4]), 9)[0]
     output = run(x, x == 0, steps=9, name="entropy", schedule=schedule)
     assert output.forwards == int((budget > 0).sum()) < 9
 

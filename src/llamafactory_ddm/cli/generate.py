@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,10 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--template", help="how prompts are written (default: as the model was finetuned)")
     form.add_argument("--raw", action="store_true", help="continue prompts as they stand, without a template")
+    parser.add_argument("--plugins", help="modules or .py files of your own to import first, separated by commas")
     parser.add_argument("--show", action="store_true", help="watch the text come about")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write (default: 64)")
     parser.add_argument("--num-samples", type=int, default=1, help="texts from noise, or for each prompt (default: 1)")
     parser.add_argument("--strategy", default="low_confidence", help="denoising_strategy (default: low_confidence)")
+    parser.add_argument(
+        "--strategy-args", type=json.loads, default={}, help="parameters of your own strategy, in JSON"
+    )
     parser.add_argument("--steps", type=int, default=64, help="diffusion_steps (default: 64)")
     parser.add_argument("--commit-schedule", default="even", choices=("even", "dream"), help="pace (default: even)")
     parser.add_argument(
@@ -109,6 +114,7 @@ def settings_of(arguments: argparse.Namespace) -> SamplingSettings:
 
     return SamplingSettings(
         denoising_strategy=arguments.strategy,
+        strategy_args=arguments.strategy_args,
         diffusion_steps=arguments.steps,
         block_length=arguments.block_length,
         commit_schedule=arguments.commit_schedule,
@@ -132,7 +138,9 @@ def settings_of(arguments: argparse.Namespace) -> SamplingSettings:
 def _generate(arguments: argparse.Namespace) -> None:
     from ..generation.load import load
     from ..generation.terminal import TerminalAnimation
+    from ..utils.plugins import load_plugins
 
+    load_plugins(arguments.plugins)
     settings = settings_of(arguments)
     model = load(arguments.path, template=arguments.template, raw=arguments.raw)
     settings = replace(settings, grow_length=model.settings().grow_length)

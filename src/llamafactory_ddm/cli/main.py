@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from .._autoload import disabled
 from .._version import __version__
+from ..utils.registry import did_you_mean
 
 _FORWARDED = ("train", "chat", "api", "export", "webchat", "webui", "env", "version")
 _COMMANDS = ("doctor", "generate", "convert", "fit-length", *_FORWARDED)
@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help(sys.stdout if words else sys.stderr)
         return 0 if words else 2
     if not words[0].startswith("-") and words[0] not in _COMMANDS:
-        near = difflib.get_close_matches(words[0], _COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(words[0], _COMMANDS)
         parser.error(f"unknown command {words[0]!r}{hint or ';'} there are {', '.join(_COMMANDS)}")
     parser.parse_args(words)
     return doctor()

@@ -3,42 +3,91 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..utils.registry import Registry
 
-@runtime_checkable
-class NoiseSchedule(Protocol):
-    """alpha(t) = P(a token is kept at time t), with alpha(0) = 1 and alpha(1) = 0; tensors keep the shape of `t`."""
 
-    @property
-    def name(self) -> str:
-        """Return the name used in YAML."""
+class NoiseSchedule(ABC):
+    """alpha(t) = P(a token is kept at time t), with alpha(0) = 1 and alpha(1) = 0; tensors keep the shape of `t`.
 
+    A schedule is its `name`, `alpha` and `dalpha`; the rest follows from them.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Return P(a token is kept), in [0, 1]."""
+        """Return P(a token is kept), in [0, 1], falling with t."""
 
+    @abstractmethod
     def dalpha(self, t: Tensor) -> Tensor:
         """Return the derivative of alpha with respect to t, at most 0."""
 
-    def inverse(self, alpha: Tensor) -> Tensor:
-        """Return the t at which `alpha` of the tokens are kept."""
-
     def loss_weight(self, t: Tensor) -> Tensor:
         """Return -alpha'(t) / (1 - alpha(t)), the weight of a masked token in the evidence bound."""
+        return -self.dalpha(t) / (1.0 - self.alpha(t))
+
+    def transfer_budget(self, n_masked: Tensor, steps: int) -> Tensor:
+        """Return how many tokens each sampling step commits, so that after the last none is masked.
+
+        Step i of T goes to time t = 1 - (i + 1) / T and brings the number committed to round(n alpha(t)).
+
+        Args:
+            n_masked: [batch] int64, n.
+            steps: T, at least 1.
+        Returns:
+            [batch, steps] int64; each row sums to n_masked.
+        Raises:
+            ValueError: if `steps` is below 1.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        # alpha is computed on the CPU whatever the device, so that a product near one half rounds alike everywhere.
+        alpha = self.alpha(1.0 - torch.arange(1, steps + 1, dtype=torch.float64) / steps).to(n_masked.device)
+        committed = (n_masked.double()[:, None] * alpha[None, :]).round().to(torch.int64)
+        committed[:, -1] = n_masked
+        return committed.diff(dim=1, prepend=torch.zeros_like(committed[:, :1]))
+
+    def kept_masked(self, n: Tensor, left: Tensor, steps: Tensor) -> Tensor:
+        """Return how many of n positions stay masked while steps are left: trunc(n (1 - alpha(left / steps))).
+
+        Args:
+            n: [batch] int64.
+            left: [batch] int64, steps that are still to come.
+            steps: [batch] int64, at least 1.
+        Returns:
+            [batch] int64.
+        """
+        return (n.double() * (1.0 - self.alpha(left.double() / steps.double()))).to(torch.int64)
 
 
+SCHEDULES: Registry[type[NoiseSchedule]] = Registry("noise_schedule")
+
+
+def get_schedule(name: str) -> NoiseSchedule:
+    """Return the schedule called `name`.
+
+    Raises:
+        ValueError: if there is none, with the nearest name.
+    """
+    return SCHEDULES.get(name)()
+
+
+@SCHEDULES.register
 @dataclass(frozen=True)
-class LinearSchedule:
+class LinearSchedule(NoiseSchedule):
     """alpha = 1 - t, weight 1/t.
 
     Source: DiffuLLaMA (arXiv 2410.17891), eq. 7; MD4 (arXiv 2406.04329), table 4.
     """
 
-    name: str = "linear"
+    name: ClassVar[str] = "linear"
 
     def alpha(self, t: Tensor) -> Tensor:
         """Return 1 - t."""
@@ -48,23 +97,38 @@ class LinearSchedule:
         """Return -1."""
         return -torch.ones_like(t)
 
-    def inverse(self, alpha: Tensor) -> Tensor:
-        """Return 1 - alpha."""
-        return 1.0 - alpha
-
     def loss_weight(self, t: Tensor) -> Tensor:
         """Return 1 / t."""
         return 1.0 / t
 
+    def transfer_budget(self, n_masked: Tensor, steps: int) -> Tensor:
+        """Return n // T tokens for each of T steps, and one more for the first n % T; see `NoiseSchedule`.
 
+        Source: LLaDA (arXiv 2502.09992), get_num_transfer_tokens of its published code.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        step = torch.arange(steps, device=n_masked.device)
+        share = torch.div(n_masked, steps, rounding_mode="floor")
+        return share[:, None] + (step[None, :] < (n_masked - share * steps)[:, None])
+
+    def kept_masked(self, n: Tensor, left: Tensor, steps: Tensor) -> Tensor:
+        """Return trunc(float32(n left / steps)), which float32 rounds as published; see `NoiseSchedule`.
+
+        Source: DiffuLLaMA (arXiv 2410.17891), the sampler of its GSM8K evaluation.
+        """
+        return ((n * left).to(torch.float32) / steps.to(torch.float32)).to(torch.int64)
+
+
+@SCHEDULES.register
 @dataclass(frozen=True)
-class CosineSchedule:
+class CosineSchedule(NoiseSchedule):
     """alpha = 1 - cos(pi/2 (1 - t)), weight pi/2 tan(pi/2 (1 - t)).
 
     Source: MD4 (arXiv 2406.04329), table 4.
     """
 
-    name: str = "cosine"
+    name: ClassVar[str] = "cosine"
 
     def alpha(self, t: Tensor) -> Tensor:
         """Return 1 - cos(pi/2 (1 - t))."""
@@ -74,24 +138,6 @@ class CosineSchedule:
         """Return -pi/2 sin(pi/2 (1 - t))."""
         return -0.5 * math.pi * torch.sin(0.5 * math.pi * (1.0 - t))
 
-    def inverse(self, alpha: Tensor) -> Tensor:
-        """Return 1 - 2/pi arccos(1 - alpha)."""
-        return 1.0 - torch.arccos(1.0 - alpha) * (2.0 / math.pi)
-
     def loss_weight(self, t: Tensor) -> Tensor:
         """Return pi/2 tan(pi/2 (1 - t))."""
         return 0.5 * math.pi * torch.tan(0.5 * math.pi * (1.0 - t))
-
-
-SCHEDULES: dict[str, NoiseSchedule] = {"linear": LinearSchedule(), "cosine": CosineSchedule()}
-
-
-def get_schedule(name: str) -> NoiseSchedule:
-    """Return the schedule called `name`.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown noise_schedule {name!r}; choose one of {sorted(SCHEDULES)}")
-    return SCHEDULES[name]

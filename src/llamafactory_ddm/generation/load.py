@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..checkpoints.weights import verify_checkpoint
 from ..modeling.bidirectional import make_bidirectional
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ..modeling.length_heads import LengthPredictors
+from ..utils.plugins import load_plugins
 from .generator import TextGenerator
 
 
@@ -26,6 +28,7 @@ def load(
     dtype: Any = None,
     template: str | None = None,
     raw: bool = False,
+    plugins: Sequence[str] | str | None = None,
 ) -> TextGenerator:
     """Load a diffusion model that this package has saved, or a LLaDA or Dream as it was published.
 
@@ -36,11 +39,14 @@ def load(
         dtype: of the weights; by default the one they are stored in, on a CPU float32.
         template: name of the template to write prompts by; by default the one that the model was finetuned with.
         raw: continue prompts as they stand.
+        plugins: modules or .py files of your own to import first, such as those that the model was trained with.
     Raises:
-        ValueError: if the folder is not there, is truncated, lacks weights, or is no diffusion model.
+        ValueError: if a plugin cannot be imported, or the folder is not there, is truncated, lacks weights, or is no
+            diffusion model.
     """
     if raw and template is not None:
         raise ValueError("give either template or raw, not both")
+    load_plugins(plugins)
     folder = Path(plain_folder(path))
     if not folder.is_dir():
         hub = ", nor a model in the hub's cache (without HF_HUB_OFFLINE it would be downloaded)"

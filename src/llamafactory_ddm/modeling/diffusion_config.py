@@ -8,6 +8,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..diffusion.schedules import SCHEDULES
+from ..objectives import OBJECTIVES
 from .prompt_template import PromptTemplate
 
 FILE_NAME = "diffusion_config.json"
@@ -89,9 +91,9 @@ class DiffusionConfig:
         mask_token: spelling of [MASK] in the vocabulary.
         mask_token_id: its id.
         shift: whether logits at i predict token i + 1.
-        noise_process: `masked`, or `mixed` with random tokens.
+        noise_process: a name in `OBJECTIVES`.
         uniform_ratio: share of noised tokens that become a random token; 0 for masked noise.
-        noise_schedule: name of the schedule.
+        noise_schedule: a name in `SCHEDULES`.
         attention_ratio: share of future keys visible at the last training step; 1 once annealing is finished.
         format_version: of the file.
         variable_length: how the rows that it was trained on end; None where it was not trained on ends.
@@ -251,13 +253,11 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
             "restore the file from a copy of the checkpoint"
         )
     _check_tokens(path, raw)
-    if raw["noise_process"] not in ("masked", "mixed"):
+    for key, registry in (("noise_process", OBJECTIVES), ("noise_schedule", SCHEDULES)):
+        if raw[key] not in registry:
+            raise ValueError(f"{path}: {registry.unknown(raw[key])}, or upgrade llamafactory-ddm")
+    if OBJECTIVES.get(raw["noise_process"]).default_uniform_ratio is None and raw["uniform_ratio"] != 0:
         raise ValueError(
-            f"{path}: noise_process {raw['noise_process']!r} is not known to this version, which knows masked and "
-            "mixed; upgrade llamafactory-ddm"
-        )
-    if raw["noise_process"] == "masked" and raw["uniform_ratio"] != 0:
-        raise ValueError(
-            f"{path}: noise_process masked contradicts uniform_ratio {raw['uniform_ratio']}; restore the file from a "
-            "copy of the checkpoint"
+            f"{path}: noise_process {raw['noise_process']} contradicts uniform_ratio {raw['uniform_ratio']}; restore "
+            "the file from a copy of the checkpoint"
         )

@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..diffusion.eos_noise import EndNoise
 from ..diffusion.loss_weights import LossNorm, LossWeighting
 from ..diffusion.noise import Stream, draw_time
 from ..diffusion.rng import keyed_uniform
 from ..diffusion.schedules import NoiseSchedule
+from ..utils.registry import Registry
 from .shift import predictable
 
 _OTHERS = ("document", "position_ids", "is_pad", "end", "shown")
@@ -162,6 +164,10 @@ class Objective(ABC):
     """A diffusion process with its loss, as training and evaluation see it, in one frozen value.
 
     Attributes:
+        name: the value of the YAML key noise_process.
+        term: what an unweighted term of the loss is called in logs.
+        default_uniform_ratio: the YAML key uniform_ratio where it is not set; None if the process has no random
+            tokens and takes no such key.
         mask_id: the id of [MASK].
         shift: whether logits at i - 1 predict token i.
         schedule: alpha and its weight.
@@ -171,9 +177,11 @@ class Objective(ABC):
         antithetic: stratify t over an optimiser step.
         seed: of the run's noise.
         truncate_ratio: share of training rows that are cut to a random length.
-        term: what an unweighted term of the loss is called in logs.
     """
 
+    name: ClassVar[str]
+    term: ClassVar[str]
+    default_uniform_ratio: ClassVar[float | None] = None
     mask_id: int
     shift: bool
     schedule: NoiseSchedule
@@ -183,7 +191,25 @@ class Objective(ABC):
     antithetic: bool = False
     seed: int = 0
     truncate_ratio: float = 0.0
-    term: ClassVar[str]
+
+    @classmethod
+    def build(
+        cls, common: Mapping[str, Any], *, uniform_ratio: float = 0.0, n_ids: int = 0, ends: EndNoise | None = None
+    ) -> Objective:
+        """Return the objective of a run.
+
+        Args:
+            common: values of the attributes that every objective has.
+            uniform_ratio: of the YAML or the checkpoint.
+            n_ids: ids that are tokens, from 0; what random tokens are drawn from.
+            ends: how noise depends on where a text ends; None unless `takes_end_noise`.
+        """
+        return cls(**common)
+
+    @classmethod
+    def takes_end_noise(cls, uniform_ratio: float) -> bool:
+        """Tell whether noise can depend on where a text ends (pad_mask_ratio, eos_window_ratio)."""
+        return False
 
     def clean(self, batch: Mapping[str, Tensor]) -> CleanBatch:
         """Read what a collator made; see `CleanBatch.of`."""
@@ -239,6 +265,9 @@ class Objective(ABC):
             clean: the batch.
             noised: what `evaluation` made of it.
         """
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("noise_process")
 
 
 def as_bits(values: Tensor) -> Tensor:

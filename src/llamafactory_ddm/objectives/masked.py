@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from ..diffusion.likelihood import bound_per_row, mask_exactly
 from ..diffusion.loss_weights import denominator, token_weight
 from ..diffusion.losses import masked_cross_entropy
 from ..diffusion.noise import mask_tokens
-from .base import CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
+from .base import OBJECTIVES, CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
 from .shift import head_rows
 
 
+@OBJECTIVES.register
 @dataclass(frozen=True, kw_only=True)
 class MaskedObjective(Objective):
     """Masked diffusion, scored where noise put [MASK].
@@ -26,8 +27,21 @@ class MaskedObjective(Objective):
         ends: how the noise depends on where a text ends; None where it does not.
     """
 
-    ends: EndNoise | None = None
+    name: ClassVar[str] = "masked"
     term: ClassVar[str] = "nll"
+    ends: EndNoise | None = None
+
+    @classmethod
+    def build(
+        cls, common: Mapping[str, Any], *, uniform_ratio: float = 0.0, n_ids: int = 0, ends: EndNoise | None = None
+    ) -> MaskedObjective:
+        """Return the objective of a run; see `Objective.build`."""
+        return cls(ends=ends, **common)
+
+    @classmethod
+    def takes_end_noise(cls, uniform_ratio: float) -> bool:
+        """Return True."""
+        return True
 
     def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw t and the masks of a micro-batch; see `Objective.noise`."""

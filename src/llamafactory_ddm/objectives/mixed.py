@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..diffusion.eos_noise import EndNoise
 from ..diffusion.loss_weights import denominator, token_weight
 from ..diffusion.losses import mixed_kl
 from ..diffusion.noise import Stream, mix_tokens
-from .base import CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
+from .base import OBJECTIVES, CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
+from .masked import MaskedObjective
 from .shift import head_rows
 
 _LEAST_LEVEL = 1e-6  # at no noise at all the weight of the bound is infinite
 
 
+@OBJECTIVES.register
 @dataclass(frozen=True, kw_only=True)
 class MixedObjective(Objective):
     """Diffusion with masks and random tokens.
@@ -30,9 +33,25 @@ class MixedObjective(Objective):
         n_ids: ids that noise may draw, from 0.
     """
 
+    name: ClassVar[str] = "mixed"
+    term: ClassVar[str] = "kl"
+    default_uniform_ratio: ClassVar[float | None] = 0.1  # XDLM's
     uniform_ratio: float
     n_ids: int
-    term: ClassVar[str] = "kl"
+
+    @classmethod
+    def build(
+        cls, common: Mapping[str, Any], *, uniform_ratio: float = 0.0, n_ids: int = 0, ends: EndNoise | None = None
+    ) -> Objective:
+        """Return the objective of a run, masked where there are no random tokens; see `Objective.build`."""
+        if not uniform_ratio:
+            return MaskedObjective.build(common, ends=ends)
+        return cls(uniform_ratio=uniform_ratio, n_ids=n_ids, **common)
+
+    @classmethod
+    def takes_end_noise(cls, uniform_ratio: float) -> bool:
+        """Return whether there are no random tokens."""
+        return not uniform_ratio
 
     def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw t and the noise of a micro-batch; see `Objective.noise`."""

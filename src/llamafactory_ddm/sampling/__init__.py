@@ -6,7 +6,7 @@ from .logits import LogitsConfig, filtered_log_probs
 from .loop import SamplerOutput, denoise_step, sample
 from .settings import SamplingSettings
 from .state import Plan, SamplerState, Turn, start
-from .strategies import STRATEGIES, Remasking, Strategy, get_strategy, register
+from .strategies import STRATEGIES, Remasking, Strategy, get_strategy
 from .tokens import Draws, draw_tokens
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "draw_tokens",
     "filtered_log_probs",
     "get_strategy",
-    "register",
     "sample",
     "start",
 ]

@@ -56,35 +56,6 @@ def remask_probability(step: Tensor, steps: Tensor, schedule: NoiseSchedule, cap
     return sigma, sigma * now / (1.0 - now)
 
 
-def transfer_budget(n_masked: Tensor, steps: int, schedule: NoiseSchedule) -> Tensor:
-    """Return how many tokens each step commits, so that after the last none is masked.
-
-    With the linear schedule each step gets n // steps tokens and the first n % steps one more; with another, step i
-    brings the number revealed to n * alpha(1 - (i + 1) / steps), rounded.
-
-    Args:
-        n_masked: [batch] int64.
-        steps: at least 1.
-        schedule: gives alpha.
-    Returns:
-        [batch, steps] int64; each row sums to n_masked.
-    Raises:
-        ValueError: if `steps` is below 1.
-    Source: LLaDA (arXiv 2502.09992), get_num_transfer_tokens of its published code.
-    """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if schedule.name == "linear":
-        place = torch.arange(steps, device=n_masked.device)
-        share = torch.div(n_masked, steps, rounding_mode="floor")
-        return share[:, None] + (place[None, :] < (n_masked - share * steps)[:, None])
-    # alpha is computed on the CPU whatever the device, so that a product near one half rounds alike everywhere.
-    alpha = schedule.alpha(1.0 - torch.arange(1, steps + 1, dtype=torch.float64) / steps).to(n_masked.device)
-    revealed = (n_masked.double()[:, None] * alpha[None, :]).round().to(torch.int64)
-    revealed[:, -1] = n_masked
-    return revealed.diff(dim=1, prepend=torch.zeros_like(revealed[:, :1]))
-
-
 def dream_shares(steps: int, schedule: NoiseSchedule) -> Tensor:
     """Return [steps] float32, the share of the tokens still masked that each step reveals; all of them in the last.
 
@@ -115,26 +86,6 @@ def dream_budget(n_masked: int, steps: int, schedule: NoiseSchedule) -> list[int
         budget.append(int(share * n_masked))
         n_masked -= budget[-1]
     return budget
-
-
-def kept_masked(n: Tensor, left: Tensor, steps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Return how many of n positions stay masked while `left` of `steps` steps are still to come.
-
-    With the linear schedule this is trunc(float32(n * left / steps)); with another
-    trunc(n * (1 - alpha(left / steps))).
-
-    Args:
-        n: [batch] int64.
-        left: [batch] int64.
-        steps: [batch] int64, at least 1.
-        schedule: gives alpha.
-    Returns:
-        [batch] int64.
-    Source: DiffuLLaMA (arXiv 2410.17891), the sampler of its GSM8K evaluation.
-    """
-    if schedule.name == "linear":
-        return ((n * left).to(torch.float32) / steps.to(torch.float32)).to(torch.int64)
-    return (n.double() * (1.0 - schedule.alpha(left.double() / steps.double()))).to(torch.int64)
 
 
 def split_into_blocks(editable: Tensor, block_length: int | None) -> Tensor:
@@ -192,7 +143,8 @@ def pace_of_blocks(
         block_steps: [batch, n_blocks] int64, from `steps_of_blocks`.
         steps: of the whole row.
         schedule: sets the pace.
-        commit_schedule: `even`, see `transfer_budget` and `reveal_probability`, or `dream`, see `dream_shares`.
+        commit_schedule: `even`, see `NoiseSchedule.transfer_budget` and `reveal_probability`, or `dream`, see
+            `dream_shares`.
     Returns:
         [batch, steps] int64, the budgets, and [batch, steps] float64, the chances to be revealed.
     """
@@ -202,7 +154,7 @@ def pace_of_blocks(
     def numbers_of(size: int, count: int) -> list[int]:
         if commit_schedule == "dream":
             return dream_budget(size, count, schedule)
-        even: list[int] = transfer_budget(torch.tensor([size]), count, schedule)[0].tolist()
+        even: list[int] = schedule.transfer_budget(torch.tensor([size]), count)[0].tolist()
         return even
 
     def chances_of(count: int) -> list[float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from ..utils.registry import did_you_mean
 from .logits import LogitsConfig
 from .settings import SamplingSettings
 
@@ -42,6 +42,5 @@ def with_keywords(settings: SamplingSettings, keywords: Mapping[str, Any]) -> Sa
 
 
 def _unknown(key: str, known: set[str]) -> str:
-    near = [_OF_COMMAND[key]] if key in _OF_COMMAND else difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"
+    hint = did_you_mean(_OF_COMMAND.get(key, key), known) or f"; there are {', '.join(sorted(known))}"
     return f"{key!r} is no setting of generation{hint}"

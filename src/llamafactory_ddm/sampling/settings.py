@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .budget import COMMIT_SCHEDULES, CommitSchedule
 from .edits import MOST_BY_DEFAULT, Edits, edits_of
@@ -13,7 +14,12 @@ from .strategies import Strategy, get_strategy
 
 EarlyStop = Literal["none", "eos", "predict", "grow"]
 EARLY_STOPS: tuple[EarlyStop, ...] = get_args(EarlyStop)
-_OWN_PACE = ("topk", "confidence_threshold", "entropy_bound", "remdm")
+# A key that one strategy reads -> that strategy.
+STRATEGY_KEYS = {
+    "confidence_threshold": "confidence_threshold",
+    "entropy_bound": "entropy_bound",
+    "remask_cap": "remdm",
+}
 MOST_STEPS = 100_000  # the budget of every step is laid out ahead
 
 
@@ -31,6 +37,7 @@ class SamplingSettings:
         confidence_threshold: of the strategy of this name.
         entropy_bound: of the strategy of this name, in nats.
         remask_cap: of the strategy remdm, the most that a token's chance to be masked again may be.
+        strategy_args: further parameters of the strategy, by name.
         edit_ratio: see `sampling.edits`; None takes the checkpoint's uniform_ratio, at most one half, or 0 where there
             is an edit_threshold.
         edit_threshold: see there.
@@ -53,6 +60,7 @@ class SamplingSettings:
     confidence_threshold: float = 0.9
     entropy_bound: float = 0.1
     remask_cap: float = 0.02
+    strategy_args: Mapping[str, Any] = field(default_factory=dict)
     edit_ratio: float | None = None
     edit_threshold: float | None = None
     edit_steps: int = 0
@@ -81,12 +89,13 @@ class SamplingSettings:
                 f"early_stop: {self.early_stop} does not go with guidance_scale: {self.logits.guidance_scale}, as "
                 "lengths are predicted without guidance; take early_stop: eos, or leave guidance_scale at 1"
             )
-        if self.eos_last and self.denoising_strategy in ("random", "remdm"):
+        strategy = self.strategy()
+        if self.eos_last and not strategy.measures:
             raise ValueError(
                 f"eos_last: true needs a denoising_strategy that goes by certainty, which {self.denoising_strategy} "
                 "does not; take low_confidence, or remove eos_last"
             )
-        check_scores(self.denoising_strategy, self.commit_schedule, self.logits.score_distribution)
+        check_scores(strategy, self.commit_schedule, self.logits.score_distribution)
         self.edits(MOST_BY_DEFAULT)  # whatever the checkpoint says, the rest has to fit
 
     def strategy(self) -> Strategy:
@@ -95,12 +104,12 @@ class SamplingSettings:
         Raises:
             ValueError: if there is none of this name, or the parameter is out of range.
         """
-        return get_strategy(
-            self.denoising_strategy,
-            confidence_threshold=self.confidence_threshold,
-            entropy_bound=self.entropy_bound,
-            remask_cap=self.remask_cap,
-        )
+        own = {key: getattr(self, key) for key, owner in STRATEGY_KEYS.items() if owner == self.denoising_strategy}
+        for key in own.keys() & self.strategy_args.keys():
+            raise ValueError(
+                f"strategy_args: {key} is a key of its own; write {key}: {self.strategy_args[key]} instead"
+            )
+        return get_strategy(self.denoising_strategy, **own, **self.strategy_args)
 
     def edits(self, uniform_ratio: float = 0.0) -> Edits:
         """Return which decided tokens are rewritten, with a checkpoint of that `uniform_ratio`.
@@ -111,11 +120,11 @@ class SamplingSettings:
         return edits_of(self.edit_ratio, self.edit_threshold, self.edit_steps, default=uniform_ratio)
 
 
-def check_scores(strategy: str, commit_schedule: str, score_distribution: str) -> None:
+def check_scores(strategy: Strategy, commit_schedule: str, score_distribution: str) -> None:
     """Look at the keys commit_schedule and score_distribution.
 
     Args:
-        strategy: name of the denoising strategy.
+        strategy: the denoising strategy.
         commit_schedule: see `SamplingSettings`.
         score_distribution: see `LogitsConfig`.
     Raises:
@@ -123,13 +132,13 @@ def check_scores(strategy: str, commit_schedule: str, score_distribution: str) -
     """
     if commit_schedule not in COMMIT_SCHEDULES:
         raise ValueError(f"commit_schedule must be one of {', '.join(COMMIT_SCHEDULES)}, got {commit_schedule!r}")
-    if commit_schedule != "even" and strategy in _OWN_PACE:
+    if commit_schedule != "even" and getattr(strategy, "has_own_pace", False):
         raise ValueError(
-            f"commit_schedule: {commit_schedule} has no effect, as denoising_strategy: {strategy} has a pace of its "
-            "own; take entropy, margin, low_confidence or random, or remove commit_schedule"
+            f"commit_schedule: {commit_schedule} has no effect, as denoising_strategy: {strategy.name} has a pace of "
+            "its own; take entropy, margin, low_confidence or random, or remove commit_schedule"
         )
-    if score_distribution != "model" and strategy in ("random", "remdm"):
+    if score_distribution != "model" and not strategy.measures:
         raise ValueError(
-            f"score_distribution: {score_distribution} has no effect, as denoising_strategy: {strategy} scores no "
-            "position; take entropy, margin or low_confidence, or remove score_distribution"
+            f"score_distribution: {score_distribution} has no effect, as denoising_strategy: {strategy.name} scores "
+            "no position; take entropy, margin or low_confidence, or remove score_distribution"
         )

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..diffusion.noise import Stream
-from .budget import kept_masked, remask_probability
+from ..utils.registry import Registry, did_you_mean
+from .budget import remask_probability
 from .logits import Measure
 from .state import Turn
 
 
 class Strategy(Protocol):
-    """Chooses positions in two moves: before the forward those that need logits, after it those that are committed."""
+    """Chooses positions in two moves: before the forward those that need logits, after it those that are committed.
+
+    A strategy that does not go by `plan.budget` or `plan.chance` has a `has_own_pace` that is true.
+    """
 
     @property
     def name(self) -> str:
@@ -40,6 +45,34 @@ class Strategy(Protocol):
         """
 
 
+# A class, or another callable, that makes a strategy of its parameters.
+STRATEGIES: Registry[Callable[..., Strategy]] = Registry("denoising_strategy")
+
+
+def get_strategy(name: str, **parameters: Any) -> Strategy:
+    """Return the strategy called `name`.
+
+    Args:
+        name: in `STRATEGIES`.
+        parameters: of the strategy, in YAML its own keys and strategy_args; those left out have their defaults.
+    Raises:
+        ValueError: if there is no such strategy or parameter, with the nearest, or a parameter has no value, or one
+            that is out of range.
+    """
+    make = STRATEGIES.get(name)
+    known = list(inspect.signature(make).parameters)
+    for parameter in parameters:
+        if parameter not in known:
+            raise ValueError(
+                f"strategy_args: denoising_strategy: {name} has no parameter {parameter!r}"
+                f"{did_you_mean(parameter, known)}; it has {', '.join(known) or 'none'}"
+            )
+    try:
+        return make(**parameters)
+    except TypeError as error:
+        raise ValueError(f"strategy_args: denoising_strategy: {name} refuses {parameters}: {error}") from error
+
+
 def ranks(score: Tensor, candidate: Tensor) -> Tensor:
     """Return [batch, length] int64, 0 for a row's highest-scoring candidate; of equal ones the earlier comes first."""
     order = score.masked_fill(~candidate, -torch.inf).sort(dim=1, descending=True, stable=True).indices
@@ -53,6 +86,7 @@ def still_needed(turn: Turn) -> Tensor:
     return torch.div(turn.is_masked.sum(dim=1) + left - 1, left, rounding_mode="floor").clamp(min=1)[:, None]
 
 
+@STRATEGIES.register
 @dataclass(frozen=True)
 class RandomOrder:
     """Each masked token is revealed with the same chance, drawn before the forward, so only those are projected.
@@ -60,8 +94,8 @@ class RandomOrder:
     Source: DiffuLLaMA (arXiv 2410.17891), algorithm 2.
     """
 
-    name: str = "random"
-    measures: frozenset[Measure] = frozenset()
+    name: ClassVar[str] = "random"
+    measures: ClassVar[frozenset[Measure]] = frozenset()
 
     def candidates(self, turn: Turn) -> Tensor:
         """Return the masked positions whose draw falls below the step's reveal probability."""
@@ -108,6 +142,11 @@ class Budgeted:
         return candidate & (ranks(value, candidate) < turn.of(turn.plan.budget))
 
 
+for _name, _measure in (("low_confidence", "log_prob"), ("margin", "margin"), ("entropy", "entropy")):
+    STRATEGIES.register(partial(Budgeted, _name, _measure), name=_name)  # type: ignore[arg-type]
+
+
+@STRATEGIES.register
 @dataclass(frozen=True)
 class TopK:
     """All positions of the block are scored anew in each step; those still masked that do not score low are committed.
@@ -122,8 +161,9 @@ class TopK:
         position 1.
     """
 
-    name: str = "topk"
-    measures: frozenset[Measure] = frozenset({"log_prob"})
+    name: ClassVar[str] = "topk"
+    measures: ClassVar[frozenset[Measure]] = frozenset({"log_prob"})
+    has_own_pace: ClassVar[bool] = True
 
     def candidates(self, turn: Turn) -> Tensor:
         """Return all positions of the block, as decided ones compete."""
@@ -132,11 +172,13 @@ class TopK:
     def commit(self, turn: Turn, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
         """Return the masked positions that do not score low."""
         value = score("log_prob").masked_fill(~candidate, torch.inf)
-        k = kept_masked(turn.scope.sum(dim=1), turn.steps - 1 - turn.step, turn.steps.clamp(min=1), turn.plan.schedule)
+        n, left = turn.scope.sum(dim=1), turn.steps - 1 - turn.step
+        k = turn.plan.schedule.kept_masked(n, left, turn.steps.clamp(min=1))
         cutoff = value.sort(dim=1).values.gather(1, k.clamp(0, value.shape[1] - 1)[:, None])
         return turn.is_masked & candidate & ~(value < cutoff)
 
 
+@STRATEGIES.register
 @dataclass(frozen=True)
 class ConfidenceThreshold:
     """Every token whose probability reaches a threshold is committed, and at least the most probable one.
@@ -151,8 +193,9 @@ class ConfidenceThreshold:
     """
 
     confidence_threshold: float = 0.9
-    name: str = "confidence_threshold"
-    measures: frozenset[Measure] = frozenset({"log_prob"})
+    name: ClassVar[str] = "confidence_threshold"
+    measures: ClassVar[frozenset[Measure]] = frozenset({"log_prob"})
+    has_own_pace: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.confidence_threshold <= 1.0:
@@ -169,6 +212,7 @@ class ConfidenceThreshold:
         return candidate & (sure | (ranks(value, candidate) < still_needed(turn)))
 
 
+@STRATEGIES.register
 @dataclass(frozen=True)
 class EntropyBound:
     """The largest set of positions whose joint uncertainty stays under a bound is committed, and at least one.
@@ -184,8 +228,9 @@ class EntropyBound:
     """
 
     entropy_bound: float = 0.1
-    name: str = "entropy_bound"
-    measures: frozenset[Measure] = frozenset({"entropy"})
+    name: ClassVar[str] = "entropy_bound"
+    measures: ClassVar[frozenset[Measure]] = frozenset({"entropy"})
+    has_own_pace: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.entropy_bound >= 0.0:
@@ -203,48 +248,6 @@ class EntropyBound:
         before = in_order.cumsum(dim=1) - in_order  # without the entropy of the position itself, the largest so far
         within = before.gather(1, rank) <= self.entropy_bound
         return candidate & (within | (rank < still_needed(turn)))
-
-
-STRATEGIES: dict[str, Strategy] = {}
-
-
-def register(strategy: Strategy) -> None:
-    """Make `strategy` available under its name.
-
-    Raises:
-        ValueError: if the name is taken.
-    """
-    if strategy.name in STRATEGIES:
-        raise ValueError(f"a denoising strategy called {strategy.name!r} exists already")
-    STRATEGIES[strategy.name] = strategy
-
-
-def get_strategy(name: str, **parameters: float) -> Strategy:
-    """Return the strategy called `name`, with those of the parameters that it has.
-
-    Raises:
-        ValueError: if there is none, naming the nearest, or a parameter is out of range.
-    """
-    if name not in STRATEGIES:
-        near = difflib.get_close_matches(name, STRATEGIES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown denoising_strategy {name!r}; choose one of {', '.join(STRATEGIES)}{hint}")
-    strategy: Any = STRATEGIES[name]
-    own = {key: value for key, value in parameters.items() if hasattr(strategy, key)}
-    chosen: Strategy = replace(strategy, **own) if own else strategy
-    return chosen
-
-
-for _strategy in (
-    RandomOrder(),
-    TopK(),
-    Budgeted("low_confidence", "log_prob"),
-    Budgeted("margin", "margin"),
-    Budgeted("entropy", "entropy"),
-    ConfidenceThreshold(),
-    EntropyBound(),
-):
-    register(_strategy)
 
 
 @runtime_checkable
@@ -268,6 +271,7 @@ def stays(strategy: Strategy, turn: Turn) -> Tensor:
     return strategy.stays(turn) if isinstance(strategy, Remasking) else torch.zeros_like(turn.steps, dtype=torch.bool)
 
 
+@STRATEGIES.register
 @dataclass(frozen=True)
 class Remdm:
     """Random order in which decided tokens fall back to [MASK], each with the same chance, and are written anew.
@@ -285,8 +289,9 @@ class Remdm:
     """
 
     remask_cap: float = 0.02
-    name: str = "remdm"
-    measures: frozenset[Measure] = frozenset()
+    name: ClassVar[str] = "remdm"
+    measures: ClassVar[frozenset[Measure]] = frozenset()
+    has_own_pace: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.remask_cap <= 1.0:
@@ -312,6 +317,3 @@ class Remdm:
         """Return the rows whose block has steps left: what is decided early may yet be masked again."""
         left = turn.step + 1 < turn.steps
         return left if self.remask_cap > 0.0 else torch.zeros_like(left)
-
-
-register(Remdm())

@@ -112,7 +112,7 @@ def known(parser, key):
         ({"loss_norm": "token"}, "did you mean 'tokens'"),
         ({"diffusion_steps": 0}, "diffusion_steps must be at least 1"),
         ({"uniform_ratio": 2}, r"uniform_ratio must lie in \[0, 1\]"),
-        ({"finetuning_type": "oft"}, "finetuning_type must be one of full, freeze, lora for stage: ddm, got 'oft'"),
+        ({"finetuning_type": "oft"}, "finetuning_type must be one of full, freeze, lora, got 'oft'"),
         ({"use_mca": True}, "use_mca: True does not work with stage: ddm: Megatron"),
         ({"use_unsloth": True}, "use_unsloth: True does not work with stage: ddm"),
         ({"enable_liger_kernel": True}, "enable_liger_kernel: True does not work"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +10,7 @@ from llamafactory.data import get_template_and_fix_tokenizer
 from llamafactory.data.template import TEMPLATES
 
 from ...modeling.prompt_template import Part, PromptTemplate
+from ...utils.registry import did_you_mean
 from .templates import DIFFULLAMA, register_templates, without_cut
 
 _WORDS = "\x00prompt\x00"  # in the place of the user's words
@@ -38,8 +38,7 @@ def named_template(name: str, tokenizer: Any) -> tuple[PromptTemplate, tuple[str
     """
     register_templates()
     if name not in TEMPLATES or name == DIFFULLAMA:
-        near = difflib.get_close_matches(name, set(TEMPLATES) - {DIFFULLAMA}, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, set(TEMPLATES) - {DIFFULLAMA})
         why = "needs the sep_token of a model that was finetuned with it" if name == DIFFULLAMA else "does not exist"
         raise ValueError(f"template: {name} {why}{hint}")
     own = copy.deepcopy(tokenizer)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from ...diffusion.schedules import SCHEDULES
+from ...objectives import OBJECTIVES
+from ...utils.plugins import load_plugins
+from ...utils.registry import Registry, unknown_choice
 from . import length as length_keys
 from . import sampling as sampling_arguments
 from . import sft as finetuning_keys
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "noise_process": ("masked", "mixed"),
-    "noise_schedule": ("linear", "cosine"),
+_CHOICES: dict[str, Collection[str]] = {
+    "noise_process": OBJECTIVES,
+    "noise_schedule": SCHEDULES,
     "loss_weighting": ("elbo", "uniform"),
     "loss_norm": ("tokens", "masked", "sequence"),
     **length_keys.CHOICES,
@@ -45,7 +49,17 @@ _TEXTS = {"mask_token": True, "sep_token": True, "suppress_tokens": True, "check
 class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys, sampling_arguments.SamplingArguments):
     """Arguments of the diffusion stages; a key left at None takes what the checkpoint's diffusion_config.json says."""
 
-    # An id may come as an int from YAML; the annotation is for the command line's parser, which takes one type.
+    # YAML may also hold a list; the annotation is for the command line's parser, which takes one type.
+    plugins: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Diffusion: modules or .py files of your own to import first, which add a denoising_strategy, a "
+                "noise_schedule or a noise_process; a list, or separated by commas."
+            )
+        },
+    )
+    # An id may come as an int from YAML.
     mask_token: str | None = field(
         default=None,
         metadata={
@@ -165,6 +179,7 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
         Raises:
             ValueError: naming the key, the value given, what is accepted and, for a misspelt choice, the nearest one.
         """
+        self.plugins = ",".join(load_plugins(self.plugins)) or None
         for spec in fields(DiffusionArguments):
             default = _default(spec)
             if getattr(self, spec.name) is None and default is not None:
@@ -173,8 +188,11 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
             _check_text(key, getattr(self, key), takes_number=takes_number)
         for key, choices in _CHOICES.items():
             value = getattr(self, key)
-            if value is not None and value not in choices:
-                raise ValueError(unknown_choice(key, value, choices))
+            if value is None or value in choices:
+                continue
+            raise ValueError(
+                choices.unknown(value) if isinstance(choices, Registry) else unknown_choice(key, value, choices)
+            )
         for key, (low, high) in _INTEGERS.items():
             if getattr(self, key) is not None:
                 setattr(self, key, integer(key, getattr(self, key), low, high))
@@ -184,23 +202,17 @@ class DiffusionArguments(finetuning_keys.FinetuningKeys, length_keys.LengthKeys,
         for key in (*_BOOLEANS, *_BOOLEANS_OR_NONE):
             if getattr(self, key) is not None:
                 setattr(self, key, boolean(key, getattr(self, key)))
+        self.strategy_args = mapping("strategy_args", self.strategy_args)  # type: ignore[assignment]
         self.check_sampling()
 
     def changed_keys(self) -> list[str]:
-        """Return the keys that differ from their defaults, in the order of the dataclass."""
-        return [f.name for f in fields(DiffusionArguments) if getattr(self, f.name) != _default(f)]
+        """Return the keys that differ from their defaults, in the order of the dataclass; plugins apart."""
+        own = [f for f in fields(DiffusionArguments) if f.name != "plugins"]  # a checkpoint may need them in any stage
+        return [f.name for f in own if getattr(self, f.name) != _default(f)]
 
 
 def _default(spec: Any) -> Any:
     return None if spec.default is MISSING else spec.default
-
-
-def unknown_choice(key: str, value: object, choices: tuple[object, ...]) -> str:
-    """Return what to say of a word that is none of a key's, with the nearest that is."""
-    known = [str(choice) for choice in choices]
-    near = difflib.get_close_matches(str(value).lower(), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{key} must be one of {', '.join(known)}, got {value!r}{hint}"
 
 
 def _check_text(key: str, value: object, *, takes_number: bool) -> None:
@@ -278,3 +290,20 @@ def boolean(key: str, value: object) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     raise ValueError(f"{key} must be true or false, got {value!r}")
+
+
+def mapping(key: str, value: object) -> dict[str, Any] | None:
+    """Return a mapping with names for keys, also of a text that spells one in JSON.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            found = value
+    if found is not None and not (isinstance(found, Mapping) and all(isinstance(name, str) for name in found)):
+        raise ValueError(f"{key} must be a mapping of names to values, such as {{window: 4}}, got {value!r}")
+    return dict(found) if found else None

@@ -4,13 +4,14 @@ The annotations of this module are evaluated at once (no `from __future__ import
 reads them.
 """
 
-import difflib
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from llamafactory.hparams.finetuning_args import FinetuningArguments
 
+from ...utils.plugins import load_plugins
+from ...utils.registry import did_you_mean, unknown_choice
 from .diffusion import DiffusionArguments
 from .sft import KEYS as FINETUNING_KEYS
 from .stages import STAGES, requested_stage
@@ -72,11 +73,10 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
         self.adapter_setup: Any = None
         self.given_keys: frozenset[str] = frozenset()
         if self.stage not in _STAGES:
-            raise ValueError(
-                f"stage must be one of {', '.join(_STAGES)}, got {self.stage!r}{nearest(str(self.stage), _STAGES)}"
-            )
+            raise ValueError(unknown_choice("stage", self.stage, _STAGES))
         stage = STAGES.get(self.stage)
         if stage is None:
+            load_plugins(self.plugins)
             changed = self.changed_keys()
             if changed:
                 raise ValueError(
@@ -88,8 +88,8 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
             self.validate()
             if self.finetuning_type not in stage.finetuning_types:
                 raise ValueError(
-                    f"finetuning_type must be one of {', '.join(stage.finetuning_types)} for stage: {stage.name}, got "
-                    f"{self.finetuning_type!r}{nearest(str(self.finetuning_type), stage.finetuning_types)}"
+                    f"{unknown_choice('finetuning_type', self.finetuning_type, stage.finetuning_types)} (with stage: "
+                    f"{stage.name})"
                 )
             self.diffusion_stage, self.stage = stage.name, stage.base
         super().__post_init__()
@@ -97,12 +97,6 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
     def to_dict(self) -> dict[str, Any]:
         """Return every key with its value, for loggers; `stage` is the one that the user set."""
         return {**super().to_dict(), "stage": self.diffusion_stage or self.stage}
-
-
-def nearest(word: str, known: Any) -> str:
-    """Return "; did you mean ...?" for the known word most like `word`, or nothing."""
-    near = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def given_keys(args: Any) -> list[str]:
@@ -130,7 +124,7 @@ def check_keys(parser: Any, args: Any) -> None:
     unknown = [key for key in given if key not in known]
     if unknown:
         raise ValueError(
-            "; ".join(f"unknown key {key!r}{nearest(key, known).replace(';', ',', 1)}" for key in unknown)
+            "; ".join(f"unknown key {key!r}{did_you_mean(key, known).replace(';', ',', 1)}" for key in unknown)
         )
 
 

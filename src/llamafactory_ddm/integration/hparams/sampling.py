@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,12 @@ from ...sampling import STRATEGIES, LogitsConfig, SamplingSettings
 from ...sampling.budget import COMMIT_SCHEDULES
 from ...sampling.length_predictors import PREDICTORS
 from ...sampling.logits import SCORE_DISTRIBUTIONS
-from ...sampling.settings import EARLY_STOPS, MOST_STEPS, check_scores
+from ...sampling.settings import EARLY_STOPS, MOST_STEPS, STRATEGY_KEYS, check_scores
 from ...sampling.state import MOST_ROWS
 from . import editing as editing_keys
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "denoising_strategy": tuple(STRATEGIES),
+CHOICES: dict[str, Collection[str]] = {
+    "denoising_strategy": STRATEGIES,
     "commit_schedule": COMMIT_SCHEDULES,
     "score_distribution": SCORE_DISTRIBUTIONS,
     "generate_from": ("noise", "prefix", "infill", "prompt"),
@@ -52,12 +53,6 @@ UPSTREAM_KEYS: dict[str, str | None] = {
     "max_new_tokens": None,
 }
 _GROW_LENGTH = 32
-# A key that only one strategy reads -> that strategy.
-_OF_STRATEGY = {
-    "confidence_threshold": "confidence_threshold",
-    "entropy_bound": "entropy_bound",
-    "remask_cap": "remdm",
-}
 # A key of early_stop -> the ways of stopping that read it.
 _OF_EARLY_STOP = {
     "length_predictor": ("predict",),
@@ -87,6 +82,13 @@ class SamplingArguments(editing_keys.EditingKeys):
                 "Diffusion: which masked tokens a sampling step commits: random, topk, low_confidence, margin, "
                 "entropy, confidence_threshold, entropy_bound or remdm."
             )
+        },
+    )
+    # YAML holds a mapping; the annotation is for the command line's parser, which takes one type.
+    strategy_args: str | None = field(
+        default=None,
+        metadata={
+            "help": "Diffusion: parameters of a denoising_strategy of your own, a mapping (JSON on the command line)."
         },
     )
     diffusion_steps: int = field(
@@ -234,7 +236,7 @@ class SamplingArguments(editing_keys.EditingKeys):
             raise ValueError("topp_temp must lie in (0, 1], got 0; for the most probable token set logits_temp: 0")
         if self.confidence_threshold == 0.0:
             raise ValueError("confidence_threshold must lie in (0, 1], got 0; set diffusion_steps: 1 for all at once")
-        for key, strategy in _OF_STRATEGY.items():
+        for key, strategy in STRATEGY_KEYS.items():
             if getattr(self, key) != SamplingArguments.__dataclass_fields__[key].default and (
                 self.denoising_strategy != strategy
             ):
@@ -242,7 +244,12 @@ class SamplingArguments(editing_keys.EditingKeys):
                     f"{key} is read by denoising_strategy: {strategy} only, but denoising_strategy is "
                     f"{self.denoising_strategy}; change one or remove {key}"
                 )
-        check_scores(self.denoising_strategy, self.commit_schedule, self.score_distribution)
+        chosen = SamplingSettings(
+            denoising_strategy=self.denoising_strategy,
+            strategy_args=self.strategy_args or {},  # type: ignore[arg-type]
+            **{key: getattr(self, key) for key in STRATEGY_KEYS},
+        ).strategy()
+        check_scores(chosen, self.commit_schedule, self.score_distribution)
         self.check_edits()
         if self.length_coverage == 0.0:
             raise ValueError("length_coverage must lie in (0, 1], got 0")
@@ -317,6 +324,7 @@ class SamplingArguments(editing_keys.EditingKeys):
             confidence_threshold=self.confidence_threshold,
             entropy_bound=self.entropy_bound,
             remask_cap=self.remask_cap,
+            strategy_args=self.strategy_args or {},  # type: ignore[arg-type]
             edit_ratio=self.edit_ratio,
             edit_threshold=self.edit_threshold,
             edit_steps=self.edit_steps,

@@ -7,7 +7,8 @@ import types
 from dataclasses import MISSING, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .diffusion import DiffusionArguments, boolean, integer, number, unknown_choice
+from ...utils.registry import unknown_choice
+from .diffusion import DiffusionArguments, boolean, integer, number
 
 # Inclusive bounds of what a run counts, divides by or draws from; None is unbounded.
 _INTEGERS: dict[str, tuple[int, int | None]] = {

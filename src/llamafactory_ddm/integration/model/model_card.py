@@ -109,7 +109,7 @@ def _is_adapter(origin: Origin) -> bool:
 
 
 def _metadata(config: DiffusionConfig, origin: Origin) -> dict[str, Any]:
-    kind = "uniform-diffusion" if config.noise_process == "mixed" and config.uniform_ratio == 1 else "masked-diffusion"
+    kind = "uniform-diffusion" if config.uniform_ratio == 1 else "masked-diffusion"
     tags = ["diffusion", kind, "diffusion-language-model", "llama-factory", "llamafactory-ddm"]
     data: dict[str, Any] = {
         "library_name": "llamafactory-ddm",
@@ -162,8 +162,7 @@ def _process(config: DiffusionConfig) -> str:
     rows = {
         "mask token": f"`{config.mask_token}` (id {config.mask_token_id})",
         "logits at position i predict": "token i + 1 (shift: true)" if config.shift else "token i (shift: false)",
-        "noise": config.noise_process
-        + (f", uniform_ratio {config.uniform_ratio}" if config.noise_process == "mixed" else ""),
+        "noise": config.noise_process + (f", uniform_ratio {config.uniform_ratio}" if config.uniform_ratio else ""),
         "schedule": config.noise_schedule,
         "attention": "full"
         if config.attention_ratio == 1

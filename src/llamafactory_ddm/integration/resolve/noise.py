@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ...objectives import OBJECTIVES
 from ..logs import get_logger
 
-if TYPE_CHECKING:
-    pass
-
 logger = get_logger(__name__)
-_UNIFORM_RATIO = 0.1  # XDLM's
 
 
 def resolve_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> tuple[str, float]:
@@ -26,25 +23,26 @@ def resolve_noise_process(config: DiffusionConfig | None, finetuning_args: Any) 
     process, ratio = _settled(config, finetuning_args.noise_process, finetuning_args.uniform_ratio)
     given = ["pad_mask_ratio"] if finetuning_args.pad_mask_ratio is not None else []
     given += ["eos_window_ratio"] if finetuning_args.eos_window_ratio else []
-    if ratio and given:
+    if given and not OBJECTIVES.get(process).takes_end_noise(ratio):
         raise ValueError(
-            f"{', '.join(given)}: says which tokens become [MASK], and does not go with noise_process: mixed; remove "
-            "one of them"
+            f"{', '.join(given)}: says which tokens become [MASK], and does not go with noise_process: {process}; "
+            "remove one of them"
         )
     return process, ratio
 
 
 def _settled(config: DiffusionConfig | None, process: str | None, ratio: float | None) -> tuple[str, float]:
     stored = ("masked", 0.0) if config is None else (config.noise_process, config.uniform_ratio)
-    if process == "masked":
+    if process is not None:
+        default = OBJECTIVES.get(process).default_uniform_ratio
+        if default is not None:
+            return process, ratio if ratio is not None else stored[1] if stored[0] == process else default
         if ratio:
             raise ValueError(
-                f"uniform_ratio: {ratio} needs noise_process: mixed, but that is masked; remove uniform_ratio (on the "
-                "command line uniform_ratio=null), or set noise_process: mixed"
+                f"uniform_ratio: {ratio} needs noise_process: mixed, but that is {process}; remove uniform_ratio (on "
+                "the command line uniform_ratio=null), or set noise_process: mixed"
             )
         return process, 0.0
-    if process == "mixed":
-        return process, ratio if ratio is not None else stored[1] if stored[0] == "mixed" else _UNIFORM_RATIO
     if ratio is None or ratio == stored[1]:
         return stored
     if config is None:

@@ -8,9 +8,7 @@ from ...diffusion.eos_noise import EndNoise
 from ...diffusion.schedules import get_schedule
 from ...modeling.diffusion_config import DiffusionConfig
 from ...modeling.model_info import text_config
-from ...objectives.base import Objective
-from ...objectives.masked import MaskedObjective
-from ...objectives.mixed import MixedObjective
+from ...objectives import OBJECTIVES, Objective
 from .length import LengthPlan
 
 
@@ -22,7 +20,7 @@ def build_objective(
     training_args: Any,
     finetuning_args: Any,
 ) -> Objective:
-    """Return the objective of a run; mixed noise with a uniform ratio of 0 is masked noise."""
+    """Return the objective of a run."""
     common: dict[str, Any] = {
         "mask_id": config.mask_token_id,
         "shift": config.shift,
@@ -34,11 +32,11 @@ def build_objective(
         "seed": training_args.seed % 2**64,
         "truncate_ratio": finetuning_args.random_truncate_ratio,
     }
-    if not config.uniform_ratio:
-        return MaskedObjective(ends=end_noise(lengths, finetuning_args), **common)
     # Models may have rows that are no tokens, and tokenizers tokens without a row.
     n_ids = min(max(tokenizer.get_vocab().values()) + 1, int(text_config(model).vocab_size))
-    return MixedObjective(uniform_ratio=config.uniform_ratio, n_ids=n_ids, **common)
+    return OBJECTIVES.get(config.noise_process).build(
+        common, uniform_ratio=config.uniform_ratio, n_ids=n_ids, ends=end_noise(lengths, finetuning_args)
+    )
 
 
 def end_noise(plan: LengthPlan | None, finetuning_args: Any) -> EndNoise | None:
