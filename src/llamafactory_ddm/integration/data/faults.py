@@ -296,3 +296,13 @@ def dataset_names(data_args: Any) -> str:
     """Return the names of the data sets that are trained on, as text."""
     name = data_args.dataset or data_args.eval_dataset or data_args.tokenized_path
     return ", ".join(name) if isinstance(name, (list, tuple)) else str(name)
+
+
+def check_not_empty(rows: Any, data_args: Any) -> None:
+    """Check that there is at least one training row.
+
+    Raises:
+        ValueError: if the data set is empty.
+    """
+    if rows is None or (hasattr(rows, "__len__") and len(rows) == 0):
+        raise ValueError(no_block(data_args))

@@ -46,11 +46,28 @@ _REFUSED = {
 
 
 @dataclass
+class Parsed:
+    """What the parser knows of a run and upstream hands to nobody; it travels on the finetuning arguments.
+
+    Attributes:
+        given: the keys that the user wrote.
+        resume: `resume_from_checkpoint` as it was written, which upstream replaces by what it finds.
+        generating_args: upstream's, which it hands to its own stages alone.
+        hidden: training arguments that upstream's checks must not see; they are put back after these.
+    """
+
+    given: frozenset[str] = frozenset()
+    resume: Any = None
+    generating_args: Any = None
+    hidden: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
     """What replaces upstream's FinetuningArguments in every parser.
 
     For one of our stages `stage` becomes the upstream stage that it is based on, so that upstream's checks and data
-    processing apply; `diffusion_stage` holds the real one.
+    processing apply; `diffusion_stage` holds the real one, and `parsed` what upstream would lose.
     """
 
     stage: Literal[_STAGES] = field(  # type: ignore[valid-type]
@@ -61,17 +78,13 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
     )
 
     def __post_init__(self) -> None:
-        """Check the diffusion keys and set `diffusion_stage`.
+        """Check the diffusion keys, and set `diffusion_stage` and `parsed`.
 
         Raises:
             ValueError: for an unknown stage, a wrong value, or diffusion keys under another stage.
         """
         self.diffusion_stage: str | None = None
-        self.resume_requested: Any = None
-        self.generating_args: Any = None
-        self.hidden: dict[str, Any] = {}
-        self.adapter_setup: Any = None
-        self.given_keys: frozenset[str] = frozenset()
+        self.parsed = Parsed()
         if self.stage not in _STAGES:
             raise ValueError(unknown_choice("stage", self.stage, _STAGES))
         stage = STAGES.get(self.stage)

@@ -23,22 +23,22 @@ from ..logs import get_logger
 from ..resolve.vocabulary import Vocabulary, check_stored
 
 logger = get_logger(__name__)
-_loading: ContextVar[bool] = ContextVar("loading", default=False)
+_at_work: ContextVar[AdapterSetup | None] = ContextVar("at_work", default=None)
 
 
-def in_a_diffusion_run() -> bool:
-    """Tell whether upstream is loading the model of a diffusion run."""
-    return _loading.get()
+def setup_at_work() -> AdapterSetup | None:
+    """Return what upstream's loader is to do for a diffusion run; None while it loads for another."""
+    return _at_work.get()
 
 
 @contextmanager
-def loading_for_diffusion() -> Iterator[None]:
-    """Have upstream's loader demand every weight in the block."""
-    token = _loading.set(True)
+def loading_with(setup: AdapterSetup) -> Iterator[None]:
+    """Have upstream's loader, in the block, demand every weight and prepare the base model for its adapters."""
+    token = _at_work.set(setup)
     try:
         yield
     finally:
-        _loading.reset(token)
+        _at_work.reset(token)
 
 
 @dataclass
@@ -68,7 +68,7 @@ class AdapterSetup:
         """Folders of adapters that are there already."""
         return tuple(self.model_args.adapter_name_or_path or ())
 
-    def before(self, model: Any) -> None:
+    def prepare_base(self, model: Any) -> None:
         """Give the base model rows for its new tokens and the checkpoint's weights, and settle what LoRA takes.
 
         Raises:
@@ -158,7 +158,7 @@ class AdapterSetup:
                 f"{f' ({said})' if said else ''}; {owners}"
             ) from error
 
-    def after(self, model: Any) -> None:
+    def finish(self, model: Any) -> None:
         """Mend what adapters untie, and switch attention.
 
         Raises:

@@ -10,8 +10,9 @@ from typing import Any
 from ...checkpoints.plain_copy import origin_of
 from ...modeling.diffusion_config import DiffusionConfig
 from ..logs import get_logger
+from ..resolve.plan import resolve_config
 from ..resolve.vocabulary import refuse_untrained, resolve_vocabulary
-from .loader import LoadedModel, find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
+from .loader import find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
 from .model_card import FILE_NAME as CARD
 from .model_card import Origin, card, write
 
@@ -44,10 +45,11 @@ def exported_model(tokenizer: Any, model_args: Any) -> Any:
     vocabulary.additions.note(tokenizer, "template")  # upstream has applied it by now
     refuse_untrained(vocabulary)
     args.diffusion_stage = args.diffusion_stage or "ddm-sft"
-    loaded: LoadedModel = load_diffusion_model(tokenizer, vocabulary, config, model_args, args, _NOT_TRAINING)
-    _save_with(loaded.model, loaded.diffusion_config, model_args)
+    model = load_diffusion_model(tokenizer, vocabulary, model_args, args, _NOT_TRAINING)
+    config = resolve_config(config, vocabulary.mask, model_args, _NOT_TRAINING, args)
+    _save_with(model, config, model_args)
     _exported.append(Path(model_args.export_dir))
-    return loaded.model
+    return model
 
 
 def without_modelfile(export: Callable[..., Any], args: Any) -> Any:

@@ -1,8 +1,8 @@
-"""The tokenizer and the model of a run, with the facts of its diffusion process."""
+"""The tokenizer and the model of a run, loaded by upstream, and what their folders say of the diffusion process."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,12 @@ from ...checkpoints.layouts import embedding_rows, is_model_folder, layout_of_fo
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from ..logs import get_logger
-from ..resolve.noise import resolve_noise_process, with_noise_process
-from ..resolve.vocabulary import Additions, Vocabulary, restore_stored, resumes_adapter
-from .adapter import AdapterSetup, loading_for_diffusion
+from ..resolve.noise import with_noise_process
+from ..resolve.vocabulary import Additions, RunTokenizer, Vocabulary, restore_stored, resumes_adapter
+from .adapter import AdapterSetup, loading_with
 
 logger = get_logger(__name__)
 _ADDED = ("add_tokens", "add_special_tokens")
-
-
-@dataclass
-class LoadedModel:
-    """A bidirectional model with the tokenizer and the facts of its diffusion process."""
-
-    model: Any
-    tokenizer: Any
-    diffusion_config: DiffusionConfig
 
 
 def find_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> DiffusionConfig | None:
@@ -54,24 +45,7 @@ def sources(model_args: Any, checkpoint_dir: str | None) -> list[str]:
     return [*adapters, *([checkpoint_dir] if checkpoint_dir else []), model_args.model_name_or_path]
 
 
-@dataclass
-class LoadedTokenizer:
-    """The tokenizer of a run, with what its checkpoint was trained with.
-
-    Attributes:
-        module: upstream's `tokenizer` and `processor`.
-        additions: what has been added to it.
-        config: what the checkpoint says about its diffusion process; None for an autoregressive one.
-        mask: its mask token; None for an autoregressive one.
-    """
-
-    module: dict[str, Any]
-    additions: Additions
-    config: DiffusionConfig | None
-    mask: ResolvedMaskToken | None
-
-
-def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_args: Any) -> LoadedTokenizer:
+def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_args: Any) -> RunTokenizer:
     """Load the tokenizer, and find out what the checkpoint says about its diffusion process.
 
     Raises:
@@ -98,7 +72,7 @@ def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_arg
         additions = Additions.to(tokenizer)
     patch_tokenizer(tokenizer, model_args)
     additions.note(tokenizer)
-    return LoadedTokenizer(module, additions, with_noise_process(config, finetuning_args), mask)
+    return RunTokenizer(module, additions, with_noise_process(config, finetuning_args), mask)
 
 
 def _stored_mask(
@@ -187,17 +161,15 @@ def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[s
 
 
 def load_diffusion_model(
-    tokenizer: Any,
-    vocabulary: Vocabulary,
-    config: DiffusionConfig | None,
-    model_args: Any,
-    finetuning_args: Any,
-    training_args: Any,
-) -> LoadedModel:
-    """Load the model by upstream's own function, with what a diffusion model needs around its adapters."""
-    mask = vocabulary.mask
+    tokenizer: Any, vocabulary: Vocabulary, model_args: Any, finetuning_args: Any, training_args: Any
+) -> Any:
+    """Load the model by upstream's own function, with what a diffusion model needs around its adapters.
+
+    Raises:
+        ValueError: if weights are missing, an adapter does not fit, or attention cannot be made bidirectional.
+    """
     is_new = finetuning_args.finetuning_type == "lora" and not resumes_adapter(model_args, finetuning_args)
-    finetuning_args.adapter_setup = AdapterSetup(
+    setup = AdapterSetup(
         vocabulary,
         int(load_config(model_args).get_text_config().vocab_size),
         model_args,
@@ -208,39 +180,7 @@ def load_diffusion_model(
     )
     base_stage, finetuning_args.stage = finetuning_args.stage, finetuning_args.diffusion_stage
     try:
-        with loading_for_diffusion():
-            model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+        with loading_with(setup):
+            return load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     finally:
         finetuning_args.stage = base_stage
-        finetuning_args.adapter_setup = None
-    if config is None:
-        if training_args.do_train and finetuning_args.anneal_steps > 1:
-            logger.info_rank0(
-                f"{model_args.model_name_or_path} holds no {FILE_NAME} and is taken for an autoregressive model: its "
-                f"attention is annealed over {finetuning_args.anneal_steps} steps. Set anneal_steps: 0 for a "
-                "diffusion model from elsewhere."
-            )
-        if not training_args.do_train:
-            shifts = finetuning_args.shift is not False
-            logger.warning_rank0(
-                f"{model_args.model_name_or_path} holds no {FILE_NAME}: nothing but the YAML says that it is a "
-                f"diffusion model, trained with {mask.token!r} as [MASK] and shift: {shifts}. "
-                "If it is an autoregressive model, its texts and metrics here are meaningless."
-            )
-        process, ratio = resolve_noise_process(None, finetuning_args)
-        config = DiffusionConfig(
-            mask_token=mask.token,
-            mask_token_id=mask.id,
-            shift=finetuning_args.shift if finetuning_args.shift is not None else True,
-            noise_process=process,
-            uniform_ratio=ratio,
-            noise_schedule=finetuning_args.noise_schedule or "linear",
-            # A foreign checkpoint that is only used is taken to be what the YAML says, a finished diffusion model.
-            attention_ratio=0.0 if training_args.do_train else 1.0,
-        )
-    elif training_args.do_train and config.attention_ratio == 1.0 and "anneal_steps" in finetuning_args.given_keys:
-        logger.info_rank0(
-            f"anneal_steps: {finetuning_args.anneal_steps} is not read, as {model_args.model_name_or_path} attends to "
-            "both sides already."
-        )
-    return LoadedModel(model, tokenizer, config)

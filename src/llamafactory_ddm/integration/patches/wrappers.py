@@ -39,23 +39,25 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _parse_train_args(args: Any = None) -> Any:
-        from ..hparams.parser import check_together, given_keys
+        from ..hparams.parser import Parsed, check_together, given_keys
 
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         parsed = original(args)
         model_args, data_args, training_args, finetuning_args, generating_args = parsed
         if finetuning_args.diffusion_stage is not None:
             check_together(finetuning_args, model_args, data_args, training_args)
-            finetuning_args.generating_args = generating_args
-            finetuning_args.given_keys = frozenset(given_keys(args))
             if data_args.packing and finetuning_args.stage == "pt":
                 # Upstream takes one token off for sft's packing, and pt never gives it back: rows have cutoff_len
                 # tokens.
                 data_args.cutoff_len += 1
-            finetuning_args.resume_requested = training_args.resume_from_checkpoint
             # Upstream's checks want a data set, and packages of its own metrics; generation needs neither.
             # get_train_args puts them back.
-            finetuning_args.hidden = {key: getattr(training_args, key) for key in _HIDDEN}
+            finetuning_args.parsed = Parsed(
+                given=frozenset(given_keys(args)),
+                resume=training_args.resume_from_checkpoint,
+                generating_args=generating_args,
+                hidden={key: getattr(training_args, key) for key in _HIDDEN},
+            )
             for key in _HIDDEN:
                 setattr(training_args, key, False)
         return parsed
@@ -89,7 +91,7 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
             check_training(model_args, training_args, finetuning_args)
         else:
             check_environment()
-            for key, value in finetuning_args.hidden.items():
+            for key, value in finetuning_args.parsed.hidden.items():
                 setattr(training_args, key, value)
         rebind()
         return parsed
@@ -188,13 +190,15 @@ def diffusion_init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
-        around = getattr(finetuning_args, "adapter_setup", None)
-        if around is None:
+        from ..model.adapter import setup_at_work
+
+        setup = setup_at_work()
+        if setup is None:
             return original(config, model, model_args, finetuning_args, is_trainable)
-        around.before(model)
-        with around.explained():
+        setup.prepare_base(model)
+        with setup.explained():
             model = original(config, model, model_args, finetuning_args, is_trainable)
-        around.after(model)
+        setup.finish(model)
         return model
 
     return init_adapter
@@ -207,9 +211,9 @@ def whole_model_class(original: Any) -> Any:
         @classmethod
         def from_pretrained(cls, **kwargs: Any) -> Any:  # as upstream's loader calls it
             from ...checkpoints.load_model import load_whole
-            from ..model.adapter import in_a_diffusion_run
+            from ..model.adapter import setup_at_work
 
-            return load_whole(original, **kwargs) if in_a_diffusion_run() else original.from_pretrained(**kwargs)
+            return original.from_pretrained(**kwargs) if setup_at_work() is None else load_whole(original, **kwargs)
 
     Whole.__name__ = Whole.__qualname__ = original.__name__
     return Whole
@@ -222,9 +226,9 @@ def whole_peft_model(original: Any) -> Any:
         @classmethod
         def from_pretrained(cls, model: Any, model_id: Any, **kwargs: Any) -> Any:
             from ...checkpoints.load_model import load_whole_adapter
-            from ..model.adapter import in_a_diffusion_run
+            from ..model.adapter import setup_at_work
 
-            if in_a_diffusion_run():
+            if setup_at_work() is not None:
                 return load_whole_adapter(original, model, model_id, **kwargs)
             return original.from_pretrained(model, model_id, **kwargs)
 
@@ -242,7 +246,7 @@ def dispatching_run(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(model_args, data_args, training_args, finetuning_args, *rest)
         callbacks = rest[-1] if rest else None
         return stage.load_runner()(
-            model_args, data_args, training_args, finetuning_args, finetuning_args.generating_args, callbacks
+            model_args, data_args, training_args, finetuning_args, finetuning_args.parsed.generating_args, callbacks
         )
 
     return run

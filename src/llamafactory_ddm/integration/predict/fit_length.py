@@ -24,10 +24,11 @@ from ...generation.writer import Writer
 from ...modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
 from ...sampling.length_predictors import FirstStep
 from ..logs import get_logger
-from ..model.loader import sources
+from ..model.loader import load_diffusion_model, load_diffusion_tokenizer, sources
 from ..model.plain_copy import resolve_model_names
-from ..model.prepare import prepare_data, prepare_model
 from ..resolve.checks import check_checkpoint_folders
+from ..resolve.datasets import load_datasets
+from ..resolve.plan import resolve_run
 
 logger = get_logger(__name__)
 _EPOCHS, _LEARNING_RATE = 50, 1e-3
@@ -94,14 +95,15 @@ def fit(
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder, so nothing can be saved beside its weights; download it first")
     data_args.train_on_prompt = False  # it is the last answer whose length is asked for
-    data = prepare_data(model_args, data_args, training_args, finetuning_args)
-    prepared = prepare_model(data, model_args, data_args, training_args, finetuning_args)
-    collator = prepared.collator
+    tokenizer = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
+    plan = resolve_run(tokenizer, model_args, data_args, training_args, finetuning_args)
+    data = load_datasets(plan, model_args, data_args, training_args, finetuning_args)
+    collator = plan.collator
     if not isinstance(collator, VariableLengthCollator):
         raise ValueError(
             "the model was not trained with variable_length, so it has not learnt where a text ends; train it so first"
         )
-    held_out: Any = prepared.dataset_module.get("eval_dataset")
+    held_out: Any = data.module.get("eval_dataset")
     if isinstance(held_out, dict):
         held_out = [row for part in held_out.values() for row in part]
     if len(held_out) < FOLDS:
@@ -109,11 +111,11 @@ def fit(
             f"eval_dataset: {len(held_out)} held-out texts are too few to measure predicted lengths on; give at least "
             f"{FOLDS}, and for a coverage of 0.95 at least 24"
         )
-    loaded = prepared.loaded
-    writer = TextGenerator(loaded.model.to(training_args.device), loaded.tokenizer, loaded.diffusion_config).writer
+    model = load_diffusion_model(plan.tokenizer, plan.vocabulary, model_args, finetuning_args, training_args)
+    writer = TextGenerator(model.to(training_args.device), plan.tokenizer, plan.config).writer
     size, seed = training_args.per_device_eval_batch_size, training_args.seed
-    given = finetuning_args.given_keys
-    train = prepared.dataset_module["train_dataset"]
+    given = plan.given
+    train = data.module["train_dataset"]
     if len(train) > _MOST_ROWS:
         logger.info_rank0(f"dataset: the heads are fitted to the first {_MOST_ROWS} of {len(train)} texts.")
         train = train.select(range(_MOST_ROWS))
@@ -153,7 +155,7 @@ def _check(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
     if not data_args.eval_dataset and not data_args.val_size:
         raise ValueError("eval_dataset: is missing; the margins are chosen on it (or set val_size)")
     ignored = sorted(
-        key for key in finetuning_args.given_keys if key in _IGNORED or key.startswith(_IGNORED_BEGINNINGS)
+        key for key in finetuning_args.parsed.given if key in _IGNORED or key.startswith(_IGNORED_BEGINNINGS)
     )
     if ignored:
         logger.info_rank0(f"{', '.join(ignored)}: of training, and of no meaning here; {', '.join(_KEYS)} count.")

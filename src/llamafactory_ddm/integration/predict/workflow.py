@@ -1,4 +1,4 @@
-"""From the YAML to texts: what a run is asked to generate, and doing it once the model is there."""
+"""`do_predict: true`, from the YAML to texts: what a run is asked to generate, and generating it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ...generation.generator import TextGenerator
 from ...modeling.length_heads import LengthPredictors
 from ...sampling import SamplingSettings
 from ..logs import get_logger
-from ..model.loader import LoadedModel, sources
+from ..model.loader import sources
+from ..resolve.plan import RunPlan
 from ..train.trainer import DiffusionTrainer
 from . import requests
 from .runner import generate_all
@@ -18,10 +19,9 @@ from .runner import generate_all
 logger = get_logger(__name__)
 
 
-def what_to_generate(
-    loaded: LoadedModel,
-    template: Any,
-    tokenizer_module: dict[str, Any],
+def build_requests(
+    plan: RunPlan,
+    model: Any,
     model_args: Any,
     data_args: Any,
     training_args: Any,
@@ -33,17 +33,16 @@ def what_to_generate(
     Raises:
         ValueError: naming the key, or the text of the data set.
     """
-    given = finetuning_args.given_keys
-    ends = loaded.diffusion_config.variable_length
+    given, canvas = plan.given, plan.config.variable_length
     settings = finetuning_args.sampling_settings(
         generating_args,
         given,
         seed=training_args.seed % 2**64,
-        tokenizer=loaded.tokenizer,
-        block=None if ends is None else ends.block,
+        tokenizer=plan.tokenizer,
+        block=None if canvas is None else canvas.block,
     )
     lengths = _length_predictors(model_args, training_args, finetuning_args)
-    generator = TextGenerator(loaded.model, loaded.tokenizer, loaded.diffusion_config, probe=False, lengths=lengths)
+    generator = TextGenerator(model, plan.tokenizer, plan.config, probe=False, lengths=lengths)
     max_new_tokens = generating_args.max_new_tokens if "max_new_tokens" in given else None
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -60,13 +59,19 @@ def what_to_generate(
             f"num_samples is for generation from noise; with generate_from: {source} max_samples counts."
         )
     if source == "prompt":
-        if loaded.diffusion_config.train_on_padding is False and max_new_tokens is None:
+        if plan.config.train_on_padding is False and max_new_tokens is None:
             logger.warning_rank0(
                 "This model was finetuned with train_on_padding: false, on canvases that end with the response; set "
                 "max_new_tokens near the length of the answers, or they are written into a canvas of cutoff_len."
             )
         asked = requests.from_examples(
-            generator, template, tokenizer_module, model_args, data_args, training_args, max_new_tokens=max_new_tokens
+            generator,
+            plan.template,
+            plan.tokenizer_module,
+            model_args,
+            data_args,
+            training_args,
+            max_new_tokens=max_new_tokens,
         )
         marked = [number for number, one in enumerate(asked) if one.prompt and MARKER.search(one.prompt)]
         if marked:
@@ -89,9 +94,9 @@ def what_to_generate(
     return settings, asked
 
 
-def generate(
+def predict(
     trainer: DiffusionTrainer,
-    loaded: LoadedModel,
+    plan: RunPlan,
     settings: SamplingSettings,
     asked: Sequence[requests.Request],
     model_args: Any,
@@ -106,7 +111,7 @@ def generate(
         )
     lengths = _length_predictors(model_args, args, finetuning_args)
     model = trainer.model.to(args.device)
-    generator = TextGenerator(model, loaded.tokenizer, loaded.diffusion_config, lengths=lengths)
+    generator = TextGenerator(model, plan.tokenizer, plan.config, lengths=lengths)
     folders = None if args.do_train else sources(model_args, finetuning_args.checkpoint_dir)
     metrics = generate_all(
         generator, asked, settings, args, model_folders=folders, save_trace=finetuning_args.save_trace

@@ -13,7 +13,20 @@ from ...checkpoints.llada_dream import kind_of, raw_config
 from ...checkpoints.plain_copy import may_be_on_a_hub
 from ...checkpoints.weights import verify_checkpoint
 from ...modeling.model_info import max_positions
-from ..data.faults import no_block
+from .output_folder import check_output_folder
+
+
+def check_inputs(model_args: Any, training_args: Any, finetuning_args: Any, *, prepares: bool) -> None:
+    """Check what is known before anything is loaded: folders, keys of generation, and where the run writes.
+
+    Raises:
+        ValueError: naming the key and the cure.
+        OSError: if output_dir cannot be written.
+    """
+    check_checkpoint_folders(model_args, finetuning_args, training_args)
+    check_predict(training_args, finetuning_args.parsed.given)
+    if not prepares:
+        check_output_folder(model_args, training_args, finetuning_args)
 
 
 def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_args: Any) -> None:
@@ -136,14 +149,3 @@ def check_cutoff(config: Any, data_args: Any) -> None:
             f"cutoff_len: {data_args.cutoff_len} exceeds the model's {limit} positions; "
             f"set cutoff_len: {limit} or less"
         )
-
-
-def check_data(trainer: Any, data_args: Any) -> None:
-    """Check that there is at least one training row.
-
-    Raises:
-        ValueError: if the data set is empty.
-    """
-    rows = trainer.train_dataset
-    if rows is None or (hasattr(rows, "__len__") and len(rows) == 0):
-        raise ValueError(no_block(data_args))

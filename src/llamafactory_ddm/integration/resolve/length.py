@@ -56,7 +56,7 @@ def resolve_lengths(
             f"{stored.format}; remove the key from the YAML, or start from another checkpoint"
         )
     name = asked or (stored.format if stored is not None else "none")
-    given = finetuning_args.given_keys
+    given = finetuning_args.parsed.given
     for key, needed in NEEDS.items():
         if key not in given:
             continue
@@ -120,7 +120,7 @@ def resolve_lengths(
 
 
 def _extra_blocks(stored: VariableLength | None, finetuning_args: Any) -> int | None:
-    given = {"pad_block_length", "pad_extra_blocks"} & finetuning_args.given_keys
+    given = {"pad_block_length", "pad_extra_blocks"} & finetuning_args.parsed.given
     if stored is None or given:
         extra: int | None = finetuning_args.pad_extra_blocks
         return extra

@@ -29,7 +29,7 @@ def resolve_resume(training_args: Any, finetuning_args: Any) -> str | None:
     """
     if not training_args.do_train:
         return None
-    asked = finetuning_args.resume_requested
+    asked = finetuning_args.parsed.resume
     if asked is not None and not _is_true(asked):
         if _is_false(asked):
             return None

@@ -89,6 +89,23 @@ class Vocabulary:
         return f"name tokens that exist{without_pads}"
 
 
+@dataclass
+class RunTokenizer:
+    """The tokenizer of a run, with what its checkpoint was trained with.
+
+    Attributes:
+        module: upstream's `tokenizer` and `processor`.
+        additions: what has been added to it.
+        config: what the checkpoint says about its diffusion process; None for an autoregressive one.
+        mask: its mask token; None for an autoregressive one.
+    """
+
+    module: dict[str, Any]
+    additions: Additions
+    config: DiffusionConfig | None
+    mask: ResolvedMaskToken | None
+
+
 def restore_stored(tokenizer: Any, config: DiffusionConfig, mask: ResolvedMaskToken) -> None:
     """Give a tokenizer the tokens that its checkpoint was trained with, before others take their ids.
 

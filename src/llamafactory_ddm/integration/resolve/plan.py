@@ -1,0 +1,175 @@
+"""What a run does, as one value: YAML and checkpoint resolved before any data is read or a model loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llamafactory.data import get_template_and_fix_tokenizer
+from llamafactory.model import load_config
+from transformers import DataCollatorWithPadding
+
+from ...data.collators import StartTokenCollator, VariableLengthCollator, start_token_id
+from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ...modeling.model_info import max_positions
+from ...modeling.special_tokens import ResolvedMaskToken
+from ..logs import get_logger
+from .checks import check_cutoff
+from .length import LengthPlan, check_width, resolve_canvas, resolve_lengths
+from .noise import resolve_noise_process
+from .resume import check_resumed, resolve_resume
+from .sft import finetuned_config, resolve_digits, resolve_template, response_collator
+from .start_and_end import keep_end_token, take_stored_template, tell_other_template, with_start_and_end
+from .vocabulary import RunTokenizer, Vocabulary, check_new_tokens, resolve_vocabulary
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run does.
+
+    Attributes:
+        stage: `ddm` or `ddm-sft`.
+        given: the keys that the user wrote.
+        config: what the checkpoints of this run say about their diffusion process.
+        tokenizer_module: upstream's; its tokenizer has every token of the run.
+        template: upstream's.
+        vocabulary: the tokens of the run.
+        model_config: of transformers.
+        lengths: the variable-length format, or None.
+        collator: makes batches.
+        resume: the checkpoint to go on from, or None.
+    """
+
+    stage: str
+    given: frozenset[str]
+    config: DiffusionConfig
+    tokenizer_module: dict[str, Any]
+    template: Any
+    vocabulary: Vocabulary
+    model_config: Any
+    lengths: LengthPlan | None
+    collator: Any
+    resume: str | None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the run."""
+        return self.tokenizer_module["tokenizer"]
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether rows are prompts with responses."""
+        return self.stage == "ddm-sft"
+
+
+def resolve_run(
+    loaded: RunTokenizer, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
+) -> RunPlan:
+    """Resolve YAML and checkpoint into a plan; the tokenizer gets the template's tokens, [MASK] and padding.
+
+    Raises:
+        ValueError: for every contradiction within the YAML, or between it and the checkpoint, naming the key.
+    """
+    resume = resolve_resume(training_args, finetuning_args)
+    finetunes, trains = finetuning_args.stage == "sft", training_args.do_train
+    if finetunes:
+        resolve_digits(loaded.module, finetuning_args)
+    tokenizer, stored = loaded.module["tokenizer"], loaded.config
+    model_config = load_config(model_args)
+    check_cutoff(model_config, data_args)
+    if finetunes:
+        take_stored_template(stored, data_args)
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    loaded.additions.note(tokenizer, f"template: {data_args.template}")
+    if not finetunes:
+        keep_end_token(stored, tokenizer, data_args, trains=trains)
+    lengths = resolve_lengths(stored, data_args, training_args, finetuning_args)
+    if lengths is not None:
+        check_width(lengths, model_config)
+    vocabulary = resolve_vocabulary(
+        tokenizer, loaded.additions, loaded.mask, stored, lengths, finetuning_args.mask_token
+    )
+    check_new_tokens(vocabulary, model_config, model_args, training_args, finetuning_args)
+    if finetunes:
+        mask_id, cuts = vocabulary.mask.id, lengths is None
+        template = resolve_template(
+            template, tokenizer, stored, data_args, finetuning_args, mask_id=mask_id, cuts=cuts
+        )
+        tell_other_template(stored, template, tokenizer, data_args)
+    config = resolve_config(stored, vocabulary.mask, model_args, training_args, finetuning_args)
+    config = with_start_and_end(config, template, tokenizer, data_args, finetunes=finetunes, trains=trains)
+    collator: VariableLengthCollator | None = None
+    if lengths is not None:
+        config, collator = resolve_canvas(config, lengths, tokenizer, answers=finetunes, trains=trains)
+    if finetunes and (trains or training_args.do_eval):
+        config = finetuned_config(config, template, tokenizer, data_args, finetuning_args)
+    if resume is not None:
+        check_resumed(config, resume)
+    return RunPlan(
+        stage=finetuning_args.diffusion_stage,
+        given=finetuning_args.parsed.given,
+        config=config,
+        tokenizer_module=loaded.module,
+        template=template,
+        vocabulary=vocabulary,
+        model_config=model_config,
+        lengths=lengths,
+        collator=collator or _collator(config, tokenizer, model_config, data_args, finetunes=finetunes),
+        resume=resume,
+    )
+
+
+def resolve_config(
+    stored: DiffusionConfig | None,
+    mask: ResolvedMaskToken,
+    model_args: Any,
+    training_args: Any,
+    finetuning_args: Any,
+) -> DiffusionConfig:
+    """Return what the checkpoint says about its diffusion process, or what the YAML says of one that is silent.
+
+    In a run that trains, a silent checkpoint is an autoregressive model, whose attention is annealed. In another it is
+    taken for a finished diffusion model from elsewhere, and the user is told.
+    """
+    name, trains = model_args.model_name_or_path, training_args.do_train
+    if stored is not None:
+        if trains and stored.attention_ratio == 1.0 and "anneal_steps" in finetuning_args.parsed.given:
+            logger.info_rank0(
+                f"anneal_steps: {finetuning_args.anneal_steps} is not read, as {name} attends to both sides already."
+            )
+        return stored
+    shift = finetuning_args.shift is not False
+    if trains and finetuning_args.anneal_steps > 1:
+        logger.info_rank0(
+            f"{name} holds no {FILE_NAME} and is taken for an autoregressive model: its attention is annealed over "
+            f"{finetuning_args.anneal_steps} steps. Set anneal_steps: 0 for a diffusion model from elsewhere."
+        )
+    if not trains:
+        logger.warning_rank0(
+            f"{name} holds no {FILE_NAME}: nothing but the YAML says that it is a diffusion model, trained with "
+            f"{mask.token!r} as [MASK] and shift: {shift}. If it is an autoregressive model, its texts and metrics "
+            "here are meaningless."
+        )
+    process, ratio = resolve_noise_process(None, finetuning_args)
+    return DiffusionConfig(
+        mask_token=mask.token,
+        mask_token_id=mask.id,
+        shift=shift,
+        noise_process=process,
+        uniform_ratio=ratio,
+        noise_schedule=finetuning_args.noise_schedule or "linear",
+        attention_ratio=0.0 if trains else 1.0,
+    )
+
+
+def _collator(config: DiffusionConfig, tokenizer: Any, model_config: Any, data_args: Any, *, finetunes: bool) -> Any:
+    if finetunes:
+        return response_collator(config, tokenizer, data_args)
+    collator = DataCollatorWithPadding(tokenizer)
+    if data_args.packing or not config.shift:
+        return collator
+    start = config.start_token_id
+    start = start_token_id(tokenizer) if start is None else start
+    return StartTokenCollator(collator, start, max_positions(model_config))
