@@ -18,6 +18,7 @@ from transformers import (
 
 from llamafactory_ddm.checkpoints import diffullama as published
 from llamafactory_ddm.checkpoints.convert import convert
+from llamafactory_ddm.checkpoints.layouts import layout_of_folder
 from llamafactory_ddm.checkpoints.weights import load_weights
 from llamafactory_ddm.cli.main import main
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
@@ -225,12 +226,12 @@ def test_an_adapter_that_does_not_fit_its_base(wrapped_adapter, tmp_path, change
 def test_weights_are_renamed_on_loading(gpt2, tmp_path):
     model, base, weights = gpt2
     save_file(weights, tmp_path / "model.safetensors")
-    layout = published.layout_of_folder(tmp_path)
+    layout = layout_of_folder(tmp_path)
     assert layout is published.DIFFUGPT
     other = GPT2LMHeadModel(model.config)
     load_weights(other, tmp_path, rename=layout.to_standard)
     torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=0)
-    assert published.layout_of_folder(base) is None
+    assert layout_of_folder(base) is None
 
 
 @pytest.mark.parametrize(

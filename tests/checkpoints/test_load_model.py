@@ -48,7 +48,7 @@ def without(part):
 
 def said(caplog):
     """Return what our own loader warned of."""
-    return [record.getMessage() for record in caplog.records if record.name.endswith("whole_weights")]
+    return [record.getMessage() for record in caplog.records if record.name.endswith("load_model")]
 
 
 @pytest.mark.parametrize(("part", "tied"), [("layers.1.", False), ("lm_head", False), ("embed_tokens", True)])

@@ -183,7 +183,7 @@ def test_by_name_from_the_shell_and_in_the_usual_places(llada, tmp_path):
 def test_processes_that_start_at_once_make_one_copy(llada, cache):
     script = (
         "import sys\n"
-        "from llamafactory_ddm.modeling import recognition\n"
+        "from llamafactory_ddm.checkpoints import plain_copy as recognition\n"
         "sys.stdin.readline()\n"  # until all of them are here
         "print(recognition.plain_folder(sys.argv[1], say=lambda text: print('MADE')))\n"
     )

@@ -82,9 +82,9 @@ def test_lora_on_the_output_embedding_and_on_embeddings():
     resolve_lora_targets(llama(), args(["lm_head", "q_proj"]))
     resolve_lora_targets(llama(), args(["embed_tokens"]))
     resolve_lora_targets(gpt2(), args(["wpe"]))
-    with pytest.raises(ValueError, match=r"lora_target: lm_head is one end of .* that are tied.*add embed_tokens"):
+    with pytest.raises(ValueError, match=r"lora_target: lm_head .*tied.*add embed_tokens"):
         resolve_lora_targets(llama(True), args(["lm_head", "q_proj"]))
-    with pytest.raises(ValueError, match="lora_target: wte is one end of"):
+    with pytest.raises(ValueError, match=r"lora_target: wte .*tied"):
         resolve_lora_targets(gpt2(), args(["wte"]))
 
 
@@ -177,8 +177,8 @@ def test_an_adapter_and_a_base_of_another_process(tmp_path):
         ("a", True, None),
         ("a", "pissa", None),
         ("a", "pissa_niter_16", r"PEFT draws anew when it loads the adapter.*train with pissa_convert: true"),
-        ("pissa_backup", True, "on its base model another one than was trained"),
-        ("pissa_init", True, "on its base model another one than was trained"),
+        ("pissa_backup", True, "train with pissa_convert: true"),
+        ("pissa_init", True, "train with pissa_convert: true"),
         ("pissa_converted", True, None),
     ],
 )

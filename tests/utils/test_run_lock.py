@@ -62,7 +62,7 @@ def test_a_killed_run_holds_nothing(folder):
     locks = module.fcntl.flock.__module__ == "fcntl"
     hold = """
         import os, sys, time
-        from llamafactory_ddm.integration import run_lock
+        from llamafactory_ddm.utils import run_lock
         if sys.argv[2] == "False":
             run_lock._lock = lambda descriptor: False
         with run_lock.run_lock(sys.argv[1]):

@@ -20,14 +20,14 @@ def test_our_stage_rides_on_its_base_and_keeps_its_keys(upstream, basic):
     assert (finetuning_args.mask_token, finetuning_args.anneal_steps) == (7, 5)
     assert training_args.do_predict
     assert data_args.packing
-    assert finetuning_args.generating_args is generating_args
+    assert finetuning_args.parsed.generating_args is generating_args
     assert (finetuning_args.to_dict()["stage"], finetuning_args.to_dict()["anneal_steps"]) == ("ddm", 5)
     twin = pickle.loads(pickle.dumps(finetuning_args))
     assert (twin.diffusion_stage, twin.anneal_steps) == ("ddm", 5)
     assert copy.deepcopy(finetuning_args).diffusion_stage == "ddm"
 
 
-@pytest.mark.parametrize("key", ["diffusion_stage", "hidden", "generating_args", "resume_requested"])
+@pytest.mark.parametrize("key", ["diffusion_stage", "parsed"])
 def test_what_the_plugin_notes_is_no_key(upstream, basic, key):
     with pytest.raises(ValueError, match=f"unknown key '{key}'"):
         upstream[0].get_train_args(basic(**{key: "ddm"}))

@@ -84,7 +84,7 @@ def test_undone_to_the_last_name_and_applied_once(upstream):
 
 def test_every_row_says_why_and_on_what_it_was_tried(upstream):
     patches = upstream[2]
-    table = (Path(__file__).parents[2] / "docs" / "patches.md").read_text(encoding="utf-8")
+    table = (Path(__file__).parents[3] / "docs" / "patches.md").read_text(encoding="utf-8")
     for patch in patches.PATCHES:
         assert patch.why and patch.checked
         name = patch.target.removeprefix("llamafactory.").replace(":", ".")

@@ -127,7 +127,7 @@ def test_no_weights_are_written_beside_a_diffusion_models_config(upstream, basic
     held.mkdir(parents=True)
     (held / "diffusion_config.json").write_text("{}")
     args = basic(stage="pt", model_name_or_path=folders["plain"])
-    with pytest.raises(ValueError, match=r"name another output_dir|goes? on with"):
+    with pytest.raises(ValueError, match="output_dir"):
         upstream[0].get_train_args({**args, "overwrite_output_dir": True})
     with pytest.raises(ValueError, match="output_dir"):
         upstream[0].get_train_args(args)
