@@ -47,7 +47,7 @@ SAMPLING = {
 }
 ELSEWHERE = {
     "mask_token",
-    # tests/utils/test_registry.py, tests/sampling/test_strategies.py
+    # tests/e2e/test_extending.py
     "plugins",
     "strategy_args",
     # tests/integration/data/test_prepared_rows.py, tests/e2e/test_data_of_users.py

@@ -1,0 +1,93 @@
+"""The classes of docs/extending.md work from a YAML run, from the shell and from Python."""
+
+import contextlib
+import re
+
+import pytest
+
+from llamafactory_ddm import load
+from llamafactory_ddm.cli.generate import main
+from llamafactory_ddm.diffusion.schedules import SCHEDULES
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.objectives import OBJECTIVES
+from llamafactory_ddm.sampling import STRATEGIES
+from support.cli import ROOT, evaluations, history
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), re.S)
+CHOSEN = {"noise_schedule": "quadratic", "noise_process": "clipped"}
+STRATEGY = {"denoising_strategy": "left_to_right", "early_stop": "none", "diffusion_steps": 12}
+
+
+@contextlib.contextmanager
+def own_registries():
+    """Forget afterwards what was registered."""
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in (STRATEGIES, SCHEDULES, OBJECTIVES):
+            patch.setattr(registry, "_entries", dict(registry._entries))
+        yield
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plugin") / "my_plugin.py"
+    path.write_text("\n\n".join(BLOCKS))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def plugged(plugin, train_small, tmp_path_factory):
+    """A checkpoint of a YAML run with all three, and the registries as they were before and after."""
+    with own_registries():
+        folder = tmp_path_factory.mktemp("plugged") / "out"
+        keys = {"do_eval": True, "eval_strategy": "steps", "eval_steps": 3}
+        yield train_small(folder, plugins=[plugin], **CHOSEN, **keys)
+
+
+def test_each_is_short():
+    assert len(BLOCKS) == 3
+    assert all(len(block.splitlines()) < 30 for block in BLOCKS)
+
+
+def test_without_the_plugin_the_names_are_unknown(train_small, tmp_path):
+    for key, name in CHOSEN.items():
+        with pytest.raises(ValueError, match=f"{key} must be one of .*plugins"):
+            train_small(tmp_path / "out", **{key: name})
+
+
+def test_training_and_evaluation(plugged, checkpoint):
+    assert DiffusionConfig.load(plugged).noise_schedule == "quadratic"
+    assert DiffusionConfig.load(plugged).noise_process == "clipped"
+    found = evaluations(plugged)[-1]
+    assert history(plugged)[0]["loss"] != history(checkpoint)[0]["loss"]
+    assert found["eval_loss"] > 0 and "eval_nll" in found
+
+
+def test_sampling_from_a_yaml(plugged, plugin, generate, tmp_path):
+    texts = [
+        generate(tmp_path / str(number), model_name_or_path=plugged, plugins=plugin, **STRATEGY, **arguments)
+        for number, arguments in enumerate(
+            [{}, {"strategy_args": {"per_step": 4}}, {"strategy_args": '{"per_step": 4}'}]
+        )
+    ]
+    assert texts[0] != texts[1] == texts[2]
+    with pytest.raises(ValueError, match=r"strategy_args.*'per_stp'.*did you mean 'per_step'"):
+        generate(tmp_path / "wrong", model_name_or_path=plugged, strategy_args={"per_stp": 4}, **STRATEGY)
+
+
+def test_sampling_from_shell_and_python(plugged, plugin, capsys):
+    words = ["--plugins", plugin, "--strategy", "left_to_right", "--max-new-tokens", "8"]
+    words += ["--strategy-args", '{"per_step": 4}', "--temperature", "0"]
+    assert main([str(plugged), "--prompt", "Tom saw", *words]) == 0
+    shell = capsys.readouterr().out.strip()
+    (found,) = load(plugged, plugins=[plugin], device="cpu").generate(
+        "Tom saw", max_new_tokens=8, denoising_strategy="left_to_right", strategy_args={"per_step": 4}, temperature=0
+    )
+    assert shell and shell == str(getattr(found, "predict", found)).strip()
+
+
+def test_a_checkpoint_names_what_it_needs(plugged, monkeypatch):
+    for registry in (SCHEDULES, OBJECTIVES):
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, "_entries", {"linear": None, "masked": None})
+            with pytest.raises(ValueError, match=f"diffusion_config.json: {registry.key} .*plugins"):
+                load(plugged, device="cpu")
