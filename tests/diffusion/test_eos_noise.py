@@ -33,7 +33,7 @@ def rows_of(*rows):
 @settings(max_examples=200, deadline=None)
 def test_so_many_of_each_kind_as_the_published_rule_says(text, pads, t, ratio):
     maskable, is_pad, _ = rows_of("g" + "t" * text + "p" * pads + ".")
-    masked = mask_counts(maskable, is_pad, torch.tensor([t]), ratio, seed=3, rows=torch.tensor([5]))[0]
+    masked = mask_counts(maskable, is_pad, torch.tensor([t]), ratio, seed=3, sample_index=torch.tensor([5]))[0]
     length = text + pads
     expected_pads, expected_text = min(int(t * length * ratio), pads), min(int(t * length * (1 - ratio)), text)
     if expected_pads + expected_text == 0 and length:
@@ -47,7 +47,7 @@ def test_each_token_of_a_kind_is_as_likely():
     maskable, is_pad, _ = rows_of("gtttteppppp")
     n = 20000
     masked = mask_counts(
-        maskable.expand(n, -1), is_pad.expand(n, -1), torch.full((n,), 0.5), 0.4, seed=1, rows=torch.arange(n)
+        maskable.expand(n, -1), is_pad.expand(n, -1), torch.full((n,), 0.5), 0.4, seed=1, sample_index=torch.arange(n)
     )
     share = masked.double().mean(dim=0)
     # Of ten maskable tokens five are masked: two pads of five, three of five others.
@@ -61,7 +61,7 @@ def test_each_token_of_a_kind_is_as_likely():
 def test_the_share_of_masked_tokens_that_are_pads(text, pads, ratio):
     maskable, is_pad, _ = rows_of("g" + "t" * text + "p" * pads)
     n = 20000
-    kept = scored_pads(maskable.expand(n, -1), is_pad.expand(n, -1), ratio, seed=1, rows=torch.arange(n))
+    kept = scored_pads(maskable.expand(n, -1), is_pad.expand(n, -1), ratio, seed=1, sample_index=torch.arange(n))
     assert bool((kept | is_pad).logical_or(~maskable).all())  # all text stays
     n_pads = float((kept & is_pad).sum() / n)
     if ratio < 1 and ratio * text / (1 - ratio) <= pads:
@@ -85,7 +85,7 @@ def test_the_loss_of_what_is_scored_is_an_evidence_bound(name):
         weighting="elbo",
         step=0,
         seed=2,
-        rows=rows,
+        sample_index=rows,
     )
     weight = token_weight(t, drawn.maskable, schedule, "elbo", "tokens", row=drawn.weight)
     mean = float((weight * drawn.is_scored * nll).sum() / n)
@@ -104,7 +104,7 @@ def test_a_window_reaches_from_before_the_end_to_the_edge_of_the_canvas(seed, wi
         for _ in range(3)
     ]
     maskable, is_pad, end = rows_of(*texts)
-    masked = mask_end(maskable, end, window, seed=seed, rows=torch.arange(3))
+    masked = mask_end(maskable, end, window, seed=seed, sample_index=torch.arange(3))
     for row in range(3):
         places = masked[row].nonzero()[:, 0].tolist()
         assert int(end[row]) in places
@@ -117,7 +117,7 @@ def test_a_window_reaches_from_before_the_end_to_the_edge_of_the_canvas(seed, wi
 def test_how_far_before_the_end_is_uniform():
     maskable, _, end = rows_of("g" + "t" * 9 + "epp")
     n = 20000
-    masked = mask_end(maskable.expand(n, -1), end.expand(n), 4, seed=1, rows=torch.arange(n))
+    masked = mask_end(maskable.expand(n, -1), end.expand(n), 4, seed=1, sample_index=torch.arange(n))
     count = torch.bincount(masked.sum(dim=1) - 3, minlength=10) / n
     torch.testing.assert_close(count[:5], torch.full((5,), 0.2), rtol=0, atol=0.015)
     assert int(count[5:].count_nonzero()) == 0
@@ -125,10 +125,10 @@ def test_how_far_before_the_end_is_uniform():
 
 def test_rows_without_an_end_have_no_window():
     maskable, _, end = rows_of("gtt", "gte")
-    assert is_window_row(end, 1.0, seed=0, rows=torch.arange(2)).tolist() == [False, True]
-    assert mask_end(maskable, end, 1, seed=0, rows=torch.arange(2))[0].tolist() == [False] * 3
+    assert is_window_row(end, 1.0, seed=0, sample_index=torch.arange(2)).tolist() == [False, True]
+    assert mask_end(maskable, end, 1, seed=0, sample_index=torch.arange(2))[0].tolist() == [False] * 3
     n = 20000
-    drawn = is_window_row(torch.ones(n, dtype=torch.int64), 0.3, seed=0, rows=torch.arange(n))
+    drawn = is_window_row(torch.ones(n, dtype=torch.int64), 0.3, seed=0, sample_index=torch.arange(n))
     assert float(drawn.double().mean()) == pytest.approx(0.3, abs=0.015)
 
 
@@ -136,7 +136,16 @@ def draw(noise, rows, step, *, weighting="elbo", seed=0):
     maskable, is_pad, end = rows_of(*["gttttepppp"] * len(rows))
     t = draw_time(seed, rows)
     return draw_masks(
-        noise, maskable, is_pad, end, t, get_schedule("linear"), weighting=weighting, step=step, seed=seed, rows=rows
+        noise,
+        maskable,
+        is_pad,
+        end,
+        t,
+        get_schedule("linear"),
+        weighting=weighting,
+        step=step,
+        seed=seed,
+        sample_index=rows,
     )
 
 
@@ -160,7 +169,7 @@ def test_window_rows_are_weighted_as_linear_noise_of_their_level():
     torch.testing.assert_close(drawn.weight, 9.0 / drawn.is_masked.sum(dim=1))
     assert bool((draw(EndNoise(eos_window_ratio=1.0), rows, 0, weighting="uniform").weight == 1).all())
     some = draw(EndNoise(eos_window_ratio=0.5, eos_window_max=3), rows, 0)
-    ordinary = ~is_window_row(torch.full((50,), 5), 0.5, seed=0, rows=rows)
+    ordinary = ~is_window_row(torch.full((50,), 5), 0.5, seed=0, sample_index=rows)
     assert 0 < int(ordinary.sum()) < 50
     torch.testing.assert_close(some.weight[ordinary], 1 / draw_time(0, rows)[ordinary])
 
@@ -211,4 +220,4 @@ def test_one_batch_equals_its_micro_batches_and_ranks(method):
 def test_a_ratio_out_of_range(function):
     maskable, is_pad, _ = rows_of("tep")
     with pytest.raises(ValueError, match=r"ratio must lie in \[0, 1\], got 1.5"):
-        function(maskable, is_pad, 1.5, seed=0, rows=torch.arange(1))
+        function(maskable, is_pad, 1.5, seed=0, sample_index=torch.arange(1))

@@ -30,14 +30,16 @@ def test_exact_counts():
     maskable[:, 0] = False
     maskable[4] = False
     level = torch.tensor([0.0, 0.5, 0.999, 0.12, 0.5], dtype=torch.float64)
-    masked = mask_exactly(maskable, level, seed=1, rows=torch.arange(5))
+    masked = mask_exactly(maskable, level, seed=1, sample_index=torch.arange(5))
     assert masked.sum(dim=1).tolist() == [1, 5, 9, 2, 0]
     assert not (masked & ~maskable).any()
 
 
 def test_every_subset_is_as_likely_as_another():
     rows = torch.arange(6000)
-    masked = mask_exactly(torch.ones(6000, 4, dtype=torch.bool), torch.full((6000,), 0.3).double(), seed=3, rows=rows)
+    masked = mask_exactly(
+        torch.ones(6000, 4, dtype=torch.bool), torch.full((6000,), 0.3).double(), seed=3, sample_index=rows
+    )
     code = (masked.long() * torch.tensor([1, 2, 4, 8])).sum(dim=1)
     counts = torch.bincount(code, minlength=16)
     subsets = [sum(1 << i for i in pair) for pair in itertools.combinations(range(4), 2)]

@@ -72,7 +72,7 @@ def test_the_monte_carlo_loss_converges_to_the_bound(antithetic):
     rows, schedule = torch.arange(n), get_schedule("linear")
     x, maskable = x_0.expand(n, 3), torch.ones(n, 3, dtype=torch.bool)
     t = draw_time(1, rows, time_epsilon=1e-3, antithetic=antithetic, group_size=64)
-    noised = mask_tokens(x, maskable, t, schedule, seed=1, rows=rows, mask_id=MASK)
+    noised = mask_tokens(x, maskable, t, schedule, seed=1, sample_index=rows, mask_id=MASK)
     logits = table[noised.z_t[:, 0], noised.z_t[:, 1], noised.z_t[:, 2]]
     ce = masked_cross_entropy(logits[noised.is_masked], x[noised.is_masked])
     weight = token_weight(t, maskable, schedule, "elbo", "tokens")[noised.is_masked]

@@ -326,7 +326,7 @@ def test_the_monte_carlo_loss_converges_to_the_bound(ratio):
         n_ids=TOKENS + 1,
         mask_id=TOY_MASK,
         seed=1,
-        rows=torch.arange(n),
+        sample_index=torch.arange(n),
     )
     rows = torch.cat([logits[tuple(z)] for z in z_t.tolist()])
     alpha = (1 - t.double())[:, None].expand(n, LENGTH).flatten()

@@ -11,7 +11,7 @@ from llamafactory_ddm.diffusion.schedules import get_schedule
 IDS, MASK = 5, 3
 
 
-def mixed(x_0, level, ratio, *, maskable=None, seed=3, rows=None):
+def mixed(x_0, level, ratio, *, maskable=None, seed=3, sample_index=None):
     return mix_tokens(
         x_0,
         torch.ones_like(x_0, dtype=torch.bool) if maskable is None else maskable,
@@ -20,7 +20,7 @@ def mixed(x_0, level, ratio, *, maskable=None, seed=3, rows=None):
         n_ids=IDS,
         mask_id=MASK,
         seed=seed,
-        rows=torch.arange(len(x_0)) if rows is None else rows,
+        sample_index=torch.arange(len(x_0)) if sample_index is None else sample_index,
     )
 
 
@@ -49,7 +49,7 @@ def test_random_tokens_are_evenly_spread_over_many_ids():
         n_ids=n_ids,
         mask_id=0,
         seed=1,
-        rows=torch.arange(1000),
+        sample_index=torch.arange(1000),
     )
     assert int(drawn.min()) >= 0
     assert int(drawn.max()) == n_ids - 1
@@ -64,8 +64,8 @@ def test_random_tokens_are_evenly_spread_over_many_ids():
 def test_without_random_tokens_the_masks_are_those_of_masked_noise(name):
     x_0, rows, schedule = torch.arange(60).reshape(6, 10) % MASK, torch.arange(6) + 7, get_schedule(name)
     t, maskable = torch.linspace(0.1, 0.9, 6), torch.rand(6, 10) < 0.7
-    z_t = mixed(x_0, 1.0 - schedule.alpha(t), 0.0, maskable=maskable, rows=rows)
-    assert torch.equal(z_t, mask_tokens(x_0, maskable, t, schedule, seed=3, rows=rows, mask_id=MASK).z_t)
+    z_t = mixed(x_0, 1.0 - schedule.alpha(t), 0.0, maskable=maskable, sample_index=rows)
+    assert torch.equal(z_t, mask_tokens(x_0, maskable, t, schedule, seed=3, sample_index=rows, mask_id=MASK).z_t)
 
 
 @given(seed=st.integers(0, 2**32), ratio=st.floats(0, 1), data=st.data())
@@ -76,10 +76,10 @@ def test_noise_stays_where_it_may_fall_and_depends_on_the_row_alone(seed, ratio,
     x_0 = torch.randint(0, IDS, (batch, length), generator=generator)
     maskable = torch.rand(batch, length, generator=generator) < 0.7
     rows, level = torch.arange(batch) + seed, torch.rand(batch, generator=generator)
-    z_t = mixed(x_0, level, ratio, maskable=maskable, seed=seed, rows=rows)
+    z_t = mixed(x_0, level, ratio, maskable=maskable, seed=seed, sample_index=rows)
     assert torch.equal(z_t[~maskable], x_0[~maskable])
     one = [
-        mixed(x_0[i, None], level[i, None], ratio, maskable=maskable[i, None], seed=seed, rows=rows[i, None])
+        mixed(x_0[i, None], level[i, None], ratio, maskable=maskable[i, None], seed=seed, sample_index=rows[i, None])
         for i in range(batch)
     ]
     assert torch.equal(z_t, torch.cat(one))
@@ -90,5 +90,12 @@ def test_what_is_out_of_range(ratio, n_ids):
     x = torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"uniform_ratio must lie|n_ids must be"):
         mix_tokens(
-            x, x == 0, torch.ones(1), uniform_ratio=ratio, n_ids=n_ids, mask_id=0, seed=0, rows=torch.zeros(1).long()
+            x,
+            x == 0,
+            torch.ones(1),
+            uniform_ratio=ratio,
+            n_ids=n_ids,
+            mask_id=0,
+            seed=0,
+            sample_index=torch.zeros(1).long(),
         )

@@ -20,7 +20,7 @@ def test_noise_stays_inside_maskable_and_changes_nothing_else(seed, name, data):
     maskable = torch.rand(batch, length, generator=generator) < 0.7
     rows = torch.arange(batch) + seed
     t = draw_time(seed, rows)
-    noised = mask_tokens(x_0, maskable, t, get_schedule(name), seed=seed, rows=rows, mask_id=MASK)
+    noised = mask_tokens(x_0, maskable, t, get_schedule(name), seed=seed, sample_index=rows, mask_id=MASK)
     assert not bool((noised.is_masked & ~maskable).any())
     assert torch.equal(noised.z_t[~noised.is_masked], x_0[~noised.is_masked])
     assert bool((noised.z_t[noised.is_masked] == MASK).all())
@@ -32,7 +32,7 @@ def test_keep_rate_is_alpha(name, time):
     schedule = get_schedule(name)
     x_0, t = torch.zeros(400, 500, dtype=torch.int64), torch.full((400,), time)
     noised = mask_tokens(
-        x_0, torch.ones_like(x_0, dtype=torch.bool), t, schedule, seed=3, rows=torch.arange(400), mask_id=MASK
+        x_0, torch.ones_like(x_0, dtype=torch.bool), t, schedule, seed=3, sample_index=torch.arange(400), mask_id=MASK
     )
     alpha = float(schedule.alpha(torch.tensor(time, dtype=torch.float64)))
     tolerance = 4.5 * (alpha * (1 - alpha) / 2e5) ** 0.5 + 1e-9
@@ -45,7 +45,7 @@ def test_one_batch_equals_its_micro_batches_and_ranks():
 
     def noise(part):
         t = draw_time(11, rows[part], antithetic=True, group_size=8)
-        return mask_tokens(x_0[part], maskable[part], t, schedule, seed=11, rows=rows[part], mask_id=MASK)
+        return mask_tokens(x_0[part], maskable[part], t, schedule, seed=11, sample_index=rows[part], mask_id=MASK)
 
     whole, halves = noise(slice(None)), [noise(slice(0, 4)), noise(slice(4, 8))]
     assert torch.equal(whole.z_t, torch.cat([h.z_t for h in halves]))
@@ -76,7 +76,13 @@ def test_shapes_must_agree():
     x_0 = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="shapes"):
         mask_tokens(
-            x_0, x_0.bool()[:, :2], torch.ones(2), get_schedule("linear"), seed=0, rows=torch.arange(2), mask_id=MASK
+            x_0,
+            x_0.bool()[:, :2],
+            torch.ones(2),
+            get_schedule("linear"),
+            seed=0,
+            sample_index=torch.arange(2),
+            mask_id=MASK,
         )
 
 

@@ -18,7 +18,7 @@ from support.numbers import Ledger
 ROWS, LENGTH, MASK = torch.arange(2, 6), 8, 9
 X = torch.full((len(ROWS), LENGTH), 3)
 ALL, END = torch.ones_like(X, dtype=torch.bool), torch.full((len(ROWS),), 5)
-KEYS = {"seed": 0, "rows": ROWS}
+KEYS = {"seed": 0, "sample_index": ROWS}
 MIXED = MixedObjective(mask_id=MASK, shift=False, schedule=LinearSchedule(), uniform_ratio=0.5, n_ids=9)
 CLEAN = CleanBatch(X, ALL)
 DOCUMENTS, COLLATOR = [{"input_ids": [3] * 6}] * 6, VariableLengthCollator(1, (1,), LENGTH)
@@ -33,7 +33,7 @@ def masks(_):
 
 def plan(steps, first_step=0):
     options = {"editable": ALL, "mask_id": MASK, "steps": steps, "first_step": torch.full_like(ROWS, first_step)}
-    return start(X, **options, **KEYS)[1]
+    return start(X, **options, seed=0, rows=ROWS)[1]
 
 
 def sampled(steps, first_step=0):

@@ -61,7 +61,7 @@ def test_a_template_whose_answers_end_where_the_next_turn_begins(finetune, write
         assert not bool((where & (noised.z_t == clean.x_0)).any())
         left += int((where & (noised.z_t == clean.shown)).sum())
         targets = clean.x_0.clone().fill_(-1)
-        targets.view(-1)[noised.head_rows + 1] = noised.scored["targets"]
+        targets.view(-1)[noised.head_index + 1] = noised.scored["targets"]
         hidden += int((targets[where] == 0).sum())
     assert hidden and left and len(batches) == 2
 

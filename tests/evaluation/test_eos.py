@@ -21,7 +21,7 @@ END = torch.tensor([6, 3, 9])
 
 def rows(kinds=KINDS, end=END, first=0):
     maskable = (kinds > 0) & (kinds < 4)
-    return EndRows(maskable, kinds == 4, end, seed=0, rows=torch.arange(first, first + len(kinds)))
+    return EndRows(maskable, kinds == 4, end, seed=0, sample_index=torch.arange(first, first + len(kinds)))
 
 
 def table(kinds=KINDS, *, shift_end=0):

@@ -5,7 +5,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.denoiser import ModelDenoiser, RowSelectingHead
-from llamafactory_ddm.objectives.shift import head_rows, predictable
+from llamafactory_ddm.objectives.shift import head_index, predictable
 from support.tiny import LENGTH, VOCABULARY, Rows, tiny_model
 
 
@@ -19,7 +19,7 @@ def test_with_shift_position_zero_is_not_predictable():
     assert predictable(maskable, True).tolist() == [[False, True, True]] * 2
     assert predictable(maskable, False) is maskable
     with pytest.raises(ValueError, match="never predicted"):
-        head_rows(maskable, True)
+        head_index(maskable, True)
 
 
 @pytest.mark.parametrize("shift", [True, False])

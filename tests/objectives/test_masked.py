@@ -78,23 +78,23 @@ def test_a_mask_of_the_text_is_what_a_given_token_is(kind, name):
     for norm, noise, ratio in itertools.product(("tokens", "masked", "sequence"), (None, ends, counts), (0.0, 0.6)):
         more = {"ends": noise} if kind == "masked" else {}
         ours = objective(kind, norm=norm, truncate_ratio=ratio, **more)
-        clean, given = (ours.clean(each).truncated(ratio, seed=0, rows=ROWS) for each in (batch, without))
+        clean, given = (ours.clean(each).truncated(ratio, seed=0, sample_index=ROWS) for each in (batch, without))
         expected = without["maskable"].clone()
         expected[:, 0] = False
         if not ratio:
             assert torch.equal(clean.maskable, expected)
-        one, two = (ours.noise(each, rows=ROWS, group_size=6, step=1) for each in (clean, given))
+        one, two = (ours.noise(each, sample_index=ROWS, group_size=6, step=1) for each in (clean, given))
         assert MASK_ID not in one.scored["targets"]
         assert all(torch.equal(one.scored[key], two.scored[key]) for key in one.scored)
-        assert torch.equal(one.head_rows, two.head_rows) and torch.equal(one.z_t, two.z_t)
+        assert torch.equal(one.head_index, two.head_index) and torch.equal(one.z_t, two.z_t)
         if not ratio and noise is None:
             counted = {"tokens": int(expected.sum()), "sequence": int(expected.any(dim=1).sum())}
             assert int(one.denominator) == counted.get(norm, int(one.denominator))
             assert int(one.n_maskable) == int(expected.sum())
             scored = (expected & (one.z_t == MASK_ID)).sum() if kind == "masked" else expected.sum()
-            assert len(one.head_rows) == int(scored)
+            assert len(one.head_index) == int(scored)
     noised = ours.evaluation(
-        objective(kind).clean(batch), torch.full((6,), 0.99, dtype=torch.float64), seed=0, rows=ROWS
+        objective(kind).clean(batch), torch.full((6,), 0.99, dtype=torch.float64), seed=0, sample_index=ROWS
     )
     assert torch.equal(noised.n_counted, expected.sum(dim=1))
     assert not bool((noised.is_scored & ~expected).any())
@@ -111,7 +111,7 @@ def test_a_row_of_masks_alone_is_not_in_the_likelihood_bound():
         draws = []
         for seed in range(400):
             noised = ours.evaluation(
-                clean, torch.full((2,), level, dtype=torch.float64), seed=seed, rows=torch.arange(2)
+                clean, torch.full((2,), level, dtype=torch.float64), seed=seed, sample_index=torch.arange(2)
             )
             nll, bound = ours.evaluate(cost[noised.is_scored], clean, noised)
             assert noised.n_counted.tolist() == [2, 0] and len(nll) == round(2 * (level + 0.25))
@@ -139,9 +139,9 @@ def test_an_end_in_the_place_of_the_next_turn_is_hidden_as_an_end_and_shown_as_t
     ours, rows = objective(kind), torch.arange(64)
     clean = ours.clean(collate([TURNS] * 64))
     assert clean.maskable[0].tolist() == [False] * 3 + [True] * 3 + [False] * 2 + [True] * 4
-    batch = ours.noise(clean, rows=rows, group_size=64)
+    batch = ours.noise(clean, sample_index=rows, group_size=64)
     targets = torch.full((64, 12), -100)
-    targets.view(-1)[batch.head_rows + 1] = batch.scored["targets"]
+    targets.view(-1)[batch.head_index + 1] = batch.scored["targets"]
     there = targets[:, 5]
     assert set(there.tolist()) <= {EOS, -100} and EOS in there
     hidden = batch.z_t[:, 5]
@@ -150,9 +150,9 @@ def test_an_end_in_the_place_of_the_next_turn_is_hidden_as_an_end_and_shown_as_t
         assert set(hidden.tolist()) == {MASK_ID, 20} and torch.equal(there == EOS, hidden == MASK_ID)
     else:
         noised = torch.full((64, 12), -100)
-        noised.view(-1)[batch.head_rows + 1] = batch.scored["noised"]
+        noised.view(-1)[batch.head_index + 1] = batch.scored["noised"]
         assert torch.equal(noised[:, 5] == EOS, hidden == 20)  # kept, for the loss
-    noised = ours.evaluation(clean, torch.full((64,), 0.3, dtype=torch.float64), seed=0, rows=rows)
+    noised = ours.evaluation(clean, torch.full((64,), 0.3, dtype=torch.float64), seed=0, sample_index=rows)
     assert EOS in noised.z[:, 5]
     assert EOS not in clean.displayed(noised.z)[:, 5] and 20 in clean.displayed(noised.z)[:, 5]
 

@@ -27,10 +27,10 @@ def clean_batch(copies=1, shift=False, masks=()):
 
 def test_every_token_that_noise_may_fall_on_is_scored_and_no_other():
     clean = clean_batch(shift=True, masks=[(0, 3)])  # where the model cannot predict it
-    batch = objective(shift=True).noise(clean, rows=torch.arange(4), group_size=4)
+    batch = objective(shift=True).noise(clean, sample_index=torch.arange(4), group_size=4)
     scored = torch.arange(16) < torch.tensor([16, 9, 5, 12])[:, None]
     scored[:, 0] = scored[0, 3] = False
-    assert torch.equal(batch.head_rows, scored.flatten().nonzero()[:, 0] - 1)
+    assert torch.equal(batch.head_index, scored.flatten().nonzero()[:, 0] - 1)
     assert torch.equal(batch.scored["targets"], clean.x_0[scored])
     assert torch.equal(batch.scored["noised"], batch.z_t[scored])
     assert torch.equal(batch.z_t[~scored], clean.x_0[~scored])
@@ -41,7 +41,7 @@ def test_every_token_that_noise_may_fall_on_is_scored_and_no_other():
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_alpha_and_weight_are_those_of_the_row(name):
     schedule, clean = get_schedule(name), clean_batch()
-    batch = objective(schedule=schedule, time_epsilon=0.1).noise(clean, rows=torch.arange(4), group_size=4)
+    batch = objective(schedule=schedule, time_epsilon=0.1).noise(clean, sample_index=torch.arange(4), group_size=4)
     alpha, weight = batch.scored["alpha"].view(torch.float64), batch.scored["weight"].view(torch.float32)
     assert len(alpha.unique()) == len(weight.unique()) == 4
     expected = -schedule.dalpha(time_of(schedule, alpha)) / (1 - alpha)
@@ -60,9 +60,9 @@ def test_training_and_evaluation_estimate_the_same_bound():
     def logits(z):
         return model(input_ids=z, attention_mask=keep, use_cache=False).logits[scored]
 
-    batch = ours.noise(clean, rows=rows, group_size=4 * copies)
+    batch = ours.noise(clean, sample_index=rows, group_size=4 * copies)
     loss, terms = ours.loss(logits(batch.z_t), batch.scored, batch.denominator)
-    noised = ours.evaluation(clean, evaluation_times(rows, 1)[:, 0], seed=0, rows=rows)
+    noised = ours.evaluation(clean, evaluation_times(rows, 1)[:, 0], seed=0, sample_index=rows)
     kl, bound = ours.evaluate(logits(noised.z), clean, noised)
     assert float(loss) == pytest.approx(float(bound.sum() / noised.n_counted.sum()), rel=0.04)
     weight = noised.weight[scored.nonzero()[:, 0]]

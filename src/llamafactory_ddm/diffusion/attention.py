@@ -41,8 +41,8 @@ def annealed_visibility(length: int, ratio: float, *, seed: int, draw: int, devi
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio must lie in [0, 1], got {ratio}")
-    rows = torch.arange(length, device=device, dtype=torch.int64)
-    visible = keyed_uniform(seed, Stream.ATTENTION, rows, length, steps=torch.full_like(rows, draw)) < ratio
+    position = torch.arange(length, device=device, dtype=torch.int64)
+    visible = keyed_uniform(seed, Stream.ATTENTION, position, length, steps=torch.full_like(position, draw)) < ratio
     position = torch.arange(length, device=device)
     return (visible | (position[None, :] <= position[:, None]))[None, None]
 

@@ -76,7 +76,7 @@ def draw_masks(
     weighting: LossWeighting,
     step: int,
     seed: int,
-    rows: Tensor,
+    sample_index: Tensor,
 ) -> EndMasks:
     """Mask a batch so that it teaches the end of its texts.
 
@@ -94,18 +94,18 @@ def draw_masks(
         weighting: `elbo` or `uniform`.
         step: optimiser steps finished so far.
         seed: of the run.
-        rows: [batch] int64, ordinals in the run's global order.
+        sample_index: [batch] int64, ordinals in the run's global order.
     """
     ratio = noise.pad_ratio(step)
-    kept = maskable if ratio is None else scored_pads(maskable, is_pad, ratio, seed=seed, rows=rows)
+    kept = maskable if ratio is None else scored_pads(maskable, is_pad, ratio, seed=seed, sample_index=sample_index)
     if ratio is None or noise.pad_mask_method == "elbo":
-        is_masked, scored = draw_masked(maskable, t, schedule, seed=seed, rows=rows), kept
+        is_masked, scored = draw_masked(maskable, t, schedule, seed=seed, sample_index=sample_index), kept
     else:
         level = 1.0 - schedule.alpha(t)
-        is_masked, scored = mask_counts(maskable, is_pad, level, ratio, seed=seed, rows=rows), maskable
+        is_masked, scored = mask_counts(maskable, is_pad, level, ratio, seed=seed, sample_index=sample_index), maskable
     weight = row_weight(t, schedule, weighting)
-    window = is_window_row(end, noise.eos_window_ratio, seed=seed, rows=rows)
-    around = mask_end(maskable, end, noise.eos_window(step), seed=seed, rows=rows)
+    window = is_window_row(end, noise.eos_window_ratio, seed=seed, sample_index=sample_index)
+    around = mask_end(maskable, end, noise.eos_window(step), seed=seed, sample_index=sample_index)
     share = kept.sum(dim=1) / (around & kept).sum(dim=1).clamp(min=1)
     return EndMasks(
         maskable=torch.where(window[:, None], kept, scored),
@@ -126,7 +126,7 @@ def risen(step: int, steps: int) -> float:
     return 1.0 if steps == 0 else min(1.0, step / steps)
 
 
-def scored_pads(maskable: Tensor, is_pad: Tensor, ratio: float, *, seed: int, rows: Tensor) -> Tensor:
+def scored_pads(maskable: Tensor, is_pad: Tensor, ratio: float, *, seed: int, sample_index: Tensor) -> Tensor:
     """Return `maskable` without a random part of the pads, on which the model is not scored; they are noised as ever.
 
     A row of n text tokens and m pads keeps each pad with probability r = min(1, ratio n / ((1 - ratio) m)), so that of
@@ -142,7 +142,7 @@ def scored_pads(maskable: Tensor, is_pad: Tensor, ratio: float, *, seed: int, ro
         is_pad: [batch, length] bool, pads behind the text; those that are not maskable stay so.
         ratio: in [0, 1].
         seed: of the run.
-        rows: [batch] int64, ordinals in the run's global order.
+        sample_index: [batch] int64, ordinals in the run's global order.
     Returns:
         [batch, length] bool.
     Raises:
@@ -155,11 +155,13 @@ def scored_pads(maskable: Tensor, is_pad: Tensor, ratio: float, *, seed: int, ro
     keep = (ratio * n / ((1.0 - ratio) * m)).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0)
     if ratio == 1.0:
         keep = torch.ones_like(keep)
-    u = keyed_uniform(seed, Stream.PAD, rows, maskable.shape[1])
+    u = keyed_uniform(seed, Stream.PAD, sample_index, maskable.shape[1])
     return maskable & ~(pads & (u >= keep[:, None]))
 
 
-def mask_counts(maskable: Tensor, is_pad: Tensor, t: Tensor, ratio: float, *, seed: int, rows: Tensor) -> Tensor:
+def mask_counts(
+    maskable: Tensor, is_pad: Tensor, t: Tensor, ratio: float, *, seed: int, sample_index: Tensor
+) -> Tensor:
     """Mask floor(t ratio L) pads and floor(t (1 - ratio) L) other tokens of a row's L maskable ones, at random.
 
     Each number is capped by how many there are; where both are 0, one token that is no pad is masked, or a pad where
@@ -176,7 +178,7 @@ def mask_counts(maskable: Tensor, is_pad: Tensor, t: Tensor, ratio: float, *, se
         t: [batch] float32, the time of each row.
         ratio: in [0, 1], the share of masked tokens that are to be pads.
         seed: of the run.
-        rows: [batch] int64, ordinals in the run's global order.
+        sample_index: [batch] int64, ordinals in the run's global order.
     Returns:
         [batch, length] bool, True where masked.
     Raises:
@@ -193,25 +195,25 @@ def mask_counts(maskable: Tensor, is_pad: Tensor, t: Tensor, ratio: float, *, se
     none = k_pads + k_text == 0
     k_text = torch.where(none & (n_text > 0), 1, k_text)
     k_pads = torch.where(none & (n_text == 0), n_pads.clamp(max=1), k_pads)
-    u = keyed_uniform(seed, Stream.MASK, rows, maskable.shape[1])
+    u = keyed_uniform(seed, Stream.MASK, sample_index, maskable.shape[1])
     return lowest(u, pads, k_pads) | lowest(u, text, k_text)
 
 
-def is_window_row(end: Tensor, ratio: float, *, seed: int, rows: Tensor) -> Tensor:
+def is_window_row(end: Tensor, ratio: float, *, seed: int, sample_index: Tensor) -> Tensor:
     """Draw which rows are masked around their end, each with probability `ratio`; never one without an end.
 
     Args:
         end: [batch] int64, index of the end-of-text token, -1 where a row has none.
         ratio: in [0, 1].
         seed: of the run.
-        rows: [batch] int64, ordinals in the run's global order.
+        sample_index: [batch] int64, ordinals in the run's global order.
     Returns:
         [batch] bool.
     """
-    return (keyed_uniform(seed, Stream.WINDOW, rows, 2)[:, 0] < ratio) & (end >= 0)
+    return (keyed_uniform(seed, Stream.WINDOW, sample_index, 2)[:, 0] < ratio) & (end >= 0)
 
 
-def mask_end(maskable: Tensor, end: Tensor, window: int, *, seed: int, rows: Tensor) -> Tensor:
+def mask_end(maskable: Tensor, end: Tensor, window: int, *, seed: int, sample_index: Tensor) -> Tensor:
     """Mask the end of the text, a few tokens before it, and everything behind it.
 
     How many tokens before the end is drawn uniformly from 0 to `window`, so that how far the end lies behind the first
@@ -222,11 +224,11 @@ def mask_end(maskable: Tensor, end: Tensor, window: int, *, seed: int, rows: Ten
         end: [batch] int64, index of the end-of-text token; -1 masks nothing.
         window: the most tokens before the end.
         seed: of the run.
-        rows: [batch] int64, ordinals in the run's global order.
+        sample_index: [batch] int64, ordinals in the run's global order.
     Returns:
         [batch, length] bool, True where masked.
     """
-    u = keyed_uniform(seed, Stream.WINDOW, rows, 2)[:, 1].double()
+    u = keyed_uniform(seed, Stream.WINDOW, sample_index, 2)[:, 1].double()
     first = end - (u * (window + 1)).floor().long()
     place = torch.arange(maskable.shape[1], device=maskable.device)
     return maskable & (place >= first[:, None]) & (end >= 0)[:, None]

@@ -11,14 +11,14 @@ from .rng import keyed_uniform
 _GOLDEN = 0.6180339887498949
 
 
-def evaluation_times(rows: Tensor, samples: int) -> Tensor:
+def evaluation_times(sample_index: Tensor, samples: int) -> Tensor:
     """Return the noise level of each row's samples, stratified over samples and spread evenly over rows.
 
     Sample k of a row lies in [k / samples, (k + 1) / samples); within it the rows follow a golden-ratio sequence, so
     that any number of rows covers the stratum evenly and a row's levels depend on its ordinal alone.
 
     Args:
-        rows: [batch] int64, ordinals within the evaluation set.
+        sample_index: [batch] int64, ordinals within the evaluation set.
         samples: levels per row.
     Returns:
         [batch, samples] float64 in [0, 1).
@@ -27,11 +27,11 @@ def evaluation_times(rows: Tensor, samples: int) -> Tensor:
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    offset = ((rows.to(torch.float64) + 0.5) * _GOLDEN) % 1.0
-    return (torch.arange(samples, device=rows.device, dtype=torch.float64) + offset[:, None]) / samples
+    offset = ((sample_index.to(torch.float64) + 0.5) * _GOLDEN) % 1.0
+    return (torch.arange(samples, device=sample_index.device, dtype=torch.float64) + offset[:, None]) / samples
 
 
-def mask_exactly(maskable: Tensor, level: Tensor, *, seed: int, rows: Tensor) -> Tensor:
+def mask_exactly(maskable: Tensor, level: Tensor, *, seed: int, sample_index: Tensor) -> Tensor:
     """Mask k = floor(level * n) + 1 of each row's n maskable tokens, chosen uniformly.
 
     With `level` uniform on [0, 1), k is uniform on 1..n, and n times the mean cross-entropy of the k masked tokens is
@@ -42,14 +42,14 @@ def mask_exactly(maskable: Tensor, level: Tensor, *, seed: int, rows: Tensor) ->
         maskable: [batch, length] bool.
         level: [batch] float64 in [0, 1).
         seed: fixed for evaluation.
-        rows: [batch] int64, ordinals of the draw.
+        sample_index: [batch] int64, ordinals of the draw.
     Returns:
         [batch, length] bool, True where masked; all False in a row without maskable tokens.
     Source: Ou et al. 2024 (arXiv 2406.03736) and LLaDA (arXiv 2502.09992), eq. 6, for the (L / k) estimator.
     """
     n = maskable.sum(dim=1)
     k = torch.minimum((level * n).floor().to(torch.int64) + 1, n)
-    return lowest(keyed_uniform(seed, Stream.EVALUATION, rows, maskable.shape[1]), maskable, k)
+    return lowest(keyed_uniform(seed, Stream.EVALUATION, sample_index, maskable.shape[1]), maskable, k)
 
 
 def bound_per_row(nll: Tensor, is_masked: Tensor, maskable: Tensor) -> Tensor:

@@ -51,13 +51,13 @@ class NoisedBatch:
 
 
 def draw_time(
-    seed: int, rows: Tensor, *, time_epsilon: float = 1e-3, antithetic: bool = False, group_size: int = 1
+    seed: int, sample_index: Tensor, *, time_epsilon: float = 1e-3, antithetic: bool = False, group_size: int = 1
 ) -> Tensor:
     """Draw t = (1 - time_epsilon) u + time_epsilon for each row.
 
     Args:
         seed: of the run.
-        rows: [batch] int64, ordinals in the run's global order.
+        sample_index: [batch] int64, ordinals in the run's global order.
         time_epsilon: the smallest t, in [0, 1).
         antithetic: stratify u over each group of `group_size` consecutive ordinals: u_i = (u_group + i / group_size)
             mod 1.
@@ -75,16 +75,16 @@ def draw_time(
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}")
     if antithetic:
-        group = torch.div(rows, group_size, rounding_mode="floor")
-        offset = (rows - group * group_size).to(torch.float64) / group_size
+        group = torch.div(sample_index, group_size, rounding_mode="floor")
+        offset = (sample_index - group * group_size).to(torch.float64) / group_size
         u = ((keyed_uniform(seed, Stream.TIME, group, 1)[:, 0].to(torch.float64) + offset) % 1.0).to(torch.float32)
     else:
-        u = keyed_uniform(seed, Stream.TIME, rows, 1)[:, 0]
+        u = keyed_uniform(seed, Stream.TIME, sample_index, 1)[:, 0]
     return (1.0 - time_epsilon) * u + time_epsilon
 
 
 def mask_tokens(
-    x_0: Tensor, maskable: Tensor, t: Tensor, schedule: NoiseSchedule, *, seed: int, rows: Tensor, mask_id: int
+    x_0: Tensor, maskable: Tensor, t: Tensor, schedule: NoiseSchedule, *, seed: int, sample_index: Tensor, mask_id: int
 ) -> NoisedBatch:
     """Replace each maskable token by [MASK] with probability 1 - alpha(t), independently.
 
@@ -94,18 +94,18 @@ def mask_tokens(
         t: [batch] float32, the time of each row.
         schedule: gives alpha.
         seed: of the run.
-        rows: [batch] int64, ordinals in the run's global order.
+        sample_index: [batch] int64, ordinals in the run's global order.
         mask_id: the id of [MASK].
     Raises:
         ValueError: if the shapes disagree.
     Source: MDLM (arXiv 2406.07524), eq. 3.
     """
-    if x_0.shape != maskable.shape or t.shape != x_0.shape[:1] or rows.shape != x_0.shape[:1]:
+    if x_0.shape != maskable.shape or t.shape != x_0.shape[:1] or sample_index.shape != x_0.shape[:1]:
         raise ValueError(
             f"shapes disagree: x_0 {tuple(x_0.shape)}, maskable {tuple(maskable.shape)}, t {tuple(t.shape)}, "
-            f"rows {tuple(rows.shape)}"
+            f"sample_index {tuple(sample_index.shape)}"
         )
-    is_masked = draw_masked(maskable, t, schedule, seed=seed, rows=rows)
+    is_masked = draw_masked(maskable, t, schedule, seed=seed, sample_index=sample_index)
     return NoisedBatch(z_t=x_0.masked_fill(is_masked, mask_id), is_masked=is_masked, t=t)
 
 
@@ -118,7 +118,7 @@ def mix_tokens(
     n_ids: int,
     mask_id: int,
     seed: int,
-    rows: Tensor,
+    sample_index: Tensor,
     stream: int = Stream.MASK,
     uniform_stream: int = Stream.UNIFORM,
 ) -> Tensor:
@@ -135,7 +135,7 @@ def mix_tokens(
         n_ids: ids to draw from, from 0.
         mask_id: the id of [MASK].
         seed: of the run.
-        rows: [batch] int64, ordinals in the run's global order.
+        sample_index: [batch] int64, ordinals in the run's global order.
         stream: of u.
         uniform_stream: of the random tokens.
     Returns:
@@ -148,22 +148,22 @@ def mix_tokens(
         raise ValueError(f"uniform_ratio must lie in [0, 1], got {uniform_ratio}")
     if n_ids < 1:
         raise ValueError(f"n_ids must be at least 1, got {n_ids}")
-    u, level = keyed_uniform(seed, stream, rows, x_0.shape[1]), noise_level[:, None]
+    u, level = keyed_uniform(seed, stream, sample_index, x_0.shape[1]), noise_level[:, None]
     z_t = x_0.masked_fill((u < level) & maskable, mask_id)
     if not uniform_ratio:
         return z_t
     # One number has 24 bits, which would favour some of many ids; two have enough.
-    pair = keyed_uniform(seed, uniform_stream, rows, 2 * x_0.shape[1]).double()
+    pair = keyed_uniform(seed, uniform_stream, sample_index, 2 * x_0.shape[1]).double()
     drawn = ((pair[:, 0::2] + pair[:, 1::2] * 2.0**-24) * n_ids).long()
     return torch.where((u < uniform_ratio * level) & maskable, drawn, z_t)
 
 
-def draw_masked(maskable: Tensor, t: Tensor, schedule: NoiseSchedule, *, seed: int, rows: Tensor) -> Tensor:
+def draw_masked(maskable: Tensor, t: Tensor, schedule: NoiseSchedule, *, seed: int, sample_index: Tensor) -> Tensor:
     """Return [batch, length] bool, each maskable position with probability 1 - alpha(t), independently.
 
     The arguments are those of `mask_tokens`.
     """
-    u = keyed_uniform(seed, Stream.MASK, rows, maskable.shape[1])
+    u = keyed_uniform(seed, Stream.MASK, sample_index, maskable.shape[1])
     return (u < (1.0 - schedule.alpha(t))[:, None]) & maskable
 
 

@@ -43,19 +43,19 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
-def keyed_uniform(seed: int, stream: int, rows: Tensor, length: int, *, steps: Tensor | None = None) -> Tensor:
+def keyed_uniform(seed: int, stream: int, sample_index: Tensor, length: int, *, steps: Tensor | None = None) -> Tensor:
     """Return uniform numbers in [0, 1) that depend only on (seed, stream, row, step, column).
 
     Args:
         seed: any integer in [0, 2**64).
         stream: which use the numbers are for, in [0, 2**32); streams are independent.
-        rows: [n_rows] int64 >= 0, the ordinal of each row in the run's global order; below 2**32 with `steps`, which
-            take the word of the counter that otherwise holds the upper half of the row.
+        sample_index: [n_rows] int64 >= 0, the ordinal of each row in the run's global order; below 2**32 with `steps`,
+            which take the word of the counter that otherwise holds the upper half of the ordinal.
         length: how many numbers a row gets.
         steps: [n_rows] int64 in [0, 2**32), which of a row's repeated draws this is. A stream is drawn from either
             always with steps or never.
     Returns:
-        [n_rows, length] float32, a multiple of 2**-24, on the device of `rows`.
+        [n_rows, length] float32, a multiple of 2**-24, on the device of `sample_index`.
     Raises:
         ValueError: if `seed`, `stream` or `length` is out of range.
     """
@@ -65,8 +65,8 @@ def keyed_uniform(seed: int, stream: int, rows: Tensor, length: int, *, steps: T
         raise ValueError(f"stream must lie in [0, 2**32), got {stream}")
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
-    blocks = torch.arange((length + 3) // 4, device=rows.device, dtype=torch.int64)
-    row = rows.to(torch.int64)[:, None]
+    blocks = torch.arange((length + 3) // 4, device=sample_index.device, dtype=torch.int64)
+    row = sample_index.to(torch.int64)[:, None]
     third = row >> 32 if steps is None else steps.to(torch.int64)[:, None]
     counter = (blocks[None, :], row & _MASK32, third & _MASK32, torch.full_like(row, stream))
     words = philox4x32(counter, (seed & _MASK32, seed >> 32))

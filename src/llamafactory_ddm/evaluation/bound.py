@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..diffusion.likelihood import evaluation_times
 from ..objectives.base import CleanBatch, Objective
-from ..objectives.shift import head_rows
+from ..objectives.shift import head_index
 
 # Evaluation draws the same noise whatever seed trained the model, so that runs compare.
 EVALUATION_SEED = 0
@@ -38,9 +38,9 @@ def row_statistics(
     placement = clean.placement()
     for sample in range(samples):
         noised = objective.evaluation(
-            clean, levels[:, sample], seed=EVALUATION_SEED, rows=sample_index * samples + sample
+            clean, levels[:, sample], seed=EVALUATION_SEED, sample_index=sample_index * samples + sample
         )
-        wanted = head_rows(noised.is_scored, objective.shift)
+        wanted = head_index(noised.is_scored, objective.shift)
         terms, bound = objective.evaluate(logits(clean.displayed(noised.z), wanted, placement), clean, noised)
         statistics[:, 0] += bound / samples
         statistics[:, 1] = noised.n_counted

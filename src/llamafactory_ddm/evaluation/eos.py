@@ -30,14 +30,14 @@ class EndRows:
         is_padding: [batch, length] bool, what lies outside of the canvas.
         end: [batch] int64, index of the end-of-text token; rows without one (-1) are left out.
         seed: of what is revealed and where rows are cut.
-        rows: [batch] int64, ordinals within the evaluation set.
+        sample_index: [batch] int64, ordinals within the evaluation set.
     """
 
     maskable: Tensor
     is_padding: Tensor
     end: Tensor
     seed: int
-    rows: Tensor
+    sample_index: Tensor
 
 
 def last_text(maskable: Tensor, end: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def hidden_after_revealing(batch: EndRows, share: float) -> Tensor:
     place = torch.arange(batch.maskable.shape[1])
     text = batch.maskable & (place < batch.end[:, None])
     count = (text.sum(dim=1).double() * share).floor().long()
-    u = keyed_uniform(batch.seed, Stream.EVALUATION_REVEAL, batch.rows, batch.maskable.shape[1])
+    u = keyed_uniform(batch.seed, Stream.EVALUATION_REVEAL, batch.sample_index, batch.maskable.shape[1])
     return batch.maskable & ~lowest(u, text, count)
 
 
@@ -118,7 +118,7 @@ def _first_step(batch: EndRows, share: float, logits: Logits, end_ids: Sequence[
 def _quarter(batch: EndRows, number: int, logits: Logits, ends: Tensor) -> Tensor:
     """Return [batch, 4] float64: true and false positives, false and true negatives behind a cut in a quarter."""
     length = batch.maskable.shape[1] - batch.is_padding.sum(dim=1)
-    u = keyed_uniform(batch.seed, Stream.EVALUATION_CUT, batch.rows, QUARTERS)[:, number].double()
+    u = keyed_uniform(batch.seed, Stream.EVALUATION_CUT, batch.sample_index, QUARTERS)[:, number].double()
     cut = ((number + u) / QUARTERS * length).floor().long()
     place = torch.arange(batch.maskable.shape[1])
     masked = batch.maskable & (place >= cut[:, None])
@@ -151,18 +151,18 @@ def metrics(total: Tensor) -> dict[str, dict[str, float]]:
         step.
     """
     values = total.tolist()
-    rows = values[0]
-    if rows == 0:
+    n_rows = values[0]
+    if n_rows == 0:
         raise ValueError("no row has an end to be found; set variable_length, and look at eval_dataset")
     result: dict[str, dict[str, float]] = {}
     for index, share in enumerate(REVEALED):
         _, p_eos, top1, mrr, error, square = values[index * _COUNTS : (index + 1) * _COUNTS]
         result[f"revealed {share:g}"] = {
-            "p_eos": p_eos / rows,
-            "top1": top1 / rows,
-            "mrr": mrr / rows,
-            "length_mae": error / rows,
-            "length_rmse": (square / rows) ** 0.5,
+            "p_eos": p_eos / n_rows,
+            "top1": top1 / n_rows,
+            "mrr": mrr / n_rows,
+            "length_mae": error / n_rows,
+            "length_rmse": (square / n_rows) ** 0.5,
         }
     for index in range(QUARTERS):
         low = len(REVEALED) * _COUNTS + index * _CONFUSION

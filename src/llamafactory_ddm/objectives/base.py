@@ -72,18 +72,18 @@ class CleanBatch:
         others = (batch[key].to("cpu") if key in batch else None for key in _OTHERS)
         return cls(x_0, predictable(maskable, shift) & (x_0 != mask_id), is_padding, *others)
 
-    def truncated(self, ratio: float, *, seed: int, rows: Tensor) -> CleanBatch:
+    def truncated(self, ratio: float, *, seed: int, sample_index: Tensor) -> CleanBatch:
         """Cut a share of the rows to a random length, from 1 to their own; what is cut off becomes padding.
 
         Args:
             ratio: share of the rows, in [0, 1].
             seed: of the run.
-            rows: [batch] int64, ordinals in the run's global order.
+            sample_index: [batch] int64, ordinals in the run's global order.
         Source: LLaDA (arXiv 2502.09992), section 2.2, which cuts 1 % of its sequences.
         """
         if not ratio:
             return self
-        u = keyed_uniform(seed, Stream.TRUNCATE, rows, 2).double()
+        u = keyed_uniform(seed, Stream.TRUNCATE, sample_index, 2).double()
         real = torch.ones_like(self.maskable) if self.is_padding is None else ~self.is_padding
         length = (u[:, 1] * real.sum(dim=1)).floor().long() + 1
         cut = real & (real.cumsum(dim=1) > length[:, None]) & (u[:, 0] < ratio)[:, None]
@@ -124,7 +124,7 @@ class TrainingBatch:
 
     Attributes:
         z_t: [batch, length] int64, noised ids as the model is given them.
-        head_rows: [n_scored] int64, rows of the flattened hidden states that predict the tokens that are scored.
+        head_index: [n_scored] int64, rows of the flattened hidden states that predict the tokens that are scored.
         scored: by name, integers of the scored tokens that the loss needs, [n_scored] each; floating ones as bits, as
             DeepSpeed would round them to half precision on their way to the device.
         denominator: int64 scalar, this batch's share of what the weighted sum is divided by.
@@ -133,7 +133,7 @@ class TrainingBatch:
     """
 
     z_t: Tensor
-    head_rows: Tensor
+    head_index: Tensor
     scored: dict[str, Tensor]
     denominator: Tensor
     n_maskable: Tensor
@@ -215,19 +215,19 @@ class Objective(ABC):
         """Read what a collator made; see `CleanBatch.of`."""
         return CleanBatch.of(batch, shift=self.shift, mask_id=self.mask_id)
 
-    def draw_time(self, rows: Tensor, group_size: int) -> Tensor:
+    def draw_time(self, sample_index: Tensor, group_size: int) -> Tensor:
         """Return [batch] float32, the time of each row; the arguments are those of `noise`."""
         return draw_time(
-            self.seed, rows, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
+            self.seed, sample_index, time_epsilon=self.time_epsilon, antithetic=self.antithetic, group_size=group_size
         )
 
     @abstractmethod
-    def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
+    def noise(self, clean: CleanBatch, *, sample_index: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw t and the noise of a micro-batch.
 
         Args:
             clean: from `clean`.
-            rows: [batch] int64, ordinals in the run's global order.
+            sample_index: [batch] int64, ordinals in the run's global order.
             group_size: rows of one optimiser step over ranks and micro-steps.
             step: optimiser steps finished so far.
         """
@@ -246,14 +246,14 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, rows: Tensor) -> EvaluationBatch:
+    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, sample_index: Tensor) -> EvaluationBatch:
         """Noise a batch for evaluation.
 
         Args:
             clean: from `clean`.
             level: [batch] float64, uniform in [0, 1), from `evaluation_times`.
             seed: fixed for evaluation.
-            rows: [batch] int64, ordinals of the draw.
+            sample_index: [batch] int64, ordinals of the draw.
         """
 
     @abstractmethod

@@ -15,7 +15,7 @@ from ..diffusion.loss_weights import denominator, token_weight
 from ..diffusion.losses import masked_cross_entropy
 from ..diffusion.noise import mask_tokens
 from .base import OBJECTIVES, CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
-from .shift import head_rows
+from .shift import head_index
 
 
 @OBJECTIVES.register
@@ -43,10 +43,10 @@ class MaskedObjective(Objective):
         """Return True."""
         return True
 
-    def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
+    def noise(self, clean: CleanBatch, *, sample_index: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw t and the masks of a micro-batch; see `Objective.noise`."""
         x_0, maskable = clean.x_0, clean.maskable
-        t = self.draw_time(rows, group_size)
+        t = self.draw_time(sample_index, group_size)
         row = None
         if self.ends is not None and clean.is_pad is not None and clean.end is not None:
             drawn = draw_masks(
@@ -59,17 +59,19 @@ class MaskedObjective(Objective):
                 weighting=self.weighting,
                 step=step,
                 seed=self.seed,
-                rows=rows,
+                sample_index=sample_index,
             )
             maskable, is_scored, row = drawn.maskable, drawn.is_scored, drawn.weight
             z_t = x_0.masked_fill(drawn.is_masked, self.mask_id)
         else:
-            noised = mask_tokens(x_0, maskable, t, self.schedule, seed=self.seed, rows=rows, mask_id=self.mask_id)
+            noised = mask_tokens(
+                x_0, maskable, t, self.schedule, seed=self.seed, sample_index=sample_index, mask_id=self.mask_id
+            )
             is_scored, z_t = noised.is_masked, noised.z_t
         weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm, row=row)
         return TrainingBatch(
             z_t=clean.displayed(z_t),
-            head_rows=head_rows(is_scored, self.shift),
+            head_index=head_index(is_scored, self.shift),
             scored={"targets": x_0[is_scored], "weight": as_bits(weight[is_scored])},
             denominator=denominator(is_scored, maskable, self.norm),
             n_maskable=maskable.sum(),
@@ -82,9 +84,9 @@ class MaskedObjective(Objective):
         weighted = (nll * scored["weight"].view(torch.float32)).sum()
         return weighted / denominator.clamp(min=1), nll.detach().sum()
 
-    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, rows: Tensor) -> EvaluationBatch:
+    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, sample_index: Tensor) -> EvaluationBatch:
         """Mask a number of tokens that the level fixes; see `Objective.evaluation`."""
-        is_masked = mask_exactly(clean.maskable, level, seed=seed, rows=rows)
+        is_masked = mask_exactly(clean.maskable, level, seed=seed, sample_index=sample_index)
         z = clean.x_0.masked_fill(is_masked, self.mask_id)
         return EvaluationBatch(z, is_masked, level, clean.maskable.sum(dim=1), torch.ones_like(level))
 

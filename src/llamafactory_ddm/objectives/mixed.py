@@ -15,7 +15,7 @@ from ..diffusion.losses import mixed_kl
 from ..diffusion.noise import Stream, mix_tokens
 from .base import OBJECTIVES, CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
 from .masked import MaskedObjective
-from .shift import head_rows
+from .shift import head_index
 
 _LEAST_LEVEL = 1e-6  # at no noise at all the weight of the bound is infinite
 
@@ -53,17 +53,17 @@ class MixedObjective(Objective):
         """Return whether there are no random tokens."""
         return not uniform_ratio
 
-    def noise(self, clean: CleanBatch, *, rows: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
+    def noise(self, clean: CleanBatch, *, sample_index: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw t and the noise of a micro-batch; see `Objective.noise`."""
         x_0, maskable = clean.x_0, clean.maskable
-        t = self.draw_time(rows, group_size).clamp(min=_LEAST_LEVEL)
-        z_t = self._mix(clean, 1.0 - self.schedule.alpha(t), seed=self.seed, rows=rows)
+        t = self.draw_time(sample_index, group_size).clamp(min=_LEAST_LEVEL)
+        z_t = self._mix(clean, 1.0 - self.schedule.alpha(t), seed=self.seed, sample_index=sample_index)
         is_noised = z_t != x_0
         weight = token_weight(t, maskable, self.schedule, self.weighting, self.norm)
         alpha = self.schedule.alpha(t.double())[:, None].expand(x_0.shape)
         return TrainingBatch(
             z_t=clean.displayed(z_t),
-            head_rows=head_rows(maskable, self.shift),
+            head_index=head_index(maskable, self.shift),
             scored={
                 "targets": x_0[maskable],
                 "weight": as_bits(weight[maskable]),
@@ -82,7 +82,7 @@ class MixedObjective(Objective):
         weighted = (kl * scored["weight"].view(torch.float32)).sum()
         return weighted / denominator.clamp(min=1), kl.detach().sum()
 
-    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, rows: Tensor) -> EvaluationBatch:
+    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, sample_index: Tensor) -> EvaluationBatch:
         """Noise each token with a probability, the level squared; see `Objective.evaluation`.
 
         The weight in the bound grows as the noise level falls, where few tokens are noised and the estimate is rough:
@@ -90,7 +90,7 @@ class MixedObjective(Objective):
         """
         level, maskable = level.square().clamp(min=_LEAST_LEVEL), clean.maskable
         streams = {"stream": Stream.EVALUATION, "uniform_stream": Stream.EVALUATION_UNIFORM}
-        z = self._mix(clean, level, seed=seed, rows=rows, **streams)
+        z = self._mix(clean, level, seed=seed, sample_index=sample_index, **streams)
         return EvaluationBatch(z, maskable, level, maskable.sum(dim=1), 2.0 * level.sqrt())
 
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ class MixedObjective(Objective):
         level: Tensor,
         *,
         seed: int,
-        rows: Tensor,
+        sample_index: Tensor,
         **streams: Stream,
     ) -> Tensor:
         return mix_tokens(
@@ -123,7 +123,7 @@ class MixedObjective(Objective):
             n_ids=self.n_ids,
             mask_id=self.mask_id,
             seed=seed,
-            rows=rows,
+            sample_index=sample_index,
             **streams,
         )
 

@@ -25,7 +25,7 @@ def predictable(maskable: Tensor, shift: bool) -> Tensor:
     return result
 
 
-def head_rows(select: Tensor, shift: bool) -> Tensor:
+def head_index(select: Tensor, shift: bool) -> Tensor:
     """Return which rows of the flattened hidden states predict the selected tokens.
 
     Args:

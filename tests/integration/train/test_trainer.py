@@ -12,7 +12,7 @@ from llamafactory_ddm.integration.model.model_card import Origin
 from llamafactory_ddm.modeling import bidirectional
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
 from llamafactory_ddm.objectives.base import CleanBatch
-from llamafactory_ddm.objectives.shift import head_rows
+from llamafactory_ddm.objectives.shift import head_index
 from support.tiny import LENGTH, MASK_ID, VOCABULARY, Rows, tiny_model
 
 
@@ -37,7 +37,7 @@ def by_hand(shift, weighting, norm, ids, keep):
     if shift:
         maskable[:, 0] = False
     t = draw_time(5, rows)
-    noised = mask_tokens(ids, maskable, t, schedule, seed=5, rows=rows, mask_id=MASK_ID)
+    noised = mask_tokens(ids, maskable, t, schedule, seed=5, sample_index=rows, mask_id=MASK_ID)
     total, count = torch.zeros(()), 0
     for b in range(len(ids)):
         length = int(keep[b].sum())
@@ -114,7 +114,7 @@ def test_responses_alone_are_noised_and_scored(make_trainer, target_length):
         maskable[b, n:] = target_length is not None
         keep[b] = LENGTH if target_length is not None else n
     t = draw_time(5, rows)
-    noised = mask_tokens(ids, maskable, t, get_schedule("linear"), seed=5, rows=rows, mask_id=MASK_ID)
+    noised = mask_tokens(ids, maskable, t, get_schedule("linear"), seed=5, sample_index=rows, mask_id=MASK_ID)
     loss = torch.zeros(())
     for b in range(8):
         everything = torch.zeros(1, 1, keep[b], keep[b])
@@ -143,7 +143,7 @@ def test_a_packed_row_is_its_documents(make_trainer):
     model = trainer.model.eval()
     clean = CleanBatch.of(batch, shift=True, mask_id=MASK_ID)
     z = clean.x_0.masked_fill(clean.maskable, MASK_ID)
-    rows = head_rows(clean.maskable, True)
+    rows = head_index(clean.maskable, True)
     with torch.no_grad():
         together = trainer.bound_logits(model, z, rows, clean.placement())
         first = model(input_ids=z[:, :5], attention_mask=torch.zeros(1, 1, 5, 5)).logits[0, :4]
@@ -248,7 +248,7 @@ def test_evaluation_agrees_with_monte_carlo_over_the_training_noise(make_trainer
             maskable = torch.ones_like(data.ids, dtype=torch.bool)
             maskable[:, 0] = False
             t = draw_time(9, rows, time_epsilon=1e-3, antithetic=True, group_size=4 * draws)
-            noised = mask_tokens(data.ids, maskable, t, schedule, seed=9, rows=rows, mask_id=MASK_ID)
+            noised = mask_tokens(data.ids, maskable, t, schedule, seed=9, sample_index=rows, mask_id=MASK_ID)
             everything = torch.zeros(1, 1, LENGTH, LENGTH)
             logp = model(input_ids=noised.z_t, attention_mask=everything, use_cache=False).logits.log_softmax(-1)[
                 :, :-1
@@ -303,7 +303,9 @@ def by_naive_autograd(ids, keep, ratio, norm, weighting):
     maskable = keep.bool().clone()
     maskable[:, 0] = False
     t = draw_time(5, rows)
-    z_t = mix_tokens(ids, maskable, t, uniform_ratio=ratio, n_ids=VOCABULARY, mask_id=MASK_ID, seed=5, rows=rows)
+    z_t = mix_tokens(
+        ids, maskable, t, uniform_ratio=ratio, n_ids=VOCABULARY, mask_id=MASK_ID, seed=5, sample_index=rows
+    )
     pi = torch.full((VOCABULARY,), ratio / VOCABULARY, dtype=torch.float64)
     pi[MASK_ID] += 1 - ratio
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -389,7 +391,7 @@ def test_rows_cut_to_a_random_length_are_padded_behind_it():
     rows, real = torch.arange(4000), torch.tensor([16, 9] * 2000)
     keep = (torch.arange(LENGTH) < real[:, None]).long()
     clean = CleanBatch.of({"input_ids": torch.ones_like(keep), "attention_mask": keep}, shift=False, mask_id=MASK_ID)
-    cut = clean.truncated(0.3, seed=1, rows=rows)
+    cut = clean.truncated(0.3, seed=1, sample_index=rows)
     length = (~cut.is_padding).sum(dim=1)
     assert torch.equal(cut.is_padding, torch.arange(LENGTH) >= length[:, None])
     assert torch.equal(cut.maskable, clean.maskable & ~cut.is_padding)
@@ -398,9 +400,10 @@ def test_rows_cut_to_a_random_length_are_padded_behind_it():
     assert abs(float(shorter.double().mean()) - float(expected)) < 4.5 * (0.21 / 4000) ** 0.5
     lengths = torch.bincount(length[(real == 9) & shorter], minlength=9)[1:9].double()
     assert float(((lengths - lengths.mean()) ** 2 / lengths.mean()).sum()) < 30  # chi-square of 7 degrees of freedom
-    assert clean.truncated(0.0, seed=1, rows=rows) is clean
+    assert clean.truncated(0.0, seed=1, sample_index=rows) is clean
     halves = [
-        clean_rows(clean, part).truncated(0.3, seed=1, rows=rows[part]) for part in (slice(0, 7), slice(7, 4000))
+        clean_rows(clean, part).truncated(0.3, seed=1, sample_index=rows[part])
+        for part in (slice(0, 7), slice(7, 4000))
     ]
     assert torch.equal(cut.maskable, torch.cat([half.maskable for half in halves]))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...evaluation.bound import EVALUATION_SEED
 from ...evaluation.eos import EndRows, columns, last_text, metrics, statistics
 from ...objectives.base import CleanBatch
-from ...objectives.shift import head_rows
+from ...objectives.shift import head_index
 from .trainer import DiffusionTrainer
 
 JSON, PLOT = "eos_metrics.json", "eos_metrics.png"
@@ -32,21 +32,21 @@ def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, end_ids: Sequence[
     dataloader = trainer.get_eval_dataloader(dataset)
     total = torch.zeros(columns(), dtype=torch.float64)
     device = trainer.args.device
-    for model, batch, rows in trainer.prepared_batches(dataloader, "End-of-text metrics"):
+    for model, batch, sample_index in trainer.prepared_batches(dataloader, "End-of-text metrics"):
         clean = trainer.objective.clean(batch)
 
         def logits(masked: Tensor, model: Any = model, clean: CleanBatch = clean) -> Tensor:
             z = clean.displayed(clean.x_0.masked_fill(masked, trainer.objective.mask_id))
-            wanted = head_rows(masked, trainer.objective.shift)
+            wanted = head_index(masked, trainer.objective.shift)
             found = trainer.bound_logits(model, z, wanted, clean.placement())
             return found.float().index_fill(1, torch.tensor([trainer.objective.mask_id], device=device), float("-inf"))
 
         padding = torch.zeros_like(clean.maskable) if clean.is_padding is None else clean.is_padding
-        end = clean.end if clean.end is not None else torch.full((len(rows),), -1)
+        end = clean.end if clean.end is not None else torch.full((len(sample_index),), -1)
         # A [MASK] within an answer is given, but the answer does not begin behind it.
         labelled = batch["maskable"].to("cpu")
         found = statistics(
-            EndRows(clean.maskable & last_text(labelled, end), padding, end, EVALUATION_SEED, rows),
+            EndRows(clean.maskable & last_text(labelled, end), padding, end, EVALUATION_SEED, sample_index),
             logits,
             end_ids=end_ids,
             pad_ids=ends.pad_token_ids,

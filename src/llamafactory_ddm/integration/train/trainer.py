@@ -147,20 +147,20 @@ class DiffusionTrainer(CustomTrainer):
         per_rank = args.train_batch_size
         micro_step = self.state.global_step * args.gradient_accumulation_steps + micro
         first = (micro_step * args.world_size + args.process_index) * per_rank
-        rows = torch.arange(first, first + n_rows)
-        clean = clean.truncated(objective.truncate_ratio, seed=objective.seed, rows=rows)
+        sample_index = torch.arange(first, first + n_rows)
+        clean = clean.truncated(objective.truncate_ratio, seed=objective.seed, sample_index=sample_index)
         batch = objective.noise(
             clean,
-            rows=rows,
+            sample_index=sample_index,
             group_size=per_rank * args.world_size * args.gradient_accumulation_steps,
             step=self.state.global_step,
         )
-        counts = (len(batch.head_rows), int(batch.n_masked), int(batch.n_maskable), clean.n_tokens)
+        counts = (len(batch.head_index), int(batch.n_masked), int(batch.n_maskable), clean.n_tokens)
         self._counts += torch.tensor(counts)
         # Upstream counts tokens and operations by this key.
         inputs: dict[str, Any] = {
             "input_ids": batch.z_t,
-            "head_rows": batch.head_rows,
+            "head_index": batch.head_index,
             **batch.scored,
             **clean.placement(),
         }
@@ -209,7 +209,7 @@ class DiffusionTrainer(CustomTrainer):
         z_t = inputs["input_ids"]
         self.probe(model)
         mask = self._attention_mask(z_t, inputs.get("is_padding"), inputs.get("document"))
-        with self._head.only(inputs["head_rows"]):
+        with self._head.only(inputs["head_index"]):
             output = model(
                 input_ids=z_t, attention_mask=mask, position_ids=inputs.get("position_ids"), use_cache=False
             )
