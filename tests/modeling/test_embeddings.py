@@ -4,7 +4,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llamafactory_ddm.modeling.embeddings import give_rows, has_tied_embeddings, rows_of, set_rows
+from llamafactory_ddm.modeling.embeddings import (
+    has_tied_embeddings,
+    init_new_embeddings,
+    num_embeddings,
+    resize_embeddings,
+)
 
 KNOWN = 20
 
@@ -25,8 +30,8 @@ def tables(model):
 def test_rows_that_are_added_are_the_mean(tied, ids):
     model = model_of(KNOWN, tied)
     before = tables(model)
-    give_rows(model, ids, known=KNOWN)
-    assert rows_of(model) == model.config.vocab_size == max(ids) + 1
+    init_new_embeddings(model, ids, known=KNOWN)
+    assert num_embeddings(model) == model.config.vocab_size == max(ids) + 1
     for old, new in zip(before, tables(model), strict=True):
         torch.testing.assert_close(new[:KNOWN], old, rtol=0, atol=0)
         torch.testing.assert_close(new[KNOWN:], old.mean(dim=0).expand(max(ids) + 1 - KNOWN, -1))
@@ -38,8 +43,8 @@ def test_a_padded_vocabulary_is_not_resized_and_padding_is_not_in_the_mean():
     with torch.no_grad():
         model.get_input_embeddings().weight[KNOWN:] = 100.0
     mean = model.get_input_embeddings().weight[:KNOWN].detach().mean(dim=0)
-    give_rows(model, [KNOWN], known=KNOWN)
-    assert rows_of(model) == KNOWN + 5
+    init_new_embeddings(model, [KNOWN], known=KNOWN)
+    assert num_embeddings(model) == KNOWN + 5
     torch.testing.assert_close(model.get_input_embeddings().weight[KNOWN], mean)
     assert bool((model.get_input_embeddings().weight[KNOWN + 1 :] == 100.0).all())
 
@@ -47,7 +52,7 @@ def test_a_padded_vocabulary_is_not_resized_and_padding_is_not_in_the_mean():
 def test_nothing_new_changes_nothing():
     model = model_of(KNOWN)
     before = tables(model)
-    give_rows(model, [], known=KNOWN)
+    init_new_embeddings(model, [], known=KNOWN)
     assert all(torch.equal(old, new) for old, new in zip(before, tables(model), strict=True))
 
 
@@ -55,14 +60,14 @@ def test_more_tokens_than_rows_are_no_part_of_the_mean():
     """Tokenizers may have more tokens than the model has rows."""
     model = model_of(KNOWN - 3)
     mean = model.get_input_embeddings().weight.detach().mean(dim=0)
-    give_rows(model, [KNOWN - 1], known=KNOWN)
+    init_new_embeddings(model, [KNOWN - 1], known=KNOWN)
     torch.testing.assert_close(model.get_input_embeddings().weight[-1], mean)
 
 
 def test_the_bias_of_the_output_embedding_gets_the_mean_too():
     model = model_of(KNOWN + 3, tied=False)
     model.lm_head.bias = torch.nn.Parameter(torch.arange(float(KNOWN + 3)))
-    give_rows(model, [KNOWN], known=KNOWN)
+    init_new_embeddings(model, [KNOWN], known=KNOWN)
     assert model.lm_head.bias[KNOWN].item() == pytest.approx((KNOWN - 1) / 2)
 
 
@@ -71,7 +76,7 @@ def test_the_mean_of_half_precision_rows_is_taken_in_float32():
     model = model_of(300).bfloat16()
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(1.0078125)
-    give_rows(model, [300], known=300)
+    init_new_embeddings(model, [300], known=300)
     assert set(model.get_input_embeddings().weight[300].tolist()) == {1.0078125}
 
 
@@ -85,14 +90,14 @@ def test_a_quantised_model_cannot_grow(sign):
     before = tables(model)
     for index in (KNOWN, KNOWN + 1):  # a row that is there and means nothing, and one that is not there
         with pytest.raises(ValueError, match="1 tokens are new to the model, and a quantised model cannot grow"):
-            give_rows(model, [index], known=KNOWN)
-    give_rows(model, [], known=KNOWN)
+            init_new_embeddings(model, [index], known=KNOWN)
+    init_new_embeddings(model, [], known=KNOWN)
     assert all(torch.equal(old, new) for old, new in zip(before, tables(model), strict=True))
 
 
 def test_rows_are_set_up_and_down():
     model = model_of(KNOWN)
     before = tables(model)[0]
-    set_rows(model, KNOWN + 4)
-    set_rows(model, KNOWN)
+    resize_embeddings(model, KNOWN + 4)
+    resize_embeddings(model, KNOWN)
     assert torch.equal(tables(model)[0], before)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from ..modeling.diffusion_config import DiffusionConfig
-from ..modeling.embeddings import rows_of, set_rows
+from ..modeling.embeddings import num_embeddings, resize_embeddings
 from ..modeling.lora import embedding_names, tie_again
 from .load_model import load_whole, load_whole_adapter
 from .weights import shapes_of, weight_files
@@ -136,13 +136,13 @@ def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, 
             f"{folder} is an adapter of {base}, which cannot be loaded ({str(error).strip().splitlines()[0]}); start "
             "where that path is right, or change base_model_name_or_path in its adapter_config.json"
         ) from error
-    fit_rows(model, folder, own=rows_of(model))
+    fit_embeddings(model, folder, own=num_embeddings(model))
     merged = load_whole_adapter(PeftModel, model, folder).merge_and_unload()
     tie_again(merged)
     return merged
 
 
-def fit_rows(model: Any, folder: str | Path, *, own: int) -> None:
+def fit_embeddings(model: Any, folder: str | Path, *, own: int) -> None:
     """Give the embeddings of a base model as many rows as those that the adapter in `folder` holds, if it holds any.
 
     Args:
@@ -150,12 +150,12 @@ def fit_rows(model: Any, folder: str | Path, *, own: int) -> None:
         folder: of the adapter.
         own: rows that the base model was saved with; an adapter with fewer belongs to another model.
     """
-    rows = adapter_rows(model, folder)
+    rows = adapter_num_embeddings(model, folder)
     if rows is not None and rows >= own:
-        set_rows(model, rows)
+        resize_embeddings(model, rows)
 
 
-def adapter_rows(model: Any, folder: str | Path) -> int | None:
+def adapter_num_embeddings(model: Any, folder: str | Path) -> int | None:
     """Return how many tokens the embeddings have that the adapter in `folder` holds, None where it holds none."""
     ends = [name for name in embedding_names(model) if name is not None]
     for path in weight_files(Path(folder)):

@@ -18,7 +18,7 @@ from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.special_tokens import resolve_token
 from .adapters import ADAPTER_CONFIG
 from .diffullama import LAYOUTS, Layout, published_config, set_published_padding
-from .layouts import AnyLayout, embedding_rows, layout_of
+from .layouts import AnyLayout, layout_of, stored_num_embeddings
 from .llada_dream import LLADA, OwnCode, kind_behind, kind_of, raw_config, standard_config
 from .llada_dream import published_config as published_config_of
 from .rename import check_adapter_keys, check_keys, first_line, is_tied, renamer, write_weights
@@ -91,7 +91,7 @@ def _convert_model(
     if to_published and (layout is not None or own is not None):
         raise ValueError(f"{source} has the layout of {layout.name if layout else own.name if own else ''} already")
     wanted = _published_layout(config, described) if to_published else None
-    rows = embedding_rows(source, layout) or int(config.vocab_size)
+    rows = stored_num_embeddings(source, layout) or int(config.vocab_size)
     config.vocab_size = rows
     check_keys(source, layout, config)
     if is_tied(config) and _ends_differ(source, layout):

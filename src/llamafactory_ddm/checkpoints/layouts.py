@@ -33,7 +33,7 @@ def layout_of_folder(folder: str | Path) -> AnyLayout | None:
     return layout_of(key for path in weight_files(Path(folder)) for key in keys_of(path))
 
 
-def embedding_rows(folder: str | Path, layout: AnyLayout | None) -> int:
+def stored_num_embeddings(folder: str | Path, layout: AnyLayout | None) -> int:
     """Return how many rows the input embedding in a folder's weights has, 0 if it is not found."""
     names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
     for path in weight_files(Path(folder)):

@@ -1,4 +1,4 @@
-"""Rows of the embeddings for tokens that are new to a model."""
+"""Embeddings for tokens that are new to a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from .quantization import is_quantized
 
 
-def rows_of(model: Any) -> int:
+def num_embeddings(model: Any) -> int:
     """Return how many tokens the input embedding has."""
     weight = model.get_input_embeddings().weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])  # under DeepSpeed ZeRO-3 a rank holds only a part
@@ -23,7 +23,7 @@ def has_tied_embeddings(model: Any) -> bool:
     return head is None or head.weight is model.get_input_embeddings().weight
 
 
-def give_rows(model: Any, ids: Iterable[int], *, known: int) -> None:
+def init_new_embeddings(model: Any, ids: Iterable[int], *, known: int) -> None:
     """Give every id a row of the embeddings that means something: the float32 mean of the rows that the model knows.
 
     Rows that have to be added below the highest id get the mean too. An untied output embedding and its bias are
@@ -36,20 +36,20 @@ def give_rows(model: Any, ids: Iterable[int], *, known: int) -> None:
     Raises:
         ValueError: if there are such ids and the model is quantised.
     """
-    wanted, rows = set(ids), rows_of(model)
+    wanted, rows = set(ids), num_embeddings(model)
     if not wanted:
         return
     if is_quantized(model):
         raise ValueError(f"{len(wanted)} tokens are new to the model, and a quantised model cannot grow")
     if max(wanted) >= rows:
-        set_rows(model, max(wanted) + 1)
+        resize_embeddings(model, max(wanted) + 1)
         wanted |= set(range(rows, max(wanted)))
     _write_means(model, sorted(wanted), min(known, rows))
 
 
-def set_rows(model: Any, rows: int) -> None:
+def resize_embeddings(model: Any, rows: int) -> None:
     """Give the embeddings `rows` rows; those that are added hold nothing that means something."""
-    if rows != rows_of(model):
+    if rows != num_embeddings(model):
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 

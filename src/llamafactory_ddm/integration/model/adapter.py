@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.adapters import base_of, fit_rows
-from ...checkpoints.layouts import embedding_rows, is_model_folder, layout_of_folder
+from ...checkpoints.adapters import base_of, fit_embeddings
+from ...checkpoints.layouts import is_model_folder, layout_of_folder, stored_num_embeddings
 from ...checkpoints.plain_copy import origin_of
 from ...checkpoints.weights import load_weights, stored_dtype
 from ...modeling.bidirectional import make_bidirectional
-from ...modeling.embeddings import give_rows, rows_of, set_rows
+from ...modeling.embeddings import init_new_embeddings, num_embeddings, resize_embeddings
 from ...modeling.lora import resolve_lora_targets, tie_again
 from ..logs import get_logger
 from ..resolve.vocabulary import Vocabulary, check_stored
@@ -88,11 +88,11 @@ class AdapterSetup:
             # Upstream makes float32 of what it trains only after this, and weights must not be rounded before.
             model.to(stored_dtype(checkpoint))
             layout = layout_of_folder(checkpoint)
-            self.rows = embedding_rows(checkpoint, layout) or self.rows
-            set_rows(model, self.rows)
+            self.rows = stored_num_embeddings(checkpoint, layout) or self.rows
+            resize_embeddings(model, self.rows)
             load_weights(model, checkpoint, rename=None if layout is None else layout.to_standard)
         for folder in self.adapters:
-            fit_rows(model, folder, own=self.rows)
+            fit_embeddings(model, folder, own=self.rows)
         self._make_room(model)
 
     def _tell_of_a_chain(self) -> None:
@@ -107,19 +107,19 @@ class AdapterSetup:
     def _make_room(self, model: Any) -> None:
         """Give the model rows for the tokens that it lacks, if they will be trained."""
         vocabulary = self.vocabulary
-        rows = rows_of(model) if self.adapters else self.rows
+        rows = num_embeddings(model) if self.adapters else self.rows
         if self.do_train and (self.new_adapter or self.finetuning_args.finetuning_type == "freeze"):
             check_stored(vocabulary, model, rows, self.model_args, self.finetuning_args)
         lacking = vocabulary.lacking(rows)
-        if self.model_args.resize_vocab and rows_of(model) > rows:
+        if self.model_args.resize_vocab and num_embeddings(model) > rows:
             # What upstream has made rows for is as it makes them, but for [MASK] and pads.
             ours = {vocabulary.mask.token, *vocabulary.pads}
-            lacking = {token: i for token, i in lacking.items() if token in ours or i >= rows_of(model)}
+            lacking = {token: i for token, i in lacking.items() if token in ours or i >= num_embeddings(model)}
         if lacking:
             logger.info_rank0(
                 f"{vocabulary.said(lacking)}: new to the model; their embeddings begin as the mean of the others."
             )
-        give_rows(model, lacking.values(), known=min(vocabulary.additions.known, rows))
+        init_new_embeddings(model, lacking.values(), known=min(vocabulary.additions.known, rows))
 
     def _warn_of_other_base(self, base: str, origin: str) -> None:
         """Warn of adapters that were trained on another model than they are put on."""

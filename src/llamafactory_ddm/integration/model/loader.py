@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ...checkpoints.adapters import check_agreement
 from ...checkpoints.diffullama import published_config, set_published_padding
-from ...checkpoints.layouts import embedding_rows, is_model_folder, layout_of_folder
+from ...checkpoints.layouts import is_model_folder, layout_of_folder, stored_num_embeddings
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from ..logs import get_logger
@@ -106,7 +106,7 @@ def _of_published(model_args: Any, finetuning_args: Any, tokenizer: Any) -> Diff
     layout = None if folder is None else layout_of_folder(folder)
     if layout is None:
         return None
-    kind, rows = load_config(model_args).model_type, embedding_rows(folder, layout)
+    kind, rows = load_config(model_args).model_type, stored_num_embeddings(folder, layout)
     known = published_config(kind, rows, tokenizer)
     asked = finetuning_args.mask_token
     if known is not None:
