@@ -200,7 +200,7 @@ def test_resuming_another_process_is_an_error(train_small, tmp_path):
         ({"denoising_strategy": "remdm", "eos_last": True}, "eos_last: true needs .* which remdm does not"),
         ({"edit_ratio": 1}, r"edit_ratio must lie in \[0, 1\), got 1.0"),
         ({"edit_ratio": 0.2, "edit_threshold": 0.9}, "edit_ratio: 0.2 and edit_threshold: 0.9 are two rules"),
-        ({"edit_steps": 2}, "edit_steps: 2 goes on with edits, and there are none; set edit_ratio"),
+        ({"edit_steps": 2}, "edit_steps: 2 has no effect"),
         ({"guidance_scale": 2}, "needs a prompt to guide by, but generate_from is noise"),
         ({"prefix_length": 4}, "prefix_length needs generate_from: prefix"),
         ({"generate_from": "prompt"}, "generate_from: prompt does not go with stage: ddm"),

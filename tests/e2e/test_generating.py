@@ -299,7 +299,7 @@ def test_the_command_for_people(checkpoint, tmp_path):
         words(*hot, "--strategy", "remdm", "--remask-cap", "0.9").stdout != words(*hot, "--strategy", "random").stdout
     )
     failed = words("--edit-steps", "1", "--edit-ratio", "0", check=False)
-    assert failed.returncode == 1 and "edit_steps: 1 goes on with edits, and there are none" in failed.stderr
+    assert failed.returncode == 1 and "edit_steps: 1 has no effect" in failed.stderr
     failed = words("--remask-cap", "0.5", check=False)
     assert failed.returncode == 1
     assert "--remask-cap is read by --strategy remdm only, but that is low_confidence" in failed.stderr

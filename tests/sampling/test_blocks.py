@@ -77,10 +77,12 @@ def test_rows_of_different_lengths_give_what_each_gives_alone(seed, name, block_
         options = {"denoiser": relative, "name": name, "steps": 12, "block_length": block_length, "config": config}
         together = run(x, editable, **options)
         for row, own in enumerate(parts):
-            alone = run(x[row : row + 1, own], editable[row : row + 1, own], rows=torch.tensor([row]), **options)
+            alone = run(
+                x[row : row + 1, own], editable[row : row + 1, own], sample_index=torch.tensor([row]), **options
+            )
             assert torch.equal(alone.sequences[0], together.sequences[row, own])
             assert torch.equal(alone.committed[0], together.committed[row, own])
-            assert alone.row_forwards[0] == together.row_forwards[row] == alone.forwards
+            assert alone.sample_nfe[0] == together.sample_nfe[row] == alone.nfe
 
 
 def test_kept_masked_truncates_in_float32():
@@ -124,7 +126,7 @@ def test_guidance_sees_the_prompt_masked_and_follows_the_formula():
     conditional, unconditional = tables[7, 4, MASK, MASK], tables[7, MASK, MASK, MASK]
     expected = (unconditional + 2.5 * (conditional - unconditional))[0, 2:, :MASK].argmax(dim=1)
     assert output.sequences[0, 2:].tolist() == expected.tolist()
-    assert (len(calls), output.forwards, output.row_forwards.tolist()) == (2, 2, [2])
+    assert (len(calls), output.nfe, output.sample_nfe.tolist()) == (2, 2, [2])
     with pytest.raises(ValueError, match="needs a prompt"):  # one row of two has none
         two, none = x.expand(2, 4), torch.stack([prompt[0], prompt[0] & False])
         run(two, editable.expand(2, 4), config=LogitsConfig(guidance_scale=2.0), context=Context(prompt=none))
@@ -192,9 +194,9 @@ def test_a_decided_position_does_not_count_as_its_own_repetition():
     class Watching:
         name, measures, candidates = "watching", plain.measures, plain.candidates
 
-        def commit(self, turn, candidate, score):
-            scores[int(turn.step[0])] = score("log_prob")[0].tolist()
-            return turn.is_masked & (torch.arange(2) == turn.step[:, None])
+        def commit(self, view, candidate, score):
+            scores[int(view.step[0])] = score("log_prob")[0].tolist()
+            return view.is_masked & (torch.arange(2) == view.step[:, None])
 
     x = torch.zeros(1, 2, dtype=torch.int64)
     run(x, x == 0, denoiser=denoiser, steps=2, strategy=Watching(), config=LogitsConfig(0.0, repetition_penalty=2.0))

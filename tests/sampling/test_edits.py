@@ -15,7 +15,7 @@ from llamafactory_ddm.sampling import (
     Edits,
     LogitsConfig,
     SamplingSettings,
-    denoise_step,
+    denoising_step,
     get_strategy,
     start,
 )
@@ -295,7 +295,7 @@ def test_the_rule_on_plain_lists(seed, length, steps, name, block_length, rule, 
         config=LogitsConfig(temperature),
         seed=seed,
         edits=edits,
-        end_ids=ends,
+        eos_ids=ends,
     )
     everywhere = torch.ones_like(editable)
     tables = [toy(z, everywhere).view(3, length, V).tolist() for z in frames[:-1]]
@@ -323,14 +323,14 @@ def test_without_anything_to_spend_it_is_the_masked_sampler(name, block_length, 
     x = torch.randint(0, MASK, (4, 8), generator=torch.Generator().manual_seed(2))
     editable = torch.ones_like(x, dtype=torch.bool)
     editable[:, 0] = editable[2, 4] = False
-    for more in ({}, {"end_ids": (3,)}):
+    for more in ({}, {"eos_ids": (3,)}):
         options = {"steps": 9, "name": name, "block_length": block_length, "config": LogitsConfig(temperature), **more}
         plain = run(x, editable, **options)
         for edits in (Edits(), Edits(ratio=0.1)):  # a tenth of eight tokens is none
             other = run(x, editable, edits=edits, **options)
             assert torch.equal(other.sequences, plain.sequences) and torch.equal(other.committed, plain.committed)
-            assert torch.equal(other.row_forwards, plain.row_forwards) and other.edits.tolist() == [0] * 4
-            assert (other.steps, other.forwards, other.computed) == (plain.steps, plain.forwards, plain.computed)
+            assert torch.equal(other.sample_nfe, plain.sample_nfe) and other.edits.tolist() == [0] * 4
+            assert (other.steps, other.nfe, other.computed) == (plain.steps, plain.nfe, plain.computed)
         further = run(x, editable, edits=Edits(ratio=0.1, steps=2), **options)  # they draw nothing
         assert torch.equal(further.sequences, plain.sequences) and further.edits.tolist() == [0] * 4
 
@@ -341,19 +341,19 @@ def test_without_anything_to_spend_it_is_the_masked_sampler(name, block_length, 
     name=st.sampled_from(NAMES),
     block_length=st.none() | st.integers(1, 5),
     edits=st.sampled_from([Edits(0.5), Edits(0.3, steps=2), Edits(threshold=0.12), Edits(threshold=0.2, steps=3)]),
-    end_ids=st.sampled_from([(), (2,)]),
+    eos_ids=st.sampled_from([(), (2,)]),
 )
-def test_rows_of_different_lengths_give_what_each_gives_alone(seed, name, block_length, edits, end_ids):
+def test_rows_of_different_lengths_give_what_each_gives_alone(seed, name, block_length, edits, eos_ids):
     x, editable, parts = ragged(seed, 0.8)
     own = {"remask_cap": 0.3} if name == "remdm" else {}
     options = {"denoiser": relative, "name": name, "steps": 12, "block_length": block_length, "edits": edits, **own}
-    options |= {"config": LogitsConfig(0.9, 0.8), "end_ids": end_ids}
+    options |= {"config": LogitsConfig(0.9, 0.8), "eos_ids": eos_ids}
     together = run(x, editable, **options)
     for row, part in enumerate(parts):
-        alone = run(x[row : row + 1, part], editable[row : row + 1, part], rows=torch.tensor([row]), **options)
+        alone = run(x[row : row + 1, part], editable[row : row + 1, part], sample_index=torch.tensor([row]), **options)
         assert torch.equal(alone.sequences[0], together.sequences[row, part])
         assert torch.equal(alone.committed[0], together.committed[row, part])
-        assert (alone.row_forwards[0], alone.edits[0]) == (together.row_forwards[row], together.edits[row])
+        assert (alone.sample_nfe[0], alone.edits[0]) == (together.sample_nfe[row], together.edits[row])
     assert not (together.sequences[editable] == MASK).any()
     assert torch.equal(together.sequences[~editable], x[~editable])
 
@@ -377,10 +377,10 @@ def test_further_steps_end():
         **{**options, "denoiser": settled(p0=(5, 0.8), p1=(6, 0.8)), "edits": Edits(threshold=0.5, steps=3)},
     )
     assert rows_of(frames) == ["____", "22__", "56__", "56__", "5622", "5622"]
-    assert calm.row_forwards.tolist() == [5]
+    assert calm.sample_nfe.tolist() == [5]
     spent, frames = frames_of(x, x == 0, **{**options, "edits": Edits(ratio=1 / 3, steps=3)})
     assert rows_of(frames)[1:5] == ["22__", "32__", "32__", "3222"]  # one edit for two tokens, and no forward for none
-    assert spent.row_forwards.tolist() == [4]
+    assert spent.sample_nfe.tolist() == [4]
 
 
 def test_draws_of_rows_do_not_collide_in_further_steps():
@@ -397,7 +397,9 @@ def test_draws_of_rows_do_not_collide_in_further_steps():
     edits, strategy = Edits(threshold=0.05, steps=3), get_strategy("low_confidence")
     while not state.finished:
         taken = state.row_step
-        state = denoise_step(by_selection(toy), state, plan, strategy=strategy, logits=LogitsConfig(1.0), edits=edits)
+        state = denoising_step(
+            by_selection(toy), state, plan, strategy=strategy, logits=LogitsConfig(1.0), edits=edits
+        )
         assert bool((state.row_step - taken <= 1).all())
     assert state.step > 4 and state.row_step.tolist() == [4, 4, 4]
 
@@ -418,13 +420,13 @@ def test_an_end_that_is_edited_away_leaves_the_text_open():
     class From(LeftToRight):
         """Place 1 first, then from the left, so that an end can be written before what stands in front of it."""
 
-        def candidates(self, turn):
+        def candidates(self, view):
             order = torch.tensor([1, 0, 2, 3])
-            masked = turn.is_masked[:, order]
+            masked = view.is_masked[:, order]
             return (masked & (masked.cumsum(dim=1) == 1))[:, order.argsort()]
 
     x = torch.zeros(1, 4, dtype=torch.int64)
-    options = {"steps": 4, "strategy": From(), "config": GREEDY, "end_ids": (END,)}
+    options = {"steps": 4, "strategy": From(), "config": GREEDY, "eos_ids": (END,)}
     whole = run(x, x == 0, denoiser=changing, **options)
     assert whole.sequences.tolist() == [[2, END, END, END]] and whole.committed.tolist() == [[1, 0, -1, -1]]
 
@@ -458,7 +460,7 @@ def test_steps_by_hand_need_the_plan_of_the_edits():
     x = torch.zeros(1, 3, dtype=torch.int64)
     state, plan = start(x, editable=x == 0, mask_id=MASK, steps=3)
     with pytest.raises(ValueError, match=r"need start\(edit_steps=2"):
-        denoise_step(toy, state, plan, strategy=LeftToRight(), logits=GREEDY, edits=Edits(0.5, steps=2))
+        denoising_step(toy, state, plan, strategy=LeftToRight(), logits=GREEDY, edits=Edits(0.5, steps=2))
     with pytest.raises(ValueError, match="edit_steps must be at least 0"):
         start(x, editable=x == 0, mask_id=MASK, steps=3, edit_steps=-1)
 
@@ -475,7 +477,7 @@ def test_steps_by_hand_need_the_plan_of_the_edits():
         ((0.2, 0.9, 0), "edit_ratio: 0.2 and edit_threshold: 0.9 are two rules"),
         (
             (0.0, None, 2),
-            "edit_steps: 2 goes on with edits, and there are none; set edit_ratio above 0 or edit_threshold",
+            "edit_steps: 2 has no effect",
         ),
     ],
 )
@@ -496,7 +498,7 @@ def test_what_the_keys_default_to():
     assert [SamplingSettings().edits(k).ratio for k in (0.5, 0.6, 0.99)] == [0.5, 0.5, 0.5]
     further = SamplingSettings(edit_steps=2)
     assert further.edits(0.1) == Edits(0.1, None, 2)
-    with pytest.raises(ValueError, match="edit_steps: 2 goes on with edits"):
+    with pytest.raises(ValueError, match="edit_steps: 2 has no effect"):
         further.edits(0.0)
 
 
@@ -506,7 +508,7 @@ def test_the_allowance_is_that_of_exact_arithmetic(ratio):
     from types import SimpleNamespace
 
     decided = torch.ones(400, 400).tril().bool()
-    turn = SimpleNamespace(is_decided=decided, spent=torch.zeros(400, dtype=torch.int64))
+    view = SimpleNamespace(is_decoded=decided, block_edits=torch.zeros(400, dtype=torch.int64))
     for more in (0, 3):
-        got = Edits(ratio).allowance(turn, torch.full((400,), more)).tolist()
+        got = Edits(ratio).allowance(view, torch.full((400,), more)).tolist()
         assert got == [allowed(n + more, 0, ratio) for n in range(1, 401)]

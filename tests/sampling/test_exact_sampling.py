@@ -58,8 +58,8 @@ def exact_3(z, select):
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_any_fixed_order_with_true_conditionals_gives_the_joint_over_three_tokens(order):
     class Fixed(LeftToRight):
-        def candidates(self, turn):
-            return turn.is_masked & (torch.arange(3) == torch.tensor(order)[turn.step.clamp(max=2)][:, None])
+        def candidates(self, view):
+            return view.is_masked & (torch.arange(3) == torch.tensor(order)[view.step.clamp(max=2)][:, None])
 
     n = 3000
     x = torch.zeros(n, 3, dtype=torch.int64)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy_sampling import MASK, NAMES, V, by_selection, run, toy
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
-from llamafactory_ddm.sampling import LogitsConfig, denoise_step, get_strategy, start
+from llamafactory_ddm.sampling import LogitsConfig, denoising_step, get_strategy, start
 
 
 @settings(max_examples=40, deadline=None)
@@ -37,7 +37,7 @@ def test_prompts_never_change_and_no_mask_survives(seed, batch, length, steps, n
         assert torch.equal(seen, editable.long())  # each position was committed exactly once
     assert torch.equal(output.committed >= 0, editable)
     assert output.committed.max() < steps
-    assert output.forwards <= output.steps <= steps
+    assert output.nfe <= output.steps <= steps
     assert output.tokens_per_step.sum() == editable.sum()
 
 
@@ -49,7 +49,12 @@ def test_a_sample_does_not_depend_on_its_batch(name):
     together = run(x, editable, name=name, config=LogitsConfig(0.9, 0.8), seed=7).sequences
     for row in range(6):
         alone = run(
-            x[row : row + 1], editable[:1], name=name, config=LogitsConfig(0.9, 0.8), seed=7, rows=torch.tensor([row])
+            x[row : row + 1],
+            editable[:1],
+            name=name,
+            config=LogitsConfig(0.9, 0.8),
+            seed=7,
+            sample_index=torch.tensor([row]),
         )
         assert torch.equal(alone.sequences[0], together[row])
     assert not torch.equal(
@@ -66,7 +71,7 @@ def test_ids_at_editable_positions_do_not_matter():
 def test_nothing_to_edit_needs_no_forward():
     x = torch.tensor([[1, 2, MASK]])
     output = run(x, torch.zeros_like(x, dtype=torch.bool))
-    assert output.forwards == 0
+    assert output.nfe == 0
     assert torch.equal(output.sequences, x)
 
 
@@ -90,7 +95,7 @@ def test_steps_that_choose_nothing_need_no_forward(name):
     x = torch.zeros(1, 3, dtype=torch.int64)
     output = run(x, x == 0, denoiser=counting, steps=50, name=name)
     assert output.steps <= (50 if name == "random" else 3)
-    assert output.forwards == len(calls) == len(output.committed.unique()) <= 3
+    assert output.nfe == len(calls) == len(output.committed.unique()) <= 3
 
 
 def test_a_row_with_nothing_to_edit_does_not_disturb_the_others():
@@ -99,7 +104,7 @@ def test_a_row_with_nothing_to_edit_does_not_disturb_the_others():
     for name in NAMES:
         output = run(x, editable, name=name)
         assert output.sequences[0].tolist() == [1, 2, 3] and output.committed[0].tolist() == [-1] * 3
-        alone = run(x[1:], editable[1:], name=name, rows=torch.tensor([1]))
+        alone = run(x[1:], editable[1:], name=name, sample_index=torch.tensor([1]))
         assert torch.equal(output.sequences[1:], alone.sequences)
 
 
@@ -110,19 +115,19 @@ def test_steps_driven_by_hand_give_the_same_and_leave_the_old_state_alone(name):
     editable[1, :4] = False
     given_x, given_editable = x.clone(), editable.clone()
     schedule, rows = get_schedule("linear"), torch.arange(3)
-    state, plan = start(x, editable=editable, mask_id=MASK, steps=4, seed=9, rows=rows, schedule=schedule)
+    state, plan = start(x, editable=editable, mask_id=MASK, steps=4, seed=9, sample_index=rows, schedule=schedule)
     trace = [(state, state.z.clone(), state.is_masked.clone(), state.committed.clone())]
     while not state.finished:
-        state = denoise_step(by_selection(toy), state, plan, strategy=get_strategy(name), logits=LogitsConfig())
+        state = denoising_step(by_selection(toy), state, plan, strategy=get_strategy(name), logits=LogitsConfig())
         trace.append((state, state.z.clone(), state.is_masked.clone(), state.committed.clone()))
     output = run(x, editable, name=name, steps=4, seed=9)
     assert torch.equal(state.z, output.sequences) and torch.equal(state.committed, output.committed)
-    assert (state.step, state.forwards) == (output.steps, output.forwards)
+    assert (state.step, state.nfe) == (output.steps, output.nfe)
     for old, z, is_masked, committed in trace:
         assert torch.equal(old.z, z) and torch.equal(old.is_masked, is_masked)
         assert torch.equal(old.committed, committed)
     assert torch.equal(x, given_x) and torch.equal(editable, given_editable)
-    after = denoise_step(by_selection(toy), state, plan, strategy=get_strategy(name), logits=LogitsConfig())
+    after = denoising_step(by_selection(toy), state, plan, strategy=get_strategy(name), logits=LogitsConfig())
     assert after.finished and after.step == state.step and torch.equal(after.z, state.z)
 
 
@@ -146,8 +151,8 @@ def test_a_sample_does_not_depend_on_the_length_behind_it(name):
     ("change", "words"),
     [
         ({"steps": 0}, "steps must be at least 1"),
-        ({"rows": torch.arange(3)}, "rows"),
-        ({"rows": torch.zeros(1)}, "rows"),
+        ({"sample_index": torch.arange(3)}, "sample_index"),
+        ({"sample_index": torch.zeros(1)}, "sample_index"),
         ({"mask_id": -1}, "mask_id"),
         ({"x": torch.zeros(4, dtype=torch.int64)}, "x must be"),
         ({"x": torch.zeros(1, 0, dtype=torch.int64)}, "length at least 1"),

@@ -74,11 +74,11 @@ def test_with_a_cap_of_nothing_it_is_random_order(schedule, block_length, temper
     options = {"steps": 11, "block_length": block_length, "config": LogitsConfig(temperature), "seed": 6}
     options["schedule"] = get_schedule(schedule)
     for ends in ((), (3,)):
-        one = run(x, editable, name="random", end_ids=ends, **options)
-        two = run(x, editable, name="remdm", remask_cap=0.0, end_ids=ends, **options)
+        one = run(x, editable, name="random", eos_ids=ends, **options)
+        two = run(x, editable, name="remdm", remask_cap=0.0, eos_ids=ends, **options)
         assert torch.equal(one.sequences, two.sequences) and torch.equal(one.committed, two.committed)
-        assert torch.equal(one.row_forwards, two.row_forwards)
-        assert (one.steps, one.forwards, one.computed) == (two.steps, two.forwards, two.computed)
+        assert torch.equal(one.sample_nfe, two.sample_nfe)
+        assert (one.steps, one.nfe, one.computed) == (two.steps, two.nfe, two.computed)
 
 
 def test_an_exact_denoiser_of_independent_tokens_gives_their_distribution():
@@ -192,7 +192,7 @@ def test_a_complete_text_is_left_alone_and_its_rest_filled():
         steps=6,
         name="remdm",
         remask_cap=0.6,
-        end_ids=(4,),
+        eos_ids=(4,),
         callback=lambda step, z, fresh: frames.append(z.clone()),
     )
     assert bool((output.sequences == 4).all())
@@ -206,11 +206,11 @@ def test_any_strategy_may_have_a_third_move():
     """This one masks what it wrote two steps ago, once, and needs a further step for it."""
 
     class Regretful(LeftToRight):
-        def remask(self, turn):
-            return torch.ones_like(turn.is_masked) & (turn.step == 2)[:, None]  # what is no decided place is left out
+        def remask(self, view):
+            return torch.ones_like(view.is_masked) & (view.step == 2)[:, None]  # what is no decided place is left out
 
-        def stays(self, turn):
-            return torch.zeros_like(turn.step, dtype=torch.bool)
+        def stays(self, view):
+            return torch.zeros_like(view.step, dtype=torch.bool)
 
     assert isinstance(Regretful(), Remasking) and not isinstance(LeftToRight(), Remasking)
     assert [name for name in NAMES if isinstance(get_strategy(name), Remasking)] == ["remdm"]

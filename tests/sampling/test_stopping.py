@@ -32,7 +32,7 @@ def strategy_of(name):
     return get_strategy(name, **{"confidence_threshold": {name: 0.6}, "entropy_bound": {name: 1.0}}.get(name, {}))
 
 
-def run(name, seed, batch, editable, *, end_ids, block=None, temperature=0.0, steps=6):
+def run(name, seed, batch, editable, *, eos_ids, block=None, temperature=0.0, steps=6):
     model = Scripted(seed, editable.shape[1])
     output = sample(
         model,
@@ -44,7 +44,7 @@ def run(name, seed, batch, editable, *, end_ids, block=None, temperature=0.0, st
         logits=LogitsConfig(temperature=temperature),
         block_length=block,
         seed=seed,
-        end_ids=end_ids,
+        eos_ids=eos_ids,
     )
     return output, model
 
@@ -70,10 +70,10 @@ def test_the_text_is_the_one_of_the_full_run(seed, name, block, temperature):
     editable = torch.ones(3, 9, dtype=torch.bool)
     editable[0, :4] = editable[1, :1] = False
     keys = {"block": block, "temperature": temperature}
-    full, _ = run(name, seed, 3, editable, end_ids=(), **keys)
-    stopped, _ = run(name, seed, 3, editable, end_ids=(END, PAD), **keys)
+    full, _ = run(name, seed, 3, editable, eos_ids=(), **keys)
+    stopped, _ = run(name, seed, 3, editable, eos_ids=(END, PAD), **keys)
     assert texts(stopped, editable) == texts(full, editable)
-    assert bool((stopped.row_forwards <= full.row_forwards).all())
+    assert bool((stopped.sample_nfe <= full.sample_nfe).all())
     assert stopped.computed <= full.computed
     assert not bool((stopped.sequences == MASK).any())
     # What is left out holds the end, and says that nothing wrote it.
@@ -93,24 +93,24 @@ class Certain(Scripted):
         self.mix = torch.zeros(VOCAB, VOCAB)
 
 
-def certain(editable, end, *, end_ids, steps):
+def certain(editable, end, *, eos_ids, steps):
     model = Certain(editable.shape[1], end)
     x = torch.full(editable.shape, 5)
     keys = {"mask_id": MASK, "steps": steps, "strategy": get_strategy("low_confidence")}
-    output = sample(model, x, editable=editable, logits=LogitsConfig(temperature=0.0), end_ids=end_ids, **keys)
+    output = sample(model, x, editable=editable, logits=LogitsConfig(temperature=0.0), eos_ids=eos_ids, **keys)
     return output, model
 
 
 def test_a_row_that_is_finished_is_asked_for_no_more():
     editable = torch.ones(2, 8, dtype=torch.bool)
     editable[1, :5] = False  # three tokens to write, without an end
-    output, model = certain(editable, 2, end_ids=(END,), steps=8)
+    output, model = certain(editable, 2, eos_ids=(END,), steps=8)
     assert output.sequences[0].tolist() == [3, 3, END, END, END, END, END, END]
     assert output.committed[0].tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
-    assert output.row_forwards.tolist() == [3, 3]
+    assert output.sample_nfe.tolist() == [3, 3]
     assert len(model.calls) == 3
     assert output.computed == 3 * 2 * 8
-    alone, model = certain(editable[:1], 2, end_ids=(), steps=8)
+    alone, model = certain(editable[:1], 2, eos_ids=(), steps=8)
     assert alone.sequences[0].tolist() == [3, 3, END, 4, 4, 4, 4, 4]
     assert len(model.calls) == 8
 
@@ -122,7 +122,7 @@ def test_an_end_is_not_the_end_while_something_before_it_is_open():
 
     editable = torch.ones(1, 6, dtype=torch.bool)
     model = Backwards(6, 2)
-    keys = {"mask_id": MASK, "steps": 6, "strategy": get_strategy("low_confidence"), "end_ids": (END,)}
+    keys = {"mask_id": MASK, "steps": 6, "strategy": get_strategy("low_confidence"), "eos_ids": (END,)}
     output = sample(
         model, torch.zeros(1, 6, dtype=torch.int64), editable=editable, logits=LogitsConfig(temperature=0.0), **keys
     )
@@ -135,7 +135,7 @@ def test_an_end_is_not_the_end_while_something_before_it_is_open():
 def test_rows_with_given_tokens_behind_go_on(given):
     editable = torch.ones(1, 6, dtype=torch.bool)
     editable[0, given] = False
-    output, _ = certain(editable, 1, end_ids=(END,), steps=6)
+    output, _ = certain(editable, 1, eos_ids=(END,), steps=6)
     assert output.committed[0].ge(0).equal(editable[0])
 
 
@@ -144,7 +144,7 @@ def test_a_given_end_is_none():
     editable[0, 0] = False
     x = torch.zeros(1, 5, dtype=torch.int64)  # begins with the end-of-text token, as GPT-2's texts do
     model = Certain(5, 3)
-    keys = {"mask_id": MASK, "steps": 5, "strategy": get_strategy("low_confidence"), "end_ids": (END,)}
+    keys = {"mask_id": MASK, "steps": 5, "strategy": get_strategy("low_confidence"), "eos_ids": (END,)}
     output = sample(model, x, editable=editable, logits=LogitsConfig(temperature=0.0), **keys)
     assert output.sequences[0].tolist() == [END, 3, 3, END, END]
 
@@ -165,8 +165,8 @@ def test_a_penalty_is_taken_from_the_ends_alone():
             steps=3,
             strategy=get_strategy("low_confidence"),
             logits=LogitsConfig(temperature=0.0, eos_penalty=penalty),
-            end_ids=(END, PAD),
-            stop_at_end=False,
+            eos_ids=(END, PAD),
+            stop_at_eos=False,
         )
         return output.sequences[0].tolist()
 
@@ -196,7 +196,7 @@ def test_a_penalty_makes_the_softmax_of_the_shifted_logits():
         steps=1,
         strategy=get_strategy("random"),
         logits=LogitsConfig(eos_penalty=0.7),
-        end_ids=(END, PAD),
+        eos_ids=(END, PAD),
     )
     found = torch.bincount(output.sequences[:, 0], minlength=VOCAB) / n
     assert float((found - expected).abs().max()) < 0.015
@@ -237,8 +237,8 @@ def test_ends_come_last_where_they_are_to(seed, name, block):
         strategy=strategy_of(name),
         logits=LogitsConfig(temperature=0.0),
         block_length=block,
-        end_ids=(END, PAD),
-        stop_at_end=False,
+        eos_ids=(END, PAD),
+        stop_at_eos=False,
         eos_last=True,
         callback=look,
     )

@@ -68,10 +68,10 @@ def test_a_strategy_that_leaves_positions_masked_is_an_error():
 
 def test_a_strategy_cannot_change_what_is_not_masked():
     class Greedy(LeftToRight):
-        def candidates(self, turn):
-            return torch.ones_like(turn.is_masked)
+        def candidates(self, view):
+            return torch.ones_like(view.is_masked)
 
-        def commit(self, turn, candidate, score):
+        def commit(self, view, candidate, score):
             return torch.ones_like(candidate)
 
     x, editable = torch.tensor([[1, MASK, 3]]), torch.tensor([[False, False, True]])
@@ -101,7 +101,7 @@ def test_a_step_without_a_budget_asks_for_no_logits():
     schedule = get_schedule("cosine")
     budget = schedule.transfer_budget(torch.tensor([4]), 9)[0]
     output = run(x, x == 0, steps=9, name="entropy", schedule=schedule)
-    assert output.forwards == int((budget > 0).sum()) < 9
+    assert output.nfe == int((budget > 0).sum()) < 9
 
 
 def certain(probabilities):
@@ -126,7 +126,7 @@ def test_confidence_threshold_by_hand():
     """All that reach 0.9 at once; then one at a time, the surest first."""
     output = committed([0.95, 0.5, 0.91, 0.7, 0.3], steps=10, name="confidence_threshold")
     assert output.committed.tolist() == [[0, 2, 0, 1, 3]]
-    assert (output.steps, output.forwards) == (4, 4)
+    assert (output.steps, output.nfe) == (4, 4)
     loose = committed([0.95, 0.5, 0.91, 0.7, 0.3], steps=10, name="confidence_threshold", confidence_threshold=0.499)
     assert loose.committed.tolist() == [[0, 0, 0, 0, 1]]
 
@@ -232,7 +232,7 @@ def test_another_schedule_gives_its_own_pace(name):
 
 def test_a_strategy_gets_only_the_measures_that_it_names():
     class Curious(LeftToRight):
-        def commit(self, turn, candidate, score):
+        def commit(self, view, candidate, score):
             return score("entropy") > 0
 
     x = torch.zeros(1, 2, dtype=torch.int64)

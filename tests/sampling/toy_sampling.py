@@ -40,7 +40,7 @@ def by_selection(denoiser):
     return call
 
 
-def run(x, editable, *, denoiser=toy, steps=5, name="random", config=None, seed=0, rows=None, **rest):
+def run(x, editable, *, denoiser=toy, steps=5, name="random", config=None, seed=0, sample_index=None, **rest):
     own = {key: rest.pop(key) for key in ("confidence_threshold", "entropy_bound", "remask_cap") if key in rest}
     rest.setdefault("strategy", get_strategy(name, **own))
     rest.setdefault("mask_id", MASK)
@@ -52,7 +52,7 @@ def run(x, editable, *, denoiser=toy, steps=5, name="random", config=None, seed=
         steps=steps,
         logits=config or LogitsConfig(),
         seed=seed,
-        rows=torch.arange(len(x)) if rows is None else rows,
+        sample_index=torch.arange(len(x)) if sample_index is None else sample_index,
         **rest,
     )
 
@@ -63,10 +63,10 @@ class LeftToRight:
     name = "left_to_right"
     measures = frozenset()
 
-    def candidates(self, turn):
-        return turn.is_masked & (turn.is_masked.cumsum(dim=1) == 1)
+    def candidates(self, view):
+        return view.is_masked & (view.is_masked.cumsum(dim=1) == 1)
 
-    def commit(self, turn, candidate, score):
+    def commit(self, view, candidate, score):
         return candidate
 
 

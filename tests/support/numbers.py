@@ -32,28 +32,28 @@ class Ledger:
 @contextlib.contextmanager
 def counted():
     """Give a ledger that all keyed draws go through, and that notes what the sampler draws."""
-    ledger, turns, plans = Ledger(), [], []
+    ledger, views, plans = Ledger(), [], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(philox, "philox4x32", ledger.philox)
-        following, uniform = loop.next_turn, state.Plan.uniform
+        view_step, uniform = loop.view_step, state.Plan.uniform
 
-        def next_turn(*arguments):
-            turns[:] = [following(*arguments)]
-            return turns[0]
+        def watched(*arguments):
+            views[:] = [view_step(*arguments)]
+            return views[0]
 
         def noted(plan, stream, row_step, *, depth=1):
             u = uniform(plan, stream, row_step, depth=depth)
             if not any(plan is other for other in plans):
                 plans.append(plan)
             part = next(number for number, other in enumerate(plans) if plan is other)
-            turn = turns[0]
-            at_work = turn.scope & ((turn.steps > 0) & (turn.further == 0))[:, None]
+            view = views[0]
+            at_work = view.scope & ((view.steps > 0) & (view.edit_step == 0))[:, None]
             for row, place in at_work.nonzero().tolist():
-                sample, step = int(plan.rows[row]), (part, int(row_step[row]))
+                sample, step = int(plan.sample_index[row]), (part, int(row_step[row]))
                 for nth, number in enumerate(u[row, place].tolist()):
                     ledger.note(number, (plan.seed, sample, step, place, nth, stream))
             return u
 
-        patch.setattr(loop, "next_turn", next_turn)
+        patch.setattr(loop, "view_step", watched)
         patch.setattr(state.Plan, "uniform", noted)
         yield ledger

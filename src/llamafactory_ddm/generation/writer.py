@@ -177,14 +177,14 @@ class Writer(Sizer):
                 strategy=settings.strategy(),
                 logits=settings.logits,
                 seed=settings.seed % 2**64,
-                rows=torch.tensor(list(ordinals), dtype=torch.int64, device=device),
-                first_step=torch.tensor(list(taken), dtype=torch.int64, device=device),
+                sample_index=torch.tensor(list(ordinals), dtype=torch.int64, device=device),
+                steps_taken=torch.tensor(list(taken), dtype=torch.int64, device=device),
                 schedule=get_schedule(self.config.noise_schedule),
                 block_length=settings.block_length,
                 commit_schedule=settings.commit_schedule,
                 edits=edits,
-                end_ids=self.end_ids,
-                stop_at_end=settings.early_stop != "none",
+                eos_ids=self.end_ids,
+                stop_at_eos=settings.early_stop != "none",
                 eos_last=settings.eos_last,
                 context=Context(no_text=(~batch.editable & ~batch.prompt).to(device), prompt=prompt),
                 callback=after_step,
@@ -192,7 +192,7 @@ class Writer(Sizer):
         finally:
             denoiser.close()
         width = output.sequences.shape[1]
-        columns = (output.sequences, output.committed, output.row_forwards, output.edits)
+        columns = (output.sequences, output.committed, output.sample_nfe, output.edits)
         rows = zip(canvases, *(column.tolist() for column in columns), strict=True)
         return [
             Written(

@@ -1,19 +1,18 @@
-"""Sampling from masked diffusion models: one loop, with the choice of tokens and of positions as parts of it."""
+"""Sampling from masked diffusion models: one loop, with pluggable draws of tokens and choice of positions."""
 
 from .edits import Edits
 from .forward import Context, Denoiser
 from .logits import LogitsConfig, filtered_log_probs
-from .loop import SamplerOutput, denoise_step, sample
+from .loop import SamplerOutput, denoising_step, sample
 from .settings import SamplingSettings
-from .state import Plan, SamplerState, Turn, start
+from .state import Plan, SamplerState, StepView, start
 from .strategies import STRATEGIES, Remasking, Strategy, get_strategy
-from .tokens import Draws, draw_tokens
+from .tokens import TokenDraws, draw_tokens
 
 __all__ = [
     "STRATEGIES",
     "Context",
     "Denoiser",
-    "Draws",
     "Edits",
     "LogitsConfig",
     "Plan",
@@ -21,9 +20,10 @@ __all__ = [
     "SamplerOutput",
     "SamplerState",
     "SamplingSettings",
+    "StepView",
     "Strategy",
-    "Turn",
-    "denoise_step",
+    "TokenDraws",
+    "denoising_step",
     "draw_tokens",
     "filtered_log_probs",
     "get_strategy",

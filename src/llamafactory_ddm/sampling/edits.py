@@ -1,4 +1,4 @@
-"""Which decided tokens a denoising step rewrites."""
+"""Which decoded tokens a denoising step edits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .logits import Measure
-from .state import Turn
+from .state import StepView
 from .strategies import ranks
 
 MEASURES: frozenset[Measure] = frozenset({"argmax", "top_log_prob"})
@@ -18,23 +18,24 @@ _TINY = 1e-9  # 7 masks at a ratio of 0.3 allow 3 edits, though neither 0.3 nor 
 
 @dataclass(frozen=True)
 class Edits:
-    """Rewrite decided tokens of the current block that the model would now write otherwise.
+    """Replace decoded tokens of the current block that the model would no longer predict.
 
-    Prompts, given tokens, finished blocks and positions committed in the same step are never rewritten, nor is a text
-    that is complete, nor what stands behind an end. A token is rewritten with the most probable one of the model's own
-    distribution: after guidance, penalties and suppression, before temperature. That is never less probable than the
-    one that stands there.
+    A token is replaced by the most probable one of the model's own distribution: after guidance, penalties and
+    suppression, before temperature. It is never less probable than the token that it replaces.
+
+    Never edited are prompts and other fixed tokens, finished blocks, positions committed in the same step, a complete
+    text, and what follows an EOS.
 
     Attributes:
-        ratio: r in [0, 1). Up to floor(n r / (1 - r)) edits in all are allowed in a block once n of its positions are
-            committed, those of the current step included, the most confident first; what is not spent stays for later
-            steps. A block's first step finds nothing to rewrite.
-        threshold: in (0, 1]; every token is rewritten whose successor has at least this probability. None is off.
-        steps: how many further steps a block may take after its last mask is gone, as long as the step before changed
+        ratio: r in [0, 1). Once n positions of a block are committed, those of the current step included, up to
+            floor(n r / (1 - r)) edits are allowed in it in all, the most confident first; what is not used remains for
+            later steps. The first step of a block finds nothing to edit.
+        threshold: in (0, 1]; every token is replaced whose replacement has at least this probability. None is off.
+        steps: edit steps that a block may take after its last mask is gone, as long as the step before changed
             something.
     Raises:
-        ValueError: naming the YAML key, if a value is out of range or two do not go together.
-    Source: XDLM (arXiv 2602.01362) for the ratio; LLaDA2.1 (arXiv 2602.08676) for the threshold and the further steps.
+        ValueError: naming the YAML key, if a value is out of range or two exclude each other.
+    Source: XDLM (arXiv 2602.01362) for the ratio; LLaDA2.1 (arXiv 2602.08676) for the threshold and the edit steps.
     Deviates: XDLM's published sampler lets edits reach the prompt and finished blocks.
     """
 
@@ -56,45 +57,45 @@ class Edits:
             )
         if self.steps and not self.active:
             raise ValueError(
-                f"edit_steps: {self.steps} goes on with edits, and there are none; set edit_ratio above 0 or "
-                "edit_threshold, or remove edit_steps"
+                f"edit_steps: {self.steps} has no effect: editing is off; set edit_ratio > 0 or edit_threshold, or "
+                "remove edit_steps"
             )
 
     @property
     def active(self) -> bool:
-        """Whether anything may be rewritten."""
+        """Whether anything may be edited."""
         return self.ratio > 0.0 or self.threshold is not None
 
-    def allowance(self, turn: Turn, n_new: Tensor) -> Tensor:
-        """Return [batch] int64, how many edits a row may make in this step, where they go by the ratio.
+    def allowance(self, view: StepView, n_committed: Tensor) -> Tensor:
+        """Return [batch] int64, how many tokens of a row the ratio lets this step edit.
 
         Args:
-            turn: of this step.
-            n_new: [batch] int64, tokens that the step commits.
+            view: of this step.
+            n_committed: [batch] int64, tokens that the step commits.
         """
-        earned = (turn.is_decided.sum(dim=1) + n_new).double() * (self.ratio / (1.0 - self.ratio))
-        return ((earned + _TINY).floor().to(torch.int64) - turn.spent).clamp(min=0)
+        earned = (view.is_decoded.sum(dim=1) + n_committed).double() * (self.ratio / (1.0 - self.ratio))
+        return ((earned + _TINY).floor().to(torch.int64) - view.block_edits).clamp(min=0)
 
-    def candidates(self, turn: Turn, most_new: Tensor) -> Tensor:
-        """Return [batch, length] bool, the decided positions of which the model has to say what it would write.
+    def candidates(self, view: StepView, most_committed: Tensor) -> Tensor:
+        """Return [batch, length] bool, the decoded positions whose prediction has to be known.
 
         Args:
-            turn: of this step.
-            most_new: [batch] int64, the most tokens that the step may commit.
+            view: of this step.
+            most_committed: [batch] int64, the most tokens that the step may commit.
         """
         if self.threshold is not None:
-            return turn.is_decided
-        return turn.is_decided & (self.allowance(turn, most_new) > 0)[:, None]
+            return view.is_decoded
+        return view.is_decoded & (self.allowance(view, most_committed) > 0)[:, None]
 
-    def rewrites(
-        self, turn: Turn, z: Tensor, candidate: Tensor, commit: Tensor, argmax: Tensor, top_log_prob: Tensor
+    def edit_positions(
+        self, view: StepView, z: Tensor, candidate: Tensor, commit: Tensor, argmax: Tensor, top_log_prob: Tensor
     ) -> Tensor:
-        """Return [batch, length] bool, the candidates that are rewritten with their most probable token.
+        """Return [batch, length] bool, the candidates that are replaced by their most probable token.
 
-        With `eos_last` no end is written while a position of the block is masked.
+        With `eos_last` no EOS is written while a position of the block is masked.
 
         Args:
-            turn: of this step.
+            view: of this step.
             z: [batch, length] int64, the sequences before it.
             candidate: [batch, length] bool, what `candidates` returned, or a part of it.
             commit: [batch, length] bool, what the step commits.
@@ -102,11 +103,11 @@ class Edits:
             top_log_prob: [batch, length] float32, its log-probability in nats.
         """
         differs = candidate & (argmax != z)
-        if turn.plan.eos_last:
-            differs &= ~(torch.isin(argmax, turn.plan.end_ids) & turn.is_masked.any(dim=1, keepdim=True))
+        if view.plan.eos_last:
+            differs &= ~(torch.isin(argmax, view.plan.eos_ids) & view.is_masked.any(dim=1, keepdim=True))
         if self.threshold is not None:
             return differs & (top_log_prob.exp() >= self.threshold)
-        return differs & (ranks(top_log_prob, differs) < self.allowance(turn, commit.sum(dim=1))[:, None])
+        return differs & (ranks(top_log_prob, differs) < self.allowance(view, commit.sum(dim=1))[:, None])
 
 
 def edits_of(ratio: float | None, threshold: float | None, steps: int, *, default: float) -> Edits:
@@ -115,7 +116,7 @@ def edits_of(ratio: float | None, threshold: float | None, steps: int, *, defaul
     Args:
         ratio: None takes the default, unless there is a threshold.
         threshold: or None.
-        steps: further steps of a block.
+        steps: edit steps of a block.
         default: the checkpoint's uniform_ratio, in [0, 1]; above one half it counts as one half.
     Raises:
         ValueError: see `Edits`.

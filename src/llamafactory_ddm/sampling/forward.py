@@ -1,4 +1,4 @@
-"""One forward of the model, or two where it is guided, and the tokens drawn from it."""
+"""The forward pass of a step, or both where it is guided, the tokens drawn from it, and their scores."""
 
 from __future__ import annotations
 
@@ -10,124 +10,145 @@ import torch
 from torch import Tensor
 
 from .logits import LogitsConfig, Measure, guided_logits, penalise_repetition
-from .state import TRIES, Plan, SamplerState, Turn
-from .tokens import Draws, concatenate, draw_tokens
+from .state import TRIES, Plan, SamplerState, StepView
+from .tokens import TokenDraws, concatenate, draw_tokens
 
-_UNCERTAIN = 1e4  # nats; more than any token's, and ends keep their order
+_UNCERTAIN = 1e4  # nats; more than any token's, and EOS tokens keep their order
 _NO_TOKEN = torch.iinfo(torch.int64).max
 
 
 class Denoiser(Protocol):
     """A model as the sampler sees it."""
 
-    def __call__(self, z: Tensor, place: Tensor) -> Tensor | Iterable[Tensor]:
-        """Return [n, vocab] logits, at i for token i, in the order of `place`, at once or in parts along n.
+    def __call__(self, z: Tensor, flat_index: Tensor, /) -> Tensor | Iterable[Tensor]:
+        """Return [n, vocab] logits, at i for token i, in the order of `flat_index`, at once or in parts along n.
 
         Args:
             z: [batch, length] int64.
-            place: [n] int64, ascending, into [batch * length].
+            flat_index: [n] int64, ascending, positions in [batch * length].
         """
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the sampler has to know of the given tokens; all is None where it does not matter.
+    """What the sampler has to know of the fixed tokens; None where it does not matter.
 
     Attributes:
-        no_text: [batch, length] bool, given tokens that are no text, as padding and a start token; the repetition
-            penalty passes over them.
-        prompt: [batch, length] bool, given tokens that the unconditional pass of guidance does not see.
+        no_text: [batch, length] bool, fixed tokens that are not text, such as padding and a start token; the
+            repetition penalty ignores them.
+        prompt: [batch, length] bool, fixed tokens that are masked in the unconditional pass of guidance.
     """
 
     no_text: Tensor | None = None
     prompt: Tensor | None = None
 
 
-def predict(
+def predict_tokens(
     denoiser: Denoiser,
     state: SamplerState,
-    plan: Plan,
-    turn: Turn,
-    place: Tensor,
+    view: StepView,
+    flat_index: Tensor,
     measures: frozenset[Measure],
     config: LogitsConfig,
     context: Context,
-) -> tuple[Draws, int]:
-    """Return the draws at `place`, and how many forwards they took."""
-    z, length = state.z, state.z.shape[1]
-    conditional = _parts(denoiser(z, place))
-    guided = config.guidance_scale != 1.0 and context.prompt is not None
-    pairs: Iterable[tuple[Tensor, Tensor | None]]
-    if guided and context.prompt is not None:
-        unconditional = denoiser(z.masked_fill(context.prompt, plan.mask_id), place)
-        pairs = zip(conditional, _parts(unconditional), strict=True)
-    else:
-        pairs = ((part, None) for part in conditional)
-    u = torch.zeros(len(place), 1, dtype=torch.float64, device=z.device)
+) -> tuple[TokenDraws, int]:
+    """Return the draws at `flat_index`, [n] int64 into [batch * length], and how many forward passes they took.
+
+    Raises:
+        ValueError: if the denoiser's logits have the wrong shape.
+    """
+    plan, z, n = view.plan, state.z, len(flat_index)
+    u = torch.zeros(n, 1, dtype=torch.float64, device=z.device)
     if config.temperature > 0.0:
         tries = TRIES if config.top_p < 1.0 and config.top_k is None else 1
-        u = plan.token_draws(turn.row_step, tries=tries).flatten(0, 1)[place]
-    seen = None
-    if config.repetition_penalty != 1.0:
-        hidden = state.is_masked if context.no_text is None else state.is_masked | context.no_text
-        seen = z.masked_fill(hidden, _NO_TOKEN)
-    results: list[Draws] = []
+        u = plan.token_draws(view.row_step, tries=tries).flatten(0, 1)[flat_index]
+    prompt = context.prompt if config.guidance_scale != 1.0 else None
+    results: list[TokenDraws] = []
     done = 0
-    for values, other in pairs:
-        if values.dim() != 2 or done + len(values) > len(place):
-            raise ValueError(_wrong_shape(len(place), values))
-        rows = slice(done, done + len(values))
-        done += len(values)
-        if other is not None:
-            values = guided_logits(values, other, config.guidance_scale)
-        if seen is not None:
-            row = torch.div(place[rows], length, rounding_mode="floor")
-            # A position that is decided already does not repeat itself.
-            others_seen = seen[row].scatter(1, (place[rows] - row * length)[:, None], _NO_TOKEN)
-            values = penalise_repetition(values, others_seen, config.repetition_penalty)
-        if config.eos_penalty and len(plan.end_ids):
-            taken = values.new_full((len(values), len(plan.end_ids)), -config.eos_penalty, dtype=torch.float32)
-            values = values.float().index_add(1, plan.end_ids, taken)
-        results.append(draw_tokens(values, config, u[rows], suppress=(plan.mask_id,), measures=measures))
-    if done != len(place):
-        raise ValueError(_wrong_shape(len(place), results[-1].ids if results else place[:0], done))
-    return concatenate(results), 1 + guided
+    for conditional, unconditional in _logit_parts(denoiser, z, flat_index, prompt, plan.mask_id):
+        if conditional.dim() != 2 or done + len(conditional) > n:
+            raise ValueError(_wrong_shape(n, str(list(conditional.shape))))
+        part = slice(done, done + len(conditional))
+        done += len(conditional)
+        values = conditional
+        if unconditional is not None:
+            values = guided_logits(values, unconditional, config.guidance_scale)
+        if config.repetition_penalty != 1.0:
+            seen = _other_tokens(state, context, flat_index[part])
+            values = penalise_repetition(values, seen, config.repetition_penalty)
+        if config.eos_penalty and len(plan.eos_ids):
+            shift = values.new_full((len(values), len(plan.eos_ids)), -config.eos_penalty, dtype=torch.float32)
+            values = values.float().index_add(1, plan.eos_ids, shift)
+        results.append(draw_tokens(values, config, u[part], suppress=(plan.mask_id,), measures=measures))
+    if done != n:
+        raise ValueError(_wrong_shape(n, f"{done} rows"))
+    return concatenate(results), 1 if prompt is None else 2
 
 
-class Scores:
-    """What the draws of a step say of each position of the batch."""
+def _logit_parts(
+    denoiser: Denoiser, z: Tensor, flat_index: Tensor, prompt: Tensor | None, mask_id: int
+) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """Return the logits in parts along n: the conditional ones, and with a prompt those of the pass without it."""
+    conditional = _parts(denoiser(z, flat_index))
+    if prompt is None:
+        return ((part, None) for part in conditional)
+    return zip(conditional, _parts(denoiser(z.masked_fill(prompt, mask_id), flat_index)), strict=True)
 
-    def __init__(self, draws: Draws, place: Tensor, state: SamplerState, plan: Plan) -> None:
-        """Take the draws at `place`, [n] int64 into [batch * length]."""
-        self._draws, self._place, self._state, self._plan = draws, place, state, plan
+
+def _parts(output: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    return (output,) if isinstance(output, Tensor) else output
+
+
+def _other_tokens(state: SamplerState, context: Context, flat_index: Tensor) -> Tensor:
+    """Return [n, length] int64, the tokens of text in the row of each position.
+
+    A decoded position does not repeat itself: its own token is left out, as [MASK] and what is not text.
+    """
+    length = state.z.shape[1]
+    hidden = state.is_masked if context.no_text is None else state.is_masked | context.no_text
+    row = torch.div(flat_index, length, rounding_mode="floor")
+    tokens = state.z.masked_fill(hidden, _NO_TOKEN)[row]
+    return tokens.scatter(1, (flat_index - row * length)[:, None], _NO_TOKEN)
+
+
+def _wrong_shape(n: int, got: str) -> str:
+    return f"the denoiser must return [{n}, vocab] logits, one row a selected position; got {got}"
+
+
+class StepScores:
+    """The draws of a step, laid out over the batch."""
+
+    def __init__(self, draws: TokenDraws, flat_index: Tensor, z: Tensor, plan: Plan) -> None:
+        """Take the draws at `flat_index`, [n] int64 into [batch * length], and the sequences before the step."""
+        self._draws, self._flat_index, self._z, self._plan = draws, flat_index, z, plan
 
     @property
     def ids(self) -> Tensor:
-        """Return [batch, length] int64, the tokens drawn; elsewhere those that stand there."""
-        return self._state.z.flatten().index_copy(0, self._place, self._draws.ids).view_as(self._state.z)
+        """Return [batch, length] int64, the tokens drawn; elsewhere those of the sequences."""
+        return self._z.flatten().index_copy(0, self._flat_index, self._draws.ids).view_as(self._z)
 
-    def spread(self, measure: Measure) -> Tensor:
-        """Return [batch, length] of a measure; where nothing was drawn NaN, or -1 for ids."""
-        value: Tensor = getattr(self._draws, measure)
-        empty = -1 if measure == "argmax" else torch.nan
-        z = self._state.z
-        return value.new_full((z.numel(),), empty).index_copy(0, self._place, value).view_as(z)
+    def measure(self, name: Measure) -> Tensor:
+        """Return [batch, length] of a measure; where nothing was drawn NaN, or -1 for `argmax`."""
+        value: Tensor = getattr(self._draws, name)
+        empty = value.new_full((self._z.numel(),), -1 if name == "argmax" else torch.nan)
+        return empty.index_copy(0, self._flat_index, value).view_as(self._z)
 
-    def certainty(self, measure: Measure) -> Tensor:
-        """Return the same as a strategy gets it: with `eos_last` a place at which an end was drawn is the worst."""
-        value = self.spread(measure)
-        if not self._plan.eos_last or measure == "argmax":
+    def certainty(self, name: Measure) -> Tensor:
+        """Return the measure as a strategy reads it: with `eos_last` a position that drew an EOS has the worst."""
+        value = self.measure(name)
+        if not self._plan.eos_last or name == "argmax":
             return value
-        is_end = torch.isin(self._draws.ids, self._plan.end_ids)
-        at_end = torch.zeros_like(value, dtype=torch.bool).flatten().index_copy(0, self._place, is_end).view_as(value)
-        return torch.where(at_end, value + _UNCERTAIN if measure == "entropy" else value - _UNCERTAIN, value)
+        drew_eos = torch.isin(self._draws.ids, self._plan.eos_ids)
+        is_eos = torch.zeros(value.numel(), dtype=torch.bool, device=value.device)
+        is_eos = is_eos.index_copy(0, self._flat_index, drew_eos).view_as(value)
+        return torch.where(is_eos, value + _UNCERTAIN if name == "entropy" else value - _UNCERTAIN, value)
 
 
 def check_context(context: Context | None, editable: Tensor, logits: LogitsConfig) -> None:
-    """Look at what is said of the given tokens.
+    """Check what is said of the fixed tokens.
 
     Raises:
-        ValueError: if a shape or dtype is wrong, or guidance has no prompt to guide by.
+        ValueError: if a shape or dtype is wrong, or guidance has no prompt.
     """
     for name in ("no_text", "prompt"):
         value = None if context is None else getattr(context, name)
@@ -141,12 +162,3 @@ def check_context(context: Context | None, editable: Tensor, logits: LogitsConfi
             f"guidance_scale: {logits.guidance_scale} needs a prompt to guide by, and there is none; give one, or "
             "leave guidance_scale at 1"
         )
-
-
-def _parts(output: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    return (output,) if isinstance(output, Tensor) else output
-
-
-def _wrong_shape(n: int, got: Tensor, rows: int | None = None) -> str:
-    said = list(got.shape) if rows is None else f"{rows} rows"
-    return f"the denoiser must return [{n}, vocab] logits, one row a selected position; got {said}"

@@ -21,22 +21,22 @@ _LOW_32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class LogitsConfig:
-    """How a token is drawn from logits; the steps are taken in the order of the attributes, guidance being the first.
+    """How a token is drawn from logits; the transforms apply in the order of the attributes below, guidance first.
 
     Attributes:
-        guidance_scale: w of `unconditional + w (conditional - unconditional)`; 1 is no guidance and costs no second
-            forward. LLaDA's cfg_scale is w - 1.
-        repetition_penalty: divides the positive logits of tokens that the row holds already and multiplies the
-            negative ones; 1 changes nothing.
-        eos_penalty: nats taken from the logits of the tokens that end a text, so that it ends later; below 0 it ends
+        guidance_scale: w of `unconditional + w (conditional - unconditional)`; 1 is no guidance and needs no second
+            forward pass. LLaDA's cfg_scale is w - 1.
+        repetition_penalty: divides the positive logits of tokens that the row already holds and multiplies the
+            negative ones; 1 has no effect.
+        eos_penalty: nats subtracted from the logits of EOS and padding, so that a text ends later; below 0 it ends
             sooner.
         suppress: ids that are never drawn.
         temperature: divides the logits; 0 takes the most probable token, of equal ones the lowest id.
-        top_k: how many of the most probable tokens stay, or None for all.
-        top_p: nucleus mass in (0, 1]: of what top-k leaves, the fewest most probable tokens whose mass reaches it
-            stay, at least one; of equal ones the lowest ids.
-        score_distribution: which distribution positions are told apart by: the `model`'s own, before temperature and
-            filters, or the `filtered` one, after them; a temperature of 0 divides by nothing.
+        top_k: keep the k most probable tokens; None for all.
+        top_p: nucleus mass in (0, 1]: of what top-k keeps, keep the fewest most probable tokens whose mass reaches it,
+            at least one; of equal ones the lowest ids.
+        score_distribution: the distribution whose probabilities score positions: the `model`'s own, before temperature
+            and filters, or the `filtered` one, after them; a temperature of 0 then counts as 1.
     Raises:
         ValueError: if a value is out of range.
     Source: Ho & Salimans 2022 (arXiv 2207.12598) and LLaDA (arXiv 2502.09992), appendix A, for the guidance; CTRL
@@ -87,11 +87,11 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> T
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Return logits in which the tokens that a row holds already are less probable.
+    """Return logits in which the tokens that a row already holds are less probable.
 
     Args:
         logits: [n, vocab] float.
-        seen: [n, length] int64, ids, repeated as often as one likes; an id beyond the vocabulary stands for none.
+        seen: [n, length] int64, ids, with repetitions; an id beyond the vocabulary stands for none.
         penalty: above 1 makes them less probable, below 1 more.
     Returns:
         [n, vocab] float32, a new tensor.
@@ -127,7 +127,7 @@ def filtered_log_probs(logits: Tensor, config: LogitsConfig, *, suppress: tuple[
 def filtered_scores(values: Tensor, config: LogitsConfig) -> Tensor:
     """Return [n, vocab] float32 logits after temperature, top-k and nucleus, 0 the highest; -inf where left out.
 
-    A temperature of 0 divides by nothing.
+    A temperature of 0 counts as 1.
 
     Args:
         values: [n, vocab] float32 logits, the highest of a row being 0.
@@ -144,7 +144,7 @@ def filtered_scores(values: Tensor, config: LogitsConfig) -> Tensor:
 
 
 def check_logits(logits: Tensor, suppress: tuple[int, ...]) -> None:
-    """Look at shape and ids.
+    """Check shape and ids.
 
     Raises:
         ValueError: if `logits` is not [n, vocab] or an id is negative.
@@ -156,15 +156,15 @@ def check_logits(logits: Tensor, suppress: tuple[int, ...]) -> None:
 
 
 def from_highest(logits: Tensor, suppress: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return [n, vocab] float32 logits less the highest that may be drawn, in a new tensor, and [n] that highest.
+    """Return [n, vocab] float32 logits minus the highest that may be drawn, in a new tensor, and [n] that highest.
 
     Suppressed ids, ascending, become -inf.
     """
     vocab = logits.shape[1]
     suppress = tuple(token for token in suppress if token < vocab)
-    ends = zip((0, *(token + 1 for token in suppress)), (*suppress, vocab), strict=True)
-    between = [logits[:, low:high].amax(dim=1) for low, high in ends if low < high]
-    highest = torch.stack(between).amax(dim=0).float() if between else logits.new_full((len(logits),), -torch.inf)
+    bounds = zip((0, *(token + 1 for token in suppress)), (*suppress, vocab), strict=True)
+    maxima = [logits[:, low:high].amax(dim=1) for low, high in bounds if low < high]
+    highest = torch.stack(maxima).amax(dim=0).float() if maxima else logits.new_full((len(logits),), -torch.inf)
     values = logits.float() - highest[:, None]
     for token in suppress:
         values[:, token] = -torch.inf

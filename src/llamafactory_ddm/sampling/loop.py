@@ -1,4 +1,4 @@
-"""The denoising loop and its step: predict tokens, select positions, commit, edit, remask; block by block."""
+"""The denoising loop, `sample`, and its step, `denoising_step`: select, predict, commit, edit, remask."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from ..diffusion.schedules import NoiseSchedule
 from . import edits as editing
 from .budget import CommitSchedule
 from .edits import Edits
-from .forward import Context, Denoiser, Scores, check_context, predict
+from .forward import Context, Denoiser, StepScores, check_context, predict_tokens
 from .logits import LogitsConfig, Measure
-from .state import Plan, SamplerState, Turn, is_behind_end, is_complete, next_turn, start
-from .strategies import Strategy, remasked, stays
-
-_NO_EDITS = Edits()
+from .state import Plan, SamplerState, StepView, is_after_eos, is_complete, start, view_step
+from .strategies import Strategy, remask_positions, stays
+from .tokens import TokenDraws
 
 
 @dataclass(frozen=True)
@@ -27,19 +26,19 @@ class SamplerOutput:
     Attributes:
         sequences: [batch, length] int64.
         steps: denoising steps taken by the row with most.
-        forwards: calls of the denoiser; a step that chose no position needs none, a guided one two.
-        committed: [batch, length] int64, the last step that wrote each token; -1 where it was given, or left out
-            behind the end of a text, where `sequences` hold the end again.
-        row_forwards: [batch] int64, calls that the row needed, whatever the others in the batch did.
-        edits: [batch] int64, how often a token of the row was rewritten.
-        computed: tokens that went through the model, padding included: rows that are finished do not.
+        nfe: forward passes of the denoiser; a step that selects no position needs none, a guided one two.
+        committed: [batch, length] int64, the last step that wrote each token; -1 where it is fixed, and where it was
+            never decoded because it follows the EOS of a complete text. There `sequences` hold the EOS again.
+        sample_nfe: [batch] int64, forward passes that the row needed, whatever the others in the batch did.
+        edits: [batch] int64, how often a token of the row was edited.
+        computed: tokens that went through the model, padding included; finished rows do not.
     """
 
     sequences: Tensor
     steps: int
-    forwards: int
+    nfe: int
     committed: Tensor
-    row_forwards: Tensor
+    sample_nfe: Tensor
     edits: Tensor
     computed: int
 
@@ -49,7 +48,7 @@ class SamplerOutput:
         return torch.bincount(self.committed[self.committed >= 0], minlength=self.steps)
 
 
-# Called after each step with the step, the sequences and the positions written in it.
+# Called after each step with the step, the sequences and the positions that it wrote.
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
@@ -63,46 +62,46 @@ def sample(
     strategy: Strategy,
     logits: LogitsConfig | None = None,
     seed: int = 0,
-    rows: Tensor | None = None,
-    first_step: Tensor | None = None,
+    sample_index: Tensor | None = None,
+    steps_taken: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
     commit_schedule: CommitSchedule = "even",
     edits: Edits | None = None,
-    end_ids: Sequence[int] = (),
-    stop_at_end: bool = True,
+    eos_ids: Sequence[int] = (),
+    stop_at_eos: bool = True,
     eos_last: bool = False,
     context: Context | None = None,
     callback: Callback | None = None,
 ) -> SamplerOutput:
-    """Fill the editable positions of `x`, starting from [MASK] everywhere in them.
+    """Run the reverse process: fill the editable positions of `x`, starting from [MASK] in all of them.
 
-    What comes out of a row depends on `seed`, the row's ordinal and its own content, not on the batch it is in.
+    A row's result depends on `seed`, its sample index and its own content, not on the batch it is in.
 
     Args:
         denoiser: the model.
         x: [batch, length] int64; ids at editable positions do not matter.
-        editable: [batch, length] bool; everything else stays as it is, even an id equal to `mask_id`.
-        mask_id: of [MASK]; never drawn.
-        steps: number of denoising steps of a row, at least 1 and at least the number of its blocks. A row that is
-            finished takes no more, and a step that needs no logits costs no forward.
+        editable: [batch, length] bool; all other positions are fixed, even those whose id equals `mask_id`.
+        mask_id: id of [MASK], which is never drawn.
+        steps: denoising steps of a row, at least 1 and at least the number of its blocks. A finished row takes no
+            more, and a step that needs no logits costs no forward pass.
         strategy: which positions each step commits.
         logits: how a token is drawn; by default from the model's own distribution.
         seed: of every draw.
-        rows: [batch] int64, the ordinal of each sample, below 2**32; by default 0, 1, 2 …
-        first_step: [batch] int64, steps that each sample has behind it, in earlier calls for its first places, so that
-            it draws other numbers now; 0 by default.
+        sample_index: [batch] int64, a number for each sample, below 2**32; by default 0, 1, 2 …
+        steps_taken: [batch] int64, steps that earlier calls took for the first positions of each sample, so that this
+            call draws other numbers; by default 0.
         schedule: the noise schedule that sets the pace; by default linear.
-        block_length: editable positions of a row that are decided together, from left to right; None is all at once.
-        commit_schedule: how many tokens the steps of a block commit where a strategy goes by number, and with what
-            chance in random order: `even`, or `dream`, see `sampling.steps`.
-        edits: which decided tokens are rewritten; none by default. Their further steps come on top of `steps`.
-        end_ids: tokens behind which nothing is text. By default there are none.
-        stop_at_end: whether a row is finished once an end is committed and everything before it: what stands before it
-            is then what it would be without. Not so with edits, or a strategy that masks tokens again: without, they
-            would go on revising the text. Rows with given tokens behind editable ones go on.
-        eos_last: whether a place at which an end was drawn is taken to be the least certain of its block.
-        context: which given tokens are no text, and which are the prompt.
+        block_length: editable positions of a row that are decoded together, from left to right; None for all at once.
+        commit_schedule: how many tokens the steps of a block commit under a strategy that counts, and with what
+            probability under `random`: `even` or `dream`, see `sampling.budget`.
+        edits: which decoded tokens are edited; by default none. Edit steps come on top of `steps`.
+        eos_ids: EOS and padding tokens, which end a text; by default none.
+        stop_at_eos: stop a row once an EOS and everything before it are decoded. The text before the EOS is the same
+            as without, unless editing or remasking is on, which could still revise it. Rows with fixed tokens after
+            editable positions do not stop.
+        eos_last: treat a position at which an EOS is predicted as the least certain of its block.
+        context: which fixed tokens are not text, and which are the prompt.
         callback: called after each step.
     Raises:
         ValueError: if an argument does not fit, the denoiser's logits are unusable or the strategy leaves a position
@@ -115,42 +114,32 @@ def sample(
         mask_id=mask_id,
         steps=steps,
         seed=seed,
-        rows=rows,
-        first_step=first_step,
+        sample_index=sample_index,
+        steps_taken=steps_taken,
         schedule=schedule,
         block_length=block_length,
         commit_schedule=commit_schedule,
-        end_ids=end_ids,
-        stop_at_end=stop_at_end,
+        eos_ids=eos_ids,
+        stop_at_eos=stop_at_eos,
         eos_last=eos_last,
         edit_steps=0 if edits is None else edits.steps,
     )
     check_context(context, editable, logits)
     while True:
-        before = state
-        state = denoise_step(
-            denoiser,
-            state,
-            plan,
-            strategy=strategy,
-            logits=logits,
-            edits=edits,
-            context=context,
-        )
+        step = state.step
+        state = denoising_step(denoiser, state, plan, strategy=strategy, logits=logits, edits=edits, context=context)
         if state.finished:
             break
         if callback is not None:
-            callback(before.step, state.z, state.committed == before.step)
+            callback(step, state.z, state.committed == step)
     z = state.z
-    if len(end_ids) and stop_at_end:
-        z = torch.where(editable & (state.committed < 0), int(plan.end_ids[0]), z)
-    return SamplerOutput(
-        z, state.step, state.forwards, state.committed, state.row_forwards, state.edits, state.computed
-    )
+    if len(eos_ids) and stop_at_eos:
+        z = torch.where(editable & (state.committed < 0), int(plan.eos_ids[0]), z)
+    return SamplerOutput(z, state.step, state.nfe, state.committed, state.sample_nfe, state.edits, state.computed)
 
 
 @torch.no_grad()
-def denoise_step(
+def denoising_step(
     denoiser: Denoiser,
     state: SamplerState,
     plan: Plan,
@@ -160,166 +149,184 @@ def denoise_step(
     edits: Edits | None = None,
     context: Context | None = None,
 ) -> SamplerState:
-    """Take one step: the state after it, the one given is left as it is; `finished` if there was nothing to do.
+    """Return the state after one step, `finished` if there was nothing left to do; the given state stays as it is.
 
-    The device is waited for once, to learn how many positions need logits; that is also when logits found unusable in
-    the step before become an error.
+    Select the positions whose logits are needed, predict a token at each, commit the strategy's choice of them, edit
+    decoded tokens, remask others.
 
     Raises:
-        ValueError: if the denoiser's logits have the wrong shape, hold NaN or allow no token, if all steps are taken
-            and a position is masked still, or if the plan was not made for the edits' further steps.
+        ValueError: if the denoiser's logits have the wrong shape, hold NaN or allow no token (found one step later),
+            if all steps are taken and a position is still masked, or if the plan was made for other edits.
     """
-    edits = edits or _NO_EDITS
+    edits = edits or Edits()
     if edits.steps != plan.edit_steps:
-        raise ValueError(f"edits with {edits.steps} further steps need start(edit_steps={edits.steps}, ...)")
-    turn = next_turn(state, plan)
-    asked = ask(state, plan, turn, strategy, edits)
-    found = counts(state, plan, turn, asked, strategy)
-    if found is None:
+        raise ValueError(f"edits with steps={edits.steps} need start(edit_steps={edits.steps}, ...)")
+    view = view_step(state, plan)
+    request = select_positions(state, view, strategy, edits)
+    active = count_active(state, view, request, strategy)
+    if active is None:
         return replace(state, finished=True)
-    active = turn.steps > 0
-    advanced = replace(
-        state,
-        block=turn.block,
-        block_step=turn.step + active,
-        row_step=state.row_step + (active & (turn.further == 0)),
-        further=turn.further,
-        spent=turn.spent,
-        step=state.step + 1,
-    )
-    n, n_rows = found
-    if not n:
-        return written(state, advanced, plan, turn, asked, Made(state.z, torch.zeros_like(state.is_masked)), strategy)
-    # A stable sort brings the places to the front without asking the device how many there are.
-    place = asked.wanted.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:n]
-    draws, forwards = predict(denoiser, state, plan, turn, place, asked.measures, logits, context or Context())
-    advanced = replace(
-        advanced,
-        row_forwards=state.row_forwards + asked.wanted.any(dim=1) * forwards,
-        bad=draws.bad.any() * (state.step + 1),
-        forwards=state.forwards + forwards,
-        computed=state.computed + forwards * n_rows * state.z.shape[1],
-    )
-    scores = Scores(draws, place, state, plan)
-    made = decide(state, turn, asked, scores, strategy)
-    made = revise(state, turn, asked, scores, edits, made)
-    return written(state, advanced, plan, turn, asked, made, strategy)
+    n_positions, n_rows = active
+    z, commit, edit = state.z, torch.zeros_like(state.is_masked), torch.zeros_like(state.is_masked)
+    if n_positions:
+        flat_index = request.flat_index(n_positions)
+        draws, n_passes = predict_tokens(
+            denoiser, state, view, flat_index, request.measures, logits, context or Context()
+        )
+        scores = StepScores(draws, flat_index, state.z, plan)
+        commit = commit_positions(view, request, scores, strategy)
+        z = torch.where(commit, scores.ids, state.z)
+        if edits.active:
+            argmax, top_log_prob = scores.measure("argmax"), scores.measure("top_log_prob")
+            edit = edits.edit_positions(view, state.z, request.edit, commit, argmax, top_log_prob)
+            z = torch.where(edit, argmax, z)
+        state = count_forward(state, request, draws, n_passes, n_rows)
+    z = z.masked_fill(request.remask, plan.mask_id)
+    return apply_update(state, view, StepUpdate(z, commit, edit, request.remask), strategy)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a step is about before the forward, [batch, length] bool each.
+class LogitsRequest:
+    """What a step selects before its forward pass, [batch, length] bool each.
 
     Attributes:
-        chosen: positions that the strategy needs logits of.
-        revisable: decided positions that may be rewritten; None without edits.
-        again: decided positions that are masked after the step; None where the strategy never does that.
-        wanted: all positions that need logits.
-        measures: what has to be known of them.
+        commit: positions that the strategy may commit, or scores to compare them with.
+        edit: decoded positions that may be edited.
+        remask: decoded positions that are masked again after the step; they need no logits.
+        measures: what to compute of the logits at each position.
     """
 
-    chosen: Tensor
-    revisable: Tensor | None
-    again: Tensor | None
-    wanted: Tensor
+    commit: Tensor
+    edit: Tensor
+    remask: Tensor
     measures: frozenset[Measure]
+
+    @property
+    def needs_logits(self) -> Tensor:
+        """Return [batch, length] bool, the positions whose logits the step needs."""
+        return self.commit | self.edit
+
+    def flat_index(self, n: int) -> Tensor:
+        """Return [n] int64, ascending, where in [batch * length] the `n` positions are whose logits are needed.
+
+        A stable sort brings them to the front; `nonzero` would ask the device how many there are.
+        """
+        return self.needs_logits.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:n]
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a step writes: [batch, length] int64 ids, and bool where they are committed and rewritten, or None."""
+class StepUpdate:
+    """What a step changes.
 
-    ids: Tensor
+    Attributes:
+        z: [batch, length] int64, the sequences after it.
+        commit: [batch, length] bool, masked positions that it decodes.
+        edit: [batch, length] bool, decoded positions that it rewrites.
+        remask: [batch, length] bool, decoded positions that it masks again.
+    """
+
+    z: Tensor
     commit: Tensor
-    rewrite: Tensor | None = None
+    edit: Tensor
+    remask: Tensor
 
 
-def ask(state: SamplerState, plan: Plan, turn: Turn, strategy: Strategy, edits: Edits) -> Asked:
-    """Return what a step needs to know; the arguments are those of `denoise_step`."""
-    again = remasked(strategy, turn)
-    wanted = chosen = strategy.candidates(turn) & turn.scope
-    measures, revisable = strategy.measures, None
-    if edits.active:
-        revisable = edits.candidates(turn, (wanted & turn.is_masked).sum(dim=1)) & ~is_behind_end(
-            state.z, state.is_masked, plan
-        )
-        if again is not None:
-            revisable &= ~again
-        wanted, measures = wanted | revisable, measures | editing.MEASURES
-    return Asked(chosen, revisable, again, wanted, measures)
+def select_positions(state: SamplerState, view: StepView, strategy: Strategy, edits: Edits) -> LogitsRequest:
+    """Return the positions that may change in this step, and what has to be known of them."""
+    remask = remask_positions(strategy, view)
+    commit = strategy.candidates(view) & view.scope
+    if not edits.active:
+        return LogitsRequest(commit, torch.zeros_like(commit), remask, strategy.measures)
+    edit = edits.candidates(view, (commit & view.is_masked).sum(dim=1))
+    edit = edit & ~remask & ~is_after_eos(state.z, state.is_masked, view.plan)
+    return LogitsRequest(commit, edit, remask, strategy.measures | editing.MEASURES)
 
 
-def counts(state: SamplerState, plan: Plan, turn: Turn, asked: Asked, strategy: Strategy) -> tuple[int, int] | None:
-    """Return how many positions and rows need logits, or None if no row has anything left to do.
+def count_active(
+    state: SamplerState, view: StepView, request: LogitsRequest, strategy: Strategy
+) -> tuple[int, int] | None:
+    """Return how many positions need logits and how many rows hold one, or None if every row is finished.
+
+    This is where a step waits for the device, once; so it is also where unusable logits of the step before and
+    positions that were left masked become an error.
 
     Raises:
-        ValueError: see `denoise_step`.
+        ValueError: see `denoising_step`.
     """
-    overrun = (turn.is_masked.any(dim=1) & (turn.step >= turn.steps)).sum()
-    n, n_rows, left, active, too_many, bad = torch.stack(
-        [
-            asked.wanted.sum(),
-            asked.wanted.any(dim=1).sum(),
-            state.is_masked.sum(),
-            (turn.steps > 0).sum(),
-            overrun,
-            state.bad,
-        ]
-    ).tolist()
-    if bad:
+    needed = request.needs_logits
+    overrun = view.is_masked.any(dim=1) & (view.step >= view.steps)
+    counts = (
+        needed.sum(),
+        needed.any(dim=1).sum(),
+        (view.steps > 0).sum(),
+        overrun.sum(),
+        state.is_masked.sum(),
+        state.bad_step,
+    )
+    n_positions, n_rows, n_unfinished, n_overrun, n_masked, bad_step = torch.stack(counts).tolist()
+    if bad_step:
         raise ValueError(
-            f"in step {bad - 1} the denoiser returned logits that hold NaN or inf or allow no token but [MASK] "
-            f"(id {plan.mask_id}); float16 overflows easily, try bfloat16 or float32"
+            f"in step {bad_step - 1} the denoiser returned logits that hold NaN or inf or allow no token but [MASK] "
+            f"(id {view.plan.mask_id}); float16 overflows easily, try bfloat16 or float32"
         )
-    if too_many:
+    if n_overrun:
         raise ValueError(
-            f"the strategy {strategy.name!r} left {left} positions masked after its steps ({plan.steps} in all); "
-            "in the last step of a block it must commit every position that is left"
+            f"the strategy {strategy.name!r} left {n_masked} positions masked after its steps ({view.plan.steps} in "
+            "all); in the last step of a block it must commit every position that is left"
         )
-    return (n, n_rows) if active else None
+    return (n_positions, n_rows) if n_unfinished else None
 
 
-def decide(state: SamplerState, turn: Turn, asked: Asked, scores: Scores, strategy: Strategy) -> Made:
-    """Return what the strategy commits."""
+def commit_positions(view: StepView, request: LogitsRequest, scores: StepScores, strategy: Strategy) -> Tensor:
+    """Return [batch, length] bool, the masked positions that the strategy commits.
+
+    Raises:
+        ValueError: if it asks for a measure that it has not declared.
+    """
 
     def score(measure: Measure) -> Tensor:
         if measure not in strategy.measures:
             raise ValueError(f"the strategy {strategy.name!r} asks for {measure!r}, which its measures do not name")
         return scores.certainty(measure)
 
-    commit = strategy.commit(turn, asked.chosen, score) & asked.chosen & turn.is_masked
-    return Made(torch.where(commit, scores.ids, state.z), commit)
+    return strategy.commit(view, request.commit, score) & request.commit & view.is_masked
 
 
-def revise(state: SamplerState, turn: Turn, asked: Asked, scores: Scores, edits: Edits, made: Made) -> Made:
-    """Return what the step writes with the decided tokens that it rewrites; what it commits counts in their budget."""
-    if asked.revisable is None:
-        return made
-    argmax = scores.spread("argmax")
-    certainty = scores.spread("top_log_prob")
-    rewrite = edits.rewrites(turn, state.z, asked.revisable, made.commit, argmax, certainty)
-    return replace(made, ids=torch.where(rewrite, argmax, made.ids), rewrite=rewrite)
-
-
-def written(
-    state: SamplerState, advanced: SamplerState, plan: Plan, turn: Turn, asked: Asked, made: Made, strategy: Strategy
+def count_forward(
+    state: SamplerState, request: LogitsRequest, draws: TokenDraws, n_passes: int, n_rows: int
 ) -> SamplerState:
-    """Return the state with what the step writes, and who stays at a block of which nothing is masked."""
-    changed = made.commit if made.rewrite is None else made.commit | made.rewrite
-    z, is_masked = made.ids, state.is_masked & ~made.commit
-    committed = state.committed.masked_fill(changed, state.step)
-    if asked.again is not None:
-        z, is_masked = z.masked_fill(asked.again, plan.mask_id), is_masked | asked.again
-        committed = committed.masked_fill(asked.again, -1)
-    complete = is_complete(z, is_masked, plan)
+    """Return the state with the cost of a step's forward passes, and whether their logits were usable."""
+    return replace(
+        state,
+        sample_nfe=state.sample_nfe + request.needs_logits.any(dim=1) * n_passes,
+        bad_step=draws.bad.any() * (state.step + 1),
+        nfe=state.nfe + n_passes,
+        computed=state.computed + n_passes * n_rows * state.z.shape[1],
+    )
+
+
+def apply_update(state: SamplerState, view: StepView, update: StepUpdate, strategy: Strategy) -> SamplerState:
+    """Return the state after a step, with the rows marked that stay in a block which is fully decoded."""
+    written = update.commit | update.edit
+    is_masked = (state.is_masked & ~update.commit) | update.remask
+    complete = is_complete(update.z, is_masked, view.plan)
     is_masked = is_masked & ~complete
-    after = replace(advanced, z=z, is_masked=is_masked, committed=committed)
-    if made.rewrite is not None:
-        rewritten = made.rewrite.sum(dim=1)
-        after = replace(after, spent=turn.spent + rewritten, edits=state.edits + rewritten)
-    if asked.again is None and not plan.edit_steps:
-        return after
-    done = (turn.steps > 0) & ~((is_masked & turn.scope).any(dim=1) | complete[:, 0])
-    held = done & stays(strategy, turn)
-    further = done & ~held & changed.any(dim=1) & (turn.further < plan.edit_steps)
-    return replace(after, held=held | further, further=turn.further + further)
+    n_edits = update.edit.sum(dim=1)
+    unfinished = view.steps > 0
+    decoded = unfinished & ~((is_masked & view.scope).any(dim=1) | complete[:, 0])
+    held = decoded & stays(strategy, view)
+    may_edit = decoded & ~held & written.any(dim=1) & (view.edit_step < view.plan.edit_steps)
+    return replace(
+        state,
+        z=update.z,
+        is_masked=is_masked,
+        committed=state.committed.masked_fill(written, state.step).masked_fill(update.remask, -1),
+        block=view.block,
+        block_step=view.step + unfinished,
+        block_edits=view.block_edits + n_edits,
+        row_step=state.row_step + (unfinished & (view.edit_step == 0)),
+        edit_step=view.edit_step + may_edit,
+        held=held | may_edit,
+        edits=state.edits + n_edits,
+        step=state.step + 1,
+    )

@@ -10,11 +10,11 @@ _INFINITY_BITS = 0x7F800000
 
 
 class Weights:
-    """Non-negative weights of which the sums over chunks are known, so that a draw reads one chunk only.
+    """Non-negative weights with their sums over chunks, so that a draw reads a single chunk.
 
     Attributes:
         values: [n, vocab] float.
-        cumulative: [n, n_chunks] float64, weight of each chunk and those before it.
+        cumulative: [n, n_chunks] float64, weight of each chunk and all before it.
         total: [n] float64.
     """
 
@@ -52,9 +52,9 @@ def sample_weights(weights: Weights, u: Tensor) -> Tensor:
 
 def _first_above(cumulative: Tensor, parts: Tensor, target: Tensor) -> Tensor:
     """Return [n] the first entry of `cumulative`, the running sum of `parts`, above `target`."""
-    place = torch.searchsorted(cumulative, target[:, None], right=True).clamp(max=parts.shape[1] - 1)
-    # Running sums are rounded, and may even fall by an error from one entry to the next; nothing of weight 0 is drawn.
-    return torch.where(parts.gather(1, place) > 0.0, place, parts.argmax(dim=1, keepdim=True))[:, 0]
+    index = torch.searchsorted(cumulative, target[:, None], right=True).clamp(max=parts.shape[1] - 1)
+    # Rounding may even make a running sum fall from one entry to the next; nothing of weight 0 is drawn.
+    return torch.where(parts.gather(1, index) > 0.0, index, parts.argmax(dim=1, keepdim=True))[:, 0]
 
 
 def nucleus_mask(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
@@ -99,8 +99,8 @@ def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Te
     Returns:
         [n] bool; before a token come those of higher logit, and of equal logit and lower id.
     """
-    here = ids[:, None]
-    level = values.gather(1, here)
-    lower = torch.arange(values.shape[1], device=values.device) < here
+    index = ids[:, None]
+    level = values.gather(1, index)
+    lower = torch.arange(values.shape[1], device=values.device) < index
     before = (values > level) | ((values == level) & lower)
     return Weights(weights * before).total < top_p * Weights(weights).total

@@ -1,4 +1,4 @@
-"""What a call of the sampler holds: its plan, where it stands, and what the next step is about."""
+"""What a call of the sampler holds: its plan, the state between two steps, and the view of the next step."""
 
 from __future__ import annotations
 
@@ -22,49 +22,50 @@ class Plan:
     """What stays the same over the steps of one call.
 
     Attributes:
-        mask_id: of [MASK].
-        steps: number of denoising steps of a row.
-        edit_steps: further steps that each block may take after its last mask is gone.
-        schedule: sets the pace.
+        mask_id: id of [MASK].
+        steps: denoising steps of a row.
+        schedule: the noise schedule, which sets the pace.
         seed: of every draw.
-        rows: [batch] int64, ordinal of each sample; with `seed` it fixes the sample's draws.
-        first_step: [batch] int64, steps that a sample took before this call, whose numbers are used up.
-        ordinal: [batch, length] int64, how many editable positions of the row come before.
-        block: [batch, length] int64, which block a position belongs to; -1 for a given token.
+        sample_index: [batch] int64, number of each sample; with `seed` it fixes the sample's draws.
+        steps_taken: [batch] int64, steps that a sample took before this call, whose random numbers are used up.
+        editable_index: [batch, length] int64, how many editable positions of the row come before.
+        block: [batch, length] int64, which block a position belongs to; -1 for a fixed token.
         block_steps: [batch, n_blocks] int64, denoising steps of each block.
-        budget: [batch, steps] int64, tokens to commit in each step where a strategy goes by number.
-        chance: [batch, steps] float64, chance to be revealed in each step where it goes by chance.
-        end_ids: [n_ends] int64, tokens behind which nothing is text; empty where none is known.
-        may_end: [batch, 1] bool, rows in which nothing is given behind an editable position.
-        stop_at_end: whether a row is finished once its text is.
-        eos_last: whether ends are taken to be uncertain.
+        budget: [batch, steps] int64, tokens that each step commits under a strategy that counts.
+        reveal_probability: [batch, steps] float64, probability that a step reveals a masked token, under a strategy
+            that draws.
+        eos_ids: [n_eos] int64, EOS and padding tokens, which end a text; empty where none is known.
+        can_stop: [batch, 1] bool, rows without a fixed token after an editable position.
+        stop_at_eos: whether a row is finished once its text is complete.
+        eos_last: whether a position at which an EOS is predicted counts as the least certain of its block.
+        edit_steps: steps that a block may take for edits after its last mask is gone.
     """
 
     mask_id: int
     steps: int
     schedule: NoiseSchedule
     seed: int
-    rows: Tensor
-    first_step: Tensor
-    ordinal: Tensor
+    sample_index: Tensor
+    steps_taken: Tensor
+    editable_index: Tensor
     block: Tensor
     block_steps: Tensor
     budget: Tensor
-    chance: Tensor
-    end_ids: Tensor
-    may_end: Tensor
-    stop_at_end: bool = True
+    reveal_probability: Tensor
+    eos_ids: Tensor
+    can_stop: Tensor
+    stop_at_eos: bool = True
     eos_last: bool = False
     edit_steps: int = 0
 
     def uniform(self, stream: Stream, row_step: Tensor, *, depth: int = 1) -> Tensor:
-        """Return [batch, length, depth] uniform numbers that depend on seed, sample, stream and the row's step alone.
+        """Return [batch, length, depth] uniform numbers, a function of seed, sample index, stream and row step alone.
 
-        Editable positions take theirs in order, so that padding before a text changes nothing.
+        Editable positions take theirs in order, so padding in front of a text changes nothing.
         """
-        width = int(self.ordinal.shape[1])
-        u = keyed_uniform(self.seed, stream, self.rows, width * depth, steps=self.first_step + row_step)
-        return u.view(-1, width, depth).gather(1, self.ordinal[:, :, None].expand(-1, -1, depth))
+        width = int(self.editable_index.shape[1])
+        u = keyed_uniform(self.seed, stream, self.sample_index, width * depth, steps=self.steps_taken + row_step)
+        return u.view(-1, width, depth).gather(1, self.editable_index[:, :, None].expand(-1, -1, depth))
 
     def token_draws(self, row_step: Tensor, *, tries: int = TRIES) -> Tensor:
         """Return [batch, length, tries] float64 in [0, 1), multiples of 2**-48, that decide the tokens.
@@ -76,20 +77,19 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What a strategy decides upon: one step of each row, in the block that the row is at.
+class StepView:
+    """What one step is about: for each row, its current block and how far it has come in it.
 
     Attributes:
         is_masked: [batch, length] bool, positions of the block that are still masked.
         scope: [batch, length] bool, all positions of the block.
-        block: [batch] int64, which block it is.
+        block: [batch] int64, index of the block.
         step: [batch] int64, steps that the row has taken in this block.
         steps: [batch] int64, steps of this block; 0 for a row that is finished.
-        row_step: [batch] int64, steps that the row has taken in all blocks, further ones not counted: they draw
-            nothing.
-        place: [batch] int64, column of `plan.budget` and `plan.chance`.
-        spent: [batch] int64, tokens that the row has rewritten in this block.
-        further: [batch] int64, steps that the row was granted in this block after its last mask was gone.
+        row_step: [batch] int64, steps that the row has taken in all blocks, without edit steps: those draw nothing.
+        column: [batch] int64, column of `plan.budget` and `plan.reveal_probability`.
+        block_edits: [batch] int64, tokens that the row has edited in this block.
+        edit_step: [batch] int64, edit steps that the row was granted in this block after its last mask was gone.
         plan: of the call.
     """
 
@@ -99,19 +99,19 @@ class Turn:
     step: Tensor
     steps: Tensor
     row_step: Tensor
-    place: Tensor
-    spent: Tensor
-    further: Tensor
+    column: Tensor
+    block_edits: Tensor
+    edit_step: Tensor
     plan: Plan
 
     @property
-    def is_decided(self) -> Tensor:
-        """Return [batch, length] bool, positions of the block that were committed in earlier steps."""
+    def is_decoded(self) -> Tensor:
+        """Return [batch, length] bool, positions of the block that earlier steps committed."""
         return self.scope & ~self.is_masked
 
-    def of(self, table: Tensor) -> Tensor:
-        """Return [batch, 1], this step's entry of a [batch, steps] table."""
-        return table.gather(1, self.place.clamp(max=table.shape[1] - 1)[:, None])
+    def of_step(self, table: Tensor) -> Tensor:
+        """Return [batch, 1], the entry of a [batch, steps] table of the plan for this step."""
+        return table.gather(1, self.column.clamp(max=table.shape[1] - 1)[:, None])
 
 
 @dataclass(frozen=True)
@@ -121,18 +121,18 @@ class SamplerState:
     Attributes:
         z: [batch, length] int64, the sequences so far.
         is_masked: [batch, length] bool, what is still to be committed.
-        committed: [batch, length] int64, the last step that wrote a token; -1 where none stands.
+        committed: [batch, length] int64, the last step that wrote each token; -1 where none did.
         block: [batch] int64, the block that a row is at.
         block_step: [batch] int64, steps that the row has taken in it.
-        row_step: [batch] int64, steps that the row has taken in all, further ones not counted.
-        row_forwards: [batch] int64, forwards that the row needed.
-        held: [batch] bool, rows that stay at their block though nothing in it is masked.
-        further: [batch] int64, steps that the row was granted in its block after its last mask was gone.
-        spent: [batch] int64, tokens that the row has rewritten in its block.
-        edits: [batch] int64, tokens that the row has rewritten in all.
-        bad: [] int64, 1 + the step in which logits were unusable, or 0.
+        block_edits: [batch] int64, tokens that the row has edited in it.
+        row_step: [batch] int64, steps that the row has taken in all, without edit steps.
+        edit_step: [batch] int64, edit steps that the row was granted in its block after its last mask was gone.
+        held: [batch] bool, rows that stay in their block though it is fully decoded.
+        edits: [batch] int64, tokens that the row has edited in all.
+        sample_nfe: [batch] int64, forward passes that the row needed.
+        bad_step: [] int64, 1 + the step whose logits were unusable, or 0.
         step: the next step, from 0.
-        forwards: calls of the denoiser so far.
+        nfe: forward passes so far.
         computed: tokens that went through the model so far, padding included.
         finished: whether a step found nothing left to do.
     """
@@ -142,15 +142,15 @@ class SamplerState:
     committed: Tensor
     block: Tensor
     block_step: Tensor
+    block_edits: Tensor
     row_step: Tensor
-    row_forwards: Tensor
+    edit_step: Tensor
     held: Tensor
-    further: Tensor
-    spent: Tensor
     edits: Tensor
-    bad: Tensor
+    sample_nfe: Tensor
+    bad_step: Tensor
     step: int = 0
-    forwards: int = 0
+    nfe: int = 0
     computed: int = 0
     finished: bool = False
 
@@ -162,25 +162,25 @@ def start(
     mask_id: int,
     steps: int,
     seed: int = 0,
-    rows: Tensor | None = None,
-    first_step: Tensor | None = None,
+    sample_index: Tensor | None = None,
+    steps_taken: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
     commit_schedule: CommitSchedule = "even",
-    end_ids: Sequence[int] = (),
-    stop_at_end: bool = True,
+    eos_ids: Sequence[int] = (),
+    stop_at_eos: bool = True,
     eos_last: bool = False,
     edit_steps: int = 0,
 ) -> tuple[SamplerState, Plan]:
-    """Return the state before the first step and what stays the same, for driving `denoise_step` by hand.
+    """Return the state before the first step and the plan of the call, to drive `denoising_step` by hand.
 
     The arguments are those of `sample`; `edit_steps` is the `steps` of its edits.
 
     Raises:
         ValueError: if a number is out of range, or a shape or dtype is wrong.
     """
-    rows = torch.arange(len(x), device=x.device) if rows is None else rows
-    first_step = torch.zeros_like(rows) if first_step is None else first_step
+    sample_index = torch.arange(len(x), device=x.device) if sample_index is None else sample_index
+    steps_taken = torch.zeros_like(sample_index) if steps_taken is None else steps_taken
     schedule = LinearSchedule() if schedule is None else schedule
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -188,107 +188,108 @@ def start(
         raise ValueError(f"edit_steps must be at least 0, got {edit_steps}")
     if mask_id < 0:
         raise ValueError(f"mask_id must be an id of the tokenizer, at least 0, got {mask_id}")
-    _check(x, editable, rows, first_step)
+    _check(x, editable, sample_index, steps_taken)
     block = split_into_blocks(editable, block_length)
     block_steps = steps_of_blocks(block, steps)
-    budget, chance = pace_of_blocks(block, block_steps, steps, schedule, commit_schedule)
+    budget, reveal_probability = pace_of_blocks(block, block_steps, steps, schedule, commit_schedule)
     plan = Plan(
         mask_id=mask_id,
         steps=steps,
         schedule=schedule,
         seed=seed,
-        rows=rows,
-        first_step=first_step,
-        ordinal=editable.cumsum(dim=1) - editable.long(),
+        sample_index=sample_index,
+        steps_taken=steps_taken,
+        editable_index=editable.cumsum(dim=1) - editable.long(),
         block=block,
         block_steps=block_steps,
         budget=budget,
-        chance=chance,
-        end_ids=torch.tensor(sorted(end_ids), dtype=torch.int64, device=x.device),
-        may_end=~(editable.cummax(dim=1).values & ~editable).any(dim=1, keepdim=True),
-        stop_at_end=stop_at_end,
+        reveal_probability=reveal_probability,
+        eos_ids=torch.tensor(sorted(eos_ids), dtype=torch.int64, device=x.device),
+        can_stop=~(editable.cummax(dim=1).values & ~editable).any(dim=1, keepdim=True),
+        stop_at_eos=stop_at_eos,
         eos_last=eos_last,
         edit_steps=edit_steps,
     )
-    nothing, zero = torch.full_like(x, -1), torch.zeros_like(rows)
+    zero = torch.zeros_like(sample_index)
     state = SamplerState(
         z=x.masked_fill(editable, mask_id),
         is_masked=editable.clone(),
-        committed=nothing,
+        committed=torch.full_like(x, -1),
         block=zero,
         block_step=zero,
+        block_edits=zero,
         row_step=zero,
-        row_forwards=zero,
-        held=torch.zeros_like(rows, dtype=torch.bool),
-        further=zero,
-        spent=zero,
+        edit_step=zero,
+        held=torch.zeros_like(sample_index, dtype=torch.bool),
         edits=zero,
-        bad=torch.zeros((), dtype=torch.int64, device=x.device),
+        sample_nfe=zero,
+        bad_step=torch.zeros((), dtype=torch.int64, device=x.device),
     )
     return state, plan
 
 
-def _check(x: Tensor, editable: Tensor, rows: Tensor, first_step: Tensor) -> None:
-    """Look at shapes, dtypes and ordinals.
+def _check(x: Tensor, editable: Tensor, sample_index: Tensor, steps_taken: Tensor) -> None:
+    """Check shapes, dtypes and ranges.
 
     Raises:
         ValueError: if one is wrong.
     """
-    named = {"x": x, "editable": editable, "rows": rows, "first_step": first_step}
-    dtypes = {"x": torch.int64, "editable": torch.bool, "rows": torch.int64, "first_step": torch.int64}
-    shapes = {"x": x.shape, "editable": x.shape, "rows": x.shape[:1], "first_step": x.shape[:1]}
+    named = {"x": x, "editable": editable, "sample_index": sample_index, "steps_taken": steps_taken}
+    dtypes = {"x": torch.int64, "editable": torch.bool, "sample_index": torch.int64, "steps_taken": torch.int64}
+    shapes = {"x": x.shape, "editable": x.shape, "sample_index": x.shape[:1], "steps_taken": x.shape[:1]}
     fits = x.dim() == 2 and x.shape[1] > 0
     if not fits or any(v.shape != shapes[name] or v.dtype != dtypes[name] for name, v in named.items()):
-        given = ", ".join(f"{name} {list(value.shape)} {value.dtype}" for name, value in named.items())
+        got = ", ".join(f"{name} {list(value.shape)} {value.dtype}" for name, value in named.items())
         raise ValueError(
-            "x must be [batch, length] int64 with length at least 1, editable [batch, length] bool, rows and "
-            f"first_step [batch] int64; got {given}"
+            "x must be [batch, length] int64 with length at least 1, editable [batch, length] bool, sample_index and "
+            f"steps_taken [batch] int64; got {got}"
         )
-    low, high = torch.cat([rows, first_step, rows.new_zeros(1)]).aminmax()
+    low, high = torch.cat([sample_index, steps_taken, sample_index.new_zeros(1)]).aminmax()
     if int(low) < 0 or int(high) >= MOST_ROWS:
-        raise ValueError(f"rows and first_step must lie in [0, 2**32), 32 bits each; got {int(low)} to {int(high)}")
+        raise ValueError(
+            f"sample_index and steps_taken must lie in [0, 2**32), 32 bits each; got {int(low)} to {int(high)}"
+        )
 
 
-def next_turn(state: SamplerState, plan: Plan) -> Turn:
-    """Return what the next step is about: for each row the first block that is not finished, or that it stays at."""
-    far = plan.block_steps.shape[1]
-    block = torch.where(state.is_masked, plan.block, far).amin(dim=1)
+def view_step(state: SamplerState, plan: Plan) -> StepView:
+    """Return the view of the next step: each row is in its first unfinished block, or where it is held."""
+    n_blocks = plan.block_steps.shape[1]
+    block = torch.where(state.is_masked, plan.block, n_blocks).amin(dim=1)
     block = torch.where(state.held, state.block, block)
-    inside = plan.block == block[:, None]
+    scope = plan.block == block[:, None]
     is_same = block == state.block
     step = torch.where(is_same, state.block_step, 0)
     steps = torch.cat([plan.block_steps, torch.zeros_like(plan.block_steps[:, :1])], dim=1)
-    offset = steps.cumsum(dim=1) - steps
-    here = block[:, None]
-    return Turn(
-        is_masked=state.is_masked & inside,
-        scope=inside,
+    first_column = steps.cumsum(dim=1) - steps
+    return StepView(
+        is_masked=state.is_masked & scope,
+        scope=scope,
         block=block,
         step=step,
-        steps=steps.gather(1, here)[:, 0],
+        steps=steps.gather(1, block[:, None])[:, 0],
         row_step=state.row_step,
-        place=offset.gather(1, here)[:, 0] + step,
-        spent=torch.where(is_same, state.spent, 0),
-        further=torch.where(is_same, state.further, 0),
+        column=first_column.gather(1, block[:, None])[:, 0] + step,
+        block_edits=torch.where(is_same, state.block_edits, 0),
+        edit_step=torch.where(is_same, state.edit_step, 0),
         plan=plan,
     )
 
 
-def is_behind_end(z: Tensor, is_masked: Tensor, plan: Plan) -> Tensor:
-    """Return [batch, length] bool, what stands behind the first end that is decided, and so is no text."""
-    if not (len(plan.end_ids) and plan.stop_at_end):
+def is_after_eos(z: Tensor, is_masked: Tensor, plan: Plan) -> Tensor:
+    """Return [batch, length] bool, positions after the first decoded EOS, which are not part of the text."""
+    if not (len(plan.eos_ids) and plan.stop_at_eos):
         return torch.zeros_like(is_masked)
-    is_end = torch.isin(z, plan.end_ids) & ~is_masked & (plan.block >= 0)
-    return (is_end.cumsum(dim=1) - is_end.long() > 0) & plan.may_end
+    is_eos = torch.isin(z, plan.eos_ids) & ~is_masked & (plan.block >= 0)
+    return (is_eos.cumsum(dim=1) - is_eos.long() > 0) & plan.can_stop
 
 
 def is_complete(z: Tensor, is_masked: Tensor, plan: Plan) -> Tensor:
-    """Return [batch, 1] bool, rows whose text is complete: an end is decided, and all before it."""
-    if not (len(plan.end_ids) and plan.stop_at_end):
-        return torch.zeros_like(plan.may_end)
+    """Return [batch, 1] bool, rows whose text is complete: an EOS is decoded, and everything before it."""
+    if not (len(plan.eos_ids) and plan.stop_at_eos):
+        return torch.zeros_like(plan.can_stop)
     length = z.shape[1]
-    place = torch.arange(length, device=z.device)
-    is_end = torch.isin(z, plan.end_ids) & ~is_masked & (plan.block >= 0)
-    first_end = torch.where(is_end, place, length).amin(dim=1, keepdim=True)
-    first_open = torch.where(is_masked, place, length).amin(dim=1, keepdim=True)
-    return (first_end < first_open) & plan.may_end
+    position = torch.arange(length, device=z.device)
+    is_eos = torch.isin(z, plan.eos_ids) & ~is_masked & (plan.block >= 0)
+    first_eos = torch.where(is_eos, position, length).amin(dim=1, keepdim=True)
+    first_masked = torch.where(is_masked, position, length).amin(dim=1, keepdim=True)
+    return (first_eos < first_masked) & plan.can_stop

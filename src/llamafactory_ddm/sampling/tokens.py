@@ -1,4 +1,4 @@
-"""An exact draw of tokens from filtered logits and given uniform numbers, and what a strategy asks of them."""
+"""Exact draws of tokens from filtered logits and uniform numbers, and the measures that strategies read."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _ELEMENTS_AT_ONCE = {"cpu": 2**19}
 _ELEMENTS_ELSEWHERE = 2**24
 
 
-class Draws(NamedTuple):
-    """What `draw_tokens` returns; a measure that was not asked for is None.
+class TokenDraws(NamedTuple):
+    """What `draw_tokens` returns; a measure that was not requested is None.
 
     All measures are of the model's own distribution: after guidance, penalty and suppression, before temperature and
-    filters, so that they tell positions apart in greedy decoding as well. With `score_distribution: filtered`
-    `log_prob`, `margin` and `entropy` are of what temperature and filters leave.
+    filters, so they tell positions apart in greedy decoding as well. With `score_distribution: filtered`, `log_prob`,
+    `margin` and `entropy` are of the distribution after temperature and filters.
 
     Attributes:
         ids: [n] int64, the tokens drawn.
-        bad: [n] bool, True where a row of logits holds NaN or has no finite maximum; the rest then means nothing.
+        bad: [n] bool, True where a row of logits holds NaN or has no finite maximum; other fields are undefined there.
         log_prob: [n] float32, log-probability of each id, in nats.
-        margin: [n] float32, probability of the most probable token less that of the second.
+        margin: [n] float32, probability of the most probable token minus that of the second.
         entropy: [n] float32, in nats.
         argmax: [n] int64, the most probable token.
         top_log_prob: [n] float32, its log-probability, in nats.
@@ -48,18 +48,18 @@ def draw_tokens(
     *,
     suppress: tuple[int, ...] = (),
     measures: frozenset[Measure] = frozenset(),
-) -> Draws:
+) -> TokenDraws:
     """Draw one token a row, exactly, a few rows at a time to bound the memory.
 
-    A token is found by inverting the cumulative distribution in float64 with uniform numbers of 48 bits: like LLaDA's
-    Gumbel maximum in float64 it does not cut the tail off, and it needs one random number a row, not one a token. For
-    a nucleus the draw is from all tokens and is repeated while the token lies outside, which needs no sorting; with
-    the last column of `u` the nucleus is found and drawn from.
+    A draw inverts the cumulative distribution in float64 at a uniform number of 48 bits: like LLaDA's Gumbel maximum
+    in float64 it keeps the tail, and it needs one random number a row, not one a token. For a nucleus it draws from
+    all tokens and repeats while the token lies outside, which needs no sorting; the last column of `u` draws from the
+    nucleus itself.
 
     Args:
-        logits: [n, vocab] float; -inf is a token that must not be drawn. They are left as they are.
-        config: temperature and filters; guidance and penalty have been applied.
-        u: [n] or [n, tries] float in [0, 1), the uniform numbers that decide a row.
+        logits: [n, vocab] float; -inf marks a token that must not be drawn. They are not changed.
+        config: temperature and filters; guidance and penalty are applied already.
+        u: [n] or [n, tries] float in [0, 1), the uniform numbers of a row.
         suppress: further ids that must not be drawn; one beyond the vocabulary changes nothing.
         measures: what to compute beside the ids.
     Raises:
@@ -70,30 +70,26 @@ def draw_tokens(
     u = u[:, None] if u.dim() == 1 else u
     if u.shape[:1] != logits.shape[:1] or u.dim() != 2:
         raise ValueError(f"u must hold one number a row of logits, got {tuple(u.shape)} and {tuple(logits.shape)}")
-    at_once = _ELEMENTS_AT_ONCE.get(logits.device.type, _ELEMENTS_ELSEWHERE)
-    rows = max(1, at_once // max(1, logits.shape[1]))
-    # Asking how many rows are left would stall another device, so there every draw is made to the end at once.
+    elements = _ELEMENTS_AT_ONCE.get(logits.device.type, _ELEMENTS_ELSEWHERE)
+    n_at_once = max(1, elements // max(1, logits.shape[1]))
+    # Counting the rows left for a second pass would wait for a device, so elsewhere one pass finishes every draw.
     in_two_passes = logits.device.type == "cpu" and config.uses_nucleus(logits.shape[1])
-    drawn = concatenate(
-        [
-            _draw(logits[place : place + rows], config, u[place : place + rows], suppress, measures, in_two_passes)
-            for place in range(0, max(len(u), 1), rows)
-        ]
-    )
-    left = (drawn.ids < 0).nonzero()[:, 0] if in_two_passes else drawn.ids[:0]
-    for place in range(0, len(left), rows):
-        some = left[place : place + rows]
-        again = _draw(logits[some], config, u[some], suppress, measures, False)
-        for whole, part in zip(drawn, again, strict=True):
-            if whole is not None and part is not None:
-                whole[some] = part
-    return drawn
+    parts = [slice(low, low + n_at_once) for low in range(0, max(len(u), 1), n_at_once)]
+    draws = concatenate([_draw(logits[part], config, u[part], suppress, measures, in_two_passes) for part in parts])
+    deferred = (draws.ids < 0).nonzero()[:, 0] if in_two_passes else draws.ids[:0]
+    for low in range(0, len(deferred), n_at_once):
+        rows = deferred[low : low + n_at_once]
+        second_pass = _draw(logits[rows], config, u[rows], suppress, measures, False)
+        for field, values in zip(draws, second_pass, strict=True):
+            if field is not None and values is not None:
+                field[rows] = values
+    return draws
 
 
-def concatenate(parts: list[Draws]) -> Draws:
+def concatenate(parts: list[TokenDraws]) -> TokenDraws:
     """Return the rows of all parts, which must hold the same measures."""
     columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-    return Draws(*columns)
+    return TokenDraws(*columns)
 
 
 def _draw(
@@ -102,56 +98,55 @@ def _draw(
     u: Tensor,
     suppress: tuple[int, ...],
     measures: frozenset[Measure],
-    may_leave: bool,
-) -> Draws:
-    """Draw for a few rows; with `may_leave` an id is -1 where more than a first look is needed, for a second pass."""
+    may_defer: bool,
+) -> TokenDraws:
+    """Draw for a few rows; with `may_defer` an id is -1 where a second pass has to decide."""
     u = u.double()
     values, highest = from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
     is_filtered = config.score_distribution == "filtered"
     top = values.argmax(dim=1) if config.temperature == 0.0 or "argmax" in measures else None
-    own = values.softmax(dim=1) if not is_filtered and measures & {"margin", "entropy"} else None
+    probs = values.softmax(dim=1) if not is_filtered and measures & {"margin", "entropy"} else None
     if config.temperature == 0.0 and top is not None:
         ids = top
     elif config.top_k is not None and config.top_k < values.shape[1]:
         candidates, scores = top_k_scores(values, config, config.top_k)
         ids = candidates.gather(1, sample_weights(Weights(scores.exp()), u[:, -1])[:, None])[:, 0]
     elif config.temperature == 1.0:
-        ids = _draw_nucleus(values, values.softmax(dim=1) if own is None else own, config.top_p, u, may_leave)
+        ids = _draw_nucleus(values, values.softmax(dim=1) if probs is None else probs, config.top_p, u, may_defer)
     else:
         weights = values.mul(1.0 / clamped(config.temperature)).softmax(dim=1)
-        ids = _draw_nucleus(values, weights, config.top_p, u, may_leave)
+        ids = _draw_nucleus(values, weights, config.top_p, u, may_defer)
     log_prob = margin = entropy = top_log_prob = None
     if "top_log_prob" in measures:
         top_log_prob = -values.logsumexp(dim=1)  # the highest logit is 0
     if is_filtered and measures & {"log_prob", "margin", "entropy"}:
         values = filtered_scores(values, config)
-        own = values.softmax(dim=1)
+        probs = values.softmax(dim=1)
     if "log_prob" in measures:
         log_prob = values.log_softmax(dim=1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
-    if own is not None and "entropy" in measures:
-        # The highest logit is 0, so the logarithm of its share is the log-partition with the other sign. A share of 0
-        # times a logit of -inf would be NaN.
-        energy = torch.linalg.vecdot(own, values.clamp(min=torch.finfo(torch.float32).min))
-        entropy = (-own.amax(dim=1).log() - energy).clamp(min=0.0)
-    if own is not None and "margin" in measures:
-        best = own.argmax(dim=1, keepdim=True)
-        first = own.gather(1, best)
-        margin = (first - own.scatter_(1, best, 0.0).amax(dim=1, keepdim=True))[:, 0]
+    if probs is not None and "entropy" in measures:
+        # H = log Z - sum p v. The highest logit is 0, so log Z = -log p_max. 0 times a logit of -inf would be NaN.
+        energy = torch.linalg.vecdot(probs, values.clamp(min=torch.finfo(torch.float32).min))
+        entropy = (-probs.amax(dim=1).log() - energy).clamp(min=0.0)
+    if probs is not None and "margin" in measures:
+        best = probs.argmax(dim=1, keepdim=True)
+        first = probs.gather(1, best)
+        margin = (first - probs.scatter_(1, best, 0.0).amax(dim=1, keepdim=True))[:, 0]
     argmax = top if "argmax" in measures else None
-    return Draws(ids, ~highest.isfinite(), log_prob, margin, entropy, argmax, top_log_prob)
+    return TokenDraws(ids, ~highest.isfinite(), log_prob, margin, entropy, argmax, top_log_prob)
 
 
-def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor, may_leave: bool) -> Tensor:
+def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor, may_defer: bool) -> Tensor:
     """Draw [n] ids from the nucleus: by rejection with all columns of `u` but the last, then outright.
 
-    Most tokens are seen to lie inside in one pass over the row, which counts all equal ones as coming before; where
-    that leaves it open, the exact count decides, so that a token is turned down only if it lies outside. With
-    `may_leave` that is left to another call, and the id is -1: on a CPU a few rows of many blocks are faster together.
+    One pass over the row shows for most tokens that they lie inside, even if all equal ones come first; for the others
+    the exact count decides, so a token is rejected only if it lies outside. With `may_defer` those get the id -1 and
+    are left to another call: on a CPU the few rows of many parts are faster together.
     """
     table = Weights(weights)
     if top_p == 1.0:
         return sample_weights(table, u[:, 0])
-    if may_leave and u.shape[1] > 1:
+    if may_defer and u.shape[1] > 1:
         drawn = sample_weights(table, u[:, 0])
         return torch.where(_surely_inside(values, table, drawn, top_p), drawn, -1)
     rows = torch.arange(len(u), device=u.device)
@@ -164,19 +159,19 @@ def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor, may_
         ids[rows] = torch.where(inside, drawn, ids[rows])
         is_open[rows] &= ~inside
         if compact:
-            left = (~inside).nonzero()[:, 0]
-            if not len(left):
+            rejected = (~inside).nonzero()[:, 0]
+            if not len(rejected):
                 return ids
-            rows, values, table = rows[left], values[left], Weights(table.values[left])
+            rows, values, table = rows[rejected], values[rejected], Weights(table.values[rejected])
     outright = sample_weights(Weights(table.values * nucleus_mask(values, table.values, top_p)), u[rows, -1])
     ids[rows] = torch.where(is_open[rows], outright, ids[rows])
     return ids
 
 
 def _surely_inside(values: Tensor, table: Weights, drawn: Tensor, top_p: float) -> Tensor:
-    """Tell where even all equal tokens coming first would leave [n] `drawn` inside, by more than float32 may err."""
-    at = drawn[:, None]
-    not_after = torch.ge(values, values.gather(1, at), out=torch.empty_like(values))
-    before = torch.linalg.vecdot(not_after, table.values) - table.values.gather(1, at)[:, 0]
+    """Return [n] bool, where `drawn` lies inside even if all equal tokens come first, by more than float32's error."""
+    index = drawn[:, None]
+    not_after = torch.ge(values, values.gather(1, index), out=torch.empty_like(values))
+    before = torch.linalg.vecdot(not_after, table.values) - table.values.gather(1, index)[:, 0]
     inside: Tensor = before < top_p * (1.0 - 1e-5) * table.total
     return inside
