@@ -88,12 +88,12 @@ def test_the_label_is_the_target_where_it_is_another_token():
 
 
 def test_blocks_hide_what_lies_behind_them():
-    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=10, block=4, extra=0, multiple=3)
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=10, block=4, extra=0)
     batch = as_lists(collator([ANSWER, EMPTY]))
-    assert batch["input_ids"] == [[0, 5, 6, 7, 0, 9, 9, 9, 9], [0, 5, 0, 9, 9, 9, 9, 9, 9]]
-    assert batch["attention_mask"] == [[1] * 8 + [0], [1] * 4 + [0] * 5]
-    assert batch["maskable"] == [[0, 0, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0, 0, 0, 0]]
-    assert batch["is_pad"] == [[0, 0, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0, 0, 0]]
+    assert batch["input_ids"] == [[0, 5, 6, 7, 0, 9, 9, 9], [0, 5, 0, 9, 9, 9, 9, 9]]
+    assert batch["attention_mask"] == [[1] * 8, [1] * 4 + [0] * 4]
+    assert batch["maskable"] == [[0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0, 0]]
+    assert batch["is_pad"] == [[0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 0, 0, 0, 0]]
     assert collator.width([5] * 9) == 10  # the canvas is the most
 
 

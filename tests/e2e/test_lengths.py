@@ -64,12 +64,6 @@ def test_blocks_longer_than_the_canvas_are_refused(finetune, tmp_path):
         finetune(tmp_path / "out", variable_length="eos_pad", pad_block_length=65)
 
 
-def test_a_round_length_is_seen_by_nothing(eos_pad, finetune, tmp_path):
-    """The batch is longer, and nothing is computed from what is added."""
-    longer = finetune(tmp_path / "longer", variable_length="eos_pad", pad_to_multiple_of=48)
-    assert losses(longer) == pytest.approx(losses(eos_pad), rel=1e-5)
-
-
 def test_the_checkpoint_says_how_its_rows_end(eos_pad, checkpoint, finetune, tmp_path):
     ends = DiffusionConfig.load(eos_pad).variable_length
     tokenizer = AutoTokenizer.from_pretrained(eos_pad)
@@ -221,10 +215,7 @@ def test_an_adapter_needs_a_place_for_new_pads(checkpoint, finetune, tmp_path):
         ({"variable_length": "eos_pad", "eos_window_max": 3}, "eos_window_max: says nothing without eos_window_ratio"),
         ({"variable_length": "eos_pad", "packing": True}, "variable_length: eos_pad wants one text a row"),
         ({"variable_length": "eos_pad", "train_on_padding": False}, "but train_on_padding: false hides it"),
-        (
-            {"variable_length": "eos_pad", "pad_to_multiple_of": 300},
-            "makes batches of 300 tokens, more than the model's",
-        ),
+        ({"variable_length": "eos_pad", "cutoff_len": 300}, "cutoff_len: 300"),
         ({"eval_eos": True, "do_eval": True}, "eval_eos: says nothing without variable_length"),
         ({"variable_length": "eos_pad", "eval_eos": True}, "eval_eos: says nothing without do_eval"),
         ({"variable_length": "eos_pad", "pad_mask_ratio": 1.5}, r"pad_mask_ratio must lie in \[0, 1\]"),

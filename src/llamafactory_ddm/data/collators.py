@@ -175,7 +175,6 @@ class VariableLengthCollator:
         extra: blocks that a row's canvas may have beyond those it fills, None for all that `canvas` has room for; how
             many is decided by the row's own tokens, so that it is the same in every epoch, run and process. A model
             that only sees canvases that end with the text's last block takes their size for the length of the text.
-        multiple: make the rectangle's length a multiple of so many tokens.
         end_ids: of further tokens that end an answer, such as a template's stop words.
     Source: Rainbow Padding (arXiv 2510.03680) for `rainbow`; variable-length DiffuGPT for the other two.
     """
@@ -186,7 +185,6 @@ class VariableLengthCollator:
     start_id: int | None = None
     block: int | None = None
     extra: int | None = None
-    multiple: int = 1
     end_ids: tuple[int, ...] = ()
 
     def row(self, feature: Mapping[str, Any]) -> tuple[list[int], list[bool], int]:
@@ -241,7 +239,7 @@ class VariableLengthCollator:
                 "drop_overlong: true, or raise cutoff_len"
             )
         widths = [self.width(ids) for ids, _, _ in rows]
-        shape = (len(rows), -(-max(widths) // self.multiple) * self.multiple)
+        shape = (len(rows), max(widths))
         batch = {
             "input_ids": torch.full(shape, self.pad_ids[0], dtype=torch.int64),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),

@@ -35,6 +35,12 @@ def test_numbers_and_booleans_in_quotes_are_what_they_spell(check):
         ("seed", -1, "seed must be at least 0"),
         ("packing", "maybe", "packing must be true or false"),
         ("logging_steps", 0, "logging_steps must be above 0, got 0"),
+        ("save_steps", 0, "save_steps must be above 0, got 0"),
+        ("save_steps", -0.5, "save_steps must be above 0"),
+        ("flash_attn", "foo", "flash_attn must be one of auto, disabled, sdpa, fa2"),
+        ("flash_attn", False, "flash_attn must be one of"),  # as YAML reads an off without quotes
+        ("top_k", -1, "top_k must be at least 0"),
+        ("max_new_tokens", 0, "max_new_tokens must be at least 1"),
         ("num_train_epochs", -1, "num_train_epochs must be above 0"),
         ("val_size", -0.5, "val_size must be a number of at least 0, got -0.5"),
         ("output_dir", "", "output_dir: is empty"),
@@ -52,6 +58,13 @@ def test_numbers_and_booleans_in_quotes_are_what_they_spell(check):
 def test_what_cannot_be_meant(check, key, value, words):
     with pytest.raises(ValueError, match=words):
         check(**{key: value})
+
+
+def test_steps_between_that_do_not_count_may_be_zero(check):
+    given = {"save_strategy": "epoch", "save_steps": 0, "eval_steps": 0, "top_k": 0, "flash_attn": "sdpa"}
+    assert check(**given) == given
+    with pytest.raises(ValueError, match="eval_steps must be above 0"):
+        check(eval_strategy="steps", eval_steps=0)
 
 
 def test_freezing_everything_is_an_error(check):

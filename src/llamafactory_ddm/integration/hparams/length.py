@@ -12,7 +12,6 @@ INTEGERS: dict[str, tuple[int, int | None]] = {
     "rainbow_colors": (1, 1000),
     "pad_block_length": (1, None),
     "pad_extra_blocks": (0, None),
-    "pad_to_multiple_of": (1, None),
     "pad_anneal_steps": (0, None),
     "eos_window_max": (0, None),
     "eos_window_anneal_steps": (0, None),
@@ -24,7 +23,6 @@ NEEDS = {
     "rainbow_colors": "variable_length: rainbow",
     "pad_block_length": "variable_length",
     "pad_extra_blocks": "pad_block_length",
-    "pad_to_multiple_of": "variable_length",
     "drop_overlong": "variable_length",
     "pad_mask_ratio": "variable_length",
     "eval_eos": "variable_length",
@@ -71,12 +69,6 @@ class LengthKeys:
                 "is drawn for each row. Defaults to as many as cutoff_len allows. With 0 rows cost least, but the "
                 "size of a canvas gives away how long the text is."
             )
-        },
-    )
-    pad_to_multiple_of: int = field(
-        default=1,
-        metadata={
-            "help": "Diffusion: with variable_length, make each batch a multiple of so many tokens long, unseen."
         },
     )
     drop_overlong: bool = field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import types
 from dataclasses import MISSING, fields
+from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ...utils.registry import unknown_choice
@@ -25,6 +26,8 @@ _INTEGERS: dict[str, tuple[int, int | None]] = {
     "data_seed": (0, 2**32 - 1),
     "lora_rank": (1, None),
     "save_total_limit": (0, None),  # 0 keeps all
+    "top_k": (0, None),  # 0 keeps all
+    "max_new_tokens": (1, None),
 }
 _NUMBERS = {
     "learning_rate": (0.0, math.inf),
@@ -35,7 +38,12 @@ _NUMBERS = {
     "neftune_noise_alpha": (0.0, math.inf),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0.0, 1.0)),
 }
-_ABOVE_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+# Steps from one to the next -> the key that must be `steps` for them to count, and its default.
+_INTERVALS = {
+    "logging_steps": ("logging_strategy", "steps"),
+    "save_steps": ("save_strategy", "steps"),
+    "eval_steps": ("eval_strategy", "no"),
+}
 
 
 def checked_values(kinds: Any, args: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +64,10 @@ def checked_values(kinds: Any, args: dict[str, Any]) -> dict[str, Any]:
                 _check_empty(spec, hints[spec.name])
             elif spec.name in args and spec.name not in ours:
                 checked[spec.name] = _checked(spec.name, hints[spec.name], args[spec.name])
+    for name, (strategy, default) in _INTERVALS.items():
+        if checked.get(strategy, default) == "steps":
+            _check_above_zero(name, checked.get(name))
+    _check_above_zero("num_train_epochs", checked.get("num_train_epochs"))
     if checked.get("output_dir") == "":
         raise ValueError("output_dir: is empty; name a folder")
     if checked.get("freeze_trainable_layers") == 0 and checked.get("finetuning_type") == "freeze":
@@ -84,15 +96,21 @@ def _checked(name: str, hint: Any, value: Any) -> Any:
         hint = options[0] if len(options) == 1 else None
     if name.endswith("_strategy") and value is False:
         return "no"  # as YAML reads a no without quotes
-    if get_origin(hint) is Literal and value not in get_args(hint):
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        choices = tuple(member.value for member in hint)
+    if choices and value not in choices:
         # Upstream would take any word of a YAML, and do something of its own with it.
-        raise ValueError(unknown_choice(name, value, get_args(hint)))
+        raise ValueError(unknown_choice(name, value, choices))
     if hint is int or name in _INTEGERS:
         value = integer(name, value, *_INTEGERS.get(name, (-(2**63), None)))
     elif hint is float:
         value = number(name, value, *_NUMBERS.get(name, (-math.inf, math.inf)))
     elif hint is bool:
         value = boolean(name, value)
-    if name in _ABOVE_ZERO and isinstance(value, (int, float)) and not value > 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
     return value
+
+
+def _check_above_zero(name: str, value: object) -> None:
+    if isinstance(value, (int, float)) and not value > 0:
+        raise ValueError(f"{name} must be above 0, got {value}")

@@ -8,7 +8,6 @@ from typing import Any
 
 from ...data.collators import VariableLengthCollator, start_token_id
 from ...modeling.diffusion_config import DiffusionConfig, VariableLength
-from ...modeling.model_info import max_positions
 from ...modeling.special_tokens import pad_names
 from ..hparams.length import NEEDS
 from ..logs import get_logger
@@ -27,7 +26,6 @@ class LengthPlan:
         canvas: tokens of a row at most.
         block: see `VariableLengthCollator`.
         extra: see there.
-        multiple: see there.
         drop_overlong: whether rows without room for their end are left out.
     """
 
@@ -36,7 +34,6 @@ class LengthPlan:
     canvas: int
     block: int | None
     extra: int | None
-    multiple: int
     drop_overlong: bool
 
 
@@ -114,7 +111,6 @@ def resolve_lengths(
         data_args.cutoff_len,
         finetuning_args.pad_block_length or (None if stored is None else stored.block),
         _extra_blocks(stored, finetuning_args),
-        finetuning_args.pad_to_multiple_of,
         finetuning_args.drop_overlong,
     )
 
@@ -125,21 +121,6 @@ def _extra_blocks(stored: VariableLength | None, finetuning_args: Any) -> int | 
         extra: int | None = finetuning_args.pad_extra_blocks
         return extra
     return stored.extra
-
-
-def check_width(plan: LengthPlan, model_config: Any) -> None:
-    """Check that batches rounded up fit the model's positions.
-
-    Raises:
-        ValueError: naming both keys.
-    """
-    limit = max_positions(model_config)
-    width = -(-plan.canvas // plan.multiple) * plan.multiple
-    if limit is not None and width > limit:
-        raise ValueError(
-            f"pad_to_multiple_of: {plan.multiple} with cutoff_len: {plan.canvas} makes batches of {width} tokens, "
-            f"more than the model's {limit} positions; lower one of them"
-        )
 
 
 def resolve_canvas(
@@ -161,7 +142,6 @@ def resolve_canvas(
         start_id=(start_token_id(tokenizer) if start is None else start) if config.shift and not answers else None,
         block=plan.block,
         extra=plan.extra,
-        multiple=plan.multiple,
     )
     if not trains and config.variable_length is not None:
         if plan.canvas != config.variable_length.canvas:

@@ -15,7 +15,7 @@ from ...modeling.model_info import max_positions
 from ...modeling.special_tokens import ResolvedMaskToken
 from ..logs import get_logger
 from .checks import check_cutoff
-from .length import LengthPlan, check_width, resolve_canvas, resolve_lengths
+from .length import LengthPlan, resolve_canvas, resolve_lengths
 from .noise import resolve_noise_process
 from .resume import check_resumed, resolve_resume
 from .sft import finetuned_config, resolve_digits, resolve_template, response_collator
@@ -86,8 +86,6 @@ def resolve_run(
     if not finetunes:
         keep_end_token(stored, tokenizer, data_args, trains=trains)
     lengths = resolve_lengths(stored, data_args, training_args, finetuning_args)
-    if lengths is not None:
-        check_width(lengths, model_config)
     vocabulary = resolve_vocabulary(
         tokenizer, loaded.additions, loaded.mask, stored, lengths, finetuning_args.mask_token
     )

@@ -25,7 +25,7 @@ _OF_TRAINING = (
 # What the checkpoint's diffusion_config.json says is compared with that.
 _OF_DIFFUSION = (
     *("anneal_steps", "time_epsilon", "loss_weighting", "loss_norm", "antithetic_time", "random_truncate_ratio"),
-    *("pad_to_multiple_of", "pad_extra_blocks", "drop_overlong", "pad_mask_ratio", "pad_anneal_steps"),
+    *("pad_extra_blocks", "drop_overlong", "pad_mask_ratio", "pad_anneal_steps"),
     *("pad_mask_method", "eos_window_ratio", "eos_window_max", "eos_window_anneal_steps"),
 )
 _OF_LORA = (
