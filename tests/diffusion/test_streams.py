@@ -31,15 +31,15 @@ def masks(_):
     )
 
 
-def plan(steps, first_step=0):
-    options = {"editable": ALL, "mask_id": MASK, "steps": steps, "first_step": torch.full_like(ROWS, first_step)}
-    return start(X, **options, seed=0, rows=ROWS)[1]
+def plan(steps, steps_taken=0):
+    options = {"editable": ALL, "mask_id": MASK, "steps": steps, "steps_taken": torch.full_like(ROWS, steps_taken)}
+    return start(X, **options, seed=0, sample_index=ROWS)[1]
 
 
-def sampled(steps, first_step=0):
+def sampled(steps, steps_taken=0):
     for stream in (noise.Stream.SAMPLE_TOKEN, noise.Stream.SAMPLE_ORDER, noise.Stream.REMASK):
         for step in range(steps):
-            plan(steps, first_step).uniform(stream, torch.full_like(ROWS, step))
+            plan(steps, steps_taken).uniform(stream, torch.full_like(ROWS, step))
 
 
 def measured(_):
@@ -60,7 +60,7 @@ USES = {
     "length fit, training": lambda _: list(texts(DOCUMENTS, COLLATOR, 0, 0)),
     "length fit, held out": lambda _: list(texts(DOCUMENTS, COLLATOR, 0, 1)),
     "sampling, first part": lambda _: sampled(4),
-    "sampling, second part": lambda _: sampled(6, first_step=4),
+    "sampling, second part": lambda _: sampled(6, steps_taken=4),
 }
 ONE_IN_A_RUN = [{"training, masked", "training, mixed"}, {"evaluation, masked", "evaluation, mixed"}]
 
@@ -106,11 +106,11 @@ def test_what_is_revealed_and_where_a_row_is_cut_are_drawn_apart():
 
 
 @pytest.mark.parametrize("wrong", [-1, 2**32])
-def test_ordinals_and_steps_have_32_bits(wrong):
-    for key in ("rows", "first_step"):
-        ordinals = {"rows": ROWS, "first_step": ROWS} | {key: ROWS.masked_fill(ROWS == 3, wrong)}
-        with pytest.raises(ValueError, match=r"rows and first_step must lie in \[0, 2\*\*32\)"):
-            start(X, editable=ALL, mask_id=MASK, steps=4, **ordinals)
+def test_indices_and_steps_have_32_bits(wrong):
+    for key in ("sample_index", "steps_taken"):
+        indices = {"sample_index": ROWS, "steps_taken": ROWS} | {key: ROWS.masked_fill(ROWS == 3, wrong)}
+        with pytest.raises(ValueError, match=r"sample_index and steps_taken must lie in \[0, 2\*\*32\)"):
+            start(X, editable=ALL, mask_id=MASK, steps=4, **indices)
 
 
 def test_rows_and_steps_are_not_mixed_up():
