@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ddm.diffusion.noise import draw_time, lowest, mask_tokens
+from llamafactory_ddm.diffusion.noise import draw_time, k_smallest_mask, mask_tokens
 from llamafactory_ddm.diffusion.schedules import SCHEDULES, get_schedule
 
 MASK = 9
@@ -95,4 +95,4 @@ def test_the_lowest_of_the_marked_places(seed, data):
     count = data.draw(st.integers(0, 9))
     marked = [place for place in range(length) if among[0, place]]
     expected = sorted(sorted(marked, key=lambda place: float(score[0, place]))[:count])
-    assert lowest(score, among, torch.tensor([count]))[0].nonzero()[:, 0].tolist() == expected
+    assert k_smallest_mask(score, among, torch.tensor([count]))[0].nonzero()[:, 0].tolist() == expected

@@ -1,6 +1,6 @@
 """The mathematics of masked diffusion: torch only, pure functions and frozen dataclasses.
 
-`schedules` how many tokens are kept at time t · `noise` the corruption and its keyed randomness · `objectives` the
-losses and the
-evidence bound · `attention` the annealed mask · `philox` the counter-based generator beneath it all.
+`schedules`: alpha(t). `noise`: the forward process. `eos_noise`: noise that depends on where EOS is. `losses`: the
+loss of one token. `loss_weights`: weights and normalisation. `likelihood`: the evidence bound on held-out text.
+`attention`: the annealed attention mask. `rng`: the counter-based random generator.
 """

@@ -1,4 +1,4 @@
-"""From causal to full attention: the annealed mask."""
+"""The attention mask that is annealed from causal to full."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .rng import keyed_uniform
 
 
 def annealing_ratio(step: int, anneal_steps: int) -> float:
-    """Return the share of future keys that is visible at optimiser step `step`, min(1, (step + 1) / anneal_steps).
+    """Return the probability that a query sees a later key at step s: r(s) = min(1, (s + 1) / anneal_steps).
 
     Args:
-        step: optimiser steps finished so far, from 0.
-        anneal_steps: steps until attention is full; 0 or 1 means full from the start.
+        step: s, the number of finished optimiser steps.
+        anneal_steps: steps until attention is full; 0 and 1 give full attention from the start.
     Raises:
         ValueError: if either is negative.
     Source: DiffuLLaMA (arXiv 2410.17891), section 3.2.
@@ -25,14 +25,14 @@ def annealing_ratio(step: int, anneal_steps: int) -> float:
 
 
 def annealed_visibility(length: int, ratio: float, *, seed: int, draw: int, device: torch.device) -> Tensor:
-    """Return which key each query may see: keys at or before it always, a later one with probability `ratio`.
+    """Draw which keys each query sees: visible[i, j] = (j <= i) or u_ij < ratio, with u_ij uniform in [0, 1).
 
     Args:
-        length: of the sequence.
-        ratio: in [0, 1].
-        seed: of the run.
-        draw: which matrix of the run this is (the optimiser step).
-        device: where to make it.
+        length: sequence length.
+        ratio: probability that a query sees a later key, in [0, 1].
+        seed: the run's seed.
+        draw: index of this draw in the run (the optimiser step).
+        device: device of the result.
     Returns:
         [1, 1, length, length] bool, True where query (dim 2) sees key (dim 3); shared by batch, heads and layers.
     Raises:
@@ -48,10 +48,10 @@ def annealed_visibility(length: int, ratio: float, *, seed: int, draw: int, devi
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 0 where `visible` and the smallest finite number of `dtype` elsewhere, in `dtype`.
+    """Return the mask to add to attention scores: 0 where `visible`, the smallest finite number of `dtype` elsewhere.
 
-    A boolean mask is silently wrong under eager attention, and minus infinity gives NaN in a row without a visible
-    key.
+    Eager attention adds whatever mask it gets, so a boolean mask would be silently wrong. Minus infinity would give
+    NaN for a query that sees no key.
     """
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)

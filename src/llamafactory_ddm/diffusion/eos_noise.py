@@ -1,4 +1,4 @@
-"""Noise that teaches where a text ends: fewer masked pads, by annealing, and windows around the end."""
+"""Noise that teaches a model where to end a text: less scored padding (annealed), and masks around EOS."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .loss_weights import LossWeighting, row_weight
-from .noise import Stream, draw_masked, lowest
+from .noise import Stream, draw_masked, k_smallest_mask
 from .rng import keyed_uniform
 from .schedules import NoiseSchedule
 
@@ -18,15 +18,16 @@ PadMaskMethod = Literal["elbo", "counts"]
 
 @dataclass(frozen=True)
 class EndNoise:
-    """How the noise of a row depends on where its text ends.
+    """How the noise of a row depends on the position of its EOS.
 
     Attributes:
-        pad_mask_ratio: the share of masked and scored tokens that are pads once annealing is over; None treats pads
+        pad_mask_ratio: target fraction of padding among scored masked tokens, after annealing; None treats padding
             like text.
-        pad_anneal_steps: optimiser steps over which the share rises linearly from 0.
-        pad_mask_method: `elbo` (see `scored_pads`) or `counts` (see `mask_counts`).
-        eos_window_ratio: share of rows that are masked by `mask_end` in place of the ordinary noise.
-        eos_window_max: the most tokens before the end that such a row has masked, once annealing is over.
+        pad_anneal_steps: optimiser steps over which the fraction rises linearly from 0.
+        pad_mask_method: `elbo` (drops padding from the loss, see `scored_pads`) or `counts` (masks less padding, see
+            `mask_counts`).
+        eos_window_ratio: fraction of rows that `mask_end` masks, in place of the ordinary noise.
+        eos_window_max: largest number of tokens before EOS that `mask_end` masks, after annealing.
         eos_window_anneal_steps: optimiser steps over which that number rises linearly from 0.
     """
 
@@ -38,25 +39,25 @@ class EndNoise:
     eos_window_anneal_steps: int = 0
 
     def pad_ratio(self, step: int) -> float | None:
-        """Return the share of scored tokens that are to be pads at optimiser step `step`; None for no rule."""
+        """Return the target fraction of padding at step `step`, pad_mask_ratio * risen(step); None if unset."""
         if self.pad_mask_ratio is None:
             return None
         return self.pad_mask_ratio * risen(step, self.pad_anneal_steps)
 
     def eos_window(self, step: int) -> int:
-        """Return the most tokens before the end that a window row has masked at optimiser step `step`."""
+        """Return the largest window at optimiser step `step`: floor(eos_window_max * risen(step))."""
         return int(self.eos_window_max * risen(step, self.eos_window_anneal_steps))
 
 
 @dataclass(frozen=True)
 class EndMasks:
-    """What `draw_masks` decides about a batch.
+    """The masks and weights that `draw_masks` draws for a batch.
 
     Attributes:
-        maskable: [batch, length] bool, tokens that the objective scores at some noise level.
-        is_masked: [batch, length] bool, what the model does not see.
-        is_scored: [batch, length] bool, masked tokens that it is scored on, all but some pads.
-        weight: [batch] float32, multiplies the cross-entropy of a row's scored tokens.
+        maskable: [batch, length] bool, tokens that can be scored.
+        is_masked: [batch, length] bool, tokens that become [MASK].
+        is_scored: [batch, length] bool, the masked tokens that enter the loss.
+        weight: [batch] float32, weight of the cross-entropy of a row's scored tokens.
     """
 
     maskable: Tensor
@@ -78,23 +79,24 @@ def draw_masks(
     seed: int,
     sample_index: Tensor,
 ) -> EndMasks:
-    """Mask a batch so that it teaches the end of its texts.
+    """Draw the masks of a batch: of each row, either the ordinary noise or a window around EOS.
 
-    A row that is masked around its end and behind it hides all pads. Its weight is n / k for k scored of n tokens that
-    could be (1 under `uniform` weighting), so that it counts as a row of linear noise at the level k / n. Its end is
-    found from the text alone, so the loss of such rows is no part of the bound that the other rows estimate.
+    A row is a window row with probability `eos_window_ratio` (`is_window_row`). `mask_end` masks it from a few tokens
+    before EOS to the end of the row, all padding included. With k of its n scorable tokens masked, its weight is n / k
+    (1 if `weighting` is `uniform`), the weight of linear noise at t = k / n. The masks of window rows depend on the
+    position of EOS, so their loss is not part of the evidence bound that the other rows estimate.
 
     Args:
-        noise: how.
-        maskable: [batch, length] bool, True where noise may fall.
-        is_pad: [batch, length] bool, pads behind the text.
-        end: [batch] int64, index of the end-of-text token, -1 where a row has none.
+        noise: the settings.
+        maskable: [batch, length] bool, tokens that noise may mask.
+        is_pad: [batch, length] bool, padding after EOS.
+        end: [batch] int64, position of EOS, -1 where a row has none.
         t: [batch] float32, the time of each row.
-        schedule: gives alpha and the weight.
+        schedule: gives alpha(t) and the weight.
         weighting: `elbo` or `uniform`.
-        step: optimiser steps finished so far.
-        seed: of the run.
-        sample_index: [batch] int64, ordinals in the run's global order.
+        step: number of finished optimiser steps.
+        seed: the run's seed.
+        sample_index: [batch] int64, index of each sample in the run's global order.
     """
     ratio = noise.pad_ratio(step)
     kept = maskable if ratio is None else scored_pads(maskable, is_pad, ratio, seed=seed, sample_index=sample_index)
@@ -106,17 +108,17 @@ def draw_masks(
     weight = row_weight(t, schedule, weighting)
     window = is_window_row(end, noise.eos_window_ratio, seed=seed, sample_index=sample_index)
     around = mask_end(maskable, end, noise.eos_window(step), seed=seed, sample_index=sample_index)
-    share = kept.sum(dim=1) / (around & kept).sum(dim=1).clamp(min=1)
+    window_weight = kept.sum(dim=1) / (around & kept).sum(dim=1).clamp(min=1)
     return EndMasks(
         maskable=torch.where(window[:, None], kept, scored),
         is_masked=torch.where(window[:, None], around, is_masked),
         is_scored=torch.where(window[:, None], around & kept, is_masked & scored),
-        weight=torch.where(window, share if weighting == "elbo" else torch.ones_like(share), weight),
+        weight=torch.where(window, window_weight if weighting == "elbo" else torch.ones_like(window_weight), weight),
     )
 
 
 def risen(step: int, steps: int) -> float:
-    """Return how far what rises linearly from 0 over `steps` optimiser steps has come, min(1, step / steps).
+    """Return the linear annealing factor min(1, step / steps); 1 if `steps` is 0.
 
     Raises:
         ValueError: if either is negative.
@@ -127,22 +129,25 @@ def risen(step: int, steps: int) -> float:
 
 
 def scored_pads(maskable: Tensor, is_pad: Tensor, ratio: float, *, seed: int, sample_index: Tensor) -> Tensor:
-    """Return `maskable` without a random part of the pads, on which the model is not scored; they are noised as ever.
+    """Exclude a random subset of padding from the loss; it is still noised.
 
-    A row of n text tokens and m pads keeps each pad with probability r = min(1, ratio n / ((1 - ratio) m)), so that of
-    the tokens that are masked and scored a share `ratio` is pads on average, where there are enough of them.
+    In a row of n text tokens and m padding tokens, each padding token is kept with probability
 
-    What it estimates: noise and weights are those of the evidence bound of text and pads, a sum of a term for each
-    token, what it costs given whatever is revealed before it in a random order. The terms of the tokens that are kept
-    stay as they are, and the others are left out: on average over what is kept, the text's part of the bound and r
-    times the pads' part. As no pad is shown more often than in generation, a model learns to do without them.
+        r = min(1, ratio n / ((1 - ratio) m)),
+
+    so that padding is on average a fraction `ratio` of the scored masked tokens, if m is large enough.
+
+    The loss stays an estimate of the evidence bound with some terms left out. The bound of text and padding is a sum
+    of one term per token, the cost of that token given the tokens that are unmasked before it in a random order. Noise
+    and weights are unchanged, so the expected loss is the text's part of the bound plus r times the padding's part.
+    Padding is masked as often as text, so a model does not learn to rely on seeing it.
 
     Args:
         maskable: [batch, length] bool.
-        is_pad: [batch, length] bool, pads behind the text; those that are not maskable stay so.
-        ratio: in [0, 1].
-        seed: of the run.
-        sample_index: [batch] int64, ordinals in the run's global order.
+        is_pad: [batch, length] bool, padding after EOS.
+        ratio: target fraction of padding, in [0, 1].
+        seed: the run's seed.
+        sample_index: [batch] int64, index of each sample in the run's global order.
     Returns:
         [batch, length] bool.
     Raises:
@@ -150,63 +155,62 @@ def scored_pads(maskable: Tensor, is_pad: Tensor, ratio: float, *, seed: int, sa
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio must lie in [0, 1], got {ratio}")
-    pads = maskable & is_pad
-    n, m = (maskable & ~is_pad).sum(dim=1).double(), pads.sum(dim=1).double()
+    padding = maskable & is_pad
+    n, m = (maskable & ~is_pad).sum(dim=1).double(), padding.sum(dim=1).double()
     keep = (ratio * n / ((1.0 - ratio) * m)).nan_to_num(nan=1.0, posinf=1.0).clamp(max=1.0)
     if ratio == 1.0:
         keep = torch.ones_like(keep)
     u = keyed_uniform(seed, Stream.PAD, sample_index, maskable.shape[1])
-    return maskable & ~(pads & (u >= keep[:, None]))
+    return maskable & ~(padding & (u >= keep[:, None]))
 
 
 def mask_counts(
     maskable: Tensor, is_pad: Tensor, t: Tensor, ratio: float, *, seed: int, sample_index: Tensor
 ) -> Tensor:
-    """Mask floor(t ratio L) pads and floor(t (1 - ratio) L) other tokens of a row's L maskable ones, at random.
+    """Mask floor(t ratio L) padding tokens and floor(t (1 - ratio) L) text tokens of each row's L maskable ones.
 
-    Each number is capped by how many there are; where both are 0, one token that is no pad is masked, or a pad where
-    there is nothing else.
+    Which ones is random. Each number is capped by the number of such tokens. If both are 0, one text token is masked,
+    or one padding token in a row without text.
 
-    What it estimates: a text token is masked with probability near min(1, t (1 - ratio) L / n) in place of t, where n
-    of the L tokens are text. With weights 1 / t its cross-entropy therefore counts about (1 - ratio) L / n times in
-    each row, as long as t is small enough for that, and a pad's ratio L / m times: a reweighted loss as it was
-    published, no evidence bound.
+    The loss is the published, reweighted one, not an evidence bound. Let n of the L tokens be text and m padding. A
+    text token is masked with probability about min(1, t (1 - ratio) L / n) instead of t. With the weight 1 / t and
+    small t, text therefore counts about (1 - ratio) L / n times, and padding about ratio L / m times.
 
     Args:
         maskable: [batch, length] bool.
-        is_pad: [batch, length] bool, pads behind the text.
+        is_pad: [batch, length] bool, padding after EOS.
         t: [batch] float32, the time of each row.
-        ratio: in [0, 1], the share of masked tokens that are to be pads.
-        seed: of the run.
-        sample_index: [batch] int64, ordinals in the run's global order.
+        ratio: fraction of padding among masked tokens, in [0, 1].
+        seed: the run's seed.
+        sample_index: [batch] int64, index of each sample in the run's global order.
     Returns:
         [batch, length] bool, True where masked.
     Raises:
         ValueError: if `ratio` is out of range.
-    Source: the published code of variable-length DiffuGPT, whose L is the context length.
+    Source: the published code of variable-length DiffuGPT, where L is the context length.
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio must lie in [0, 1], got {ratio}")
-    pads, text = maskable & is_pad, maskable & ~is_pad
-    n_pads, n_text = pads.sum(dim=1), text.sum(dim=1)
-    budget = t.double() * (n_pads + n_text)
-    k_pads = torch.minimum((budget * ratio).floor().long(), n_pads)
+    padding, text = maskable & is_pad, maskable & ~is_pad
+    n_padding, n_text = padding.sum(dim=1), text.sum(dim=1)
+    budget = t.double() * (n_padding + n_text)
+    k_padding = torch.minimum((budget * ratio).floor().long(), n_padding)
     k_text = torch.minimum((budget * (1.0 - ratio)).floor().long(), n_text)
-    none = k_pads + k_text == 0
-    k_text = torch.where(none & (n_text > 0), 1, k_text)
-    k_pads = torch.where(none & (n_text == 0), n_pads.clamp(max=1), k_pads)
+    none_masked = k_padding + k_text == 0
+    k_text = torch.where(none_masked & (n_text > 0), 1, k_text)
+    k_padding = torch.where(none_masked & (n_text == 0), n_padding.clamp(max=1), k_padding)
     u = keyed_uniform(seed, Stream.MASK, sample_index, maskable.shape[1])
-    return lowest(u, pads, k_pads) | lowest(u, text, k_text)
+    return k_smallest_mask(u, padding, k_padding) | k_smallest_mask(u, text, k_text)
 
 
 def is_window_row(end: Tensor, ratio: float, *, seed: int, sample_index: Tensor) -> Tensor:
-    """Draw which rows are masked around their end, each with probability `ratio`; never one without an end.
+    """Draw the rows that are masked around EOS: each row with an EOS, with probability `ratio`.
 
     Args:
-        end: [batch] int64, index of the end-of-text token, -1 where a row has none.
+        end: [batch] int64, position of EOS, -1 where a row has none.
         ratio: in [0, 1].
-        seed: of the run.
-        sample_index: [batch] int64, ordinals in the run's global order.
+        seed: the run's seed.
+        sample_index: [batch] int64, index of each sample in the run's global order.
     Returns:
         [batch] bool.
     """
@@ -214,21 +218,20 @@ def is_window_row(end: Tensor, ratio: float, *, seed: int, sample_index: Tensor)
 
 
 def mask_end(maskable: Tensor, end: Tensor, window: int, *, seed: int, sample_index: Tensor) -> Tensor:
-    """Mask the end of the text, a few tokens before it, and everything behind it.
+    """Mask every maskable token from position `end` - w on, with w drawn uniformly from {0, ..., window}.
 
-    How many tokens before the end is drawn uniformly from 0 to `window`, so that how far the end lies behind the first
-    masked token is not given away; tokens that are not maskable stay.
+    w is random so that the first masked position does not reveal the position of EOS.
 
     Args:
         maskable: [batch, length] bool.
-        end: [batch] int64, index of the end-of-text token; -1 masks nothing.
-        window: the most tokens before the end.
-        seed: of the run.
-        sample_index: [batch] int64, ordinals in the run's global order.
+        end: [batch] int64, position of EOS; -1 masks nothing.
+        window: largest number of masked tokens before EOS.
+        seed: the run's seed.
+        sample_index: [batch] int64, index of each sample in the run's global order.
     Returns:
         [batch, length] bool, True where masked.
     """
     u = keyed_uniform(seed, Stream.WINDOW, sample_index, 2)[:, 1].double()
     first = end - (u * (window + 1)).floor().long()
-    place = torch.arange(maskable.shape[1], device=maskable.device)
-    return maskable & (place >= first[:, None]) & (end >= 0)[:, None]
+    position = torch.arange(maskable.shape[1], device=maskable.device)
+    return maskable & (position >= first[:, None]) & (end >= 0)[:, None]

@@ -1,24 +1,25 @@
-"""A low-variance, deterministic estimate of the evidence bound on held-out text."""
+"""A deterministic, low-variance estimate of the evidence bound on held-out text."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .noise import Stream, lowest
+from .noise import Stream, k_smallest_mask
 from .rng import keyed_uniform
 
 _GOLDEN = 0.6180339887498949
 
 
 def evaluation_times(sample_index: Tensor, samples: int) -> Tensor:
-    """Return the noise level of each row's samples, stratified over samples and spread evenly over rows.
+    """Return the noise levels of each row: t_k = (k + {(i + 1/2) g}) / samples for sample index i, k = 0, 1, ...
 
-    Sample k of a row lies in [k / samples, (k + 1) / samples); within it the rows follow a golden-ratio sequence, so
-    that any number of rows covers the stratum evenly and a row's levels depend on its ordinal alone.
+    {x} is the fractional part and g = (sqrt(5) - 1) / 2. Level k of every row lies in its own stratum
+    [k / samples, (k + 1) / samples). Within a stratum the golden-ratio sequence covers the interval evenly for any
+    number of rows. The levels of a row depend on its sample index alone.
 
     Args:
-        sample_index: [batch] int64, ordinals within the evaluation set.
+        sample_index: [batch] int64, index of each row in the evaluation set.
         samples: levels per row.
     Returns:
         [batch, samples] float64 in [0, 1).
@@ -32,35 +33,35 @@ def evaluation_times(sample_index: Tensor, samples: int) -> Tensor:
 
 
 def mask_exactly(maskable: Tensor, level: Tensor, *, seed: int, sample_index: Tensor) -> Tensor:
-    """Mask k = floor(level * n) + 1 of each row's n maskable tokens, chosen uniformly.
+    """Mask k = floor(level n) + 1 of each row's n maskable tokens, chosen uniformly.
 
     With `level` uniform on [0, 1), k is uniform on 1..n, and n times the mean cross-entropy of the k masked tokens is
-    an unbiased estimate of the row's evidence bound in nats, for every noise schedule; fixing the count removes the
-    variance that independent masking adds.
+    an unbiased estimate of the row's evidence bound in nats, for every noise schedule. A fixed count has less variance
+    than independent masking.
 
     Args:
         maskable: [batch, length] bool.
         level: [batch] float64 in [0, 1).
-        seed: fixed for evaluation.
-        sample_index: [batch] int64, ordinals of the draw.
+        seed: the seed of the evaluation.
+        sample_index: [batch] int64, index of each draw.
     Returns:
         [batch, length] bool, True where masked; all False in a row without maskable tokens.
     Source: Ou et al. 2024 (arXiv 2406.03736) and LLaDA (arXiv 2502.09992), eq. 6, for the (L / k) estimator.
     """
     n = maskable.sum(dim=1)
     k = torch.minimum((level * n).floor().to(torch.int64) + 1, n)
-    return lowest(keyed_uniform(seed, Stream.EVALUATION, sample_index, maskable.shape[1]), maskable, k)
+    return k_smallest_mask(keyed_uniform(seed, Stream.EVALUATION, sample_index, maskable.shape[1]), maskable, k)
 
 
 def bound_per_row(nll: Tensor, is_masked: Tensor, maskable: Tensor) -> Tensor:
-    """Return each row's estimate of the evidence bound, n / k times the summed cross-entropy of its k masked tokens.
+    """Return the evidence bound of each row, (n / k) * sum over its k masked tokens of -log p(x_0[i] | z).
 
     Args:
         nll: [n_masked] float32, nats, in row-major order of `is_masked`.
         is_masked: [batch, length] bool.
         maskable: [batch, length] bool.
     Returns:
-        [batch] float64, nats per sequence; 0 for a row without maskable tokens.
+        [batch] float64, nats per row; 0 in a row without maskable tokens.
     """
     row = is_masked.nonzero()[:, 0]
     total = torch.zeros(len(is_masked), dtype=torch.float64, device=nll.device).index_add_(0, row, nll.double())

@@ -1,4 +1,4 @@
-"""What a token's loss is multiplied by, and what the sum of a batch is divided by."""
+"""Weights of the loss: the factor of each token, and the denominator of a batch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ LossNorm = Literal["tokens", "masked", "sequence"]
 
 
 def row_weight(t: Tensor, schedule: NoiseSchedule, weighting: LossWeighting) -> Tensor:
-    """Return the weight of each row's tokens: the schedule's for `elbo`, one for `uniform`.
+    """Return the weight of each row's tokens: -alpha'(t) / (1 - alpha(t)) for `elbo`, 1 for `uniform`.
 
     Args:
-        t: [batch] float32.
+        t: [batch] float32, the time of each row.
         schedule: gives the weight.
-        weighting: which.
+        weighting: `elbo` or `uniform`.
     Returns:
         [batch] float32.
     """
@@ -34,15 +34,17 @@ def token_weight(
     *,
     row: Tensor | None = None,
 ) -> Tensor:
-    """Return what each token's loss is multiplied by before the sum is divided by `denominator`.
+    """Return the weight of each token's loss in the sum that is divided by `denominator`.
+
+    It is w, the weight of the row; with `norm: sequence` it is w / n for a row of n maskable tokens.
 
     Args:
-        t: [batch] float32.
+        t: [batch] float32, the time of each row.
         maskable: [batch, length] bool.
         schedule: gives the weight of a row.
         weighting: `elbo` or `uniform`.
-        norm: with `sequence` a row's tokens share that row's weight, divided by its maskable tokens.
-        row: [batch] float32, weights of rows in place of those that `schedule` and `weighting` give.
+        norm: `tokens`, `masked` or `sequence`.
+        row: [batch] float32, weights of the rows that replace those of `row_weight`.
     Returns:
         [batch, length] float32.
     """
@@ -53,15 +55,16 @@ def token_weight(
 
 
 def denominator(is_masked: Tensor, maskable: Tensor, norm: LossNorm) -> Tensor:
-    """Return what a batch's weighted sum is divided by; the denominators of micro-batches and ranks add up.
+    """Return the number that divides a batch's weighted sum; add it up over micro-batches and ranks.
+
+    `tokens` counts maskable tokens (the evidence bound per token). `masked` counts masked tokens (DiffuLLaMA's code;
+    with mixed noise pass the noised tokens as `is_masked`). `sequence` counts rows with a maskable token (LLaDA;
+    `token_weight` has already divided each row by its own length).
 
     Args:
         is_masked: [batch, length] bool.
         maskable: [batch, length] bool.
-        norm: `tokens` counts maskable tokens (the evidence bound per token), `masked` counts masked tokens
-            (DiffuLLaMA's code; under mixed noise pass the noised ones),
-            `sequence` counts rows that hold a maskable token (each row is already divided by its own length, as LLaDA
-            does).
+        norm: `tokens`, `masked` or `sequence`.
     Returns:
         int64 scalar, possibly 0.
     """

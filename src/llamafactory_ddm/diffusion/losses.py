@@ -1,4 +1,4 @@
-"""Training losses of masked and mixed diffusion, in nats: what one token costs at one noise level."""
+"""Losses of masked and mixed diffusion: the cost of one token at one noise level, in nats."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# On a CPU a part stays in the cache from one operation to the next.
+# Elements of the logits that are processed at once. On a CPU the chunk is small enough to stay in the cache.
 _ELEMENTS_AT_ONCE = {"cpu": 2**19}
 _ELEMENTS_ELSEWHERE = 2**24
 _TINY = 1e-30
 
 
 def masked_cross_entropy(logits: Tensor, x_0: Tensor) -> Tensor:
-    """Return the negative log-likelihood of the clean token at each masked position.
+    """Return -log p(x_0), p = softmax(logits), at each masked position.
 
     Args:
         logits: [n_masked, vocab], unnormalised, any float dtype; upcast to float32 inside.
@@ -32,10 +32,10 @@ def masked_cross_entropy(logits: Tensor, x_0: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy that keeps the logits alone for the backward pass and allocates one gradient of their size.
+    """Cross-entropy that saves only the logits for the backward pass and allocates one gradient of their size.
 
-    The usual one also keeps the log-probabilities and passes a gradient of their size along: twice the memory at the
-    peak.
+    `torch.nn.functional.cross_entropy` also saves the log-probabilities and a gradient of their size: twice the peak
+    memory.
     """
 
     @staticmethod
@@ -50,55 +50,61 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Return (softmax - one-hot) times the incoming gradient, in the dtype of the logits."""
+        """Return (softmax(logits) - one_hot(x_0)) * grad, in the dtype of the logits."""
         logits, x_0, log_total = ctx.saved_tensors
         result = torch.empty_like(logits)
         for part in _row_parts(logits):
-            share = logits[part].float().sub(log_total[part, None]).exp_()
-            share.scatter_add_(1, x_0[part, None], -torch.ones_like(x_0[part, None], dtype=share.dtype))
-            result[part] = share.mul_(grad[part, None])
+            p = logits[part].float().sub(log_total[part, None]).exp_()
+            p.scatter_add_(1, x_0[part, None], -torch.ones_like(x_0[part, None], dtype=p.dtype))
+            result[part] = p.mul_(grad[part, None])
         return result, None
 
 
 def mixed_kl(
     logits: Tensor, x_0: Tensor, z_t: Tensor, alpha: Tensor, *, uniform_ratio: float, n_ids: int, mask_id: int
 ) -> Tensor:
-    """Return what each token costs under mixed noise, in units of what [MASK] costs under masked noise.
+    """Return the cost of each token under mixed noise, scaled so that its weight is that of masked noise.
 
-    Times the weight of a row, -alpha' / (1 - alpha), it is the rate at which the evidence bound grows with t; without
-    uniform noise it is the cross-entropy at [MASK] and 0 elsewhere.
+    The cost times -alpha' / (1 - alpha) is the integrand of the evidence bound, an integral over t. Without uniform
+    noise the cost is the cross-entropy at [MASK] and 0 elsewhere.
 
-    Noise keeps a token with probability a = alpha and else draws one from pi, which gives k / n to each of the n ids
-    and 1 - k more to [MASK]: q_y(j) = a y_j + (1 - a) pi_j for a clean distribution y. In continuous time j jumps to z
-    at the rate (-a'/a) pi_z, so the process backwards jumps from z to j at the rate (-a'/a) pi_z q_y(j) / q_y(z). The
-    bound is the divergence between the process backwards of the clean token x and that of the model's distribution p,
-    which gives nothing to [MASK]. Between two jump processes it is the sum over j of r' - r + r log(r / r') for their
-    rates r and r'. Summed up, with rho = q_x(z) / q_p(z),
+    Forward process: a token is kept with probability a = alpha(t), else it is drawn from pi, which gives k / n to each
+    of the n ids and a further 1 - k to [MASK]. So the marginal of a clean distribution y is
+
+        q_y(j) = a y_j + (1 - a) pi_j.
+
+    In continuous time a token jumps from j to z at the rate (-a'/a) pi_z. The reverse process jumps from z to j at the
+    rate r_y(j) = (-a'/a) pi_z q_y(j) / q_y(z). The bound compares the reverse process of the clean token x with that
+    of the model's distribution p, which gives no mass to [MASK]. The divergence of two jump processes with the rates r
+    and r' is the sum over j of r' - r + r log(r / r'). With rho = q_x(z) / q_p(z) it is
 
         (-a'/a) (pi_z / q_x(z)) { rho - 1 - log rho + KL(q_x | q_p) },   both parts at least 0.
 
-    With psi(u) = u - log(1 + u), b = (1 - a) k / n, s = a / b and 1 - p_x summed from the other tokens,
+    With psi(u) = u - log(1 + u), b = (1 - a) k / n and s = a / b,
 
         KL(q_x | q_p) = (a + b) psi(-a (1 - p_x) / (a + b)) + b sum over j other than x and [MASK] of psi(s p_j),
 
-    and rho - 1 - log rho is 0 at [MASK], psi(a (1 - p_x) / (b + a p_x)) at z = x, and psi(-u / (1 + u)) with u = s p_z
-    at another token. No difference of large numbers is left: numbers of a row are float64, sums over the vocabulary
-    float32, taken a few rows at a time. The backward pass works out the same way, so that no other tensor of the size
-    of the logits exists than their gradient.
+        rho - 1 - log rho = 0                                        at z = [MASK],
+                            psi(a (1 - p_x) / (b + a p_x))           at z = x,
+                            psi(-u / (1 + u)) with u = s p_z         at any other z.
+
+    This form is free of catastrophic cancellation: 1 - p_x is summed from the other tokens. Numbers per row are
+    float64, sums over the vocabulary float32, computed for a few rows at a time. The backward pass recomputes them, so
+    the only further tensor of the size of the logits is their gradient.
 
     Args:
-        logits: [n, vocab], unnormalised, any float dtype; those of [MASK] and from `n_ids` on do not matter.
+        logits: [n, vocab], unnormalised, any float dtype; the columns of [MASK] and from `n_ids` on are ignored.
         x_0: [n] int64, the clean ids, below `n_ids` and not [MASK].
         z_t: [n] int64, the noised ids.
         alpha: [n] float, the probability that a token is kept, in [0, 1).
-        uniform_ratio: k, the share of noised tokens that become a random one, in [0, 1].
-        n_ids: ids that noise may draw, from 0.
-        mask_id: the id of [MASK], which is drawn as often as any other id beside its own share.
+        uniform_ratio: k, the fraction of noised tokens that become random tokens, in [0, 1].
+        n_ids: n; noise draws ids from 0 to n - 1.
+        mask_id: the id of [MASK]; if below `n_ids`, it is also one of the n ids.
     Returns:
         [n] float32, in nats; at least 0.
     Raises:
         ValueError: if the shapes disagree or a number is out of range.
-    Source: XDLM (arXiv 2602.01362) for the process and its bound; the form above is worked out here.
+    Source: XDLM (arXiv 2602.01362) for the process and its bound; the form above is derived here.
     """
     if logits.dim() != 2 or any(value.shape != logits.shape[:1] for value in (x_0, z_t, alpha)):
         raise ValueError(
@@ -114,7 +120,7 @@ def mixed_kl(
 
 
 class _MixedKl(torch.autograd.Function):
-    """`mixed_kl` and its gradient; see there for the letters."""
+    """`mixed_kl` and its gradient; the docstring of `mixed_kl` defines the symbols."""
 
     @staticmethod
     def forward(
@@ -130,9 +136,9 @@ class _MixedKl(torch.autograd.Function):
         """Return [n] float32."""
         ctx.n_ids, ctx.mask_id = n_ids, mask_id
         a, b = alpha.clamp(min=_TINY), (1.0 - alpha) * uniform_ratio / n_ids
-        s = (a / b).clamp(max=1.0 / _TINY)  # stays within float32; a larger one changes nothing that would be seen
+        s = (a / b).clamp(max=1.0 / _TINY)  # within the range of float32; a larger s gives the same result
         l_x, l_z = _at(logits, x_0), _at(logits, z_t)
-        # Of the tokens other than x: highest logit, sum of exp(logit - highest), their share, sum of psi(s p_j).
+        # Over the tokens other than x: highest logit, sum of exp(logit - highest), 1 - p_x, sum of psi(s p_j).
         peak, partition, others, spread = (torch.empty_like(a) for _ in range(4))
         for part in _row_parts(logits):
             e, highest = _others(logits[part], x_0[part], n_ids, mask_id)
@@ -144,17 +150,17 @@ class _MixedKl(torch.autograd.Function):
         total = torch.logaddexp(rest, l_x)
         p_x, u_z = torch.sigmoid(l_x - rest), s * (l_z - total).exp()
         is_x, is_mask = z_t == x_0, z_t == mask_id
-        # p_x may underflow and b be 0, but the logarithm of b + a p_x is finite.
+        # p_x may underflow while b is 0, so log(b + a p_x) is computed from logarithms.
         w, log_kept = a * others / (a + b), a.log() + l_x - total
         log_below = torch.logaddexp(b.log(), log_kept)
         log_left = log_below - (a + b).log()
         kl = (a + b) * torch.where(w < 0.5, _psi(-w.clamp(max=0.5)), -w - log_left) + a / s * spread
-        # Without uniform noise nothing but [MASK] is jumped to, so a token that is kept costs nothing.
+        # Without uniform noise every jump leads to [MASK], so a token that is kept costs 0.
         share = torch.where(is_x, b / (a + b), 1.0) * (is_mask | (b > 0.0))
         below, v = log_below.exp().where(b > 0.0, 1.0), u_z / (1.0 + u_z)
         of_other = torch.where(v < 0.5, _psi(-v.clamp(max=0.5)), u_z.log1p() - v)
         at_z = torch.where(is_x, _psi(a * others / below), of_other).masked_fill(is_mask, 0.0)
-        # What the backward pass needs: the factors of the rows, p_x h_x and p_z times what z adds.
+        # Factors of the rows for the backward pass: `of_x` is p_x h_x, `more` is p_z times what z adds to h_z.
         kept = (log_kept - log_below).exp()
         more = torch.where(is_x, -kept * others / below, v.square() / a).masked_fill(is_mask, 0.0)
         rows = torch.stack(
@@ -166,11 +172,14 @@ class _MixedKl(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient in the dtype of the logits, 0 for [MASK] and behind the last id.
+        """Return the gradient in the dtype of the logits, 0 for [MASK] and for ids from `n_ids` on.
 
-        Of the braces over a it is p_j (h_j - sum of p h), with h_j = s p_j / (1 + s p_j) for a token other than x and
-        -(1 - p_x) a / (b + a p_x) for x, to which z = x adds -a (1 - p_x) / (b + a p_x)^2, and another token z
-        u / (b (1 + u)^2).
+        The gradient of the braces divided by a is p_j (h_j - sum over i of p_i h_i), where
+
+            h_j = s p_j / (1 + s p_j)               for j other than x,
+            h_x = -a (1 - p_x) / (b + a p_x).
+
+        z = x adds -a (1 - p_x) / (b + a p_x)^2 to h_x; any other token z adds u / (b (1 + u)^2) to h_z.
         """
         logits, x_0, z_t, rows = ctx.saved_tensors
         result = torch.zeros_like(logits)
@@ -183,8 +192,8 @@ class _MixedKl(torch.autograd.Function):
             ph.div_(ph + 1.0).mul_(p)
             mean = ph.sum(dim=1).double()
             ph.addcmul_(p, -(mean + of_x + more).to(p.dtype)[:, None])
-            # Where p is near 1 large numbers cancel. The entry of x is worked out in float64; that of another z is
-            # what the others leave, as all sum to 0.
+            # Where p is near 1, large numbers cancel. So the entry of x is computed in float64, and that of another z
+            # is minus the sum of the rest, as all entries sum to 0.
             at_x = (of_x + more.where(is_x, 0.0)) * others - p_x * (mean + more.where(~is_x, 0.0))
             at_z = p_z * (s * p_z / (1.0 + s * p_z) - mean - of_x) + more * (1.0 - p_z)
             z = z_t[part].where(elsewhere, x_0[part])[:, None]
@@ -198,16 +207,16 @@ class _MixedKl(torch.autograd.Function):
 def _others(
     logits: Tensor, x_0: Tensor, n_ids: int, mask_id: int, peak: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return exp(logit - highest) of the tokens other than x and [MASK], 0 for these two, and the highest, or `peak`.
+    """Return exp(logit - highest) with 0 for x and [MASK], and `highest`, the highest logit of the other tokens.
 
     Args:
         logits: [n, vocab].
         x_0: [n] int64.
-        n_ids: ids that count.
-        mask_id: of [MASK].
-        peak: [n], what `highest` was before.
+        n_ids: ids from 0 that count.
+        mask_id: the id of [MASK].
+        peak: [n], `highest` of an earlier call, which is then not computed again.
     Returns:
-        [n, n_ids] float32, or float64 for such logits, a copy; [n] of its dtype.
+        A new tensor [n, n_ids], float64 if the logits are, else float32; and [n] of the same dtype.
     """
     values = logits[:, :n_ids].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     if mask_id < n_ids:
@@ -221,12 +230,12 @@ def _others(
 
 
 def _at(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return [n] float64, the logit of one token a row."""
+    """Return [n] float64, the logit of `ids` in each row."""
     return logits.gather(1, ids[:, None])[:, 0].double()
 
 
 def _psi(u: Tensor) -> Tensor:
-    """Return u - log(1 + u) for u > -1, by its series near 0, where the two are nearly the same."""
+    """Return psi(u) = u - log(1 + u) for u > -1; near 0 by its Taylor series, as the difference would cancel."""
     edge, terms = (0.01, 8) if u.dtype == torch.float64 else (0.03, 4)
     near = u.clamp(min=-edge, max=edge)
     series = torch.full_like(near, (-1.0) ** (terms + 1) / (terms + 1))
@@ -236,7 +245,7 @@ def _psi(u: Tensor) -> Tensor:
 
 
 def _row_parts(logits: Tensor) -> list[slice]:
-    """Cut the rows so that a float32 copy of one part stays small."""
+    """Split the rows into slices so that a float32 copy of one slice is small."""
     at_once = _ELEMENTS_AT_ONCE.get(logits.device.type, _ELEMENTS_ELSEWHERE)
     rows = max(1, at_once // max(1, logits.shape[1]))
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]

@@ -1,4 +1,4 @@
-"""The forward process: which t each row gets, and which of its tokens become [MASK] or a random token."""
+"""The forward process: the time t of each row, and the tokens that become [MASK] or a random token."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .schedules import NoiseSchedule
 
 
 class Stream(IntEnum):
-    """What a keyed draw is for; each has its own independent numbers.
+    """The purpose of a keyed draw; the numbers of two streams are independent.
 
-    Evaluation shares none with training, as its fixed seed may be the run's.
+    Evaluation has streams of its own, as its fixed seed may equal the run's seed.
     """
 
     TIME = 1
@@ -41,7 +41,7 @@ class NoisedBatch:
 
     Attributes:
         z_t: [batch, length] int64, the noised ids.
-        is_masked: [batch, length] bool, True where the noise put [MASK]; a [MASK] already in the clean text is False.
+        is_masked: [batch, length] bool, True where noise put [MASK]; False for a [MASK] of the clean text.
         t: [batch] float32, the time of each row.
     """
 
@@ -53,15 +53,14 @@ class NoisedBatch:
 def draw_time(
     seed: int, sample_index: Tensor, *, time_epsilon: float = 1e-3, antithetic: bool = False, group_size: int = 1
 ) -> Tensor:
-    """Draw t = (1 - time_epsilon) u + time_epsilon for each row.
+    """Draw t = (1 - time_epsilon) u + time_epsilon for each row, u uniform in [0, 1).
 
     Args:
-        seed: of the run.
-        sample_index: [batch] int64, ordinals in the run's global order.
+        seed: the run's seed.
+        sample_index: [batch] int64, index of each sample in the run's global order.
         time_epsilon: the smallest t, in [0, 1).
-        antithetic: stratify u over each group of `group_size` consecutive ordinals: u_i = (u_group + i / group_size)
-            mod 1.
-            Each u_i is still uniform by itself, so the objective stays unbiased.
+        antithetic: stratify u over each group of `group_size` consecutive sample indices:
+            u_i = (u_group + i / group_size) mod 1. Each u_i is still uniform, so the loss stays unbiased.
         group_size: rows of one optimiser step over all ranks and micro-steps.
     Returns:
         [batch] float32 in [time_epsilon, 1).
@@ -88,13 +87,15 @@ def mask_tokens(
 ) -> NoisedBatch:
     """Replace each maskable token by [MASK] with probability 1 - alpha(t), independently.
 
+        q(z_t | x_0) = alpha(t) one_hot(x_0) + (1 - alpha(t)) one_hot([MASK])
+
     Args:
         x_0: [batch, length] int64, clean ids.
-        maskable: [batch, length] bool, True where noise may fall.
+        maskable: [batch, length] bool, tokens that noise may mask.
         t: [batch] float32, the time of each row.
         schedule: gives alpha.
-        seed: of the run.
-        sample_index: [batch] int64, ordinals in the run's global order.
+        seed: the run's seed.
+        sample_index: [batch] int64, index of each sample in the run's global order.
         mask_id: the id of [MASK].
     Raises:
         ValueError: if the shapes disagree.
@@ -122,22 +123,24 @@ def mix_tokens(
     stream: int = Stream.MASK,
     uniform_stream: int = Stream.UNIFORM,
 ) -> Tensor:
-    """Replace each maskable token with probability 1 - alpha: by a random token in a share of cases, else by [MASK].
+    """Replace each maskable token with probability 1 - alpha, by a random token or by [MASK], independently.
 
-    With u uniform, it is kept if u >= 1 - alpha, becomes any of the `n_ids` ids, itself included, if
-    u < uniform_ratio (1 - alpha), and [MASK] otherwise. At a ratio of 0 these are the masks of `mask_tokens`.
+        q(z_t | x_0) = alpha one_hot(x_0) + (1 - alpha) (k uniform(n_ids) + (1 - k) one_hot([MASK]))
+
+    with k = uniform_ratio. For u uniform in [0, 1), a token is kept if u >= 1 - alpha, becomes one of the `n_ids` ids
+    (itself included) if u < k (1 - alpha), and [MASK] otherwise. At k = 0 the masks are those of `mask_tokens`.
 
     Args:
         x_0: [batch, length] int64, clean ids.
-        maskable: [batch, length] bool, True where noise may fall.
+        maskable: [batch, length] bool, tokens that noise may replace.
         noise_level: [batch] float, 1 - alpha of each row.
-        uniform_ratio: in [0, 1].
-        n_ids: ids to draw from, from 0.
+        uniform_ratio: k, the fraction of noised tokens that become random tokens, in [0, 1].
+        n_ids: random tokens are ids from 0 to n_ids - 1.
         mask_id: the id of [MASK].
-        seed: of the run.
-        sample_index: [batch] int64, ordinals in the run's global order.
-        stream: of u.
-        uniform_stream: of the random tokens.
+        seed: the run's seed.
+        sample_index: [batch] int64, index of each sample in the run's global order.
+        stream: stream of u.
+        uniform_stream: stream of the random tokens.
     Returns:
         [batch, length] int64, the noised ids.
     Raises:
@@ -152,14 +155,14 @@ def mix_tokens(
     z_t = x_0.masked_fill((u < level) & maskable, mask_id)
     if not uniform_ratio:
         return z_t
-    # One number has 24 bits, which would favour some of many ids; two have enough.
+    # One number has 24 bits, which would favour some ids of a large vocabulary; two have 48.
     pair = keyed_uniform(seed, uniform_stream, sample_index, 2 * x_0.shape[1]).double()
     drawn = ((pair[:, 0::2] + pair[:, 1::2] * 2.0**-24) * n_ids).long()
     return torch.where((u < uniform_ratio * level) & maskable, drawn, z_t)
 
 
 def draw_masked(maskable: Tensor, t: Tensor, schedule: NoiseSchedule, *, seed: int, sample_index: Tensor) -> Tensor:
-    """Return [batch, length] bool, each maskable position with probability 1 - alpha(t), independently.
+    """Return [batch, length] bool, True at each maskable position with probability 1 - alpha(t), independently.
 
     The arguments are those of `mask_tokens`.
     """
@@ -167,13 +170,13 @@ def draw_masked(maskable: Tensor, t: Tensor, schedule: NoiseSchedule, *, seed: i
     return (u < (1.0 - schedule.alpha(t))[:, None]) & maskable
 
 
-def lowest(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
-    """Return the `count` places of each row, among the marked ones, whose scores are lowest.
+def k_smallest_mask(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """Return True at the `count` smallest scores of each row, taken from the positions where `among` is True.
 
     Args:
-        score: [batch, length] float below 2; of equal ones the earlier place comes first.
+        score: [batch, length] float below 2; ties go to the earlier position.
         among: [batch, length] bool.
-        count: [batch] int64; more than there are marks them all.
+        count: [batch] int64; all of `among` if it is larger.
     Returns:
         [batch, length] bool.
     """

@@ -1,9 +1,9 @@
-"""A counter-based random generator in integer tensor operations.
+"""A counter-based random generator (Philox) in integer tensor operations.
 
-A draw is a pure function of (seed, stream, row, step, column): nothing is consumed, so a resumed run, another rank,
-another batch size or another device sees the same number. That is what makes training noise exact under resume,
-accumulation and data parallelism. Each of the five has bits of the key or the counter to itself, so no two draws share
-a number.
+A draw is a pure function of (seed, stream, sample index, step, column), and no state is consumed. A resumed run,
+another rank, another batch size and another device draw the same numbers, so training noise does not depend on
+resuming, gradient accumulation or data parallelism. Each of the five has its own bits of the key or the counter, so no
+two draws share a number.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ _ROUNDS = 10
 
 
 def _multiply_high_low(value: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """Split the 64-bit product of two 32-bit unsigned numbers; int64 overflow wraps, which keeps all 64 bits."""
+    """Return the high and low words of a product of two 32-bit unsigned numbers; int64 overflow keeps all 64 bits."""
     product = value * multiplier
     return (product >> 32) & _MASK32, product & _MASK32
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Return the four 32-bit words that Philox4x32-10 gives for each counter.
+    """Return the four 32-bit words of Philox4x32-10 for each counter.
 
     Args:
         counter: four int64 tensors of one broadcastable shape, each value in [0, 2**32).
         key: two integers in [0, 2**32).
     Returns:
         Four int64 tensors of the broadcast shape, each value in [0, 2**32).
-    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the tests hold its known answers.
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; tests check its known answers.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
     k0, k1 = key
@@ -44,16 +44,16 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def keyed_uniform(seed: int, stream: int, sample_index: Tensor, length: int, *, steps: Tensor | None = None) -> Tensor:
-    """Return uniform numbers in [0, 1) that depend only on (seed, stream, row, step, column).
+    """Return uniform numbers in [0, 1) that depend only on (seed, stream, sample index, step, column).
 
     Args:
         seed: any integer in [0, 2**64).
-        stream: which use the numbers are for, in [0, 2**32); streams are independent.
-        sample_index: [n_rows] int64 >= 0, the ordinal of each row in the run's global order; below 2**32 with `steps`,
-            which take the word of the counter that otherwise holds the upper half of the ordinal.
-        length: how many numbers a row gets.
-        steps: [n_rows] int64 in [0, 2**32), which of a row's repeated draws this is. A stream is drawn from either
-            always with steps or never.
+        stream: purpose of the numbers, in [0, 2**32); streams are independent.
+        sample_index: [n_rows] int64 >= 0, index of each sample in the run's global order; below 2**32 if `steps` is
+            given, as `steps` takes the word of the counter that otherwise holds the upper half of the index.
+        length: how many numbers each row gets.
+        steps: [n_rows] int64 in [0, 2**32), index of a row's repeated draw. Draw from a stream always with `steps` or
+            always without.
     Returns:
         [n_rows, length] float32, a multiple of 2**-24, on the device of `sample_index`.
     Raises:

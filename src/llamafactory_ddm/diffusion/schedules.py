@@ -1,4 +1,4 @@
-"""Noise schedules: the share of tokens that is kept at time t, and what follows from it."""
+"""Noise schedules: alpha(t), the probability that a token is kept at time t, and what follows from it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class NoiseSchedule(ABC):
         return -self.dalpha(t) / (1.0 - self.alpha(t))
 
     def transfer_budget(self, n_masked: Tensor, steps: int) -> Tensor:
-        """Return how many tokens each sampling step commits, so that after the last none is masked.
+        """Return the number of tokens that each sampling step commits; the last step commits all that are left.
 
-        Step i of T goes to time t = 1 - (i + 1) / T and brings the number committed to round(n alpha(t)).
+        Step i = 0 .. T - 1 ends at t_i = 1 - (i + 1) / T, when round(n alpha(t_i)) tokens are committed in total.
 
         Args:
-            n_masked: [batch] int64, n.
+            n_masked: [batch] int64, n, the masked tokens at the start.
             steps: T, at least 1.
         Returns:
             [batch, steps] int64; each row sums to n_masked.
@@ -48,19 +48,19 @@ class NoiseSchedule(ABC):
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        # alpha is computed on the CPU whatever the device, so that a product near one half rounds alike everywhere.
+        # alpha is always computed on the CPU, so that every device rounds a product near one half alike.
         alpha = self.alpha(1.0 - torch.arange(1, steps + 1, dtype=torch.float64) / steps).to(n_masked.device)
         committed = (n_masked.double()[:, None] * alpha[None, :]).round().to(torch.int64)
         committed[:, -1] = n_masked
         return committed.diff(dim=1, prepend=torch.zeros_like(committed[:, :1]))
 
     def kept_masked(self, n: Tensor, left: Tensor, steps: Tensor) -> Tensor:
-        """Return how many of n positions stay masked while steps are left: trunc(n (1 - alpha(left / steps))).
+        """Return how many of n positions stay masked when `left` of T steps remain: trunc(n (1 - alpha(left / T))).
 
         Args:
             n: [batch] int64.
-            left: [batch] int64, steps that are still to come.
-            steps: [batch] int64, at least 1.
+            left: [batch] int64, remaining steps.
+            steps: [batch] int64, T, at least 1.
         Returns:
             [batch] int64.
         """
@@ -71,10 +71,10 @@ SCHEDULES: Registry[type[NoiseSchedule]] = Registry("noise_schedule")
 
 
 def get_schedule(name: str) -> NoiseSchedule:
-    """Return the schedule called `name`.
+    """Return the noise schedule with this name.
 
     Raises:
-        ValueError: if there is none, with the nearest name.
+        ValueError: if no schedule has this name; the message suggests the nearest one.
     """
     return SCHEDULES.get(name)()
 
@@ -102,7 +102,7 @@ class LinearSchedule(NoiseSchedule):
         return 1.0 / t
 
     def transfer_budget(self, n_masked: Tensor, steps: int) -> Tensor:
-        """Return n // T tokens for each of T steps, and one more for the first n % T; see `NoiseSchedule`.
+        """Return n // T tokens for each of the T steps, and one more for the first n % T steps.
 
         Source: LLaDA (arXiv 2502.09992), get_num_transfer_tokens of its published code.
         """
@@ -113,7 +113,7 @@ class LinearSchedule(NoiseSchedule):
         return share[:, None] + (step[None, :] < (n_masked - share * steps)[:, None])
 
     def kept_masked(self, n: Tensor, left: Tensor, steps: Tensor) -> Tensor:
-        """Return trunc(float32(n left / steps)), which float32 rounds as published; see `NoiseSchedule`.
+        """Return trunc(n left / T) in float32, which rounds as the published code does.
 
         Source: DiffuLLaMA (arXiv 2410.17891), the sampler of its GSM8K evaluation.
         """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion.noise import Stream, lowest
+from ..diffusion.noise import Stream, k_smallest_mask
 from ..diffusion.rng import keyed_uniform
 
 # Shares of the text, without its end, that are given; at 1 all of it is, and the end alone is to be found.
@@ -88,7 +88,7 @@ def hidden_after_revealing(batch: EndRows, share: float) -> Tensor:
     text = batch.maskable & (place < batch.end[:, None])
     count = (text.sum(dim=1).double() * share).floor().long()
     u = keyed_uniform(batch.seed, Stream.EVALUATION_REVEAL, batch.sample_index, batch.maskable.shape[1])
-    return batch.maskable & ~lowest(u, text, count)
+    return batch.maskable & ~k_smallest_mask(u, text, count)
 
 
 def _first_step(batch: EndRows, share: float, logits: Logits, end_ids: Sequence[int], ends: Tensor) -> Tensor:
