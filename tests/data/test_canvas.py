@@ -21,7 +21,7 @@ def test_the_start_token_is_put_in_front_once():
     assert canvas_of([2, [9]], start_id=9) == Canvas((9, 0, 0, 9), (False, True, True, False), 1)
 
 
-@pytest.mark.parametrize(("parts", "words"), [([[1, 2]], "nothing to write"), ([[1], 0], "at least 1 token, got 0")])
+@pytest.mark.parametrize(("parts", "words"), [([[1, 2]], "no position to generate"), ([[1], 0], "got 0")])
 def test_canvases_that_cannot_be(parts, words):
     with pytest.raises(ValueError, match=words):
         canvas_of(parts)
@@ -37,15 +37,15 @@ def test_markers():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("no marker", "nothing to fill in"),
-        ("", "nothing to fill in"),
-        ("a <|infill:0|>", r"<\|infill:0\|> leaves no room"),
-        ("a <|infill:-3|>", "leaves no room"),
-        ("a <|infill:many|> b <|infill:2|>", r"<\|infill:many\|> is no marker; write <\|infill:8\|>"),
-        ("a <|infill:3|> b <|infill:3>", "is no marker"),
-        ("a <|INFILL:3|>", "is no marker"),
+        ("no marker", r"no infilling marker.*<\|infill:8\|>"),
+        ("", r"no infilling marker.*<\|infill:8\|>"),
+        ("a <|infill:0|>", r"<\|infill:0\|> is empty"),
+        ("a <|infill:-3|>", r"<\|infill:-3\|> is empty"),
+        ("a <|infill:many|> b <|infill:2|>", r"^<\|infill:many\|> .*<\|infill:8\|>"),
+        ("a <|infill:3|> b <|infill:3>", r"^<\|infill:3> .*<\|infill:8\|>"),
+        ("a <|INFILL:3|>", r"^<\|INFILL:3\|> .*<\|infill:8\|>"),
         ("a <|infill|> b <|infill|>", "only one"),
-        ("a <|infill|> b", "takes its length from the label, and there is none"),
+        ("a <|infill|> b", r"<\|infill\|> .*no label"),
     ],
 )
 def test_markers_that_are_wrong(text, words):
@@ -71,5 +71,5 @@ def test_a_canvas_is_cut_behind_its_first_places():
     assert short.given([0, 5, 6, 7, 8]).grown(1) == Canvas((0, 5, 6, 7, 8, 0), (False,) * 5 + (True,), 1, room=1)
     between = canvas_of([[5], 3, [6]])
     assert between.cut(1) == between
-    with pytest.raises(ValueError, match="a canvas needs a place to be written"):
+    with pytest.raises(ValueError, match=r"n_editable.*got 0"):
         canvas.cut(0)

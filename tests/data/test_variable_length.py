@@ -112,7 +112,7 @@ def test_a_row_as_long_as_the_canvas_fits_and_a_longer_one_does_not():
     assert exact.fits(ANSWER) and not short.fits(ANSWER)
     assert as_lists(exact([ANSWER]))["is_pad"] == [[0] * 5]
     assert not VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=4).fits({"input_ids": [5, 6, 7, 8]})
-    with pytest.raises(ValueError, match=r"5 tokens, its end included, does not fit cutoff_len: 4.*drop_overlong"):
+    with pytest.raises(ValueError, match=r"5 tokens.* cutoff_len: 4.*drop_overlong"):
         short([ANSWER])
 
 

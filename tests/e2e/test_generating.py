@@ -135,7 +135,7 @@ def test_no_training_is_lost_to_a_mistake_of_generation(train_small, tmp_path):
         ({"suppress_tokens": "nonsuch"}, "suppress_tokens"),
         ({"temperature": 0.3, "logits_temp": 0.4}, "mean the same and differ"),
         ({"diffusion_steps": 2, "block_length": 4}, "2 steps cannot finish 8 blocks"),
-        ({"generate_from": "infill"}, "nothing to fill in"),
+        ({"generate_from": "infill"}, "no infilling marker"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     ):
         with pytest.raises(ValueError, match=words):

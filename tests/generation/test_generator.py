@@ -311,7 +311,7 @@ def test_a_model_that_never_saw_mask_cannot_start_from_it(generator):
             "text 1: .* more than the model's 48 positions",
         ),
         (lambda g: g.generate("dog", max_new_tokens=60), "more than the model's 48 positions"),
-        (lambda g: g.generate(infill="dog"), "nothing to fill in"),
+        (lambda g: g.generate(infill="dog"), "no infilling marker"),
         (
             lambda g: g.generate(["cat", "a <|infill:2|> dog"], max_new_tokens=5),
             r"text 1: it holds the marker <\|infill:2\|>",

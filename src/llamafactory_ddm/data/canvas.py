@@ -1,4 +1,4 @@
-"""What generation starts from: given tokens and places to be written, for every kind of generation."""
+"""The canvas that generation starts from: fixed tokens, and positions to generate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# <|infill:8|> is a span of eight tokens, <|infill|> one of as many tokens as the label has.
+# <|infill:8|> is a span of eight tokens, <|infill|> a span as long as the label.
 MARKER = re.compile(r"<\|infill(?::(-?\d+))?\|>")
 _LIKE_A_MARKER = re.compile(r"<\|?\s*infill[^<>]*>", re.IGNORECASE)
 
@@ -21,10 +21,10 @@ class Canvas:
     """One sample before denoising.
 
     Attributes:
-        ids: the tokens; what stands at an editable place does not matter.
-        editable: True where a token is to be written.
-        n_start: tokens at the beginning that belong to no text, such as the start token.
-        room: places to be written that may yet be added at the end.
+        ids: the tokens; ids at editable positions are ignored.
+        editable: True at positions to generate.
+        n_start: number of leading tokens that are not text, such as the start token.
+        room: number of positions to generate that can still be added at the end.
     """
 
     ids: tuple[int, ...]
@@ -37,22 +37,24 @@ class Canvas:
             raise ValueError(f"{len(self.ids)} ids, but {len(self.editable)} flags")
 
     def __len__(self) -> int:
-        """Return the number of places."""
+        """Return the number of positions."""
         return len(self.ids)
 
     @property
     def n_editable(self) -> int:
-        """Return the number of tokens to be written."""
+        """Return the number of positions to generate."""
         return sum(self.editable)
 
     def cut(self, n_editable: int) -> Canvas:
-        """Return the canvas with its first `n_editable` places to be written, if it ends with them; else itself.
+        """Return the canvas cut after its first `n_editable` positions to generate.
+
+        A canvas with fixed tokens after a position to generate is returned unchanged.
 
         Raises:
-            ValueError: if that leaves nothing to write.
+            ValueError: if `n_editable` is below 1.
         """
         if n_editable < 1:
-            raise ValueError(f"a canvas needs a place to be written, got {n_editable}")
+            raise ValueError(f"n_editable must be at least 1, got {n_editable}")
         first = self.editable.index(True)
         if not all(self.editable[first:]):
             return self
@@ -60,31 +62,31 @@ class Canvas:
         return Canvas(self.ids[:end], self.editable[:end], self.n_start, self.room + len(self) - end)
 
     def grown(self, n_more: int) -> Canvas:
-        """Return the canvas with `n_more` further places to be written, or as many as there is room for."""
+        """Return the canvas with min(n_more, room) further positions to generate at its end."""
         more = min(n_more, self.room)
         return Canvas(self.ids + (0,) * more, self.editable + (True,) * more, self.n_start, self.room - more)
 
     def given(self, ids: Sequence[int]) -> Canvas:
-        """Return the canvas with `ids` at all its places, none of which is to be written."""
+        """Return the canvas with `ids` as fixed tokens at all positions."""
         return Canvas(tuple(ids), (False,) * len(self), self.n_start, self.room)
 
 
 def canvas_of(parts: Sequence[Sequence[int] | int], *, start_id: int | None = None) -> Canvas:
-    """Put given tokens and spans one after another.
+    """Return a canvas of fixed tokens and spans to generate, in order.
 
     Args:
-        parts: ids that are given, or the length of a span to be written.
-        start_id: a token put in front unless the given tokens begin with it; with shift one is needed, as the first
-            token of a row is never predicted.
+        parts: ids of fixed tokens, or the length of a span to generate.
+        start_id: token to prepend unless the canvas starts with it; needed with shift, as the first token of a row is
+            never predicted.
     Raises:
-        ValueError: if there is nothing to write, or a span is shorter than a token.
+        ValueError: if there is no position to generate, or a span is shorter than one token.
     """
     ids: list[int] = []
     editable: list[bool] = []
     for part in parts:
         if isinstance(part, int):
             if part < 1:
-                raise ValueError(f"a span to be written must be of at least 1 token, got {part}")
+                raise ValueError(f"a span to generate must have at least 1 token, got {part}")
             ids += [0] * part
             editable += [True] * part
         else:
@@ -96,43 +98,46 @@ def canvas_of(parts: Sequence[Sequence[int] | int], *, start_id: int | None = No
             ids, editable = [start_id, *ids], [False, *editable]
         n_start = 1
     if not any(editable):
-        raise ValueError("there is nothing to write: every token is given")
+        raise ValueError("the canvas holds no position to generate: every token is fixed")
     return Canvas(tuple(ids), tuple(editable), n_start)
 
 
 def split_at_markers(text: str) -> list[str | int | None]:
-    """Return the parts of a text with infilling markers: given text, the length of a span, None for the label's.
+    """Split a text at its infilling markers into fixed text, span lengths, and None for a span as long as the label.
 
     Raises:
-        ValueError: if there is no marker, or one that is malformed or leaves no room.
+        ValueError: if there is no marker, or a malformed one, or one of length below 1.
     """
     for found in _LIKE_A_MARKER.findall(text):
         if not MARKER.fullmatch(found):
-            raise ValueError(f"{found} is no marker; write <|infill:8|> for 8 tokens, or <|infill|> for the label's")
+            raise ValueError(
+                f"{found} is not a valid infilling marker; write <|infill:8|> for 8 tokens, or <|infill|> for as many "
+                "as the label has"
+            )
     parts: list[str | int | None] = []
-    place = 0
+    offset = 0
     for match in MARKER.finditer(text):
-        if match.start() > place:
-            parts.append(text[place : match.start()])
+        if match.start() > offset:
+            parts.append(text[offset : match.start()])
         length = match.group(1)
         if length is not None and int(length) < 1:
-            raise ValueError(f"{match.group(0)} leaves no room; a span is of at least 1 token")
+            raise ValueError(f"{match.group(0)} is empty; a span must have at least 1 token, as <|infill:1|>")
         parts.append(None if length is None else int(length))
-        place = match.end()
+        offset = match.end()
     if parts.count(None) > 1:
         raise ValueError("only one <|infill|> can take its length from the label; write <|infill:8|> for the others")
-    if not place:
-        raise ValueError("there is nothing to fill in; mark the places, as in 'Tom had <|infill:8|> dog.'")
-    if place < len(text):
-        parts.append(text[place:])
+    if not offset:
+        raise ValueError("the text holds no infilling marker; mark each gap, as in 'Tom had <|infill:8|> dog.'")
+    if offset < len(text):
+        parts.append(text[offset:])
     return parts
 
 
 def check_unmarked(text: str) -> None:
-    """Look for infilling markers in a text that is to be continued, where they would be given as plain characters.
+    """Refuse infilling markers in a text to be continued, where the model would see them as plain characters.
 
     Raises:
-        ValueError: naming the first and what fills it.
+        ValueError: naming the first marker and the setting that fills it.
     """
     found = MARKER.search(text)
     if found:
@@ -150,17 +155,17 @@ def infilling_canvas(
     label: str | None = None,
     start_id: int | None = None,
 ) -> Canvas:
-    """Return the canvas of a text with markers.
+    """Return the canvas of a text with infilling markers.
 
     Args:
-        text: with at least one marker.
-        encode: of the tokenizer, without special tokens.
-        encode_after: the same for text that follows other text, by default `encode`; tokenizers that put a space
-            before a text make a difference.
-        label: gives the length of <|infill|>.
-        start_id: see `canvas_of`.
+        text: text with at least one marker.
+        encode: text to ids, without special tokens.
+        encode_after: the same for text that follows other text, by default `encode`; it differs for tokenizers that
+            put a space before a text.
+        label: reference text that gives the length of <|infill|>.
+        start_id: token to prepend, as in `canvas_of`.
     Raises:
-        ValueError: for a marker that is wrong, or one that needs a label where there is none.
+        ValueError: for an invalid marker, or <|infill|> without a label.
     """
     encode_after = encode_after or encode
     parts: list[list[int] | int] = []
@@ -170,7 +175,7 @@ def infilling_canvas(
         elif part is not None:
             parts.append(part)
         elif not label:
-            raise ValueError("<|infill|> takes its length from the label, and there is none; write <|infill:8|>")
+            raise ValueError("<|infill|> takes its length from the label, but there is no label; write <|infill:8|>")
         else:
             parts.append(len(encode_after(label)))
     return canvas_of(parts, start_id=start_id)
@@ -178,13 +183,13 @@ def infilling_canvas(
 
 @dataclass(frozen=True)
 class CanvasBatch:
-    """Canvases side by side, padded on the left, so that what follows a prompt stands in the same columns.
+    """A batch of canvases, padded on the left so that all of them end in the same column.
 
     Attributes:
-        x: [batch, length] int64.
-        editable: [batch, length] bool.
+        x: [batch, length] int64, ids.
+        editable: [batch, length] bool, positions to generate.
         is_padding: [batch, length] bool.
-        prompt: [batch, length] bool, given tokens that are text: neither padding nor the start token.
+        prompt: [batch, length] bool, fixed tokens without padding and the start token.
     """
 
     x: Tensor

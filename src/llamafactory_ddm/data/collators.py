@@ -1,7 +1,7 @@
-"""Batches: texts behind a start token, prompts with responses, and texts of variable length with their padding.
+"""Collators: text after a start token, prompts with responses, and text of variable length with its padding.
 
-Noise may fall on responses alone. Responses come one to a row, or packed. With variable length a row is one document
-or response, its EOS, and padding that the model learns to write.
+Noise is limited to responses, one in a row or packed. With variable length a row is one document or response, its EOS,
+and padding that the model learns to generate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def start_token_id(tokenizer: Any) -> int:
-    """Return the token that a text starts with: the tokenizer's bos, else its eos.
+    """Return the id of the start token: the tokenizer's bos token, else its eos token.
 
     Raises:
         ValueError: if it has neither.
@@ -26,28 +26,28 @@ def start_token_id(tokenizer: Any) -> int:
         if value is not None:
             return int(value)
     raise ValueError(
-        "with shift: true a text starts with a given token, but the tokenizer has neither a bos nor an eos token; "
-        "add one to the tokenizer, or set shift: false"
+        "shift: true needs a start token, but the tokenizer has neither a bos nor an eos token; add one to the "
+        "tokenizer, or set shift: false"
     )
 
 
 class StartTokenCollator:
-    """Puts the start token before each row that lacks it, so that the first token of a text is learned too.
+    """Prepends the start token to each row that lacks it, so that the first token of a text is learned too.
 
-    With shift the token at position 0 is never predicted. In packed rows that is one token of many; where a row is one
-    text it would always be the first, and generation, which starts from the start token, would begin with the second.
+    With shift the token at position 0 is never predicted. Where a row is one text, that would always be the text's
+    first token, and generation would begin with the second.
     """
 
     def __init__(
         self, inner: Callable[[list[dict[str, Any]]], Any], start_id: int, max_length: int | None = None
     ) -> None:
-        """Wrap `inner`; rows longer than `max_length` tokens lose their end."""
+        """Wrap the collator `inner`; rows are truncated to `max_length` tokens."""
         self.inner = inner
         self.start_id = start_id
         self.max_length = max_length
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> Any:
-        """Return what `inner` makes of the rows with their start token."""
+        """Return the batch that `inner` makes of the rows with their start token."""
         rows = []
         for feature in features:
             ids = list(feature["input_ids"])
@@ -58,18 +58,18 @@ class StartTokenCollator:
         return self.inner(rows)
 
 
-IGNORE = -100  # the label of a token that is given
+IGNORE = -100  # the label of a token that is not scored
 
 
 def is_target(ids: Tensor, labels: Tensor, starts: Tensor) -> Tensor:
-    """Return which tokens of a row a model learns to write: the labelled ones.
+    """Return which tokens of a row are targets: those with a label.
 
-    Templates without a token for the end of an answer label the first token of the next turn with the end. With
-    mask_history LLaMA-Factory also labels the first token of all so, where nothing ends.
+    Templates without a token that ends an answer label the first token of the next turn with EOS. With mask_history
+    LLaMA-Factory also labels the first token of a document so, where no answer ends; this token is not a target.
 
     Args:
         ids: [length] int64.
-        labels: [length] int64, `IGNORE` for what is given.
+        labels: [length] int64, `IGNORE` for tokens that are not scored.
         starts: [length] bool, True for the first token of each document.
     Returns:
         [length] bool.
@@ -79,23 +79,22 @@ def is_target(ids: Tensor, labels: Tensor, starts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ResponseCollator:
-    """Makes one rectangle of rows that hold `input_ids` and `labels`, and of packed rows also `position_ids`.
+    """Collates rows with `input_ids` and `labels`; packed rows also have `position_ids`.
 
-    The result holds
-    - `input_ids`: [batch, length] int64, clean ids: the labels where tokens are labelled;
-    - `shown`: the same shape, what the model sees of a clean token; left out where labels are the tokens themselves;
-    - `attention_mask`: [batch, length] int64, 0 for padding that is neither seen nor noised;
-    - `maskable`: [batch, length] bool, tokens that noise may fall on: the labelled ones, and the padding if it is a
-      target;
-    - of packed rows, `document`: [batch, length] int64, a number for each document, and `position_ids`: the same
-      shape, from 0 in each document.
+    The batch holds
+    - `input_ids`: [batch, length] int64, clean ids; at labelled positions they are the labels;
+    - `shown`: the same shape, the model's input for clean tokens; absent if it equals `input_ids`;
+    - `attention_mask`: [batch, length] int64, 0 for padding that is neither attended to nor noised;
+    - `maskable`: [batch, length] bool, tokens that may be noised: the labelled ones, and padding if it is a target;
+    - for packed rows, `document`: [batch, length] int64, an index of the document, and `position_ids`: the same shape,
+      from 0 in each document.
 
     Attributes:
-        pad_id: of the padding.
-        shift: whether logits at i - 1 predict token i; the first token of a packed document is then given, as nothing
-            in its document predicts it.
-        target_length: pad each row to so many tokens, which the model learns to write as it learns the text; None pads
-            to the longest row with padding that the model does not see.
+        pad_id: id of padding.
+        shift: whether logits at i - 1 predict token i; then the first token of a packed document is not maskable, as
+            no token of its document predicts it.
+        target_length: pad each row to this many tokens with padding that the model learns to generate; None pads to
+            the longest row with padding that no token attends to.
     Source: DiffuSeq (arXiv 2210.08933), section 3.1, for noise on the response alone; DiffuLLaMA (arXiv 2410.17891)
         and LLaDA (arXiv 2502.09992), section 2.3, for padding as a target.
     """
@@ -108,7 +107,7 @@ class ResponseCollator:
         """Return the batch.
 
         Raises:
-            ValueError: if a row is longer than `target_length`, or packed rows should have targets behind them.
+            ValueError: if a row is longer than `target_length`, or `target_length` is set for packed rows.
         """
         packed = "position_ids" in features[0]
         longest = max(len(feature["input_ids"]) for feature in features)
@@ -138,7 +137,7 @@ class ResponseCollator:
             batch["input_ids"][row, :n] = torch.where(batch["maskable"][row, :n], labels, ids)
             shown[row, :n] = ids
             if packed:
-                # Not from attention_mask: upstream numbers the documents there under neat_packing only.
+                # Not from attention_mask: LLaMA-Factory numbers the documents there with neat_packing only.
                 position = torch.as_tensor(feature["position_ids"])
                 batch["document"][row, :n], batch["position_ids"][row, :n] = (position == 0).cumsum(dim=0), position
                 batch["attention_mask"][row, :n] = (torch.as_tensor(feature["attention_mask"]) > 0).long()
@@ -152,30 +151,28 @@ class ResponseCollator:
 
 @dataclass(frozen=True)
 class VariableLengthCollator:
-    """Makes one rectangle of rows that hold `input_ids` and, for answers, `labels`.
+    """Collates rows with `input_ids` and, for responses, `labels` into canvases of variable length.
 
-    A row is `[start] text eos pad pad …` up to its canvas: `canvas` tokens, or with `block` the next multiple of it or
-    one of those behind.
-    What is inside the canvas and labelled, the end and all padding included, is a target; what is outside is neither
-    seen nor noised. The result holds
-    - `input_ids`: [batch, length] int64, clean ids: the labels where tokens are labelled;
-    - `shown`: the same shape, what the model sees of a clean token; left out where labels are the tokens themselves;
+    A row is `[start] text eos pad pad ...` up to the length of its canvas (`width`). EOS, padding and labelled tokens
+    inside the canvas are targets; positions outside are neither attended to nor noised. The batch holds
+    - `input_ids`: [batch, length] int64, clean ids; at labelled positions they are the labels;
+    - `shown`: the same shape, the model's input for clean tokens; absent if it equals `input_ids`;
     - `attention_mask`: [batch, length] int64, 0 outside the canvas;
-    - `maskable`: [batch, length] bool, tokens that noise may fall on;
+    - `maskable`: [batch, length] bool, tokens that may be noised;
     - `is_pad`: [batch, length] bool, padding inside the canvas;
-    - `end`: [batch] int64, index of the end-of-text token.
+    - `end`: [batch] int64, position of EOS.
 
     Attributes:
-        eos_id: ends a text; added where a row lacks an end.
-        pad_ids: what stands behind the end, in turn: the end-of-text token itself (`eos_eos`), a token of its own
-            (`eos_pad`), or several (`rainbow`).
-        canvas: the most tokens of a row.
-        start_id: put in front of a document that lacks it; None for answers, and where none is needed.
-        block: extend a row's canvas to a multiple of so many tokens only; None extends it to `canvas`.
-        extra: blocks that a row's canvas may have beyond those it fills, None for all that `canvas` has room for; how
-            many is decided by the row's own tokens, so that it is the same in every epoch, run and process. A model
-            that only sees canvases that end with the text's last block takes their size for the length of the text.
-        end_ids: of further tokens that end an answer, such as a template's stop words.
+        eos_id: EOS; appended to a row that lacks it.
+        pad_ids: padding tokens after EOS, repeated in turn: EOS itself (`eos_eos`), one token (`eos_pad`), or several
+            (`rainbow`).
+        canvas: largest number of tokens in a row.
+        start_id: token to prepend to a document that lacks it; None for responses, and where none is needed.
+        block: round the length of a canvas up to a multiple of this many tokens; None uses `canvas` for every row.
+        extra: largest number of blocks in a canvas beyond those that the row needs; None allows as many as fit
+            `canvas`. The number is a hash of the row's tokens, so it is the same in every epoch, run and process.
+            Without extra blocks a model would learn to read the length of a text off the length of its canvas.
+        end_ids: further tokens that end a response, such as a template's stop words.
     Source: Rainbow Padding (arXiv 2510.03680) for `rainbow`; variable-length DiffuGPT for the other two.
     """
 
@@ -188,9 +185,9 @@ class VariableLengthCollator:
     end_ids: tuple[int, ...] = ()
 
     def row(self, feature: Mapping[str, Any]) -> tuple[list[int], list[bool], int]:
-        """Return a row's clean ids up to its end, which of them noise may fall on, and the index of the end.
+        """Return a row's clean ids up to EOS, which of them are maskable, and the position of EOS.
 
-        What a template puts behind the end of the last answer, as the line break of ChatML, is left out.
+        Tokens that a template puts after EOS of the last response, as ChatML's line break, are dropped.
         """
         ids = list(feature["input_ids"])
         if "labels" in feature:
@@ -201,7 +198,7 @@ class VariableLengthCollator:
             if self.start_id is not None and (not ids or ids[0] != self.start_id):
                 ids = [self.start_id, *ids]
             maskable = [True] * len(ids)
-        first = 0 if self.start_id is None else 1  # the start token may be the same as the end
+        first = 0 if self.start_id is None else 1  # the start token may be the same as EOS
         ends = {self.eos_id, *(self.end_ids if "labels" in feature else ())}
         end = max((n for n in range(first, len(ids)) if maskable[n] and ids[n] in ends), default=None)
         if end is not None and (end == len(ids) - 1 or ("labels" in feature and all(maskable[end:]))):
@@ -209,15 +206,15 @@ class VariableLengthCollator:
         return [*ids, self.eos_id], [*maskable, True], len(ids)
 
     def shown(self, feature: Mapping[str, Any], ids: list[int]) -> list[int]:
-        """Return what a model sees of the `ids` that `row` made of a row."""
+        """Return the model's input for `ids`, the clean ids that `row` returned."""
         return [*feature["input_ids"], *ids[len(feature["input_ids"]) :]][: len(ids)] if "labels" in feature else ids
 
     def fits(self, feature: Mapping[str, Any]) -> bool:
-        """Tell whether a row has room for its end."""
+        """Tell whether a row with its EOS fits `canvas`."""
         return len(self.row(feature)[0]) <= self.canvas
 
     def width(self, ids: Sequence[int]) -> int:
-        """Return the length of the canvas of a row of tokens, its end included."""
+        """Return the length of the canvas of a row; `ids` include EOS."""
         if self.block is None:
             return self.canvas
         least, most = -(-len(ids) // self.block), -(-self.canvas // self.block)
@@ -235,7 +232,7 @@ class VariableLengthCollator:
         longest = max(len(ids) for ids, _, _ in rows)
         if longest > self.canvas:
             raise ValueError(
-                f"a row of {longest} tokens, its end included, does not fit cutoff_len: {self.canvas}; set "
+                f"a row of {longest} tokens, EOS included, does not fit cutoff_len: {self.canvas}; set "
                 "drop_overlong: true, or raise cutoff_len"
             )
         widths = [self.width(ids) for ids, _, _ in rows]

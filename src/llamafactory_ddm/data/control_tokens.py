@@ -1,4 +1,4 @@
-"""[MASK] and pads mean something to a diffusion model alone; their spelling in a user's text is mere text."""
+"""Control tokens, [MASK] and padding: their spelling in a user's text is encoded as ordinary characters."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-# Put around the spelling of a token, which no text then has: a code point that is for internal use and no character.
+# A noncharacter of Unicode; with it around a token's spelling, no text contains the spelling.
 _HIDDEN = "\ufdd0"
 
 
 def control_texts(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
-    """Return those of `tokens` that are control tokens, and neither words of the vocabulary nor what upstream writes.
+    """Return those of `tokens` that are control tokens: added tokens other than bos, eos and ordinary words.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         tokens: spellings.
     """
     added = tokenizer.get_added_vocab()
-    written = {tokenizer.eos_token, tokenizer.bos_token}
-    found = [token for token in dict.fromkeys(tokens) if token in added and token not in written]
-    words = words_among(tokenizer, found)
-    return [token for token in found if token not in words]
+    upstream_writes = {tokenizer.eos_token, tokenizer.bos_token}
+    candidates = [token for token in dict.fromkeys(tokens) if token in added and token not in upstream_writes]
+    words = words_among(tokenizer, candidates)
+    return [token for token in candidates if token not in words]
 
 
 def words_among(tokenizer: Any, tokens: Sequence[str]) -> set[str]:
-    """Return those of `tokens` that texts are made of all the same: some models have "!" as their padding."""
+    """Return those of `tokens` that are also ordinary words of the vocabulary: some models pad with "!"."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not set(tokens) & set(backend.get_vocab(with_added_tokens=False)):
         return set()
@@ -37,9 +37,9 @@ def words_among(tokenizer: Any, tokens: Sequence[str]) -> set[str]:
 
 
 def reading_as_text(tokenizer: Any, tokens: Sequence[str]) -> Any:
-    """Return a tokenizer that reads the texts of control tokens as it reads any other characters; ids stay the same.
+    """Return a copy of the tokenizer that encodes the spelling of control tokens as ordinary characters.
 
-    The tokenizer given stays as it is, and is returned where there is nothing to change, or it is a slow one.
+    Ids do not change. If there is nothing to change, or the tokenizer is a slow one, it is returned itself.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

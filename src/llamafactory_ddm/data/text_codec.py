@@ -1,4 +1,4 @@
-"""Ids to text and back, for text in parts: what follows other text, and what each token stands for."""
+"""Text to ids and back, for parts of a text: text that follows other text, and the text of each token."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from .control_tokens import control_texts, reading_as_text
 
 
 class TextCodec:
-    """A tokenizer, seen as what turns the parts of a text into ids and back."""
+    """Encodes and decodes parts of a text with a tokenizer."""
 
     def __init__(self, tokenizer: Any, mask_id: int, end_ids: Sequence[int] = (), pad_ids: Sequence[int] = ()) -> None:
         """Wrap a Hugging Face tokenizer.
 
         Args:
-            tokenizer: of the model.
-            mask_id: of [MASK], which stands for no text.
-            end_ids: of ends and pads, which stand for none either.
-            pad_ids: those of them whose spelling in a text is text, as that of [MASK] is.
+            tokenizer: the model's tokenizer.
+            mask_id: the id of [MASK], which decodes to no text.
+            end_ids: ids of EOS and padding, which decode to no text either.
+            pad_ids: those of `end_ids` whose spelling in a text is ordinary text, as that of [MASK] is.
         """
         self.tokenizer = tokenizer
         self.mask_id = mask_id
@@ -26,11 +26,11 @@ class TextCodec:
         names = (str(tokenizer.convert_ids_to_tokens(index)) for index in (mask_id, *pad_ids))
         self.controls = control_texts(tokenizer, list(names))
         self._reader: Any = None
-        # What a text is decoded behind, as some tokenizers drop the space before the first token of a text.
+        # Decoded before a text that follows other text: some tokenizers drop the space before the first token.
         self._anchor = self.encode("a")[-1:]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without special tokens of the tokenizer's own; [MASK] and pads are mere text."""
+        """Return the ids of a text without special tokens; spellings of [MASK] and padding are ordinary text."""
         reader = self.tokenizer
         if self.holds_control(text):
             reader = self._reader = self._reader or reading_as_text(self.tokenizer, self.controls)
@@ -38,17 +38,17 @@ class TextCodec:
         return ids
 
     def holds_control(self, text: str) -> bool:
-        """Tell whether the spelling of [MASK] or of a pad token stands in a text."""
+        """Tell whether a text contains the spelling of [MASK] or of a padding token."""
         return any(token in text for token in self.controls)
 
     def encode_after(self, text: str) -> list[int]:
-        """Return the ids of a text that follows other text: without the space that some tokenizers put before one."""
+        """Return the ids of a text that follows other text, without the space that some tokenizers prepend."""
         before = self.encode("\n")
         both = self.encode("\n" + text)
         return both[len(before) :] if both[: len(before)] == before else self.encode(text)
 
     def decode(self, ids: list[int], *, follows: bool) -> str:
-        """Return the text of ids without special tokens; `follows` keeps the space before text behind other text."""
+        """Return the text of ids without special tokens; `follows` keeps the space before its first word."""
         plain = [token for token in ids if token not in self._special]
         if not follows:
             text: str = self.tokenizer.decode(plain)
@@ -57,29 +57,29 @@ class TextCodec:
         return both[len(self.tokenizer.decode(self._anchor)) :]
 
     def pieces(self, ids: list[int]) -> list[str | None]:
-        """Return the part of the text that each token stands for, None for [MASK].
+        """Return the text of each token, None for [MASK].
 
-        A token is decoded behind those before it, as spaces and letters of several bytes are spread over tokens; a
-        letter belongs to the token that completes it.
+        Each token is decoded together with those before it, as several tokens may share a space or a character of
+        several bytes. A character belongs to the token that completes it.
         """
         pieces: list[str | None] = []
-        run: list[int] = []  # what a token is decoded behind
-        said = 0  # letters of that which are in pieces already
-        for place, token in enumerate(ids):
+        context: list[int] = []  # decoded together with the token
+        n_emitted = 0  # characters of the decoded context that earlier pieces hold
+        for position, token in enumerate(ids):
             if token == self.mask_id:
                 pieces.append(None)
-                run = []
+                context = []
                 continue
-            if not run:
-                run = list(self._anchor) if place else []
-                said = len(self.tokenizer.decode(run)) if run else 0
-            run.append(token)
-            text: str = self.tokenizer.decode(run)
-            last = place + 1 == len(ids) or ids[place + 1] == self.mask_id
+            if not context:
+                context = list(self._anchor) if position else []
+                n_emitted = len(self.tokenizer.decode(context)) if context else 0
+            context.append(token)
+            text: str = self.tokenizer.decode(context)
+            last = position + 1 == len(ids) or ids[position + 1] == self.mask_id
             if text.endswith("\ufffd") and not last:
                 pieces.append("")
                 continue
-            pieces.append(text[said:])
-            run = [token] if not text.endswith("\ufffd") else []
-            said = len(self.tokenizer.decode(run)) if run else 0
+            pieces.append(text[n_emitted:])
+            context = [token] if not text.endswith("\ufffd") else []
+            n_emitted = len(self.tokenizer.decode(context)) if context else 0
         return pieces

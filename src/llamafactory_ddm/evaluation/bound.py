@@ -1,4 +1,4 @@
-"""The evidence bound of held-out rows, and the likelihood by quarter of the noise level; no trainer, no files."""
+"""The evidence bound of held-out rows, and the cross-entropy by quarter of the noise level."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..objectives.shift import head_index
 # Evaluation draws the same noise whatever seed trained the model, so that runs compare.
 EVALUATION_SEED = 0
 _QUARTERS = 4
-# Of a row: its bound, the tokens that it is of, then summed terms and scored tokens of each quarter.
+# Numbers of a row: its bound, the tokens that it covers, then summed terms and scored tokens of each quarter.
 N_STATISTICS = 2 + 2 * _QUARTERS
 # (noised ids [batch, length], flat indices [n], placement) -> logits [n, vocab]; see `CleanBatch.placement`.
 BoundLogits = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -24,14 +24,14 @@ BoundLogits = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 def row_statistics(
     objective: Objective, clean: CleanBatch, logits: BoundLogits, *, samples: int, sample_index: Tensor
 ) -> Tensor:
-    """Return what the metrics of a data set are sums of, [batch, N_STATISTICS] float64 on the CPU.
+    """Return each row's contribution to the sums that `bound_metrics` takes, [batch, N_STATISTICS] float64 on CPU.
 
     Args:
         objective: noise and loss.
         clean: a batch from `objective.clean`.
         logits: called once for each noise level, with ids on the CPU.
         samples: noise levels of a row.
-        sample_index: [batch] int64, the rows' ordinals within the data set; noise depends on them alone.
+        sample_index: [batch] int64, index of each row in the data set; noise depends on it alone.
     """
     statistics = torch.zeros(len(clean.x_0), N_STATISTICS, dtype=torch.float64)
     levels = evaluation_times(sample_index, samples)
@@ -55,13 +55,13 @@ def row_statistics(
 def bound_metrics(total: Sequence[float], *, prefix: str, term: str) -> dict[str, float]:
     """Return the metrics of a data set.
 
-    `{prefix}_loss` is the evidence bound in nats per token, `{prefix}_perplexity_bound` its exponential,
-    `{prefix}_nll` the cross-entropy in nats per masked token, and `{prefix}_nll_q1` to `q4` the same by quarter of the
-    noise level; under mixed noise `{prefix}_kl` the divergence per token in place of it.
+    `{prefix}_loss` is the evidence bound in nats per token, and `{prefix}_perplexity_bound` its exponential.
+    `{prefix}_nll` is the cross-entropy in nats per masked token, and `{prefix}_nll_q1` to `q4` the same by quarter of
+    the noise level. Under mixed noise `{prefix}_kl`, the divergence per token, replaces `nll`.
 
     Args:
-        total: N_STATISTICS sums over all rows of `row_statistics`.
-        prefix: of the names.
+        total: `row_statistics` summed over all rows, N_STATISTICS numbers.
+        prefix: prefix of the names.
         term: `Objective.term`.
     Raises:
         ValueError: if no row holds a token to predict.

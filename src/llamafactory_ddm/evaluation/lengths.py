@@ -1,4 +1,4 @@
-"""How good predicted lengths are, on texts that the margins were not chosen on."""
+"""Quality of predicted lengths, cross-validated: each text is measured with thresholds from other texts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FOLDS = 5
 
 
 def least_margins(steps: Sequence[FirstStep], needed: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return what calibrates each predictor, [n] float64 in the order of the texts.
+    """Return the calibration data of each predictor, [n] float64 in the order of the texts.
 
     Args:
         steps: batches of texts.
-        needed: [batch] int64 for each of them, places that the texts need, their ends included.
+        needed: [batch] int64 for each batch, length of each text, EOS included.
     """
     return {
         name: torch.cat([predictor.least_margin(step, n) for step, n in zip(steps, needed, strict=True)])
@@ -33,20 +33,20 @@ def length_metrics(
     given: Sequence[Tensor] | None = None,
     block: int = 1,
 ) -> dict[str, dict[str, float]]:
-    """Return for each predictor how good the places are that it gives.
+    """Return the quality of each predictor's canvas lengths, by five-fold cross-validation.
 
-    A fifth of the texts gets its margin from the other four, each in turn, so that no text has a part in its own.
+    Each fifth of the texts is measured with a threshold that is calibrated on the other four.
 
-    `not_too_short`: the share of texts that were given enough places. `mean_excess`: places given beyond those needed,
-    on average over all texts, 0 for one that was given too few. `rmse`: the root of the mean squared difference.
-    `tokens_saved`: places of the canvas that were not given, on average; `canvas`: how many there are.
+    `not_too_short`: fraction of texts that fit the predicted length. `mean_excess`: mean of max(0, predicted -
+    needed). `rmse`: root mean square of predicted - needed. `tokens_saved`: mean of canvas - predicted. `canvas`: mean
+    length of the canvas.
 
     Args:
-        steps: see `least_margins`.
-        needed: see there.
-        coverage: in (0, 1].
-        given: [batch] int64 for each of the batches, tokens before the places; 0 by default.
-        block: canvases are rounded up to multiples of so many tokens, as generation does.
+        steps: batches of texts.
+        needed: [batch] int64 for each batch, length of each text, EOS included.
+        coverage: target of `not_too_short`, in (0, 1].
+        given: [batch] int64 for each batch, fixed tokens before the positions to generate; 0 by default.
+        block: lengths are rounded up to a multiple of this many tokens, as in generation.
     Raises:
         ValueError: if there are fewer texts than folds.
     """
@@ -77,7 +77,7 @@ def length_metrics(
 
 
 def as_table(found: dict[str, dict[str, float]]) -> str:
-    """Return `length_metrics` as a table for people."""
+    """Return the result of `length_metrics` as a text table."""
     lines = [f"{'predictor':<17}{'% not too short':>16}{'mean excess':>13}{'RMSE':>8}{'tokens saved':>14}"]
     for name, row in found.items():
         saved = f"{row['tokens_saved']:.1f} of {row['canvas']:.1f}"

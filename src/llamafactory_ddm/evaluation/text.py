@@ -1,4 +1,4 @@
-"""Generated texts against their labels: exact match, GSM8K's answers, ROUGE."""
+"""Metrics of generated texts and their labels: exact match, GSM8K accuracy, ROUGE."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ANSWER_MARK = "####"
 
 
 def exact_match(predictions: Sequence[str], labels: Sequence[str]) -> float:
-    """Return the share of predictions, in percent, that equal their label but for white space at either end."""
+    """Return the percentage of predictions that equal their label, ignoring white space at both ends."""
     return _percent([p.strip() == label.strip() for p, label in zip(predictions, labels, strict=True)])
 
 
 def gsm8k_answer(text: str) -> str | None:
-    """Return what stands behind the last `####`, without commas and white space; None if there is no such mark.
+    """Return the text after the last `####`, without commas and surrounding white space; None if there is no `####`.
 
     Source: Cobbe et al. 2021 (arXiv 2110.14168), whose solutions end in `#### answer`; DiffuLLaMA (arXiv 2410.17891)
         for the commas.
@@ -27,9 +27,9 @@ def gsm8k_answer(text: str) -> str | None:
 
 
 def gsm8k_accuracy(predictions: Sequence[str], labels: Sequence[str]) -> float | None:
-    """Return the share of answers, in percent, that are right, or None if not every label holds one.
+    """Return the percentage of right answers, or None if a label has no `####`.
 
-    A prediction without the mark is wrong.
+    A prediction without `####` is wrong.
     """
     wanted = [gsm8k_answer(label) for label in labels]
     if not wanted or any(answer is None for answer in wanted):
@@ -38,11 +38,11 @@ def gsm8k_accuracy(predictions: Sequence[str], labels: Sequence[str]) -> float |
 
 
 def rouge(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float] | None:
-    """Return the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, in percent, or None where rouge-score is not installed.
+    """Return the mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L in percent, or None if rouge-score is not installed.
 
     Source: Lin 2004, as rouge-score computes it, without stemming.
-    Deviates: rouge-score knows the letters a to z and the digits alone, so that texts of other scripts would have no
-        words; here they have, see `words`. Of English texts the figures are the same.
+    Deviates: rouge-score's words consist of a to z and digits only; `words` covers all scripts. English texts score
+        the same.
     """
     if importlib.util.find_spec("rouge_score") is None:
         return None
@@ -55,7 +55,7 @@ def rouge(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]
 
 
 class _Words:
-    """What rouge-score splits texts with."""
+    """The tokenizer that rouge-score calls."""
 
     def tokenize(self, text: str) -> list[str]:
         """Return the words of a text."""
@@ -129,5 +129,5 @@ def words(text: str) -> list[str]:
 
 
 def _is_unspaced(code: int) -> bool:
-    place = bisect.bisect_right(_FIRST, code) - 1
-    return place >= 0 and code <= _UNSPACED[place][1]
+    index = bisect.bisect_right(_FIRST, code) - 1
+    return index >= 0 and code <= _UNSPACED[index][1]

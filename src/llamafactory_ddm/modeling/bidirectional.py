@@ -1,9 +1,10 @@
-"""Full attention for a causal language model, with no copied forward: a switch, the masks it needs, and a proof.
+"""Full attention for a causal language model: a switch, the masks it needs, and a test that it took effect.
 
-Switching `is_causal` off in the config and in every attention module is enough on transformers >= 5.5 without a mask.
-Older versions, sliding windows, padding and annealing get an explicit mask: additive float, with the smallest finite
-number, as a boolean one is silently wrong under eager attention. A sliding window becomes symmetric: |query - key| <
-window, the rule of flash attention too, for the layers that had one; other layers attend to everything.
+No model's forward is copied. On transformers >= 5.5 it is enough to set `is_causal` to False in the config and in
+every attention module. Older versions, sliding windows, padding and annealing need an explicit mask: additive float
+with the smallest finite number, as a boolean mask is silently wrong under eager attention. A sliding window becomes
+symmetric, |query - key| < window (the rule of flash attention too), in the layers that have one; other layers attend
+to all positions.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = [
 
 _READS_CONFIG = Version(transformers.__version__) >= Version("5.5.0")
 _PROBE_LENGTH = 8
-# What a config may ask of every forward beside logits. A router's loss wants a mask of its own form and is not used.
+# Further outputs that a config can request. A router's loss needs a mask of another form, and is not used.
 _OUTPUTS = {
     "output_router_logits": False,
     "output_attentions": False,
@@ -43,9 +44,9 @@ def make_bidirectional(model: nn.Module) -> None:
     """Switch every attention layer of `model` to full attention, in place.
 
     Raises:
-        NotBidirectionalError: if the model has no attention module that can be switched, a kind of layer or an
-            attention implementation that this package has no mask for, or a part that stays one-directional whatever
-            the attention does. The model is then unchanged.
+        NotBidirectionalError: if the model has no attention module that can be switched, a type of layer or an
+            attention implementation without a mask here, or a part that is one-directional without attention. The
+            model is then unchanged.
     """
     modules = attention_modules(model)
     refuse_unfit(model, modules)
@@ -53,7 +54,7 @@ def make_bidirectional(model: nn.Module) -> None:
         module.is_causal = False
         triangle = causal_triangle(module)
         if triangle is not None:
-            triangle.fill_(True)  # GPT-2 under transformers 4 applies its own causal buffer whatever the mask says
+            triangle.fill_(True)  # GPT-2 under transformers 4 also applies its own causal buffer
     for module in model.modules():
         # The warning is wrong here (padding is known from the data), and on a GPU its check waits for the device
         # every step.
@@ -87,26 +88,27 @@ def full_attention_mask(
     device: torch.device,
     document: Tensor | None = None,
 ) -> Any:
-    """Return what to pass to the model's forward as `attention_mask`.
+    """Return the `attention_mask` argument of the model's forward.
 
-    Positions are not this function's matter: rows padded on the left also need `position_ids` that start at their
-    first real token (rows padded on the right do not).
+    Rows padded on the left also need `position_ids` that start at their first real token, and packed rows need
+    `position_ids` that start at 0 in each document; this function returns neither.
 
     Args:
         model: the unwrapped model.
         batch: rows of the forward.
         length: tokens of a row.
-        is_padding: [batch, length] bool, True for keys that no real token may attend to; None for no padding (the
-            tensor is not searched for True, which would wait for the device).
+        is_padding: [batch, length] bool, True for keys that no real token may attend to; None for no padding (a test
+            for all False would wait for the device).
         visible: [1 or batch, 1, length, length] bool, True where a query (dim 2) may attend to a key (dim 3); None
             for all. A token must see itself.
         dtype: of the attention's queries.
         device: of the forward.
-        document: [batch, length] int64, for rows of several packed documents that must not see one another; their
-            positions are not this function's matter either.
+        document: [batch, length] int64, index of the packed document of each token; documents do not attend to one
+            another.
     Returns:
-        None where nothing is hidden, so that the fast kernels run; a [batch, length] mask under flash attention; an
-        additive mask, [1 or batch, 1, 1 or length, length]; or a dict of them by layer type for models that want one.
+        None if every query sees every key, so that the fast kernels run; a [batch, length] mask under flash attention;
+        an additive mask, [1 or batch, 1, 1 or length, length]; or a dict of these by layer type for models that take
+        one.
     Raises:
         ValueError: for `visible` or `document` under flash attention, which takes no mask of this form, or for a
             mask whose shape is not that of the forward.
@@ -151,10 +153,10 @@ def full_attention_mask(
 
 
 def _additive(allowed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return the additive mask of `allowed`, with no row in which everything is hidden.
+    """Return the additive mask of `allowed`; a query that may attend to no key attends to all of them.
 
-    Such a query is padding that only padding surrounds, so what it sees does not matter; but float16 scores below -16
-    added to the smallest number overflow, and its NaN would reach the real tokens through the next layer's values.
+    Such a query is padding, so its output is never used. But with every key masked, float16 scores below -16 overflow
+    when added to the smallest number, and the NaN would reach real tokens through the values of the next layer.
     """
     if allowed is None:
         return None
@@ -163,12 +165,12 @@ def _additive(allowed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 @torch.no_grad()
 def probe_bidirectional(model: nn.Module, *, inner: nn.Module | None = None) -> None:
-    """Prove by a few short forwards that the first logits depend on the last token, and the last on the first.
+    """Check with a few short forward passes that the first logits depend on the last token, and the last on the first.
 
-    Modes and random numbers stay as they are. Every rank must call it, as wrappers communicate in their forward.
+    Training modes and random states are unchanged. Every rank must call it, as wrappers communicate in their forward.
 
     Args:
-        model: what training calls: the model itself or a wrapper of it.
+        model: the model that training calls, with or without a wrapper.
         inner: the unwrapped model, by default `model`.
     Raises:
         NotBidirectionalError: if they do not, if the logits are NaN, or if the model does not take the masks that
@@ -230,9 +232,10 @@ _ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueE
 
 
 def _taken(name: str, logits: Any, plain: Any, ids: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Return `logits(ids, visible)`; a model that trips over the form of the mask raises all kinds of errors.
+    """Return `logits(ids, visible)`, and name the cause if it raises.
 
-    Whether the mask is to blame is seen by the `plain` forward, which has none.
+    A model that cannot take the mask raises any of `_ERRORS`. The `plain` forward, without a mask, tells whether the
+    mask is the cause.
     """
     try:
         result: Tensor = logits(ids, visible)
@@ -269,10 +272,10 @@ class NotBidirectionalError(RuntimeError):
 
 
 def refuse_unfit(model: nn.Module, modules: list[Any]) -> None:
-    """Refuse a model that switching its attention `modules` would not make bidirectional, or not as it should be.
+    """Refuse a model that would not be fully bidirectional after switching its attention `modules`.
 
     Raises:
-        NotBidirectionalError: naming the model, its part that does not fit and the cure.
+        NotBidirectionalError: naming the model, the part at fault and what to do.
     """
     config = text_config(model)
     kind = f"{type(model).__name__} (model_type {getattr(config, 'model_type', '?')})"
@@ -322,5 +325,5 @@ def causal_triangle(module: Any) -> Tensor | None:
 
 
 def _is_recurrent(module: nn.Module) -> bool:
-    """Tell whether `module` carries a state along the sequence; all kinds of it hold a depthwise convolution."""
+    """Tell whether `module` carries a state along the sequence, by its depthwise convolution, which all such have."""
     return any(isinstance(child, nn.Conv1d) and child.groups == child.in_channels > 1 for child in module.children())

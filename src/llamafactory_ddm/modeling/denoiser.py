@@ -1,6 +1,6 @@
-"""A bidirectional model as the sampler calls it: logits of chosen tokens, in parts.
+"""A bidirectional model as the sampler's denoiser: logits at chosen positions, in chunks.
 
-The output embedding runs on the hidden states of these tokens alone: [batch, length, vocab] never exists.
+The output embedding runs only on the hidden states of these positions, so [batch, length, vocab] never exists.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .bidirectional import full_attention_mask
 from .model_info import dtype_of, text_config
 
 _ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
-# A product of few rows with many outputs is half as fast again on a CPU if the outputs are taken 1,024 at a time and
-# come first, and the rows are a multiple of 16.
+# On a CPU a product of few rows with many outputs is about 1.5 times faster with the weight as the left factor, 1,024
+# outputs at a time, and the number of rows a multiple of 16.
 _OUTPUTS_AT_ONCE, _ROWS_MULTIPLE = 1024, 16
 
 
 class RowSelectingHead:
-    """Lets a causal language model compute its output embedding for chosen rows only.
+    """Makes a causal language model compute its output embedding for chosen positions only.
 
-    A forward pre-hook on the output embedding picks the rows, so the model's own forward, its wrappers (DDP, FSDP,
-    ZeRO-3, PEFT) and its logit soft-capping stay as they are.
+    A forward pre-hook on the output embedding selects the hidden states. The model's own forward, its wrappers (DDP,
+    FSDP, ZeRO-3, PEFT) and its logit soft-capping are unchanged.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,16 +42,16 @@ class RowSelectingHead:
             raise ValueError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
         self.module = head
         self.hidden: Tensor | None = None
-        self._rows: Tensor | None = None
+        self._head_index: Tensor | None = None
         self._at_once: int | None = None
         self._keeps = False
         self._handle = head.register_forward_pre_hook(self._select)
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._rows is None:
+        if self._head_index is None:
             return None
         hidden = args[0]
-        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._rows)
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._head_index)
         if self._keeps:
             self.hidden = chosen
         if self._at_once is not None:
@@ -59,29 +59,28 @@ class RowSelectingHead:
         return (chosen, *args[1:])
 
     @contextmanager
-    def only(self, rows: Tensor, at_once: int | None = None, *, keep: bool = False) -> Iterator[None]:
-        """Within the block, forwards return logits [n_rows, vocab] for `rows`, [n_rows] into [batch * length].
+    def only(self, head_index: Tensor, at_once: int | None = None, *, keep: bool = False) -> Iterator[None]:
+        """Within the block, the model's forward returns logits [n, vocab] for `head_index`, [n] into [batch * length].
 
-        With `at_once` they return those of the first `at_once` rows. With `keep` they leave in `hidden`
-        [n_rows, width], what the output embedding would have been given for all.
+        With `at_once` it returns only the first `at_once` of them. With `keep` it stores all their hidden states in
+        `hidden`, [n, width].
         """
-        self._rows, self._at_once, self._keeps = rows, at_once, keep
+        self._head_index, self._at_once, self._keeps = head_index, at_once, keep
         try:
             yield
         finally:
-            self._rows, self._at_once, self._keeps = None, None, False
+            self._head_index, self._at_once, self._keeps = None, None, False
 
     def remove(self) -> None:
-        """Take the hook away."""
+        """Remove the hook."""
         self._handle.remove()
         self.hidden = None
 
 
 class ModelDenoiser:
-    """What the sampler calls: noised ids and places in, logits for the tokens at these places out.
+    """The sampler's denoiser: takes noised ids and positions, and yields the logits at these positions.
 
-    Logits come in parts, so that [n, vocab] of a long batch need not exist at once, and in memory that later calls use
-    again.
+    Logits come in chunks, so that [n, vocab] of a long batch never exists at once. Later calls reuse their memory.
     """
 
     def __init__(
@@ -99,14 +98,14 @@ class ModelDenoiser:
         Args:
             model: a causal language model whose attention has been switched.
             shift: whether its logits at i predict token i + 1. Then the first token of a row is never predicted, and
-                its place must not be asked for.
-            is_padding: [batch, length] bool, tokens before a text that are none; nothing attends to them, and
-                positions count from the first token that is real. None where all are real.
-            outputs: how many of the ids, from 0, have a logit; models often have more rows than their tokenizer has
-                tokens. None for all.
-            elements_at_once: logits that a part may hold, at least one row. A model that changes its logits in a way
-                that is not known here gives all in one part.
-            keep_hidden: whether to leave in `hidden` [n, width], the states that the latest call's logits come from.
+                its position must not be requested.
+            is_padding: [batch, length] bool, padding on the left; no token attends to it, and `position_ids` start at
+                the first real token. None if there is none.
+            outputs: number of ids, from 0, that get a logit; models often have more embeddings than their tokenizer
+                has tokens. None for all.
+            elements_at_once: largest number of logits in a chunk; a chunk has at least one row. A model that changes
+                its logits in a way that is not known here yields a single chunk.
+            keep_hidden: whether to keep the hidden states of the latest call's logits in `hidden`, [n, width].
         """
         self.hidden: Tensor | None = None
         self._keeps_hidden = keep_hidden
@@ -122,70 +121,70 @@ class ModelDenoiser:
         self._knows_head: bool | None = None
         self._buffers: list[Tensor] = []
         self._mask: tuple[tuple[int, ...], Any] | None = None
-        self._asked: Tensor | None = None
+        self._requested: Tensor | None = None
         self._head = RowSelectingHead(model)
 
-    def __call__(self, z: Tensor, place: Tensor) -> Iterator[Tensor]:
-        """Yield the logits of the tokens at `place` in parts, each of which is valid until the next is asked for.
+    def __call__(self, z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
+        """Yield the logits of the tokens at `flat_index` in chunks; each is valid until the next is requested.
 
         Args:
             z: [batch, length] int64, noised ids.
-            place: [n] int64, ascending, into [batch * length].
+            flat_index: [n] int64, ascending, into [batch * length].
         Yields:
-            [n_part, vocab], logits at i for token i, in the order of `place`.
+            [n_chunk, vocab], logits at i for token i, in the order of `flat_index`.
         """
-        z, place = self._unfinished(z, place)
-        rows = source_index(place, self._shift)
+        z, flat_index = self._requested_rows(z, flat_index)
+        head_index = source_index(flat_index, self._shift)
         if self._knows_head is False:
-            yield self._whole(z, rows)
+            yield self._whole(z, head_index)
             return
-        # At first the model itself projects one row, which shows whether projecting the others here gives the same.
-        first = self._forward(z, rows, at_once=0 if self._knows_head else 1)
+        # In the first call the model itself projects one hidden state, to test whether `_projected` gives the same.
+        first = self._forward(z, head_index, at_once=0 if self._knows_head else 1)
         hidden = self._keep()
         if self._knows_head is None:
-            with self._projected(hidden[:1]) as own:
-                self._knows_head = torch.allclose(own.float(), first.float(), rtol=1e-2, atol=1e-3)
+            with self._projected(hidden[:1]) as projected:
+                self._knows_head = torch.allclose(projected.float(), first.float(), rtol=1e-2, atol=1e-3)
             if not self._knows_head:
-                yield self._whole(z, rows)
+                yield self._whole(z, head_index)
                 return
         for part in hidden.split(self._at_once):
             with self._projected(part) as logits:
                 yield logits
 
-    def _whole(self, z: Tensor, rows: Tensor) -> Tensor:
-        """Return all logits as the model itself makes them."""
-        logits = self._forward(z, rows)
+    def _whole(self, z: Tensor, head_index: Tensor) -> Tensor:
+        """Return all logits, computed by the model itself."""
+        logits = self._forward(z, head_index)
         self._keep()
         return logits
 
     def _keep(self) -> Tensor:
-        """Return the states that the output embedding was given, and let the head forget them."""
+        """Return the inputs of the output embedding, and drop the head's reference to them."""
         hidden, self._head.hidden = self._head.hidden, None
         if hidden is None:
             raise RuntimeError(f"{type(self._model).__name__} did not call its output embedding")
         self.hidden = hidden if self._keeps_hidden else None
         return hidden
 
-    def _unfinished(self, z: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sequences that are asked for alone, and the places in them; finished ones cost nothing."""
+    def _requested_rows(self, z: Tensor, flat_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows with a requested position, and the flat indices in them; other rows cost no forward pass."""
         batch, length = z.shape
-        row = torch.div(place, length, rounding_mode="floor")
-        asked = torch.zeros(batch, dtype=torch.bool, device=z.device).index_fill_(0, row, True)
-        if bool(asked.all()):
-            self._asked = None
-            return z, place
-        if self._asked is None or not torch.equal(asked, self._asked):
+        row = torch.div(flat_index, length, rounding_mode="floor")
+        requested = torch.zeros(batch, dtype=torch.bool, device=z.device).index_fill_(0, row, True)
+        if bool(requested.all()):
+            self._requested = None
+            return z, flat_index
+        if self._requested is None or not torch.equal(requested, self._requested):
             self._mask = None
-        self._asked = asked
-        return z[asked], ((asked.cumsum(dim=0) - 1)[row] - row) * length + place
+        self._requested = requested
+        return z[requested], ((requested.cumsum(dim=0) - 1)[row] - row) * length + flat_index
 
-    def _of_asked(self, value: Tensor | None) -> Tensor | None:
-        return value if value is None or self._asked is None else value[self._asked]
+    def _of_requested(self, value: Tensor | None) -> Tensor | None:
+        return value if value is None or self._requested is None else value[self._requested]
 
-    def _forward(self, z: Tensor, rows: Tensor, at_once: int | None = None) -> Tensor:
-        position_ids = self._of_asked(self._position_ids)
+    def _forward(self, z: Tensor, head_index: Tensor, at_once: int | None = None) -> Tensor:
+        position_ids = self._of_requested(self._position_ids)
         positions = {} if position_ids is None else {"position_ids": position_ids}
-        with torch.inference_mode(), self._head.only(rows, at_once, keep=True):
+        with torch.inference_mode(), self._head.only(head_index, at_once, keep=True):
             logits: Tensor = self._model(
                 input_ids=z, attention_mask=self._attention_mask(z), use_cache=False, **positions
             ).logits
@@ -193,7 +192,7 @@ class ModelDenoiser:
 
     @contextmanager
     def _projected(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Give the logits of [n, width] hidden states; their memory is used again after the block."""
+        """Return the logits of [n, width] hidden states; their memory is reused after the block."""
         head = self._head.module
         plain = type(head) is nn.Linear and not head._forward_hooks and hidden.dtype == head.weight.dtype
         if not (plain and hidden.device.type == "cpu" and isinstance(head, nn.Linear)):
@@ -224,13 +223,13 @@ class ModelDenoiser:
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     def _attention_mask(self, z: Tensor) -> Any:
-        """Return the mask, made once for a shape of `z`."""
+        """Return the attention mask, built once for each shape of `z`."""
         if self._mask is None or self._mask[0] != tuple(z.shape):
             mask = full_attention_mask(
                 self._model,
                 batch=z.shape[0],
                 length=z.shape[1],
-                is_padding=self._of_asked(self._is_padding),
+                is_padding=self._of_requested(self._is_padding),
                 visible=None,
                 dtype=dtype_of(self._model),
                 device=z.device,

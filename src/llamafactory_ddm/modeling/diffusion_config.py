@@ -1,4 +1,4 @@
-"""What a checkpoint says about its diffusion process: `diffusion_config.json`, beside the weights."""
+"""The description of a checkpoint's diffusion process: `diffusion_config.json`, next to the weights."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class VariableLength:
-    """How the rows that a model was trained on end.
+    """The variable-length format of the rows that a model was trained on.
 
     Attributes:
         format: `eos_pad`, `eos_eos` or `rainbow`.
-        pad_tokens: spellings of what stands behind the end-of-text token, in turn.
+        pad_tokens: spellings of the padding tokens after EOS, repeated in turn.
         pad_token_ids: their ids.
-        canvas: the most tokens of a row.
-        block: rows were padded to a multiple of so many tokens; None where up to `canvas`.
-        extra: to at most so many multiples more than hold the row; None where to any up to `canvas`.
+        canvas: largest number of tokens in a row.
+        block: rows were padded to a multiple of this many tokens; None if to `canvas`.
+        extra: largest number of blocks beyond those that a row needs; None if limited by `canvas` alone.
     """
 
     format: str
@@ -58,10 +58,10 @@ class VariableLength:
 
     @classmethod
     def read(cls, path: Path, raw: dict[str, Any]) -> VariableLength:
-        """Return what the file at `path` holds under variable_length.
+        """Return the value of variable_length in the file at `path`.
 
         Raises:
-            ValueError: naming the file, if that is no such thing.
+            ValueError: if it is not a known format, naming the file.
         """
         try:
             ends = cls(**{**raw, "pad_tokens": tuple(raw["pad_tokens"]), "pad_token_ids": tuple(raw["pad_token_ids"])})
@@ -85,29 +85,29 @@ class VariableLength:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The facts that sampling, evaluation and further training of a checkpoint need.
+    """What sampling, evaluation and further training need to know of a checkpoint.
 
     Attributes:
         mask_token: spelling of [MASK] in the vocabulary.
         mask_token_id: its id.
         shift: whether logits at i predict token i + 1.
         noise_process: a name in `OBJECTIVES`.
-        uniform_ratio: share of noised tokens that become a random token; 0 for masked noise.
+        uniform_ratio: fraction of noised tokens that become random tokens; 0 for masked noise.
         noise_schedule: a name in `SCHEDULES`.
-        attention_ratio: share of future keys visible at the last training step; 1 once annealing is finished.
-        format_version: of the file.
-        variable_length: how the rows that it was trained on end; None where it was not trained on ends.
-        train_on_padding: whether finetuning filled rows up with padding that the model learned to write, None before
+        attention_ratio: probability that a query saw a later key at the last training step; 1 after annealing.
+        format_version: version of the file's format.
+        variable_length: format of the training rows; None without variable length.
+        train_on_padding: whether finetuning padded rows with tokens that the model learned to generate; None before
             finetuning.
-        sep_token: spelling of the token between prompt and response in DiffuLLaMA's format, None where there is none.
+        sep_token: spelling of the token between prompt and response in DiffuLLaMA's format; None if there is none.
         sep_token_id: its id.
-        start_token: spelling of the token that a text was trained to start from; None where none is needed, or from
-            before this was remembered: then it is the tokenizer's.
+        start_token: spelling of the token that texts start with; None if none is needed, and in older files, where it
+            is the tokenizer's.
         start_token_id: its id.
-        end_tokens: spellings of the tokens that a text was trained to end with, the tokenizer's own first; pads of
-            variable length are not among them. None from before this was remembered: then it is the tokenizer's.
+        end_tokens: spellings of the tokens that end a text, the tokenizer's EOS first; without the padding tokens of
+            variable length. None in older files, where it is the tokenizer's EOS.
         end_token_ids: their ids.
-        template: how prompts were written in finetuning; None before finetuning.
+        template: the prompt template of finetuning; None before finetuning.
     """
 
     mask_token: str
@@ -129,7 +129,7 @@ class DiffusionConfig:
     template: PromptTemplate | None = None
 
     def save(self, folder: str | Path) -> None:
-        """Write the file so that a reader sees the old one or the complete new one."""
+        """Write the file atomically: a reader sees the old file or the complete new one."""
         path = Path(folder) / FILE_NAME
         scratch = path.with_suffix(".json.tmp")
         try:
@@ -148,9 +148,9 @@ class DiffusionConfig:
         """Read `diffusion_config.json` of `folder`.
 
         Raises:
-            ValueError: naming the file and the fault: not JSON, a key missing, unknown or of the wrong type, a value
-                out of range, or a newer format.
-            FileNotFoundError: if there is none.
+            ValueError: if the file is not JSON, a key is missing, unknown or of the wrong type, a value is out of
+                range, or the format is newer; names the file and the fault.
+            FileNotFoundError: if there is no such file.
         """
         path = Path(folder) / FILE_NAME
         try:
@@ -181,10 +181,10 @@ class DiffusionConfig:
         return cls.load(folder)
 
     def check_against(self, **yaml_values: Any) -> None:
-        """Compare keys of a YAML with this config; None means that the YAML leaves the key to the checkpoint.
+        """Compare values of the YAML with this config; None is a key that the YAML does not set.
 
         Raises:
-            ValueError: naming the first key that contradicts, and both values.
+            ValueError: if a value contradicts the config, naming the key and both values.
         """
         for key, value in yaml_values.items():
             stored = getattr(self, key)
@@ -206,7 +206,7 @@ def _template(path: Path, raw: Any) -> PromptTemplate:
 
 
 def _check_tokens(path: Path, raw: dict[str, Any]) -> None:
-    """Check spellings of tokens against their ids: both or neither, and as many."""
+    """Check that spellings and ids of tokens are given together, and as many of each."""
     for name in ("sep_token", "start_token"):
         token, index = raw.get(name), raw.get(f"{name}_id")
         if (token is None) != (index is None) or (index or 0) < 0:
@@ -235,9 +235,8 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
     required = {f.name for f in fields(DiffusionConfig) if f.default is MISSING}
     missing, unknown = sorted(required - raw.keys()), sorted(raw.keys() - _TYPES.keys())
     if missing or unknown:
-        faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(
-            unknown
-        )
+        faults = [f"lacks {', '.join(missing)}"] if missing else []
+        faults += [f"has unknown {', '.join(unknown)}"] if unknown else []
         raise ValueError(f"{path} {' and '.join(faults)}; restore it from a copy of the checkpoint")
     for key, value in raw.items():
         kinds = _TYPES[key]

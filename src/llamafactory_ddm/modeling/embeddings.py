@@ -24,17 +24,17 @@ def has_tied_embeddings(model: Any) -> bool:
 
 
 def init_new_embeddings(model: Any, ids: Iterable[int], *, known: int) -> None:
-    """Give every id a row of the embeddings that means something: the float32 mean of the rows that the model knows.
+    """Set the embedding of every new id to the float32 mean of the first `known` embeddings; resize if needed.
 
-    Rows that have to be added below the highest id get the mean too. An untied output embedding and its bias are
-    treated as the input embedding is.
+    Embeddings that are added below the highest id get the mean too. An untied output embedding and its bias are
+    treated alike.
 
     Args:
         model: a causal language model.
-        ids: tokens that are new to the model, whether it has a row for them or not.
-        known: the first rows that belong to tokens that the model knows.
+        ids: tokens that are new to the model, with or without an embedding.
+        known: number of embeddings, from 0, that the model was trained with.
     Raises:
-        ValueError: if there are such ids and the model is quantised.
+        ValueError: if there are new ids and the model is quantised.
     """
     wanted, rows = set(ids), num_embeddings(model)
     if not wanted:
@@ -48,13 +48,13 @@ def init_new_embeddings(model: Any, ids: Iterable[int], *, known: int) -> None:
 
 
 def resize_embeddings(model: Any, rows: int) -> None:
-    """Give the embeddings `rows` rows; those that are added hold nothing that means something."""
+    """Resize the embeddings to `rows` tokens; added ones are not initialised to anything meaningful."""
     if rows != num_embeddings(model):
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _write_means(model: Any, ids: list[int], known: int) -> None:
-    """Make rows `ids` of the embeddings, and of an output bias, the float32 mean of their first `known` rows."""
+    """Set the embeddings of `ids`, and their entries of an output bias, to the float32 mean of the first `known`."""
     tables = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
     if not has_tied_embeddings(model):
@@ -68,7 +68,7 @@ def _write_means(model: Any, ids: list[int], known: int) -> None:
 
 @contextmanager
 def _gathered(parameters: list[Any]) -> Iterator[None]:
-    """Make whole parameters that DeepSpeed ZeRO-3 has split, for the block."""
+    """Gather parameters that DeepSpeed ZeRO-3 has partitioned, within the block."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return

@@ -1,4 +1,4 @@
-"""Two small heads on a frozen model that predict how long a text will be, and the file that keeps them."""
+"""Two small heads on a frozen model that predict the length of a text, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def two_layers(width: int) -> nn.Sequential:
 
 
 class LengthHeads(nn.Module):
-    """A regressor on the mean hidden state of the places to be written, and a classifier of each of these states.
+    """A regressor on the mean hidden state of the editable positions, and a classifier of each of these states.
 
     Source: the published code of variable-length DiffuGPT.
-    Deviates: its classifier weighs the places behind the end ten times. Here the threshold is calibrated, which makes
-        up for any such weight.
+    Deviates: the published classifier weighs positions after EOS ten times. Here the threshold is calibrated, which
+        replaces such a weight.
     """
 
     def __init__(self, width: int) -> None:
@@ -40,12 +40,12 @@ class LengthHeads(nn.Module):
         self.classifier = two_layers(width)
 
     def expected_places(self, mean: Tensor) -> Tensor:
-        """Return [n] float32, places of a text with its end, from [n, width] mean hidden states."""
+        """Return [n] float32, the length of a text with its EOS, exp(regressor) - 1, from [n, width] mean states."""
         result: Tensor = torch.expm1(self.regressor(mean.float())[:, 0].clamp(max=_LARGEST_LOG)).clamp(min=0.0)
         return result
 
     def behind(self, hidden: Tensor) -> Tensor:
-        """Return [n] float32, the probability that the text has ended by a place, from [n, width] hidden states."""
+        """Return [n] float32, P(EOS is at or before a position), from [n, width] hidden states of positions."""
         result: Tensor = self.classifier(hidden.float())[:, 0].sigmoid()
         return result
 
@@ -54,10 +54,10 @@ _LARGEST_LOG = 20.0
 
 
 def mean_hidden(hidden: Tensor, editable: Tensor) -> Tensor:
-    """Return [batch, width] float32, the mean of each row's states.
+    """Return [batch, width] float32, the mean hidden state of each row.
 
     Args:
-        hidden: [n_editable, width], states that predict the editable places, in row-major order.
+        hidden: [n_editable, width], states that predict the editable positions, in row-major order.
         editable: [batch, length] bool.
     """
     row = editable.nonzero()[:, 0]
@@ -67,13 +67,13 @@ def mean_hidden(hidden: Tensor, editable: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Examples:
-    """What heads are fitted to.
+    """The data that heads are fitted to.
 
     Attributes:
         mean: [rows, width], mean hidden state of each row.
-        places: [rows] int64, places that its text needs, the end included.
-        hidden: [n, width], hidden states of some places of all rows.
-        behind: [n] bool, whether a place holds the end or lies behind it.
+        places: [rows] int64, length of each text, EOS included.
+        hidden: [n, width], hidden states at some positions of all rows.
+        behind: [n] bool, whether EOS is at or before the position.
     """
 
     mean: Tensor
@@ -91,19 +91,19 @@ def fit_heads(
     device: torch.device | str = "cpu",
     batch: int = 64,
 ) -> LengthHeads:
-    """Return heads fitted by AdamW: squared error of log(1 + places), and binary cross-entropy of the places.
+    """Return heads fitted with AdamW: squared error of log(1 + length), and binary cross-entropy at the positions.
 
-    The last tenth of each is not trained on; the weights of the epoch that does best there are kept.
+    The last tenth of the rows and of the positions is held out; the weights of the best epoch on it are kept.
 
     Args:
         examples: on the CPU.
-        epochs: over the rows, and over the places.
-        learning_rate: falls to 0 along a cosine.
-        seed: of the weights and of the order.
+        epochs: passes over the rows, and over the positions.
+        learning_rate: initial value; falls to 0 along a cosine.
+        seed: seed of the weights and of the order.
         device: to train on.
-        batch: rows, and places times 16, of a step.
+        batch: rows of a step; a step of the classifier has 16 times as many positions.
     Raises:
-        ValueError: if there are not two rows.
+        ValueError: if there are fewer than two rows.
     """
     if len(examples.places) < 2:
         raise ValueError(f"{len(examples.places)} texts are too few to fit the length predictors to; give 2 at least")
@@ -162,7 +162,7 @@ _ROWS_TO_SCALE_BY = 4096
 
 @torch.no_grad()
 def _absorb(layer: nn.Module, center: Tensor, scale: Tensor) -> None:
-    """Make a linear layer that was given (x - center) / scale take x."""
+    """Fold the scaling (x - center) / scale of a linear layer's input into its weights, so that it takes x."""
     if not isinstance(layer, nn.Linear):
         raise TypeError("the first layer of a head is linear")
     layer.weight.div_(scale)
@@ -171,12 +171,12 @@ def _absorb(layer: nn.Module, center: Tensor, scale: Tensor) -> None:
 
 @dataclass(frozen=True)
 class LengthPredictors:
-    """Fitted heads, with what calibrates every predictor of `sampling.length`.
+    """Fitted heads, and the calibration of every predictor in `sampling.length_predictors`.
 
     Attributes:
         heads: on the CPU.
-        least_margins: of each predictor by name, [n] float64, see `LengthPredictor.least_margin`.
-        canvas: tokens of the canvases that they were fitted on; the margins hold for no other.
+        least_margins: [n] float64 for each predictor by name, from `LengthPredictor.least_margin`.
+        canvas: length of the canvases that they were fitted on; the calibration holds for this length only.
     """
 
     heads: LengthHeads
@@ -184,7 +184,7 @@ class LengthPredictors:
     canvas: int
 
     def save(self, folder: str | Path) -> Path:
-        """Write the file beside a checkpoint, and return its path."""
+        """Write the file into a checkpoint's folder, and return its path."""
         tensors = {f"heads.{name}": value.cpu().contiguous() for name, value in self.heads.state_dict().items()}
         tensors |= {f"least_margins.{name}": value.sort().values for name, value in self.least_margins.items()}
         path = Path(folder) / FILE_NAME
@@ -197,10 +197,10 @@ class LengthPredictors:
 
     @classmethod
     def find(cls, folder: str | Path) -> LengthPredictors | None:
-        """Return what lies beside a checkpoint, or None if there is nothing.
+        """Return the predictors that are stored with a checkpoint, or None if there are none.
 
         Raises:
-            ValueError: naming the file, if it cannot be read.
+            ValueError: if the file cannot be read, naming it.
         """
         path = Path(folder) / FILE_NAME
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""What LoRA needs to be told of a diffusion model: which modules, and which embeddings stay tied."""
+"""LoRA on diffusion models: target modules, and embeddings that stay tied."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .embeddings import has_tied_embeddings
 
 
 def resolve_lora_targets(model: Any, finetuning_args: Any) -> None:
-    """Put names in place of `lora_target: all`, GPT-2's included, and check that every name is one of the model's.
+    """Replace `lora_target: all` by the names of all linear modules (GPT-2's too), and check all target names.
 
     Args:
         model: the base model.
-        finetuning_args: upstream's; `lora_target` is changed.
+        finetuning_args: LLaMA-Factory's; `lora_target` is changed.
     Raises:
-        ValueError: if a name of lora_target or additional_target matches no module, saying what the others match.
+        ValueError: if a name in lora_target or additional_target matches no module, or one end of tied embeddings.
     """
     linear = linear_modules(model)
     own = sorted({name.rpartition(".")[2] for name in linear})
@@ -38,7 +38,7 @@ def resolve_lora_targets(model: Any, finetuning_args: Any) -> None:
 
 
 def linear_modules(model: Any) -> list[str]:
-    """Return the names of the modules that LoRA can take: all linear ones but the output embedding."""
+    """Return the names of the modules that LoRA can adapt: all linear ones except the output embedding."""
     head = model.get_output_embeddings()
     return [
         name
@@ -50,7 +50,7 @@ def linear_modules(model: Any) -> list[str]:
 
 
 def embedding_names(model: Any) -> tuple[str, str | None]:
-    """Return the names of the input and the output embedding, the latter None where there is none of its own."""
+    """Return the names of the input and the output embedding; the latter is None if missing or the same module."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
     if head is None or head is embedding:
@@ -62,9 +62,9 @@ def stored_embeddings(model: Any, targets: Iterable[str], *, freeze: bool) -> tu
     """Tell whether input and output embedding are trained and stored under these names.
 
     Args:
-        model: the base model; of tied embeddings the output is stored with the input.
-        targets: upstream's additional_target, or with `freeze` its freeze_extra_modules, which match parts of names.
-        freeze: see there.
+        model: the base model; a tied output embedding is stored with the input embedding.
+        targets: LLaMA-Factory's additional_target, or with `freeze` its freeze_extra_modules.
+        freeze: whether targets match any part of a name, as freeze_extra_modules do.
     """
     embedding, head = embedding_names(model)
 
@@ -76,7 +76,7 @@ def stored_embeddings(model: Any, targets: Iterable[str], *, freeze: bool) -> tu
 
 
 def _check_tied(key: str, model: Any, targets: Iterable[str]) -> None:
-    """Refuse a target that names the output end of tied embeddings alone: `tie_again` would undo its training."""
+    """Refuse a target that names only the output side of tied embeddings: `tie_again` would undo its training."""
     targets = list(targets)
     if not has_tied_embeddings(model) or (
         key == "additional_target" and stored_embeddings(model, targets, freeze=False)[0]
@@ -101,10 +101,10 @@ def _check_tied(key: str, model: Any, targets: Iterable[str]) -> None:
 
 
 def tie_again(model: Any) -> None:
-    """Have the output embedding share the input embedding's weight, if the model's config says that it does.
+    """Tie the output embedding to the input embedding again, if the model's config says that they are tied.
 
-    PEFT trains, and merges, a copy of the input embedding that additional_target names, and leaves the output
-    embedding with the weight of before: saved, the model would be another one than was trained.
+    PEFT trains and merges a copy of an input embedding that additional_target names, and leaves the output embedding
+    with the old weight. Saved like this, the model would differ from the one that was trained.
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
@@ -131,5 +131,5 @@ def _check_names(key: str, targets: list[str], modules: list[str], known: list[s
 
 
 def _matches(target: str, name: str) -> bool:
-    """Tell whether PEFT takes the module for the target."""
+    """Tell whether PEFT matches the module `name` with `target`."""
     return name == target or name.endswith(f".{target}")

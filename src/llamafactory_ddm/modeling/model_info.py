@@ -1,4 +1,4 @@
-"""What a model says about its attention, and which models cannot have it made bidirectional."""
+"""Facts about a model, from its config: attention implementation, sliding window, dtype, positions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def text_config(model: nn.Module) -> Any:
 
 
 def implementation(model: nn.Module) -> str:
-    """Return what computes attention, as transformers spells it."""
+    """Return transformers' name of the attention implementation, such as eager or sdpa."""
     return getattr(text_config(model), "_attn_implementation", None) or "eager"
 
 
 def is_flash(name: str) -> bool:
-    """Tell whether an implementation is a kind of flash attention, which takes no mask between queries and keys.
+    """Tell whether an implementation is flash attention, which takes no mask of [query, key].
 
-    transformers has it under several names: flash_attention_2, flash_attention_3, kernels-community/vllm-flash-attn3.
+    transformers has several names for it: flash_attention_2, flash_attention_3, kernels-community/vllm-flash-attn3.
     """
     return "flash" in name
 
@@ -45,7 +45,7 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the longest sequence a model of this config was built for, or None where it does not say."""
+    """Return the largest number of positions of a model with this config, or None if the config has no limit."""
     config = config.get_text_config()
     for name in ("n_positions", "max_position_embeddings"):
         value = getattr(config, name, None)

@@ -1,4 +1,4 @@
-"""How a finetuned model's prompts are written: what stands around the user's words, as tokens and text."""
+"""The prompt template of a finetuned model: the tokens and text around the user's prompt."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Part:
-    """One token, or a text.
+    """One token, or a piece of text.
 
     Attributes:
-        token: spelling of a token of the vocabulary; None for a text.
-        text: what stands before and behind the user's words, which are encoded together with it; a single item is
-            text without them. Empty for a token.
+        token: spelling of a token of the vocabulary; None for text.
+        text: the text before and after the user's prompt, which are encoded together; a single item is text without
+            the prompt. Empty for a token.
     """
 
     token: str | None
@@ -22,7 +22,7 @@ class Part:
 
     @classmethod
     def read(cls, raw: Any) -> Part:
-        """Return what a JSON file holds of a part.
+        """Return the part that a JSON object describes.
 
         Raises:
             ValueError: if it holds something else.
@@ -41,10 +41,10 @@ class Part:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """What a prompt of one turn consists of, in order; no more is needed to write one.
+    """The parts of a prompt of one turn, in order; they are enough to format one.
 
     Attributes:
-        name: of the template in LLaMA-Factory; None where it had none.
+        name: LLaMA-Factory's name of the template; None if it had none.
         parts: tokens and texts.
     """
 
@@ -53,7 +53,7 @@ class PromptTemplate:
 
     @classmethod
     def read(cls, raw: Any) -> PromptTemplate:
-        """Return what a JSON file holds of a template.
+        """Return the template that a JSON object describes.
 
         Raises:
             ValueError: if it holds something else.
@@ -68,9 +68,9 @@ class PromptTemplate:
         """Return the ids of a prompt.
 
         Args:
-            prompt: the user's words.
-            encode: gives the ids of a text, without special tokens around it.
-            token_id: gives the id of a token.
+            prompt: the user's text.
+            encode: text to ids, without special tokens around it.
+            token_id: spelling of a token to its id.
         """
         ids: list[int] = []
         for part in self.parts:

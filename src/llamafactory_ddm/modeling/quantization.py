@@ -1,4 +1,4 @@
-"""What quantised weights need to be left alone with."""
+"""Quantised models: detection, and an evaluation mode that does not repack their weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def is_quantized(model: Any) -> bool:
-    """Say whether any weight of `model` is stored in fewer bits than it computes with."""
+    """Tell whether any weight of `model` is stored in fewer bits than it is computed in."""
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
         return True
     return any(_is_bitsandbytes(module) for module in model.modules())
@@ -18,10 +18,10 @@ def is_quantized(model: Any) -> bool:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turn dropout and its like off in the block, and give every module its own mode back.
+    """Turn off dropout and similar modules within the block, then restore every module's mode.
 
-    Layers of bitsandbytes, which draw nothing at random, keep their mode: one that is evaluated on the CPU is packed
-    anew, for good, and can no longer be trained.
+    Layers of bitsandbytes keep their mode, as they draw no random numbers. On the CPU, evaluation mode would repack
+    their weights for good, and they could no longer be trained.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:

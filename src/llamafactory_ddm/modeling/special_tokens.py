@@ -1,4 +1,4 @@
-"""Tokens that a diffusion model adds to a tokenizer: [MASK], padding behind a text, and digits one by one."""
+"""Tokens that a diffusion model adds to a tokenizer: [MASK] and padding; and tokenizers that split digits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ResolvedMaskToken:
         token: its spelling in the vocabulary.
         id: its id.
         is_new: whether the tokenizer does not have it yet.
-        is_trained: whether the checkpoint's weights hold a trained row for it.
+        is_trained: whether the checkpoint holds a trained embedding of it.
     """
 
     token: str
@@ -42,17 +42,17 @@ def resolve_mask_token(
 ) -> ResolvedMaskToken:
     """Find the mask token: the YAML's, else the checkpoint's, else the tokenizer's own.
 
-    An int is an id. A string is a token of the vocabulary if there is one of that spelling; else an id if it consists
-    of digits; else, if it is written as special tokens are, `<...>` or `[...]`, a new token; else the token that its
-    text encodes to, if that is a single one.
+    An int is an id. A string is, in this order: a token of the vocabulary with that spelling; an id, if it consists of
+    digits; a new token, if it is spelled like a special token, `<...>` or `[...]`; the single token that it encodes
+    to.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        mask_token: the YAML key.
-        config_mask: token and id that the checkpoint's diffusion_config.json names.
+        mask_token: value of the YAML key.
+        config_mask: token and id in the checkpoint's diffusion_config.json.
     Raises:
-        ValueError: if there is none, if the id does not exist, if the string splits into several ids, or if it is the
-            padding, start or end token.
+        ValueError: if there is no mask token, the id does not exist, the string encodes to several ids, or it is the
+            padding, start or EOS token.
     """
     resolved = _find(tokenizer, mask_token, config_mask)
     check_roles(tokenizer, resolved, mask_token)
@@ -60,10 +60,10 @@ def resolve_mask_token(
 
 
 def check_roles(tokenizer: Any, mask: ResolvedMaskToken, mask_token: str | int | None) -> None:
-    """Check that the mask token is none of those that text needs; a template may have made it one.
+    """Check that the mask token is not the pad, eos, bos or an untrained unk token; a template can make it one.
 
     Raises:
-        ValueError: naming the role.
+        ValueError: if it is, naming the role.
     """
     for role in ("pad", "eos", "bos", *(() if mask.is_trained else ("unk",))):
         if mask.id == getattr(tokenizer, f"{role}_token_id"):
@@ -90,12 +90,12 @@ def _find(tokenizer: Any, mask_token: str | int | None, config_mask: tuple[str, 
     if isinstance(mask_token, bool):
         raise ValueError(f"mask_token: {str(mask_token).lower()} is neither a token nor an id; {_CURE}")
     found = _by_id(tokenizer, mask_token) if _is_id(tokenizer, mask_token) else _by_text(tokenizer, str(mask_token))
-    # A YAML that repeats what the checkpoint says must not have the trained row overwritten.
+    # A YAML that repeats the checkpoint's mask token must not overwrite its trained embedding.
     return replace(found, is_trained=(found.token, found.id) == config_mask)
 
 
 def resolve_token(tokenizer: Any, key: str, value: str | int) -> tuple[str, int]:
-    """Return spelling and id of a token that the YAML names under `key`, by spelling, text or id.
+    """Return spelling and id of the token that the YAML key `key` names by its spelling, text or id.
 
     Raises:
         ValueError: if it is not one token of the vocabulary.
@@ -119,7 +119,7 @@ def resolve_token(tokenizer: Any, key: str, value: str | int) -> tuple[str, int]
 
 
 def escape_hint(key: str, value: object) -> str:
-    r"""Return how to write an escape such as \n, which YAML reads in double quotes alone, or nothing."""
+    r"""Return a hint on escapes such as \n, which YAML reads in double quotes only; empty if there is none."""
     if not isinstance(value, str) or not _ESCAPE.search(value):
         return ""
     return f'. In single quotes, or none, YAML takes a backslash as it stands: for the escape write {key}: "{value}"'
@@ -171,7 +171,7 @@ def _next_id(tokenizer: Any, text: str) -> int:
 
 
 def add_mask_token(tokenizer: Any, mask: ResolvedMaskToken) -> None:
-    """Give the tokenizer the mask token if it lacks it; a token that exists stays an ordinary one.
+    """Add the mask token to the tokenizer if it is new; an existing token stays an ordinary one.
 
     Raises:
         ValueError: if the tokenizer gives the token another id than the model was trained with.
@@ -190,20 +190,18 @@ _PAD = "<|pad|>"
 
 
 def pad_names(tokenizer: Any, format: str, colors: int, stored: VariableLength | None = None) -> tuple[str, ...]:
-    """Return the spellings of a format's pad tokens: the checkpoint's, else the tokenizer's own, else new ones.
+    """Return the spellings of a format's padding tokens: the checkpoint's, else the tokenizer's own, else new ones.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         format: `eos_pad`, `eos_eos` or `rainbow`.
-        colors: pad tokens of `rainbow`.
-        stored: what the checkpoint says.
+        colors: number of padding tokens of `rainbow`.
+        stored: the checkpoint's format.
     Raises:
-        ValueError: if the tokenizer has no end-of-text token.
+        ValueError: if the tokenizer has no EOS token.
     """
     if tokenizer.eos_token is None:
-        raise ValueError(
-            f"variable_length: {format} ends a text with the end-of-text token, and the tokenizer has none; add one"
-        )
+        raise ValueError(f"variable_length: {format} needs an EOS token, but the tokenizer has none; add one")
     if stored is not None:
         return stored.pad_tokens
     if format == "eos_eos":
@@ -215,13 +213,13 @@ def pad_names(tokenizer: Any, format: str, colors: int, stored: VariableLength |
 
 
 def new_names(tokenizer: Any, names: tuple[str, ...]) -> list[str]:
-    """Return those of `names` that the tokenizer does not have."""
+    """Return those of `names` that are not in the tokenizer's vocabulary."""
     vocabulary = tokenizer.get_vocab()
     return [name for name in names if name not in vocabulary]
 
 
 def add_pad_tokens(tokenizer: Any, names: tuple[str, ...]) -> None:
-    """Give the tokenizer those of `names` that it does not have."""
+    """Add those of `names` to the tokenizer that are not in its vocabulary."""
     new = new_names(tokenizer, names)
     if new:
         tokenizer.add_tokens(new, special_tokens=True)
@@ -243,10 +241,10 @@ def splits_digits(tokenizer: Any) -> bool:
 
 
 def split_digits(tokenizer: Any) -> Any:
-    """Return a tokenizer that cuts the text before and behind every digit, and still does when it is saved and loaded.
+    """Return a tokenizer that makes every digit a token of its own, also after saving and loading it.
 
-    The pieces are tokenised apart from each other, so that no token spans the border of a digit. The tokenizer given
-    changes too.
+    The text is split before and after each digit, and the pieces are tokenised separately. The given tokenizer changes
+    too.
 
     Raises:
         ValueError: if the tokenizer is a slow one.

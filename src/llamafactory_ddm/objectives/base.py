@@ -1,4 +1,4 @@
-"""What every training objective has in common: a clean batch in, what the forward needs out, its logits' loss."""
+"""The interface of a training objective: it noises a clean batch, and computes the loss of the model's logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..diffusion.schedules import NoiseSchedule
 from ..utils.registry import Registry
 from .shift import predictable
 
-_OTHERS = ("document", "position_ids", "is_pad", "end", "shown")
+_OPTIONAL = ("document", "position_ids", "is_pad", "end", "shown")
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class CleanBatch:
 
     Attributes:
         x_0: [batch, length] int64, clean ids, which are the targets.
-        maskable: [batch, length] bool, tokens that noise may fall on and that the model can predict: never [MASK].
-        is_padding: [batch, length] bool, padding that nothing attends to; None where there is none.
-        document: [batch, length] int64, which of several packed documents a token belongs to; None for one a row.
-        position_ids: [batch, length] int64, places within the documents; None for one a row.
-        is_pad: [batch, length] bool, pads behind the text that the model learns to write; None where nothing marks
-            them.
-        end: [batch] int64, index of the end-of-text token, -1 where a row has none; None together with `is_pad`.
-        shown: [batch, length] int64, what the model sees of a token that noise left as it is; None where that is the
-            token itself. It differs where an answer ends and the next turn begins in one place (see `displayed`).
+        maskable: [batch, length] bool, tokens that may be noised and that the model can predict; never [MASK].
+        is_padding: [batch, length] bool, padding that no token attends to; None if there is none.
+        document: [batch, length] int64, index of the packed document of each token; None if a row is one document.
+        position_ids: [batch, length] int64, positions within the documents; None if a row is one document.
+        is_pad: [batch, length] bool, padding after EOS that the model learns to generate; None without variable
+            length.
+        end: [batch] int64, position of EOS, -1 where a row has none; None if `is_pad` is None.
+        shown: [batch, length] int64, the model's input for a token that is not noised; None if that is `x_0`. It
+            differs where one position is both the end of an answer and the start of the next turn (see `displayed`).
     """
 
     x_0: Tensor
@@ -49,13 +49,14 @@ class CleanBatch:
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor], *, shift: bool, mask_id: int) -> CleanBatch:
-        """Read what a collator made, on the CPU.
+        """Return a collator's batch as a `CleanBatch` on the CPU.
 
-        A [MASK] of the text itself is no target, as no model writes it: it stays where it is, and is counted nowhere.
+        A [MASK] that stands in the clean text is not a target, as no model generates [MASK]; it is never noised and
+        never counted.
 
         Args:
-            batch: `input_ids` and perhaps `attention_mask` (0 is padding), `maskable`, `document`, `position_ids`,
-                `is_pad`, `end`, `shown`; without `maskable` every real token is.
+            batch: `input_ids`, and optionally `attention_mask` (0 is padding), `maskable`, `document`, `position_ids`,
+                `is_pad`, `end` and `shown`. Without `maskable`, every token that is not padding is maskable.
             shift: whether logits at i - 1 predict token i.
             mask_id: the id of [MASK].
         """
@@ -69,16 +70,16 @@ class CleanBatch:
             maskable = batch["maskable"].to("cpu")
         else:
             maskable = torch.ones_like(x_0, dtype=torch.bool) if is_padding is None else ~is_padding
-        others = (batch[key].to("cpu") if key in batch else None for key in _OTHERS)
-        return cls(x_0, predictable(maskable, shift) & (x_0 != mask_id), is_padding, *others)
+        optional = (batch[key].to("cpu") if key in batch else None for key in _OPTIONAL)
+        return cls(x_0, predictable(maskable, shift) & (x_0 != mask_id), is_padding, *optional)
 
     def truncated(self, ratio: float, *, seed: int, sample_index: Tensor) -> CleanBatch:
-        """Cut a share of the rows to a random length, from 1 to their own; what is cut off becomes padding.
+        """Truncate a row of n tokens with probability `ratio` to a length uniform in 1..n; the rest becomes padding.
 
         Args:
-            ratio: share of the rows, in [0, 1].
-            seed: of the run.
-            sample_index: [batch] int64, ordinals in the run's global order.
+            ratio: fraction of rows, in [0, 1].
+            seed: the run's seed.
+            sample_index: [batch] int64, index of each sample in the run's global order.
         Source: LLaDA (arXiv 2502.09992), section 2.2, which cuts 1 % of its sequences.
         """
         if not ratio:
@@ -92,13 +93,12 @@ class CleanBatch:
         return replace(self, maskable=self.maskable & ~cut, is_padding=~real | cut)
 
     def displayed(self, z: Tensor) -> Tensor:
-        """Return what the model is given of noised ids: `shown` where noise left a token as it is.
+        """Return the model's input for the noised ids `z`: `shown` where z equals x_0, else z.
 
-        Some templates have no token of their own for the end of an answer; the place of the next turn's first token is
-        then labelled with it. Both are true of that place: the end is what is to be predicted, and the turn's first
-        token is what later turns come after, in generation as in training. So noise hides the end, and what shows
-        that it is not hidden is the turn's first token. The bound stays one, as it holds for any model of the noised
-        ids, however they are presented to it.
+        Some templates have no token that ends an answer. LLaMA-Factory then labels the first token of the next turn
+        with EOS. At that position EOS is the target, while later turns must see the turn's first token, as they do in
+        generation. So the model sees [MASK] if the position is noised, and the turn's first token if not. The loss is
+        still an evidence bound, which holds for any model of the noised ids and for any encoding of them.
 
         Args:
             z: [batch, length] int64, noised ids.
@@ -109,27 +109,27 @@ class CleanBatch:
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens are no padding."""
+        """The number of tokens that are not padding."""
         return self.x_0.numel() if self.is_padding is None else int((~self.is_padding).sum())
 
     def placement(self) -> dict[str, Tensor]:
-        """Return by name what the attention mask and the positions are made from, without what is None."""
+        """Return those of `is_padding`, `document` and `position_ids` that are not None, for mask and positions."""
         named = {"is_padding": self.is_padding, "document": self.document, "position_ids": self.position_ids}
         return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """A noised micro-batch, reduced to what the step needs.
+    """A noised micro-batch: the tensors that a training step needs.
 
     Attributes:
-        z_t: [batch, length] int64, noised ids as the model is given them.
-        head_index: [n_scored] int64, rows of the flattened hidden states that predict the tokens that are scored.
-        scored: by name, integers of the scored tokens that the loss needs, [n_scored] each; floating ones as bits, as
-            DeepSpeed would round them to half precision on their way to the device.
-        denominator: int64 scalar, this batch's share of what the weighted sum is divided by.
-        n_maskable: int64 scalar, tokens that noise could fall on.
-        n_masked: int64 scalar, those that became [MASK].
+        z_t: [batch, length] int64, the model's input.
+        head_index: [n_scored] int64, indices into the flattened hidden states that predict the scored tokens.
+        scored: the loss's inputs by name, [n_scored] integers each. Floats are stored as bits (`as_bits`), as
+            DeepSpeed would cast them to half precision on their way to the device.
+        denominator: int64 scalar, this batch's part of the number that divides the weighted sum.
+        n_maskable: int64 scalar, number of maskable tokens.
+        n_masked: int64 scalar, number of tokens that became [MASK].
     """
 
     z_t: Tensor
@@ -145,11 +145,11 @@ class EvaluationBatch:
     """A batch noised for evaluation.
 
     Attributes:
-        z: [batch, length] int64, noised ids; the model is given them as `CleanBatch.displayed` has them.
+        z: [batch, length] int64, noised ids; the model's input is `CleanBatch.displayed(z)`.
         is_scored: [batch, length] bool.
-        level: [batch] float64 in [0, 1), the share of tokens that is noised, on average.
-        n_counted: [batch] int64, tokens that the bound is of.
-        weight: [batch] float64, of a row's terms in a mean over noise levels that are spread evenly.
+        level: [batch] float64 in [0, 1), expected fraction of noised tokens.
+        n_counted: [batch] int64, number of tokens that the bound covers.
+        weight: [batch] float64, weight of a row's terms in a mean over evenly spread noise levels.
     """
 
     z: Tensor
@@ -161,22 +161,22 @@ class EvaluationBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """A diffusion process with its loss, as training and evaluation see it, in one frozen value.
+    """A noise process and its loss, for training and evaluation; a frozen value.
 
     Attributes:
-        name: the value of the YAML key noise_process.
-        term: what an unweighted term of the loss is called in logs.
-        default_uniform_ratio: the YAML key uniform_ratio where it is not set; None if the process has no random
-            tokens and takes no such key.
+        name: value of the YAML key noise_process.
+        term: name of the unweighted loss in logs.
+        default_uniform_ratio: default of the YAML key uniform_ratio; None if the process has no random tokens and the
+            key is refused.
         mask_id: the id of [MASK].
         shift: whether logits at i - 1 predict token i.
-        schedule: alpha and its weight.
+        schedule: gives alpha(t) and the weight.
         weighting: `elbo` or `uniform`.
         norm: `tokens`, `masked` or `sequence`.
-        time_epsilon: the smallest t drawn.
-        antithetic: stratify t over an optimiser step.
-        seed: of the run's noise.
-        truncate_ratio: share of training rows that are cut to a random length.
+        time_epsilon: the smallest t.
+        antithetic: stratify t over the rows of an optimiser step.
+        seed: the seed of the noise.
+        truncate_ratio: fraction of training rows that are truncated to a random length.
     """
 
     name: ClassVar[str]
@@ -200,19 +200,19 @@ class Objective(ABC):
 
         Args:
             common: values of the attributes that every objective has.
-            uniform_ratio: of the YAML or the checkpoint.
-            n_ids: ids that are tokens, from 0; what random tokens are drawn from.
-            ends: how noise depends on where a text ends; None unless `takes_end_noise`.
+            uniform_ratio: value of uniform_ratio in the YAML or the checkpoint.
+            n_ids: random tokens are ids from 0 to n_ids - 1.
+            ends: how noise depends on the position of EOS; None unless `takes_end_noise` returns True.
         """
         return cls(**common)
 
     @classmethod
     def takes_end_noise(cls, uniform_ratio: float) -> bool:
-        """Tell whether noise can depend on where a text ends (pad_mask_ratio, eos_window_ratio)."""
+        """Tell whether noise can depend on the position of EOS (pad_mask_ratio, eos_window_ratio)."""
         return False
 
     def clean(self, batch: Mapping[str, Tensor]) -> CleanBatch:
-        """Read what a collator made; see `CleanBatch.of`."""
+        """Return a collator's batch as `CleanBatch.of` reads it."""
         return CleanBatch.of(batch, shift=self.shift, mask_id=self.mask_id)
 
     def draw_time(self, sample_index: Tensor, group_size: int) -> Tensor:
@@ -227,22 +227,24 @@ class Objective(ABC):
 
         Args:
             clean: from `clean`.
-            sample_index: [batch] int64, ordinals in the run's global order.
-            group_size: rows of one optimiser step over ranks and micro-steps.
-            step: optimiser steps finished so far.
+            sample_index: [batch] int64, index of each sample in the run's global order.
+            group_size: rows of one optimiser step, over all ranks and micro-steps.
+            step: number of finished optimiser steps.
         """
 
     @abstractmethod
     def loss(self, logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of a micro-batch and the plain sum of its terms.
+        """Return the loss of a micro-batch, sum(weight * term) / denominator, and sum(term).
+
+        The losses of all micro-batches and ranks add up to the loss of the optimiser step.
 
         Args:
-            logits: [n_scored, vocab], logits for the scored tokens in row-major order.
-            scored: what `noise` returned under this name.
-            denominator: scalar, summed over every micro-batch and rank of the optimiser step.
+            logits: [n_scored, vocab], logits of the scored tokens in row-major order.
+            scored: `TrainingBatch.scored`.
+            denominator: scalar, `TrainingBatch.denominator` summed over all micro-batches and ranks of the optimiser
+                step; 0 counts as 1.
         Returns:
-            The weighted terms summed and divided by `denominator` (by 1 where that is 0), and the plain sum in nats,
-            detached; both float32 scalars. Micro-batches and ranks add up to the loss of the whole step.
+            The loss, and the unweighted sum in nats, detached; both float32 scalars.
         """
 
     @abstractmethod
@@ -252,18 +254,18 @@ class Objective(ABC):
         Args:
             clean: from `clean`.
             level: [batch] float64, uniform in [0, 1), from `evaluation_times`.
-            seed: fixed for evaluation.
-            sample_index: [batch] int64, ordinals of the draw.
+            seed: the seed of the evaluation.
+            sample_index: [batch] int64, index of each draw.
         """
 
     @abstractmethod
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
-        """Return the terms, [n_scored] float64 in nats, and the rows' estimates of the bound, [batch] float64.
+        """Return the terms, [n_scored] float64 in nats, and the bound of each row, [batch] float64 in nats.
 
         Args:
-            logits: [n_scored, vocab].
+            logits: [n_scored, vocab], logits of the scored tokens in row-major order.
             clean: the batch.
-            noised: what `evaluation` made of it.
+            noised: the result of `evaluation` for this batch.
         """
 
 
@@ -271,5 +273,5 @@ OBJECTIVES: Registry[type[Objective]] = Registry("noise_process")
 
 
 def as_bits(values: Tensor) -> Tensor:
-    """Return floating numbers as integers of their width."""
+    """Return the bits of float32 or float64 numbers as integers of the same width."""
     return values.view({torch.float32: torch.int32, torch.float64: torch.int64}[values.dtype])

@@ -1,4 +1,4 @@
-"""The objective of masked noise."""
+"""The objective of masked noise: weighted cross-entropy at [MASK]."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ from .shift import head_index
 @OBJECTIVES.register
 @dataclass(frozen=True, kw_only=True)
 class MaskedObjective(Objective):
-    """Masked diffusion, scored where noise put [MASK].
+    """Masked diffusion: a token becomes [MASK] with probability 1 - alpha(t), and masked tokens are scored.
+
+    With `weighting: elbo` and `norm: tokens` the loss is the evidence bound per token,
+
+        L = E_t [ -alpha'(t) / (1 - alpha(t)) * sum over masked i of -log p(x_0[i] | z_t) ] / n_maskable.
 
     Attributes:
-        ends: how the noise depends on where a text ends; None where it does not.
+        ends: how noise depends on the position of EOS; None if it does not.
     """
 
     name: ClassVar[str] = "masked"
@@ -35,7 +39,7 @@ class MaskedObjective(Objective):
     def build(
         cls, common: Mapping[str, Any], *, uniform_ratio: float = 0.0, n_ids: int = 0, ends: EndNoise | None = None
     ) -> MaskedObjective:
-        """Return the objective of a run; see `Objective.build`."""
+        """Return the objective of a run; the arguments are those of `Objective.build`."""
         return cls(ends=ends, **common)
 
     @classmethod
@@ -44,7 +48,7 @@ class MaskedObjective(Objective):
         return True
 
     def noise(self, clean: CleanBatch, *, sample_index: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
-        """Draw t and the masks of a micro-batch; see `Objective.noise`."""
+        """Draw t and the masks of a micro-batch; the arguments are those of `Objective.noise`."""
         x_0, maskable = clean.x_0, clean.maskable
         t = self.draw_time(sample_index, group_size)
         row = None
@@ -79,19 +83,19 @@ class MaskedObjective(Objective):
         )
 
     def loss(self, logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted cross-entropy over the denominator, and the plain sum; see `Objective.loss`."""
+        """Return sum(weight * nll) / denominator and sum(nll); the arguments are those of `Objective.loss`."""
         nll = masked_cross_entropy(logits, scored["targets"])
         weighted = (nll * scored["weight"].view(torch.float32)).sum()
         return weighted / denominator.clamp(min=1), nll.detach().sum()
 
     def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, sample_index: Tensor) -> EvaluationBatch:
-        """Mask a number of tokens that the level fixes; see `Objective.evaluation`."""
+        """Mask floor(level n) + 1 of each row's n tokens (`mask_exactly`); arguments as `Objective.evaluation`."""
         is_masked = mask_exactly(clean.maskable, level, seed=seed, sample_index=sample_index)
         z = clean.x_0.masked_fill(is_masked, self.mask_id)
         return EvaluationBatch(z, is_masked, level, clean.maskable.sum(dim=1), torch.ones_like(level))
 
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
-        """Return cross-entropies and bounds; see `Objective.evaluate`."""
+        """Return cross-entropies and `bound_per_row`; the arguments are those of `Objective.evaluate`."""
         targets = clean.x_0[noised.is_scored].to(logits.device)
         nll = masked_cross_entropy(logits, targets).cpu().double()
         return nll, bound_per_row(nll, noised.is_scored, clean.maskable)

@@ -1,4 +1,4 @@
-"""The objective of mixed noise."""
+"""The objective of mixed noise: masks and random tokens, with the divergence of `losses.mixed_kl`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from .base import OBJECTIVES, CleanBatch, EvaluationBatch, Objective, TrainingBa
 from .masked import MaskedObjective
 from .shift import head_index
 
-_LEAST_LEVEL = 1e-6  # at no noise at all the weight of the bound is infinite
+_LEAST_LEVEL = 1e-6  # the weight of the bound is infinite at noise level 0
 
 
 @OBJECTIVES.register
 @dataclass(frozen=True, kw_only=True)
 class MixedObjective(Objective):
-    """Diffusion with masks and random tokens.
+    """Mixed diffusion: a token is noised with probability 1 - alpha(t), and becomes a random token or [MASK].
 
-    Every maskable token is scored, as a random token looks like any other: those that are kept cost something too.
-    `norm: masked` divides by the tokens that noise changed.
+    Every maskable token is scored, kept ones included, as a random token cannot be told from a clean one. With
+    `weighting: elbo` and `norm: tokens` the loss is the evidence bound per token,
+
+        L = E_t [ -alpha'(t) / (1 - alpha(t)) * sum over maskable i of mixed_kl_i ] / n_maskable.
+
+    `norm: masked` divides by the number of tokens that noise changed.
 
     Attributes:
-        uniform_ratio: share of noised tokens that become a random one.
-        n_ids: ids that noise may draw, from 0.
+        uniform_ratio: fraction of noised tokens that become random tokens.
+        n_ids: random tokens are ids from 0 to n_ids - 1.
     """
 
     name: ClassVar[str] = "mixed"
@@ -43,18 +47,18 @@ class MixedObjective(Objective):
     def build(
         cls, common: Mapping[str, Any], *, uniform_ratio: float = 0.0, n_ids: int = 0, ends: EndNoise | None = None
     ) -> Objective:
-        """Return the objective of a run, masked where there are no random tokens; see `Objective.build`."""
+        """Return the objective of a run, a `MaskedObjective` if uniform_ratio is 0; arguments as `Objective.build`."""
         if not uniform_ratio:
             return MaskedObjective.build(common, ends=ends)
         return cls(uniform_ratio=uniform_ratio, n_ids=n_ids, **common)
 
     @classmethod
     def takes_end_noise(cls, uniform_ratio: float) -> bool:
-        """Return whether there are no random tokens."""
+        """Return whether uniform_ratio is 0."""
         return not uniform_ratio
 
     def noise(self, clean: CleanBatch, *, sample_index: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
-        """Draw t and the noise of a micro-batch; see `Objective.noise`."""
+        """Draw t and the noise of a micro-batch; the arguments are those of `Objective.noise`."""
         x_0, maskable = clean.x_0, clean.maskable
         t = self.draw_time(sample_index, group_size).clamp(min=_LEAST_LEVEL)
         z_t = self._mix(clean, 1.0 - self.schedule.alpha(t), seed=self.seed, sample_index=sample_index)
@@ -76,17 +80,17 @@ class MixedObjective(Objective):
         )
 
     def loss(self, logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted divergence over the denominator, and the plain sum; see `Objective.loss`."""
+        """Return sum(weight * kl) / denominator and sum(kl); the arguments are those of `Objective.loss`."""
         alpha = scored["alpha"].view(torch.float64)
         kl = self._kl(logits, scored["targets"], scored["noised"], alpha)
         weighted = (kl * scored["weight"].view(torch.float32)).sum()
         return weighted / denominator.clamp(min=1), kl.detach().sum()
 
     def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, sample_index: Tensor) -> EvaluationBatch:
-        """Noise each token with a probability, the level squared; see `Objective.evaluation`.
+        """Noise each token with probability s = level^2; the arguments are those of `Objective.evaluation`.
 
-        The weight in the bound grows as the noise level falls, where few tokens are noised and the estimate is rough:
-        squares draw more samples there, of less weight each, and bound its variance.
+        The weight of the bound is 1 / s, so the variance is largest at small s. With `level` uniform on [0, 1), s has
+        the density 1 / (2 sqrt(s)), which draws more samples at small s. `weight` = 2 sqrt(s) corrects for it.
         """
         level, maskable = level.square().clamp(min=_LEAST_LEVEL), clean.maskable
         streams = {"stream": Stream.EVALUATION, "uniform_stream": Stream.EVALUATION_UNIFORM}
@@ -94,9 +98,10 @@ class MixedObjective(Objective):
         return EvaluationBatch(z, maskable, level, maskable.sum(dim=1), 2.0 * level.sqrt())
 
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
-        """Return divergences and bounds; see `Objective.evaluate`.
+        """Return divergences and bounds; the arguments are those of `Objective.evaluate`.
 
-        With the noise level 1 - alpha as the time, the weight in the bound is its inverse, whatever the schedule.
+        The bound of a row is the sum over its scored tokens of weight * kl / s, with s = 1 - alpha the noise level. In
+        terms of s the weight -alpha'(t) / (1 - alpha(t)) dt is ds / s for every schedule.
         """
         scored, device = noised.is_scored, logits.device
         level, weight = (value[:, None].expand(scored.shape)[scored] for value in (noised.level, noised.weight))

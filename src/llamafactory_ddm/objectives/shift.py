@@ -1,7 +1,7 @@
-"""Which hidden state predicts which token: the one place of the shift by one of autoregressive models.
+"""The shift by one of autoregressive models: which hidden state predicts which token.
 
 With `shift` (DiffuLLaMA) the logits at position i - 1 predict token i, as in the autoregressive model that the weights
-come from, so token 0 is never predicted. Everything outside this file sees logits at i for token i.
+come from, and token 0 is never predicted. All other code indexes logits by the token that they predict.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def predictable(maskable: Tensor, shift: bool) -> Tensor:
-    """Return the part of `maskable` that the model can predict: with `shift` everything but position 0.
+    """Return `maskable` without the tokens that the model cannot predict: with `shift`, position 0.
 
     Args:
         maskable: [batch, length] bool.
@@ -26,7 +26,7 @@ def predictable(maskable: Tensor, shift: bool) -> Tensor:
 
 
 def head_index(select: Tensor, shift: bool) -> Tensor:
-    """Return which rows of the flattened hidden states predict the selected tokens.
+    """Return the flat indices of the hidden states that predict the selected tokens.
 
     Args:
         select: [batch, length] bool, the tokens to predict.
@@ -34,7 +34,7 @@ def head_index(select: Tensor, shift: bool) -> Tensor:
     Returns:
         [n_selected] int64 into [batch * length], in row-major order of `select`.
     Raises:
-        ValueError: if `shift` is set and position 0 is selected, which nothing predicts.
+        ValueError: if `shift` is set and position 0, which is never predicted, is selected.
     """
     if shift and bool(select[:, 0].any()):
         raise ValueError("with shift the first token of a sequence is never predicted; leave position 0 unselected")
@@ -42,7 +42,7 @@ def head_index(select: Tensor, shift: bool) -> Tensor:
 
 
 def source_index(flat_index: Tensor, shift: bool) -> Tensor:
-    """Return the flat indices of the hidden states that predict the tokens at `flat_index`.
+    """Return the flat indices of the hidden states that predict the tokens at `flat_index`: i - 1 with `shift`.
 
     Args:
         flat_index: [n] int64 into [batch * length].
