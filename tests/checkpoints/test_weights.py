@@ -285,7 +285,7 @@ def test_an_index_names_files_of_its_own_folder_only(folder, name):
         name = str(folder.parent / "outside.safetensors")
     index.write_text(json.dumps({"weight_map": {k: name if v == "b.safetensors" else v for k, v in table.items()}}))
     for use in (verify_checkpoint, weight_files, stored_dtype, layout_of_folder, last_weights):
-        with pytest.raises(BrokenCheckpointError, match=r"index\.json names .*, which is no file of its folder"):
+        with pytest.raises(BrokenCheckpointError, match=r"index\.json names "):
             use(folder)
 
 

@@ -1,4 +1,4 @@
-"""Adapters in their folders: the model that they belong to, whether they load as they were trained, merging."""
+"""Adapters on disk: their base model, checks that they load as they were trained, and merging."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from .weights import shapes_of, weight_files
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-# What an adapter and the model that it was trained on must say alike.
+# Keys in which an adapter and its base model must agree.
 _AGREEING = ("mask_token", "mask_token_id", "shift", "noise_schedule")
 
 
-# What pissa_convert keeps for itself: weights that belong to the rest of a decomposition, not to the base model.
+# Intermediate adapters of pissa_convert: they belong to the residual of a decomposition, not to the base model.
 _HALVES = ("pissa_init", "pissa_backup")
 
 
-_WEIGHTS = ("safetensors", "bin")  # how files of weights end
+_WEIGHTS = ("safetensors", "bin")  # suffixes of files of weights
 
 
 def holds_model(folder: str | Path) -> bool:
-    """Tell whether weights of a whole model lie in `folder`."""
+    """Tell whether `folder` holds the weights of a whole model."""
     return any(any(Path(folder).glob(f"{kind}*.{end}")) for kind in ("model", "pytorch_model") for end in _WEIGHTS)
 
 
 def refuse_both(folder: str | Path) -> None:
-    """Refuse a folder that holds a model and an adapter, of which each reader would take another one.
+    """Refuse a folder that holds both a model and an adapter, as programs differ in which one they load.
 
     Raises:
-        ValueError: naming the files.
+        ValueError: if it does, naming the file.
     """
     if (Path(folder) / ADAPTER_CONFIG).is_file() and holds_model(folder):
         raise ValueError(
@@ -53,7 +53,7 @@ def base_of(folder: str | Path) -> str:
 
 
 def _settings(folder: str | Path) -> dict[str, Any]:
-    """Return what adapter_config.json of a folder says.
+    """Return the content of a folder's adapter_config.json.
 
     Raises:
         ValueError: if it is not readable, or names no base model.
@@ -73,12 +73,12 @@ def _settings(folder: str | Path) -> dict[str, Any]:
 
 
 def check_agreement(found: Sequence[tuple[str, DiffusionConfig]]) -> None:
-    """Check that what adapter, checkpoint and base model say about themselves is of one diffusion process.
+    """Check that adapter, checkpoint and base model have the same diffusion process.
 
     Args:
-        found: folder and config of each that says something, the newest first.
+        found: folder and config of each that has one, the newest first.
     Raises:
-        ValueError: if two contradict each other, naming both.
+        ValueError: if two disagree, naming both.
     """
     for folder, config in found[1:]:
         for key in _AGREEING:
@@ -94,7 +94,7 @@ def check_adapter(folder: str | Path) -> None:
     """Check that an adapter loads as it was trained.
 
     Raises:
-        ValueError: if it is one half of a decomposition whose other half is not the base model (PiSSA).
+        ValueError: if it is part of a PiSSA decomposition whose residual is not the base model.
     """
     folder = Path(folder)
     converted = folder.parent / "pissa_converted" if folder.name in _HALVES else folder / "pissa_converted"
@@ -116,10 +116,10 @@ def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, 
     """Load the base model of an adapter, and merge the adapter into it.
 
     Args:
-        folder: with adapter_config.json and the adapter's weights.
-        config: of the adapter.
-        base: folder or name of the model, as transformers can load it.
-        dtype: of the model's weights, as Hugging Face takes it.
+        folder: holds adapter_config.json and the adapter's weights.
+        config: the adapter's diffusion config.
+        base: folder or name of the base model, as transformers loads it.
+        dtype: dtype of the model's weights, as from_pretrained takes it.
     Raises:
         ValueError: if the base model cannot be loaded, or is not the one that the adapter was trained on.
     """
@@ -143,12 +143,12 @@ def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, 
 
 
 def fit_embeddings(model: Any, folder: str | Path, *, own: int) -> None:
-    """Give the embeddings of a base model as many rows as those that the adapter in `folder` holds, if it holds any.
+    """Resize the embeddings of a base model to those that the adapter in `folder` holds, if it holds any.
 
     Args:
         model: the base model.
-        folder: of the adapter.
-        own: rows that the base model was saved with; an adapter with fewer belongs to another model.
+        folder: the adapter's folder.
+        own: number of embeddings in the saved base model; an adapter with fewer belongs to another model.
     """
     rows = adapter_num_embeddings(model, folder)
     if rows is not None and rows >= own:
@@ -156,7 +156,7 @@ def fit_embeddings(model: Any, folder: str | Path, *, own: int) -> None:
 
 
 def adapter_num_embeddings(model: Any, folder: str | Path) -> int | None:
-    """Return how many tokens the embeddings have that the adapter in `folder` holds, None where it holds none."""
+    """Return the number of embeddings that the adapter in `folder` holds, or None if it holds none."""
     ends = [name for name in embedding_names(model) if name is not None]
     for path in weight_files(Path(folder)):
         for key, shape in shapes_of(path).items():

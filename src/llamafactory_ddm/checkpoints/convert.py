@@ -1,4 +1,4 @@
-"""A published checkpoint into an ordinary Hugging Face folder with diffusion_config.json, and back."""
+"""Conversion of published checkpoints to ordinary Hugging Face folders with diffusion_config.json, and back."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def convert(
     pad_token: str | None = None,
     shift: bool = True,
 ) -> None:
-    """Write `target`, a folder that does not exist yet; it appears when it is complete.
+    """Convert `source` to the new folder `target`, which appears when it is complete.
 
     Args:
         source: a published checkpoint, or with `to_published` an ordinary one; a model or a LoRA adapter.
-        target: where the result goes.
-        base: folder or name of the model that it was trained from, for a config or tokenizer that `source` lacks.
-        to_published: write the names of the published layout.
-        mask_token: spelling or id; by default what the table of published models says.
-        sep_token: the same, between prompt and response.
-        pad_token: the same, of padding.
+        target: folder of the result; it must not exist or be empty.
+        base: folder or name of the base model, for a config or tokenizer that `source` lacks.
+        to_published: write the published layout.
+        mask_token: spelling or id of [MASK]; by default that of the published model.
+        sep_token: spelling or id of the token between prompt and response; the same default.
+        pad_token: spelling or id of padding; the same default.
         shift: whether logits at i predict token i + 1.
     Raises:
-        ValueError: if a file is missing, broken or holds other weights than the model has, if nothing says which token
-            is the mask, or if `target` exists.
+        ValueError: if a file is missing or broken, the weights do not fit the model, the mask token is unknown, or
+            `target` exists.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -123,10 +123,10 @@ def _convert_model(
 
 
 def _published_layout(config: Any, described: DiffusionConfig | None) -> AnyLayout | None:
-    """Return the layout in which models like this were published; None for Dream, whose names are Qwen2's.
+    """Return the published layout of such models; None for Dream, whose names are Qwen2's.
 
     Raises:
-        ValueError: if there were none.
+        ValueError: if there is none.
     """
     own = None if described is None else kind_behind(config.model_type, described.shift)
     if own is not None:
@@ -137,7 +137,7 @@ def _published_layout(config: Any, described: DiffusionConfig | None) -> AnyLayo
 
 
 def _ends_differ(source: Path, layout: AnyLayout | None) -> bool:
-    """Tell whether the files hold an output embedding with other values than the input's."""
+    """Tell whether the files hold an output embedding that differs from the input embedding."""
     names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
     ends: dict[str, Tensor] = {}
     for path in weight_files(source):
@@ -214,10 +214,10 @@ def described_by_code(source: Path, own: OwnCode, tokenizer: Any, tokens: dict[s
 
 
 def check_options(described: DiffusionConfig, tokenizer: Any, tokens: dict[str, str | None], shift: bool) -> None:
-    """Compare the options of a conversion with what the checkpoint itself says, and set the padding token.
+    """Compare the options of a conversion with the checkpoint's own config, and set the padding token.
 
     Raises:
-        ValueError: naming the first that contradicts.
+        ValueError: if an option contradicts it, naming the option.
     """
     if not shift and described.shift:
         raise ValueError("--no-shift contradicts the checkpoint, whose logits at i predict token i + 1; remove it")
@@ -238,13 +238,13 @@ def described_by_table(
     shift: bool,
     layout: AnyLayout | None,
 ) -> DiffusionConfig:
-    """Return what the checkpoint says about itself, from the table of published models and the user's tokens.
+    """Return the diffusion config from the table of published models and the user's tokens.
 
-    DiffuGPT is known by its layout; DiffuLLaMA was published in that of any Llama, so a Llama of its size is taken
-    for it.
+    DiffuGPT is recognised by its layout. DiffuLLaMA was published in the layout of any Llama, so every Llama with as
+    many embeddings counts as DiffuLLaMA.
 
     Raises:
-        ValueError: if neither says which token is the mask.
+        ValueError: if the mask token is unknown.
     """
     known = None
     if layout is not None or config.model_type == "llama":
@@ -274,10 +274,10 @@ def described_by_table(
 
 
 def with_start_and_end(described: DiffusionConfig, tokenizer: Any) -> DiffusionConfig:
-    """Return what a checkpoint says about itself, with what its texts start from and end with if it does not say.
+    """Return the config with start and end tokens, if it has none.
 
-    A published model ends a document with the tokenizer's end-of-text token, and a turn with what its chat template
-    puts behind one.
+    A published model ends a document with the tokenizer's EOS, and a turn with the token that its chat template puts
+    after it.
     """
     if described.end_tokens is not None:
         return described
@@ -297,11 +297,11 @@ def with_start_and_end(described: DiffusionConfig, tokenizer: Any) -> DiffusionC
 
 
 def convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_published: bool) -> None:
-    """Write the adapter in the folder `source` to the folder `scratch`; see `conversion.convert`.
+    """Convert the adapter in the folder `source` to the folder `scratch`; the other arguments are those of `convert`.
 
     Raises:
-        ValueError: if its keys are not those of its settings, if nothing says which diffusion model it belongs to, or
-            if there is no published layout for it.
+        ValueError: if its weights do not fit its settings, its diffusion config is unknown, or it has no published
+            layout.
     """
     keys = [key for path in weight_files(source) for key in keys_of(path)]
     layout = layout_of(keys)
@@ -330,10 +330,10 @@ def convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_pub
 
 
 def _check_adapter_kind(source: Path, base: str, keys: list[str]) -> None:
-    """Refuse an adapter of LLaDA or Dream, which were published with no names for one.
+    """Refuse an adapter of LLaDA or Dream, which have no published layout for adapters.
 
     Raises:
-        ValueError: saying what can be converted.
+        ValueError: if it is one, with what to do.
     """
     described = DiffusionConfig.find(source)
     raw = raw_config(base) if (Path(base) / "config.json").is_file() else {}

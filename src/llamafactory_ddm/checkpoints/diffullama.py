@@ -1,7 +1,8 @@
-"""The layouts in which DiffuGPT, DiffuLLaMA and its GSM8K adapter were published, and what their tokens are.
+"""The published layouts of DiffuGPT, DiffuLLaMA and its GSM8K adapter, and their special tokens.
 
-Their code wraps the decoder, so that weights are called `embed_tokens.`, `denoise_model.` and `lm_head.`; DiffuLLaMA
-as it was published has the names of any Llama. No file says which token is the mask, so that is a table here.
+The published code wraps the decoder, so the names of weights start with `embed_tokens.`, `denoise_model.` or
+`lm_head.`. DiffuLLaMA itself was published with the names of any Llama. No published file names the mask token, so
+`TOKENS` does.
 
 Source: DiffuLLaMA (arXiv 2410.17891) and its code.
 """
@@ -15,18 +16,18 @@ from typing import Any
 from ..modeling.diffusion_config import DiffusionConfig
 
 _ADAPTER_PREFIX = "base_model.model."
-# Buffers of old GPT-2 files, and the autoregressive model that lies beside the other in DiffuGPT's .bin files.
+# Buffers of old GPT-2 files, and the autoregressive model that DiffuGPT's .bin files also hold.
 _IGNORED = re.compile(r"(denoise_model|transformer)\.h\.\d+\.attn\.(bias|masked_bias)|model\..*")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of weights as published, and as Hugging Face has them.
+    """The published names of weights, and Hugging Face's names.
 
     Attributes:
-        name: for messages.
-        decoder: what begins the names of the decoder in Hugging Face's model.
-        embedding: what begins those of its input embedding.
+        name: name of the layout in messages.
+        decoder: prefix of the decoder's names in Hugging Face's model.
+        embedding: prefix of the input embedding's names in Hugging Face's model.
     """
 
     name: str
@@ -34,10 +35,10 @@ class Layout:
     embedding: str
 
     def to_standard(self, key: str) -> str | None:
-        """Return Hugging Face's name of a published one, or None for what belongs to no model.
+        """Return Hugging Face's name for a published name, or None for a weight that the model does not use.
 
         Raises:
-            ValueError: if it is neither.
+            ValueError: if the name does not belong to this layout.
         """
         prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
         bare = key.removeprefix(prefix)
@@ -49,10 +50,10 @@ class Layout:
         raise ValueError(f"{key} is no name of the layout of {self.name}")
 
     def to_published(self, key: str) -> str:
-        """Return the published name of one of Hugging Face's.
+        """Return the published name for Hugging Face's name.
 
         Raises:
-            ValueError: if it is none of this kind of model.
+            ValueError: if the name does not belong to this kind of model.
         """
         prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
         bare = key.removeprefix(prefix)
@@ -62,7 +63,7 @@ class Layout:
         raise ValueError(f"{key} has no name in the layout of {self.name}")
 
     def _pairs(self) -> tuple[tuple[str, str], ...]:
-        """Published and standard beginnings, the longer standard ones first."""
+        """Return pairs of published and standard prefixes, the longer standard ones first."""
         return (("embed_tokens.", self.embedding), ("denoise_model.", self.decoder), ("lm_head.", "lm_head."))
 
 
@@ -76,10 +77,10 @@ class PublishedTokens:
     """Ids of a published model's special tokens.
 
     Attributes:
-        mask_id: of [MASK].
-        sep_id: between prompt and response of its finetuned models.
-        pad_id: of padding; None is the end-of-text token.
-        new_mask: spelling of [MASK] where it is not in the base model's vocabulary.
+        mask_id: id of [MASK].
+        sep_id: id of the token between prompt and response in its finetuned models.
+        pad_id: id of padding; None means EOS.
+        new_mask: spelling of [MASK] if it is not in the base model's vocabulary.
     """
 
     mask_id: int
@@ -88,7 +89,7 @@ class PublishedTokens:
     new_mask: str | None = None
 
 
-# Kind of model and rows of its embedding -> its tokens. DiffuGPT-M added its mask to GPT-2's 50,257 tokens.
+# (model_type, number of embeddings) -> special tokens. DiffuGPT-M added its mask to GPT-2's 50,257 tokens.
 TOKENS = {
     ("gpt2", 50257): PublishedTokens(mask_id=10541, sep_id=50155, pad_id=None),
     ("gpt2", 50258): PublishedTokens(mask_id=50257, sep_id=50155, pad_id=101, new_mask="[\u00a8M\u00a8]"),
@@ -97,7 +98,7 @@ TOKENS = {
 
 
 def set_published_padding(model_type: str, rows: int, tokenizer: Any) -> None:
-    """Have the tokenizer pad as the published model was trained to, if it is in the table."""
+    """Set the tokenizer's padding token to that of the published model, if `TOKENS` has it."""
     tokens = TOKENS.get((model_type, rows))
     if tokens is not None:
         pad = tokens.pad_id
@@ -105,12 +106,12 @@ def set_published_padding(model_type: str, rows: int, tokenizer: Any) -> None:
 
 
 def published_config(model_type: str, rows: int, tokenizer: Any) -> DiffusionConfig | None:
-    """Return what a published model would say about itself, or None if it is not in the table.
+    """Return the diffusion config of a published model, or None if `TOKENS` does not have it.
 
     Args:
-        model_type: of its config.
-        rows: of its embedding.
-        tokenizer: its own, or that of the base model.
+        model_type: model_type of its config.
+        rows: number of its embeddings.
+        tokenizer: its own tokenizer, or the base model's.
     """
     tokens = TOKENS.get((model_type, rows))
     if tokens is None:

@@ -1,4 +1,4 @@
-"""Which published layout the weights of a folder have."""
+"""Detection of the layout of a folder's weights: a published one, or Hugging Face's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AnyLayout = Layout | LladaLayout
 
 
 def layout_of(keys: Iterable[str]) -> AnyLayout | None:
-    """Return the published layout that names of weights have, or None for Hugging Face's own."""
+    """Return the published layout with these names of weights, or None for Hugging Face's own."""
     bare = {key.removeprefix(_ADAPTER_PREFIX) for key in keys}
     if any(key.startswith("denoise_model.layers.") for key in bare):
         return WRAPPED_LLAMA
@@ -34,7 +34,7 @@ def layout_of_folder(folder: str | Path) -> AnyLayout | None:
 
 
 def stored_num_embeddings(folder: str | Path, layout: AnyLayout | None) -> int:
-    """Return how many rows the input embedding in a folder's weights has, 0 if it is not found."""
+    """Return the number of input embeddings in a folder's weights, 0 if they are not found."""
     names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
     for path in weight_files(Path(folder)):
         for key, shape in shapes_of(path).items():
@@ -44,5 +44,5 @@ def stored_num_embeddings(folder: str | Path, layout: AnyLayout | None) -> int:
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    """Tell whether Hugging Face can load the model of a folder as it stands."""
+    """Tell whether Hugging Face can load the folder's model without a conversion."""
     return (Path(folder) / "config.json").is_file() and layout_of_folder(folder) is None

@@ -1,4 +1,4 @@
-"""Loading a model or an adapter with every weight that it has: what a file lacks would be random numbers."""
+"""Loading of models and adapters with a check that no weight is missing, which would be initialised at random."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .weights import read_weights, some, verify_checkpoint, weight_files
 
 _logger = logging.getLogger(__name__)
 _ADAPTER_PREFIX = "base_model.model."
-_REPORT = "LOAD REPORT"  # transformers' own table, of which one line is made here
+_REPORT = "LOAD REPORT"  # transformers' table of loaded weights, replaced by one line
 
 
 def load_whole(kind: Any, **kwargs: Any) -> Any:
     """Call `kind.from_pretrained`, and check that the files hold every weight of the model, in its shape.
 
-    Tied weights, and buffers that follow from the config, may be absent; weights that the model has no place for are
-    said in one line.
+    Tied weights, and buffers that the model computes from its config, may be absent. Unexpected weights are logged in
+    one line.
 
     Args:
         kind: a class of transformers, such as AutoModelForCausalLM.
-        kwargs: of from_pretrained, with pretrained_model_name_or_path.
+        kwargs: arguments of from_pretrained, with pretrained_model_name_or_path.
     Raises:
-        ValueError: naming the folder, and what is missing, of another shape, or not whole.
+        ValueError: if a weight is missing or of another shape, or a file is truncated, naming the folder.
     """
     name = kwargs["pretrained_model_name_or_path"]
     if Path(name).is_dir() and not kwargs.get("subfolder"):
@@ -53,15 +53,15 @@ def load_whole(kind: Any, **kwargs: Any) -> Any:
 
 
 def load_whole_adapter(kind: Any, model: Any, folder: str | Path, **kwargs: Any) -> Any:
-    """Call `kind.from_pretrained`, and check that the folder holds every weight that the adapter has in the model.
+    """Call `kind.from_pretrained`, and check that the folder holds every weight of the adapter.
 
     Args:
         kind: PEFT's PeftModel.
-        model: the base.
-        folder: of the adapter; a name on a hub is loaded without a check.
-        kwargs: of from_pretrained.
+        model: the base model.
+        folder: the adapter's folder; a name on a hub is loaded without the check.
+        kwargs: arguments of from_pretrained.
     Raises:
-        ValueError: naming the folder and what is missing.
+        ValueError: if a weight is missing, naming the folder and the weights.
     """
     from peft import get_peft_model_state_dict
 
@@ -98,13 +98,13 @@ def _names(path: Path) -> list[str]:
 
 
 def _follows_from_config(key: str, buffer: Any) -> bool:
-    """Tell whether a key is a table that the model makes itself: of angles, places, or what may be seen."""
+    """Tell whether a key is a buffer that the model computes itself: rotary angles, positions or a causal mask."""
     return buffer is not None and (not buffer.is_floating_point() or key.endswith(("inv_freq", "masked_bias")))
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers' table of what did not fit off the screen in the block."""
+    """Suppress transformers' table of missing and unexpected weights within the block."""
 
     def shows(record: logging.LogRecord) -> bool:
         return _REPORT not in str(record.msg)

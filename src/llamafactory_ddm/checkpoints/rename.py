@@ -1,4 +1,4 @@
-"""Weights under other names: key tables, and a safetensors file renamed without reading its weights into memory."""
+"""Renaming of weights: checks of their names, and rewriting of safetensors files without loading their weights."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _AT_ONCE = 2**24  # bytes
 
 
 def write_renamed(source: Path, target: Path, rename: Callable[[str], str | None]) -> dict[str, int]:
-    """Copy a safetensors file, bit for bit but for the names; holds a few MB at a time.
+    """Copy a safetensors file bit for bit with new names of weights, a few MB at a time.
 
     Args:
-        source: a file that has been checked.
+        source: a file that has been verified.
         target: the file to write.
-        rename: gives the new name, or None for a weight to leave out.
+        rename: returns the new name, or None to drop the weight.
     Returns:
         The new names with their sizes in bytes.
-    Source: the safetensors format, a header in JSON and the weights one after another.
+    Source: the safetensors format, a JSON header followed by the weights.
     """
     with open(source, "rb") as old, open(target, "wb") as new:
         (length,) = struct.unpack("<Q", old.read(8))
@@ -38,15 +38,15 @@ def write_renamed(source: Path, target: Path, rename: Callable[[str], str | None
         data = 8 + length
         entries: dict[str, Any] = {}
         ranges: list[tuple[int, int]] = []
-        place = 0
+        offset = 0
         for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             name = rename(key)
             if name is None:
                 continue
             begin, end = entry["data_offsets"]
-            entries[name] = {**entry, "data_offsets": [place, place + end - begin]}
+            entries[name] = {**entry, "data_offsets": [offset, offset + end - begin]}
             ranges.append((data + begin, data + end))
-            place += end - begin
+            offset += end - begin
         text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
         text += b" " * (-len(text) % 8)
         new.write(struct.pack("<Q", len(text)) + text)
@@ -66,14 +66,14 @@ def _copy(old: BinaryIO, new: BinaryIO, begin: int, end: int) -> None:
 
 
 def renamer(layout: AnyLayout | None, published: AnyLayout | None) -> Callable[[str], str | None]:
-    """Return what gives a key its new name: of the published layout, or of an ordinary model if that is None."""
+    """Return the function that renames keys of `layout` to the `published` layout, or to Hugging Face's if None."""
     if published is not None:
         return published.to_published
     return (lambda key: key) if layout is None else layout.to_standard
 
 
 def write_weights(source: Path, scratch: Path, rename: Callable[[str], str | None]) -> None:
-    """Write each file of weights anew, as safetensors, with other names."""
+    """Write each file of weights to `scratch` as safetensors with new names."""
     files = weight_files(source)
     index: dict[str, str] = {}
     size = 0
@@ -99,10 +99,10 @@ def _kept(path: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
 
 
 def check_keys(source: Path, layout: AnyLayout | None, config: Any) -> None:
-    """Compare names and shapes with those of the model.
+    """Compare names and shapes in the files with those of the model.
 
     Raises:
-        ValueError: listing what is missing, unexpected, there twice, or of another shape.
+        ValueError: if weights are missing, unexpected, duplicate, or of another shape, listing them.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -126,7 +126,8 @@ def _compare(
             standard = key if layout is None else layout.to_standard(key)
             if standard is None:
                 continue
-            twice += [standard] * (standard in found)
+            if standard in found:
+                twice.append(standard)
             found[standard] = shape
     missing = sorted(expected.keys() - found.keys() - optional)
     unexpected = sorted(found.keys() - expected.keys())
@@ -136,16 +137,16 @@ def _compare(
         if found[key] != expected[key]
     ]
     faults = {"missing": missing, "unexpected": unexpected, "there twice": twice, "of another shape": shapes}
-    said = [f"{fault} {some(names)}" for fault, names in faults.items() if names]
-    if said:
-        raise ValueError(f"the weights in {source} do not fit {what}: {'; '.join(said)}")
+    messages = [f"{fault} {some(names)}" for fault, names in faults.items() if names]
+    if messages:
+        raise ValueError(f"the weights in {source} do not fit {what}: {'; '.join(messages)}")
 
 
 def check_adapter_keys(source: Path, layout: AnyLayout | None, settings: dict[str, Any]) -> None:
-    """Compare names and shapes with those that PEFT gives the adapter on its base.
+    """Compare names and shapes in the files with those that PEFT gives the adapter on its base model.
 
     Raises:
-        ValueError: if the base has no config, or listing what is missing, unexpected or of another shape.
+        ValueError: if the base has no config, or weights are missing, unexpected or of another shape, listing them.
     """
     from peft import LoraConfig, get_peft_model
     from peft.utils import get_peft_model_state_dict
@@ -168,10 +169,10 @@ def check_adapter_keys(source: Path, layout: AnyLayout | None, settings: dict[st
 
 
 def is_tied(config: Any) -> bool:
-    """Tell whether input and output embedding are one."""
+    """Tell whether the config ties input and output embedding."""
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says before its details."""
+    """Return the first line of an error's message."""
     return str(error).strip().partition("\n")[0]

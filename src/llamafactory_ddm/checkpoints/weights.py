@@ -1,4 +1,4 @@
-"""Telling a complete checkpoint from a truncated one, cheaply, and reading weights with an exact key table."""
+"""Checks that a checkpoint is complete, by headers and sizes; and loading of weights with exact names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 
-# In the order in which transformers looks for them.
+# In the order in which transformers searches for them.
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -31,15 +31,15 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 
 class BrokenCheckpointError(ValueError):
-    """A checkpoint folder lacks a file or holds one that is not whole."""
+    """A checkpoint folder lacks a file, or a file in it is truncated or invalid."""
 
 
 def verify_checkpoint(folder: str | Path, *, resume: bool = False) -> None:
-    """Check that every file of a checkpoint is there and whole, by headers and sizes, without loading weights.
+    """Check that every file of a checkpoint exists and is complete, by headers and sizes, without loading weights.
 
     Args:
         folder: an ordinary Hugging Face folder.
-        resume: also demand what continuing a training run needs.
+        resume: also check the files that resuming a training run needs.
     Raises:
         BrokenCheckpointError: naming the file and the fault.
     """
@@ -82,18 +82,18 @@ def _verify_resumable(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights of `folder`, all of which exist.
+    """Return the files with the weights of `folder`; all of them exist.
 
     Raises:
-        BrokenCheckpointError: if there are none, or one that the index names is missing.
+        BrokenCheckpointError: if there are none, or a file that the index names is missing.
     """
     return list(_weight_table(folder))
 
 
 def _weight_table(folder: Path) -> dict[Path, set[str]]:
-    """Return each file of weights with the keys that an index promises in it; the set is empty without an index.
+    """Return each file of weights with the keys that the index lists for it; the set is empty without an index.
 
-    Of several the first is taken, in the order in which transformers looks for them.
+    If there are several candidates, the first in transformers' search order counts.
     """
     named = _named_by_config(folder)
     for name in named or (*_NAMES, *_ADAPTER):
@@ -117,37 +117,38 @@ def _weight_table(folder: Path) -> dict[Path, set[str]]:
 
 
 def _named_by_config(folder: Path) -> tuple[str, ...]:
-    """Return the file of weights that config.json names, which transformers reads in place of the usual ones.
+    """Return the file of weights that config.json names, which transformers reads instead of the usual ones.
 
     Raises:
-        BrokenCheckpointError: if it is none of this folder.
+        BrokenCheckpointError: if it is not a file name within this folder.
     """
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # an adapter has none; a broken one is found where it is read
+    except (OSError, ValueError, RecursionError):  # an adapter has no config.json; other code reports a broken one
         return ()
     name = raw.get("transformers_weights") if isinstance(raw, dict) else None
     return () if name is None else (_own_file(folder / "config.json", name),)
 
 
 def _own_file(source: Path, name: Any) -> str:
-    """Return the name of a file that `source` says lies beside it.
+    """Return `name`, which the file `source` refers to, if it is a bare file name.
 
-    The name is judged and not where it leads: in a hub's cache each file is a link to one elsewhere.
+    Anything else is refused, as a downloaded folder could otherwise name any file of the machine. Links are followed:
+    in the hub's cache every file is one.
 
     Raises:
-        BrokenCheckpointError: if it is no bare name, so that a folder which was downloaded could name any file.
+        BrokenCheckpointError: if `name` is not a bare file name.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise BrokenCheckpointError(
-            f"{source} names {name!r}, which is no file of its folder; download the folder again, from where you "
-            "trust it, or do not use it"
+            f"{source} names {name!r}, which is not a file name within its folder; download the folder again from a "
+            "source that you trust, or do not use it"
         )
     return name
 
 
 def _shards(folder: Path, index: Path) -> dict[Path, set[str]]:
-    """Return each file that an index names, with the keys that it promises there."""
+    """Return each file that an index names, with the keys that it lists for the file."""
     table: dict[Path, set[str]] = {}
     try:
         for key, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
@@ -165,7 +166,7 @@ def _shards(folder: Path, index: Path) -> dict[Path, set[str]]:
 
 
 def _verify_safetensors(path: Path, keys: set[str]) -> None:
-    """Check the header, that the file is exactly as long as the header says, and that it holds `keys`."""
+    """Check the header, that the file has exactly the size that the header gives, and that it holds `keys`."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -194,13 +195,13 @@ def _verify_safetensors(path: Path, keys: set[str]) -> None:
 
 
 def _is_legacy(path: Path) -> bool:
-    """Tell whether `path` has the format that torch.save wrote before 1.6, with no directory that one could check."""
+    """Tell whether `path` has the format of torch.save before 1.6, which has no directory to check."""
     with open(path, "rb") as file:
         return file.read(len(_LEGACY)) == _LEGACY
 
 
 def _verify_zip(path: Path) -> None:
-    """Check the directory at the end of a zip, which is what torch.save writes."""
+    """Check the directory at the end of a zip file, the format of torch.save."""
     try:
         with zipfile.ZipFile(path) as archive:
             whole = bool(archive.namelist())
@@ -211,7 +212,7 @@ def _verify_zip(path: Path) -> None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the newest complete `checkpoint-N` of `output_dir`, and the newer ones passed over with their faults."""
+    """Return the newest complete `checkpoint-N` of `output_dir`, and newer, broken ones with their faults."""
     root = Path(output_dir)
     found = [
         (int(m.group(1)), path)
@@ -230,7 +231,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
-    """Return the floating dtype of the weights of `folder`, by its first file.
+    """Return the floating dtype of the weights in `folder`, from its first file.
 
     Raises:
         BrokenCheckpointError: if a file is missing, truncated or holds no floating weights.
@@ -251,9 +252,9 @@ def load_weights(model: nn.Module, folder: str | Path, *, rename: Callable[[str]
     """Load the weights of a folder into `model`; every key must match exactly.
 
     Args:
-        model: gets the weights, in its own dtype; tied weights may be absent from the files.
-        folder: with safetensors or `.bin` weights, whole or sharded.
-        rename: gives the model's name of a key in the files, or None for one that is to be passed over.
+        model: receives the weights in its own dtype; tied weights may be absent from the files.
+        folder: holds safetensors or `.bin` weights, whole or sharded.
+        rename: returns the model's name of a key in the files, or None to skip it.
     Raises:
         BrokenCheckpointError: if a file is missing or truncated.
         ValueError: if a key is missing or unexpected, a shape differs, or tied weights differ in the files, listing
@@ -278,11 +279,12 @@ def load_weights(model: nn.Module, folder: str | Path, *, rename: Callable[[str]
         for key in state
         if key in own and state[key].shape != own[key].shape
     ]
-    faults = [f"missing {some(missing)}"] * bool(missing) + [f"unexpected {some(unexpected)}"] * bool(unexpected)
-    faults += [f"of another shape {some(shapes)}"] * bool(shapes)
+    faults = [f"missing {some(missing)}"] if missing else []
+    faults += [f"unexpected {some(unexpected)}"] if unexpected else []
+    faults += [f"of another shape {some(shapes)}"] if shapes else []
     if not faults:
-        torn = _untied(own, state)
-        faults += [f"tied in the model but different in the files {some(torn)}"] * bool(torn)
+        untied = _untied(own, state)
+        faults += [f"tied in the model but different in the files {some(untied)}"] if untied else []
     if faults:
         raise ValueError(
             f"the weights in {folder} do not fit {type(model).__name__}: {'; '.join(faults)}. "
@@ -294,10 +296,10 @@ def load_weights(model: nn.Module, folder: str | Path, *, rename: Callable[[str]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights to the CPU.
+    """Read a file of weights onto the CPU.
 
     Raises:
-        BrokenCheckpointError: if it cannot be read, or holds something else.
+        BrokenCheckpointError: if it cannot be read, or does not hold tensors by name.
     """
     try:
         if path.suffix == ".safetensors":
@@ -311,7 +313,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_weight(path: Path, key: str) -> Tensor:
-    """Read one weight of a file to the CPU, of a safetensors file nothing else."""
+    """Read one weight of a file onto the CPU; from a safetensors file, nothing else is read."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(key)
@@ -319,33 +321,33 @@ def read_weight(path: Path, key: str) -> Tensor:
 
 
 def _has_twin(key: str, own: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
-    """Tell whether `key` shares its memory with a key that the files hold, as a tied output embedding does."""
+    """Tell whether `key` shares memory with a key in the files, as a tied output embedding does."""
     return any(other != key and other in state and _are_tied(own[other], own[key]) for other in own)
 
 
 def _untied(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    """Return the keys that share memory in the model with an earlier one whose values in the files are others."""
+    """Return pairs of keys that share memory in the model but differ in the files."""
     seen: dict[tuple[int, torch.Size], str] = {}
-    torn = []
+    untied = []
     for key in state:
         first = seen.setdefault((own[key].data_ptr(), own[key].shape), key)
         if first != key and _are_tied(own[first], own[key]) and not torch.equal(state[first], state[key]):
-            torn.append(f"{first} and {key}")
-    return torn
+            untied.append(f"{first} and {key}")
+    return untied
 
 
 def _are_tied(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors are the same memory, which is what tying makes of them; empty ones have none."""
+    """Tell whether two tensors share their memory, as tied weights do; empty tensors have none."""
     return one.data_ptr() == other.data_ptr() != 0 and one.shape == other.shape and one.device == other.device
 
 
 def some(names: list[str]) -> str:
-    """Return the first of many names, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def keys_of(path: Path) -> list[str]:
-    """Return the names in a file of weights."""
+    """Return the names of the weights in a file."""
     return list(shapes_of(path))
 
 
