@@ -137,5 +137,5 @@ def test_the_base_of_an_adapter_is_checked_too(tmp_path):
     (base / "model.safetensors").unlink()
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
     for folder in (base, adapter):
-        with pytest.raises(ValueError, match="no file of its folder"):
+        with pytest.raises(ValueError, match=r"index\.json names "):
             load(folder)
