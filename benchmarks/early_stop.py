@@ -61,7 +61,7 @@ def answer(
         order.sort(key=lambda number: len(todo[number]))
     for low in range(0, len(order), batch):
         numbers = order[low : low + batch]
-        results = model.sample_batch([todo[number] for number in numbers], settings, ordinals=numbers)
+        results = model.sample_batch([todo[number] for number in numbers], settings, sample_indices=numbers)
         for number, result in zip(numbers, results, strict=True):
             texts[number] = result.predict
             computed += result.computed

@@ -212,8 +212,8 @@ def quality(checkpoint: str, samples: int) -> None:
 
     def tried(**keys: Any) -> tuple[float, float]:
         settings = SamplingSettings(logits=LogitsConfig(0.8, 0.95), block_length=16, seed=42, **keys)
-        made = model.sample_batch(canvases, settings, ordinals=range(samples))
-        rate = sum(text.n_tokens for text in made) / sum(text.forwards for text in made)
+        made = model.sample_batch(canvases, settings, sample_indices=range(samples))
+        rate = sum(text.n_tokens for text in made) / sum(text.num_forward_passes for text in made)
         return rate, judged([text.predict for text in made], model, judge)
 
     print("| strategy | tokens a forward | loss | fixed steps need for that loss | speed-up |\n|---|---|---|---|---|")
@@ -239,8 +239,9 @@ def revising(checkpoint: str, samples: int) -> None:
     plain = {"logits": LogitsConfig(0.8, 0.95), "block_length": 16, "early_stop": "none", "seed": 42}
     for keys in REVISING:
         settings = SamplingSettings(**{**plain, **keys})
-        made = model.sample_batch([model.from_noise(65)] * samples, settings, ordinals=range(samples))
-        forwards, edits = (sum(getattr(text, name) for text in made) / samples for name in ("forwards", "edits"))
+        made = model.sample_batch([model.from_noise(65)] * samples, settings, sample_indices=range(samples))
+        forwards = sum(text.num_forward_passes for text in made) / samples
+        edits = sum(text.edits for text in made) / samples
         said = ", ".join(f"`{key}: {value}`" for key, value in keys.items())
         loss = judged([text.predict for text in made], model, judge)
         print(f"| {said} | {forwards:.1f} | {edits:.1f} | {loss:.3f} |", flush=True)

@@ -42,7 +42,7 @@ def main() -> None:
         logits=LogitsConfig(temperature=arguments.temperature, top_p=0.95),
         seed=arguments.seed,
     )
-    model.sample_batch([canvas], settings, ordinals=[0], callback=show)
+    model.sample_batch([canvas], settings, sample_indices=[0], callback=show)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_a_right_answer_counts(generate, tmp_path, monkeypatch):
 
     def answering(self, canvases, *args, **rest):
         said = ("so #### 1000", "so #### 7")
-        return [Generated(said[i], said[i], 3, 2, 10) for i in rest["ordinals"]]
+        return [Generated(said[i], said[i], 3, 2, 10) for i in rest["sample_indices"]]
 
     monkeypatch.setattr(TextGenerator, "sample_batch", answering)
     examples = [{"instruction": "What?", "output": f"thus #### {n}"} for n in ("1,000", "5")]
@@ -221,7 +221,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(generate, tmp_path, monkeyp
     out, calls, plain = tmp_path / "out", [], TextGenerator.sample_batch
 
     def counted(self, canvases, *args, **rest):
-        calls.append(list(rest["ordinals"]))
+        calls.append(list(rest["sample_indices"]))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return plain(self, canvases, *args, **rest)
@@ -253,7 +253,7 @@ def test_a_billion_texts_begin_at_once(generate, tmp_path, monkeypatch):
     calls, plain = [], TextGenerator.sample_batch
 
     def counted(self, canvases, *args, **rest):
-        calls.append(list(rest["ordinals"]))
+        calls.append(list(rest["sample_indices"]))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return plain(self, canvases, *args, **rest)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from llamafactory_ddm import SamplingSettings, load
-from llamafactory_ddm.generation.writer import Writer
+from llamafactory_ddm.generation.canvas_size import CanvasSizer
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.length_heads import FILE_NAME, REPORT_NAME, LengthPredictors
 from llamafactory_ddm.sampling.length_predictors import PREDICTORS
@@ -131,14 +131,14 @@ def test_the_blocks_of_a_checkpoint_are_those_of_generation(finetune, answers, t
     stored = DiffusionConfig.load(model).variable_length
     assert (stored.block, stored.extra, stored.canvas) == (16, 1, 64)
     seen = []
-    rounded = Writer.rounded
+    rounded = CanvasSizer.rounded
 
     def watched(self, canvas, n):
         result = rounded(self, canvas, n)
         seen.append(len(result))
         return result
 
-    Writer.rounded = watched
+    CanvasSizer.rounded = watched
     try:
         answers(model, early_stop="predict", length_coverage=0.001)
         assert seen and all(length % 16 == 0 for length in seen)
@@ -146,7 +146,7 @@ def test_the_blocks_of_a_checkpoint_are_those_of_generation(finetune, answers, t
         answers(model, early_stop="grow", length_coverage=0.001)
         assert seen and all(length % 16 == 0 for length in seen)
     finally:
-        Writer.rounded = rounded
+        CanvasSizer.rounded = rounded
     assert (model / "diffusion_config.json").read_text() == before
     more = finetune(tmp_path / "more", model_name_or_path=model)
     assert DiffusionConfig.load(more).variable_length == stored
@@ -171,7 +171,7 @@ def test_an_adapter_and_documents(adapter, checkpoint, finetune, train_small, wo
     done = fit(RECIPE, *words(checkpoint, adapter_name_or_path=own, finetuning_type="lora"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (own / FILE_NAME).is_file() and not (checkpoint / FILE_NAME).exists()
-    assert load(own).writer.lengths.canvas == 64
+    assert load(own).sizer.lengths.canvas == 64
     documents = train_small(tmp_path / "documents", packing=False, cutoff_len=64, variable_length="eos_pad")
     keys = {"stage": "ddm", "dataset": "tiny_corpus_train", "val_size": 30, "cutoff_len": 64}
     given = [word for word in words(documents, **keys) if not word.startswith("eval_dataset")]

@@ -97,7 +97,7 @@ def test_no_pad_is_ever_text(trained, tmp_path):
     assert not any("pad" in text and "<|" in text for text in texts)
     canvases = [generator.from_prompt("Tom has", 24)] * 2
     settings = SamplingSettings(early_stop="none")
-    assert min(result.n_tokens for result in generator.sample_batch(canvases, settings, ordinals=[0, 1])) < 24
+    assert min(result.n_tokens for result in generator.sample_batch(canvases, settings, sample_indices=[0, 1])) < 24
 
 
 def test_stopping_at_the_end_changes_no_text(trained, tmp_path):

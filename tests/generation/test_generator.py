@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import llamafactory_ddm
 from llamafactory_ddm import LogitsConfig, SamplingSettings, load
 from llamafactory_ddm.generation.generator import TextGenerator
-from llamafactory_ddm.generation.writer import Written
+from llamafactory_ddm.generation.writer import FilledCanvas
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
@@ -59,9 +59,9 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone(generator, strategy, blo
     canvases = [generator.from_prompt(prompt, 7) for prompt in PROMPTS]
     canvases.append(generator.from_marked("cat<|infill:3|>dog<|infill:2|>"))
     canvases.append(generator.from_marked("<|infill:4|> dog"))
-    together = generator.sample_batch(canvases, settings, ordinals=range(len(canvases)))
+    together = generator.sample_batch(canvases, settings, sample_indices=range(len(canvases)))
     for number, canvas in enumerate(canvases):
-        alone = generator.sample_batch([canvas], settings, ordinals=[number])[0]
+        alone = generator.sample_batch([canvas], settings, sample_indices=[number])[0]
         assert alone == together[number]
         assert alone.text
 
@@ -69,7 +69,7 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone(generator, strategy, blo
 def test_a_prompt_and_what_stands_between_gaps_never_change(generator):
     settings = dataclasses.replace(GREEDY, logits=LogitsConfig(2.0))
     texts = [generator.from_marked("dog<|infill:3|> dog cat<|infill:2|>.")] * 5
-    for result in generator.sample_batch(texts, settings, ordinals=range(5)):
+    for result in generator.sample_batch(texts, settings, sample_indices=range(5)):
         assert result.text.startswith("dog") and result.text.endswith(".") and " dog cat" in result.text
         assert result.predict.count("\n") >= 1 and result.n_tokens == 5
 
@@ -95,15 +95,15 @@ def test_a_text_ends_at_the_first_end_token(generator, monkeypatch):
     ids = [*generator.codec.encode("dog cat"), end, *generator.codec.encode("cat")]
     canvas = generator.from_prompt("dog", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
-    result = generator._generated(Written(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, 0))
-    assert (result.predict, result.text, result.forwards) == ("dog cat", "dogdog cat", 3)
+    result = generator._generated(FilledCanvas(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, 0))
+    assert (result.predict, result.text, result.num_forward_passes) == ("dog cat", "dogdog cat", 3)
 
 
 def test_an_end_token_inside_a_gap_does_not_end_the_text(generator):
     end = generator.tokenizer.eos_token_id
     canvas = generator.from_marked("dog<|infill:2|> cat")
     ids = [end if editable else token for token, editable in zip(canvas.ids, canvas.editable, strict=True)]
-    result = generator._generated(Written(canvas, ids, [-1] * len(ids), 1, 0))
+    result = generator._generated(FilledCanvas(canvas, ids, [-1] * len(ids), 1, 0))
     assert (result.predict, result.text, result.n_tokens) == ("", "dog cat", 2)
 
 
@@ -112,7 +112,7 @@ def test_tokens_behind_the_end_do_not_count(generator):
     ids = [*generator.codec.encode("dog"), end, end, end]
     canvas = generator.from_prompt("cat", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
-    result = generator._generated(Written(canvas, [*given, *ids], [0] * len(canvas), 1, 0))
+    result = generator._generated(FilledCanvas(canvas, [*given, *ids], [0] * len(canvas), 1, 0))
     assert result.n_tokens == len(ids) - 3
 
 
@@ -151,7 +151,7 @@ def test_tokenizers_that_mark_spaces_keep_them_where_they_are():
     blank = iter([*generator.codec.encode_after("o"), *generator.codec.encode_after(" dog the")])
     ids = [next(blank) if editable else i for i, editable in zip(canvas.ids, canvas.editable, strict=True)]
     events = tuple((0, place, ids[place]) for place, editable in enumerate(canvas.editable) if editable)
-    result = generator._generated(Written(canvas, ids, [0] * len(ids), 1, 0, events=events))
+    result = generator._generated(FilledCanvas(canvas, ids, [0] * len(ids), 1, 0, events=events))
     assert (result.text, result.predict) == ("the dog cat dog the", "o\n dog the")
     assert "".join(result.trace.frame(1)) == result.text
 
@@ -166,7 +166,7 @@ def test_rows_of_the_vocabulary_without_a_token_are_never_written():
     written = []
     generator._generated = lambda one, *rest: written.extend(one.ids)
     settings = SamplingSettings(logits=LogitsConfig(5.0), diffusion_steps=30)
-    generator.sample_batch([generator.from_noise(32)] * 4, settings, ordinals=range(4))
+    generator.sample_batch([generator.from_noise(32)] * 4, settings, sample_indices=range(4))
     assert len(written) == 128 and max(written) < len(tokenizer)
 
 
@@ -207,7 +207,7 @@ def test_a_trace_replays_to_the_text(generator):
     canvas = generator.from_marked("dog<|infill:4|> cat")
     seen = []
     result = generator.sample_batch(
-        [canvas], GREEDY, ordinals=[0], traced=True, callback=lambda step, pieces: seen.append(pieces()[0])
+        [canvas], GREEDY, sample_indices=[0], traced=True, callback=lambda step, pieces: seen.append(pieces()[0])
     )[0]
     trace = result.trace
     assert "".join(piece for piece in trace.frame(trace.steps)) == result.text
@@ -217,7 +217,7 @@ def test_a_trace_replays_to_the_text(generator):
     for step, pieces in enumerate(seen):
         assert [p is None for p in trace.frame(step + 1)] == [p is None for p in pieces]
     longer = [canvas, generator.from_noise(20)]
-    together = generator.sample_batch(longer, GREEDY, ordinals=[0, 1], traced=True)[0]
+    together = generator.sample_batch(longer, GREEDY, sample_indices=[0, 1], traced=True)[0]
     assert together == result
 
 
@@ -238,7 +238,7 @@ def test_a_trace_shows_what_is_revised(generator, kind, block_length):
     canvases = [generator.from_marked("dog<|infill:8|> cat"), generator.from_noise(14)]
     seen = []
     together = generator.sample_batch(
-        canvases, settings, ordinals=[0, 1], traced=True, callback=lambda step, pieces: seen.append(pieces())
+        canvases, settings, sample_indices=[0, 1], traced=True, callback=lambda step, pieces: seen.append(pieces())
     )
     for number, result in enumerate(together):
         trace = result.trace
@@ -249,9 +249,9 @@ def test_a_trace_shows_what_is_revised(generator, kind, block_length):
         masked = len(trace.events) - len(written)
         assert result.edits == len(written) - masked - canvases[number].n_editable
         assert (result.edits > 0) == ("edit_steps" in keys) and (masked > 0) == ("remask_cap" in keys)
-        alone = generator.sample_batch([canvases[number]], settings, ordinals=[number], traced=True)[0]
+        alone = generator.sample_batch([canvases[number]], settings, sample_indices=[number], traced=True)[0]
         assert alone == result
-    untraced = generator.sample_batch(canvases, settings, ordinals=[0, 1])
+    untraced = generator.sample_batch(canvases, settings, sample_indices=[0, 1])
     assert [one.text for one in untraced] == [one.text for one in together] and untraced[0].trace is None
 
 
@@ -265,7 +265,7 @@ def test_a_model_of_mixed_noise_edits_by_its_own_ratio(generator):
 
     def edits(model, **keys):
         canvases = [model.from_noise(40)]
-        result = model.sample_batch(canvases, dataclasses.replace(settings, **keys), ordinals=[0])[0]
+        result = model.sample_batch(canvases, dataclasses.replace(settings, **keys), sample_indices=[0])[0]
         return result.edits, result.text
 
     plain, tenth, most = generator, mixed(generator, 0.1), mixed(generator, 0.9)
@@ -322,9 +322,9 @@ def test_a_model_that_never_saw_mask_cannot_start_from_it(generator):
                 max_new_tokens=5,
                 settings=SamplingSettings(logits=LogitsConfig(suppress=tuple(range(len(g.tokenizer))))),
             ),
-            "suppress_tokens: .* leaves no text but its end",
+            "suppress_tokens: .* leaves no text",
         ),
-        (lambda g: g.generate("dog", infill="dog"), "either prompt or infill"),
+        (lambda g: g.generate("dog", infill="dog"), "prompt and infill"),
         (lambda g: g.generate("dog", max_new_tokens=0), "must be at least 1"),
         (lambda g: g.from_prompt([3, len(g.tokenizer)], 2), r"holds the mask token '<\|mask\|>'"),
         (lambda g: g.generate("dog", settings=SamplingSettings("topp"), max_new_tokens=5), "did you mean 'topk'"),
@@ -396,7 +396,7 @@ def test_without_an_end_no_length_is_predicted():
     tokenizer.eos_token = None
     generator = TextGenerator(model, tokenizer, config)
     for way in ("predict", "grow"):
-        with pytest.raises(ValueError, match="the tokenizer has no end-of-text token"):
+        with pytest.raises(ValueError, match=rf"early_stop: {way} needs a tokenizer"):
             generator.generate("dog", max_new_tokens=4, settings=SamplingSettings(early_stop=way))
 
 
@@ -429,7 +429,7 @@ def test_start_and_ends_are_those_of_the_checkpoint():
     )
     generator = TextGenerator(model, tokenizer, config)
     assert generator.from_prompt("dog", 3).ids[0] == 5
-    assert generator.writer.end_ids == (6, 7)
+    assert generator.eos_ids == (6, 7)
     assert generator.before_end([1, 0, 7, 1]) == [1, 0]
     assert generator.codec.decode([261, 6], follows=False) == tokenizer.decode([261])
 
@@ -439,9 +439,10 @@ def test_a_template_is_around_the_prompt_and_raw_leaves_it_out(generator):
     config = dataclasses.replace(generator.config, template=PromptTemplate("x", parts))
     own = TextGenerator(generator.model, generator.tokenizer, config)
     codec = own.codec
-    given = own.asked("ca", 3).ids[:-3]
+    given = own.from_templated("ca", 3).ids[:-3]
     assert list(given) == [0, *codec.encode("catcadog"), *codec.encode("cat")]
-    assert own.with_template(None).asked("ca", 3) == generator.asked("ca", 3) == generator.from_prompt("ca", 3)
+    plain = generator.from_prompt("ca", 3)
+    assert own.with_template(None).from_templated("ca", 3) == generator.from_templated("ca", 3) == plain
     assert own.generate("ca", max_new_tokens=5, settings=GREEDY, raw=True) == generator.generate(
         "ca", max_new_tokens=5, settings=GREEDY
     )

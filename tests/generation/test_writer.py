@@ -10,6 +10,7 @@ from hypothesis import settings as property_settings
 from hypothesis import strategies as st
 
 from llamafactory_ddm.data.canvas import canvas_of
+from llamafactory_ddm.generation.canvas_size import CanvasSizer
 from llamafactory_ddm.generation.writer import Writer
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig, VariableLength
 from llamafactory_ddm.modeling.length_heads import LengthHeads, LengthPredictors
@@ -50,10 +51,10 @@ class ByHeart:
 
 def writer(monkeypatch, block=None, boasts=False, lengths=None, config=None):
     ends = VariableLength("eos_pad", ("<|pad|>",), (PAD,), 32, block)
-    made = Writer(
+    sizer = CanvasSizer(
         SimpleNamespace(device="cpu"),
         config or dataclasses.replace(CONFIG, variable_length=ends),
-        end_ids=[END, PAD],
+        eos_ids=[END, PAD],
         n_ids=64,
         lengths=lengths,
     )
@@ -63,7 +64,7 @@ def writer(monkeypatch, block=None, boasts=False, lengths=None, config=None):
         return ByHeart(length, boasts)
 
     monkeypatch.setattr("llamafactory_ddm.generation.canvas_size.ModelDenoiser", denoiser)
-    return made
+    return Writer(sizer)
 
 
 def canvas(words, places=30):
@@ -71,15 +72,15 @@ def canvas(words, places=30):
 
 
 def grown(made, words, settings=SETTINGS):
-    sized = made.sized([canvas(n) for n in words], settings)
-    return sized, made.write([one.canvas for one in sized], settings, ordinals=range(len(words)))
+    sized = made.sizer.sized([canvas(n) for n in words], settings)
+    return sized, made.write([one.canvas for one in sized], settings, sample_indices=range(len(words)))
 
 
 def test_a_canvas_begins_small_and_grows_until_the_end_is_believed(monkeypatch):
     """Of 4, 8, 12 … places, the first that hold n words and their end; each look costs its canvas."""
     sized, written = grown(writer(monkeypatch), [2, 3, 4, 11, 40])
     assert [one.canvas.n_editable for one in sized] == [4, 4, 8, 12, 30]
-    assert [one.forwards for one in sized] == [1, 1, 2, 3, 7]  # the whole canvas needs no look
+    assert [one.nfe for one in sized] == [1, 1, 2, 3, 7]  # the whole canvas needs no look
     assert [one.computed for one in sized] == [5, 5, 5 + 9, 5 + 9 + 13, sum(range(5, 30, 4))]
     for words, one in zip([2, 3, 4, 11, 30], written, strict=True):
         assert one.ids[1 : 1 + words] == [WORD] * words
@@ -90,12 +91,12 @@ def test_a_text_that_has_not_ended_grows_while_it_is_written(monkeypatch):
     """The belief is wrong from the start: growth comes from the end that is missing."""
     made = writer(monkeypatch, boasts=True)
     seen = []
-    sized = made.sized([canvas(2), canvas(9)], SETTINGS)
+    sized = made.sizer.sized([canvas(2), canvas(9)], SETTINGS)
     assert [one.canvas.n_editable for one in sized] == [4, 4]
     written = made.write(
         [one.canvas for one in sized],
         SETTINGS,
-        ordinals=[0, 1],
+        sample_indices=[0, 1],
         watch=lambda step, canvases, ids: seen.append((step, [len(row) for row in ids])),
     )
     assert written[0].ids == [FIRST + 2, WORD, WORD, END, END] and written[0].canvas.n_editable == 4
@@ -104,8 +105,8 @@ def test_a_text_that_has_not_ended_grows_while_it_is_written(monkeypatch):
     # Four steps for the first four places, four for the next, then up to the end; steps count on.
     steps = sorted(step for step in written[1].committed if step >= 0)
     assert steps == list(range(len(steps)))
-    assert written[1].forwards >= 10
-    assert written[1].computed == 4 * 5 + 4 * 9 + (written[1].forwards - 8) * 13
+    assert written[1].nfe >= 10
+    assert written[1].computed == 4 * 5 + 4 * 9 + (written[1].nfe - 8) * 13
     assert [step for step, _ in seen] == sorted({step for step, _ in seen})
     assert seen[0][1] == [5, 5] and seen[-1][1] == [13]
 
@@ -114,7 +115,7 @@ def test_what_is_noted_while_a_text_grows_leads_to_it(monkeypatch):
     """Events of all parts, with steps that count on; edits add up."""
     made = writer(monkeypatch, boasts=True)
     noisy = dataclasses.replace(SETTINGS, logits=LogitsConfig(temperature=9.0), edit_threshold=0.5, edit_steps=1)
-    for one in made.write([canvas(n).cut(4) for n in (2, 9, 5)], noisy, ordinals=[3, 4, 5], traced=True):
+    for one in made.write([canvas(n).cut(4) for n in (2, 9, 5)], noisy, sample_indices=[3, 4, 5], traced=True):
         now = {place: token for place, token in enumerate(one.ids) if not one.canvas.editable[place]}
         last = {}
         for step, place, token in one.events:
@@ -124,14 +125,14 @@ def test_what_is_noted_while_a_text_grows_leads_to_it(monkeypatch):
         assert one.edits == len(one.events) - len(last) > 0
         assert [last.get(place, -1) for place in range(len(one.ids))] == one.committed
         assert all(now[place] == one.ids[place] for place in now)
-    assert made.write([canvas(2).cut(4)], noisy, ordinals=[3])[0].events is None
+    assert made.write([canvas(2).cut(4)], noisy, sample_indices=[3])[0].events is None
 
 
 def test_growing_does_not_depend_on_the_batch(monkeypatch):
     made = writer(monkeypatch, boasts=True)
     noisy = dataclasses.replace(SETTINGS, logits=LogitsConfig(temperature=7.0), denoising_strategy="random")
-    together = made.write([canvas(n).cut(4) for n in (2, 9, 5)], noisy, ordinals=[6, 7, 8])
-    alone = [made.write([canvas(n).cut(4)], noisy, ordinals=[o])[0] for n, o in ((2, 6), (9, 7), (5, 8))]
+    together = made.write([canvas(n).cut(4) for n in (2, 9, 5)], noisy, sample_indices=[6, 7, 8])
+    alone = [made.write([canvas(n).cut(4)], noisy, sample_indices=[o])[0] for n, o in ((2, 6), (9, 7), (5, 8))]
     assert together == alone
     assert any(len(one.ids) > 9 for one in alone)
 
@@ -140,7 +141,7 @@ def test_a_grown_place_draws_its_own_numbers(monkeypatch):
     """Otherwise a text would repeat itself whenever it grows."""
     made = writer(monkeypatch)
     noisy = dataclasses.replace(SETTINGS, logits=LogitsConfig(40.0, suppress=(END, PAD)), denoising_strategy="random")
-    ids = made.write([canvas(30).cut(4)], noisy, ordinals=[0])[0].ids[1:]
+    ids = made.write([canvas(30).cut(4)], noisy, sample_indices=[0])[0].ids[1:]
     assert len(ids) == 30
     assert ids[:4] != ids[4:8] and ids[4:8] != ids[8:12]
 
@@ -173,8 +174,8 @@ def test_no_two_draws_share_a_number(words, name, way, steps, block, length, log
         made = writer(patch, boasts=True)
         for own in (seed, seed ^ 1, (seed + 0x9E3779B97F4A7C15) % 2**64):
             one = dataclasses.replace(settings, seed=own)
-            sized = [one.canvas for one in made.sized([canvas(n) for n in words], one)]
-            made.write(sized, one, ordinals=range(5, 5 + len(sized)))
+            sized = [one.canvas for one in made.sizer.sized([canvas(n) for n in words], one)]
+            made.write(sized, one, sample_indices=range(5, 5 + len(sized)))
     assert len(ledger.uses) >= 3 * len(words)
 
 
@@ -184,15 +185,15 @@ def test_numbers_are_not_shared_where_steps_differ():
         made = writer(patch)
         settings = dataclasses.replace(SETTINGS, logits=LogitsConfig(20.0, suppress=(END, PAD)), diffusion_steps=10)
         sizes = [canvas(40, 20).cut(8), canvas(40, 20).cut(12)]
-        written = made.write(sizes, settings, ordinals=[3, 2])
+        written = made.write(sizes, settings, sample_indices=[3, 2])
     assert [len(one.ids) for one in written] == [21, 21]
 
 
 def test_sizes_are_rounded_to_what_the_model_was_trained_on(monkeypatch):
     made = writer(monkeypatch, block=8)
     predict = dataclasses.replace(SETTINGS, early_stop="predict")
-    assert [len(one.canvas) for one in made.sized([canvas(2), canvas(7), canvas(30)], predict)] == [8, 16, 31]
-    assert [len(one.canvas) for one in made.sized([canvas(2), canvas(7), canvas(30)], SETTINGS)] == [8, 16, 31]
+    assert [len(one.canvas) for one in made.sizer.sized([canvas(2), canvas(7), canvas(30)], predict)] == [8, 16, 31]
+    assert [len(one.canvas) for one in made.sizer.sized([canvas(2), canvas(7), canvas(30)], SETTINGS)] == [8, 16, 31]
 
 
 def test_growing_takes_its_share_of_the_steps(monkeypatch):
@@ -200,9 +201,9 @@ def test_growing_takes_its_share_of_the_steps(monkeypatch):
     made = writer(monkeypatch)
     for length, steps in ((4, 1), (8, 2)):
         few = dataclasses.replace(SETTINGS, diffusion_steps=6, grow_length=length)
-        written = made.write([canvas(11).cut(length)], few, ordinals=[0])[0]
+        written = made.write([canvas(11).cut(length)], few, sample_indices=[0])[0]
         assert written.canvas.n_editable == -(-12 // length) * length
-        assert written.forwards <= steps * written.canvas.n_editable // length < 6
+        assert written.nfe <= steps * written.canvas.n_editable // length < 6
         assert written.ids[1:13] == [*[WORD] * 11, END]
 
 
@@ -238,31 +239,31 @@ def predictors():
 )
 def test_the_places_of_each_predictor_reach_the_canvas(monkeypatch, name, coverage, places):
     made = writer(monkeypatch, lengths=predictors())
-    found = made.sized([canvas(3)], predicting(name, coverage))[0]
-    assert (found.canvas.n_editable, found.forwards, found.computed) == (places, 1, 31)
+    found = made.sizer.sized([canvas(3)], predicting(name, coverage))[0]
+    assert (found.canvas.n_editable, found.nfe, found.computed) == (places, 1, 31)
 
 
 def test_margins_hold_where_they_were_fitted(monkeypatch):
     """On another canvas, or with other probabilities, belief goes by the coverage and the rest is an error."""
     made, settings = writer(monkeypatch, lengths=predictors()), predicting("belief", 0.05)
-    assert made.margin(settings, canvas(3)) == 0.1 == made.margin(settings, canvas(3).cut(5))
+    assert made.sizer.margin(settings, canvas(3)) == 0.1 == made.sizer.margin(settings, canvas(3).cut(5))
     assert (
-        made.margin(settings, canvas(3, 20))
-        == made.margin(predicting("belief", 0.05, eos_penalty=1.0), canvas(3))
+        made.sizer.margin(settings, canvas(3, 20))
+        == made.sizer.margin(predicting("belief", 0.05, eos_penalty=1.0), canvas(3))
         == 0.05
     )
     batch = [canvas(3), canvas(3, 20)]
-    assert len(made.sized(batch, settings)) == 2
+    assert len(made.sizer.sized(batch, settings)) == 2
     for name, other, said in (
         ("regressor", canvas(3, 20), r"they were fitted with cutoff_len: 31, and this canvas has 21 tokens"),
         ("token_classifier", canvas(3), "they have not been fitted"),
     ):
         with pytest.raises(ValueError, match=f"length_predictor: {name} needs a margin .*{said}"):
-            made.sized([other], predicting(name))
+            made.sizer.sized([other], predicting(name))
     with pytest.raises(ValueError, match=r"expected needs a margin .* without eos_penalty and with ends that may be"):
-        made.sized([canvas(3)], predicting("expected", eos_penalty=1.0))
+        made.sizer.sized([canvas(3)], predicting("expected", eos_penalty=1.0))
     with pytest.raises(ValueError, match=r"expected needs a margin .* without eos_penalty and with ends that may be"):
-        made.sized([canvas(3)], predicting("expected", suppress=(PAD,)))
+        made.sizer.sized([canvas(3)], predicting("expected", suppress=(PAD,)))
 
 
 def test_a_penalty_gives_a_text_more_places(monkeypatch):
@@ -270,23 +271,23 @@ def test_a_penalty_gives_a_text_more_places(monkeypatch):
     made = writer(monkeypatch)
     for way in ("predict", "grow"):
         plain, late = (dataclasses.replace(predicting("belief", eos_penalty=p), early_stop=way) for p in (0.0, 40.0))
-        assert made.sized([canvas(3)], plain)[0].canvas.n_editable == 4
-        assert made.sized([canvas(3)], late)[0].canvas.n_editable == 30
+        assert made.sizer.sized([canvas(3)], plain)[0].canvas.n_editable == 4
+        assert made.sizer.sized([canvas(3)], late)[0].canvas.n_editable == 30
 
 
 @pytest.mark.parametrize("way", ["predict", "grow"])
 def test_where_no_size_can_be_told(monkeypatch, way):
     settings = dataclasses.replace(SETTINGS, early_stop=way)
     gap = canvas_of([[FIRST + 2], 4, [WORD]])
-    with pytest.raises(ValueError, match=rf"early_stop: {way} gives a text fewer places .*infilling.*early_stop: eos"):
-        writer(monkeypatch).sized([gap], settings)
-    with pytest.raises(ValueError, match=rf"early_stop: {way} needs a model that has learnt to write padding"):
-        writer(monkeypatch, config=CONFIG).sized([canvas(3)], settings)
+    with pytest.raises(ValueError, match=rf"early_stop: {way} .*infilling"):
+        writer(monkeypatch).sizer.sized([gap], settings)
+    with pytest.raises(ValueError, match=rf"early_stop: {way} needs a model .*variable_length"):
+        writer(monkeypatch, config=CONFIG).sizer.sized([canvas(3)], settings)
     padding = dataclasses.replace(CONFIG, train_on_padding=True)
-    assert writer(monkeypatch, config=padding).sized([canvas(3)], settings)[0].canvas.n_editable == 4
+    assert writer(monkeypatch, config=padding).sizer.sized([canvas(3)], settings)[0].canvas.n_editable == 4
 
 
 def test_heads_of_another_model(monkeypatch):
     made = writer(monkeypatch, lengths=LengthPredictors(LengthHeads(WIDTH + 2), {}, 31))
     with pytest.raises(ValueError, match=r"fitted on a model of width 6, this one has 4.*fit-length"):
-        made.sized([canvas(3)], dataclasses.replace(SETTINGS, early_stop="predict"))
+        made.sizer.sized([canvas(3)], dataclasses.replace(SETTINGS, early_stop="predict"))

@@ -45,7 +45,7 @@ def load(
             diffusion model.
     """
     if raw and template is not None:
-        raise ValueError("give either template or raw, not both")
+        raise ValueError("template and raw exclude each other; give one of them")
     load_plugins(plugins)
     folder = Path(plain_folder(path))
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Canvases in, ids out: one batch of the sampler, and canvases that grow."""
+"""Canvases in, ids out: one batch of the sampler, and canvases that grow while their text has not ended."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..data.canvas import Canvas
 from ..diffusion.schedules import get_schedule
-from ..sampling import Context, Edits, SamplingSettings, sample
-from .canvas_size import Sizer
+from ..modeling.diffusion_config import DiffusionConfig
+from ..sampling import Context, Edits, SamplerOutput, SamplingSettings, sample
+from .canvas_size import CanvasSizer
 from .trace import Recorder
 
 # Called after each step with the step, the canvases and their ids.
@@ -19,155 +20,187 @@ Watch = Callable[[int, Sequence[Canvas], list[list[int]]], None]
 
 
 @dataclass(frozen=True)
-class Written:
-    """What the sampler wrote on a canvas.
+class FilledCanvas:
+    """What the sampler generated on a canvas.
 
     Attributes:
-        canvas: as far as it was written on.
-        ids: of all its places.
-        committed: the last step that wrote each, -1 where a token was given or lies behind the end.
-        forwards: calls of the model that the text needed.
+        canvas: as far as it was filled.
+        ids: of all its positions.
+        committed: the last step that wrote each, -1 where a token is fixed or was left out after the EOS.
+        nfe: forward passes that the text needed.
         computed: tokens that went through the model for it, padding up to the longest of the batch included.
-        steps: denoising steps that it was given; a row of fewer tokens takes fewer.
-        edits: how often a token was rewritten.
-        events: what the steps wrote, (step, place, id) in order of step, the id of [MASK] where a place was masked
-            again; None if that was not asked for.
+        steps: denoising steps that it was granted; a row of fewer tokens takes fewer.
+        edits: how often a token was edited.
+        events: what the steps wrote, (step, position, id) in order of step, the id of [MASK] where a position was
+            remasked; None if that was not requested.
     """
 
     canvas: Canvas
     ids: list[int]
     committed: list[int]
-    forwards: int
+    nfe: int
     computed: int = field(compare=False)
     steps: int = 0
     edits: int = 0
     events: tuple[tuple[int, int, int], ...] | None = None
 
+    def continued(self, canvas: Canvas, new: FilledCanvas) -> FilledCanvas:
+        """Return what was generated on a canvas before and after it grew; steps count on.
 
-class Writer(Sizer):
-    """Writes on canvases, once their size is known."""
+        Args:
+            canvas: the grown one, with all its editable positions.
+            new: generated on the part that was added.
+        """
+        offset = max(self.committed) + 1
+        added = [step + offset if step >= 0 else -1 for step in new.committed[len(self.committed) :]]
+        events = None
+        if self.events is not None and new.events is not None:
+            events = self.events + _shifted(new.events, steps=offset, positions=0)
+        return FilledCanvas(
+            canvas,
+            new.ids,
+            [*self.committed, *added],
+            self.nfe + new.nfe,
+            self.computed + new.computed,
+            self.steps + new.steps,
+            self.edits + new.edits,
+            events,
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one call of the sampler fills of a sample: all of its canvas, or the positions that were added last.
+
+    Attributes:
+        canvas: to fill now; what earlier calls generated is fixed in it.
+        whole: the same with everything that is generated editable.
+        sample_index: number of the sample, which with the seed determines its random numbers.
+        steps_taken: in earlier calls, whose random numbers are used up.
+    """
+
+    canvas: Canvas
+    whole: Canvas
+    sample_index: int
+    steps_taken: int = 0
+
+    def steps(self, total: int) -> int:
+        """Return its share of `total` steps, which are for the whole canvas and all the room that it has."""
+        return -(-total * self.canvas.n_editable // (self.whole.n_editable + self.whole.room))
+
+
+class Writer:
+    """Fills canvases with the sampler; with `early_stop: grow` it extends those whose text has not ended."""
+
+    def __init__(self, sizer: CanvasSizer) -> None:
+        """Fill canvases with the sizer's model, and let it say by how much they grow."""
+        self.sizer = sizer
+
+    @property
+    def config(self) -> DiffusionConfig:
+        """Return the facts of the model's diffusion process."""
+        return self.sizer.config
 
     def edits(self, settings: SamplingSettings) -> Edits:
-        """Return which decided tokens the settings have rewritten with this model.
+        """Return which decoded tokens the settings edit with this model.
 
         Raises:
-            ValueError: if the model has never seen [MASK], or there are further steps and nothing to do in them.
+            ValueError: if the model has never seen [MASK], or there are edit steps and no edits.
         """
-        if self.config.uniform_ratio == 1:
+        is_mixed = self.config.noise_process == "mixed"
+        if is_mixed and self.config.uniform_ratio == 1:
             raise ValueError(
                 "generation starts from [MASK], which this model has never seen, as it was trained with "
                 "uniform_ratio: 1; train it with a uniform_ratio below 1"
             )
-        return settings.edits(self.config.uniform_ratio)
-
-    def check(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
-        """Find before the first forward what the size of canvases or edits would fail on.
-
-        Raises:
-            ValueError: see `edits` and `Sizer.check`.
-        """
-        self.edits(settings)
-        super().check(canvases, settings)
+        return settings.edits(self.config.uniform_ratio if is_mixed else 0.0)
 
     def write(
         self,
         canvases: Sequence[Canvas],
         settings: SamplingSettings,
         *,
-        ordinals: Sequence[int],
+        sample_indices: Sequence[int],
         traced: bool = False,
         watch: Watch | None = None,
-    ) -> list[Written]:
-        """Write on canvases, all in one batch; with `early_stop: grow` those whose text has not ended grow.
+    ) -> list[FilledCanvas]:
+        """Fill canvases, all in one batch; with `early_stop: grow` extend those whose text has not ended.
 
         Args:
             canvases: see `data.canvas`.
-            settings: see there.
-            ordinals: a number for each canvas, which with the seed fixes its random numbers.
-            traced: whether to note what each step writes.
+            settings: how to sample.
+            sample_indices: a number for each canvas, which with the seed determines its random numbers.
+            traced: whether to record what each step writes.
             watch: called after each step.
         Raises:
             ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
         """
-        none = [0] * len(canvases)
+        parts = [_Part(canvas, canvas, index) for canvas, index in zip(canvases, sample_indices, strict=True)]
         if settings.early_stop != "grow":
-            return self._once(canvases, settings, ordinals, none, traced, watch, 0)
-        result = self._in_steps(canvases, canvases, settings, ordinals, none, traced, watch, 0)
+            return self._sample(parts, settings, traced, watch)
+        filled = self._sample_shares(parts, settings, traced, watch)
         while True:
-            todo = [number for number, one in enumerate(result) if one.canvas.room and not self._has_ended(one)]
-            if not todo:
-                return result
-            longer = [self.longer(result[number].canvas, settings.grow_length) for number in todo]
-            grown = [
-                result[number].canvas.given(result[number].ids).grown(len(canvas) - len(result[number].ids))
-                for number, canvas in zip(todo, longer, strict=True)
-            ]
-            shown = max(max(result[number].committed) for number in todo) + 1
-            own, taken = [ordinals[number] for number in todo], [result[number].steps for number in todo]
-            more = self._in_steps(grown, longer, settings, own, taken, traced, watch, shown)
-            for number, canvas, new in zip(todo, longer, more, strict=True):
-                result[number] = _continued(result[number], canvas, new)
+            growing = [number for number, one in enumerate(filled) if one.canvas.room and not self._has_ended(one)]
+            if not growing:
+                return filled
+            parts = [self._extension(filled[number], settings, sample_indices[number]) for number in growing]
+            shown = max(max(filled[number].committed) for number in growing) + 1
+            added = self._sample_shares(parts, settings, traced, watch, shown)
+            for number, part, new in zip(growing, parts, added, strict=True):
+                filled[number] = filled[number].continued(part.whole, new)
 
-    def _in_steps(
+    def _has_ended(self, filled: FilledCanvas) -> bool:
+        pairs = zip(filled.ids, filled.canvas.editable, strict=True)
+        return any(editable and token in self.sizer.eos_ids for token, editable in pairs)
+
+    def _extension(self, filled: FilledCanvas, settings: SamplingSettings, sample_index: int) -> _Part:
+        """Return the positions that a canvas gets next, after what is generated so far."""
+        whole = self.sizer.longer(filled.canvas, settings.grow_length)
+        canvas = filled.canvas.given(filled.ids).grown(len(whole) - len(filled.ids))
+        return _Part(canvas, whole, sample_index, filled.steps)
+
+    def _sample_shares(
         self,
-        canvases: Sequence[Canvas],
-        whole: Sequence[Canvas],
+        parts: Sequence[_Part],
         settings: SamplingSettings,
-        ordinals: Sequence[int],
-        taken: Sequence[int],
         traced: bool,
         watch: Watch | None,
-        shown: int,
-    ) -> list[Written]:
-        """Write on parts of canvases, each in its share of the steps of the whole; parts of equal steps together."""
-        steps = []
-        for part, canvas in zip(canvases, whole, strict=True):
-            places = canvas.n_editable + canvas.room
-            steps.append(-(-settings.diffusion_steps * part.n_editable // places))
-        result: dict[int, Written] = {}
-        for count in sorted(set(steps)):
-            own = [number for number, its in enumerate(steps) if its == count]
-            written = self._once(
-                [canvases[number] for number in own],
-                replace(settings, diffusion_steps=count),
-                [ordinals[number] for number in own],
-                [taken[number] for number in own],
-                traced,
-                watch,
-                shown,
-            )
-            result |= dict(zip(own, written, strict=True))
-        return [result[number] for number in range(len(canvases))]
+        shown: int = 0,
+    ) -> list[FilledCanvas]:
+        """Fill parts in their shares of the steps, those of equal shares together."""
+        shares = [part.steps(settings.diffusion_steps) for part in parts]
+        filled: dict[int, FilledCanvas] = {}
+        for steps in sorted(set(shares)):
+            numbers = [number for number, share in enumerate(shares) if share == steps]
+            own = replace(settings, diffusion_steps=steps)
+            done = self._sample([parts[number] for number in numbers], own, traced, watch, shown)
+            filled |= dict(zip(numbers, done, strict=True))
+        return [filled[number] for number in range(len(parts))]
 
-    def _has_ended(self, written: Written) -> bool:
-        pairs = zip(written.ids, written.canvas.editable, strict=True)
-        return any(editable and token in self.end_ids for token, editable in pairs)
-
-    def _once(
+    def _sample(
         self,
-        canvases: Sequence[Canvas],
+        parts: Sequence[_Part],
         settings: SamplingSettings,
-        ordinals: Sequence[int],
-        taken: Sequence[int],
         traced: bool,
         watch: Watch | None,
-        shown: int,
-    ) -> list[Written]:
-        """Write on canvases that have taken so many steps, of which `shown` were shown, in one call of the sampler."""
-        device, edits = self.model.device, self.edits(settings)
-        batch, denoiser = self.batch(canvases)
-        blank = batch.x.masked_fill(batch.editable, self.config.mask_token_id)
-        record = Recorder(blank.to(device)) if traced else None
+        shown: int = 0,
+    ) -> list[FilledCanvas]:
+        """Fill parts in one call of the sampler; `watch` has seen `shown` steps of them already."""
+        device = self.sizer.model.device
+        canvases = [part.canvas for part in parts]
+        index = torch.tensor([(part.sample_index, part.steps_taken) for part in parts], dtype=torch.int64)
+        sample_index, steps_taken = index.to(device).unbind(dim=1)
+        with self.sizer.denoiser(canvases) as (batch, denoiser):
+            blank = batch.x.masked_fill(batch.editable, self.config.mask_token_id)
+            recorder = Recorder(blank.to(device)) if traced else None
 
-        def after_step(step: int, z: Tensor, fresh: Tensor) -> None:
-            if record is not None:
-                record(step, z)
-            if watch is not None:
-                ids = [row[len(row) - len(canvas) :] for row, canvas in zip(z.tolist(), canvases, strict=True)]
-                watch(shown + step, canvases, ids)
+            def after_step(step: int, z: Tensor, written: Tensor) -> None:
+                if recorder is not None:
+                    recorder(step, z)
+                if watch is not None:
+                    rows = [ids[len(ids) - len(canvas) :] for ids, canvas in zip(z.tolist(), canvases, strict=True)]
+                    watch(shown + step, canvases, rows)
 
-        prompt = batch.prompt.to(device) if bool(batch.prompt.any()) else None
-        try:
             output = sample(
                 denoiser,
                 batch.x.to(device),
@@ -177,54 +210,48 @@ class Writer(Sizer):
                 strategy=settings.strategy(),
                 logits=settings.logits,
                 seed=settings.seed % 2**64,
-                sample_index=torch.tensor(list(ordinals), dtype=torch.int64, device=device),
-                steps_taken=torch.tensor(list(taken), dtype=torch.int64, device=device),
+                sample_index=sample_index,
+                steps_taken=steps_taken,
                 schedule=get_schedule(self.config.noise_schedule),
                 block_length=settings.block_length,
                 commit_schedule=settings.commit_schedule,
-                edits=edits,
-                eos_ids=self.end_ids,
+                edits=self.edits(settings),
+                eos_ids=self.sizer.eos_ids,
                 stop_at_eos=settings.early_stop != "none",
                 eos_last=settings.eos_last,
-                context=Context(no_text=(~batch.editable & ~batch.prompt).to(device), prompt=prompt),
+                context=Context(
+                    no_text=(~batch.editable & ~batch.prompt).to(device),
+                    prompt=batch.prompt.to(device) if bool(batch.prompt.any()) else None,
+                ),
                 callback=after_step,
             )
-        finally:
-            denoiser.close()
-        width = output.sequences.shape[1]
-        columns = (output.sequences, output.committed, output.sample_nfe, output.edits)
-        rows = zip(canvases, *(column.tolist() for column in columns), strict=True)
-        return [
-            Written(
-                canvas,
-                ids[-len(canvas) :],
-                steps[-len(canvas) :],
-                forwards,
-                forwards * width,
-                settings.diffusion_steps,
-                n_edits,
-                None if record is None else _moved(record.events[row], 0, len(canvas) - width),
-            )
-            for row, (canvas, ids, steps, forwards, n_edits) in enumerate(rows)
-        ]
+        return _unstacked(canvases, output, settings.diffusion_steps, recorder)
 
 
-def _moved(events: Sequence[tuple[int, int, int]], steps: int, places: int) -> tuple[tuple[int, int, int], ...]:
-    """Return events so many steps later and so many places further to the right."""
-    return tuple((step + steps, place + places, token) for step, place, token in events)
+def _unstacked(
+    canvases: Sequence[Canvas], output: SamplerOutput, steps: int, recorder: Recorder | None
+) -> list[FilledCanvas]:
+    """Return the rows of a batch without the padding in front of them."""
+    width = output.sequences.shape[1]
+    columns = (output.sequences, output.committed, output.sample_nfe, output.edits)
+    rows = zip(canvases, *(column.tolist() for column in columns), strict=True)
+    return [
+        FilledCanvas(
+            canvas,
+            ids[-len(canvas) :],
+            committed[-len(canvas) :],
+            nfe,
+            nfe * width,
+            steps,
+            edits,
+            None if recorder is None else _shifted(recorder.events[row], steps=0, positions=len(canvas) - width),
+        )
+        for row, (canvas, ids, committed, nfe, edits) in enumerate(rows)
+    ]
 
 
-def _continued(old: Written, canvas: Canvas, new: Written) -> Written:
-    """Return what was written on a canvas before and after it grew; its steps count on."""
-    begin = max(old.committed) + 1
-    behind = [step + begin if step >= 0 else -1 for step in new.committed[len(old.committed) :]]
-    return Written(
-        canvas,
-        new.ids,
-        [*old.committed, *behind],
-        old.forwards + new.forwards,
-        old.computed + new.computed,
-        old.steps + new.steps,
-        old.edits + new.edits,
-        None if old.events is None or new.events is None else old.events + _moved(new.events, begin, 0),
-    )
+def _shifted(
+    events: Sequence[tuple[int, int, int]], *, steps: int, positions: int
+) -> tuple[tuple[int, int, int], ...]:
+    """Return events so many steps later and so many positions further to the right."""
+    return tuple((step + steps, position + positions, token) for step, position, token in events)

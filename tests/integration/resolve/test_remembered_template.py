@@ -48,7 +48,7 @@ def test_a_notebook_asks_as_training_did(work, tmp_path):
     answer = model.generate(PROMPT, max_new_tokens=8, diffusion_steps=16, temperature=0)
     assert answer == [predict(tmp_path / "out", work, template="qwen")] and "red" in answer[0]
     asked = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
-    assert asked in model.tokenizer.decode(model.asked(PROMPT, 4).ids)
+    assert asked in model.tokenizer.decode(model.from_templated(PROMPT, 4).ids)
     raw = model.generate(PROMPT, max_new_tokens=8, diffusion_steps=16, temperature=0, raw=True)
     assert raw != answer
     assert (
@@ -63,10 +63,10 @@ def test_a_notebook_asks_as_training_did(work, tmp_path):
 def test_another_template_is_taken_and_said(work, caplog):
     model = load(work / "out", device="cpu", template="default")
     assert "template: default is not the one that this model was finetuned with, which is qwen" in caplog.text
-    assert model.tokenizer.decode(model.asked(PROMPT, 4).ids).startswith(f"Human: {PROMPT}")
+    assert model.tokenizer.decode(model.from_templated(PROMPT, 4).ids).startswith(f"Human: {PROMPT}")
     own = load(work / "out", device="cpu")
     assert own.with_template("qwen").config == own.config
-    with pytest.raises(ValueError, match="give either template or raw, not both"):
+    with pytest.raises(ValueError, match="template and raw"):
         own.generate(PROMPT, template="qwen", raw=True)
     with pytest.raises(ValueError, match="the prompt is empty"):
         own.generate("")

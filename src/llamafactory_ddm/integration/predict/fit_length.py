@@ -19,8 +19,8 @@ from ...data.collators import VariableLengthCollator
 from ...diffusion.noise import Stream
 from ...diffusion.rng import keyed_uniform
 from ...evaluation.lengths import FOLDS, least_margins, length_metrics
+from ...generation.canvas_size import CanvasSizer
 from ...generation.generator import TextGenerator
-from ...generation.writer import Writer
 from ...modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
 from ...sampling.length_predictors import FirstStep
 from ..logs import get_logger
@@ -112,7 +112,7 @@ def fit(
             f"{FOLDS}, and for a coverage of 0.95 at least 24"
         )
     model = load_diffusion_model(plan.tokenizer, plan.vocabulary, model_args, finetuning_args, training_args)
-    writer = TextGenerator(model.to(training_args.device), plan.tokenizer, plan.config).writer
+    sizer = TextGenerator(model.to(training_args.device), plan.tokenizer, plan.config).sizer
     size, seed = training_args.per_device_eval_batch_size, training_args.seed
     given = plan.given
     train = data.module["train_dataset"]
@@ -120,21 +120,21 @@ def fit(
         logger.info_rank0(f"dataset: the heads are fitted to the first {_MOST_ROWS} of {len(train)} texts.")
         train = train.select(range(_MOST_ROWS))
     heads = fit_heads(
-        _examples(writer, texts(train, collator, seed, 0), size, seed, len(train)),
+        _examples(sizer, texts(train, collator, seed, 0), size, seed, len(train)),
         epochs=max(1, round(training_args.num_train_epochs)) if "num_train_epochs" in given else _EPOCHS,
         learning_rate=training_args.learning_rate if "learning_rate" in given else _LEARNING_RATE,
         seed=seed,
         device=training_args.device,
     )
-    writer.lengths = LengthPredictors(heads, {}, collator.canvas)
+    sizer.lengths = LengthPredictors(heads, {}, collator.canvas)
     steps: list[FirstStep] = []
     needed: list[Tensor] = []
     before: list[Tensor] = []
     for batch in _batches(texts(held_out, collator, seed, 1), size, "Calibrating", len(held_out)):
-        steps.append(writer.first_step([text.canvas for text in batch])[0].cpu())
+        steps.append(sizer.first_step([text.canvas for text in batch])[0].cpu())
         needed.append(torch.tensor([text.needed for text in batch]))
         before.append(torch.tensor([len(text.canvas) - text.canvas.n_editable for text in batch]))
-    found = length_metrics(steps, needed, finetuning_args.length_coverage, given=before, block=writer.block)
+    found = length_metrics(steps, needed, finetuning_args.length_coverage, given=before, block=sizer.block)
     path = LengthPredictors(heads, least_margins(steps, needed), collator.canvas).save(folder)
     report = {"length_coverage": finetuning_args.length_coverage, "held_out": sum(map(len, needed)), **found}
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -200,12 +200,12 @@ def _batches(rows: Iterable[Text], size: int, said: str, total: int) -> Iterator
         yield batch
 
 
-def _examples(writer: Writer, rows: Iterable[Text], size: int, seed: int, total: int) -> Examples:
+def _examples(sizer: CanvasSizer, rows: Iterable[Text], size: int, seed: int, total: int) -> Examples:
     """Return the hidden states that the heads are fitted to, on the CPU."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     mean, places, states, behind = [], [], [], []
     for batch in _batches(rows, size, "Hidden states", total):
-        step, hidden = writer.first_step([text.canvas for text in batch], keep_hidden=True)
+        step, hidden = sizer.first_step([text.canvas for text in batch], keep_hidden=True)
         if hidden is None:
             raise RuntimeError("the model's hidden states were not kept")
         needed = torch.tensor([text.needed for text in batch], device=hidden.device)

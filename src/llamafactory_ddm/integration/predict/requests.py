@@ -10,7 +10,7 @@ from llamafactory.data.processor import SupervisedDatasetProcessor
 
 from ...data.canvas import Canvas, check_unmarked
 from ...data.control_tokens import reading_as_text
-from ...generation.generator import TextGenerator, saying
+from ...generation.generator import TextGenerator, error_prefix
 from ..data.faults import datasets_explained
 from ..data.prompts import examples
 from ..data.templates import uncut, without_cut
@@ -24,14 +24,14 @@ class Request:
         canvas: what is given and where to write.
         prompt: the text that is given, as the user wrote it; None for noise.
         label: what should be written, if that is known.
-        forwards: that it took to find the size of the canvas.
+        nfe: forward passes that it took to predict the size of the canvas.
         computed: tokens that went through the model for it.
     """
 
     canvas: Canvas
     prompt: str | None = None
     label: str | None = None
-    forwards: int = 0
+    nfe: int = 0
     computed: int = 0
 
 
@@ -70,7 +70,7 @@ def from_noise(generator: TextGenerator, *, count: int, length: int, max_new_tok
     said = f"cutoff_len: {length}"
     if max_new_tokens is not None:
         length, said = max_new_tokens + int(generator.start_id is not None), f"max_new_tokens: {max_new_tokens}"
-    with saying(said):
+    with error_prefix(said):
         canvas = generator.from_noise(length)
     return Repeated(Request(canvas), count)
 
@@ -100,7 +100,7 @@ def from_texts(
     """
     requests = []
     for number, (text, label) in enumerate(_texts(model_args, data_args, training_args)):
-        with saying(f"dataset: text {number}"):
+        with error_prefix(f"dataset: text {number}"):
             if infill:
                 canvas = generator.from_marked(text, label=label)
                 said = text
@@ -166,11 +166,11 @@ def from_examples(
     processor = SupervisedDatasetProcessor(template=without_cut(template), **reading, data_args=whole)
     names, requests = _names(data_args), []
     for number, row in enumerate(_examples(model_args, data_args, training_args)):
-        with saying(f"dataset: example {number}"):
+        with error_prefix(f"dataset: example {number}"):
             _check_turns(row)
         with datasets_explained(data_args, names):
             ids, answer = _split(processor, row)
-        with saying(f"dataset: example {number}"):
+        with error_prefix(f"dataset: example {number}"):
             room = data_args.cutoff_len - len(ids)
             if max_new_tokens is None and room < 1:
                 raise ValueError(

@@ -74,7 +74,7 @@ def generate_all(
     # The first process speaks for all: saving a model leaves traces in its config that the others do not have.
     fingerprint = _of_first_rank(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
     unfinished = Unfinished(folder / _UNFINISHED, fingerprint, rank, world)
-    edits = generator.writer.edits(settings)
+    edits = generator.edits(settings)
     edited = edits.active
     if edited and settings.edit_ratio is None and settings.edit_threshold is None:
         logger.info_rank0(
@@ -162,7 +162,7 @@ def _sized(
         return Repeated(alone[0], len(requests)), todo
     size, result, todo = training_args.per_device_eval_batch_size, list(requests), list(todo)
     if settings.early_stop == "predict":
-        whys = {generator.writer.uncalibrated(settings, requests[number].canvas) for number in todo} - {None}
+        whys = {generator.sizer.uncalibrated(settings, requests[number].canvas) for number in todo} - {None}
         for why in sorted(map(str, whys)):
             logger.info_rank0(f"{settings.length_predictor} goes by length_coverage itself, without margins: {why}.")
     for low in range(0, len(todo), size):
@@ -170,7 +170,7 @@ def _sized(
         sized = generator.sized([requests[number].canvas for number in part], settings)
         for number, one in zip(part, sized, strict=True):
             result[number] = dataclasses.replace(
-                requests[number], canvas=one.canvas, forwards=one.forwards, computed=one.computed
+                requests[number], canvas=one.canvas, nfe=one.nfe, computed=one.computed
             )
     before, after = (sum(len(which[number].canvas) for number in todo) for which in (requests, result))
     logger.info_rank0(
@@ -184,7 +184,7 @@ def _margins(generator: TextGenerator, requests: Sequence[Request], settings: Sa
     """Return the margins that the lengths are predicted with."""
     if settings.early_stop != "predict":
         return []
-    return sorted({generator.writer.margin(settings, request.canvas) for request in distinct(requests)})
+    return sorted({generator.sizer.margin(settings, request.canvas) for request in distinct(requests)})
 
 
 def _batches(
@@ -204,7 +204,7 @@ def _batches(
             generator.sample_batch(
                 [requests[number].canvas for number in batch],
                 settings,
-                ordinals=batch,
+                sample_indices=batch,
                 traced=traced,
                 callback=lambda step, pieces: progress.step(step),
             ),
@@ -220,7 +220,7 @@ def _record(number: int, request: Request, result: Generated, *, edited: bool) -
         record["text"] = result.text
     if request.label is not None:
         record["label"] = request.label
-    record["tokens"], record["forwards"] = result.n_tokens, result.forwards + request.forwards
+    record["tokens"], record["forwards"] = result.n_tokens, result.num_forward_passes + request.nfe
     record["computed"] = result.computed + request.computed
     if edited:
         record["edits"] = result.edits
@@ -270,7 +270,7 @@ def _facts(generator: TextGenerator, settings: SamplingSettings) -> dict[str, st
     }
     if settings.block_length is not None:
         facts["block length"] = str(settings.block_length)
-    edits = generator.writer.edits(settings)
+    edits = generator.edits(settings)
     if edits.active:
         rule = f"ratio {edits.ratio:g}" if edits.threshold is None else f"from probability {edits.threshold:g}"
         facts["edits"] = rule + (f", {edits.steps} further steps" if edits.steps else "")
