@@ -147,16 +147,16 @@ def test_a_diffusion_checkpoint_and_a_template_that_adds_tokens(base, train, sta
 
 
 def test_the_masks_spelling_in_data_is_the_same_from_a_base_and_from_a_checkpoint(base, train, monkeypatch):
-    from llamafactory_ddm.integration.model import prepare as preparing
+    from llamafactory_ddm.integration.resolve import datasets
 
-    seen, original = [], preparing._load_data
+    seen, original = [], datasets._prepared
 
     def keep(*args, **named):
         module = original(*args, **named)
         seen.append([row["input_ids"] for row in module["train_dataset"]])
         return module
 
-    monkeypatch.setattr(preparing, "_load_data", keep)
+    monkeypatch.setattr(datasets, "_prepared", keep)
     train(train(base(), "first", stage="ddm"), "second", stage="ddm", mask_token=None)
     assert seen[0] == seen[1]
 

@@ -200,7 +200,7 @@ def test_two_processes_find_it_by_its_name_on_the_hub(small_data, tmp_path):
     done = run("train", "examples/llada_lora_ddm_sft.yaml", *words, env=env)
     (made,) = [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
     said = done.stdout + done.stderr
-    assert f"owner/LLaDA-mini is used from its plain copy, {made}" in said
+    assert f"owner/LLaDA-mini is used from {made}" in said
     assert f"{snapshot} is LLaDA as it was published, with code of its own" in said
     # Not its name, which would be looked for elsewhere than in cache_dir.
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
