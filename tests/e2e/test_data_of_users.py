@@ -192,7 +192,7 @@ def test_a_cutoff_that_leaves_no_answer(finetune, tmp_path, keys):
 
 
 def test_a_cutoff_that_leaves_no_room_for_an_answer(finetune, tmp_path):
-    with pytest.raises(ValueError, match="cutoff_len: 3 leaves no room for an answer beside the 3 marks"):
+    with pytest.raises(ValueError, match=r"cutoff_len: 3 .* at least"):
         finetune(tmp_path / "out", cutoff_len=3)
     with pytest.raises(ValueError, match=r"cutoff_len: 5 leaves no room .*set it to at least 6"):
         finetune(tmp_path / "out", cutoff_len=5, packing=True)

@@ -173,7 +173,7 @@ def test_streaming_a_local_file_in_no_parts(train_small, tmp_path):
 
 def test_annealing_a_diffusion_model_is_said_to_be_of_no_effect(train_small, checkpoint, tmp_path, caplog):
     train_small(tmp_path / "out", model_name_or_path=checkpoint, anneal_steps=7, max_steps=1)
-    assert "anneal_steps: 7 is not read" in caplog.text
+    assert "anneal_steps: 7 has no effect" in caplog.text
 
 
 def test_resuming_another_process_is_an_error(train_small, tmp_path):

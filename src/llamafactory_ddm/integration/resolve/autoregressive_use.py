@@ -1,4 +1,4 @@
-"""A diffusion model in the hands of a stage or a command that would take it for an autoregressive one."""
+"""Checks for autoregressive stages and commands that are given a diffusion model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..logs import get_logger
 
 logger = get_logger(__name__)
 _OURS = " or ".join(f"stage: {name}" for name in STAGES)
-# Models that stages of upstream read beside the one that they train.
+# Models that LLaMA-Factory's stages load in addition to the one that they train.
 _BESIDE = ("ref_model", "ref_model_adapters", "reward_model", "reward_model_adapters")
 
 
 def check_training(model_args: Any, training_args: Any, finetuning_args: Any) -> None:
-    """Warn of diffusion models that an autoregressive stage is about to read; one may mean to train them so.
+    """Warn if an autoregressive stage is about to load a diffusion model; training it so may be intended.
 
     Raises:
-        ValueError: if the run would go on from a diffusion run, write its weights beside diffusion_config.json, which
-            would vouch for them from then on, or generate with a diffusion model and train nothing.
+        ValueError: if the run would resume a diffusion run, save its weights next to a diffusion_config.json, which
+            would then describe them, or generate with a diffusion model without training it.
     """
     stage = f"stage: {finetuning_args.stage}"
     if training_args.do_train:
@@ -46,13 +46,13 @@ def check_training(model_args: Any, training_args: Any, finetuning_args: Any) ->
 
 
 def check_serving(model_args: Any, stage: str | None) -> None:
-    """Refuse to serve a diffusion model, or one of our stages, with upstream's autoregressive generation.
+    """Refuse to serve a diffusion model or a diffusion stage with LLaMA-Factory's autoregressive generation.
 
     Args:
-        model_args: upstream's.
-        stage: one of ours, if the user has named it.
+        model_args: LLaMA-Factory's.
+        stage: the diffusion stage that the user set, or None.
     Raises:
-        ValueError: naming the model and what generates with it.
+        ValueError: naming the model and the command that generates with it.
     """
     found = next(find_diffusion_models(model_args), None)
     if found is None and stage is None:
@@ -70,9 +70,9 @@ def check_serving(model_args: Any, stage: str | None) -> None:
 
 
 def find_diffusion_models(model_args: Any, beside: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
-    """Yield each diffusion model among adapters, model and `beside`, with what says that it is one."""
+    """Yield each diffusion model among adapters, model and `beside`, and the file that marks it as one."""
     adapters = model_args.adapter_name_or_path or ()
-    # The name of a model on another hub becomes its folder, as upstream is about to make it.
+    # LLaMA-Factory replaces the name of a model on another hub by its folder.
     model = try_download_model_from_other_hub(model_args)
     for name in dict.fromkeys((*adapters, model, *beside)):
         why = _sign(str(name), model_args)
@@ -81,19 +81,19 @@ def find_diffusion_models(model_args: Any, beside: Iterable[str] = ()) -> Iterat
 
 
 def _sign(name: str, model_args: Any) -> str | None:
-    """Return what says that a folder, or a model on the hub, is a diffusion model; None if nothing does."""
+    """Return why a folder, or a model on the hub, counts as a diffusion model; None if it does not."""
     if _file(name, FILE_NAME, model_args) is not None:
         return f"it holds {FILE_NAME}"
     config = _file(name, "config.json", model_args)
     try:
         kind = None if config is None else kind_of(raw_config(config.parent))
-    except ValueError:  # upstream will say what is wrong with it
+    except ValueError:  # LLaMA-Factory reports the fault
         return None
     return None if kind is None else f"{kind.name} as it was published"
 
 
 def _file(name: str, file_name: str, model_args: Any) -> Path | None:
-    """Return a file of a folder, or of a model on Hugging Face's hub, or None where there is none."""
+    """Return a file of a folder, or of a model on Hugging Face's hub; None if there is no such file."""
     if Path(name).is_dir() or not may_be_on_a_hub(name):
         path = Path(name) / file_name
         return path if path.is_file() else None
@@ -106,7 +106,7 @@ def _file(name: str, file_name: str, model_args: Any) -> Path | None:
             token=model_args.hf_hub_token,
             _raise_exceptions_for_missing_entries=False,
         )
-    except (OSError, ValueError):  # upstream will look for the model too, and say what is wrong
+    except (OSError, ValueError):  # LLaMA-Factory loads the model too, and reports the fault
         return None
     return None if found is None else Path(found)
 

@@ -1,4 +1,4 @@
-"""A user's mistakes about files, data and lengths, found before anything is written, each with its cure."""
+"""Checks of folders, keys and lengths before a run loads or writes anything."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .output_folder import check_output_folder
 
 
 def check_inputs(model_args: Any, training_args: Any, finetuning_args: Any, *, prepares: bool) -> None:
-    """Check what is known before anything is loaded: folders, keys of generation, and where the run writes.
+    """Check the folders of the model, the keys of generation and output_dir.
 
     Raises:
-        ValueError: naming the key and the cure.
+        ValueError: naming the key and what to do.
         OSError: if output_dir cannot be written.
     """
     check_checkpoint_folders(model_args, finetuning_args, training_args)
@@ -71,7 +71,7 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_arg
 
 
 def _check_kind(key: str, path: Path) -> None:
-    """Tell an adapter's folder from a model's."""
+    """Check that the folder holds the kind of weights that the key names, a model or an adapter."""
     is_adapter = (path / ADAPTER_CONFIG).is_file()
     if key == "adapter_name_or_path" and not is_adapter:
         raise ValueError(
@@ -86,7 +86,7 @@ def _check_kind(key: str, path: Path) -> None:
 
 
 def _check_checkpoint_dir(folder: str | None, *, has_adapter: bool) -> None:
-    """Refuse weights that a run could not load, or that an adapter would not know of later."""
+    """Refuse a checkpoint_dir that the run could not load, or that an adapter would not record as its base."""
     if folder is None or not Path(folder).is_dir() or is_model_folder(folder):
         return
     cure = f"make it an ordinary folder first, with llamafactory-ddm convert {folder} OUT, and name that as "
@@ -102,7 +102,7 @@ def _check_checkpoint_dir(folder: str | None, *, has_adapter: bool) -> None:
         )
 
 
-# Upstream's keys of autoregressive generation -> what to do in place of setting them.
+# LLaMA-Factory's keys of autoregressive generation -> what to do instead.
 _AUTOREGRESSIVE = {
     "do_sample": "for the most probable tokens set logits_temp: 0",
     "num_beams": "a diffusion model has no beams",
@@ -113,11 +113,11 @@ _AUTOREGRESSIVE = {
 
 
 def check_predict(training_args: Any, given: frozenset[str]) -> None:
-    """Refuse what generation cannot honour.
+    """Refuse settings that generation does not support.
 
     Args:
-        training_args: upstream's.
-        given: keys that the user wrote.
+        training_args: LLaMA-Factory's.
+        given: keys that the YAML sets.
     Raises:
         ValueError: for sharded parameters, and for keys of autoregressive generation.
     """

@@ -1,4 +1,4 @@
-"""The data sets of a run: upstream prepares them, every row is checked, and those that do not fit are left out."""
+"""The data sets of a run: prepared by LLaMA-Factory, checked row by row, without rows that do not fit."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class RunData:
     """The data sets of a run.
 
     Attributes:
-        module: upstream's `train_dataset` and `eval_dataset`, as far as the run needs them.
-        facts: what decides how the run trains; see `run_facts`.
+        module: LLaMA-Factory's `train_dataset` and `eval_dataset`, as far as the run needs them.
+        facts: the result of `run_facts`.
     """
 
     module: dict[str, Any]
@@ -34,11 +34,11 @@ class RunData:
 
 
 def load_datasets(plan: RunPlan, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> RunData:
-    """Have upstream prepare the data sets, or open those prepared earlier; generation alone needs none.
+    """Prepare the data sets with LLaMA-Factory, or open prepared ones; a run that only generates needs none.
 
     Raises:
-        ValueError: if they cannot be prepared or were prepared for something else, hold nothing to learn, or no row
-            has room for its end.
+        ValueError: if they cannot be prepared, were prepared for another kind of run, hold no token to learn, or no
+            row has room for EOS.
         OSError: if a file is missing.
     """
     module: dict[str, Any] = {}
@@ -56,7 +56,7 @@ def _prepared(
     plan: RunPlan, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any, *, opened: bool
 ) -> dict[str, Any]:
     cut_args = with_own_cut(plan.template, data_args) if plan.lengths is None else uncut(data_args)
-    # No part of a user's text becomes a control token, whether the tokenizer had that before or not.
+    # Text that spells a control token is encoded as ordinary characters.
     controls = control_texts(plan.tokenizer, [plan.vocabulary.mask.token, *plan.vocabulary.pads])
     reading = {**plan.tokenizer_module, "tokenizer": reading_as_text(plan.tokenizer, controls)}
     with opening(data_args.tokenized_path) if opened else datasets_explained(data_args):
@@ -75,7 +75,7 @@ def _check_rows(
     *,
     opened: bool,
 ) -> None:
-    """Check what the rows hold, and what they were made for if an earlier run made them."""
+    """Check the rows, and for prepared rows of an earlier run that they fit this run."""
     path, packed, variable = data_args.tokenized_path, bool(data_args.packing), plan.lengths is not None
     mask, pads = plan.vocabulary.mask, plan.vocabulary.pads
     answers = None

@@ -1,4 +1,4 @@
-"""What variable length adds to a run: checks, pad tokens, the collator, the noise, and rows that are left out."""
+"""Variable length in a run: its format, its collator, and rows that are dropped."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class LengthPlan:
 
     Attributes:
         format: `eos_pad`, `eos_eos` or `rainbow`.
-        colors: pad tokens of `rainbow`.
-        canvas: tokens of a row at most.
-        block: see `VariableLengthCollator`.
-        extra: see there.
-        drop_overlong: whether rows without room for their end are left out.
+        colors: number of padding tokens of `rainbow`.
+        canvas: largest number of tokens in a row.
+        block: `VariableLengthCollator.block`.
+        extra: `VariableLengthCollator.extra`.
+        drop_overlong: whether rows without room for EOS are dropped.
     """
 
     format: str
@@ -40,7 +40,7 @@ class LengthPlan:
 def resolve_lengths(
     config: DiffusionConfig | None, data_args: Any, training_args: Any, finetuning_args: Any
 ) -> LengthPlan | None:
-    """Return the format that the YAML asks for or the checkpoint has; None for none.
+    """Return the variable-length format of the YAML or the checkpoint; None if there is none.
 
     Raises:
         ValueError: if the YAML contradicts the checkpoint or itself, naming both keys.
@@ -58,14 +58,14 @@ def resolve_lengths(
         if key not in given:
             continue
         if name == "none" or (needed.endswith("rainbow") and name != "rainbow"):
-            raise ValueError(f"{key}: says nothing without {needed}; set it, or remove {key}")
+            raise ValueError(f"{key}: has no effect without {needed}; set it, or remove {key}")
         has_block = stored is not None and stored.block is not None
         if needed == "pad_block_length" and finetuning_args.pad_block_length is None and not has_block:
-            raise ValueError(f"{key}: says nothing without pad_block_length; set it, or remove {key}")
+            raise ValueError(f"{key}: has no effect without pad_block_length; set it, or remove {key}")
         if needed == "pad_mask_ratio" and finetuning_args.pad_mask_ratio is None:
-            raise ValueError(f"{key}: says nothing without pad_mask_ratio; set it, or remove {key}")
+            raise ValueError(f"{key}: has no effect without pad_mask_ratio; set it, or remove {key}")
         if needed == "eos_window_ratio" and not finetuning_args.eos_window_ratio:
-            raise ValueError(f"{key}: says nothing without eos_window_ratio; set it above 0, or remove {key}")
+            raise ValueError(f"{key}: has no effect without eos_window_ratio; set it above 0, or remove {key}")
     if name == "none":
         return None
     if (
@@ -79,30 +79,31 @@ def resolve_lengths(
         )
     if finetuning_args.random_truncate_ratio:
         raise ValueError(
-            f"random_truncate_ratio: {finetuning_args.random_truncate_ratio} cuts texts short of their end, which "
+            f"random_truncate_ratio: {finetuning_args.random_truncate_ratio} cuts off EOS, which "
             f"variable_length: {name} teaches; remove one of them"
         )
     if finetuning_args.eval_eos and not training_args.do_eval:
-        raise ValueError("eval_eos: says nothing without do_eval; set do_eval: true and eval_dataset, or remove it")
+        raise ValueError("eval_eos: has no effect without do_eval; set do_eval: true and eval_dataset, or remove it")
     if data_args.packing and {"packing", "neat_packing"} & given:
         raise ValueError(
-            f"variable_length: {name} wants one text a row, but packing: true puts many into it; set packing: false"
+            f"variable_length: {name} needs one text in a row, but packing: true puts several into it; set "
+            "packing: false"
         )
     data_args.packing = False  # upstream's default for stage: pt is true
     if asked is not None and config is not None and config.train_on_padding is False:
         raise ValueError(
-            f"variable_length: {name} learns to write padding, but the checkpoint was trained with train_on_padding: "
-            "false; start from another checkpoint, or remove variable_length"
+            f"variable_length: {name} trains on padding, but the checkpoint was trained with train_on_padding: false; "
+            "start from another checkpoint, or remove variable_length"
         )
     if finetuning_args.train_on_padding is False:
         raise ValueError(
-            f"variable_length: {name} learns to write padding, but train_on_padding: false hides it; remove one"
+            f"variable_length: {name} trains on padding, but train_on_padding: false does not; remove one of them"
         )
     colors = finetuning_args.rainbow_colors
     if stored is not None and colors is not None and colors != len(stored.pad_tokens):
         raise ValueError(
             f"rainbow_colors: {colors} contradicts the checkpoint, which was trained with "
-            f"{len(stored.pad_tokens)} pad tokens; remove the key from the YAML"
+            f"{len(stored.pad_tokens)} padding tokens; remove the key from the YAML"
         )
     known = len(stored.pad_tokens) if stored is not None else _COLORS
     return LengthPlan(
@@ -126,9 +127,9 @@ def _extra_blocks(stored: VariableLength | None, finetuning_args: Any) -> int | 
 def resolve_canvas(
     config: DiffusionConfig, plan: LengthPlan, tokenizer: Any, *, answers: bool, trains: bool
 ) -> tuple[DiffusionConfig, VariableLengthCollator]:
-    """Return what the checkpoints of this run say, and its collator; the pad tokens are in the tokenizer by now.
+    """Return the config of this run's checkpoints, and its collator; the tokenizer must have the padding tokens.
 
-    What the model was trained on stays as it is in a run that does not train.
+    A run that does not train keeps the checkpoint's format.
     """
     names = pad_names(tokenizer, plan.format, plan.colors, config.variable_length)
     ids = tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in names)
@@ -150,7 +151,7 @@ def resolve_canvas(
                 f"with cutoff_len: {plan.canvas}."
             )
         return config, collator
-    # A canvas of documents says nothing about answers.
+    # Training on documents does not decide train_on_padding of a later finetuning.
     padding = True if answers else config.train_on_padding
     return replace(config, variable_length=ends, train_on_padding=padding), collator
 
@@ -162,21 +163,21 @@ def keep_fitting(
     data_args: Any,
     training_args: Any,
 ) -> dict[str, Any]:
-    """Leave out rows that have no room for their end, and say how many.
+    """Drop rows that have no room for EOS, and log how many.
 
     Raises:
-        ValueError: if none is left, or with drop_overlong: false if one has no room.
+        ValueError: if no row is left, or with drop_overlong: false if a row has no room.
     """
 
     def kept(dataset: Any) -> Any:
         if not hasattr(dataset, "__len__"):
             return dataset.filter(collator.fits)
-        with training_args.main_process_first(desc="leave out long rows", local=not data_args.data_shared_file_system):
+        with training_args.main_process_first(desc="drop long rows", local=not data_args.data_shared_file_system):
             return dataset.filter(
                 collator.fits,
                 num_proc=data_args.preprocessing_num_workers,
                 load_from_cache_file=not data_args.overwrite_cache or training_args.local_process_index != 0,
-                desc="Leaving out rows without room for their end",
+                desc="Dropping rows without room for EOS",
             )
 
     return {key: _each(key, value, kept, plan) for key, value in dataset_module.items()}
@@ -187,16 +188,19 @@ def _each(name: str, dataset: Any, fitting: Callable[[Any], Any], plan: LengthPl
         return {key: _each(f"{name} {key}", value, fitting, plan) for key, value in dataset.items()}
     if not hasattr(dataset, "filter"):
         return dataset
-    if not hasattr(dataset, "__len__"):  # streamed; the collator refuses what does not fit
+    if not hasattr(dataset, "__len__"):  # streamed; the collator refuses rows that do not fit
         return fitting(dataset) if plan.drop_overlong else dataset
     kept = fitting(dataset)
-    said = f"{name}: {len(dataset) - len(kept)} of {len(dataset)} rows have no room for their end within cutoff_len: "
+    message = (
+        f"{name}: {len(dataset) - len(kept)} of {len(dataset)} rows have no room for EOS within cutoff_len: "
+        f"{plan.canvas}"
+    )
     if len(kept) < len(dataset) and not plan.drop_overlong:
-        raise ValueError(f"{said}{plan.canvas}; raise cutoff_len, or set drop_overlong: true")
+        raise ValueError(f"{message}; raise cutoff_len, or set drop_overlong: true")
     if not len(kept):
-        raise ValueError(f"{said}{plan.canvas}, and no other is left; raise cutoff_len")
+        raise ValueError(f"{message}, and no other row is left; raise cutoff_len")
     if len(kept) < len(dataset):
-        logger.info_rank0(f"{said}{plan.canvas} and are left out, {len(kept)} are kept.")
+        logger.info_rank0(f"{message} and are dropped; {len(kept)} are kept.")
     else:
-        logger.info_rank0(f"{name}: all {len(dataset)} rows have room for their end.")
+        logger.info_rank0(f"{name}: all {len(dataset)} rows have room for EOS.")
     return kept

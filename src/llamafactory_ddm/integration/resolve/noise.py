@@ -1,4 +1,4 @@
-"""Which noise a run trains and evaluates with: the checkpoint's, unless the YAML says otherwise."""
+"""The noise process of a run: the YAML's, else the checkpoint's."""
 
 from __future__ import annotations
 
@@ -15,23 +15,21 @@ logger = get_logger(__name__)
 def resolve_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> tuple[str, float]:
     """Return noise process and uniform ratio of a run.
 
-    A checkpoint goes on under other noise if the YAML names the process; a ratio alone must be the checkpoint's.
+    A checkpoint can be trained with other noise if the YAML names the process; a ratio without a process must equal
+    the checkpoint's.
 
     Raises:
         ValueError: if the keys contradict each other or the checkpoint, naming them.
     """
-    process, ratio = _settled(config, finetuning_args.noise_process, finetuning_args.uniform_ratio)
+    process, ratio = _process_and_ratio(config, finetuning_args.noise_process, finetuning_args.uniform_ratio)
     given = ["pad_mask_ratio"] if finetuning_args.pad_mask_ratio is not None else []
     given += ["eos_window_ratio"] if finetuning_args.eos_window_ratio else []
     if given and not OBJECTIVES.get(process).takes_end_noise(ratio):
-        raise ValueError(
-            f"{', '.join(given)}: says which tokens become [MASK], and does not go with noise_process: {process}; "
-            "remove one of them"
-        )
+        raise ValueError(f"{', '.join(given)}: is not supported with noise_process: {process}; remove one of them")
     return process, ratio
 
 
-def _settled(config: DiffusionConfig | None, process: str | None, ratio: float | None) -> tuple[str, float]:
+def _process_and_ratio(config: DiffusionConfig | None, process: str | None, ratio: float | None) -> tuple[str, float]:
     stored = ("masked", 0.0) if config is None else (config.noise_process, config.uniform_ratio)
     if process is not None:
         default = OBJECTIVES.get(process).default_uniform_ratio
@@ -46,7 +44,7 @@ def _settled(config: DiffusionConfig | None, process: str | None, ratio: float |
     if ratio is None or ratio == stored[1]:
         return stored
     if config is None:
-        raise ValueError(f"uniform_ratio: {ratio} says nothing without noise_process: mixed; set it too")
+        raise ValueError(f"uniform_ratio: {ratio} has no effect without noise_process: mixed; set it too")
     raise ValueError(
         f"uniform_ratio: {ratio} contradicts the checkpoint, whose {FILE_NAME} says noise_process: {stored[0]}, "
         f"uniform_ratio: {stored[1]}; to go on under other noise set noise_process: mixed too, else remove "
@@ -58,7 +56,7 @@ def with_noise_process(config: DiffusionConfig | None, finetuning_args: Any) -> 
     """Return the checkpoint's config with the noise process of this run.
 
     Raises:
-        ValueError: see `resolve_noise_process`.
+        ValueError: as `resolve_noise_process`.
     """
     process, ratio = resolve_noise_process(config, finetuning_args)
     if config is None or (config.noise_process, config.uniform_ratio) == (process, ratio):

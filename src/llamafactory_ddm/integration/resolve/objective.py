@@ -1,4 +1,4 @@
-"""The objective of a run: its noise and its loss, from the YAML and what the checkpoint says."""
+"""The objective of a run, noise and loss, from the YAML and the checkpoint's config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_objective(
         "seed": training_args.seed % 2**64,
         "truncate_ratio": finetuning_args.random_truncate_ratio,
     }
-    # Models may have rows that are no tokens, and tokenizers tokens without a row.
+    # A model may have more embeddings than its tokenizer has tokens, and a tokenizer tokens without an embedding.
     n_ids = min(max(tokenizer.get_vocab().values()) + 1, int(text_config(model).vocab_size))
     return OBJECTIVES.get(config.noise_process).build(
         common, uniform_ratio=config.uniform_ratio, n_ids=n_ids, ends=end_noise(lengths, finetuning_args)
@@ -40,7 +40,7 @@ def build_objective(
 
 
 def end_noise(plan: LengthPlan | None, finetuning_args: Any) -> EndNoise | None:
-    """Return how noise depends on where a text ends; None where it does not."""
+    """Return how noise depends on the position of EOS; None if it does not."""
     if plan is None or (finetuning_args.pad_mask_ratio is None and not finetuning_args.eos_window_ratio):
         return None
     return EndNoise(

@@ -1,4 +1,4 @@
-"""What is known of output_dir before a run loads anything: whether it can be written, and what would mix in it."""
+"""Checks of output_dir before a run loads anything: it is writable, and holds no other kind of model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ logger = get_logger(__name__)
 
 
 def check_output_folder(model_args: Any, training_args: Any, finetuning_args: Any) -> None:
-    """Check that output_dir can be written, and that what a training run saves would not mix with what is there.
+    """Check that output_dir can be written, and that a training run would not mix a model and an adapter in it.
 
     Raises:
-        ValueError: if it is a file, cannot be written, holds the model that an adapter is trained for, or holds a
-            model where an adapter is saved, or an adapter where a model is; each with the cure.
+        ValueError: if it is a file, cannot be written, is the folder of the adapter's base model, or holds a model
+            where the run saves an adapter or the reverse.
     """
     folder = Path(training_args.output_dir)
     _check_writable(folder)
@@ -43,15 +43,17 @@ def check_output_folder(model_args: Any, training_args: Any, finetuning_args: An
 
 
 def _check_writable(folder: Path) -> None:
-    """Write a file where the folder is, or would be made."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise ValueError(f"output_dir: {folder} cannot be a folder, as {place} is a file; choose another output_dir")
+    """Check that a file can be written to the folder, or to its nearest parent that exists."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(
+            f"output_dir: {folder} cannot be a folder, as {existing} is a file; choose another output_dir"
+        )
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"x")
     except OSError as error:
         raise ValueError(
             f"output_dir: {folder} cannot be written ({error.strerror or error}); choose another output_dir, or make "
-            f"{place} writable"
+            f"{existing} writable"
         ) from error

@@ -1,4 +1,4 @@
-"""What a run does, as one value: YAML and checkpoint resolved before any data is read or a model loaded."""
+"""The plan of a run: YAML and checkpoint resolved into one frozen value before data are read or a model is loaded."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run does.
+    """Everything that YAML and checkpoint decide about a run.
 
     Attributes:
         stage: `ddm` or `ddm-sft`.
-        given: the keys that the user wrote.
-        config: what the checkpoints of this run say about their diffusion process.
-        tokenizer_module: upstream's; its tokenizer has every token of the run.
-        template: upstream's.
+        given: the keys that the YAML sets.
+        config: the diffusion config of this run's checkpoints.
+        tokenizer_module: LLaMA-Factory's; its tokenizer has every token of the run.
+        template: LLaMA-Factory's.
         vocabulary: the tokens of the run.
-        model_config: of transformers.
+        model_config: transformers' config of the model.
         lengths: the variable-length format, or None.
-        collator: makes batches.
-        resume: the checkpoint to go on from, or None.
+        collator: the data collator.
+        resume: the checkpoint to resume from, or None.
     """
 
     stage: str
@@ -67,10 +67,10 @@ class RunPlan:
 def resolve_run(
     loaded: RunTokenizer, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
 ) -> RunPlan:
-    """Resolve YAML and checkpoint into a plan; the tokenizer gets the template's tokens, [MASK] and padding.
+    """Resolve YAML and checkpoint into a plan; add the template's tokens, [MASK] and padding to the tokenizer.
 
     Raises:
-        ValueError: for every contradiction within the YAML, or between it and the checkpoint, naming the key.
+        ValueError: if the YAML contradicts itself or the checkpoint, naming the key.
     """
     resume = resolve_resume(training_args, finetuning_args)
     finetunes, trains = finetuning_args.stage == "sft", training_args.do_train
@@ -126,16 +126,16 @@ def resolve_config(
     training_args: Any,
     finetuning_args: Any,
 ) -> DiffusionConfig:
-    """Return what the checkpoint says about its diffusion process, or what the YAML says of one that is silent.
+    """Return the checkpoint's diffusion config, or without one, a config made from the YAML.
 
-    In a run that trains, a silent checkpoint is an autoregressive model, whose attention is annealed. In another it is
-    taken for a finished diffusion model from elsewhere, and the user is told.
+    A run that trains takes a model without a config for an autoregressive one, and anneals its attention. Any other
+    run takes it for a finished diffusion model from elsewhere, and warns.
     """
     name, trains = model_args.model_name_or_path, training_args.do_train
     if stored is not None:
         if trains and stored.attention_ratio == 1.0 and "anneal_steps" in finetuning_args.parsed.given:
             logger.info_rank0(
-                f"anneal_steps: {finetuning_args.anneal_steps} is not read, as {name} attends to both sides already."
+                f"anneal_steps: {finetuning_args.anneal_steps} has no effect: {name} has full attention already."
             )
         return stored
     shift = finetuning_args.shift is not False

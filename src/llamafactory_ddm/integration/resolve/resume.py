@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, never one that a kill or a full disk left incomplete."""
+"""The checkpoint that a run resumes from; never one that a kill or a full disk left incomplete."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _AGREEING = (
 def resolve_resume(training_args: Any, finetuning_args: Any) -> str | None:
     """Return the folder to resume from, or None to start anew.
 
-    A folder that the user named must be complete. `resume_from_checkpoint: true`, and upstream's own search in an
-    output_dir that is not overwritten, take the newest complete checkpoint, and say which ones they passed over.
+    A folder that the user names must be complete. `resume_from_checkpoint: true`, and LLaMA-Factory's own search in an
+    output_dir that is not overwritten, take the newest complete checkpoint, and log the incomplete ones they skip.
 
     Raises:
         ValueError: if the named folder is missing or incomplete, or `true` finds no checkpoint.
@@ -65,7 +65,7 @@ def resolve_resume(training_args: Any, finetuning_args: Any) -> str | None:
 
 
 def _of_kind(folder: Path, finetuning_args: Any) -> str:
-    """Return the folder if it holds what the run saves.
+    """Return the folder if it holds the kind of weights that the run saves.
 
     Raises:
         ValueError: if it holds an adapter and the run saves a model, or the reverse.
@@ -81,7 +81,7 @@ def _of_kind(folder: Path, finetuning_args: Any) -> str:
 
 
 def how_to_go_on(training_args: Any) -> str:
-    """Return what somebody who has interrupted a run may do next."""
+    """Return how to resume a run that was interrupted."""
     if training_args.do_train:
         best, _ = last_complete_checkpoint(training_args.output_dir)
         if best is not None:
@@ -93,10 +93,10 @@ def how_to_go_on(training_args: Any) -> str:
 
 
 def check_resumed(config: DiffusionConfig, folder: str) -> None:
-    """Check that the run is the one that `folder` was saved by.
+    """Check that this run has the diffusion config of the checkpoint in `folder`.
 
     Raises:
-        ValueError: naming the key that differs, and both values.
+        ValueError: if a key differs, naming it and both values.
     """
     stored = DiffusionConfig.load(folder)
     for key in _AGREEING:

@@ -1,4 +1,4 @@
-"""What decides how a run trains, kept with its checkpoints, so that resuming goes on with the same run."""
+"""The settings that decide how a run trains, stored with its checkpoints, so that only the same run resumes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ..logs import get_logger
 
 logger = get_logger(__name__)
 FILE_NAME = "diffusion_run.json"
-_ROWS = 64  # that stand for a data set
+_ROWS = 64  # rows that are hashed for a data set's fingerprint
 
 _OF_DATA = (
     *("dataset", "template", "cutoff_len", "packing", "train_on_prompt", "mask_history", "default_system"),
     *("max_samples", "val_size", "streaming", "mix_strategy", "interleave_probs"),
 )
-# The optimiser's own are read back from the checkpoint, whatever the YAML says.
+# The checkpoint stores the optimiser's settings, and they override the YAML.
 _OF_TRAINING = (
     *("seed", "data_seed", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
     *("neftune_noise_alpha", "disable_shuffling"),
 )
-# What the checkpoint's diffusion_config.json says is compared with that.
+# Keys of diffusion_config.json are compared with that file.
 _OF_DIFFUSION = (
     *("anneal_steps", "time_epsilon", "loss_weighting", "loss_norm", "antithetic_time", "random_truncate_ratio"),
     *("pad_extra_blocks", "drop_overlong", "pad_mask_ratio", "pad_anneal_steps"),
@@ -33,7 +33,7 @@ _OF_LORA = (
     *("use_rslora", "use_dora", "pissa_init", "create_new_adapter"),
 )
 _OF_FREEZE = ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
-# They take effect, and somebody may want them to: said in one line.
+# These may change between runs, and take effect; a change is logged.
 _MAY_CHANGE = (
     *("max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "max_grad_norm", "bf16"),
     *("fp16", "logging_steps", "save_strategy", "save_steps", "eval_strategy", "eval_steps"),
@@ -43,14 +43,14 @@ _MAY_CHANGE = (
 def run_facts(
     model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any, dataset: Any
 ) -> dict[str, Any]:
-    """Return what decides how a run trains, as JSON has it.
+    """Return the settings that decide how a run trains, as JSON values.
 
     Args:
-        model_args: upstream's.
-        data_args: upstream's.
-        training_args: upstream's.
-        finetuning_args: upstream's, with our keys.
-        dataset: the training rows; a streamed set goes by its name alone.
+        model_args: LLaMA-Factory's.
+        data_args: LLaMA-Factory's.
+        training_args: LLaMA-Factory's.
+        finetuning_args: LLaMA-Factory's, with this package's keys.
+        dataset: the training rows; a streamed data set is identified by its name only.
     """
     kind = finetuning_args.finetuning_type
     of_kind = {"lora": _OF_LORA, "freeze": _OF_FREEZE}.get(kind, ())
@@ -58,9 +58,9 @@ def run_facts(
     facts = {name: _value(name, training_args, finetuning_args, data_args) for name in names}
     facts |= {"stage": finetuning_args.diffusion_stage, "finetuning_type": kind}
     if data_args.packing and finetuning_args.stage == "sft":
-        facts["cutoff_len"] += 1  # upstream took a token off what the YAML says
+        facts["cutoff_len"] += 1  # LLaMA-Factory subtracted a token from the YAML's value
     if kind == "lora":
-        facts["model_name_or_path"] = _place(model_args.model_name_or_path)
+        facts["model_name_or_path"] = _absolute(model_args.model_name_or_path)
     facts["rows of a step"] = (
         training_args.per_device_train_batch_size
         * training_args.gradient_accumulation_steps
@@ -72,15 +72,15 @@ def run_facts(
 
 
 def save_facts(facts: dict[str, Any], folder: Path) -> None:
-    """Write them into a checkpoint."""
+    """Write the facts into a checkpoint's folder."""
     (folder / FILE_NAME).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_facts(facts: dict[str, Any], folder: str) -> None:
-    """Check that the run is the one that the checkpoint in `folder` was saved by, if the checkpoint holds its facts.
+    """Check that this run has the settings of the checkpoint in `folder`, if the checkpoint stores them.
 
     Raises:
-        ValueError: naming what differs, with both values.
+        ValueError: if a setting differs, naming it and both values.
     """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
@@ -120,17 +120,17 @@ def _said(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _place(name: str | None) -> str | None:
+def _absolute(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
 
 
 def _fingerprint(dataset: Any) -> str | None:
-    """Return a hash of how many rows there are, and of some that lie evenly spread."""
+    """Return the number of rows and a hash of some evenly spread ones."""
     if dataset is None or not hasattr(dataset, "__len__") or not len(dataset):
         return None
     count = len(dataset)
-    places = sorted({place * (count - 1) // max(_ROWS - 1, 1) for place in range(_ROWS)})
-    rows = [dataset[place] for place in places]
+    indices = sorted({number * (count - 1) // max(_ROWS - 1, 1) for number in range(_ROWS)})
+    rows = [dataset[index] for index in indices]
     shown = [[_listed(row.get(key)) for key in ("input_ids", "labels")] for row in rows]
     return f"{count} rows, {hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]}"
 

@@ -1,4 +1,4 @@
-"""What `stage: ddm-sft` adds to a run: its tokenizer, its template, and what its checkpoints say about padding."""
+"""`stage: ddm-sft` in a run: split digits, the template with its sep_token, and training on padding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .start_and_end import with_padding, with_template
 
 
 def resolve_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> None:
-    """Have the tokenizer split digits if split_digits asks for it.
+    """Make the tokenizer split digits if split_digits is true.
 
     Raises:
-        ValueError: if it asks for them joined and the tokenizer splits them, or the tokenizer is a slow one.
+        ValueError: if split_digits is false and the tokenizer splits digits, or the tokenizer is a slow one.
     """
     asked = finetuning_args.split_digits
     if asked is None or asked == splits_digits(tokenizer_module["tokenizer"]):
@@ -39,10 +39,11 @@ def resolve_template(
     mask_id: int,
     cuts: bool,
 ) -> Any:
-    """Return the template with what it needs of this run; with `cuts` it cuts examples to cutoff_len.
+    """Return the template with sep_token and, with `cuts`, cutoff_len set.
 
     Raises:
-        ValueError: if sep_token is missing, is no token or the mask token, contradicts the checkpoint or has no use.
+        ValueError: if sep_token is missing, not one token, the mask token, contradicts the checkpoint, or belongs to
+            another template.
     """
     asked = finetuning_args.sep_token
     if not isinstance(template, DiffuLlamaTemplate):
@@ -62,26 +63,26 @@ def resolve_template(
     sep, index = resolve_token(tokenizer, "sep_token", named)
     if index == mask_id:
         raise ValueError(
-            f"sep_token: {sep!r} is the mask token, which stands for what is to be written; name another token"
+            f"sep_token: {sep!r} is the mask token, which marks positions to generate; name another token"
         )
     if config is not None and stored is not None and (sep, index) != (stored, config.sep_token_id):
         raise ValueError(
             f"sep_token: {sep!r} (id {index}) contradicts the checkpoint, which was trained with {stored!r} (id "
             f"{config.sep_token_id}); remove the key from the YAML"
         )
-    # Of the YAML's cutoff_len upstream has taken a token off for packing, and may cut what fills the row by one more.
+    # For packing, LLaMA-Factory has subtracted a token from cutoff_len, and may cut a full row by one more.
     packed = bool(data_args.packing)
     longest = data_args.cutoff_len - packed
     if cuts and longest <= MARKS:
         raise ValueError(
-            f"cutoff_len: {data_args.cutoff_len + packed} leaves no room for an answer beside the {MARKS} marks of "
-            f"template: {DIFFULLAMA}; set it to at least {MARKS + 1 + 2 * packed}"
+            f"cutoff_len: {data_args.cutoff_len + packed} leaves no room for a response with the {MARKS} special "
+            f"tokens of template: {DIFFULLAMA}; set it to at least {MARKS + 1 + 2 * packed}"
         )
     return replace(template, sep_token=sep, cutoff_len=longest if cuts else None)
 
 
 def with_own_cut(template: Any, data_args: Any) -> Any:
-    """Return the data arguments to prepare with: a template that cuts examples itself is not cut a second time."""
+    """Return the data arguments for preparation, without cutoff_len if the template cuts examples itself."""
     if not isinstance(template, DiffuLlamaTemplate) or data_args.packing:
         return data_args
     return uncut(data_args)
@@ -90,23 +91,23 @@ def with_own_cut(template: Any, data_args: Any) -> Any:
 def finetuned_config(
     config: DiffusionConfig, template: Any, tokenizer: Any, data_args: Any, finetuning_args: Any
 ) -> DiffusionConfig:
-    """Return what the checkpoints of this run say about themselves.
+    """Return the diffusion config of this run's checkpoints, with train_on_padding, template and sep_token.
 
     Raises:
         ValueError: if train_on_padding contradicts the checkpoint, or packing.
     """
     asked = finetuning_args.train_on_padding
     config.check_against(train_on_padding=asked if config.train_on_padding is not None else None)
-    settled = asked if asked is not None else config.train_on_padding
-    if settled and data_args.packing:
-        said = "train_on_padding: true" if asked else "the checkpoint, which was trained with train_on_padding: true,"
+    resolved = asked if asked is not None else config.train_on_padding
+    if resolved and data_args.packing:
+        owner = "train_on_padding: true" if asked else "the checkpoint, which was trained with train_on_padding: true,"
         raise ValueError(
-            f"{said} contradicts packing: true, whose rows have no padding to learn; set packing: false (and "
+            f"{owner} contradicts packing: true, whose rows have no padding to learn; set packing: false (and "
             "neat_packing: false)"
         )
-    if settled is None:
-        settled = not data_args.packing
-    config = with_template(replace(config, train_on_padding=settled), template, tokenizer, data_args)
+    if resolved is None:
+        resolved = not data_args.packing
+    config = with_template(replace(config, train_on_padding=resolved), template, tokenizer, data_args)
     config = with_padding(config, tokenizer)
     sep = template.sep_token if isinstance(template, DiffuLlamaTemplate) else None
     if sep is None:
@@ -115,7 +116,7 @@ def finetuned_config(
 
 
 def response_collator(config: DiffusionConfig, tokenizer: Any, data_args: Any) -> ResponseCollator:
-    """Return the collator of a run whose checkpoints say `config`."""
+    """Return the collator of a run with this diffusion config."""
     return ResponseCollator(
         pad_id=tokenizer.pad_token_id,
         shift=config.shift,

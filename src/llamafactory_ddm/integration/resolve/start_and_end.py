@@ -1,4 +1,4 @@
-"""What texts start from, end with and are prompted by: settled once, in training, and kept by the checkpoint."""
+"""Start tokens, end tokens and the prompt template: resolved in training, and stored with the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,31 +17,34 @@ logger = get_logger(__name__)
 
 
 def take_stored_template(config: DiffusionConfig | None, data_args: Any) -> None:
-    """Have a run that names no template take the one that the checkpoint was finetuned with."""
+    """Set `template` to the one that the checkpoint was finetuned with, if the YAML names none."""
     stored = None if config is None else config.template
     if data_args.template is None and stored is not None and stored.name in TEMPLATES:
-        logger.info_rank0(f"template: is not given, and the checkpoint was finetuned with {stored.name}: it is taken.")
+        logger.info_rank0(f"template: is not set; using {stored.name}, which the checkpoint was finetuned with.")
         data_args.template = stored.name
 
 
 def keep_end_token(config: DiffusionConfig | None, tokenizer: Any, data_args: Any, *, trains: bool) -> None:
-    """Have documents end with what the checkpoint was trained to end them with, whatever the template says.
+    """Set EOS to the token that the checkpoint was trained to end documents with, even if the template has another.
 
-    A run that trains may teach another end; it is told.
+    A run that trains keeps the template's EOS, and logs that the model learns it.
     """
     stored = () if config is None else config.end_tokens or ()
     if not stored or tokenizer.eos_token in stored:
         return
-    said = f"template: {data_args.template} ends texts with {tokenizer.eos_token}, but the checkpoint was trained to "
+    message = (
+        f"template: {data_args.template} ends texts with {tokenizer.eos_token}, but the checkpoint was trained to end "
+        f"them with {stored[0]}; "
+    )
     if trains:
-        logger.warning_rank0(f"{said}end them with {stored[0]}; it learns the template's from now on.")
+        logger.warning_rank0(f"{message}it learns the template's from now on.")
         return
-    logger.warning_rank0(f"{said}end them with {stored[0]}; this run goes by the checkpoint. Remove template.")
+    logger.warning_rank0(f"{message}this run uses the checkpoint's. Remove template.")
     tokenizer.eos_token = stored[0]
 
 
 def tell_other_template(config: DiffusionConfig | None, template: Any, tokenizer: Any, data_args: Any) -> None:
-    """Say in one line if prompts are written otherwise than those that the checkpoint was finetuned on."""
+    """Warn in one line if prompts are formatted differently from those that the checkpoint was finetuned on."""
     stored = None if config is None else config.template
     if stored is None:
         return
@@ -64,10 +67,10 @@ def tell_other_template(config: DiffusionConfig | None, template: Any, tokenizer
 def with_start_and_end(
     config: DiffusionConfig, template: Any, tokenizer: Any, data_args: Any, *, finetunes: bool, trains: bool
 ) -> DiffusionConfig:
-    """Return what a checkpoint of this run says of the tokens that its texts start from and end with.
+    """Return the config with the start and end tokens of this run.
 
-    A run that trains adds the ends that it teaches to those that the checkpoint has learnt; one that does not takes
-    the checkpoint's, and under a template, whose turn the model has to end, the template's too.
+    A run that trains adds the end tokens that it teaches to the checkpoint's. A run that does not train uses the
+    checkpoint's, and with a template also the template's, which end a turn.
 
     Raises:
         ValueError: if a start token is needed and the tokenizer has none.
@@ -92,21 +95,21 @@ def with_start_and_end(
 
 
 def with_padding(config: DiffusionConfig, tokenizer: Any) -> DiffusionConfig:
-    """Return the config with the padding among the ends: the model learns to write it behind a text."""
+    """Return the config with padding among the end tokens, as the model learns to generate it after a text."""
     pad, index, ends = tokenizer.pad_token, tokenizer.pad_token_id, config.end_tokens or ()
     if config.variable_length is not None or not config.train_on_padding or pad in (*ends, config.mask_token, None):
         return config
     if words_among(tokenizer, [pad]):
-        return config  # a word of the vocabulary, which stands in texts as well
+        return config  # an ordinary word of the vocabulary, which texts contain
     return replace(config, end_tokens=(*ends, str(pad)), end_token_ids=(*(config.end_token_ids or ()), int(index)))
 
 
 def with_template(config: DiffusionConfig, template: Any, tokenizer: Any, data_args: Any) -> DiffusionConfig:
-    """Return the config with the way in which prompts are written."""
+    """Return the config with the prompt template of this run."""
     return replace(config, template=recorded(template, tokenizer, data_args.template))
 
 
 def _document_ends(tokenizer: Any, data_args: Any) -> list[str]:
-    """Return what upstream puts behind a document."""
+    """Return the tokens that LLaMA-Factory appends to a document."""
     own = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
     return [*own, "<|end_of_text|>"] if data_args.template == "llama3" else own

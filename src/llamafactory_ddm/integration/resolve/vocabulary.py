@@ -1,8 +1,8 @@
-"""The tokens that a run adds to its tokenizer, and whether its model will learn them.
+"""The tokens that a run adds to its tokenizer, and checks that the model will learn them.
 
-Order matters, as ids are given in it: what the checkpoint says (its mask and pad tokens, which have their ids
-already), then upstream's add_tokens and add_special_tokens, the template's, the mask token, the pad tokens. All are in
-the tokenizer before data are tokenised, from an autoregressive base and from a diffusion checkpoint alike.
+Ids are assigned in this order: the checkpoint's mask and padding tokens (which have ids already), LLaMA-Factory's
+add_tokens and add_special_tokens, the template's tokens, the mask token, the padding tokens. All are added before data
+are tokenised, for autoregressive base models and diffusion checkpoints alike.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _ADDS = "add_tokens or add_special_tokens"
 
 @dataclass
 class Additions:
-    """What has been added to a tokenizer so far.
+    """The tokens that have been added to a tokenizer so far.
 
     Attributes:
-        known: the ids below it were there before.
-        fresh: id of each token that was added.
-        reasons: the key that adds it.
+        known: ids below this number existed before.
+        fresh: id of each added token.
+        reasons: the YAML key that added it.
     """
 
     known: int
@@ -43,12 +43,12 @@ class Additions:
 
     @classmethod
     def to(cls, tokenizer: Any) -> Additions:
-        """Begin with a tokenizer as it was saved."""
+        """Return the additions to a tokenizer in its present state, none yet."""
         vocabulary = tokenizer.get_vocab()
         return cls(max(vocabulary.values(), default=-1) + 1, _seen=set(vocabulary))
 
     def note(self, tokenizer: Any, key: str = _ADDS) -> None:
-        """Remember which tokens `key` has added."""
+        """Record the tokens that are new since the last call as added by `key`."""
         vocabulary = tokenizer.get_vocab()
         for token in sorted(vocabulary.keys() - self._seen, key=vocabulary.__getitem__):
             self.fresh[token], self.reasons[token] = int(vocabulary[token]), key
@@ -57,13 +57,13 @@ class Additions:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a run, all of which its tokenizer has.
+    """The tokens of a run; its tokenizer has all of them.
 
     Attributes:
         mask: the mask token.
-        pads: spellings of the pad tokens of the variable-length format.
-        additions: what the run has added.
-        needed: id of each other token for which the model must have a row.
+        pads: spellings of the padding tokens of the variable-length format.
+        additions: the tokens that the run has added.
+        needed: id of each other token that the model needs an embedding of.
     """
 
     mask: ResolvedMaskToken
@@ -72,32 +72,32 @@ class Vocabulary:
     needed: dict[str, int]
 
     def lacking(self, rows: int) -> dict[str, int]:
-        """Return token and id of what a model with `rows` rows was not trained on, or has no row for."""
+        """Return token and id of the tokens that a model with `rows` embeddings was not trained on or lacks."""
         without = {token: index for token, index in self.needed.items() if index >= rows}
         return {**self.additions.fresh, **without}
 
     def said(self, lacking: dict[str, int]) -> str:
-        """Return the tokens under the keys that bring them, for messages."""
+        """Return the tokens grouped by the keys that added them, for messages."""
         groups: dict[str, list[str]] = {}
         for token in lacking:
             groups.setdefault(self.additions.reasons.get(token, "the tokenizer"), []).append(token)
         return " and ".join(f"{key} ({', '.join(map(repr, tokens))})" for key, tokens in groups.items())
 
     def others(self, lacking: dict[str, int]) -> str:
-        """Return what one may use in place of tokens that cannot be new."""
+        """Return a hint at tokens to use instead of new ones, for messages."""
         without_pads = "; variable_length: eos_eos needs no pad token" if {*self.pads} & lacking.keys() else ""
         return f"name tokens that exist{without_pads}"
 
 
 @dataclass
 class RunTokenizer:
-    """The tokenizer of a run, with what its checkpoint was trained with.
+    """The tokenizer of a run, and the diffusion config and mask token of its checkpoint.
 
     Attributes:
-        module: upstream's `tokenizer` and `processor`.
-        additions: what has been added to it.
-        config: what the checkpoint says about its diffusion process; None for an autoregressive one.
-        mask: its mask token; None for an autoregressive one.
+        module: LLaMA-Factory's `tokenizer` and `processor`.
+        additions: the tokens that have been added to it.
+        config: the checkpoint's diffusion config; None for an autoregressive model.
+        mask: the checkpoint's mask token; None for an autoregressive model.
     """
 
     module: dict[str, Any]
@@ -107,7 +107,7 @@ class RunTokenizer:
 
 
 def restore_stored(tokenizer: Any, config: DiffusionConfig, mask: ResolvedMaskToken) -> None:
-    """Give a tokenizer the tokens that its checkpoint was trained with, before others take their ids.
+    """Add the tokens that the checkpoint was trained with to the tokenizer, before other tokens take their ids.
 
     Raises:
         ValueError: if the tokenizer gives one of them another id.
@@ -134,17 +134,17 @@ def resolve_vocabulary(
     lengths: LengthPlan | None,
     mask_token: str | int | None,
 ) -> Vocabulary:
-    """Give the tokenizer what it still lacks, and return the tokens of the run; the template's are in it by now.
+    """Add the tokens that the tokenizer still lacks, and return the tokens of the run; call it after the template.
 
     Args:
-        tokenizer: of the run.
-        additions: what was added to it.
-        mask: the checkpoint's mask token, None for an autoregressive model.
-        config: what the checkpoint says.
+        tokenizer: the run's tokenizer, with the template's tokens.
+        additions: the tokens that were added to it.
+        mask: the checkpoint's mask token; None for an autoregressive model.
+        config: the checkpoint's diffusion config.
         lengths: the variable-length format, or None.
-        mask_token: the YAML's.
+        mask_token: value of the YAML key.
     Raises:
-        ValueError: if there is no mask token, or it is one that text needs.
+        ValueError: if there is no mask token, or text needs it.
     """
     if mask is None:
         mask = resolve_mask_token(tokenizer, mask_token)
@@ -165,10 +165,10 @@ def resolve_vocabulary(
 def check_new_tokens(
     vocabulary: Vocabulary, model_config: Any, model_args: Any, training_args: Any, finetuning_args: Any
 ) -> None:
-    """Check, as far as that is known without the model, that it will learn the tokens that are new to it.
+    """Check, before the model is loaded, that it will learn its new tokens.
 
     Raises:
-        ValueError: naming the tokens, the key that adds them, and the cure.
+        ValueError: if it would not, naming the tokens, the key that adds them and what to do.
     """
     if not training_args.do_train:
         if training_args.do_eval or training_args.do_predict:  # a run that only prepares data uses no model
@@ -198,10 +198,10 @@ def check_new_tokens(
 
 
 def refuse_untrained(vocabulary: Vocabulary) -> None:
-    """Refuse tokens that no training has seen in a run that trains nothing.
+    """Refuse untrained tokens in a run that does not train.
 
     Raises:
-        ValueError: naming the tokens and the key that adds them.
+        ValueError: if there are any, naming the tokens and the key that adds them.
     """
     fresh = vocabulary.additions.fresh
     if fresh:
@@ -213,21 +213,21 @@ def refuse_untrained(vocabulary: Vocabulary) -> None:
 
 
 def resumes_adapter(model_args: Any, finetuning_args: Any) -> bool:
-    """Tell whether the run trains an adapter that is there already."""
+    """Tell whether the run trains an existing adapter."""
     return model_args.adapter_name_or_path is not None and not finetuning_args.create_new_adapter
 
 
 def check_stored(vocabulary: Vocabulary, model: Any, rows: int, model_args: Any, finetuning_args: Any) -> None:
-    """Check that the embeddings of tokens that are new to `model` are among what is about to be trained and stored.
+    """Check that the run will train and store the embeddings of tokens that are new to `model`.
 
     Args:
-        vocabulary: of the run.
-        model: before it grows.
-        rows: that the checkpoint has.
-        model_args: upstream's.
-        finetuning_args: upstream's, the names in it checked.
+        vocabulary: the tokens of the run.
+        model: the model before its embeddings are resized.
+        rows: number of embeddings in the checkpoint.
+        model_args: LLaMA-Factory's.
+        finetuning_args: LLaMA-Factory's, with checked names of modules.
     Raises:
-        ValueError: if not, naming the modules to add.
+        ValueError: if it will not, naming the modules to add.
     """
     lacking, kind = vocabulary.lacking(rows), finetuning_args.finetuning_type
     if not lacking or kind == "full":
@@ -241,7 +241,7 @@ def check_stored(vocabulary: Vocabulary, model: Any, rows: int, model_args: Any,
     embedding, head = embedding_names(model)
     trained, written = stored_embeddings(model, names or (), freeze=kind == "freeze")
     trained_together = has_tied_embeddings(model)
-    # [MASK] is never written, so its row of an untied output embedding need not be trained.
+    # [MASK] is never generated, so its entry in an untied output embedding needs no training.
     if trained and (written or set(lacking) == {vocabulary.mask.token}):
         return
     ends = [*([] if trained else [embedding]), *([head] if head and not (written or trained_together) else [])]
@@ -250,7 +250,7 @@ def check_stored(vocabulary: Vocabulary, model: Any, rows: int, model_args: Any,
 
 
 def _not_learnt(said: str, kind: str, missing: str, others: str) -> ValueError:
-    """Return the error of tokens whose embeddings would not be trained; `missing` are the modules to name."""
+    """Return the error for tokens whose embeddings would not be trained; `missing` are the modules to name."""
     others = f"{others}; or adapt the model in full first, with stage: ddm"
     if kind == "lora":
         return ValueError(
