@@ -6,6 +6,7 @@ python docs/make_trace.py saves/tiny_gpt2/full/ddm --seed 42
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable
 
 from llamafactory_ddm import LogitsConfig, SamplingSettings, load
@@ -33,7 +34,7 @@ def main() -> None:
     def show(step: int, pieces: Callable[[], list[list[str | None]]]) -> None:
         if step in shown:
             text = "".join(piece if piece is not None else f" {BLANK}" for piece in pieces()[0])
-            print(f"step {step + 1:>3}  {text.strip()}")
+            print(textwrap.fill(f"step {step + 1:>3}  {text.strip()}", 120, subsequent_indent=" " * 10))
 
     settings = SamplingSettings(
         denoising_strategy=arguments.strategy,

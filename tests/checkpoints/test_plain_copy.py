@@ -160,6 +160,7 @@ def test_nothing_but_weights_config_and_tokenizer_is_asked_of_the_hub(llada, cac
         plain_folder("owner/LLaDA-mini", download_dir=str(hub))
 
 
+@pytest.mark.slow
 def test_by_name_from_the_shell_and_in_the_usual_places(llada, tmp_path):
     """HF_HOME says where the hub's files lie, and the plain copies beside them."""
     in_hub(tmp_path / "home" / "hub", "owner/LLaDA-mini", [path for path in llada.iterdir() if path.suffix != ".py"])
@@ -180,6 +181,7 @@ def test_by_name_from_the_shell_and_in_the_usual_places(llada, tmp_path):
     assert "custom code" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_make_one_copy(llada, cache):
     script = (
         "import sys\n"

@@ -97,6 +97,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_no_traceback_on_a_mistake(name, tmp_path):
     words, text = MISTAKES[name]
@@ -116,6 +117,7 @@ def test_a_yaml_that_is_none(tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     out = tmp_path / "out"
     words = ["train", "examples/tiny_gpt2_full_ddm.yaml", f"output_dir={out}", "save_steps=1", "max_steps=1000"]

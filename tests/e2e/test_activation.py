@@ -50,6 +50,7 @@ def test_the_scripts_say_that_it_is_active(program):
     assert ACTIVE in run("env", program=program, fresh=True).stdout
 
 
+@pytest.mark.slow
 def test_the_module_and_help():
     assert ACTIVE in run("-m", "llamafactory.cli", "env", program=sys.executable).stdout
     text = " ".join(run("train", "-h", check=False, fresh=True).stdout.split())
@@ -69,11 +70,13 @@ def test_doctor():
     assert "NOT ACTIVE: PyTorch's autoload did not call it" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_explicit_launcher_needs_no_autoload():
     assert ACTIVE in run("env", program="llamafactory-ddm", env=OFF).stdout
     assert "llamafactory-ddm" not in run("env", env=OFF).stdout
 
 
+@pytest.mark.slow
 def test_chat_is_refused_and_never_autoregressive():
     words = ("model_name_or_path=data/tiny_gpt2", "template=empty", "stage=ddm", "finetuning_type=full")
     done = run("chat", "examples/tiny_gpt2_inference.yaml", *words, env={"ALLOW_EXTRA_ARGS": "1"}, check=False)
@@ -81,6 +84,7 @@ def test_chat_is_refused_and_never_autoregressive():
     assert "this command does not serve stage: ddm; generate with do_predict: true" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_v1_trainer_is_refused():
     done = run("train", "examples/tiny_gpt2_full_ddm.yaml", env={"USE_V1": "1"}, check=False)
     assert done.returncode != 0
@@ -102,6 +106,7 @@ def wheel(tmp_path_factory):
     return target
 
 
+@pytest.mark.slow
 def test_a_wheel_install_is_active(tmp_path, wheel):
     environment = farm(tmp_path / "site")
     assert ACTIVE in python("-m", "llamafactory.cli", "env", path=f"{environment}{os.pathsep}{wheel}").stdout
@@ -120,6 +125,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_the_plugin_upstream_is_as_it_was(tmp_path):
     environment = farm(tmp_path / "site")
     assert "refused: Some keys are not used" in python("-c", WITHOUT, path=environment).stdout
@@ -141,6 +147,7 @@ print("doctor:", doctor())
 """
 
 
+@pytest.mark.slow
 def test_an_unsupported_upstream_leaves_every_other_stage_working(tmp_path, wheel):
     """The same LLaMA-Factory, whose metadata say another version."""
     from importlib import metadata
@@ -199,6 +206,7 @@ def test_an_upstream_of_another_structure(stub):
     assert done.stderr.count("NOT ACTIVE: llamafactory.hparams.parser was imported before torch") == 1
 
 
+@pytest.mark.slow
 def test_our_modules_are_not_top_level_ones_in_torchruns_children(stub, tmp_path):
     """Python puts the launcher's own folder on the path; and the parent may have found the package in its folder."""
     launcher = ROOT / "src" / "llamafactory_ddm" / "_launcher.py"
@@ -213,6 +221,7 @@ def test_our_modules_are_not_top_level_ones_in_torchruns_children(stub, tmp_path
     assert done.stdout.strip() == "[None, None, None] ['x.yaml', 'a=b']", done.stderr
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_plugin_never_breaks_torch(tmp_path, wheel):
     """A plugin whose files are damaged."""
     broken = tmp_path / "broken"

@@ -101,6 +101,7 @@ def rows(folder):
     return [len(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ddm", "ddm-sft"])
 @pytest.mark.parametrize(
     ("tied", "template", "resize", "expected"),
@@ -130,6 +131,7 @@ def test_the_mean_is_of_what_the_model_knows(base, train):
     torch.testing.assert_close(after[KNOWN:], before.mean(dim=0).expand(3, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ddm", "ddm-sft"])
 def test_a_diffusion_checkpoint_and_a_template_that_adds_tokens(base, train, stage):
     """Its mask token keeps its id, and the model grows by what stands behind it."""
@@ -146,6 +148,7 @@ def test_a_diffusion_checkpoint_and_a_template_that_adds_tokens(base, train, sta
         train(first, "eval", template="chatml", dataset=None, **{**keys, "do_predict": False, "do_eval": True})
 
 
+@pytest.mark.slow
 def test_the_masks_spelling_in_data_is_the_same_from_a_base_and_from_a_checkpoint(base, train, monkeypatch):
     from llamafactory_ddm.integration.resolve import datasets
 
@@ -161,11 +164,13 @@ def test_the_masks_spelling_in_data_is_the_same_from_a_base_and_from_a_checkpoin
     assert seen[0] == seen[1]
 
 
+@pytest.mark.slow
 def test_a_mask_that_the_template_makes_the_end_of_text(base, train):
     with pytest.raises(ValueError, match=r"mask_token: '<\|im_end\|>' is the tokenizer's (pad|eos) token"):
         train(base(), template="chatml", mask_token="<|im_end|>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tied", "keys"),
     [
@@ -220,6 +225,7 @@ def test_what_an_adapter_or_frozen_layers_would_not_hold(base, train, monkeypatc
     train(model, "mask", **freeze, freeze_extra_modules="embed_tokens")  # the mask is never written
 
 
+@pytest.mark.slow
 def test_an_adapter_cannot_go_on_with_tokens_that_it_does_not_hold(base, train):
     model = base(extra=["<|mask|>"])
     out = train(model, finetuning_type="lora")
@@ -227,6 +233,7 @@ def test_an_adapter_cannot_go_on_with_tokens_that_it_does_not_hold(base, train):
         train(model, "more", finetuning_type="lora", adapter_name_or_path=out, template="chatml", mask_token=None)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(base, train):
     """Only those that the run needs get a row, so that an adapter does not store embeddings for nothing."""
     model = base(extra=["<|mask|>", "<|spare|>"], rows=KNOWN + 1)
@@ -237,6 +244,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(base, train):
         train(beyond, finetuning_type="lora")
 
 
+@pytest.mark.slow
 def test_tokens_that_are_described(base, train, tmp_path):
     (tmp_path / "tokens.yaml").write_text('"<svg>": "Tom saw a cat."\n"<end>": "It was red."\n')
     keys = {"new_special_tokens_config": tmp_path / "tokens.yaml", "init_special_tokens": "desc_init"}
@@ -248,6 +256,7 @@ def test_tokens_that_are_described(base, train, tmp_path):
     torch.testing.assert_close(after[KNOWN + 1], before[ids].mean(dim=0))
 
 
+@pytest.mark.slow
 def test_the_plain_adapter_of_pissa_convert(base, train, tmp_path):
     """It is a diffusion model with its tokenizer; what is kept beside it is half of one."""
     model = base(extra=["<|mask|>"])
@@ -279,6 +288,7 @@ def test_an_adapter_without_weights(base, train, tmp_path):
         train(model, "more", finetuning_type="lora", adapter_name_or_path=out)
 
 
+@pytest.mark.slow
 def test_half_precision_on_a_cpu_is_what_upstream_makes_of_it(base, train):
     """It computes in float32 there, so masks are float32 too."""
     train(base(), stage="ddm", fp16=True, anneal_steps=4)

@@ -47,6 +47,7 @@ def batches(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [{}, {"packing": True}, {"variable_length": "eos_pad"}])
 def test_a_template_whose_answers_end_where_the_next_turn_begins(finetune, write_data, tmp_path, batches, form):
     """Breeze: the first token of [INST] has the end-of-text token as label; later turns still come after [INST]."""
@@ -88,6 +89,7 @@ def said(*pairs):
 ANSWERED = said(("user", "Hi"), ("assistant", "Ho"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "entry", "words"),
     [
@@ -198,6 +200,7 @@ def test_a_cutoff_that_leaves_no_room_for_an_answer(finetune, tmp_path):
         finetune(tmp_path / "out", cutoff_len=5, packing=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "rows", "words"),
     [
@@ -219,6 +222,7 @@ def test_data_in_which_there_is_nothing_to_learn(
         run(tmp_path / "out", **keys, **({"packing": False} if stage == "ddm" else {}))
 
 
+@pytest.mark.slow
 def test_prepared_rows_remember_what_they_were_made_for(finetune, train_small, write_data, tmp_path):
     from datasets import load_from_disk
     from transformers import AutoTokenizer

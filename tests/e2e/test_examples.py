@@ -13,6 +13,7 @@ from support.published import write_dream, write_llada
 
 FITTING = "varlen_fit_length.yaml"
 RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
+QUICK = ("tiny_gpt2_full_ddm.yaml", "tiny_gpt2_inference.yaml", "tiny_gpt2_lora_ddm_sft.yaml", "varlen_eval.yaml")
 SMALL_TRAINING = (
     "max_steps=2",
     "warmup_steps=0",
@@ -98,7 +99,9 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
     return [*result, "cutoff_len=32", "val_size=4"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
+)
 def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adapter, monkeypatch):
     monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     keys = OmegaConf.load(ROOT / "examples" / name)

@@ -70,6 +70,7 @@ def test_only_the_response_is_noised(finetuned, small_data, tmp_path, finetune):
     assert any(odd)  # of one token a row, they would all be even eighths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -86,6 +87,7 @@ def test_each_key_changes_the_loss(change, finetuned, finetune, tmp_path):
     assert losses(finetune(tmp_path / "out", **change)) != losses(finetuned)
 
 
+@pytest.mark.slow
 def test_packing_and_neat_packing_are_one(finetune, tmp_path):
     packed = {"cutoff_len": 128, "max_steps": 2}
     one, two = (
@@ -96,6 +98,7 @@ def test_packing_and_neat_packing_are_one(finetune, tmp_path):
     assert DiffusionConfig.load(one).train_on_padding is False
 
 
+@pytest.mark.slow
 def test_several_turns_and_mask_history(small_data, finetune, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
@@ -164,6 +167,7 @@ def test_export_is_base_and_adapter(adapter, checkpoint, tmp_path, stage):
     assert len(solve(tmp_path / "solved", model_name_or_path=out)) == 3
 
 
+@pytest.mark.slow
 def test_a_trained_copy_of_tied_embeddings_stays_tied(checkpoint, finetune, tmp_path):
     out = finetune(tmp_path / "adapter", recipe=LORA, additional_target="wte")
     assert any("wte" in key for key in load_file(out / "adapter_model.safetensors"))
@@ -179,6 +183,7 @@ def test_a_trained_copy_of_tied_embeddings_stays_tied(checkpoint, finetune, tmp_
     assert losses(again) == pytest.approx(losses(same), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["use_dora", "use_rslora"])
 def test_upstreams_kinds_of_lora(key, adapter, checkpoint, finetune, tmp_path):
     out = finetune(tmp_path / "out", recipe=LORA, **{key: True})
@@ -232,6 +237,7 @@ def test_an_adapter_of_another_model_is_refused(adapter, train_small, tmp_path):
         solve(tmp_path / "solved", **keys)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_another_base(adapter, finetuned, tmp_path, caplog):
     keys = {"model_name_or_path": finetuned, "adapter_name_or_path": str(adapter), "finetuning_type": "lora"}
     solve(tmp_path / "solved", **keys)
@@ -262,6 +268,7 @@ def test_freeze_does_not_train_what_it_cannot(finetune, tmp_path):
         finetune(tmp_path / "out", **keys, mask_token="!")
 
 
+@pytest.mark.slow
 def test_what_was_tokenised_fits(finetune, tmp_path):
     keys = {"tokenized_path": str(tmp_path / "tokens"), "eval_dataset": ABSENT, "train_on_padding": False}
     finetune(tmp_path / "out", **keys)
@@ -280,6 +287,7 @@ def test_a_column_that_is_not_there(small_data, finetuned, tmp_path):
         solve(tmp_path / "solved", model_name_or_path=finetuned, dataset_dir=data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tiny_gpt2_full_ddm_sft.yaml", LORA])
 def test_a_resumed_run_is_the_uninterrupted_one(recipe, finetune, tmp_path):
     keys = {"recipe": recipe, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
@@ -313,6 +321,7 @@ def as_published(checkpoint, folder):
     return folder
 
 
+@pytest.mark.slow
 def test_checkpoint_dir_reads_diffugpts_layout(checkpoint, finetune, tmp_path):
     source = as_published(checkpoint, tmp_path / "published")
     keys = {"model_name_or_path": "data/tiny_gpt2", "checkpoint_dir": str(source), "mask_token": "<|mask|>"}
@@ -326,6 +335,7 @@ def test_checkpoint_dir_reads_diffugpts_layout(checkpoint, finetune, tmp_path):
     assert len(solve(tmp_path / "solved", **words)) == 3
 
 
+@pytest.mark.slow
 def test_lora_on_a_published_checkpoint(checkpoint, finetune, tmp_path):
     source = as_published(checkpoint, tmp_path / "published")
     shutil.copytree(ROOT / "data" / "tiny_gpt2", tmp_path / "base")
@@ -382,6 +392,7 @@ def test_keys_of_finetuning_belong_to_it(train_small, tmp_path):
         train_small(tmp_path / "out", train_on_padding=True)
 
 
+@pytest.mark.slow
 def test_digits_are_split_for_good(small_data, tmp_path, checkpoint, finetune):
     """With a tokenizer that joins them."""
     base = tmp_path / "base"

@@ -213,6 +213,7 @@ def test_more_steps_than_tokens_is_said_and_costs_nothing(generate, tmp_path, ca
     assert [row["forwards"] for row in lines(tmp_path / "out")] == [11] * 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(generate, tmp_path, monkeypatch):
     from llamafactory_ddm.generation.generator import TextGenerator
 
@@ -246,6 +247,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(generate, tmp_path, monkeyp
     assert calls[3:] == [[0, 1], [2, 3], [4, 5]]
 
 
+@pytest.mark.slow
 def test_a_billion_texts_begin_at_once(generate, tmp_path, monkeypatch):
     """Nothing is set aside for those to come, with a bar and sized canvases too."""
     from llamafactory_ddm.generation.generator import TextGenerator
@@ -267,6 +269,7 @@ def test_a_billion_texts_begin_at_once(generate, tmp_path, monkeypatch):
     assert calls == [[0, 1], [2, 3], [4, 5]] and peak < 200_000_000
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_give_the_same(generate, checkpoint, tmp_path):
     keys = {"recipe": KINDS["prefix"], "max_samples": 5, "diffusion_steps": 12, "cutoff_len": 40}
     one = generate(tmp_path / "one", **keys)
@@ -279,6 +282,7 @@ def test_two_processes_share_the_work_and_give_the_same(generate, checkpoint, tm
     assert metrics(both)["predict_samples"] == 5
 
 
+@pytest.mark.slow
 def test_the_command_for_people(checkpoint, tmp_path):
     def words(*more, **rest):
         return run("generate", checkpoint, "--max-new-tokens", "6", "--steps", "6", *more, program=PROGRAM, **rest)

@@ -83,6 +83,7 @@ def test_no_key_is_forgotten():
     assert ours == {*TRAINING, *SAMPLING, *ELSEWHERE} - set(UPSTREAM_KEYS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", TRAINING)
 def test_training_keys(key, checkpoint, train_small, tmp_path):
     changed = train_small(tmp_path / "out", **{key: TRAINING[key]})
@@ -96,6 +97,7 @@ def test_training_keys(key, checkpoint, train_small, tmp_path):
         assert stored.attention_ratio == 3 / 50
 
 
+@pytest.mark.slow
 def test_loss_norm_sequence(checkpoint, train_small, tmp_path):
     """Rows of one length: dividing each by its own length and by the rows is dividing by all tokens."""
     changed = train_small(tmp_path / "out", loss_norm="sequence")
@@ -107,6 +109,7 @@ def test_loss_norm_sequence(checkpoint, train_small, tmp_path):
     assert history(padded[0])[0]["loss"] != history(padded[1])[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", SAMPLING)
 def test_sampling_keys(key, generate, small_data, tmp_path):
     value, needed = SAMPLING[key]
@@ -123,6 +126,7 @@ def test_two_names_of_one_key(generate, tmp_path):
         generate(tmp_path / "out", logits_temp=0.1, temperature=0.2)
 
 
+@pytest.mark.slow
 def test_num_samples(generate, tmp_path):
     five = generate(tmp_path / "five", num_samples=5)
     assert len(five) == 5
@@ -132,6 +136,7 @@ def test_num_samples(generate, tmp_path):
     assert generate(tmp_path / "seed", num_samples=5, seed=1) != five
 
 
+@pytest.mark.slow
 def test_eval_time_samples(train_small, tmp_path):
     keys = {"do_eval": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
     one, four = (
@@ -150,6 +155,7 @@ def test_stop_after_nan_steps(train_small, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_mask_token_that_exists(train_small, tmp_path):
     folder = train_small(tmp_path / "out", mask_token=10)
     stored, tokenizer = DiffusionConfig.load(folder), AutoTokenizer.from_pretrained(folder)

@@ -72,6 +72,7 @@ def test_the_predictors_lie_beside_the_model_with_a_report(fitted, trained):
     assert all((folder / path.name).read_bytes() == path.read_bytes() for path in trained.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_fitting_again_gives_the_same_and_its_keys_count(fitted, trained, words, tmp_path):
     """Whatever the batch; and the seed, the learning rate and the epochs make a difference."""
     folder, _ = fitted
@@ -91,6 +92,7 @@ def test_fitting_again_gives_the_same_and_its_keys_count(fitted, trained, words,
         assert other["regressor"].tolist() != first["regressor"].tolist()
 
 
+@pytest.mark.slow
 def test_each_predictor_decides_how_many_places_there_are(fitted, trained, answers):
     folder, _ = fitted
     computed = {}
@@ -113,6 +115,7 @@ def test_each_predictor_decides_how_many_places_there_are(fitted, trained, answe
         answers(trained, early_stop="predict", length_predictor="regressor")
 
 
+@pytest.mark.slow
 def test_the_belief_says_where_it_has_no_margin(fitted, answers, caplog):
     folder, _ = fitted
     answers(folder, early_stop="predict", cutoff_len=80)
@@ -123,6 +126,7 @@ def test_the_belief_says_where_it_has_no_margin(fitted, answers, caplog):
     assert "without margins" not in caplog.text
 
 
+@pytest.mark.slow
 def test_the_blocks_of_a_checkpoint_are_those_of_generation(finetune, answers, tmp_path):
     """No key of the YAML repeats pad_block_length, and a run that does not train changes nothing of the checkpoint."""
     keys = {"variable_length": "eos_pad", "pad_block_length": 16, "pad_extra_blocks": 1}
@@ -154,6 +158,7 @@ def test_the_blocks_of_a_checkpoint_are_those_of_generation(finetune, answers, t
     assert DiffusionConfig.load(other).variable_length.extra is None
 
 
+@pytest.mark.slow
 def test_predictors_of_old_weights_are_removed(fitted, small_data, tmp_path, caplog):
     folder = tmp_path / "model"
     shutil.copytree(fitted[0], folder)
@@ -165,6 +170,7 @@ def test_predictors_of_old_weights_are_removed(fitted, small_data, tmp_path, cap
     assert (fitted[0] / FILE_NAME).is_file()
 
 
+@pytest.mark.slow
 def test_an_adapter_and_documents(adapter, checkpoint, finetune, train_small, words, tmp_path):
     """Predictors of an adapter lie beside the adapter; those of documents are fitted behind places drawn at random."""
     own = finetune(tmp_path / "adapter", recipe="tiny_gpt2_lora_ddm_sft.yaml", variable_length="eos_eos")
@@ -183,6 +189,7 @@ def test_an_adapter_and_documents(adapter, checkpoint, finetune, train_small, wo
     assert json.loads((documents / REPORT_NAME).read_text())["held_out"] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
@@ -210,6 +217,7 @@ def test_mistakes_are_explained(keys, said, trained, finetuned, words, tmp_path)
     assert not (trained / FILE_NAME).exists()
 
 
+@pytest.mark.slow
 def test_the_prompt_is_never_part_of_the_answer(fitted, trained, words, tmp_path):
     """train_on_prompt and keys of training change nothing, and are said to."""
     shutil.copytree(trained, tmp_path / "model")
@@ -242,6 +250,7 @@ def test_growing(trained, answers):
     assert sure["predict_computed_tokens"] > grown["predict_computed_tokens"]  # nothing is ever certain
 
 
+@pytest.mark.slow
 def test_ends_that_are_penalised_or_late(trained, answers):
     """Greedily and surest first, the model ends its texts at once; not if ends cost, or have to wait."""
     keys = {"denoising_strategy": "low_confidence", "diffusion_steps": 24}
@@ -256,6 +265,7 @@ def test_ends_that_are_penalised_or_late(trained, answers):
     assert sum(map(len, late)) > sum(map(len, soon))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "said"),
     [

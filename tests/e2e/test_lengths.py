@@ -35,6 +35,7 @@ def documents(train_small):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "change"),
     [
@@ -77,6 +78,7 @@ def test_the_checkpoint_says_how_its_rows_end(eos_pad, checkpoint, finetune, tmp
     assert losses(again)[0] < losses(eos_pad)[0]
 
 
+@pytest.mark.slow
 def test_new_pads_begin_as_the_mean_of_the_old_embeddings(checkpoint, finetune, tmp_path):
     out = finetune(tmp_path / "out", variable_length="rainbow", rainbow_colors=3, learning_rate=0.0)
     old = load_file(checkpoint / "model.safetensors")["transformer.wte.weight"].float()
@@ -112,6 +114,7 @@ def test_stopping_at_the_end_changes_no_text(trained, tmp_path):
     assert results["eos"]["predict_computed_tokens"] < results["none"]["predict_computed_tokens"]
 
 
+@pytest.mark.slow
 def test_no_more_places_than_needed(trained, tmp_path):
     """The model writes pads everywhere, and knows so from the start."""
     small = {"max_samples": 6, "diffusion_steps": 12, "cutoff_len": 64, "overwrite_cache": True}
@@ -137,6 +140,7 @@ def test_no_more_places_than_needed(trained, tmp_path):
     assert len(short) == 1
 
 
+@pytest.mark.slow
 def test_accumulation_and_resuming_change_nothing(finetune, tmp_path):
     keys = {**PADS, "pad_anneal_steps": 3, "eos_window_ratio": 0.4, "eos_window_anneal_steps": 3, "max_steps": 4}
     keys |= {"save_strategy": "steps", "save_steps": 2}
@@ -177,6 +181,7 @@ def test_rows_that_have_no_room(documents, finetune, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_needs_a_place_for_new_pads(checkpoint, finetune, tmp_path):
     with pytest.raises(
         ValueError, match=r"variable_length \('<\|pad\|>'\): new to the model.*additional_target.*eos_eos"

@@ -90,6 +90,7 @@ def spread(way, recipe, folder, checkpoint, data, *more, env=None):
     start(recipe, folder, checkpoint, data, *keys, *more, in_two=in_two, yaml=yaml, env=env)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_is_the_run_of_one_process(way, recipe, one, checkpoint, small_data, tmp_path):
@@ -109,6 +110,7 @@ def test_each_way_is_the_run_of_one_process(way, recipe, one, checkpoint, small_
         assert AutoModelForCausalLM.from_pretrained(out)(torch.arange(9)[None]).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_as_torchrun_starts_it(one, checkpoint, small_data, tmp_path):
     """And to the end of the interpreter, which the other tests leave out."""
     env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
@@ -117,6 +119,7 @@ def test_as_torchrun_starts_it(one, checkpoint, small_data, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=WAYS["fsdp"][2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["accumulation", "ddp", "zero2"])
 def test_mixed_noise_is_the_same_however_rows_are_spread(way, checkpoint, small_data, tmp_path):
     more = ("noise_process=mixed", "uniform_ratio=0.3")
@@ -164,6 +167,7 @@ def one_row_a_process(tmp_path_factory, untied, one_word):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp"])
 def test_a_process_without_a_masked_token(way, one_row_a_process, untied, one_word, tmp_path):
     """With untied embeddings and gradient checkpointing: a process with nothing to project still takes part."""
@@ -181,6 +185,7 @@ def test_a_process_without_a_masked_token(way, one_row_a_process, untied, one_wo
         torch.testing.assert_close(found[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp"])
 def test_each_way_resumes(way, checkpoint, small_data, tmp_path):
     whole, half = tmp_path / "whole", tmp_path / "half"
@@ -191,6 +196,7 @@ def test_each_way_resumes(way, checkpoint, small_data, tmp_path):
     assert [log["loss"] for log in history(half)] == pytest.approx([log["loss"] for log in history(whole)], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_in_all_processes(checkpoint, small_data, tmp_path):
     folder = tmp_path / "out"
     more = (*WAYS["ddp"][0], "learning_rate=1.0e+38", "max_steps=8", "save_steps=1", "max_grad_norm=0")

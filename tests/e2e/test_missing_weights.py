@@ -43,6 +43,7 @@ def test_an_adapter_without_a_layer(adapter, checkpoint, tmp_path):
         train_here(SOLVE, output_dir=tmp_path / "out", **small, **base)
 
 
+@pytest.mark.slow
 def test_an_export(checkpoint, tmp_path):
     from llamafactory.train.tuner import export_model
 

@@ -33,6 +33,7 @@ def test_mixed_noise_trains_from_an_autoregressive_model(mixed, checkpoint):
     assert first["masked_fraction"] == pytest.approx(masked["masked_fraction"] / 2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_masked_checkpoint_goes_on_under_mixed_noise_and_back(train_small, checkpoint, tmp_path):
     there = train_small(tmp_path / "there", model_name_or_path=checkpoint, noise_process="mixed")
     assert process(there) == ("mixed", 0.1)
@@ -44,6 +45,7 @@ def test_a_masked_checkpoint_goes_on_under_mixed_noise_and_back(train_small, che
     assert "nll" in history(back)[0]
 
 
+@pytest.mark.slow
 def test_a_ratio_of_zero_trains_bit_for_bit_as_masked_noise(train_small, checkpoint, tmp_path):
     zero = train_small(tmp_path / "zero", noise_process="mixed", uniform_ratio=0)
     assert [log["loss"] for log in history(zero)] == [log["loss"] for log in history(checkpoint)]
@@ -57,6 +59,7 @@ def test_answers_alone_are_noised(finetune, tmp_path):
     assert "eval_kl_q1" in evaluations(folder)[0]
 
 
+@pytest.mark.slow
 def test_an_adapter_may_go_on_under_other_noise_than_its_model(finetune, generate, checkpoint, mixed, tmp_path):
     adapter = finetune(tmp_path / "adapter", recipe="tiny_gpt2_lora_ddm_sft.yaml", **MIXED)
     assert process(adapter) == ("mixed", 0.5)
@@ -99,6 +102,7 @@ def test_keys_that_contradict_each_other(train_small, tmp_path, keys, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_ratio_alone_does_not_change_the_process(train_small, checkpoint, mixed, tmp_path):
     for folder, said in ((checkpoint, "masked, uniform_ratio: 0.0"), (mixed, "mixed, uniform_ratio: 0.5")):
         with pytest.raises(ValueError, match=f"uniform_ratio: 0.2 contradicts .* says noise_process: {said}"):
@@ -113,6 +117,7 @@ def test_a_ratio_alone_does_not_change_the_process(train_small, checkpoint, mixe
         )
 
 
+@pytest.mark.slow
 def test_random_truncate_ratio(train_small, finetune, checkpoint, tmp_path):
     cut = train_small(tmp_path / "cut", random_truncate_ratio=1.0)
     losses = [[log["loss"] for log in history(folder)] for folder in (cut, checkpoint)]
@@ -121,6 +126,7 @@ def test_random_truncate_ratio(train_small, finetune, checkpoint, tmp_path):
         finetune(tmp_path / "sft", random_truncate_ratio=0.5)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_continual_pre_training(train_small, generate, checkpoint, tmp_path):
     lora = {"finetuning_type": "lora", "lora_target": "c_attn,c_proj,c_fc"}
     adapter = train_small(tmp_path / "adapter", model_name_or_path=checkpoint, **lora, **MIXED, learning_rate=0.1)
@@ -130,6 +136,7 @@ def test_an_adapter_of_continual_pre_training(train_small, generate, checkpoint,
     assert written != generate(tmp_path / "base")
 
 
+@pytest.mark.slow
 def test_the_last_layers_alone_may_go_on(train_small, checkpoint, tmp_path):
     folder = train_small(
         tmp_path / "out", model_name_or_path=checkpoint, finetuning_type="freeze", freeze_trainable_layers=1, **MIXED
@@ -140,6 +147,7 @@ def test_the_last_layers_alone_may_go_on(train_small, checkpoint, tmp_path):
     assert changed and all(name.startswith(f"transformer.h.{last}.") for name in changed)
 
 
+@pytest.mark.slow
 def test_an_export_is_what_was_trained(mixed, tmp_path):
     words = ("--model_name_or_path", mixed, "--template", "empty", "--finetuning_type", "full", "--stage", "ddm")
     to = ("--export_dir", tmp_path / "out", "--export_device", "cpu")
@@ -150,6 +158,7 @@ def test_an_export_is_what_was_trained(mixed, tmp_path):
     assert process(tmp_path / "out") == ("mixed", 0.5)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(checkpoint, train_small, tmp_path):
     model = shutil.copytree(checkpoint, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -159,6 +168,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(checkpoint, train_
     assert all(math.isfinite(log["loss"]) for log in history(out))
 
 
+@pytest.mark.slow
 def test_generating_takes_the_noise_that_was_trained(mixed, generate, checkpoint, tmp_path):
     for model, noise in ((checkpoint, MIXED), (mixed, {"noise_process": "masked"}), (mixed, {"uniform_ratio": 0.3})):
         with pytest.raises(ValueError, match=r"contradicts the checkpoint, whose diffusion_config\.json says"):

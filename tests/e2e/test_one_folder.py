@@ -13,6 +13,7 @@ from support.cli import history
 LORA = "tiny_gpt2_lora_ddm_sft.yaml"
 
 
+@pytest.mark.slow
 def test_an_adapter_gives_way_to_a_model_and_a_model_to_an_adapter(adapter, checkpoint, finetune, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(adapter, out)
@@ -32,6 +33,7 @@ def test_an_adapter_gives_way_to_a_model_and_a_model_to_an_adapter(adapter, chec
         finetune(checkpoint, recipe=LORA, model_name_or_path=checkpoint)
 
 
+@pytest.mark.slow
 def test_resuming_another_run_is_an_error(finetune, small_data, tmp_path):
     keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     out = finetune(tmp_path / "out", **keys)

@@ -101,12 +101,14 @@ def bidirectional(folder):
     return model
 
 
+@pytest.mark.slow
 def test_one_copy_serves_all_runs(kind, trained, adapter, cache):
     (made,) = [path for path in cache.iterdir() if path.name.startswith(f"{kind.name}-")]
     assert plain_folder(kind.folder) == str(made)
     assert not [path for path in cache.iterdir() if "unfinished" in path.name]
 
 
+@pytest.mark.slow
 def test_training_in_full_knows_what_the_kind_is(kind, trained):
     config = DiffusionConfig.load(trained)
     assert (config.shift, config.mask_token, config.mask_token_id) == (kind.shift, kind.mask, MASK_ID)
@@ -120,6 +122,7 @@ def test_training_in_full_knows_what_the_kind_is(kind, trained):
     assert AutoTokenizer.from_pretrained(trained).convert_tokens_to_ids(kind.mask) == MASK_ID
 
 
+@pytest.mark.slow
 def test_what_was_trained_goes_back_into_its_layout(kind, trained, tmp_path):
     back = tmp_path / "back"
     assert main(["convert", str(trained), str(back), "--published"]) == 0
@@ -136,6 +139,7 @@ def test_what_was_trained_goes_back_into_its_layout(kind, trained, tmp_path):
     torch.testing.assert_close(logits(load(back).model), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_finetuning_in_full_and_going_on(kind, trained, tmp_path):
     out = kind.train(tmp_path / "out", **FULL, model_name_or_path=trained, max_steps=2)
     config = DiffusionConfig.load(out)
@@ -155,6 +159,7 @@ def test_generating_from_noise_and_from_prompts(kind, tmp_path):
     assert len(kind.predict(tmp_path / "noise", **noise)) == 2
 
 
+@pytest.mark.slow
 def test_an_adapter_names_what_was_published(kind, adapter, cache, tmp_path, caplog):
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(kind.folder)
@@ -169,6 +174,7 @@ def test_an_adapter_names_what_was_published(kind, adapter, cache, tmp_path, cap
     assert "was trained on" not in caplog.text  # the adapter and its base belong together
 
 
+@pytest.mark.slow
 def test_an_adapter_outlives_the_cache_and_is_merged(kind, adapter, tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE, str(tmp_path / "another"))
     model = load(adapter).model
@@ -181,6 +187,7 @@ def test_an_adapter_outlives_the_cache_and_is_merged(kind, adapter, tmp_path, mo
     assert not torch.allclose(logits(plain), logits(model), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone(kind, adapter, tmp_path):
     moved = tmp_path / "adapter"
     shutil.copytree(adapter, moved)
@@ -190,6 +197,7 @@ def test_a_base_that_is_gone(kind, adapter, tmp_path):
         load(moved)
 
 
+@pytest.mark.slow
 def test_two_processes_find_it_by_its_name_on_the_hub(small_data, tmp_path):
     published = write_llada(tmp_path / "LLaDA-mini")
     hub, snapshot = in_hub(tmp_path / "hub", "owner/LLaDA-mini", published.iterdir())

@@ -19,6 +19,7 @@ def quantized(tmp_path_factory, finetune):
     return finetune(folder, recipe=LORA, quantization_bit=4, **keys)
 
 
+@pytest.mark.slow
 def test_it_trains_near_the_run_in_full_precision(quantized, finetune, tmp_path):
     full = finetune(tmp_path / "full", recipe=LORA, max_steps=4)
     for a, b in zip(history(full), history(quantized), strict=True):
@@ -28,6 +29,7 @@ def test_it_trains_near_the_run_in_full_precision(quantized, finetune, tmp_path)
     assert any(value.abs().max() > 0 for key, value in adapter(quantized).items() if "lora_B" in key)
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_training_alone(quantized, finetune, tmp_path):
     """bitsandbytes packs a layer that is evaluated on the CPU so that it cannot be trained any more."""
     without = finetune(tmp_path / "without", recipe=LORA, quantization_bit=4, max_steps=4)
@@ -38,6 +40,7 @@ def test_evaluation_leaves_training_alone(quantized, finetune, tmp_path):
     assert len(bounds) >= 4 and bounds[3] < bounds[0]
 
 
+@pytest.mark.slow
 def test_mixed_noise_in_four_bits(finetune, tmp_path):
     keys = {"recipe": LORA, "max_steps": 4, "noise_process": "mixed", "uniform_ratio": 0.2}
     full = finetune(tmp_path / "full", **keys)
@@ -47,6 +50,7 @@ def test_mixed_noise_in_four_bits(finetune, tmp_path):
         assert b["kl"] == pytest.approx(a["kl"], rel=0.05) and b["kl"] != a["kl"]
 
 
+@pytest.mark.slow
 def test_it_generates_and_merges(quantized, checkpoint, tmp_path):
     words = {"model_name_or_path": checkpoint, "adapter_name_or_path": quantized, "finetuning_type": "lora"}
     small = {"max_samples": 2, "diffusion_steps": 2, "cutoff_len": 64, "overwrite_cache": True}

@@ -16,64 +16,73 @@ from support.cli import QUIET, ROOT, run
 from support.limits import LIMIT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+DOCS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 
 
-EXPORT = next(line for line in COMMANDS if line.startswith("llamafactory-cli export"))
-INFILL = next(line for line in COMMANDS if "--infill" in line)
+def commands(text):
+    """Return the commands of a page's bash blocks, those that go on over several lines as one."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    return [line for block in blocks for line in re.sub(r" \\\n +", " ", block).splitlines() if line]
+
+
+RUN, TEST = commands(README)
+COMMANDS = [line for page in sorted(DOCS) for line in commands(DOCS[page])]
+(EXPORT,) = (line for line in COMMANDS if line.startswith("llamafactory-cli export"))
+SHELL = [line for line in COMMANDS if line.startswith("llamafactory-ddm generate")]
+RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
+
+
+def test_readme_fits_on_a_screen():
+    assert len(README.split()) <= 1500
+    assert max(map(len, README.splitlines())) <= 140
+
+
+def test_readme_has_two_commands_that_are_complete():
+    """Installing and testing is what .ci/run does; the YAMLs run in test_examples.py."""
+    new = "python3 -m venv v && . v/bin/activate && "
+    assert (
+        f"{new}pip install -e . && llamafactory-cli train examples/tiny_gpt2_full_ddm.yaml"
+        " && llamafactory-cli train examples/tiny_gpt2_inference.yaml" == RUN
+    )
+    assert new + 'pip install -e ".[dev]" && pytest' == TEST
+    check = (ROOT / ".ci" / "run").read_text().splitlines()
+    steps = (
+        TEST.replace("venv v ", 'venv "$venv" ').replace(". v/bin/activate", '. "$venv/bin/activate"').split(" && ")
+    )
+    at = [check.index(step) for step in steps]
+    assert at == sorted(at)
+    assert "pytest -m slow" in check  # the rest of the tests
 
 
 def test_the_commands_are_those_that_are_exercised():
-    """Installing and testing is what .ci/run does; the YAMLs run in test_examples.py."""
-    assert COMMANDS == [
-        "python -m venv v && . v/bin/activate",
-        'pip install -e ".[dev]"',
-        "llamafactory-cli train examples/tiny_gpt2_full_ddm.yaml",
-        "llamafactory-cli train examples/tiny_gpt2_inference.yaml",
-        "pytest",
-        "llamafactory-cli train examples/tiny_gpt2_prefix_inference.yaml",
-        "llamafactory-cli train examples/tiny_gpt2_infill_inference.yaml",
-        "llamafactory-cli train examples/tiny_gpt2_prompt_inference.yaml",
-        "llamafactory-ddm generate saves/tiny_gpt2/full/ddm --show",
-        INFILL,
-        "llamafactory-cli train examples/tiny_gpt2_full_ddm_sft.yaml",
-        "llamafactory-cli train examples/tiny_gpt2_sft_inference.yaml",
-        "llamafactory-cli train examples/tiny_gpt2_lora_ddm_sft.yaml",
-        EXPORT,
-    ]
-    check = (ROOT / ".ci" / "run").read_text()
-    assert 'pip install -q -e ".[dev]"' in check
-    assert "\npytest\n" in check
+    """A YAML that a page names runs in test_examples.py; the others run below."""
+    assert len(SHELL) == 2 and "--show" in SHELL[0] and "--infill" in SHELL[1]
+    for line in COMMANDS:
+        program, command, *words = shlex.split(line)
+        if line not in (EXPORT, *SHELL):
+            assert (program, command) in (("llamafactory-cli", "train"), ("llamafactory-ddm", "fit-length")), line
+            assert len(words) == 1 and words[0].removeprefix("examples/") in RECIPES, line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+def test_every_recipe_is_in_a_table():
+    for name in RECIPES:
+        assert re.search(rf"^\|.*\(\.\./examples/{name}\)", DOCS["recipes"], re.M), name
 
 
-def test_every_recipe_is_in_the_table():
-    for path in (ROOT / "examples").glob("*.yaml"):
-        assert f"(examples/{path.name})" in README, path.name
+def test_every_task_has_one_recipe():
+    tasks = [line for line in README.splitlines() if "](examples/" in line]
+    assert len(tasks) >= 12
+    for line in tasks:
+        assert line.startswith("| [") and line.count("](examples/") == 1, line
 
 
 def test_every_key_is_documented_with_its_default():
-    section = README[README.index("## The keys") : README.index("## The idea")]
     for f in dataclasses.fields(DiffusionArguments):
-        row = next(line for line in section.splitlines() if line.startswith("|") and f"`{f.name}`" in line)
+        rows = [line for line in DOCS["keys"].splitlines() if line.startswith("|") and f"`{f.name}`" in line]
+        assert rows, f.name
         if f.default is not None:
             text = str(f.default).lower() if isinstance(f.default, bool) else f"{f.default}"
-            assert f"`{text}`" in row, f.name
-
-
-@pytest.mark.parametrize("page", ["glossary.md", "paper_index.md"])
-def test_files_that_a_page_names_exist(page):
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    for name in re.findall(r"`((?!tests/)\w+/\w+\.py)`", text):
-        assert (ROOT / "src" / "llamafactory_ddm" / name).is_file(), name
-    for name in re.findall(r"`(tests/\S+\.py)`", text):
-        assert (ROOT / name).is_file(), name
+            assert f"`{text}`" in rows[0], f.name
 
 
 def test_supported_versions_agree():
@@ -85,17 +94,18 @@ def test_supported_versions_agree():
         assert limits.split(",")[0].replace(">=", ">= ") in README, name
 
 
+@pytest.mark.slow
 def test_the_commands_for_people_run(checkpoint):
     """The two command lines and the three lines of Python, on a model of three steps."""
-    for line in COMMANDS:
-        if line.startswith("llamafactory-ddm generate"):
-            words = shlex.split(line.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)))
-            assert run(*words[1:], program=words[0], fresh=True).stdout.strip()
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    for line in SHELL:
+        words = shlex.split(line.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)))
+        assert run(*words[1:], program=words[0], fresh=True).stdout.strip()
+    (block,) = re.findall(r"```python\n(.*?)```", DOCS["generation"], re.S)
     done = run("-c", block.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)), program=sys.executable)
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_export_runs(checkpoint, adapter, tmp_path):
     places = {
         "saves/tiny_gpt2/full/ddm": checkpoint,
@@ -107,6 +117,7 @@ def test_the_export_runs(checkpoint, adapter, tmp_path):
     assert (tmp_path / "merged" / "diffusion_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_sampling_benchmark_runs(checkpoint):
     words = [
         "--rounds",
@@ -135,6 +146,7 @@ def test_the_sampling_benchmark_runs(checkpoint):
     assert revising.count("`edit_threshold: ") == 6 and revising.count("`denoising_strategy: remdm`") == 2
 
 
+@pytest.mark.slow
 def test_the_conversion_benchmark_runs(tmp_path):
     for kind in ("llada", "dream"):
         words = ("--kind", kind, "--gigabytes", "0.001", "--shards", "2", "--folder", tmp_path)
@@ -143,12 +155,14 @@ def test_the_conversion_benchmark_runs(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_early_stop_benchmark_runs(finetuned):
     words = ("--model", finetuned, "--questions", "2", "--rounds", "1")
     table = run("benchmarks/early_stop.py", *words, program=sys.executable).stdout
     assert table.count("| none") == 2 and table.count("| grow") == 2 and table.count("| predict") == 3
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs():
     """Small shapes: the ratios mean nothing then, only that the command works and reports every claim."""
     words = ["--rounds", "1", "--batch", "1", "--length", "16", "--layers", "1", "--width", "64", "--memory"]
@@ -165,6 +179,7 @@ def test_the_benchmark_runs():
     assert done.stdout.count("claimed <=") == 8, done.stdout + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_scripts_of_docs_run(checkpoint, tmp_path):
     done = run(
         "docs/make_trace.py", checkpoint, "--length", "8", "--steps", "4", "--show", "2", program=sys.executable
@@ -200,6 +215,7 @@ def test_the_scripts_of_docs_run(checkpoint, tmp_path):
     assert (tmp_path / "docs" / "mixed.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_figures_of_readme_are_measured(tmp_path):
     """One step of each recipe, and a second call that repeats nothing and writes the same page."""
     words = ("--threads", "1", "--seeds", "7", "--steps", "1", "--samples", "2", "--work", tmp_path / "work")

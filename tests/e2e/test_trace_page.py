@@ -131,6 +131,7 @@ def every_step(page, browse):
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(TRACES)))
 def test_each_step_shows_its_frame(every_step, index):
     trace = TRACES[index]
@@ -154,11 +155,13 @@ def test_the_address_opens_a_step_directly(opened, index, step):
     assert at.facts == ["strategy", "low_confidence", "<i>steps</i>", "4 & 11"]
 
 
+@pytest.mark.slow
 def test_an_address_out_of_range_is_brought_into_it(opened):
     assert opened("#sample=99&step=999").state == {"sample": "2", "step": "5", "steps": "5", "playing": "false"}
     assert opened("#sample=x&step=-1").state == {"sample": "0", "step": "4", "steps": "4", "playing": "false"}
 
 
+@pytest.mark.slow
 def test_what_is_marked(every_step):
     plain = every_step(0)
     assert plain[2].marked("given") == [0] and not plain[2].marked("heat")
@@ -171,6 +174,7 @@ def test_what_is_marked(every_step):
     assert edited[5].texts["counts"] == "0 masked, 1 new, 2 rewritten"
 
 
+@pytest.mark.slow
 def test_it_plays_to_the_end(opened):
     """Virtual time, so that nine seconds take none."""
     assert opened("", "--virtual-time-budget=200").state["playing"] == "true"
@@ -179,11 +183,13 @@ def test_it_plays_to_the_end(opened):
     assert at.pieces() == TRACES[0].frame(4)
 
 
+@pytest.mark.slow
 def test_reduced_motion_shows_the_end_at_once(opened):
     at = opened("", "--force-prefers-reduced-motion")
     assert (at.state["step"], at.state["playing"]) == ("4", "false")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("actions", "expected"),
     [
@@ -212,6 +218,7 @@ def test_keys_and_buttons(page, browse, tmp_path, actions, expected):
     assert (state["sample"], state["step"], state["playing"]) == expected
 
 
+@pytest.mark.slow
 def test_no_samples(browse, tmp_path):
     write_html(tmp_path / "page.html", [], heading="h", facts={})
     at = Page(browse(tmp_path / "page.html", "--dump-dom"))
@@ -240,6 +247,7 @@ def test_what_the_browser_asks_for_is_not_the_pages():
     assert asked_by_pages("\n".join(lines)) == {"https://one.invalid/a"}
 
 
+@pytest.mark.slow
 def test_the_network_is_left_alone(page, browse, tmp_path):
     asking = tmp_path / "asking.html"
     asking.write_text('<img src="http://one.invalid/a.png"><script>fetch("https://two.invalid/b")</script>')
@@ -247,6 +255,7 @@ def test_the_network_is_left_alone(page, browse, tmp_path):
     assert requests(browse, page, tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_many_long_samples_open_at_once(browse, tmp_path):
     """Only the chosen sample is in the document."""
     length = 1000
@@ -257,6 +266,7 @@ def test_many_long_samples_open_at_once(browse, tmp_path):
     assert at.pieces() == traces[199].frame(100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1280])
 def test_it_can_be_seen(page, browse, tmp_path, width):
     """A picture comes out; that nothing is wider than the window is checked in the page."""

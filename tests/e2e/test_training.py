@@ -80,6 +80,7 @@ def test_a_run_leaves_an_ordinary_model_logs_plots_and_metrics(small_data, tmp_p
     assert "stage: ddm" in (out / "README.md").read_text() or (out / "README.md").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["llamafactory-cli", "llamafactory-ddm"])
 def test_two_ranks_give_the_gradient_of_one_big_batch(program, small_data, tmp_path, train_small):
     """The second program runs without PyTorch's autoload, so its torchrun children come from our launcher."""
@@ -110,6 +111,7 @@ def test_two_ranks_give_the_gradient_of_one_big_batch(program, small_data, tmp_p
         assert len(predictions(other)) == 3
 
 
+@pytest.mark.slow
 def test_streaming_and_a_tokenised_path_give_the_same_rows(small_data, tmp_path, train_small):
     plain = train_small(tmp_path / "plain", disable_shuffling=True)
     train_here(
@@ -143,6 +145,7 @@ def test_streaming_and_a_tokenised_path_give_the_same_rows(small_data, tmp_path,
     assert len(losses[2]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
@@ -161,6 +164,7 @@ def test_upstreams_keys_work(keys, train_small, tmp_path):
     assert all(0 < log["loss"] < 30 and log["grad_norm"] > 0 for log in logs)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_number(train_small, tmp_path):
     one, two = (
         history(train_small(tmp_path / str(off), disable_gradient_checkpointing=off, anneal_steps=4))
@@ -171,6 +175,7 @@ def test_gradient_checkpointing_changes_no_number(train_small, tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_torch_compile_changes_no_number(checkpoint, train_small, tmp_path):
     compiled = train_small(tmp_path / "out", torch_compile=True)
     for a, b in zip(history(checkpoint), history(compiled), strict=True):
@@ -196,6 +201,7 @@ def wait_for(path, process, seconds=LIMIT):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(small_data, tmp_path):
     """kill -9 while it saves; the same command again continues from the last complete checkpoint."""
     out = tmp_path / "killed"
@@ -245,6 +251,7 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_model_usable(checkpoint, small_data, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(checkpoint, out)
