@@ -35,6 +35,7 @@ setup(
         "transformers>=4.57,!=5.6.0",
         "safetensors>=0.4",
         "huggingface_hub>=0.30",
+        "rich>=13.7,<16",
     ],
     entry_points={
         # torch >= 2.5 calls this at the end of its import, in every process.

@@ -1,7 +1,6 @@
 """What the command for people shows, on a terminal and elsewhere."""
 
 import io
-import re
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from llamafactory_ddm.generation import terminal
 from llamafactory_ddm.generation.generator import TextGenerator
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from support.screen import Screen
 from support.tiny import tiny_tokenizer
 
 WORDS = ("model", "--max-new-tokens", "5", "--steps", "5", "--seed", "3")
@@ -33,32 +33,6 @@ def generator():
     make_bidirectional(model)
     config = DiffusionConfig("<|mask|>", len(tokenizer), True, "masked", 0.0, "linear", 1.0)
     return TextGenerator(model, tokenizer, config)
-
-
-class Screen(io.StringIO):
-    """A terminal."""
-
-    def isatty(self):
-        return True
-
-    def rows(self):
-        """Return what stands on it in the end."""
-        rows, row, column = [""], 0, 0
-        for part in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|[^\x1b]", self.getvalue()):
-            if part == "\r":
-                column = 0
-            elif part == "\n":
-                row, column = row + 1, 0
-                rows += [""] * (row + 1 - len(rows))
-            elif part == "\x1b[K" or part == "\x1b[J":
-                rows[row] = rows[row][:column]
-                del rows[row + 1 if part.endswith("J") else len(rows) :]
-            elif part.startswith("\x1b"):
-                row -= int(part[2:-1]) if part.endswith("A") else 0
-            else:
-                rows[row] = rows[row][:column] + part
-                column += 1
-        return [line for line in rows if line]
 
 
 @pytest.fixture
@@ -86,7 +60,7 @@ def test_what_was_watched_is_not_printed_again(command, generator, source):
     texts = [one.text for one in generator.stream(**source, **keys)]
     words = [f"--{key}={value}" for key, value in source.items()]
     screen, _ = command("--show", "--num-samples", "3", *words, file=Screen())
-    assert screen.rows() == [text for text in texts if text]
+    assert screen.lines() == [text for text in texts if text]
     assert source or any(len(text) < 5 for text in texts)
 
 
