@@ -1,4 +1,4 @@
-"""What a diffusion model needs before upstream adds or merges adapters, and after."""
+"""Steps of a diffusion model before and after LLaMA-Factory adds or merges adapters."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _at_work: ContextVar[AdapterSetup | None] = ContextVar("at_work", default=None)
 
 
 def setup_at_work() -> AdapterSetup | None:
-    """Return what upstream's loader is to do for a diffusion run; None while it loads for another."""
+    """Return the setup of the diffusion run that is loading a model; None outside of one."""
     return _at_work.get()
 
 
 @contextmanager
 def loading_with(setup: AdapterSetup) -> Iterator[None]:
-    """Have upstream's loader, in the block, demand every weight and prepare the base model for its adapters."""
+    """Within the block, have LLaMA-Factory's loader check every weight and apply `setup` around adapters."""
     token = _at_work.set(setup)
     try:
         yield
@@ -43,16 +43,16 @@ def loading_with(setup: AdapterSetup) -> Iterator[None]:
 
 @dataclass
 class AdapterSetup:
-    """What is done to a base model before upstream adds or merges adapters, and after.
+    """Prepares a base model before LLaMA-Factory adds or merges adapters, and finishes it afterwards.
 
     Attributes:
         vocabulary: the tokens of the run.
-        rows: of the embeddings that the base model was saved with.
-        model_args: upstream's.
-        finetuning_args: upstream's, with our keys.
-        new_adapter: whether an adapter is about to be made.
-        do_train: whether the model is about to be trained.
-        autocast: whether it is trained in mixed precision.
+        rows: number of embeddings in the saved base model.
+        model_args: LLaMA-Factory's.
+        finetuning_args: LLaMA-Factory's, with this package's keys.
+        new_adapter: whether the run creates an adapter.
+        do_train: whether the run trains the model.
+        autocast: whether it trains in mixed precision.
     """
 
     vocabulary: Vocabulary
@@ -65,19 +65,19 @@ class AdapterSetup:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Folders of adapters that are there already."""
+        """Folders of existing adapters."""
         return tuple(self.model_args.adapter_name_or_path or ())
 
     def prepare_base(self, model: Any) -> None:
-        """Give the base model rows for its new tokens and the checkpoint's weights, and settle what LoRA takes.
+        """Resize the base model's embeddings, load the checkpoint's weights, and resolve LoRA's target modules.
 
         Raises:
-            ValueError: if an adapter could not hold a new token, a name matches nothing, or weights do not fit.
+            ValueError: if an adapter could not hold a new token, a name matches no module, or weights do not fit.
         """
         base = self.model_args.model_name_or_path
         origin = origin_of(base)
         if origin != base:
-            # An adapter remembers its base by this name, and is to find it when the cache is gone.
+            # An adapter records its base by this name, which must stay valid when the cache is gone.
             model.name_or_path = model.config._name_or_path = origin
         self._warn_of_other_base(base, origin)
         if self.new_adapter:
@@ -85,7 +85,7 @@ class AdapterSetup:
             self._tell_of_a_chain()
         checkpoint = self.finetuning_args.checkpoint_dir
         if checkpoint and not is_model_folder(checkpoint):
-            # Upstream makes float32 of what it trains only after this, and weights must not be rounded before.
+            # LLaMA-Factory converts trained weights to float32 later; they must not be rounded before.
             model.to(stored_dtype(checkpoint))
             layout = layout_of_folder(checkpoint)
             self.rows = stored_num_embeddings(checkpoint, layout) or self.rows
@@ -96,7 +96,7 @@ class AdapterSetup:
         self._make_room(model)
 
     def _tell_of_a_chain(self) -> None:
-        """Say that an adapter on top of others is nothing without them, as its own folder names the base alone."""
+        """Warn that an adapter on top of others needs them, as its own folder records only the base model."""
         if self.adapters:
             names = ",".join(self.adapters)
             logger.warning_rank0(
@@ -105,14 +105,14 @@ class AdapterSetup:
             )
 
     def _make_room(self, model: Any) -> None:
-        """Give the model rows for the tokens that it lacks, if they will be trained."""
+        """Add and initialise embeddings for the tokens that the model lacks, after checking that they are trained."""
         vocabulary = self.vocabulary
         rows = num_embeddings(model) if self.adapters else self.rows
         if self.do_train and (self.new_adapter or self.finetuning_args.finetuning_type == "freeze"):
             check_stored(vocabulary, model, rows, self.model_args, self.finetuning_args)
         lacking = vocabulary.lacking(rows)
         if self.model_args.resize_vocab and num_embeddings(model) > rows:
-            # What upstream has made rows for is as it makes them, but for [MASK] and pads.
+            # LLaMA-Factory has initialised the embeddings it added, except those of [MASK] and padding.
             ours = {vocabulary.mask.token, *vocabulary.pads}
             lacking = {token: i for token, i in lacking.items() if token in ours or i >= num_embeddings(model)}
         if lacking:
@@ -122,7 +122,7 @@ class AdapterSetup:
         init_new_embeddings(model, lacking.values(), known=min(vocabulary.additions.known, rows))
 
     def _warn_of_other_base(self, base: str, origin: str) -> None:
-        """Warn of adapters that were trained on another model than they are put on."""
+        """Warn of adapters that were trained on another base model."""
         for folder in self.adapters:
             trained_on = base_of(folder)
             if trained_on != origin and Path(trained_on).resolve() not in (
@@ -136,7 +136,7 @@ class AdapterSetup:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Say whose an adapter is that does not fit.
+        """Name the base model of an adapter whose shapes do not fit.
 
         Raises:
             ValueError: if the shapes of the adapter's weights are not those of the model.
@@ -159,7 +159,7 @@ class AdapterSetup:
             ) from error
 
     def finish(self, model: Any) -> None:
-        """Mend what adapters untie, and switch attention.
+        """Tie embeddings again that PEFT untied, and make attention bidirectional.
 
         Raises:
             ValueError: if the adapter's copy of an embedding has a precision that the model cannot be run in.

@@ -1,4 +1,4 @@
-"""What `llamafactory-cli export` writes of a diffusion model: the merged model, its own tokenizer, and its facts."""
+"""`llamafactory-cli export` of a diffusion model: merged weights, tokenizer, diffusion_config.json, model card."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .model_card import FILE_NAME as CARD
 from .model_card import Origin, card, write
 
 logger = get_logger(__name__)
-_exported: list[Path] = []  # folders that the export at work has written a diffusion model to
+_exported: list[Path] = []  # folders that the present export has saved a diffusion model to
 _NOT_TRAINING = SimpleNamespace(do_train=False)
 
 
 def exported_tokenizer(model_args: Any) -> dict[str, Any]:
-    """Return upstream's tokenizer module, with the tokenizer of the newest of adapter, checkpoint and base.
+    """Return LLaMA-Factory's tokenizer module with the tokenizer of the newest of adapter, checkpoint and base.
 
     Raises:
-        ValueError: if nothing says that the model is a diffusion model, or what it says is contradicted.
+        ValueError: if the model has no diffusion config, or a key contradicts it.
     """
     args = model_args.exported_diffusion
     stored = find_diffusion_config(model_args, args.checkpoint_dir)
-    if stored is not None:  # a run that trains may go on under other noise; an export is what was trained
+    if stored is not None:  # training may use other noise; an export must keep the checkpoint's
         stored.check_against(noise_process=args.noise_process, uniform_ratio=args.uniform_ratio)
     loaded = load_diffusion_tokenizer(model_args, args, _NOT_TRAINING)
     tokenizer = loaded.module["tokenizer"]
@@ -39,10 +39,10 @@ def exported_tokenizer(model_args: Any) -> dict[str, Any]:
 
 
 def exported_model(tokenizer: Any, model_args: Any) -> Any:
-    """Return the model with its adapters merged, which saves diffusion_config.json with its weights."""
+    """Return the model with merged adapters; its save_pretrained also saves diffusion_config.json."""
     args = model_args.exported_diffusion
     config, vocabulary = model_args.exported_as
-    vocabulary.additions.note(tokenizer, "template")  # upstream has applied it by now
+    vocabulary.additions.note(tokenizer, "template")  # LLaMA-Factory has applied it by now
     refuse_untrained(vocabulary)
     args.diffusion_stage = args.diffusion_stage or "ddm-sft"
     model = load_diffusion_model(tokenizer, vocabulary, model_args, args, _NOT_TRAINING)
@@ -53,7 +53,7 @@ def exported_model(tokenizer: Any, model_args: Any) -> Any:
 
 
 def without_modelfile(export: Callable[..., Any], args: Any) -> Any:
-    """Run upstream's export, which leaves no Modelfile with a diffusion model: Ollama could not run it."""
+    """Run LLaMA-Factory's export, and remove the Modelfile of a diffusion model, which Ollama could not run."""
     _exported.clear()
     result = export(args)
     for folder in _exported:

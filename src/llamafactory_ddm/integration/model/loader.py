@@ -1,4 +1,4 @@
-"""The tokenizer and the model of a run, loaded by upstream, and what their folders say of the diffusion process."""
+"""Loading of a run's tokenizer and model through LLaMA-Factory, and of their diffusion config."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _ADDED = ("add_tokens", "add_special_tokens")
 
 
 def find_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> DiffusionConfig | None:
-    """Return what the newest of adapter, checkpoint and base model says, or None if none says anything.
+    """Return the diffusion config of the newest of adapter, checkpoint and base model; None if none has one.
 
     Raises:
-        ValueError: if two of them contradict each other, naming both.
+        ValueError: if two of them disagree, naming both.
     """
     found: list[tuple[str, DiffusionConfig]] = []
     for folder in sources(model_args, checkpoint_dir):
@@ -40,17 +40,16 @@ def find_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> Diffus
 
 
 def sources(model_args: Any, checkpoint_dir: str | None) -> list[str]:
-    """Return the folders that the model of a run comes from, the newest first."""
+    """Return the folders of a run's adapters, checkpoint and base model, the newest first."""
     adapters = reversed(model_args.adapter_name_or_path or [])
     return [*adapters, *([checkpoint_dir] if checkpoint_dir else []), model_args.model_name_or_path]
 
 
 def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_args: Any) -> RunTokenizer:
-    """Load the tokenizer, and find out what the checkpoint says about its diffusion process.
+    """Load the tokenizer, and the diffusion config of the checkpoint.
 
     Raises:
-        ValueError: if the YAML contradicts the checkpoint, or nothing says that a model is a diffusion model in a run
-            that does not make it one.
+        ValueError: if the YAML contradicts the checkpoint, or a run that does not train has no diffusion config.
     """
     folder = finetuning_args.checkpoint_dir or model_args.model_name_or_path
     config = find_diffusion_config(model_args, finetuning_args.checkpoint_dir)
@@ -78,14 +77,14 @@ def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_arg
 def _stored_mask(
     tokenizer: Any, config: DiffusionConfig, folder: str, finetuning_args: Any, training_args: Any
 ) -> ResolvedMaskToken:
-    """Return the mask token of a checkpoint; what the YAML says about its process must agree.
+    """Return the mask token of a checkpoint, and check that the YAML's diffusion keys agree with its config.
 
     Raises:
-        ValueError: naming the key that does not.
+        ValueError: if a key does not agree, naming it.
     """
     config.check_against(shift=finetuning_args.shift, noise_schedule=finetuning_args.noise_schedule)
     if getattr(training_args, "do_predict", False) and not training_args.do_train:
-        # Evaluation may take other noise, but whether a model may edit is a fact of how it was trained.
+        # Evaluation may use other noise, but whether a model can edit depends on its training noise.
         config.check_against(noise_process=finetuning_args.noise_process, uniform_ratio=finetuning_args.uniform_ratio)
     stored = (config.mask_token, config.mask_token_id)
     mask = resolve_mask_token(tokenizer, finetuning_args.mask_token, config_mask=stored)
@@ -98,9 +97,9 @@ def _stored_mask(
 
 
 def _of_published(model_args: Any, finetuning_args: Any, tokenizer: Any) -> DiffusionConfig | None:
-    """Return what a checkpoint_dir in a published layout would say about itself; its padding token is set.
+    """Return the diffusion config of a checkpoint_dir in a published layout, and set its padding token.
 
-    The YAML's mask_token has precedence: others have trained in that layout too.
+    The YAML's mask_token has precedence, as other models use the same layout.
     """
     folder = finetuning_args.checkpoint_dir
     layout = None if folder is None else layout_of_folder(folder)
@@ -123,15 +122,15 @@ def _of_published(model_args: Any, finetuning_args: Any, tokenizer: Any) -> Diff
 def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[str, Any]:
     """Load the tokenizer of the newest folder that has one; a checkpoint that is a whole model replaces the base.
 
-    It comes as it was saved: upstream's add_tokens and add_special_tokens are for `patch_tokenizer`.
+    The tokenizer is returned as saved; `patch_tokenizer` adds the tokens of add_tokens and add_special_tokens later.
 
     Raises:
-        ValueError: if none has one.
+        ValueError: if no folder has a tokenizer.
     """
     base = model_args.model_name_or_path
     folders = sources(model_args, checkpoint_dir)
     newest = next((Path(f) for f in folders[:-1] if (Path(f) / "tokenizer_config.json").is_file()), None)
-    # Upstream looks for a model in the folder too, which that of an adapter does not hold.
+    # LLaMA-Factory also needs a model in the folder, which an adapter's folder does not hold.
     is_with_model = newest is not None and (newest / "config.json").is_file()
     model_args.model_name_or_path = str(newest) if is_with_model else base
     added = {key: getattr(model_args, key) for key in _ADDED}
@@ -163,7 +162,7 @@ def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[s
 def load_diffusion_model(
     tokenizer: Any, vocabulary: Vocabulary, model_args: Any, finetuning_args: Any, training_args: Any
 ) -> Any:
-    """Load the model by upstream's own function, with what a diffusion model needs around its adapters.
+    """Load the model with LLaMA-Factory's function, and with an `AdapterSetup` around its adapters.
 
     Raises:
         ValueError: if weights are missing, an adapter does not fit, or attention cannot be made bidirectional.

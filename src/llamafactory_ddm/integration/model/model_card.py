@@ -1,4 +1,4 @@
-"""README.md of a diffusion model: what it is, how text comes out of it, and how it was trained."""
+"""The model card (README.md) of a diffusion model: what it is, how to generate, how it was trained."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Origin:
     """Where a model comes from.
 
     Attributes:
-        base: folder or name of the model that was trained, None where it was trained from nothing.
-        stage: ours; None for an export, which trains nothing.
-        finetuning_type: upstream's.
+        base: folder or name of the base model; None if the model was trained from random weights.
+        stage: `ddm` or `ddm-sft`; None for an export.
+        finetuning_type: LLaMA-Factory's.
         datasets: names of the data sets.
-        adapters: that an export has merged into `base`.
+        adapters: adapters that an export has merged into `base`.
     """
 
     base: str | None
@@ -40,11 +40,11 @@ class Origin:
 
 
 def write_trained(trainer: Any, origin: Origin, name: str | None = None) -> None:
-    """Write the card of what a trainer has saved; what keeps it from being written is said, and no more.
+    """Write the card of the model that a trainer has saved; a failure to write only gives a warning.
 
     Args:
-        trainer: a DiffusionTrainer that is done.
-        origin: see there.
+        trainer: a DiffusionTrainer after training.
+        origin: where the model comes from.
         name: title of the card, by default that of output_dir.
     """
     folder, hub = Path(trainer.args.output_dir), trainer.args.hub_model_id if trainer.args.push_to_hub else None
@@ -68,7 +68,7 @@ def write_trained(trainer: Any, origin: Origin, name: str | None = None) -> None
 
 
 def write(folder: str | Path, text: str) -> None:
-    """Write README.md, or say why not: the weights beside it are worth more."""
+    """Write README.md; a failure gives a warning, as the weights are already saved."""
     scratch = Path(folder) / f".{FILE_NAME}.tmp"
     try:
         scratch.write_text(text, encoding="utf-8")
@@ -91,8 +91,8 @@ def card(
     Args:
         name: its title.
         path: folder or hub name under which the model is loaded.
-        config: of its diffusion process.
-        origin: see there.
+        config: the diffusion config.
+        origin: where the model comes from.
         training: hyperparameters by name.
         results: evaluation losses by name.
     """
@@ -117,7 +117,7 @@ def _metadata(config: DiffusionConfig, origin: Origin) -> dict[str, Any]:
         "license": "other",
         "tags": [*tags, origin.finetuning_type],
     }
-    # The hub takes names of its own models alone.
+    # The hub accepts only names of its own models.
     if origin.base is not None and may_be_on_a_hub(origin.base) and not Path(origin.base).exists():
         data |= {"base_model": origin.base, "base_model_relation": "adapter" if _is_adapter(origin) else "finetune"}
     return data

@@ -1,4 +1,4 @@
-"""`llamafactory-ddm fit-length x.yaml`: heads that predict the length of a text, and margins that hold."""
+"""`llamafactory-ddm fit-length x.yaml`: train and calibrate predictors of a text's length."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Text:
     """A text whose length is known.
 
     Attributes:
-        canvas: what is given of it, and places for the rest.
-        needed: places that the rest takes, its end included.
+        canvas: fixed tokens of the text, and positions for the rest.
+        needed: length of the rest, EOS included.
     """
 
     canvas: Canvas
@@ -77,15 +77,15 @@ def fit_from_words(words: list[str]) -> tuple[Path, dict[str, dict[str, float]]]
 def fit(
     model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
 ) -> tuple[Path, dict[str, dict[str, float]]]:
-    """Fit, calibrate, measure and save; returns the file and the metrics of each predictor.
+    """Fit, calibrate, evaluate and save the predictors; return the file and the metrics of each predictor.
 
     Args:
-        model_args: upstream's, as `get_train_args` returns them.
-        data_args: with a data set to train on and one to calibrate on.
-        training_args: without do_train, do_eval and do_predict.
-        finetuning_args: with ours mixed in.
+        model_args: LLaMA-Factory's, from `get_train_args`.
+        data_args: LLaMA-Factory's, with a data set to train on and one to calibrate on.
+        training_args: LLaMA-Factory's, without do_train, do_eval and do_predict.
+        finetuning_args: LLaMA-Factory's, with this package's keys.
     Raises:
-        ValueError: naming the key that is missing or out of place, and the cure.
+        ValueError: naming the key that is missing or not allowed, and what to do.
         OSError: if the file cannot be written.
     """
     resolve_model_names(model_args)
@@ -94,7 +94,7 @@ def fit(
     folder = Path(sources(model_args, finetuning_args.checkpoint_dir)[0])
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder, so nothing can be saved beside its weights; download it first")
-    data_args.train_on_prompt = False  # it is the last answer whose length is asked for
+    data_args.train_on_prompt = False  # the predicted length is that of the last answer
     tokenizer = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
     plan = resolve_run(tokenizer, model_args, data_args, training_args, finetuning_args)
     data = load_datasets(plan, model_args, data_args, training_args, finetuning_args)
@@ -164,13 +164,13 @@ def _check(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
 
 
 def texts(rows: Iterable[Any], collator: VariableLengthCollator, seed: int, part: int) -> Iterator[Text]:
-    """Yield the last answer of each row behind its prompt, or the rest of a document behind a place drawn at random.
+    """Yield the last answer of each row with its prompt, or the rest of a document after a random position.
 
     Args:
-        rows: of a prepared data set.
-        collator: finds their ends.
-        seed: of the places.
-        part: which of several data sets the rows are; each draws places of its own.
+        rows: rows of a prepared data set.
+        collator: finds their EOS.
+        seed: seed of the random positions.
+        part: index of the data set; each draws positions of its own.
     """
     for number, row in enumerate(rows):
         ids, maskable, end = collator.row(row)
@@ -201,7 +201,7 @@ def _batches(rows: Iterable[Text], size: int, said: str, total: int) -> Iterator
 
 
 def _examples(sizer: CanvasSizer, rows: Iterable[Text], size: int, seed: int, total: int) -> Examples:
-    """Return the hidden states that the heads are fitted to, on the CPU."""
+    """Return the training data of the heads, on the CPU."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     mean, places, states, behind = [], [], [], []
     for batch in _batches(rows, size, "Hidden states", total):

@@ -1,4 +1,4 @@
-"""Texts of a run that is not complete, so that an interruption loses none."""
+"""Finished texts of an incomplete run on disk, so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FINGERPRINT = "fingerprint"
 
 
 class Numbers:
-    """A set of numbers from 0 that takes a bit for each up to the largest."""
+    """A set of non-negative integers, stored as a bit set."""
 
     def __init__(self, numbers: Iterable[int] = ()) -> None:
         self._bits = bytearray()
@@ -30,27 +30,27 @@ class Numbers:
             self.add(number)
 
     def add(self, number: int) -> None:
-        """Put a number into the set."""
-        place, bit = number >> 3, 1 << (number & 7)
-        if place >= len(self._bits):
-            self._bits.extend(bytes(place + 1 - len(self._bits)))
-        self._count += not self._bits[place] & bit
-        self._bits[place] |= bit
+        """Add a number to the set."""
+        index, bit = number >> 3, 1 << (number & 7)
+        if index >= len(self._bits):
+            self._bits.extend(bytes(index + 1 - len(self._bits)))
+        self._count += not self._bits[index] & bit
+        self._bits[index] |= bit
 
     def __contains__(self, number: int) -> bool:
         """Tell whether a number is in the set."""
-        place = number >> 3
-        return place < len(self._bits) and bool(self._bits[place] & (1 << (number & 7)))
+        index = number >> 3
+        return index < len(self._bits) and bool(self._bits[index] & (1 << (number & 7)))
 
     def __len__(self) -> int:
-        """Return how many numbers there are."""
+        """Return the number of elements."""
         return self._count
 
 
 class Unfinished:
-    """The texts of a run that is not complete: a file for each process, a line for each text.
+    """The finished texts of an incomplete run: one file for each process, one line for each text.
 
-    Texts are read one after another, as all of them may be more than the memory holds.
+    Texts are read one at a time, as all of them may not fit into memory.
     """
 
     def __init__(self, folder: Path, fingerprint: str, rank: int, world: int) -> None:
@@ -60,7 +60,7 @@ class Unfinished:
         self.path = folder / f"{rank}-of-{world}.jsonl"
 
     def open(self, *, resume: bool) -> Numbers:
-        """Return the numbers of the texts that are there, after dropping what is not of this run."""
+        """Return the numbers of the finished texts, after deleting the files of other runs."""
         with explained(self.folder.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
         barrier(self.world)
@@ -86,17 +86,17 @@ class Unfinished:
         """Wait for the other processes and return all texts in order.
 
         Raises:
-            RuntimeError: if one is missing.
+            RuntimeError: if a text is missing.
         """
         barrier(self.world)
         runs: list[Run] = []
         numbers = Numbers()
         for path in self._paths():
             last = None
-            for place, record in _records(path):
+            for offset, record in _records(path):
                 number = record["number"]
                 if last is None or number < last:
-                    runs.append(Run(path, place))
+                    runs.append(Run(path, offset))
                 runs[-1].count += 1
                 last = number
                 numbers.add(number)
@@ -111,38 +111,38 @@ class Unfinished:
 
 @dataclass
 class Run:
-    """Lines of a file whose numbers ascend.
+    """Consecutive lines of a file with ascending numbers of texts.
 
     Attributes:
-        path: of the file.
-        place: byte at which the first begins.
-        count: how many texts there are.
+        path: path of the file.
+        offset: offset of the first line in bytes.
+        count: number of texts.
     """
 
     path: Path
-    place: int
+    offset: int
     count: int = 0
 
     def records(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
-        """Yield the texts, from a file that others read from in between."""
-        place = self.place
+        """Yield the texts from an open file, which other runs may seek in."""
+        offset = self.offset
         for _ in range(self.count):
             record = None
             while record is None or "number" not in record:
-                file.seek(place)
+                file.seek(offset)
                 record = _parsed(file.readline())
-                place = file.tell()
+                offset = file.tell()
             yield record
 
 
 class Collected:
-    """All texts of a run in the order of their numbers, read anew each time that one goes through them."""
+    """All texts of a run in the order of their numbers, read from disk in each iteration."""
 
     def __init__(self, runs: list[Run], count: int) -> None:
         self._runs, self._count = runs, count
 
     def __len__(self) -> int:
-        """Return how many texts there are."""
+        """Return the number of texts."""
         return self._count
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -155,25 +155,25 @@ class Collected:
 
 
 def _fingerprint_of(path: Path) -> Any:
-    """Return what the first whole line of a file says."""
+    """Return the fingerprint in the first complete line of a file."""
     with open(path, "rb") as file:
         first = next((record for record in map(_parsed, file) if record is not None), {})
     return first.get(_FINGERPRINT)
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the texts of a file with the bytes at which they begin."""
-    place = 0
+    """Yield the texts of a file with their offsets in bytes."""
+    offset = 0
     with open(path, "rb") as file:
-        for line in file:  # bytes, as text may hold other separators of lines
+        for line in file:  # bytes, as a text may hold other line separators
             record = _parsed(line)
             if record is not None and "number" in record:
-                yield place, record
-            place += len(line)
+                yield offset, record
+            offset += len(line)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the object of a line, or None for one that an interruption has cut short."""
+    """Return the JSON object of a line, or None for a line that an interruption truncated."""
     try:
         value = json.loads(line.decode("utf-8", "replace"))
     except json.JSONDecodeError:
@@ -182,13 +182,13 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def barrier(world: int) -> None:
-    """Wait for the other processes."""
+    """Wait until all processes are here."""
     if world > 1:
         torch.distributed.barrier()
 
 
 def write_predictions(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, so that `path` is either the old file or the complete new one."""
+    """Write one JSON object per line, atomically: `path` is the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with explained(path.parent):
         _write_lines(path, records)

@@ -1,4 +1,4 @@
-"""What a run is asked to generate: nothing but noise, or the texts of a LLaMA-Factory data set."""
+"""The texts that a run generates: from noise, or from the examples of a LLaMA-Factory data set."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..data.templates import uncut, without_cut
 
 @dataclass(frozen=True)
 class Request:
-    """One text to be generated.
+    """One text to generate.
 
     Attributes:
-        canvas: what is given and where to write.
-        prompt: the text that is given, as the user wrote it; None for noise.
-        label: what should be written, if that is known.
+        canvas: fixed tokens and positions to generate.
+        prompt: the user's text; None for noise.
+        label: the reference text, if there is one.
         nfe: forward passes that it took to predict the size of the canvas.
-        computed: tokens that went through the model for it.
+        computed: number of tokens in these forward passes.
     """
 
     canvas: Canvas
@@ -36,20 +36,20 @@ class Request:
 
 
 class Repeated(Sequence[Request]):
-    """One request many times, of which one is kept."""
+    """A sequence of equal requests that stores one of them."""
 
     def __init__(self, request: Request, count: int) -> None:
         self.request, self._count = request, count
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of requests."""
         return self._count
 
     def __getitem__(self, number: Any) -> Any:
-        """Return it.
+        """Return the request.
 
         Raises:
-            IndexError: beyond the last.
+            IndexError: if `number` is out of range.
         """
         if not 0 <= number < self._count:
             raise IndexError(number)
@@ -57,12 +57,12 @@ class Repeated(Sequence[Request]):
 
 
 def distinct(requests: Sequence[Request]) -> Sequence[Request]:
-    """Return the requests without those that are the same anyway."""
+    """Return the requests without repetitions of a `Repeated`."""
     return (requests.request,) if isinstance(requests, Repeated) else requests
 
 
 def from_noise(generator: TextGenerator, *, count: int, length: int, max_new_tokens: int | None = None) -> Repeated:
-    """Return `count` requests for texts of `length` tokens, the start token included, or of `max_new_tokens` without.
+    """Return `count` requests for texts of `length` tokens with the start token, or of `max_new_tokens` without it.
 
     Raises:
         ValueError: if the length does not fit the model.
@@ -85,18 +85,18 @@ def from_texts(
     prefix_length: int | None,
     max_new_tokens: int | None,
 ) -> list[Request]:
-    """Return a request for each text of the data set (eval_dataset, else dataset): to be continued, or filled in.
+    """Return a request to continue or infill each text of the data set (eval_dataset, else dataset).
 
     Args:
-        generator: makes the canvases.
-        model_args: upstream's.
-        data_args: upstream's; without `max_new_tokens`, a text is continued up to cutoff_len.
-        training_args: upstream's.
-        infill: fill in the markers of the texts; else continue them.
-        prefix_length: tokens of a text that are given; None for all.
-        max_new_tokens: tokens to write, or None.
+        generator: builds the canvases.
+        model_args: LLaMA-Factory's.
+        data_args: LLaMA-Factory's; without `max_new_tokens`, a text is continued up to cutoff_len.
+        training_args: LLaMA-Factory's.
+        infill: fill in the infilling markers of the texts; else continue the texts.
+        prefix_length: number of tokens of a text to use as prompt; None for all.
+        max_new_tokens: number of tokens to generate, or None.
     Raises:
-        ValueError: if there is no data set, or a text of it cannot be used.
+        ValueError: if there is no data set, or a text cannot be used.
     """
     requests = []
     for number, (text, label) in enumerate(_texts(model_args, data_args, training_args)):
@@ -124,7 +124,7 @@ def _continued(
     generator.note_text(text)
     if prefix_length is not None:
         if len(ids) <= prefix_length:
-            raise ValueError(f"it has {len(ids)} tokens, so prefix_length: {prefix_length} leaves nothing to write")
+            raise ValueError(f"it has {len(ids)} tokens, so prefix_length: {prefix_length} leaves nothing to generate")
         ids, rest = ids[:prefix_length], ids[prefix_length:]
         text, label = generator.tokenizer.decode(ids), generator.tokenizer.decode(rest)
     check_unmarked(text)
@@ -150,9 +150,9 @@ def from_examples(
 ) -> list[Request]:
     """Return a request for the last response of each example of an instruction data set, under its template.
 
-    Examples come through upstream's training-side processor, so that the prompt is what training gives the model; but
-    nothing is cut off, as an answer to half a question, or half a label, would be measured in silence. An example
-    without an answer is a prompt without a label.
+    LLaMA-Factory's training-side processor encodes the examples, so prompts are those of training. Nothing is cut off,
+    as a truncated prompt or label would silently change the metrics. An example without an answer is a prompt without
+    a label.
 
     Raises:
         ValueError: if there is no data set, an example is no prompt, or it leaves no room for a response.
@@ -201,7 +201,7 @@ def _split(processor: SupervisedDatasetProcessor, row: Any) -> tuple[list[int], 
     """Return the ids of an example's prompt, and those of its answer, or None if it has none."""
     response = dict(row["_response"][0])
     is_answered = bool(response["content"])
-    # A template may leave nothing of an empty answer, and then nothing would say where it begins.
+    # A template may encode an empty answer to no tokens, and then its position would be unknown.
     response["content"] = response["content"] or "."
     ids, labels = processor._encode_data_example(
         prompt=row["_prompt"],
@@ -213,7 +213,7 @@ def _split(processor: SupervisedDatasetProcessor, row: Any) -> tuple[list[int], 
         audios=row["_audios"] or [],
     )
     begin = len(ids)
-    # A label that is not the token itself is the end of the answer before, in the place of the prompt's first.
+    # A label that differs from the token is EOS of the previous answer, at the first token of the prompt.
     while begin > 0 and labels[begin - 1] == ids[begin - 1]:
         begin -= 1
     return ids[:begin], labels[begin:] if is_answered else None

@@ -1,4 +1,4 @@
-"""`do_predict: true`: generate texts, write them as they come, and measure them."""
+"""`do_predict: true`: generate texts, save them as they finish, and compute metrics."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def generate_all(
     model_folders: Sequence[str] | None,
     save_trace: bool,
 ) -> dict[str, float]:
-    """Generate every request, shared out to the processes, and write the files of the run.
+    """Generate all requests, sharded across processes, and write the files of the run.
 
-    A text depends on the seed and its own number only, not on the batch, the number of processes or an interruption:
-    what is done is kept in a folder beside the file, and a run of the same model, settings and requests goes on from
-    there. Files appear under their names when they are complete.
+    A text depends only on the seed and its own number, not on the batch, the number of processes or an interruption.
+    Finished texts are kept in a folder next to the file, and an interrupted run of the same model, settings and
+    requests resumes. Files appear under their names when they are complete.
 
     Args:
         generator: the model.
-        requests: what to generate.
-        settings: how.
-        training_args: upstream's.
-        model_folders: where the weights of model and adapters lie, or None if they are not those of files, so that
-            nothing can be resumed.
+        requests: the texts to generate.
+        settings: the sampling settings.
+        training_args: LLaMA-Factory's.
+        model_folders: folders of the model's and the adapters' weights; None if the weights are not on disk, so that
+            the run cannot resume.
         save_trace: whether to write generated_predictions.html.
     Returns:
         Metrics, with the prefix `predict_`.
@@ -69,9 +69,9 @@ def generate_all(
     by_chance = settings.denoising_strategy in ("random", "remdm")
     if settings.diffusion_steps > most and not by_chance:
         logger.info_rank0(
-            f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to write: fewer will do."
+            f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to generate: fewer will do."
         )
-    # The first process speaks for all: saving a model leaves traces in its config that the others do not have.
+    # The first process decides, as saving a model changes its config on that process only.
     fingerprint = _of_first_rank(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
     unfinished = Unfinished(folder / _UNFINISHED, fingerprint, rank, world)
     edits = generator.edits(settings)
@@ -116,7 +116,7 @@ def generate_all(
 
 
 class _Progress:
-    """A bar that advances with the steps of each batch; one that needs fewer than it might leaps to its end."""
+    """A progress bar of denoising steps; a batch that needs fewer steps than planned jumps to its end."""
 
     def __init__(self, texts: int, batch: int, steps: int, *, disable: bool) -> None:
         self.bar = tqdm(total=-(-texts // batch) * steps, desc="Denoising", unit="step", disable=disable)
@@ -125,11 +125,11 @@ class _Progress:
         self._began = time.perf_counter()
 
     def step(self, number: int) -> None:
-        """Show that a batch has taken step `number`, counted from 0."""
+        """Show that the batch has taken step `number`, counted from 0."""
         self._advance(self._before + min(number + 1, self._steps))
 
     def finish(self, n_texts: int, tokens: int) -> None:
-        """Show that a batch is finished, with so many tokens written in all."""
+        """Show that the batch is finished; `tokens` is the total number of generated tokens."""
         self._done += n_texts
         self._before += self._steps
         speed = tokens / (time.perf_counter() - self._began)
@@ -141,7 +141,7 @@ class _Progress:
 
 
 def _numbers(count: int, done: Numbers, rank: int, world: int) -> Iterator[int]:
-    """Return the numbers below `count` that are not done, this process's share of them."""
+    """Return this process's share of the numbers below `count` that are not done."""
     return itertools.islice((number for number in range(count) if number not in done), rank, None, world)
 
 
@@ -152,10 +152,9 @@ def _sized(
     settings: SamplingSettings,
     training_args: Any,
 ) -> tuple[Sequence[Request], Iterable[int]]:
-    """Return the requests with the canvases of `todo` cut to the size that their texts are thought to need.
+    """Return the requests with canvases of predicted length, and `todo` sorted by that length.
 
-    And `todo` in an order in which texts of one batch are of one length, nearly. Requests that are all the same are
-    looked at once.
+    Sorting puts texts of similar length into one batch. The length of equal requests is predicted once.
     """
     if isinstance(requests, Repeated):
         alone, _ = _sized(generator, [requests.request], [0], settings, training_args)
@@ -196,7 +195,7 @@ def _batches(
     traced: bool,
     progress: _Progress,
 ) -> Iterator[tuple[list[int], list[Generated]]]:
-    """Yield the numbers of a batch and what was generated."""
+    """Yield the numbers of each batch, and its generated texts."""
     numbers = iter(todo)
     while batch := list(itertools.islice(numbers, training_args.per_device_eval_batch_size)):
         yield (
@@ -260,7 +259,7 @@ def _publish(folder: Path, records: Collected, facts: dict[str, str], *, save_tr
 
 
 def _facts(generator: TextGenerator, settings: SamplingSettings) -> dict[str, str]:
-    """Return what the page says of all texts."""
+    """Return the settings that the page shows."""
     facts = {
         "strategy": settings.denoising_strategy,
         "steps": str(settings.diffusion_steps),
@@ -286,7 +285,7 @@ def _fingerprint(
     model_folders: Sequence[str] | None,
     save_trace: bool,
 ) -> str:
-    """Return a hash of all that decides what is generated."""
+    """Return a hash of everything that decides the generated texts."""
     files = []
     for folder in model_folders or ():
         for path in weight_files(Path(folder)) if Path(folder).is_dir() else ():
@@ -312,7 +311,7 @@ def _fingerprint(
 
 
 def _over_ranks(seconds: float, tokens: int, world: int) -> tuple[float, int]:
-    """Return the longest time and the sum of the tokens over all processes."""
+    """Return the longest time and the sum of tokens over all processes."""
     parts: list[Any] = [(seconds, tokens)] * world
     if world > 1:
         torch.distributed.all_gather_object(parts, (seconds, tokens))
@@ -320,7 +319,7 @@ def _over_ranks(seconds: float, tokens: int, world: int) -> tuple[float, int]:
 
 
 def _of_first_rank(value: str, world: int) -> str:
-    """Return what the first process holds."""
+    """Return the value of the first process."""
     shared: list[Any] = [value]
     if world > 1:
         torch.distributed.broadcast_object_list(shared, src=0)
@@ -330,7 +329,7 @@ def _of_first_rank(value: str, world: int) -> str:
 def metrics_of(records: Collected) -> dict[str, float]:
     """Return metrics of the records of generated_predictions.jsonl, with the prefix `predict_`.
 
-    They are gone through once, and nothing is kept of those without a label.
+    Records are read once, and only texts with a label are kept in memory.
     """
     total = dict.fromkeys(("tokens", "forwards", "computed", "edits"), 0)
     predictions: list[str] = []

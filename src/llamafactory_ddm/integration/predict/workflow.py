@@ -1,4 +1,4 @@
-"""`do_predict: true`, from the YAML to texts: what a run is asked to generate, and generating it."""
+"""`do_predict: true`: build the requests of a run, and generate them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build_requests(
     finetuning_args: Any,
     generating_args: Any,
 ) -> tuple[SamplingSettings, Sequence[requests.Request]]:
-    """Return how and what to generate, every mistake found, so that no training is lost to one.
+    """Return the sampling settings and the checked requests; called before training, so that mistakes show early.
 
     Raises:
         ValueError: naming the key, or the text of the data set.
@@ -50,7 +50,7 @@ def build_requests(
     asked: Sequence[requests.Request] = ()
     if source == "noise":
         if data_args.dataset is not None or data_args.eval_dataset is not None:
-            logger.info_rank0("Generation starts from nothing but noise: the data set given is not used for it.")
+            logger.info_rank0("generate_from: noise does not use the data set.")
         asked = requests.from_noise(
             generator, count=finetuning_args.num_samples, length=data_args.cutoff_len, max_new_tokens=max_new_tokens
         )
@@ -62,7 +62,7 @@ def build_requests(
         if plan.config.train_on_padding is False and max_new_tokens is None:
             logger.warning_rank0(
                 "This model was finetuned with train_on_padding: false, on canvases that end with the response; set "
-                "max_new_tokens near the length of the answers, or they are written into a canvas of cutoff_len."
+                "max_new_tokens near the length of the answers, or the canvas has cutoff_len tokens."
             )
         asked = requests.from_examples(
             generator,
@@ -102,7 +102,7 @@ def predict(
     model_args: Any,
     finetuning_args: Any,
 ) -> None:
-    """Generate what was asked for, and save texts and metrics."""
+    """Generate the requests, and save texts and metrics."""
     args = trainer.args
     ratio = trainer.reached_ratio()
     if ratio < 1.0:
@@ -121,7 +121,7 @@ def predict(
 
 
 def _length_predictors(model_args: Any, training_args: Any, finetuning_args: Any) -> LengthPredictors | None:
-    """Return those that lie beside the weights, unless this run has changed them."""
+    """Return the length predictors stored with the weights; None if this run trains the weights."""
     if training_args.do_train:
         return None
     return LengthPredictors.find(sources(model_args, finetuning_args.checkpoint_dir)[0])

@@ -1,4 +1,4 @@
-"""`eval_eos: true`: how well the model knows where its texts end, into one JSON and one plot."""
+"""`eval_eos: true`: how well the model predicts EOS, saved as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JSON, PLOT = "eos_metrics.json", "eos_metrics.png"
 
 @torch.no_grad()
 def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, end_ids: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Return the metrics of a data set whose rows have ends: the same for any batch size or number of ranks.
+    """Return the EOS metrics of a data set; they are the same for any batch size and number of ranks.
 
     Raises:
         ValueError: if the model was not trained with variable_length.
@@ -43,7 +43,7 @@ def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, end_ids: Sequence[
 
         padding = torch.zeros_like(clean.maskable) if clean.is_padding is None else clean.is_padding
         end = clean.end if clean.end is not None else torch.full((len(sample_index),), -1)
-        # A [MASK] within an answer is given, but the answer does not begin behind it.
+        # A [MASK] within an answer is fixed, but it does not separate two answers.
         labelled = batch["maskable"].to("cpu")
         found = statistics(
             EndRows(clean.maskable & last_text(labelled, end), padding, end, EVALUATION_SEED, sample_index),

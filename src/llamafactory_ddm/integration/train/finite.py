@@ -1,4 +1,4 @@
-"""Stopping a run whose loss stays NaN or infinite, without making the host wait for the device."""
+"""Stops a run whose loss stays NaN or infinite, without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ logger = get_logger(__name__)
 
 
 class LossNotFiniteError(ValueError):
-    """The loss or the weights are NaN or infinite; the message names the steps and the cure."""
+    """The loss or the weights are NaN or infinite; the message names the steps and what to do."""
 
 
 class FiniteLoss:
-    """Counts the optimiser steps in a row whose loss was NaN or infinite on any process.
+    """Counts consecutive optimiser steps whose loss was NaN or infinite on any process.
 
-    The flags stay on the device. Each is added up over the processes with the next step's denominator, and the host
-    reads it when the device has long written it: on a GPU one step later, elsewhere at once. Every process reads the
-    same numbers at the same places, so all of them stop together.
+    The flags stay on the device. They are reduced over the processes together with the next step's denominator. The
+    host reads them late enough not to wait: on a GPU one step later, elsewhere at once. All processes read the same
+    numbers at the same steps, so they stop together.
 
     Args:
-        limit: how many such steps in a row end the run; 0 for none.
-        device: of the losses.
+        limit: number of consecutive steps that ends the run; 0 for no limit.
+        device: device of the losses.
     """
 
     def __init__(self, limit: int, device: torch.device) -> None:
         self.limit = limit
-        self.streak = 0  # steps in a row up to the last that was read
+        self.streak = 0  # consecutive steps up to the last one that was read
         self._flag = torch.zeros((), dtype=torch.int64, device=device)
         self._streak = torch.zeros((), dtype=torch.int64, device=device)
         self._counted = -1
         self._unread: deque[tuple[int, Tensor, Any]] = deque()
 
     def see(self, loss: Tensor) -> None:
-        """Note the loss of a micro-batch."""
+        """Record whether the loss of a micro-batch is finite."""
         self._flag |= (~torch.isfinite(loss.detach())).long()
 
     def take(self) -> Tensor:
@@ -69,8 +69,8 @@ class FiniteLoss:
         self._unread.append((step, value, written))
         self._read(leave=0 if written is None else 1)
 
-    def settle(self) -> None:
-        """Read all that is counted, which waits for the device.
+    def read_all(self) -> None:
+        """Read all counted steps; waits for the device.
 
         Raises:
             LossNotFiniteError: if the limit is reached.
@@ -96,12 +96,12 @@ class FiniteLoss:
 
 
 def weights_are_finite(model: Any, sum_over_processes: Callable[[Tensor], Tensor], device: torch.device) -> bool:
-    """Tell whether no trained weight is NaN or infinite, of this process' share or of another's.
+    """Tell whether all trained weights are finite, on every process.
 
     Args:
-        model: whose parameters may be sharded.
+        model: the model; its parameters may be sharded.
         sum_over_processes: called once on every process.
-        device: of the sum.
+        device: device of the sum.
     """
     largest = torch.zeros((), device=device)
     for parameter in model.parameters():

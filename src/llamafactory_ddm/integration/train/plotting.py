@@ -1,4 +1,4 @@
-"""Pictures of what a run has logged."""
+"""Plots of logged metrics."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from llamafactory.extras.ploting import smooth
 from ..logs import get_logger
 
 logger = get_logger(__name__)
-_MANY = 20  # values that are worth smoothing: of fewer the curve would show something else than was measured
+_MANY = 20  # fewer values are not smoothed
 
 
 def plot_logs(folder: str | Path, log_history: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
-    """Save a picture for each key, training_<key>.png.
+    """Save a plot of each key as training_<key>.png.
 
     Args:
-        folder: where to.
-        log_history: of the trainer.
-        keys: what to plot; one that was never logged is said.
+        folder: folder of the plots.
+        log_history: the trainer's.
+        keys: metrics to plot; a key that was never logged gives a warning.
     """
     for key in keys:
         points = [(log["step"], log[key]) for log in log_history if key in log]
@@ -33,7 +33,7 @@ def plot_logs(folder: str | Path, log_history: Sequence[dict[str, Any]], keys: S
 
 
 def figure_of(points: Sequence[tuple[int, float]], key: str, title: str) -> Any:
-    """Return a figure of (step, value), with a smoothed curve beside what was measured where that is much."""
+    """Return a figure of (step, value), with a smoothed curve if there are many points."""
     from matplotlib.figure import Figure
 
     steps, values = [step for step, _ in points], [value for _, value in points]

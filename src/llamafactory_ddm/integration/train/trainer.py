@@ -1,4 +1,4 @@
-"""The trainer of the diffusion stages: noised batches, logits of masked tokens alone, exact averaging, evaluation."""
+"""The trainer of the diffusion stages: noised batches, logits of scored tokens only, exact averaging, evaluation."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ logger = get_logger(__name__)
 
 
 class DiffusionTrainer(CustomTrainer):
-    """Upstream's pre-training trainer with a diffusion objective.
+    """LLaMA-Factory's pre-training trainer with a diffusion objective.
 
     Args:
-        objective: noise and loss; holds every formula.
-        diffusion_config: what the checkpoints say about themselves; its attention ratio is where annealing starts.
+        objective: noise and loss.
+        diffusion_config: the diffusion config of the checkpoints; annealing starts at its attention_ratio.
         anneal_steps: optimiser steps from causal to full attention.
         eval_time_samples: noise levels per evaluated row.
-        stop_after_nan_steps: how many steps in a row with a loss that is not finite end the run; 0 for none.
-        kwargs: upstream's.
+        stop_after_nan_steps: number of consecutive steps with a NaN or infinite loss that ends the run; 0 for none.
+        kwargs: arguments of LLaMA-Factory's trainer.
     """
 
-    model: Any  # as upstream's, which mypy cannot see
+    model: Any  # as in LLaMA-Factory's trainer, which mypy does not see
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class DiffusionTrainer(CustomTrainer):
     # ---- data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Leave batches on the CPU: noise is drawn there, and only what the step needs is sent to the device."""
+        """Keep batches on the CPU: noise is drawn there, and only the tensors of the step go to the device."""
         loader = super().get_train_dataloader()
         if getattr(loader, "device", None) is not None:
             loader.device = None
@@ -111,7 +111,7 @@ class DiffusionTrainer(CustomTrainer):
             The noised micro-batches, and the loss's denominator summed over all of them and over ranks.
         """
         if self.state.global_step >= self.state.max_steps:
-            # Resumed from the end of a run, whose last epoch is not over; upstream looks after the next step only.
+            # Resumed from the end of a run within an epoch; LLaMA-Factory checks max_steps only after a step.
             self.control.should_training_stop = True
             return [], None
         if self._clock is None:
@@ -169,28 +169,28 @@ class DiffusionTrainer(CustomTrainer):
     # ---- the step ----
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as upstream does.
+        """Train as LLaMA-Factory does.
 
         Raises:
-            LossNotFiniteError: if the loss stays NaN or infinite, or is at the end.
+            LossNotFiniteError: if the loss stays NaN or infinite, or is NaN or infinite at the end.
         """
         self._finite = FiniteLoss(self.stop_after_nan_steps, self.args.device)
         self._loaded_ratio, self._evaluated, self.steps_taken = None, None, 0
         return super().train(*args, **kwargs)
 
     def attention_ratio(self, step: int) -> float:
-        """Return the share of future keys visible at optimiser step `step`, at least what the checkpoint reached."""
+        """Return the probability that a query sees a later key at step `step`, at least the checkpoint's."""
         return max(self.diffusion_config.attention_ratio, annealing_ratio(step, self.anneal_steps))
 
     def reached_ratio(self) -> float:
-        """Return the share of future keys seen by the last step that the weights were trained in."""
+        """Return the attention ratio of the last step that the present weights were trained in."""
         if self._loaded_ratio is not None:
             return self._loaded_ratio
         steps = self.state.global_step
         return self.attention_ratio(steps - 1) if steps else self.diffusion_config.attention_ratio
 
     def trained_steps(self) -> int:
-        """Return how many steps the weights were trained for, fewer than the run's if they are the best of it."""
+        """Return the number of steps that the present weights were trained for (the best ones: up to their step)."""
         best = self._loaded_ratio is not None
         return int(self.state.best_global_step or 0) if best else self.state.global_step
 
@@ -221,7 +221,7 @@ class DiffusionTrainer(CustomTrainer):
         return (loss, output) if return_outputs else loss
 
     def probe(self, model: Any) -> None:
-        """Prove once that `model` attends in both directions; its logits stay in the precision they are made in.
+        """Check once that `model` attends in both directions, and keep its logits in the precision of the forward.
 
         Raises:
             NotBidirectionalError: if it does not.
@@ -232,7 +232,7 @@ class DiffusionTrainer(CustomTrainer):
             self._probed = True
 
     def _attention_mask(self, z_t: Tensor, is_padding: Tensor | None, document: Tensor | None) -> Any:
-        """Return the forward's attention mask, built once an optimiser step where no row differs from the others."""
+        """Return the attention mask; without padding and packing it is built once for each optimiser step."""
         ratio = self.attention_ratio(self.state.global_step)
         draw = self.state.global_step if ratio < 1.0 else -1
         key = None if is_padding is not None or document is not None else (draw, *z_t.shape)
@@ -243,7 +243,7 @@ class DiffusionTrainer(CustomTrainer):
         return self._mask
 
     def _visibility(self, ratio: float, draw: int, length: int, device: torch.device) -> Tensor:
-        """Return the step's matrix, drawn once for every micro-batch of one length."""
+        """Return the step's annealed visibility, drawn once for each length."""
         if self._visible_key != (draw, length):
             self._visible = annealed_visibility(length, ratio, seed=self.objective.seed, draw=draw, device=device)
             self._visible_key = (draw, length)
@@ -252,7 +252,7 @@ class DiffusionTrainer(CustomTrainer):
     def _full_attention_mask(
         self, z: Tensor, is_padding: Tensor | None, document: Tensor | None, visible: Tensor | None = None
     ) -> Any:
-        # Autocast is entered inside the prepared model's forward, so ask the accelerator what the queries will be.
+        # Autocast is entered inside the prepared model's forward, so the accelerator tells the dtype of the queries.
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = half.get(str(self.accelerator.mixed_precision), self.model.dtype)
         if z.device.type == "cpu" and not self.accelerator.native_amp:  # it runs fp16 on a CPU as it runs none
@@ -271,20 +271,20 @@ class DiffusionTrainer(CustomTrainer):
     # ---- evaluation ----
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as upstream does, and remember what the present weights gave."""
+        """Evaluate as LLaMA-Factory does, and keep the metrics of the present weights."""
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if not args and kwargs.get("eval_dataset") is None:  # not a part of the data
             self._evaluated = metrics
         return metrics
 
     def last_evaluation(self) -> dict[str, float]:
-        """Return the metrics of the present weights, which the training loop may have evaluated already."""
+        """Return the metrics of the present weights, evaluated now unless the training loop has done so."""
         # After training, evaluation in half precision turns the weights into it.
         again = self.args.bf16_full_eval or self.args.fp16_full_eval
         return self.evaluate() if again or self._evaluated is None else self._evaluated
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take a step as upstream does; an evaluation is of other weights then."""
+        """Take a step as LLaMA-Factory does, and drop the metrics of the old weights."""
         self._evaluated = None
         return super().training_step(*args, **kwargs)
 
@@ -296,7 +296,7 @@ class DiffusionTrainer(CustomTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Estimate the evidence bound with full attention: the same for any batch size or number of ranks."""
+        """Estimate the evidence bound with full attention; it is the same for any batch size and number of ranks."""
         total, n_rows = torch.zeros(N_STATISTICS, dtype=torch.float64), 0
         with self._pause(), torch.no_grad():
             for model, batch, sample_index in self.prepared_batches(dataloader, description):
@@ -316,7 +316,7 @@ class DiffusionTrainer(CustomTrainer):
     def prepared_batches(
         self, dataloader: DataLoader, description: str
     ) -> Iterator[tuple[Any, dict[str, Tensor], Tensor]]:
-        """Give the model, as it evaluates, with each batch and the ordinals of its rows within the data set."""
+        """Yield the model in evaluation mode, each batch, and the sample indices of its rows in the data set."""
         model = self._prepared_model(dataloader)
         self.probe(model)
         args = self.args
@@ -342,19 +342,19 @@ class DiffusionTrainer(CustomTrainer):
                 model = model.to(dtype=torch.bfloat16, device=self.args.device)
         return model
 
-    def bound_logits(self, model: Any, z: Tensor, rows: Tensor, placement: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits of `rows`, [n, vocab], under full attention.
+    def bound_logits(self, model: Any, z: Tensor, head_index: Tensor, placement: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits at `head_index`, [n, vocab], with full attention.
 
         Args:
-            model: prepared.
+            model: the prepared model.
             z: [batch, length] int64, on any device.
-            rows: [n] int64, into [batch * length].
-            placement: what `CleanBatch.placement` returns.
+            head_index: [n] int64, into [batch * length].
+            placement: from `CleanBatch.placement`.
         """
         device = self.args.device
-        z, rows = z.to(device), rows.to(device)
+        z, head_index = z.to(device), head_index.to(device)
         placement = {name: value.to(device) for name, value in placement.items()}
-        with self.compute_loss_context_manager(), self._head.only(rows):
+        with self.compute_loss_context_manager(), self._head.only(head_index):
             mask = self._full_attention_mask(z, placement.get("is_padding"), placement.get("document"))
             logits: Tensor = model(
                 input_ids=z, attention_mask=mask, position_ids=placement.get("position_ids"), use_cache=False
@@ -365,7 +365,7 @@ class DiffusionTrainer(CustomTrainer):
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
-        """Keep the block's time out of tokens_per_second."""
+        """Exclude the block's time from tokens_per_second."""
         start = time.perf_counter()
         try:
             yield
@@ -373,7 +373,7 @@ class DiffusionTrainer(CustomTrainer):
             self._paused += time.perf_counter() - start
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to a training log the diffusion's own figures since the last one."""
+        """Add the diffusion metrics since the last log to a training log."""
         if "loss" in logs and self._terms is not None:
             terms = self.accelerator.reduce(self._terms, "sum").item()
             counts = self.accelerator.reduce(self._counts.to(self.args.device), "sum").tolist()
@@ -385,11 +385,11 @@ class DiffusionTrainer(CustomTrainer):
             self._terms, self._clock, self._paused = None, None, 0.0
             self._counts.zero_()
         if "train_runtime" in logs and not self.steps_taken:
-            return  # a loss of 0 that nobody has trained
+            return  # no step was trained, so the loss of 0 means nothing
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Let no weights of a step that went wrong be saved, neither as a checkpoint nor, at the end, as the model."""
+        """Do not save weights after a NaN or infinite loss, neither as a checkpoint nor as the final model."""
         ends, saves = self.control.should_training_stop, self.control.should_save
         if (ends or saves) and not self._is_sound():
             step = self.state.global_step
@@ -406,7 +406,7 @@ class DiffusionTrainer(CustomTrainer):
     def _is_sound(self) -> bool:
         """Tell whether the last step's loss and the weights are finite; waits for the device."""
         self._finite.count(self._summed(self._finite.take()), self.state.global_step)
-        self._finite.settle()
+        self._finite.read_all()
         return weights_are_finite(self.model, self._summed, self.args.device) and not self._finite.streak
 
     def _load_best_model(self) -> None:
@@ -417,7 +417,7 @@ class DiffusionTrainer(CustomTrainer):
             self._evaluated = None
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Warn of missing weights, but not of those that are tied to weights which are there."""
+        """Warn of missing weights, except those that are tied to loaded weights."""
         of = dict(self.model.named_parameters(remove_duplicate=False))
         missing = load_result.missing_keys
         there = {id(parameter) for name, parameter in of.items() if name not in missing}
@@ -430,7 +430,7 @@ class DiffusionTrainer(CustomTrainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(self, language: Any = None, license: Any = None, **given: Any) -> None:
-        """Write README.md; the base class would say that the model is autoregressive."""
+        """Write README.md; the base class would describe an autoregressive model."""
         if self.origin is not None and self.is_world_process_zero():
             write_trained(self, self.origin, given.get("model_name"))
 
@@ -443,12 +443,12 @@ class DiffusionTrainer(CustomTrainer):
 
 
 def keep_half_logits(model: Any) -> bool:
-    """Take from a model that accelerate has prepared for mixed precision the conversion of its outputs to float32.
+    """Remove the conversion of outputs to float32 that accelerate adds to a model for mixed precision.
 
-    Autocast stays, and accelerate can still undo it.
+    Autocast stays, and accelerate can still undo its changes.
 
     Args:
-        model: the module whose `forward` accelerate replaced, not a wrapper around it.
+        model: the module whose `forward` accelerate replaced, not a wrapper of it.
     Returns:
         Whether there was such a conversion.
     """

@@ -31,13 +31,13 @@ def build_trainer(
     finetuning_args: Any,
     callbacks: list[Any] | None,
 ) -> DiffusionTrainer:
-    """Return upstream's trainer with the diffusion objective of a run."""
-    # The filter would hide a diverged loss behind the last good one, and costs a device synchronisation every step.
+    """Return the trainer of a run, with its diffusion objective."""
+    # The filter would replace a NaN loss by the last good one, and synchronise with the device at every step.
     training_args.logging_nan_inf_filter = False
     if training_args.device.type == "cpu":
-        training_args.dataloader_pin_memory = False  # there is nothing to pin for, and torch would say so
+        training_args.dataloader_pin_memory = False  # pinning has no use on a CPU, and torch would warn
     if training_args.accelerator_config.dispatch_batches is None:
-        # A dispatcher would put streamed batches on the device, where noise is not drawn, and cut up the last one.
+        # A dispatcher would move streamed batches to the device (noise is drawn on the CPU), and split the last one.
         training_args.accelerator_config.dispatch_batches = False
     trainer = DiffusionTrainer(
         objective=build_objective(plan.config, plan.tokenizer, model, plan.lengths, training_args, finetuning_args),
@@ -63,7 +63,7 @@ def build_trainer(
 
 
 def evaluate(trainer: DiffusionTrainer, plan: RunPlan, *, eos: bool) -> None:
-    """Evaluate the bound, and with `eos` whether the model knows where its texts end; save both."""
+    """Evaluate the evidence bound, and with `eos` how well the model predicts EOS; save both."""
     metrics = trainer.last_evaluation()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
@@ -122,7 +122,7 @@ def train(trainer: DiffusionTrainer, plan: RunPlan, finetuning_args: Any) -> Non
 
 
 def _complete_converted(trainer: DiffusionTrainer, finetuning_args: Any) -> None:
-    """Put beside the plain LoRA adapter that pissa_convert has written what makes it one of a diffusion model."""
+    """Add tokenizer and diffusion_config.json to the plain LoRA adapter that pissa_convert has saved."""
     folder = Path(trainer.args.output_dir) / "pissa_converted"
     if finetuning_args.pissa_convert and trainer.is_world_process_zero() and folder.is_dir():
         trainer.processing_class.save_pretrained(folder)
@@ -135,7 +135,7 @@ def _complete_converted(trainer: DiffusionTrainer, finetuning_args: Any) -> None
 
 
 def _forget_lengths(folder: Path) -> None:
-    """Remove the length predictors of a model whose weights were overwritten."""
+    """Remove the length predictors of weights that were overwritten."""
     if (folder / LENGTHS).is_file():
         (folder / LENGTHS).unlink()
         (folder / LENGTHS_REPORT).unlink(missing_ok=True)
