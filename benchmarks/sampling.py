@@ -216,7 +216,8 @@ def quality(checkpoint: str, samples: int) -> None:
         rate = sum(text.n_tokens for text in made) / sum(text.num_forward_passes for text in made)
         return rate, judged([text.predict for text in made], model, judge)
 
-    print("| strategy | tokens a forward | loss | fixed steps need for that loss | speed-up |\n|---|---|---|---|---|")
+    print("| strategy | tokens per forward pass | loss | fixed steps need for that loss | speed-up |")
+    print("|---|---|---|---|---|")
     fixed = []
     for steps in (64, 56, 48, 40, 32, 24, 16, 8):
         rate, loss = tried(denoising_strategy="low_confidence", diffusion_steps=steps)
@@ -226,7 +227,7 @@ def quality(checkpoint: str, samples: int) -> None:
         for value in values:
             rate, loss = tried(denoising_strategy=name, diffusion_steps=64, **{name: value})
             needed = forwards_for(loss, fixed)
-            said = "more than all" if needed is None else f"{needed:.0f} forwards"
+            said = "more than all" if needed is None else f"{needed:.0f} forward passes"
             gain = "" if needed is None else f"{needed * rate / 64:.2f}"
             print(f"| {name}: {value:g} | {rate:.2f} | {loss:.3f} | {said} | {gain} |", flush=True)
 
@@ -235,7 +236,7 @@ def revising(checkpoint: str, samples: int) -> None:
     """Print what rewriting tokens and masking them again is worth."""
     model = load(checkpoint)
     judge = AutoModelForCausalLM.from_pretrained("data/tiny_gpt2", dtype=torch.float32).eval()
-    print("| keys | forwards a text | rewritten a text | loss |\n|---|---|---|---|")
+    print("| keys | forward passes a text | edits a text | loss |\n|---|---|---|---|")
     plain = {"logits": LogitsConfig(0.8, 0.95), "block_length": 16, "early_stop": "none", "seed": 42}
     for keys in REVISING:
         settings = SamplingSettings(**{**plain, **keys})
