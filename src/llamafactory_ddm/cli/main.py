@@ -1,4 +1,4 @@
-"""`llamafactory-ddm`: is the plugin active, and LLaMA-Factory's own commands where PyTorch's autoload is off."""
+"""`llamafactory-ddm`: its own commands, and LLaMA-Factory's commands where PyTorch's autoload is off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint so that a kill or a full disk at any moment leaves the previous one loadable."""
+"""Atomic saving: a kill or a full disk at any moment leaves the previous checkpoint loadable."""
 
 from __future__ import annotations
 

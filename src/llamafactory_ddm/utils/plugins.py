@@ -1,4 +1,4 @@
-"""Importing what users add: modules and files that a run names, and installed packages that offer themselves."""
+"""Imports of users' plugins: modules and files that a run names, and installed packages with an entry point."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _names(plugins: object) -> tuple[str, ...]:
 
 
 def load_installed_plugins() -> None:
-    """Import what installed packages offer under the entry-point group `llamafactory_ddm.plugins`, once.
+    """Import the entry points of installed packages in the group `llamafactory_ddm.plugins`, once.
 
     Raises:
         ValueError: naming the entry point that fails.

@@ -13,7 +13,7 @@ E = TypeVar("E")
 
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
-    """Return "; did you mean '...'?" for the known word that is most like `word`, or nothing where none is."""
+    """Return "; did you mean '...'?" with the known word nearest to `word`, or an empty text if none is near."""
     spelling = {str(one).lower(): str(one) for one in known}
     near = difflib.get_close_matches(str(word).lower(), spelling, n=1)
     return f"; did you mean {spelling[near[0]]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""What is wrong with a data set that LLaMA-Factory could not prepare: which file, example, message, and the cure."""
+"""Finds the fault in a data set that LLaMA-Factory could not prepare: the file, example, message, and what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamafactory.extras.constants import FILEEXT2TYPE
 
 _TEXT = ("prompt", "query", "response", "system", "tools")
 _TAGS = ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
-# What roles are often called, by the tag that names them.
+# Usual names of roles, by the tag that names them.
 _USUAL = {
     "user_tag": ("user", "human"),
     "assistant_tag": ("assistant", "gpt", "bot", "model"),
@@ -31,17 +31,17 @@ _READABLE = ("json", "csv", "text")
 
 
 class DataFault(ValueError):
-    """What is wrong, in words that follow the name of the data set."""
+    """A fault in a data set; the message follows the name of the data set."""
 
 
 def find_fault(names: list[str], data_args: Any) -> str | None:
-    """Return what is wrong with the first of some data sets that is at fault, its name included; None if nothing is.
+    """Return the name and the fault of the first faulty data set, or None.
 
-    Faults that LLaMA-Factory stumbles over come before those for which it leaves an example out.
+    Faults that make LLaMA-Factory fail come before faults for which it drops an example.
 
     Args:
-        names: of dataset_info.json.
-        data_args: upstream's.
+        names: names in dataset_info.json.
+        data_args: LLaMA-Factory's.
     """
     for leaves_out in (False, True):
         for name in names:
@@ -95,7 +95,7 @@ def _entry(name: str, data_args: Any) -> Any:
 
 
 def _rows(attr: Any, data_args: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a data set as they stand in its files; nothing where they cannot be looked at here."""
+    """Yield the rows in a data set's files; nothing if the files are not local."""
     path = Path(str(data_args.dataset_dir)) / attr.dataset_name
     if attr.load_from != "file" or not path.exists():
         return
@@ -114,20 +114,20 @@ def _rows(attr: Any, data_args: Any) -> Iterator[dict[str, Any]]:
 
 def _check_text(file: Path) -> None:
     """Check that a file is UTF-8."""
-    place = 0
+    offset = 0
     with open(file, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
                 start = (
-                    f"line {number}, its byte {error.start + 1}, which is byte {place + error.start + 1} of the file"
+                    f"line {number}, its byte {error.start + 1}, which is byte {offset + error.start + 1} of the file"
                 )
                 raise DataFault(
                     f"{file} is not UTF-8: {start}, is 0x{line[error.start]:02x} ({error.reason}); save it as UTF-8, "
                     f"as with iconv -f LATIN1 -t UTF-8 {os.path.basename(file)}"
                 ) from error
-            place += len(line)
+            offset += len(line)
 
 
 def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -167,7 +167,7 @@ def _lines(file: Path, lines: Any) -> Iterator[Any]:
 
 
 def _of_fields(row: dict[str, Any], attr: Any, *, leaves_out: bool) -> None:
-    """Check an example with a column for each part."""
+    """Check an example in alpaca format, with one column for each part."""
     for key in _TEXT:
         value = row.get(getattr(attr, key)) if getattr(attr, key) else None
         if value is not None and not isinstance(value, str):
@@ -247,7 +247,7 @@ def _said(value: Any) -> str:
     return f"{kinds.get(type(value), 'a ' + type(value).__name__)} ({text if len(text) <= 40 else text[:37] + '...'})"
 
 
-# What upstream and datasets raise for data that are not as their entry says.
+# What LLaMA-Factory and datasets raise for data that do not fit their entry.
 _OF_DATA = (DatasetsError, AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError)
 
 
@@ -256,11 +256,11 @@ _NO_ROW = re.compile("sufficient samples|valid samples")
 
 @contextmanager
 def datasets_explained(data_args: Any, names: list[str] | None = None) -> Iterator[None]:
-    """Turn what upstream raises for data that it cannot prepare into an error that says where and how to mend it.
+    """Turn LLaMA-Factory's errors about data into one that says where the fault is and what to do.
 
     Args:
-        data_args: upstream's.
-        names: the data sets that are read to generate from; None for those that are trained on.
+        data_args: LLaMA-Factory's.
+        names: the data sets to generate from; None for the training and evaluation data.
     """
     try:
         yield
@@ -281,7 +281,7 @@ def datasets_explained(data_args: Any, names: list[str] | None = None) -> Iterat
 
 
 def no_block(data_args: Any, names: list[str] | None = None) -> str:
-    """Return what to say when the data give no row to train on, or with `names` to generate from."""
+    """Return the error message for data without a row to train on, or with `names` without a text to generate from."""
     if names:
         return f"dataset: {', '.join(names)} holds no text; check the file against its entry in dataset_info.json"
     packed = f", because all texts together are shorter than one block of cutoff_len: {data_args.cutoff_len} tokens"
@@ -293,7 +293,7 @@ def no_block(data_args: Any, names: list[str] | None = None) -> str:
 
 
 def dataset_names(data_args: Any) -> str:
-    """Return the names of the data sets that are trained on, as text."""
+    """Return the names of the training data sets, or else the evaluation data sets or tokenized_path, as text."""
     name = data_args.dataset or data_args.eval_dataset or data_args.tokenized_path
     return ", ".join(name) if isinstance(name, (list, tuple)) else str(name)
 

@@ -1,6 +1,6 @@
-"""What prepared rows hold, looked at before the model is loaded: is there something to learn, is it made for this run?
+"""Checks of prepared rows before the model is loaded: they hold tokens to learn, and fit this run.
 
-Of a large data set, rows that are spread over all of it are looked at; of a streamed one the first.
+Of a large data set evenly spread rows are checked, of a streamed one the first rows.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _COLUMNS = ("input_ids", "labels", "position_ids")
 
 @dataclass(frozen=True)
 class RowRules:
-    """What the rows of a run must be.
+    """The requirements on the rows of a run.
 
     Attributes:
-        source: what they come from, as the YAML has it: `dataset: x`, or `tokenized_path: x` where it is opened.
+        source: their source in the YAML: `dataset: x`, or `tokenized_path: x` if it is opened.
         stage: `ddm` or `ddm-sft`.
-        is_opened: whether they were prepared by an earlier run.
-        packed: whether the YAML says that a row holds several texts.
-        variable: whether they end with their text, whatever its length.
-        cutoff_len: tokens of a text at most.
-        positions: that the model has; None for no limit.
-        tokenizer: of this run.
-        mask: its mask token.
-        controls: spellings of the mask token and of pads that texts may hold, as mere text.
-        allow_common_mask: whether that may be a token that texts use.
-        answers: how whole answers are told from cut ones; None where nothing tells.
+        is_opened: whether an earlier run prepared them.
+        packed: whether a row holds several texts.
+        variable: whether rows have variable length.
+        cutoff_len: largest number of tokens of a text.
+        positions: number of positions of the model; None for no limit.
+        tokenizer: the run's tokenizer.
+        mask: the run's mask token.
+        controls: spellings of the mask and padding tokens that are ordinary characters in texts.
+        allow_common_mask: whether the mask token may be one that texts use.
+        answers: how to tell whole answers from truncated ones; None if that is unknown.
     """
 
     source: str
@@ -61,21 +61,21 @@ class RowRules:
 
     @property
     def row_len(self) -> int:
-        """Return the tokens of a row at most, the YAML's number; LLaMA-Factory pads packed answers by one."""
+        """Return the largest number of tokens in a row: the YAML's cutoff_len, which packed answers are padded to."""
         return self.cutoff_len + (self.packed and self.stage == "ddm-sft")
 
 
 @dataclass(frozen=True)
 class AnswerMarks:
-    """How a template's whole answers are told from those that were cut at cutoff_len.
+    """How to tell a template's whole answers from those that were truncated at cutoff_len.
 
     Attributes:
-        added: labelled tokens that a row has even if nothing of its answer is left.
-        closing: the token that every whole answer ends with, before `behind` more; None where there is none.
-        behind: tokens behind that one.
-        before: tokens before an answer that are no prompt, under a template that cuts an answer only where nothing of
-            its prompt is left; None for others.
-        longest: tokens of a text that may have been cut.
+        added: number of labelled tokens in a row whose answer was cut off completely.
+        closing: the token that ends every whole answer, followed by `behind` more; None if there is none.
+        behind: number of tokens after `closing`.
+        before: number of tokens before an answer that are not its prompt, for a template that truncates an answer only
+            after dropping the whole prompt; None for other templates.
+        longest: a text of at least this many tokens may have been truncated.
     """
 
     added: int
@@ -86,7 +86,7 @@ class AnswerMarks:
 
     @classmethod
     def of(cls, template: Any, tokenizer: Any, *, cutoff_len: int, packed: bool) -> AnswerMarks:
-        """Find out by two trials what answers of a template have in common."""
+        """Return the marks of a template, from two trial answers."""
         if isinstance(template, DiffuLlamaTemplate):
             return cls(1, None, 0, 1 + int(tokenizer.bos_token_id is not None), cutoff_len - packed)
         trials = ([{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in ("b", "7"))
@@ -98,7 +98,7 @@ class AnswerMarks:
 
 @dataclass
 class _Counts:
-    """What was found; `learnt` marks the ids that are a target somewhere."""
+    """Counts over the checked rows; `learnt` marks the ids that are a target somewhere."""
 
     learnt: np.ndarray
     rows: int = 0
@@ -119,13 +119,13 @@ def check_prepared(dataset_module: dict[str, Any], rules: RowRules, data_args: A
     """Check the rows of a run.
 
     Args:
-        dataset_module: upstream's, of which a streamed data set is read from its beginning.
-        rules: what they must be.
-        data_args: upstream's.
-        training_args: upstream's.
+        dataset_module: LLaMA-Factory's; of a streamed data set the first rows are read.
+        rules: the requirements.
+        data_args: LLaMA-Factory's.
+        training_args: LLaMA-Factory's.
     Raises:
-        ValueError: if they were made for something else, none holds anything to learn, no answer is whole, or the mask
-            token is one that the texts use.
+        ValueError: if the rows were prepared for another run, hold no token to learn, no answer is whole, or texts use
+            the mask token.
     """
     for name, rows, trains in _parts(dataset_module, training_args):
         if rows is None or (hasattr(rows, "__len__") and not len(rows)):
@@ -147,7 +147,7 @@ def check_prepared(dataset_module: dict[str, Any], rules: RowRules, data_args: A
 
 
 def _parts(dataset_module: dict[str, Any], training_args: Any) -> list[tuple[str, Any, bool]]:
-    """Return the data sets that this run uses: what to call each, its rows, and whether they are trained on."""
+    """Return the data sets that this run uses: name, rows, and whether they are training data."""
     prepares = not (training_args.do_train or training_args.do_eval or training_args.do_predict)
     parts: list[tuple[str, Any, bool]] = []
     if training_args.do_train or prepares:
@@ -160,10 +160,10 @@ def _parts(dataset_module: dict[str, Any], training_args: Any) -> list[tuple[str
 
 
 def check_columns(dataset_module: dict[str, Any], rules: RowRules, training_args: Any) -> None:
-    """Check that rows which were prepared earlier, perhaps by others, have what this run reads.
+    """Check that opened rows have the splits and columns that this run reads.
 
     Raises:
-        ValueError: if a split or a column is missing, or one says that they were made for another stage or format.
+        ValueError: if a split or a column is missing, or a column belongs to another stage or format.
     """
     for name, rows, trains in _parts(dataset_module, training_args):
         if rows is not None:
@@ -212,7 +212,7 @@ def _count(rows: Any, rules: RowRules) -> _Counts:
 
 
 def _read(counts: _Counts, table: pyarrow.Table, rules: RowRules) -> None:
-    """Count the rows in which a control token is spelt; its own id is none of its letters."""
+    """Count the rows whose text spells a control token; the token's own id does not count."""
     control = {int(index) for index in rules.tokenizer.convert_tokens_to_ids(rules.controls)}
     left = _TO_READ
     for ids in table["input_ids"]:
@@ -231,7 +231,7 @@ def _first(rows: Any) -> list[dict[str, Any]]:
 
 
 def _tables(rows: Any, *, everything: bool = False) -> Iterator[pyarrow.Table]:
-    """Yield the rows that are looked at, some at once."""
+    """Yield the rows to check, in tables."""
     if isinstance(rows, list):
         if rows:
             yield pyarrow.Table.from_pylist(rows)
@@ -246,7 +246,7 @@ def _tables(rows: Any, *, everything: bool = False) -> Iterator[pyarrow.Table]:
 
 
 def _flat(table: pyarrow.Table, key: str, rules: RowRules) -> np.ndarray:
-    """Return the numbers of all rows one after another."""
+    """Return the numbers of all rows, concatenated."""
     column = table[key]
     kind = column.type
     is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
@@ -298,7 +298,7 @@ def _check_ids(ids: np.ndarray, n_ids: int, rules: RowRules) -> None:
 
 
 def _starts(table: pyarrow.Table, ids: np.ndarray, lengths: np.ndarray, rules: RowRules) -> np.ndarray:
-    """Return where the texts begin; the padding of packed rows, each token of which counts as a text, is none."""
+    """Return the first indices of the texts; in packed rows each padding token counts as one."""
     first = np.cumsum(lengths) - lengths
     if "position_ids" not in table.column_names:
         return first[lengths > 0]
@@ -306,7 +306,7 @@ def _starts(table: pyarrow.Table, ids: np.ndarray, lengths: np.ndarray, rules: R
 
 
 def _add_answers(counts: _Counts, ids: np.ndarray, given: np.ndarray, starts: np.ndarray, rules: RowRules) -> None:
-    """Count the texts whose answers were cut."""
+    """Count the texts whose answers were truncated."""
     marks = rules.answers
     if not len(starts) or marks is None:
         return
@@ -328,7 +328,7 @@ def _add_answers(counts: _Counts, ids: np.ndarray, given: np.ndarray, starts: np
 
 
 def _check_lengths(counts: _Counts, rules: RowRules) -> None:
-    if not rules.is_opened or rules.variable:  # what has no room for its end is left out later
+    if not rules.is_opened or rules.variable:  # rows without room for EOS are dropped later
         return
     needed = counts.last_position + 1 if rules.row_len > rules.cutoff_len else counts.longest
     if rules.positions is not None and needed > rules.positions:
@@ -349,10 +349,10 @@ def _check_lengths(counts: _Counts, rules: RowRules) -> None:
 
 
 def _check_learnable(rows: Any, counts: _Counts, rules: RowRules, name: str) -> None:
-    """Check that some row holds a token that is no end, padding or blank."""
+    """Check that a row holds a target that is neither a special token nor white space."""
     if _has_text(counts, rules):
         return
-    if counts.rows < len(rows):  # before saying so, look at all
+    if counts.rows < len(rows):  # check all rows before raising
         for table in _tables(rows, everything=True):
             _add(counts, table, rules)
             if _has_text(counts, rules):
@@ -403,4 +403,4 @@ def _check_mask(counts: _Counts, rules: RowRules, name: str, *, trains: bool) ->
             f"{said}: the model could never generate this token. Name a token that texts do not use, such as a "
             "new one, '<|mask|>', or set allow_common_mask_token: true"
         )
-    logger.warning_rank0(f"{said}; there it is treated as given: neither noised nor scored.")
+    logger.warning_rank0(f"{said}; there it is treated as fixed: neither noised nor scored.")

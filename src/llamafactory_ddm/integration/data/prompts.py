@@ -1,4 +1,4 @@
-"""The examples of a data set to generate from: every one of them, in order, with or without an answer."""
+"""The examples of a data set to generate from: all of them in order, with or without an answer."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from llamafactory.data.loader import _load_single_dataset
 from llamafactory.data.parser import get_dataset_list
 
 _PREFIX = "prompts-of-"
-# Columns that an entry of dataset_info.json need not name; an example that lacks them has none.
+# Columns that an entry of dataset_info.json need not name, and that examples may lack.
 _DEFAULTS = {"response": "output", "query": "input"}
 _UNANSWERED = [{"role": "assistant", "content": ""}]
 
 
 def examples(names: list[str], model_args: Any, data_args: Any, training_args: Any) -> Any:
-    """Return the examples of data sets in upstream's standard form; an answer that is not there is an empty one.
+    """Return the examples of data sets in LLaMA-Factory's standard format; a missing answer is an empty one.
 
-    With val_size and no eval_dataset they are those that training leaves out.
+    With val_size and without eval_dataset they are the validation split.
 
     Args:
-        names: of data sets.
-        model_args: upstream's.
-        data_args: upstream's.
-        training_args: upstream's, whose seed decides what is left out.
+        names: names of data sets.
+        model_args: LLaMA-Factory's.
+        data_args: LLaMA-Factory's.
+        training_args: LLaMA-Factory's; its seed decides the split.
     Raises:
         ValueError: if a data set holds preferences.
     """
@@ -49,12 +49,12 @@ def _register() -> None:
 
 
 def _lenient(kind: type[Any]) -> type[Any]:
-    """Return a converter of upstream's that keeps examples without an answer."""
+    """Return a subclass of a LLaMA-Factory converter that keeps examples without an answer."""
 
     class Lenient(kind):  # type: ignore[misc]
         def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
             found = super().__call__(_completed(self.dataset_attr, dict(example)))
-            # An empty list would be of no type, and what follows would not fit it.
+            # An empty list would have no element type, and later examples would not fit it.
             return {**found, "_response": found["_response"] or _UNANSWERED}
 
     Lenient.__name__ = Lenient.__qualname__ = f"Lenient{kind.__name__}"
@@ -62,7 +62,7 @@ def _lenient(kind: type[Any]) -> type[Any]:
 
 
 def _completed(entry: Any, example: dict[str, Any]) -> dict[str, Any]:
-    """Return an example with what upstream looks up: columns that may be absent, and the answer to the last turn."""
+    """Return an example with the columns that LLaMA-Factory reads, and an answer to its last turn."""
     for key, default in _DEFAULTS.items():
         if getattr(entry, key, None) == default:
             example.setdefault(default, None)

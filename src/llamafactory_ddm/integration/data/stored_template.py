@@ -1,4 +1,4 @@
-"""Upstream's templates written down as what they make of a prompt, so that they can be applied without upstream."""
+"""LLaMA-Factory's templates recorded as parts of a prompt, so that they can be applied without LLaMA-Factory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ...modeling.prompt_template import Part, PromptTemplate
 from ...utils.registry import did_you_mean
 from .templates import DIFFULLAMA, register_templates, without_cut
 
-_WORDS = "\x00prompt\x00"  # in the place of the user's words
+_WORDS = "\x00prompt\x00"  # stands for the user's text
 
 
 def recorded(template: Any, tokenizer: Any, name: str | None) -> PromptTemplate:
-    """Return what a template makes of a prompt of one turn, as training gives it to the model.
+    """Return the prompt of one turn that a template makes in training.
 
     Args:
-        template: upstream's.
-        tokenizer: that the template has given its tokens.
-        name: of the template.
+        template: LLaMA-Factory's.
+        tokenizer: the tokenizer, with the template's tokens.
+        name: name of the template.
     """
     recorder = _Recorder(tokenizer)
     turns = [{"role": "user", "content": _WORDS}, {"role": "assistant", "content": ""}]
@@ -31,10 +31,10 @@ def recorded(template: Any, tokenizer: Any, name: str | None) -> PromptTemplate:
 
 
 def named_template(name: str, tokenizer: Any) -> tuple[PromptTemplate, tuple[str, ...]]:
-    """Return a template of upstream's by its name, and the tokens that end an answer under it.
+    """Return LLaMA-Factory's template with this name, and the tokens that end its answers.
 
     Raises:
-        ValueError: if there is none, or it needs tokens that the tokenizer does not have.
+        ValueError: if there is no such template, or it needs tokens that the tokenizer lacks.
     """
     register_templates()
     if name not in TEMPLATES or name == DIFFULLAMA:
@@ -63,14 +63,14 @@ def named_template(name: str, tokenizer: Any) -> tuple[PromptTemplate, tuple[str
 
 
 def end_tokens(template: Any, tokenizer: Any) -> tuple[str, ...]:
-    """Return what ends an answer: the tokenizer's own token and the template's stop words, as far as it has them."""
+    """Return the tokens that end an answer: EOS and the template's stop words that are in the vocabulary."""
     vocabulary = tokenizer.get_vocab()
     words = dict.fromkeys([tokenizer.eos_token, *template.stop_words])
     return tuple(str(word) for word in words if word in vocabulary)
 
 
 class _Recorder:
-    """A tokenizer that notes what it is asked to encode; an id is a place in its notes."""
+    """A tokenizer that records what it encodes; an id is an index into the record."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

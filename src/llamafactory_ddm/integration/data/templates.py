@@ -1,4 +1,4 @@
-"""Templates that LLaMA-Factory lacks: DiffuLLaMA's prompt with its response, and the chats of LLaDA and Dream."""
+"""Templates that LLaMA-Factory lacks: DiffuLLaMA's prompt and response, and the chat formats of LLaDA and Dream."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
 
     Attributes:
         sep_token: spelling of [sep] in the vocabulary.
-        cutoff_len: tokens of a row, to which prompt and response are cut; None cuts nothing.
+        cutoff_len: largest number of tokens of a row, to which prompt and response are truncated; None truncates
+            nothing.
     Source: DiffuLLaMA (arXiv 2410.17891), the data format of its finetuning code.
-    Deviates: a response that fills the row leaves no room for the prompt, and the row then holds no prompt; there it
-        would hold all of the prompt and lose the end of the response.
+    Deviates: if the response fills the row, the row has no prompt; the published code keeps all of the prompt and
+        drops the end of the response.
     """
 
     sep_token: str | None = None
@@ -32,7 +33,7 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
     def _encode(
         self, tokenizer: Any, messages: list[dict[str, str]], system: str | None, tools: str | None
     ) -> list[list[int]]:
-        """Return the ids of the prompt with its marks, and of the response with its end.
+        """Return the ids `[bos] prompt [sep]` and `response [eos]`.
 
         Raises:
             ValueError: if the example is not one prompt and one response, or [sep] is not set.
@@ -56,19 +57,19 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
 
 
 def without_cut(template: Any) -> Any:
-    """Return a template that cuts nothing off prompt and response."""
+    """Return the template without truncation of prompt and response."""
     return replace(template, cutoff_len=None) if isinstance(template, DiffuLlamaTemplate) else template
 
 
 def uncut(data_args: Any) -> Any:
-    """Return the data arguments to prepare examples with in their full length."""
+    """Return the data arguments without truncation of examples."""
     whole = copy.copy(data_args)
     whole.cutoff_len = _UNLIMITED
     return whole
 
 
 def register_templates() -> None:
-    """Make the templates known to LLaMA-Factory; doing so again changes nothing."""
+    """Register the templates with LLaMA-Factory; a second call changes nothing."""
     if DIFFULLAMA not in TEMPLATES:
         register_template(
             name=DIFFULLAMA,
@@ -87,9 +88,9 @@ def register_templates() -> None:
 def _register_chat(
     name: str, header: str, end: str, *, between: str = "", starts: bool = False, system: str = ""
 ) -> None:
-    """Make a format of turns known: header, content and end, the end being what ends a text.
+    """Register a chat template with turns of header, content and `end`, which also ends a text.
 
-    Source: the chat templates that LLaDA-8B-Instruct and Dream-v0-Instruct-7B were published with.
+    Source: the published chat templates of LLaDA-8B-Instruct and Dream-v0-Instruct-7B.
     """
     user, assistant, system_turn = (header.format(role=role) for role in ("user", "assistant", "system"))
     register_template(

@@ -1,4 +1,4 @@
-"""`tokenized_path`: what a folder of prepared rows was made for is written beside them, and read when it is opened."""
+"""`tokenized_path`: the settings of prepared rows are saved with them, and checked when the folder is opened."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SAMPLE = 64  # tokens
 
 
 def is_opened(data_args: Any) -> bool:
-    """Tell whether the rows of a run are read from tokenized_path; else they are made, and perhaps saved there.
+    """Tell whether a run reads its rows from tokenized_path; otherwise it prepares them, and may save them there.
 
     Raises:
-        ValueError: if a file stands in its place.
+        ValueError: if tokenized_path is a file.
     """
     path = data_args.tokenized_path
     if path is not None and Path(path).is_file():
@@ -29,10 +29,10 @@ def is_opened(data_args: Any) -> bool:
 
 @contextmanager
 def opening(path: str) -> Iterator[None]:
-    """Say which key names a folder that cannot be opened.
+    """Turn errors of opening tokenized_path into one that names the key.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if the folder cannot be opened.
     """
     try:
         yield
@@ -44,7 +44,7 @@ def opening(path: str) -> Iterator[None]:
 
 
 def facts_of(stage: str, data_args: Any, *, variable: bool) -> dict[str, Any]:
-    """Return what decides about the rows of a run, by YAML key; which stage they are for their columns say."""
+    """Return the YAML keys that decide the rows of a run; their columns tell the stage."""
     facts: dict[str, Any] = {"packing": bool(data_args.packing), "variable_length": variable}
     if stage == "ddm-sft":
         facts |= {key: getattr(data_args, key, None) for key in ("template", "train_on_prompt", "mask_history")}
@@ -52,7 +52,7 @@ def facts_of(stage: str, data_args: Any, *, variable: bool) -> dict[str, Any]:
 
 
 def write_facts(path: str, facts: dict[str, Any], dataset_module: dict[str, Any], tokenizer: Any) -> None:
-    """Write what rows were made for, and what the first of them begins with."""
+    """Save the settings of prepared rows, and the beginning of the first row."""
     first: list[int] = []
     for rows in dataset_module.values():
         part = next(iter(rows.values())) if isinstance(rows, dict) else rows
@@ -62,10 +62,10 @@ def write_facts(path: str, facts: dict[str, Any], dataset_module: dict[str, Any]
 
 
 def check_facts(path: str, facts: dict[str, Any], tokenizer: Any) -> None:
-    """Check what rows were made for; nothing is known of those that others prepared.
+    """Check the settings of prepared rows against this run; rows without a settings file are not checked.
 
     Raises:
-        ValueError: if they were made for something else, naming the key.
+        ValueError: if a setting differs, naming the key.
     """
     file = Path(path) / FACTS
     if not file.is_file():
@@ -74,7 +74,7 @@ def check_facts(path: str, facts: dict[str, Any], tokenizer: Any) -> None:
         known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         ids, text = list(known["ids"]), known["text"]
     for key, value in facts.items():
-        # Whole texts may be used under another format where they are short enough, which is checked later.
+        # Whole texts can be used without variable_length if they are short enough, which is checked later.
         if known.get(key, value) != value and not (key == "variable_length" and not value):
             raise ValueError(
                 f"tokenized_path: {path} was made with {key}: {_yaml(known[key])}, and {key} is {_yaml(value)}; set "

@@ -1,4 +1,4 @@
-"""Whether the LLaMA-Factory that is installed looks as the patches need it; asked before anything is changed."""
+"""Checks that the installed LLaMA-Factory has the functions and arguments that the patches need."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from packaging.version import Version
 
 from ..hparams.diffusion import DiffusionArguments
 
-SUPPORTED = ("0.9.4", "0.9.7")  # from, up to but not including
-# Function of hparams.parser -> its parameters, and the functions that it must look up by name, as those are replaced.
+SUPPORTED = ("0.9.4", "0.9.7")  # from (inclusive), to (exclusive)
+# Function of hparams.parser -> its parameters, and the functions that it must call by name, as those are replaced.
 _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
     "_parse_args": (["parser", "args", "allow_extra_keys"], []),
     "_parse_train_args": (["args"], ["_parse_args"]),
@@ -25,16 +25,16 @@ _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
     "read_args": (["args"], []),
 }
 _PARSED = ["ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments"]
-# What _training_function hands to run_pt and run_sft, of which the dispatcher takes these by place.
+# Arguments that _training_function passes to run_pt and run_sft; the dispatcher takes them by position.
 _FIRST, _LAST = ["model_args", "data_args", "training_args", "finetuning_args"], "callbacks"
 
 
 class IncompatibleUpstream(RuntimeError):
-    """The LLaMA-Factory that is installed does not look as the patches need it."""
+    """The installed LLaMA-Factory lacks what the patches need."""
 
 
 def incompatibilities(parser: ModuleType) -> list[str]:
-    """Return what keeps this LLaMA-Factory from being patched; empty if nothing does.
+    """Return the reasons why this LLaMA-Factory cannot be patched; empty if it can.
 
     Args:
         parser: llamafactory.hparams.parser, unpatched.

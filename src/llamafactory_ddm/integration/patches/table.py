@@ -1,7 +1,7 @@
-"""Everything that is changed in LLaMA-Factory at run time: one table, checked first, applied once, undoable.
+"""All changes to LLaMA-Factory at run time: one table, checked first, applied once, undoable.
 
-`docs/patches.md` describes each row. This is the only file that changes upstream's modules; `replacements.py` holds
-what they get, `compatibility.py` what is checked before.
+`docs/patches.md` describes each row. Only this file changes LLaMA-Factory's modules; `wrappers.py` has the
+replacements, and `compatibility.py` the checks before them.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Patch:
     """One change.
 
     Attributes:
-        target: "module:name" of what is changed; a name with * is every list that matches.
-        make: takes what the target holds and returns what it holds from then on. A function is exchanged, a list or a
-            dict keeps its identity, as other modules hold it too.
-        why: what goes wrong without it.
-        swept: modules that have imported the name get the replacement too.
-        checked: versions of LLaMA-Factory that it was tried on.
+        target: "module:name" of the changed object; a name with * matches several lists.
+        make: takes the old value and returns the new one. A function is replaced; a list or a dict is changed in
+            place, as other modules hold it too.
+        why: what goes wrong without the change.
+        swept: whether modules that have imported the name get the replacement too.
+        checked: versions of LLaMA-Factory that the change was tested with.
     """
 
     target: str
@@ -75,7 +75,7 @@ class _State:
 
 
 _state = _State()
-# What is changed now: the target, and how to put it back.
+# The applied changes: the target, and how to restore it.
 _applied: list[tuple[str, Callable[[], None]]] = []
 
 
@@ -135,10 +135,10 @@ PATCHES = (
 
 
 def after_parser(parser: ModuleType) -> None:
-    """Apply the table to upstream's argument parser, or have upstream as it was refuse our stages.
+    """Apply the table to LLaMA-Factory's argument parser; on failure, leave it unpatched but refusing our stages.
 
     Raises:
-        IncompatibleUpstream: if upstream does not look as the patches need it.
+        IncompatibleUpstream: if LLaMA-Factory lacks what the patches need.
     """
     if _state.active:
         return
@@ -158,18 +158,18 @@ def after_parser(parser: ModuleType) -> None:
 
 
 def after_tuner(tuner: ModuleType) -> None:
-    """Change upstream's stages and export before anything of them is called."""
+    """Apply the changes to LLaMA-Factory's stages and export before they are called."""
     if _state.active:
         apply(tuner.__name__)
 
 
 def after_env(env: ModuleType) -> None:
-    """Have `llamafactory-cli env` say whether the plugin is active."""
+    """Make `llamafactory-cli env` print whether the plugin is active."""
     apply(env.__name__)
 
 
 def after_v1_launcher(launcher: ModuleType) -> None:
-    """Have USE_V1 refuse a command line of ours."""
+    """Make the v1 launcher (USE_V1) refuse command lines with our stages."""
     apply(launcher.__name__)
 
 
@@ -177,7 +177,7 @@ def after_v1_launcher(launcher: ModuleType) -> None:
 
 
 def apply(module: str) -> None:
-    """Apply the rows of a module that is loaded, except those that are applied already."""
+    """Apply the rows of a loaded module that are not applied yet."""
     done = {target for target, _ in _applied}
     for patch in PATCHES:
         if patch.module == module and patch.target not in done:
@@ -185,12 +185,12 @@ def apply(module: str) -> None:
 
 
 def undo(*modules: str) -> None:
-    """Put back everything that was changed, or what was changed in these modules."""
-    for place in reversed(range(len(_applied))):
-        target, restore = _applied[place]
+    """Restore everything that was changed, or what was changed in these modules."""
+    for index in reversed(range(len(_applied))):
+        target, restore = _applied[index]
         if not modules or target.partition(":")[0] in modules:
             restore()
-            del _applied[place]
+            del _applied[index]
     if not modules or _PARSER in modules:
         _state.active, _state.reason = False, "undone"
 
@@ -207,14 +207,14 @@ def _change(patch: Patch) -> None:
         else:
             replacement = patch.make(original)
             only = None if patch.swept else patch.module
-            # A module that is imported later binds the replacement, so undoing looks for it anew.
+            # A module that is imported later binds the replacement, so undoing searches all modules again.
             restore = functools.partial(_swap, name, replacement, original, only)
             _swap(name, original, replacement, only)
         _applied.append((patch.target, restore))
 
 
 def _refill(holder: Any, content: Any) -> None:
-    """Give a list or a dict other content."""
+    """Replace the content of a list or a dict in place."""
     content = content.copy()
     holder.clear()
     (holder.extend if isinstance(holder, list) else holder.update)(content)
@@ -228,7 +228,7 @@ def _swap(name: str, old: Any, new: Any, only: str | None) -> None:
 
 
 def _refuse_our_stages(parser: ModuleType) -> None:
-    """Have an upstream that is not patched refuse our stages, which its chat and export would not even look at."""
+    """Make an unpatched LLaMA-Factory refuse our stages, which its chat and export would ignore."""
     kind: Any = vars(parser).get("FinetuningArguments")
     original = getattr(kind, "__dict__", {}).get("__post_init__")
     if original is not None:

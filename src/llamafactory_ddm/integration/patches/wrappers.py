@@ -1,4 +1,4 @@
-"""What stands in for upstream's functions: each takes the original and returns its replacement."""
+"""Replacements of LLaMA-Factory's functions: each function here takes the original and returns its replacement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HIDDEN = ("do_predict", "predict_with_generate")
 
 
 def checked_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the keys before upstream's parser sees them."""
+    """Check the keys before LLaMA-Factory's parser reads them."""
 
     @functools.wraps(original)
     def _parse_args(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
@@ -35,7 +35,7 @@ def checked_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the keys of our stages together, and hide from get_train_args what it would want a data set for."""
+    """Check the keys of our stages together, and hide do_predict from checks that would require a data set."""
 
     @functools.wraps(original)
     def _parse_train_args(args: Any = None) -> Any:
@@ -47,11 +47,10 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
         if finetuning_args.diffusion_stage is not None:
             check_together(finetuning_args, model_args, data_args, training_args)
             if data_args.packing and finetuning_args.stage == "pt":
-                # Upstream takes one token off for sft's packing, and pt never gives it back: rows have cutoff_len
-                # tokens.
+                # LLaMA-Factory subtracts a token for packing in sft, but in pt packed rows have cutoff_len tokens.
                 data_args.cutoff_len += 1
-            # Upstream's checks want a data set, and packages of its own metrics; generation needs neither.
-            # get_train_args puts them back.
+            # With these keys LLaMA-Factory requires a data set and packages of its metrics; generation needs neither.
+            # get_train_args restores the keys.
             finetuning_args.parsed = Parsed(
                 given=frozenset(given_keys(args)),
                 resume=training_args.resume_from_checkpoint,
@@ -66,7 +65,7 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[], None]) -> Callable[..., Any]:
-    """Refuse other trainers for our stages, put back what was hidden, and prepare the dispatch."""
+    """Refuse other trainers for our stages, restore the hidden keys, and prepare the dispatch."""
 
     @functools.wraps(original)
     def get_train_args(args: Any = None) -> Any:
@@ -106,7 +105,7 @@ def _runs_on_cpu(args: Any) -> bool:
 
 
 def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[], None]) -> Callable[..., Any]:
-    """Have the export of a diffusion model be one, and refuse our stages where upstream would generate with them."""
+    """Export diffusion models as such, and refuse autoregressive generation for our stages."""
 
     @functools.wraps(original)
     def get_infer_args(args: Any = None) -> Any:
@@ -132,7 +131,7 @@ def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[]
 
 
 def refusing_get_eval_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse upstream's evaluation, which reads the next token, for diffusion models."""
+    """Refuse LLaMA-Factory's evaluation, which scores the next token, for diffusion models."""
 
     @functools.wraps(original)
     def get_eval_args(args: Any = None) -> Any:
@@ -160,7 +159,7 @@ def diffusion_load_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]
 
 
 def diffusion_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Export a diffusion model with what it says about itself."""
+    """Export a diffusion model with its diffusion_config.json."""
 
     @functools.wraps(original)
     def load_model(tokenizer: Any, model_args: Any, *rest: Any, **named: Any) -> Any:
@@ -174,7 +173,7 @@ def diffusion_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def modelfile_free_export(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Leave no Modelfile with the export of a diffusion model."""
+    """Remove the Modelfile from the export of a diffusion model."""
 
     @functools.wraps(original)
     def export_model(args: Any = None) -> Any:
@@ -186,7 +185,7 @@ def modelfile_free_export(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def diffusion_init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a diffusion run prepare the base model before adapters are added or merged, and mend it after."""
+    """Call a diffusion run's `AdapterSetup` before and after adapters are added or merged."""
 
     @functools.wraps(original)
     def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
@@ -205,7 +204,7 @@ def diffusion_init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def whole_model_class(original: Any) -> Any:
-    """Have a diffusion run demand of a checkpoint every weight of its model."""
+    """In a diffusion run, check that a checkpoint holds every weight of its model."""
 
     class Whole(original):  # type: ignore[misc]
         @classmethod
@@ -220,7 +219,7 @@ def whole_model_class(original: Any) -> Any:
 
 
 def whole_peft_model(original: Any) -> Any:
-    """Have a diffusion run demand of an adapter's folder every weight of the adapter."""
+    """In a diffusion run, check that a folder holds every weight of its adapter."""
 
     class Whole(original):  # type: ignore[misc]
         @classmethod
@@ -237,7 +236,7 @@ def whole_peft_model(original: Any) -> Any:
 
 
 def dispatching_run(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Hand our stages to their runner, and the others to the original."""
+    """Run our stages with their own runner, and other stages with the original."""
 
     @functools.wraps(original)
     def run(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any, *rest: Any) -> Any:
@@ -253,7 +252,7 @@ def dispatching_run(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def telling_print_env(original: Callable[..., Any], status: Callable[[], str]) -> Callable[..., Any]:
-    """Say in `llamafactory-cli env` whether the plugin is active."""
+    """Print in `llamafactory-cli env` whether the plugin is active."""
 
     @functools.wraps(original)
     def print_env() -> None:
@@ -265,7 +264,7 @@ def telling_print_env(original: Callable[..., Any], status: Callable[[], str]) -
 
 
 def refusing_v1_launch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse a command line of ours before the v1 trainer, another program with other keys, reads it."""
+    """Refuse a command line with our stages before the v1 trainer, which has other keys, reads it."""
 
     @functools.wraps(original)
     def launch() -> Any:
@@ -279,7 +278,7 @@ def refusing_v1_launch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refusing_post_init(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
-    """Refuse our stages where the plugin is not active: upstream looks at `stage` in training alone."""
+    """Refuse our stages while the plugin is not active, as LLaMA-Factory checks `stage` in training only."""
 
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
@@ -291,7 +290,7 @@ def refusing_post_init(original: Callable[..., Any], reason: str) -> Callable[..
 
 
 def with_our_keys(kinds: list[Any]) -> list[Any]:
-    """Return the dataclasses with upstream's FinetuningArguments exchanged for the one that has our keys too."""
+    """Return the dataclasses with FinetuningArguments replaced by the subclass that has our keys."""
     from llamafactory.hparams.finetuning_args import FinetuningArguments
 
     from ..hparams.parser import DiffusionFinetuningArguments
@@ -305,7 +304,7 @@ def with_our_labels(stages: dict[str, str]) -> dict[str, str]:
 
 
 def names_our_stage(words: list[str]) -> bool:
-    """Tell whether the command line says one of our stages itself or in a file that it names."""
+    """Tell whether the command line, or a file that it names, sets one of our stages."""
     if requested_stage(words) in STAGES or any(word == f"stage={name}" for word in words for name in STAGES):
         return True
     said = re.compile(rf"""^[\s{{,]*["']?stage["']?\s*:\s*["']?({"|".join(STAGES)})["']?\s*([,#}}]|$)""", re.M)
