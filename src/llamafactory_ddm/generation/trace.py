@@ -23,7 +23,7 @@ BLANK = "░"
 
 @dataclass(frozen=True)
 class Trace:
-    """How one text came about.
+    """The denoising of one text, step by step.
 
     Attributes:
         title: shown above it.
@@ -69,11 +69,11 @@ class Trace:
 
 
 class Recorder:
-    """Notes what the steps of a batch write, as it happens.
+    """Records what the steps of a batch write.
 
     Attributes:
-        events: of each row (step from 0, column, id), in order of step, with the id of [MASK] where a place is masked
-            again.
+        events: of each row (step from 0, column, id), in order of step, with the id of [MASK] where a position is
+            remasked.
     """
 
     def __init__(self, z: Tensor) -> None:
@@ -83,8 +83,8 @@ class Recorder:
 
     def __call__(self, step: int, z: Tensor) -> None:
         """Take the sequences after a step."""
-        places = (z != self._before).nonzero()
-        for (row, column), token in zip(places.tolist(), z[places[:, 0], places[:, 1]].tolist(), strict=True):
+        changed = (z != self._before).nonzero()
+        for (row, column), token in zip(changed.tolist(), z[changed[:, 0], changed[:, 1]].tolist(), strict=True):
             self.events[row].append((step, column, token))
         self._before = z
 
@@ -111,7 +111,7 @@ def html_page(traces: Sequence[Trace], *, heading: str, facts: Mapping[str, str]
             "title": trace.title,
             "steps": trace.steps,
             "start": [number(piece) for piece in trace.start],
-            "events": [value for step, place, piece in trace.events for value in (step, place, number(piece))],
+            "events": [value for step, i, piece in trace.events for value in (step, i, number(piece))],
         }
         for trace in traces
     ]
@@ -141,35 +141,35 @@ def write_html(path: str | Path, traces: Sequence[Trace], *, heading: str, facts
 
 
 def replay(codec: TextCodec, canvas: Canvas, ids: Sequence[int], events: Sequence[tuple[int, int, int]]) -> Trace:
-    """Return how a text came about.
+    """Return the denoising of a text as pieces of text.
 
-    A token that stands to the end shows the piece that it has in the whole text; one that was rewritten or masked
-    again the piece that it had when it was written.
+    A token of the final text shows the piece that it has in it; one that was edited or remasked later shows the piece
+    that it had when it was written.
 
     Args:
         codec: of the tokenizer.
-        canvas: what the text was written on.
-        ids: what stands on it in the end.
-        events: (step, place, id) in order of step; the id of [MASK] where a place was masked again.
+        canvas: that the text was generated on.
+        ids: the final ids of its positions.
+        events: (step, position, id) in order of step; the id of [MASK] where a position was remasked.
     """
     begin = canvas.n_start
     pieces = codec.pieces(list(ids[begin:]))
-    last = {place: number for number, (_, place, _) in enumerate(events)}
+    last = {position: number for number, (_, position, _) in enumerate(events)}
     now = [codec.mask_id if editable else token for token, editable in zip(ids, canvas.editable, strict=True)]
     made: list[tuple[int, int, str | None]] = []
     for step, group in itertools.groupby(enumerate(events), key=lambda pair: pair[1][0]):
         of_step = list(group)
-        for _, (_, place, token) in of_step:
-            now[place] = token
-        then: list[str | None] = []
-        for number, (_, place, token) in sorted(of_step, key=lambda pair: pair[1][1]):
+        for _, (_, position, token) in of_step:
+            now[position] = token
+        pieces_now: list[str | None] = []
+        for number, (_, position, token) in sorted(of_step, key=lambda pair: pair[1][1]):
             piece = None
-            if token != codec.mask_id and number == last[place]:
-                piece = pieces[place - begin]
+            if token != codec.mask_id and number == last[position]:
+                piece = pieces[position - begin]
             elif token != codec.mask_id:
-                then = then or codec.pieces(now[begin:])
-                piece = then[place - begin]
-            made.append((step, place - begin, piece))
+                pieces_now = pieces_now or codec.pieces(now[begin:])
+                piece = pieces_now[position - begin]
+            made.append((step, position - begin, piece))
     return Trace(
         title="",
         start=tuple(None if e else p for e, p in zip(canvas.editable[begin:], pieces, strict=True)),
