@@ -48,7 +48,7 @@ def published_together(folder: str | Path, *, last: str) -> Iterator[Path]:
         shutil.rmtree(stale, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
     try:
-        with explained(target):
+        with explain_disk_errors(target):
             yield scratch
             _flush(scratch)
             _move(scratch, target, last)
@@ -61,8 +61,8 @@ class CouldNotSave(OSError):
 
 
 @contextmanager
-def explained(folder: str | Path) -> Iterator[None]:
-    """Turn what a full disk raises, of which torch and safetensors have their own kinds, into one error with a cure.
+def explain_disk_errors(folder: str | Path) -> Iterator[None]:
+    """Turn the errors of a full disk, of which torch and safetensors have their own, into one that says what to do.
 
     Raises:
         CouldNotSave: naming `folder`.

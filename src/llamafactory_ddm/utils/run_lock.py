@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from .files import explained
+from .files import explain_disk_errors
 
 try:
     import fcntl
@@ -49,7 +49,7 @@ def run_lock(folder: str | Path, *, rank: int = 0, world: int = 1) -> Iterator[N
     problem: Exception | None = None
     if rank == 0:
         try:
-            with explained(folder):
+            with explain_disk_errors(folder):
                 lock = _take(Path(folder))
         except (ValueError, OSError) as error:
             problem = error

@@ -255,7 +255,7 @@ _NO_ROW = re.compile("sufficient samples|valid samples")
 
 
 @contextmanager
-def datasets_explained(data_args: Any, names: list[str] | None = None) -> Iterator[None]:
+def explain_dataset_errors(data_args: Any, names: list[str] | None = None) -> Iterator[None]:
     """Turn LLaMA-Factory's errors about data into one that says where the fault is and what to do.
 
     Args:

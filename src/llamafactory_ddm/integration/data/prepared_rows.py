@@ -17,7 +17,7 @@ import pyarrow.compute
 from ...data.collators import IGNORE
 from ...modeling.special_tokens import ResolvedMaskToken
 from ..logs import get_logger
-from .faults import datasets_explained
+from .faults import explain_dataset_errors
 from .templates import DiffuLlamaTemplate
 
 logger = get_logger(__name__)
@@ -131,7 +131,7 @@ def check_prepared(dataset_module: dict[str, Any], rules: RowRules, data_args: A
         if rows is None or (hasattr(rows, "__len__") and not len(rows)):
             continue
         if not hasattr(rows, "__len__"):
-            with datasets_explained(data_args):
+            with explain_dataset_errors(data_args):
                 rows = _first(rows)
         counts = _count(rows, rules)
         if counts.rows:

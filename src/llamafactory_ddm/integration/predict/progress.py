@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ...utils.files import explained
+from ...utils.files import explain_disk_errors
 
 _FINGERPRINT = "fingerprint"
 
@@ -61,7 +61,7 @@ class Unfinished:
 
     def open(self, *, resume: bool) -> Numbers:
         """Return the numbers of the finished texts, after deleting the files of other runs."""
-        with explained(self.folder.parent):
+        with explain_disk_errors(self.folder.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
         barrier(self.world)
         found = self._paths() if resume else []
@@ -72,14 +72,14 @@ class Unfinished:
                 path.unlink()
         barrier(self.world)
         mine = (record for _, record in _records(self.path)) if self.path in found else ()
-        with explained(self.folder.parent):
+        with explain_disk_errors(self.folder.parent):
             _write_lines(self.path, itertools.chain([{_FINGERPRINT: self.fingerprint}], mine))
         barrier(self.world)
         return done
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a text."""
-        with explained(self.folder.parent), open(self.path, "a", encoding="utf-8") as file:
+        with explain_disk_errors(self.folder.parent), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def collect(self, count: int) -> Collected:
@@ -190,7 +190,7 @@ def barrier(world: int) -> None:
 def write_predictions(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object per line, atomically: `path` is the old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with explained(path.parent):
+    with explain_disk_errors(path.parent):
         _write_lines(path, records)
 
 

@@ -11,7 +11,7 @@ from llamafactory.data.processor import SupervisedDatasetProcessor
 from ...data.canvas import Canvas, check_unmarked
 from ...data.control_tokens import reading_as_text
 from ...generation.generator import TextGenerator, error_prefix
-from ..data.faults import datasets_explained
+from ..data.faults import explain_dataset_errors
 from ..data.prompts import examples
 from ..data.templates import uncut, without_cut
 
@@ -168,7 +168,7 @@ def from_examples(
     for number, row in enumerate(_examples(model_args, data_args, training_args)):
         with error_prefix(f"dataset: example {number}"):
             _check_turns(row)
-        with datasets_explained(data_args, names):
+        with explain_dataset_errors(data_args, names):
             ids, answer = _split(processor, row)
         with error_prefix(f"dataset: example {number}"):
             room = data_args.cutoff_len - len(ids)
@@ -222,7 +222,7 @@ def _split(processor: SupervisedDatasetProcessor, row: Any) -> tuple[list[int], 
 def _texts(model_args: Any, data_args: Any, training_args: Any) -> Iterator[tuple[str, str | None]]:
     """Yield text and label (the response column, if there is one) of each example."""
     for row in _examples(model_args, data_args, training_args):
-        with datasets_explained(data_args, _names(data_args)):
+        with explain_dataset_errors(data_args, _names(data_args)):
             text = "".join(message["content"] for message in row["_prompt"])
             label = "".join(message["content"] for message in row["_response"])
         yield text, label or None
@@ -230,7 +230,7 @@ def _texts(model_args: Any, data_args: Any, training_args: Any) -> Iterator[tupl
 
 def _examples(model_args: Any, data_args: Any, training_args: Any) -> Any:
     names = _names(data_args)
-    with datasets_explained(data_args, names), training_args.main_process_first(desc="load dataset"):
+    with explain_dataset_errors(data_args, names), training_args.main_process_first(desc="load dataset"):
         return examples(names, model_args, data_args, training_args)
 
 

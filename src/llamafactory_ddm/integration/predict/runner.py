@@ -21,7 +21,7 @@ from ...evaluation.text import exact_match, gsm8k_accuracy, rouge
 from ...generation.generator import Generated, TextGenerator
 from ...generation.trace import Trace, write_html
 from ...sampling import SamplingSettings
-from ...utils.files import explained
+from ...utils.files import explain_disk_errors
 from ..logs import get_logger
 from .progress import Collected, Numbers, Unfinished, barrier, write_predictions
 from .requests import Repeated, Request, distinct
@@ -232,7 +232,7 @@ def _publish(folder: Path, records: Collected, facts: dict[str, str], *, save_tr
     if not save_trace:
         (folder / PAGE).unlink(missing_ok=True)  # of an earlier run
     else:
-        with explained(folder):
+        with explain_disk_errors(folder):
             write_html(
                 folder / PAGE,
                 [

@@ -10,7 +10,7 @@ from llamafactory.data import get_dataset
 from ...data.collators import VariableLengthCollator
 from ...data.control_tokens import control_texts, reading_as_text
 from ...modeling.model_info import max_positions
-from ..data.faults import dataset_names, datasets_explained
+from ..data.faults import dataset_names, explain_dataset_errors
 from ..data.prepared_rows import AnswerMarks, RowRules, check_columns, check_prepared
 from ..data.templates import uncut
 from ..data.tokenized_folder import check_facts, facts_of, is_opened, opening, write_facts
@@ -59,7 +59,7 @@ def _prepared(
     # Text that spells a control token is encoded as ordinary characters.
     controls = control_texts(plan.tokenizer, [plan.vocabulary.mask.token, *plan.vocabulary.pads])
     reading = {**plan.tokenizer_module, "tokenizer": reading_as_text(plan.tokenizer, controls)}
-    with opening(data_args.tokenized_path) if opened else datasets_explained(data_args):
+    with opening(data_args.tokenized_path) if opened else explain_dataset_errors(data_args):
         module: dict[str, Any] = get_dataset(
             plan.template, model_args, cut_args, training_args, stage=finetuning_args.stage, **reading
         )

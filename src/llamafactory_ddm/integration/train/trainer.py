@@ -27,7 +27,7 @@ from ...modeling.denoiser import RowSelectingHead
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.quantization import evaluation_mode
 from ...objectives.base import Objective
-from ...utils.files import explained, published_together
+from ...utils.files import explain_disk_errors, published_together
 from ..logs import get_logger
 from ..model.model_card import Origin, write_trained
 from ..resolve.run_facts import save_facts
@@ -426,7 +426,7 @@ class DiffusionTrainer(CustomTrainer):
         super()._issue_warnings_after_load(type(load_result)(kept, load_result.unexpected_keys))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._pause(), explained(self.args.output_dir):
+        with self._pause(), explain_disk_errors(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(self, language: Any = None, license: Any = None, **given: Any) -> None:
