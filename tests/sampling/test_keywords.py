@@ -35,6 +35,16 @@ def test_what_is_no_setting_or_given_twice(keywords, words):
         with_keywords(START, keywords)
 
 
+def test_a_key_that_nothing_reads_is_an_error():
+    with pytest.raises(ValueError, match=r"remask_cap: 0.5 is read by denoising_strategy: remdm only"):
+        with_keywords(START, {"remask_cap": 0.5})
+    assert with_keywords(START, {"remask_cap": 0.5, "denoising_strategy": "remdm"}).remask_cap == 0.5
+
+
 def test_values_are_checked():
+    assert with_keywords(START, {"top_k": 0}).logits.top_k is None
+    assert with_keywords(START, {"top_p": "0.5"}).logits.top_p == 0.5
+    with pytest.raises(ValueError, match="temperature must be"):
+        with_keywords(START, {"temperature": -1})
     with pytest.raises(ValueError, match="early_stop must be one of"):
         with_keywords(START, {"early_stop": "never"})

@@ -181,7 +181,7 @@ def test_unusable_logits_have_no_confidence(broken, config):
         ({"temperature": float("inf")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
-        ({"top_k": 0}, "top_k"),
+        ({"top_k": -1}, "top_k"),
     ],
 )
 def test_values_out_of_range(values, words):

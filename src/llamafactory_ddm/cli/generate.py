@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..sampling import SamplingSettings
+from ..sampling import SamplingSettings
+from ..sampling.keywords import with_keywords
+from ..sampling.settings import KEYS
+
+# Names of keys -> shorter ones, or those of the field.
+_SHORT = {
+    "denoising_strategy": "strategy",
+    "diffusion_steps": "steps",
+    "logits_temp": "temperature",
+    "topp_temp": "top_p",
+}
 
 EPILOG = """examples:
   llamafactory-ddm generate saves/tiny_gpt2/full/ddm --show
@@ -56,83 +63,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--show", action="store_true", help="watch the text come about")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write (default: 64)")
     parser.add_argument("--num-samples", type=int, default=1, help="texts from noise, or for each prompt (default: 1)")
-    parser.add_argument("--strategy", default="low_confidence", help="denoising_strategy (default: low_confidence)")
-    parser.add_argument(
-        "--strategy-args", type=json.loads, default={}, help="parameters of your own strategy, in JSON"
-    )
-    parser.add_argument("--steps", type=int, default=64, help="diffusion_steps (default: 64)")
-    parser.add_argument("--commit-schedule", default="even", choices=("even", "dream"), help="pace (default: even)")
-    parser.add_argument(
-        "--score-distribution", default="model", choices=("model", "filtered"), help="what is scored (default: model)"
-    )
-    parser.add_argument("--block-length", type=int, help="tokens decided together, from left to right (default: all)")
-    parser.add_argument("--temperature", type=float, default=0.95, help="0 takes the most probable (default: 0.95)")
-    parser.add_argument("--top-p", type=float, default=0.9, help="nucleus mass (default: 0.9)")
-    parser.add_argument("--top-k", type=int, help="most probable tokens that stay (default: all)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1, none)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="(default: 1, none)")
-    parser.add_argument("--confidence-threshold", type=float, help="of this strategy (default: 0.9)")
-    parser.add_argument("--entropy-bound", type=float, help="of this strategy, nats (default: 0.1)")
-    parser.add_argument("--remask-cap", type=float, help="of the strategy remdm (default: 0.02)")
-    parser.add_argument("--edit-ratio", type=float, help="share of tokens rewritten (default: the model's own)")
-    parser.add_argument("--edit-threshold", type=float, help="probability to rewrite from (default: never)")
-    parser.add_argument("--edit-steps", type=int, default=0, help="further steps of a block for edits (default: 0)")
-    parser.add_argument(
-        "--early-stop",
-        default="eos",
-        choices=("none", "eos", "predict", "grow"),
-        help="what happens at the end of a text (default: eos)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    settings = parser.add_argument_group("sampling", "The keys of a YAML; docs/keys.md has them all.")
+    for name, key in KEYS.items():
+        words = [f"--{word.replace('_', '-')}" for word in (_SHORT.get(name), name) if word is not None]
+        default = "" if key.default is None else f" (default: {str(key.default).lower()})"
+        takes: dict[str, Any] = {"action": "store_true"} if key.kind == "boolean" else {"metavar": key.kind.upper()}
+        settings.add_argument(
+            *words, dest=name, default=argparse.SUPPRESS, help=f"{key.help}{default}".replace("%", "%%"), **takes
+        )
     return parser
 
 
-def _of_strategy(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the parameters of the strategy that were given.
-
-    Raises:
-        ValueError: if one belongs to another strategy.
-    """
-    owners = {"confidence_threshold": "confidence_threshold", "entropy_bound": "entropy_bound", "remask_cap": "remdm"}
-    given = {key: value for key in owners if (value := getattr(arguments, key)) is not None}
-    for key in given:
-        if arguments.strategy != owners[key]:
-            raise ValueError(
-                f"--{key.replace('_', '-')} is read by --strategy {owners[key]} only, but that is "
-                f"{arguments.strategy}; change one or remove it"
-            )
-    return given
-
-
 def settings_of(arguments: argparse.Namespace) -> SamplingSettings:
-    """Return how to sample.
+    """Return how to sample; suppress_tokens takes a tokenizer and is left out.
 
     Raises:
         ValueError: if a value is out of range, or two do not go together.
     """
-    from ..sampling import LogitsConfig, SamplingSettings
+    given = _given(arguments)
+    given.pop("suppress_tokens", None)
+    return with_keywords(SamplingSettings(), given)
 
-    return SamplingSettings(
-        denoising_strategy=arguments.strategy,
-        strategy_args=arguments.strategy_args,
-        diffusion_steps=arguments.steps,
-        block_length=arguments.block_length,
-        commit_schedule=arguments.commit_schedule,
-        logits=LogitsConfig(
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            top_k=arguments.top_k,
-            repetition_penalty=arguments.repetition_penalty,
-            guidance_scale=arguments.guidance_scale,
-            score_distribution=arguments.score_distribution,
-        ),
-        edit_ratio=arguments.edit_ratio,
-        edit_threshold=arguments.edit_threshold,
-        edit_steps=arguments.edit_steps,
-        early_stop=arguments.early_stop,
-        seed=arguments.seed,
-        **_of_strategy(arguments),
-    )
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the keys that the command line gives."""
+    return {name: getattr(arguments, name) for name in KEYS if hasattr(arguments, name)}
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -141,9 +96,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     from ..utils.plugins import load_plugins
 
     load_plugins(arguments.plugins)
-    settings = settings_of(arguments)
+    settings_of(arguments)  # a mistake is found before the model is loaded
     model = load(arguments.path, template=arguments.template, raw=arguments.raw)
-    settings = replace(settings, grow_length=model.settings().grow_length)
+    settings = model.settings(**_given(arguments))
     is_watched = arguments.show and sys.stdout.isatty()
     shown: list[TerminalAnimation] = []
 
@@ -151,7 +106,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         text = pieces()[0]
         if not shown:
             shown.append(TerminalAnimation([None] * len(text), stream=sys.stdout))
-        shown[0].update(step + 1, max(step + 1, arguments.steps), text)  # edits may take further steps
+        shown[0].update(step + 1, max(step + 1, settings.diffusion_steps), text)  # edits may take further steps
 
     texts = model.stream(
         arguments.prompt,

@@ -24,6 +24,8 @@ from ..sampling.length_predictors import (
     up_to_block,
 )
 
+_GROW_LENGTH = 32
+
 
 @dataclass(frozen=True)
 class SizedCanvas:
@@ -172,6 +174,10 @@ class CanvasSizer:
                 behind = torch.zeros_like(ended).masked_scatter_(editable, heads.behind(hidden))
         return FirstStep(editable, ended, length, behind), hidden
 
+    def grow_length(self, settings: SamplingSettings) -> int:
+        """Return the tokens that `grow` starts with and adds: the key's, else the model's block, else 32."""
+        return settings.grow_length or (self.block if self.block > 1 else _GROW_LENGTH)
+
     def sized(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[SizedCanvas]:
         """Cut canvases to the size that the settings ask for, before anything is generated.
 
@@ -196,7 +202,7 @@ class CanvasSizer:
 
     def _grown(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[SizedCanvas]:
         """Lengthen canvases, a forward pass each time, until the model predicts that their texts end in them."""
-        result = [SizedCanvas(self.rounded(canvas, settings.grow_length)) for canvas in canvases]
+        result = [SizedCanvas(self.rounded(canvas, self.grow_length(settings))) for canvas in canvases]
         growing = [number for number, one in enumerate(result) if one.canvas.room]
         while growing:
             step, _ = self.first_step([result[number].canvas for number in growing], settings)
@@ -205,7 +211,7 @@ class CanvasSizer:
             still_growing = []
             for number, is_enough in zip(growing, (p_ended > settings.length_coverage).tolist(), strict=True):
                 one = result[number]
-                canvas = one.canvas if is_enough else self.longer(one.canvas, settings.grow_length)
+                canvas = one.canvas if is_enough else self.longer(one.canvas, self.grow_length(settings))
                 result[number] = SizedCanvas(canvas, one.nfe + 1, one.computed + width)
                 if not is_enough and canvas.room:
                     still_growing.append(number)

@@ -184,8 +184,6 @@ class TextGenerator:
         """
         if settings is None:
             settings = SamplingSettings()
-            if self.sizer.block > 1:
-                settings = replace(settings, grow_length=self.sizer.block)
         for key in {"suppress", "suppress_tokens"} & keywords.keys():
             words = keywords[key]
             words = [word.strip() for word in words.split(",")] if isinstance(words, str) else words

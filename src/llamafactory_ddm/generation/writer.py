@@ -155,7 +155,7 @@ class Writer:
 
     def _extension(self, filled: FilledCanvas, settings: SamplingSettings, sample_index: int) -> _Part:
         """Return the positions that a canvas gets next, after what is generated so far."""
-        whole = self.sizer.longer(filled.canvas, settings.grow_length)
+        whole = self.sizer.longer(filled.canvas, self.sizer.grow_length(settings))
         canvas = filled.canvas.given(filled.ids).grown(len(whole) - len(filled.ids))
         return _Part(canvas, whole, sample_index, filled.steps)
 

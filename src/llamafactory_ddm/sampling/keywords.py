@@ -1,4 +1,4 @@
-"""Sampling settings from keyword arguments, under their own names and those of the YAML keys."""
+"""Sampling settings from keyword arguments, under the names of the YAML keys and those of the attributes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 from ..utils.registry import did_you_mean
 from .logits import LogitsConfig
-from .settings import SamplingSettings
+from .settings import KEYS, SamplingSettings
 
-# Names of YAML keys -> those of the settings.
-ALIASES = {"logits_temp": "temperature", "topp_temp": "top_p", "suppress_tokens": "suppress"}
 _OF_COMMAND = {"steps": "diffusion_steps", "strategy": "denoising_strategy"}  # as the command line has them
+_OF_LOGITS = {f.name for f in fields(LogitsConfig)}
+# Names of the attributes that differ -> those of the YAML keys.
+ALIASES = {"temperature": "logits_temp", "top_p": "topp_temp", "suppress": "suppress_tokens"}
+_ATTRIBUTES = {name: attribute for attribute, name in ALIASES.items()}
 
 
 def with_keywords(settings: SamplingSettings, keywords: Mapping[str, Any]) -> SamplingSettings:
@@ -20,27 +22,47 @@ def with_keywords(settings: SamplingSettings, keywords: Mapping[str, Any]) -> Sa
 
     Args:
         settings: what stays where no keyword says otherwise.
-        keywords: attributes of SamplingSettings and LogitsConfig, or YAML keys.
+        keywords: YAML keys, or attributes of SamplingSettings and LogitsConfig.
     Raises:
         TypeError: for one that does not exist, with the nearest name, or one that is given under two names.
-        ValueError: if a value is out of range.
+        ValueError: naming the key, if a value is not allowed, has no effect, or does not go with another one.
     """
-    own = {f.name for f in fields(SamplingSettings)} - {"logits"}
-    of_logits = {f.name for f in fields(LogitsConfig)}
-    names: dict[str, str] = {}
-    for key in keywords:
-        name = ALIASES.get(key, key)
-        if name not in own | of_logits:
-            raise TypeError(_unknown(key, own | of_logits | ALIASES.keys()))
-        if name in names:
-            raise TypeError(f"{names[name]} and {key} mean the same; give one of them")
-        names[name] = key
-    given = {name: keywords[key] for name, key in names.items()}
-    changes = {name: value for name, value in given.items() if name in own}
-    logits = {name: value for name, value in given.items() if name in of_logits}
-    return replace(settings, logits=replace(settings.logits, **logits), **changes)
+    given: dict[str, str] = {}  # names in YAML -> names given
+    for word in keywords:
+        name = ALIASES.get(word, word)
+        if name not in KEYS:
+            known = {*KEYS, *ALIASES}
+            hint = did_you_mean(_OF_COMMAND.get(word, word), known) or f"; there are {', '.join(sorted(known))}"
+            raise TypeError(f"{word!r} is no setting of generation{hint}")
+        if name in given:
+            raise TypeError(f"{given[name]} and {word} mean the same; give one of them")
+        given[name] = word
+    values = {
+        _ATTRIBUTES.get(name, name): keywords[word]
+        if name == "suppress_tokens"
+        else KEYS[name].checked(word, keywords[word])
+        for name, word in given.items()
+    }
+    logits = {name: value for name, value in values.items() if name in _OF_LOGITS}
+    others = {name: value for name, value in values.items() if name not in _OF_LOGITS}
+    _check_needs(settings, given, values)
+    return replace(settings, logits=replace(settings.logits, **logits), **others)
 
 
-def _unknown(key: str, known: set[str]) -> str:
-    hint = did_you_mean(_OF_COMMAND.get(key, key), known) or f"; there are {', '.join(sorted(known))}"
-    return f"{key!r} is no setting of generation{hint}"
+def _check_needs(settings: SamplingSettings, given: Mapping[str, str], values: Mapping[str, Any]) -> None:
+    """Check that a key that is given is read.
+
+    Raises:
+        ValueError: naming both keys.
+    """
+    for name, word in given.items():
+        needs = KEYS[name].needs
+        if needs is None:
+            continue
+        other, readers = needs
+        chosen = values.get(other, getattr(settings, other))
+        if chosen not in readers:
+            raise ValueError(
+                f"{word}: {values[name]} is read by {other}: {' and '.join(readers)} only, but {other} is {chosen}; "
+                f"change one or remove {word}"
+            )

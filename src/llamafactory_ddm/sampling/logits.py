@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..utils.keys import check_fields, key
 from .nucleus import nucleus_mask
 
 Measure = Literal["log_prob", "margin", "entropy", "argmax", "top_log_prob"]
@@ -21,56 +21,65 @@ _LOW_32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class LogitsConfig:
-    """How a token is drawn from logits; the transforms apply in the order of the attributes below, guidance first.
+    """How a token is drawn from logits, in this order: guidance, repetition and EOS penalty, suppression, temperature,
+    top_k, top_p.
 
-    Attributes:
-        guidance_scale: w of `unconditional + w (conditional - unconditional)`; 1 is no guidance and needs no second
-            forward pass. LLaDA's cfg_scale is w - 1.
-        repetition_penalty: divides the positive logits of tokens that the row already holds and multiplies the
-            negative ones; 1 has no effect.
-        eos_penalty: nats subtracted from the logits of EOS and padding, so that a text ends later; below 0 it ends
-            sooner.
-        suppress: ids that are never drawn.
-        temperature: divides the logits; 0 takes the most probable token, of equal ones the lowest id.
-        top_k: keep the k most probable tokens; None for all.
-        top_p: nucleus mass in (0, 1]: of what top-k keeps, keep the fewest most probable tokens whose mass reaches it,
-            at least one; of equal ones the lowest ids.
-        score_distribution: the distribution whose probabilities score positions: the `model`'s own, before temperature
-            and filters, or the `filtered` one, after them; a temperature of 0 then counts as 1.
+    What each attribute does stands with it. Of equal probabilities temperature 0, top_k and top_p take the lowest ids.
+
     Raises:
         ValueError: if a value is out of range.
     Source: Ho & Salimans 2022 (arXiv 2207.12598) and LLaDA (arXiv 2502.09992), appendix A, for the guidance; CTRL
         (arXiv 1909.05858), section 4.1, for the penalty; Holtzman et al. 2020 (arXiv 1904.09751) for the nucleus.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    repetition_penalty: float = 1.0
-    guidance_scale: float = 1.0
-    eos_penalty: float = 0.0
-    suppress: tuple[int, ...] = ()
-    score_distribution: ScoreDistribution = "model"
+    temperature: float = key(
+        1.0, "Sampling temperature; 0 takes the most probable token. Same as `temperature`.", low=0, name="logits_temp"
+    )
+    top_p: float = key(
+        1.0,
+        "Nucleus: of the tokens that top_k leaves, the fewest most probable ones whose probability reaches this. Same "
+        "as `top_p`.",
+        low=0,
+        above_low=True,
+        high=1,
+        name="topp_temp",
+    )
+    top_k: int | None = key(
+        None, "Most probable tokens that are kept; 0 or nothing keeps all.", kind="integer", low=0, is_upstream=True
+    )
+    repetition_penalty: float = key(
+        1.0,
+        "Divides the positive logits of tokens that the row already holds, and multiplies the negative ones; 1 is "
+        "none.",
+        low=0,
+        above_low=True,
+        is_upstream=True,
+    )
+    guidance_scale: float = key(
+        1.0,
+        "Classifier-free guidance w: unconditional + w (conditional - unconditional), LLaDA's cfg_scale + 1; 1 is "
+        "none, another value doubles the forward passes.",
+        low=0,
+    )
+    eos_penalty: float = key(
+        0.0,
+        "Nats subtracted from the logits of EOS and padding tokens, for a model that ends too early; below 0 for one "
+        "that ends too late.",
+    )
+    suppress: tuple[int, ...] = key((), "Tokens that are never generated.", kind="tokens", name="suppress_tokens")
+    score_distribution: ScoreDistribution = key(
+        "model",
+        "Distribution that confidence, margin and entropy are computed from: the model's own, or the one that "
+        "temperature, top_p and top_k leave (Dream).",
+        choices=SCORE_DISTRIBUTIONS,
+    )
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
-            raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all tokens, got {self.top_k}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
-            raise ValueError(f"repetition_penalty must be a finite number above 0, got {self.repetition_penalty}")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
-        if not math.isfinite(self.eos_penalty):
-            raise ValueError(f"eos_penalty must be a finite number, got {self.eos_penalty}")
-        if any(token < 0 for token in self.suppress):
-            raise ValueError(f"ids to suppress must not be negative, got {self.suppress}")
-        if self.score_distribution not in SCORE_DISTRIBUTIONS:
-            raise ValueError(
-                f"score_distribution must be one of {', '.join(SCORE_DISTRIBUTIONS)}, got {self.score_distribution!r}"
-            )
+        check_fields(self)
+        if self.top_k == 0:
+            object.__setattr__(self, "top_k", None)
+        if not all(isinstance(token, int) and token >= 0 for token in self.suppress):
+            raise ValueError(f"suppress must hold ids of tokens, from 0, got {self.suppress}")
 
     def uses_nucleus(self, vocab: int) -> bool:
         """Tell whether tokens are drawn from a nucleus of the whole vocabulary."""

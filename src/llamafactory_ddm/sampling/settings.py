@@ -3,87 +3,138 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from ..utils.keys import Key, check_fields, key, keys_of
 from .budget import COMMIT_SCHEDULES, CommitSchedule
 from .edits import MOST_BY_DEFAULT, Edits, edits_of
-from .length_predictors import PREDICTORS, PredictorName, check_coverage
+from .length_predictors import PREDICTORS, PredictorName
 from .logits import LogitsConfig
-from .strategies import Strategy, get_strategy
+from .strategies import STRATEGIES, Strategy, get_strategy
 
 EarlyStop = Literal["none", "eos", "predict", "grow"]
 EARLY_STOPS: tuple[EarlyStop, ...] = get_args(EarlyStop)
-# A key that one strategy reads -> that strategy.
-STRATEGY_KEYS = {
-    "confidence_threshold": "confidence_threshold",
-    "entropy_bound": "entropy_bound",
-    "remask_cap": "remdm",
-}
-MOST_STEPS = 100_000  # the budget of every step is laid out ahead
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How texts are sampled; the names are those of the YAML keys where there is one.
+    """How texts are sampled: the one definition of the keys of YAML, the shell command and Python.
 
-    Attributes:
-        denoising_strategy: see `sampling.strategies`.
-        diffusion_steps: denoising steps of a whole canvas, at most; one that grows gets its share for each part.
-        block_length: tokens decided together, from left to right; None is all at once.
-        commit_schedule: how many tokens each step commits: `even` shares, LLaDA's, or those of `dream`; of the
-            strategies that go by number, and of `random` the chances.
-        logits: temperature, filters, penalty, guidance, and which distribution is scored.
-        confidence_threshold: of the strategy of this name.
-        entropy_bound: of the strategy of this name, in nats.
-        remask_cap: of the strategy remdm, the most that a token's chance to be masked again may be.
-        strategy_args: further parameters of the strategy, by name.
-        edit_ratio: see `sampling.edits`; None takes the checkpoint's uniform_ratio, at most one half, or 0 where there
-            is an edit_threshold.
-        edit_threshold: see there.
-        edit_steps: further steps of a block, see there.
-        early_stop: `none` goes on to the edge of the canvas; `eos` leaves a text alone once its end and all before it
-            are written, it stays the same text unless it would be revised; `predict` also gives each text only the
-            places that it will need; `grow` begins with few places and adds to them.
-        length_predictor: of `predict`, see `sampling.length`.
-        length_coverage: the probability with which a text is to have ended within its places, of `predict` and `grow`.
-        grow_length: places to begin with and to add, of `grow`.
-        eos_last: whether an end is committed only when nothing else of its block is left.
-        seed: of every draw.
+    What each attribute does, and which values it takes, stands with it; `KEYS` has them under their names in YAML.
+
+    Raises:
+        ValueError: naming the key, if a value is not allowed or two do not go together.
     """
 
-    denoising_strategy: str = "low_confidence"
-    diffusion_steps: int = 64
-    block_length: int | None = None
-    commit_schedule: CommitSchedule = "even"
+    denoising_strategy: str = key("low_confidence", "Which masked tokens a sampling step commits.", choices=STRATEGIES)
+    strategy_args: Mapping[str, Any] | None = key(
+        None, "Parameters of a denoising_strategy of your own; JSON on a command line.", kind="mapping"
+    )
+    diffusion_steps: int = key(
+        64,
+        "Denoising steps of a whole canvas, at most, shared by its blocks.",
+        low=1,
+        high=100_000,  # the budget of every step is laid out ahead
+    )
+    block_length: int | None = key(
+        None,
+        "Tokens that are decoded together, block by block from left to right. Defaults to the whole canvas.",
+        kind="integer",
+        low=1,
+    )
+    commit_schedule: CommitSchedule = key(
+        "even",
+        "How many tokens each step commits, with the strategies random, low_confidence, margin and entropy: even "
+        "shares (LLaDA), or dream: int(n (1 - s / t)) of the n masked ones in the step from time t to s, and the rest "
+        "in the last (Dream).",
+        choices=COMMIT_SCHEDULES,
+    )
+    confidence_threshold: float = key(
+        0.9,
+        "Probability from which a token is committed.",
+        low=0,
+        above_low=True,
+        high=1,
+        needs=("denoising_strategy", ("confidence_threshold",)),
+    )
+    entropy_bound: float = key(
+        0.1,
+        "Joint uncertainty of the tokens that a step commits, at most, in nats.",
+        low=0,
+        needs=("denoising_strategy", ("entropy_bound",)),
+    )
+    remask_cap: float = key(
+        0.02,
+        "Upper bound on the remasking probability of a step; 0 never remasks, which is random.",
+        low=0,
+        high=1,
+        needs=("denoising_strategy", ("remdm",)),
+    )
+    edit_ratio: float | None = key(
+        None,
+        "r: once n tokens of a block are committed, those of the current step included, up to n r / (1 - r) of them "
+        "may be replaced by the model's new prediction, the most confident first. Defaults to the checkpoint's "
+        "uniform_ratio, at most 0.5, and to 0 with edit_threshold.",
+        kind="number",
+        low=0,
+        high=1,
+        below_high=True,
+    )
+    edit_threshold: float | None = key(
+        None,
+        "Probability of the new prediction from which a committed token of the current block is replaced (LLaDA2.1). "
+        "Defaults to never.",
+        kind="number",
+        low=0,
+        above_low=True,
+        high=1,
+    )
+    edit_steps: int = key(
+        0,
+        "Extra steps of a block after its last [MASK] is filled, beyond diffusion_steps, as long as the step before "
+        "edited something; with edit_ratio or edit_threshold.",
+        low=0,
+    )
+    early_stop: EarlyStop = key(
+        "eos",
+        "eos: stop a sequence once EOS and everything before it are decoded; same output unless editing or remasking "
+        "is on. predict also limits the canvas to the predicted length. grow starts with a short canvas and extends "
+        "it. none never stops early.",
+        choices=EARLY_STOPS,
+    )
+    length_predictor: PredictorName = key(
+        "belief",
+        "What predicts the length: belief (the model's own probabilities), expected (their mean), eos_quantile, or "
+        "regressor and token_classifier, which llamafactory-ddm fit-length trains.",
+        choices=tuple(PREDICTORS),
+        needs=("early_stop", ("predict",)),
+    )
+    length_coverage: float = key(
+        0.95,
+        "Required probability that a text ends within its canvas.",
+        low=0,
+        above_low=True,
+        high=1,
+        needs=("early_stop", ("predict", "grow")),
+    )
+    grow_length: int | None = key(
+        None,
+        "Initial canvas length, and tokens added at each extension. Defaults to the checkpoint's pad_block_length, "
+        "then 32.",
+        kind="integer",
+        low=1,
+        needs=("early_stop", ("grow",)),
+    )
+    eos_last: bool = key(
+        False,
+        "Commit EOS and padding only when nothing else of their block is left, as LLaDA's instruction model does.",
+    )
+    seed: int = key(0, "Of every random draw.", is_upstream=True)
     logits: LogitsConfig = field(default_factory=lambda: LogitsConfig(temperature=0.95, top_p=0.9))
-    confidence_threshold: float = 0.9
-    entropy_bound: float = 0.1
-    remask_cap: float = 0.02
-    strategy_args: Mapping[str, Any] = field(default_factory=dict)
-    edit_ratio: float | None = None
-    edit_threshold: float | None = None
-    edit_steps: int = 0
-    early_stop: EarlyStop = "eos"
-    length_predictor: PredictorName = "belief"
-    length_coverage: float = 0.95
-    grow_length: int = 32
-    eos_last: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.diffusion_steps <= MOST_STEPS:
-            raise ValueError(
-                f"diffusion_steps must be at least 1 and at most {MOST_STEPS}, got {self.diffusion_steps}; a step "
-                "beyond one for each token changes little"
-            )
-        if self.early_stop not in EARLY_STOPS:
-            raise ValueError(f"early_stop must be one of {', '.join(EARLY_STOPS)}, got {self.early_stop!r}")
-        if self.length_predictor not in PREDICTORS:
-            raise ValueError(f"length_predictor must be one of {', '.join(PREDICTORS)}, got {self.length_predictor!r}")
-        check_coverage(self.length_coverage)
-        if self.grow_length < 1:
-            raise ValueError(f"grow_length must be at least 1, got {self.grow_length}")
+        check_fields(self)
         if self.early_stop in ("predict", "grow") and self.logits.guidance_scale != 1.0:
             raise ValueError(
                 f"early_stop: {self.early_stop} does not go with guidance_scale: {self.logits.guidance_scale}, as "
@@ -104,12 +155,15 @@ class SamplingSettings:
         Raises:
             ValueError: if there is none of this name, or the parameter is out of range.
         """
-        own = {key: getattr(self, key) for key, owner in STRATEGY_KEYS.items() if owner == self.denoising_strategy}
-        for key in own.keys() & self.strategy_args.keys():
-            raise ValueError(
-                f"strategy_args: {key} is a key of its own; write {key}: {self.strategy_args[key]} instead"
-            )
-        return get_strategy(self.denoising_strategy, **own, **self.strategy_args)
+        own = {
+            name: getattr(self, name)
+            for name, one in keys_of(self).items()
+            if one.needs == ("denoising_strategy", (self.denoising_strategy,))
+        }
+        others = self.strategy_args or {}
+        for name in own.keys() & others.keys():
+            raise ValueError(f"strategy_args: {name} is a key of its own; write {name}: {others[name]} in its place")
+        return get_strategy(self.denoising_strategy, **own, **others)
 
     def edits(self, uniform_ratio: float = 0.0) -> Edits:
         """Return which decided tokens are rewritten, with a checkpoint of that `uniform_ratio`.
@@ -128,10 +182,8 @@ def check_scores(strategy: Strategy, commit_schedule: str, score_distribution: s
         commit_schedule: see `SamplingSettings`.
         score_distribution: see `LogitsConfig`.
     Raises:
-        ValueError: if one has no effect, or there is no such schedule.
+        ValueError: if one has no effect.
     """
-    if commit_schedule not in COMMIT_SCHEDULES:
-        raise ValueError(f"commit_schedule must be one of {', '.join(COMMIT_SCHEDULES)}, got {commit_schedule!r}")
     if commit_schedule != "even" and getattr(strategy, "has_own_pace", False):
         raise ValueError(
             f"commit_schedule: {commit_schedule} has no effect, as denoising_strategy: {strategy.name} has a pace of "
@@ -142,3 +194,16 @@ def check_scores(strategy: Strategy, commit_schedule: str, score_distribution: s
             f"score_distribution: {score_distribution} has no effect, as denoising_strategy: {strategy.name} scores "
             "no position; take entropy, margin or low_confidence, or remove score_distribution"
         )
+
+
+def _keys() -> dict[str, Key]:
+    """Return the keys of generation under their names in YAML, with the defaults of `SamplingSettings`."""
+    settings = SamplingSettings()
+    return {
+        one.name or name: replace(one, default=None if one.kind == "tokens" else getattr(holder, name))
+        for holder in (settings, settings.logits)
+        for name, one in keys_of(holder).items()
+    }
+
+
+KEYS = _keys()

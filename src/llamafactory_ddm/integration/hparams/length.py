@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-CHOICES = {
-    "variable_length": ("none", "eos_pad", "eos_eos", "rainbow"),
-    "pad_mask_method": ("elbo", "counts"),
-}
-INTEGERS: dict[str, tuple[int, int | None]] = {
-    "rainbow_colors": (1, 1000),
-    "pad_block_length": (1, None),
-    "pad_extra_blocks": (0, None),
-    "pad_anneal_steps": (0, None),
-    "eos_window_max": (0, None),
-    "eos_window_anneal_steps": (0, None),
-}
-NUMBERS = {"pad_mask_ratio": (0.0, 1.0), "eos_window_ratio": (0.0, 1.0)}
-BOOLEANS = ("drop_overlong", "eval_eos")
+from ...utils.keys import key
+
 # Key -> the key without which it says nothing.
 NEEDS = {
     "rainbow_colors": "variable_length: rainbow",
@@ -38,93 +26,66 @@ NEEDS = {
 class LengthKeys:
     """Arguments of variable length; a key left at None takes what the checkpoint says."""
 
-    variable_length: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Diffusion: one text a row with its end and padding behind it that the model learns to write: eos_pad "
-                "(a pad token of its own), eos_eos (the end-of-text token again), rainbow (several pad tokens in "
-                "turn), or none. Defaults to the checkpoint's, then to none."
-            )
-        },
+    variable_length: str | None = key(
+        None,
+        "A row is one text, EOS and padding that the model learns to generate: eos_pad (a padding token of its own), "
+        "eos_eos (EOS again), rainbow (several padding tokens in turn), or none. Defaults to the checkpoint's, then "
+        "to none.",
+        choices=("none", "eos_pad", "eos_eos", "rainbow"),
     )
-    rainbow_colors: int | None = field(
-        default=None,
-        metadata={"help": "Diffusion: pad tokens of variable_length: rainbow. Defaults to the checkpoint's, then 7."},
+    rainbow_colors: int | None = key(
+        None,
+        "Padding tokens of variable_length: rainbow. Defaults to the checkpoint's, then 7.",
+        kind="integer",
+        low=1,
+        high=1000,
     )
-    pad_block_length: int | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Diffusion: with variable_length, pad a row to a multiple of so many tokens only, and hide what lies "
-                "behind. Defaults to padding up to cutoff_len."
-            )
-        },
+    pad_block_length: int | None = key(
+        None,
+        "With variable_length, pad a row to a multiple of this many tokens and hide the rest. Defaults to padding up "
+        "to cutoff_len.",
+        kind="integer",
+        low=1,
     )
-    pad_extra_blocks: int | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Diffusion: with pad_block_length, the most blocks that a row may get beyond those it fills; how many "
-                "is drawn for each row. Defaults to as many as cutoff_len allows. With 0 rows cost least, but the "
-                "size of a canvas gives away how long the text is."
-            )
-        },
+    pad_extra_blocks: int | None = key(
+        None,
+        "With pad_block_length, the most blocks that a row may get beyond those it fills; the number is drawn for "
+        "each row. Defaults to as many as cutoff_len allows. 0 is cheapest, but the length of a canvas then gives the "
+        "length of its text away.",
+        kind="integer",
+        low=0,
     )
-    drop_overlong: bool = field(
-        default=True,
-        metadata={
-            "help": (
-                "Diffusion: with variable_length, leave out rows that have no room for their end within cutoff_len; "
-                "false makes the first of them an error."
-            )
-        },
+    drop_overlong: bool = key(
+        True,
+        "With variable_length, leave out rows without room for EOS within cutoff_len; false makes the first of them "
+        "an error.",
     )
-    pad_mask_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Diffusion: with variable_length, the share of masked and scored tokens that are padding, in [0, 1]. "
-                "Defaults to treating padding as text."
-            )
-        },
+    pad_mask_ratio: float | None = key(
+        None,
+        "With variable_length, target fraction of padding among scored masked tokens. Defaults to treating padding as "
+        "text.",
+        kind="number",
+        low=0,
+        high=1,
     )
-    pad_anneal_steps: int = field(
-        default=0,
-        metadata={"help": "Diffusion: optimiser steps over which that share rises from 0 to pad_mask_ratio."},
+    pad_anneal_steps: int = key(0, "Optimiser steps over which pad_mask_ratio rises from 0.", low=0)
+    pad_mask_method: str = key(
+        "elbo",
+        "How pad_mask_ratio is reached: elbo (some padding is not scored; the rest are terms of the evidence bound) "
+        "or counts (a fixed number of tokens of each kind, as variable-length DiffuGPT).",
+        choices=("elbo", "counts"),
     )
-    pad_mask_method: str = field(
-        default="elbo",
-        metadata={
-            "help": (
-                "Diffusion: how pad_mask_ratio is reached: elbo (some padding is not scored; what is left is terms "
-                "of the evidence bound) or counts (so many tokens of each kind, as variable-length DiffuGPT)."
-            )
-        },
+    eos_window_ratio: float = key(
+        0.0,
+        "With variable_length, fraction of rows masked from a random point up to eos_window_max tokens before EOS "
+        "onwards, in place of the ordinary noise.",
+        low=0,
+        high=1,
     )
-    eos_window_ratio: float = field(
-        default=0.0,
-        metadata={
-            "help": (
-                "Diffusion: with variable_length, the share of rows that are masked from a few tokens before their "
-                "end onwards in place of the ordinary noise, in [0, 1]."
-            )
-        },
-    )
-    eos_window_max: int = field(
-        default=100,
-        metadata={"help": "Diffusion: the most tokens before the end that such a row has masked."},
-    )
-    eos_window_anneal_steps: int = field(
-        default=0,
-        metadata={"help": "Diffusion: optimiser steps over which that number rises from 0."},
-    )
-    eval_eos: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "Diffusion: with variable_length and do_eval, measure how well the model knows where texts end, into "
-                "eos_metrics.json and eos_metrics.png."
-            )
-        },
+    eos_window_max: int = key(100, "With eos_window_ratio, the most tokens before EOS that are masked.", low=0)
+    eos_window_anneal_steps: int = key(0, "Optimiser steps over which eos_window_max rises from 0.", low=0)
+    eval_eos: bool = key(
+        False,
+        "With variable_length and do_eval, measure how well the model predicts where texts end: eos_metrics.json and "
+        "eos_metrics.png.",
     )

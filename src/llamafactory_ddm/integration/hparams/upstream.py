@@ -8,8 +8,9 @@ from dataclasses import MISSING, fields
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ...utils.keys import boolean, integer, number
 from ...utils.registry import unknown_choice
-from .diffusion import DiffusionArguments, boolean, integer, number
+from .diffusion import DiffusionArguments
 
 # Inclusive bounds of what a run counts, divides by or draws from; None is unbounded.
 _INTEGERS: dict[str, tuple[int, int | None]] = {

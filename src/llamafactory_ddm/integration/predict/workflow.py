@@ -33,13 +33,12 @@ def build_requests(
     Raises:
         ValueError: naming the key, or the text of the data set.
     """
-    given, canvas = plan.given, plan.config.variable_length
+    given = plan.given
     settings = finetuning_args.sampling_settings(
         generating_args,
         given,
         seed=training_args.seed % 2**64,
         tokenizer=plan.tokenizer,
-        block=None if canvas is None else canvas.block,
     )
     lengths = _length_predictors(model_args, training_args, finetuning_args)
     generator = TextGenerator(model, plan.tokenizer, plan.config, probe=False, lengths=lengths)

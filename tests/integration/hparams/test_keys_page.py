@@ -1,0 +1,13 @@
+"""docs/keys.md is what the code says."""
+
+import runpy
+
+from llamafactory_ddm.integration.hparams.diffusion import KEYS
+from support.cli import ROOT
+
+
+def test_the_page_is_up_to_date():
+    script = runpy.run_path(str(ROOT / "docs" / "make_keys.py"))
+    text = script["page"]()
+    assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == text, "run python docs/make_keys.py"
+    assert all(text.count(f"\n| `{name}` |") == 1 for name in KEYS)

@@ -1,0 +1,64 @@
+"""Values of keys: what they are read as, and what is refused."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from llamafactory_ddm.utils.keys import Key, check_fields, key, keys_of
+from llamafactory_ddm.utils.registry import Registry
+
+
+@dataclass(frozen=True)
+class Settings:
+    colour: str = key("red", "Of the paint.", choices=("red", "green"))
+    share: float = key(0.5, "Of the wall.", low=0, above_low=True, high=1)
+    coats: int | None = key(None, "How many.", kind="integer", low=1)
+    wet: bool = key(False, "Not dry.")
+    other: int = 3
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def test_values_are_read_as_what_they_spell():
+    assert Settings(share="0.25", coats=2.0, wet="True") == Settings("red", 0.25, 2, True)
+    assert Settings(coats=2**64 - 1).coats == 2**64 - 1  # more than a float holds
+    assert list(keys_of(Settings)) == ["colour", "share", "coats", "wet"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"colour": "gren"}, "colour must be one of red, green, got 'gren'; did you mean 'green'"),
+        ({"colour": None}, "colour is empty.*default is red"),
+        ({"share": 0}, r"share must lie in \(0, 1\], got 0"),
+        ({"share": 1.5}, r"share must lie in \(0, 1\]"),
+        ({"coats": 0}, "coats must be at least 1"),
+        ({"coats": 1.5}, "coats must be a whole number"),
+        ({"wet": "maybe"}, "wet must be true or false"),
+    ],
+)
+def test_values_that_are_not_allowed(changes, words):
+    with pytest.raises(ValueError, match=words):
+        Settings(**changes)
+
+
+def test_a_registry_is_asked_when_a_value_is_checked():
+    registry = Registry("colour")
+    colours = Key(None, "", "text", choices=registry)
+    with pytest.raises(ValueError, match="colour must be one of"):
+        colours.checked("colour", "blue")
+    registry.register("BLUE", name="blue")
+    assert colours.checked("colour", "blue") == "blue" and colours.allowed == "`blue`"
+
+
+@pytest.mark.parametrize(
+    ("limits", "allowed"),
+    [
+        ({"low": 0, "high": 1, "below_high": True}, "number in [0, 1)"),
+        ({"low": 0, "above_low": True}, "number in (0, inf)"),
+        ({}, "number in (-inf, inf)"),
+    ],
+)
+def test_intervals(limits, allowed):
+    assert Key(0.5, "", "number", **limits).allowed == allowed
