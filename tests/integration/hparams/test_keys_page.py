@@ -9,5 +9,6 @@ from support.cli import ROOT
 def test_the_page_is_up_to_date():
     script = runpy.run_path(str(ROOT / "docs" / "make_keys.py"))
     text = script["page"]()
+    keys = text.removesuffix(script["STRATEGIES"])
     assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == text, "run python docs/make_keys.py"
-    assert all(text.count(f"\n| `{name}` |") == 1 for name in KEYS)
+    assert all(keys.count(f"\n| `{name}` |") == 1 for name in KEYS)
