@@ -363,7 +363,7 @@ def test_lora_on_a_published_checkpoint(checkpoint, finetune, tmp_path):
         ({"packing": True, "train_on_padding": True}, "train_on_padding: true contradicts packing: true"),
         ({"split_digits": False}, "split_digits: false, but the tokenizer of this model makes every digit"),
         ({"train_on_padding": "maybe"}, "train_on_padding must be true or false"),
-        ({"finetuning_type": "oft"}, "finetuning_type must be one of full, freeze, lora for stage: ddm-sft"),
+        ({"finetuning_type": "oft"}, "finetuning_type must be one of full, freeze, lora.*ddm-sft"),
         (
             {"adapter_name_or_path": "nowhere", "finetuning_type": "lora"},
             "adapter_name_or_path: nowhere is not a folder",
