@@ -300,4 +300,4 @@ def test_the_spelling_of_the_mask_token_in_prompts_is_text(generate, finetuned, 
         train_here("tiny_gpt2_sft_inference.yaml", model_name_or_path=finetuned, output_dir=tmp_path / "out", **keys)
     lines = (tmp_path / "out" / "generated_predictions.jsonl").read_text().splitlines()
     assert len(lines) == 2 and "Tom <|mask|> saw" in json.loads(lines[0])["prompt"]
-    assert "1 of the given texts hold '<|mask|>': there it is read as plain characters" in caplog.text
+    assert "1 of the given texts hold '<|mask|>'" in caplog.text

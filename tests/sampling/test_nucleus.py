@@ -188,7 +188,7 @@ def test_the_repetition_penalty_equals_transformers():
     [
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
-        ({"suppress": (-1,)}, "negative"),
+        ({"suppress": (-1,)}, "suppress"),
     ],
 )
 def test_values_out_of_range(values, words):

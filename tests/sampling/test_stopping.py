@@ -177,7 +177,7 @@ def test_a_penalty_is_taken_from_the_ends_alone():
         [END, PAD, PAD],
     ]
     assert table[0, END] == 3.0  # the model's logits are left as they are
-    with pytest.raises(ValueError, match="eos_penalty must be a finite number"):
+    with pytest.raises(ValueError, match="eos_penalty"):
         LogitsConfig(eos_penalty=float("nan"))
 
 

@@ -86,7 +86,7 @@ def test_the_shell(work, capsys):
 
 def test_a_yaml_takes_the_template_or_is_told_that_it_is_another(work, tmp_path, told):
     assert predict(tmp_path / "none", work) == predict(tmp_path / "named", work, template="qwen")
-    assert "the checkpoint was finetuned with qwen: it is taken" in told.text
+    assert "template: is not set; using qwen" in told.text
     assert "formats prompts differently" not in told.text
     predict(tmp_path / "other", work, template="default")
     assert (

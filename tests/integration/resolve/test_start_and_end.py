@@ -47,7 +47,7 @@ def seen(monkeypatch):
     def init(self, *args, **named):
         original(self, *args, **named)
         names = self.tokenizer.convert_ids_to_tokens
-        found.append((names(self.start_id), set(names(sorted(self._ends)))))
+        found.append((names(self.start_id), set(names(self.eos_ids))))
 
     monkeypatch.setattr(generation.TextGenerator, "__init__", init)
     return found

@@ -73,7 +73,7 @@ ELSEWHERE = {
     "train_on_padding",
     "sep_token",
     "split_digits",
-    # tests/e2e/test_lengths.py
+    # tests/e2e/test_variable_length_runs.py
     *(field.name for field in dataclasses.fields(LengthKeys)),
 }
 
