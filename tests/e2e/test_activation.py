@@ -55,7 +55,7 @@ def test_the_module_and_help():
     assert ACTIVE in run("-m", "llamafactory.cli", "env", program=sys.executable).stdout
     text = " ".join(run("train", "-h", check=False, fresh=True).stdout.split())
     assert "--anneal_steps" in text
-    assert "optimiser steps over which attention grows from causal to full" in text
+    assert "attention anneals from causal to full" in text
     assert "ddm" in text
 
 
@@ -226,7 +226,7 @@ def test_a_failure_in_the_plugin_never_breaks_torch(tmp_path, wheel):
     """A plugin whose files are damaged."""
     broken = tmp_path / "broken"
     subprocess.run(["cp", "-r", str(wheel), str(broken)], check=True)
-    (broken / "llamafactory_ddm" / "integration" / "patches.py").write_text("raise OSError('damaged')")
+    (broken / "llamafactory_ddm" / "integration" / "patches" / "table.py").write_text("raise OSError('damaged')")
     environment = farm(tmp_path / "site")
     done = python(
         "-c", "import torch, llamafactory.hparams.parser; print('fine')", path=f"{environment}{os.pathsep}{broken}"
