@@ -129,6 +129,33 @@ def test_a_model_of_ours_on_the_hub_is_its_folder(tmp_path, cache, monkeypatch):
     assert entries(cache) == []
 
 
+def test_of_a_model_of_ours_its_own_folder_is_downloaded(tmp_path, cache, monkeypatch):
+    """Neither checkpoints within it, nor both kinds of weights."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    (tmp_path / "diffusion_config.json").write_text("{}")
+    hub, snapshot = in_hub(tmp_path / "hub", "owner/ours", [tmp_path / "diffusion_config.json"])
+    listed = ["diffusion_config.json", "model.safetensors", "pytorch_model.bin", "training_args.bin"]
+    listed += ["checkpoint-5/model.safetensors", "checkpoint-5/optimizer.bin", "checkpoint-5/config.json"]
+    fetched = []
+
+    def download(name, *, allow_patterns, ignore_patterns, **rest):
+        kept = list(filter_repo_objects(listed, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        fetched.append(kept)
+        for file in kept:
+            (snapshot / file).touch()
+        return str(snapshot)
+
+    monkeypatch.setattr(recognition, "snapshot_download", download)
+    plain_folder("owner/ours", download_dir=str(hub))
+    assert fetched == [["diffusion_config.json", "model.safetensors"]]
+    fetched.clear()
+    listed.remove("model.safetensors")
+    (snapshot / "model.safetensors").unlink()
+    plain_folder("owner/ours", download_dir=str(hub))
+    assert fetched == [["diffusion_config.json"], ["pytorch_model.bin"]]
+
+
 def test_nothing_but_weights_config_and_tokenizer_is_asked_of_the_hub(llada, cache, tmp_path, monkeypatch):
     """The patterns, tried on what a hub would list."""
     from huggingface_hub.utils import filter_repo_objects
@@ -136,7 +163,7 @@ def test_nothing_but_weights_config_and_tokenizer_is_asked_of_the_hub(llada, cac
     hub, snapshot = in_hub(tmp_path / "hub", "owner/LLaDA-mini", list(llada.iterdir()))
     asked = {}
 
-    def download(name, *, allow_patterns, **rest):
+    def download(name, *, allow_patterns, ignore_patterns, **rest):
         asked.update(name=name, patterns=allow_patterns, **rest)
         return str(snapshot)
 
@@ -210,7 +237,7 @@ def test_processes_that_start_at_once_make_one_copy(llada, cache):
 
 
 def test_waiting_for_the_one_who_converts(llada, cache, monkeypatch):
-    """What another process made while this one waited for the lock is used, not made anew."""
+    """What another process made while this one waited for the lock is used, not made again."""
     made = Path(plain_folder(llada))
     hidden = made.rename(made.with_name("hidden"))
 

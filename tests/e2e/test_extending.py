@@ -2,15 +2,18 @@
 
 import contextlib
 import re
+import sys
 
 import pytest
 
 from llamafactory_ddm import load
+from llamafactory_ddm.cli.convert import main as convert
 from llamafactory_ddm.cli.generate import main
 from llamafactory_ddm.diffusion.schedules import SCHEDULES
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.objectives import OBJECTIVES
 from llamafactory_ddm.sampling import STRATEGIES
+from llamafactory_ddm.utils.plugins import GROUP
 from support.cli import ROOT, evaluations, history
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), re.S)
@@ -83,6 +86,18 @@ def test_sampling_from_shell_and_python(plugged, plugin, capsys):
         "Tom saw", max_new_tokens=8, denoising_strategy="left_to_right", strategy_args={"per_step": 4}, temperature=0
     )
     assert shell and shell == str(getattr(found, "predict", found)).strip()
+
+
+def test_converting_a_checkpoint_of_a_plugin(plugged, plugin, tmp_path, capsys):
+    words = [str(plugged), str(tmp_path / "out"), "--published"]
+    with own_registries():
+        for registry in (STRATEGIES, SCHEDULES, OBJECTIVES):
+            for name in (*CHOSEN.values(), "left_to_right"):
+                registry._entries.pop(name, None)
+        assert convert(words) == 1 and "plugins" in capsys.readouterr().err
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, f"{GROUP}:{plugin}", raising=False)
+            assert convert([*words, "--plugins", plugin]) == 0, capsys.readouterr().err
 
 
 def test_a_checkpoint_names_what_it_needs(plugged, monkeypatch):

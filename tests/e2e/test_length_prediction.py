@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
 from llamafactory_ddm import SamplingSettings, load
 from llamafactory_ddm.generation.canvas_size import CanvasSizer
+from llamafactory_ddm.integration.predict.fit_length import fit_from_words
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.length_heads import FILE_NAME, REPORT_NAME, LengthPredictors
 from llamafactory_ddm.sampling.length_predictors import PREDICTORS
@@ -54,6 +56,16 @@ def answers(small_data, tmp_path):
         return predictions(out), json.loads((out / "predict_results.json").read_text())
 
     return answer
+
+
+def test_a_model_in_the_hubs_cache_is_refused(trained, words, tmp_path, monkeypatch):
+    """Its folder is replaced with the next commit."""
+    folder = tmp_path / "models--owner--ours" / "snapshots" / "abc"
+    shutil.copytree(trained, folder)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # which the command replaces
+    with pytest.raises(ValueError, match=r"owner/ours is not a folder of yours.*download it"):
+        fit_from_words([RECIPE, *words(folder)])
+    assert not (folder / FILE_NAME).exists()
 
 
 def test_the_predictors_lie_beside_the_model_with_a_report(fitted, trained):

@@ -112,6 +112,26 @@ def test_two_ranks_give_the_gradient_of_one_big_batch(program, small_data, tmp_p
 
 
 @pytest.mark.slow
+def test_preparing_keeps_rows_without_room_and_warns_of_nothing(small_data, tmp_path, caplog):
+    """What a later run drops, or may not, depends on its cutoff_len; of texts and metrics there are none."""
+    keys = {"variable_length": "eos_pad", "drop_overlong": False, "packing": False, "cutoff_len": 8}
+    train_here(
+        "gpt2_preprocess.yaml",
+        **keys,
+        mask_token="<|mask|>",
+        model_name_or_path="data/tiny_gpt2",
+        dataset="tiny_corpus_train",
+        dataset_dir=small_data,
+        val_size=0,
+        preprocessing_num_workers=1,
+        overwrite_cache=True,
+        tokenized_path=tmp_path / "rows",
+        output_dir=tmp_path / "unused",
+    )
+    assert (tmp_path / "rows" / "dataset_dict.json").is_file()
+    assert "The data set is prepared" in caplog.text and "meaningless" not in caplog.text
+
+
 def test_streaming_and_a_tokenised_path_give_the_same_rows(small_data, tmp_path, train_small):
     plain = train_small(tmp_path / "plain", disable_shuffling=True)
     train_here(

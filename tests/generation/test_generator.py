@@ -295,6 +295,14 @@ def test_texts_come_one_batch_after_another(generator):
         generator.stream(num_samples=5 * 10**9, **keys)
 
 
+def test_edits_follow_the_uniform_ratio_of_any_noise_process(generator):
+    """A process of the user's own may put random tokens too."""
+    config = dataclasses.replace(generator.config, noise_process="own", uniform_ratio=0.3)
+    own = TextGenerator(generator.model, generator.tokenizer, config)
+    assert own.writer.edits(GREEDY).ratio == 0.3
+    assert generator.writer.edits(GREEDY).ratio == 0.0
+
+
 def test_a_model_that_never_saw_mask_cannot_start_from_it(generator):
     uniform = mixed(generator, 1.0)
     for settings in (GREEDY, dataclasses.replace(GREEDY, edit_ratio=0.3)):

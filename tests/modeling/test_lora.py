@@ -176,7 +176,7 @@ def test_an_adapter_and_a_base_of_another_process(tmp_path):
     [
         ("a", True, None),
         ("a", "pissa", None),
-        ("a", "pissa_niter_16", r"PEFT draws anew when it loads the adapter.*train with pissa_convert: true"),
+        ("a", "pissa_niter_16", r"PEFT draws again when it loads the adapter.*train with pissa_convert: true"),
         ("pissa_backup", True, "train with pissa_convert: true"),
         ("pissa_init", True, "train with pissa_convert: true"),
         ("pissa_converted", True, None),

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -181,6 +182,10 @@ def test_the_repetition_penalty_equals_transformers():
     assert torch.equal(logits, before)
     nobody = torch.full((3, 2), 2**62)
     torch.testing.assert_close(penalise_repetition(logits, nobody, 1.7), logits)
+
+
+def test_ids_to_suppress_may_be_of_numpy():
+    assert LogitsConfig(suppress=(np.int64(3),)).suppress == (3,)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def check_adapter(folder: str | Path) -> None:
     if str(_settings(folder).get("init_lora_weights")).startswith("pissa_niter"):
         raise ValueError(
             f"{folder} was trained with pissa_init and an approximate decomposition (pissa_iter), which PEFT draws "
-            f"anew when it loads the adapter: that gives another model than was trained; {cure}, or train with "
+            f"again when it loads the adapter: that gives another model than was trained; {cure}, or train with "
             "pissa_iter: -1"
         )
 

@@ -30,6 +30,8 @@ ORIGIN_NAME = "converted_from.json"
 _CONVERSION = 2
 # Weights, config and tokenizer; of a hub nothing else is fetched, code least of all.
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt")
+_OLD_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
+_SUBFOLDERS = ("*/*",)  # such as the checkpoints of a training run
 _BESIDE_WEIGHTS = 2**26  # bytes: config and tokenizer
 _logger = logging.getLogger(__name__)
 
@@ -113,16 +115,23 @@ def origin_of(folder: str | Path) -> str:
     path = Path(folder) / ORIGIN_NAME
     if path.is_file():
         return str(json.loads(path.read_text(encoding="utf-8"))["origin"])
-    return _name_of_snapshot(Path(folder)) or str(folder)
+    snapshot = Path(folder)
+    name = repository_of(snapshot)
+    if name is None or snapshot.parents[2] != Path(HF_HUB_CACHE):
+        return str(folder)
+    newest = snapshot.parents[1] / "refs" / "main"
+    is_newest = newest.is_file() and newest.read_text(encoding="utf-8") == snapshot.name
+    return name if is_newest else str(folder)
 
 
-def _name_of_snapshot(folder: Path) -> str | None:
-    """Return owner/name of CACHE/models--owner--name/snapshots/REVISION, None for another cache or revision."""
-    kind, *words = folder.parents[1].name.split("--") if folder.parent.name == "snapshots" else [""]
-    if kind != "models" or folder.parents[2] != Path(HF_HUB_CACHE):
-        return None
-    newest = folder.parents[1] / "refs" / "main"
-    return "/".join(words) if newest.is_file() and newest.read_text(encoding="utf-8") == folder.name else None
+def repository_of(folder: str | Path) -> str | None:
+    """Return owner/name of a folder CACHE/models--owner--name/snapshots/REVISION, None for any other.
+
+    The folder need not exist.
+    """
+    path = Path(folder)
+    kind, *words = path.parents[1].name.split("--") if path.parent.name == "snapshots" else [""]
+    return "/".join(words) if kind == "models" else None
 
 
 def may_be_on_a_hub(name: str) -> bool:
@@ -144,12 +153,20 @@ def _downloaded(name: str, revision: str, download_dir: str | None, token: str |
     except (OSError, ValueError):  # upstream will look for it too, and say what is wrong
         return None
     try:
-        return Path(snapshot_download(name, allow_patterns=[*_FILES, "*.bin"], **where))
+        folder = Path(_snapshot(name, _FILES, **where))
+        if not any(folder.glob("*.safetensors")):
+            _snapshot(name, _OLD_WEIGHTS, **where)
+        return folder
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is a diffusion model, and its files could not be downloaded ({first_line(error)}); check the "
             "connection, or download it and name its folder"
         ) from error
+
+
+def _snapshot(name: str, files: tuple[str, ...], **where: Any) -> str:
+    """Download the files of a repository's top folder that match, and return that folder."""
+    return snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(_SUBFOLDERS), **where)
 
 
 def _published(name: str | Path, revision: str, download_dir: str | None, token: str | None) -> _Published | None:
@@ -168,11 +185,7 @@ def _published(name: str | Path, revision: str, download_dir: str | None, token:
     if kind is None:
         return None
     try:
-        folder = Path(
-            snapshot_download(
-                str(name), revision=revision, cache_dir=download_dir, token=token, allow_patterns=list(_FILES)
-            )
-        )
+        folder = Path(_snapshot(str(name), _FILES, revision=revision, cache_dir=download_dir, token=token))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is {kind.name} as it was published, and its files could not be downloaded ({first_line(error)})"

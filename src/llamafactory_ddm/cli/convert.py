@@ -32,6 +32,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--sep-token", help="of the token between prompt and response (default: the same)")
     parser.add_argument("--pad-token", help="of padding (default: the same)")
     parser.add_argument("--no-shift", action="store_true", help="logits at i predict token i")
+    parser.add_argument("--plugins", help="modules or .py files that register IN's noise schedule or process")
     arguments = parser.parse_args(words)
     from transformers.utils import logging
 
@@ -39,9 +40,11 @@ def main(words: list[str]) -> int:
     from ..checkpoints.convert import convert
     from ..checkpoints.layouts import layout_of_folder
     from ..checkpoints.llada_dream import LLADA
+    from ..utils.plugins import load_plugins
 
     logging.set_verbosity_error()
     try:
+        load_plugins(arguments.plugins)
         convert(
             arguments.source,
             arguments.target,

@@ -166,7 +166,7 @@ class CanvasSizer:
             if hidden.shape[1] != heads.width:
                 raise ValueError(
                     f"the length predictors were fitted on a model of width {heads.width}, this one has "
-                    f"{hidden.shape[1]}; fit them anew with llamafactory-ddm fit-length"
+                    f"{hidden.shape[1]}; fit them again with llamafactory-ddm fit-length"
                 )
             heads.to(hidden.device)
             with torch.inference_mode():

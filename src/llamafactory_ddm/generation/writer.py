@@ -107,13 +107,12 @@ class Writer:
         Raises:
             ValueError: if the model has never seen [MASK], or there are edit steps and no edits.
         """
-        is_mixed = self.config.noise_process == "mixed"
-        if is_mixed and self.config.uniform_ratio == 1:
+        if self.config.uniform_ratio == 1:
             raise ValueError(
                 "generation starts from [MASK], which this model has never seen, as it was trained with "
                 "uniform_ratio: 1; train it with a uniform_ratio below 1"
             )
-        return settings.edits(self.config.uniform_ratio if is_mixed else 0.0)
+        return settings.edits(self.config.uniform_ratio)
 
     def write(
         self,

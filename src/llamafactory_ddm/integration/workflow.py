@@ -46,7 +46,9 @@ def run(
         with nullcontext() if prepares else run_lock(training_args.output_dir, rank=rank, world=world):
             tokenizer = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
             plan = resolve_run(tokenizer, model_args, data_args, training_args, finetuning_args)
-            data = load_datasets(plan, model_args, data_args, training_args, finetuning_args)
+            data = load_datasets(
+                plan, model_args, data_args, training_args, finetuning_args, drops_overlong=not prepares
+            )
             if prepares:
                 logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
                 return

@@ -216,7 +216,7 @@ class LengthPredictors:
             canvas = int(facts["canvas"])
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{path} cannot be read ({json.dumps(str(error)[:200])}); remove it, or make it anew with "
+                f"{path} cannot be read ({json.dumps(str(error)[:200])}); remove it, or make it again with "
                 "llamafactory-ddm fit-length"
             ) from error
         return cls(heads.eval().requires_grad_(False), _under(tensors, "least_margins."), canvas)

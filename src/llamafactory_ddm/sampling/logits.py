@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -78,7 +79,7 @@ class LogitsConfig:
         check_fields(self)
         if self.top_k == 0:
             object.__setattr__(self, "top_k", None)
-        if not all(isinstance(token, int) and token >= 0 for token in self.suppress):
+        if not all(isinstance(token, Integral) and token >= 0 for token in self.suppress):
             raise ValueError(f"suppress must hold ids of tokens, from 0, got {self.suppress}")
 
     def uses_nucleus(self, vocab: int) -> bool:

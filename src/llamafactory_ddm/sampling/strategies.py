@@ -149,7 +149,7 @@ for _name, _measure in (("low_confidence", "log_prob"), ("margin", "margin"), ("
 @STRATEGIES.register
 @dataclass(frozen=True)
 class TopK:
-    """Score all positions of the block anew in each step, and commit the masked ones that do not score low.
+    """Score all positions of the block again in each step, and commit the masked ones that do not score low.
 
     At loop t of T, counted down to 0, k = trunc(float32(n t / T)) of the n positions are to stay masked. A position is
     low if its score lies strictly below the (k + 1)-th lowest of all n, decoded ones included, so a step commits at

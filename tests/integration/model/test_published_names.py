@@ -11,7 +11,14 @@ from support.published import in_hub, write_dream
 
 
 def arguments(name, **keys):
-    given = {"adapter_name_or_path": None, "model_revision": "main", "cache_dir": None, "hf_hub_token": None, **keys}
+    given = {
+        "adapter_name_or_path": None,
+        "adapter_folder": None,
+        "model_revision": "main",
+        "cache_dir": None,
+        "hf_hub_token": None,
+        **keys,
+    }
     return SimpleNamespace(model_name_or_path=str(name), **given)
 
 
@@ -72,3 +79,17 @@ def test_models_and_adapters_of_ours_on_a_hub_become_folders(tmp_path):
     plain_models.resolve_model_names(args)
     assert args.model_name_or_path == str(model)
     assert args.adapter_name_or_path == [str(adapter), "saves/other"]
+
+
+def test_the_revision_is_that_of_adapters_too(monkeypatch):
+    """As LLaMA-Factory passes it to PEFT; a folder within an adapter is PEFT's."""
+    asked = []
+    monkeypatch.setattr(
+        plain_models, "plain_folder", lambda name, **keys: asked.append((name, keys["revision"])) or name
+    )
+    plain_models.resolve_model_names(arguments("owner/x", model_revision="v2", adapter_name_or_path=["owner/a"]))
+    assert asked == [("owner/x", "v2"), ("owner/a", "v2")]
+    asked.clear()
+    keys = {"adapter_name_or_path": ["owner/a"], "adapter_folder": "inner"}
+    plain_models.resolve_model_names(arguments("owner/x", **keys))
+    assert asked == [("owner/x", "main")]

@@ -107,3 +107,32 @@ def test_every_name_is_one_of_upstreams_or_ours():
     lists = (module._OF_DATA, module._OF_TRAINING, module._OF_DIFFUSION, module._OF_LORA, module._OF_FREEZE)
     assert {name for names in (*lists, module._MAY_CHANGE) for name in names} <= known
     assert json.dumps(facts())
+
+
+def test_a_model_of_a_hub_is_the_same_wherever_its_files_lie(tmp_path):
+    """Its folder moves with the cache and with each commit; older checkpoints hold that folder."""
+
+    def snapshot(cache, revision):
+        folder = tmp_path / cache / "models--me--dm" / "snapshots" / revision
+        folder.mkdir(parents=True)
+        return str(folder)
+
+    before, after = snapshot("hub", "a" * 40), snapshot("elsewhere", "b" * 40)
+    save_facts(facts(model=before), tmp_path)
+    assert json.loads((tmp_path / FILE_NAME).read_text())["model_name_or_path"] == "me/dm"
+    check_facts(facts(model=after), str(tmp_path))
+    save_facts({**facts(model=before), "model_name_or_path": before}, tmp_path)
+    check_facts(facts(model=after), str(tmp_path))
+    with pytest.raises(ValueError, match="model_name_or_path"):
+        check_facts(facts(model="me/other"), str(tmp_path))
+
+
+def test_a_plain_copy_is_what_it_was_made_from(tmp_path):
+    source, copy = tmp_path / "llada", tmp_path / "cache" / "llada-1"
+    source.mkdir()
+    copy.mkdir(parents=True)
+    (copy / "converted_from.json").write_text(json.dumps({"origin": str(source)}))
+    save_facts({**facts(model=str(copy)), "model_name_or_path": str(copy)}, tmp_path)  # as older versions wrote it
+    check_facts(facts(model=str(copy)), str(tmp_path))
+    save_facts(facts(model=str(copy)), tmp_path)
+    check_facts(facts(model=str(source)), str(tmp_path))

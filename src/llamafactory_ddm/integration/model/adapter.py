@@ -146,7 +146,7 @@ class AdapterSetup:
         except RuntimeError as error:
             if not self.adapters or "size mismatch" not in str(error):
                 raise
-            base = self.model_args.model_name_or_path
+            base = origin_of(self.model_args.model_name_or_path)
             owners = ", ".join(
                 f"{folder} was trained on {base_of(folder)}" for folder in self.adapters if base_of(folder) != base
             )

@@ -12,13 +12,14 @@ from ...modeling.diffusion_config import DiffusionConfig
 from ..logs import get_logger
 from ..resolve.plan import resolve_config
 from ..resolve.vocabulary import refuse_untrained, resolve_vocabulary
-from .loader import find_diffusion_config, load_diffusion_model, load_diffusion_tokenizer
+from .loader import load_diffusion_model, load_diffusion_tokenizer
 from .model_card import FILE_NAME as CARD
 from .model_card import Origin, card, write
 
 logger = get_logger(__name__)
 _exported: list[Path] = []  # folders that the present export has saved a diffusion model to
-_NOT_TRAINING = SimpleNamespace(do_train=False)
+# An export uses the model as generation does: under the checkpoint's own noise.
+_USES = SimpleNamespace(do_train=False, do_eval=False, do_predict=True)
 
 
 def exported_tokenizer(model_args: Any) -> dict[str, Any]:
@@ -28,10 +29,7 @@ def exported_tokenizer(model_args: Any) -> dict[str, Any]:
         ValueError: if the model has no diffusion config, or a key contradicts it.
     """
     args = model_args.exported_diffusion
-    stored = find_diffusion_config(model_args, args.checkpoint_dir)
-    if stored is not None:  # training may use other noise; an export must keep the checkpoint's
-        stored.check_against(noise_process=args.noise_process, uniform_ratio=args.uniform_ratio)
-    loaded = load_diffusion_tokenizer(model_args, args, _NOT_TRAINING)
+    loaded = load_diffusion_tokenizer(model_args, args, _USES)
     tokenizer = loaded.module["tokenizer"]
     vocabulary = resolve_vocabulary(tokenizer, loaded.additions, loaded.mask, loaded.config, None, args.mask_token)
     model_args.exported_as = (loaded.config, vocabulary)
@@ -45,8 +43,8 @@ def exported_model(tokenizer: Any, model_args: Any) -> Any:
     vocabulary.additions.note(tokenizer, "template")  # LLaMA-Factory has applied it by now
     refuse_untrained(vocabulary)
     args.diffusion_stage = args.diffusion_stage or "ddm-sft"
-    model = load_diffusion_model(tokenizer, vocabulary, model_args, args, _NOT_TRAINING)
-    config = resolve_config(config, vocabulary.mask, model_args, _NOT_TRAINING, args)
+    model = load_diffusion_model(tokenizer, vocabulary, model_args, args, _USES)
+    config = resolve_config(config, vocabulary.mask, model_args, _USES, args)
     _save_with(model, config, model_args)
     _exported.append(Path(model_args.export_dir))
     return model

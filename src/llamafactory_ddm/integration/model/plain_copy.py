@@ -24,19 +24,18 @@ def resolve_model_names(model_args: Any) -> None:
     """
     # As upstream is about to do: the name of a model on ModelScope becomes its folder.
     name = try_download_model_from_other_hub(model_args)
-    folder = _folder(name, model_args, model_args.model_revision)
+    folder = _folder(name, model_args)
     if folder != name:
         logger.info_rank0(f"{name} is used from {folder}.")
         model_args.model_name_or_path = folder
-    if model_args.adapter_name_or_path:
-        # Upstream's model_revision is the model's alone.
+    if model_args.adapter_name_or_path and not model_args.adapter_folder:
         model_args.adapter_name_or_path = [_folder(name, model_args) for name in model_args.adapter_name_or_path]
 
 
-def _folder(name: str, model_args: Any, revision: str = "main") -> str:
+def _folder(name: str, model_args: Any) -> str:
     return plain_folder(
         name,
-        revision=revision,
+        revision=model_args.model_revision,  # of adapters too, as LLaMA-Factory has it
         download_dir=model_args.cache_dir,
         token=model_args.hf_hub_token,
         say=logger.info,  # by whichever rank comes first, and is the only one to say it

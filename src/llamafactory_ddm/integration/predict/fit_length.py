@@ -14,6 +14,7 @@ from llamafactory.hparams import get_train_args
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...checkpoints.plain_copy import repository_of
 from ...data.canvas import Canvas
 from ...data.collators import VariableLengthCollator
 from ...diffusion.noise import Stream
@@ -92,8 +93,11 @@ def fit(
     check_checkpoint_folders(model_args, finetuning_args, training_args)
     _check(data_args, training_args, finetuning_args)
     folder = Path(sources(model_args, finetuning_args.checkpoint_dir)[0])
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder, so nothing can be saved beside its weights; download it first")
+    if not folder.is_dir() or repository_of(folder) is not None:
+        raise ValueError(
+            f"{repository_of(folder) or folder} is not a folder of yours, so nothing can be saved beside its weights; "
+            "download it to one, and name that"
+        )
     data_args.train_on_prompt = False  # the predicted length is that of the last answer
     tokenizer = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
     plan = resolve_run(tokenizer, model_args, data_args, training_args, finetuning_args)

@@ -65,7 +65,12 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_arg
                     + (", or name it as checkpoint_dir, with its base as model_name_or_path" if not adapters else "")
                 )
         elif key != "model_name_or_path" or not may_be_on_a_hub(folder):
-            raise ValueError(f"{key}: {folder} is not a folder; check the path (it is relative to {Path.cwd()})")
+            is_on_hub = key == "adapter_name_or_path" and may_be_on_a_hub(folder)
+            hub = f", nor a diffusion adapter on the hub at model_revision: {model_args.model_revision}"
+            raise ValueError(
+                f"{key}: {folder} is not a folder{hub if is_on_hub else ''}; check the path (it is relative to "
+                f"{Path.cwd()})"
+            )
     has_adapter = finetuning_args.finetuning_type == "lora" and (training_args.do_train or bool(adapters))
     _check_checkpoint_dir(finetuning_args.checkpoint_dir, has_adapter=has_adapter)
 

@@ -33,8 +33,18 @@ class RunData:
     facts: dict[str, Any]
 
 
-def load_datasets(plan: RunPlan, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> RunData:
+def load_datasets(
+    plan: RunPlan,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    finetuning_args: Any,
+    *,
+    drops_overlong: bool = True,
+) -> RunData:
     """Prepare the data sets with LLaMA-Factory, or open prepared ones; a run that only generates needs none.
+
+    With `drops_overlong` rows without room for EOS are dropped; a run that only prepares keeps all.
 
     Raises:
         ValueError: if they cannot be prepared, were prepared for another kind of run, hold no token to learn, or no
@@ -47,7 +57,7 @@ def load_datasets(plan: RunPlan, model_args: Any, data_args: Any, training_args:
         module = _prepared(plan, model_args, data_args, training_args, finetuning_args, opened=opened)
         _check_rows(plan, module, data_args, training_args, finetuning_args, opened=opened)
     facts = run_facts(model_args, data_args, training_args, finetuning_args, module.get("train_dataset"))
-    if plan.lengths is not None and isinstance(plan.collator, VariableLengthCollator):
+    if drops_overlong and plan.lengths is not None and isinstance(plan.collator, VariableLengthCollator):
         module = keep_fitting(module, plan.collator, plan.lengths, data_args, training_args)
     return RunData(module, facts)
 

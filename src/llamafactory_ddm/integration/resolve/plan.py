@@ -128,8 +128,8 @@ def resolve_config(
 ) -> DiffusionConfig:
     """Return the checkpoint's diffusion config, or without one, a config made from the YAML.
 
-    A run that trains takes a model without a config for an autoregressive one, and anneals its attention. Any other
-    run takes it for a finished diffusion model from elsewhere, and warns.
+    A run that trains takes a model without a config for an autoregressive one, and anneals its attention. A run that
+    evaluates or generates takes it for a finished diffusion model from elsewhere, and warns.
     """
     name, trains = model_args.model_name_or_path, training_args.do_train
     if stored is not None:
@@ -144,7 +144,7 @@ def resolve_config(
             f"{name} holds no {FILE_NAME} and is taken for an autoregressive model: its attention is annealed over "
             f"{finetuning_args.anneal_steps} steps. Set anneal_steps: 0 for a diffusion model from elsewhere."
         )
-    if not trains:
+    elif not trains and (training_args.do_eval or training_args.do_predict):
         logger.warning_rank0(
             f"{name} holds no {FILE_NAME}: nothing but the YAML says that it is a diffusion model, trained with "
             f"{mask.token!r} as [MASK] and shift: {shift}. If it is an autoregressive model, its texts and metrics "

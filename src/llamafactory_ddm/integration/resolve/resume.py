@@ -19,7 +19,7 @@ _AGREEING = (
 
 
 def resolve_resume(training_args: Any, finetuning_args: Any) -> str | None:
-    """Return the folder to resume from, or None to start anew.
+    """Return the folder to resume from, or None to start over.
 
     A folder that the user names must be complete. `resume_from_checkpoint: true`, and LLaMA-Factory's own search in an
     output_dir that is not overwritten, take the newest complete checkpoint, and log the incomplete ones they skip.
@@ -55,10 +55,10 @@ def resolve_resume(training_args: Any, finetuning_args: Any) -> str | None:
     if best is None and asked is not None:
         raise ValueError(
             f"resume_from_checkpoint: true found no complete checkpoint in output_dir: {training_args.output_dir}; "
-            "set it to null to start anew"
+            "set it to null to start over"
         )
     if best is None:
-        logger.warning_rank0(f"No complete checkpoint in {training_args.output_dir}: training starts anew.")
+        logger.warning_rank0(f"No complete checkpoint in {training_args.output_dir}: training starts over.")
         return None
     logger.info_rank0(f"Resuming from {best}.")
     return _of_kind(best, finetuning_args)
@@ -86,7 +86,7 @@ def how_to_go_on(training_args: Any) -> str:
         best, _ = last_complete_checkpoint(training_args.output_dir)
         if best is not None:
             return f"The same command with resume_from_checkpoint=true goes on from {best}."
-        return "No checkpoint was saved, so the same command starts anew; save_steps says how often one is."
+        return "No checkpoint was saved, so the same command starts over; save_steps says how often one is."
     if training_args.do_predict:
         return "Texts that are done are kept, and the same command goes on with the others."
     return ""

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.plain_copy import origin_of, repository_of
 from ..logs import get_logger
 
 logger = get_logger(__name__)
@@ -60,7 +61,7 @@ def run_facts(
     if data_args.packing and finetuning_args.stage == "sft":
         facts["cutoff_len"] += 1  # LLaMA-Factory subtracted a token from the YAML's value
     if kind == "lora":
-        facts["model_name_or_path"] = _absolute(model_args.model_name_or_path)
+        facts["model_name_or_path"] = _model_name(model_args.model_name_or_path)
     facts["rows of a step"] = (
         training_args.per_device_train_batch_size
         * training_args.gradient_accumulation_steps
@@ -87,6 +88,8 @@ def check_facts(facts: dict[str, Any], folder: str) -> None:
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
+        if "model_name_or_path" in stored:
+            stored["model_name_or_path"] = _model_name(stored["model_name_or_path"])
         differing = [name for name in facts if name in stored and facts[name] != stored[name]]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not readable ({error}); resume from another checkpoint") from error
@@ -120,8 +123,12 @@ def _said(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _absolute(name: str | None) -> str | None:
-    return str(Path(name).resolve()) if name is not None and Path(name).is_dir() else name
+def _model_name(name: str | None) -> str | None:
+    """Return the repository of a hub's folder or of a plain copy, else the absolute path of a folder."""
+    if name is None:
+        return None
+    origin = origin_of(name)
+    return repository_of(origin) or (str(Path(origin).resolve()) if Path(origin).is_dir() else origin)
 
 
 def _fingerprint(dataset: Any) -> str | None:

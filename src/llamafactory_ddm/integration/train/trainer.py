@@ -226,7 +226,7 @@ class DiffusionTrainer(CustomTrainer):
         Raises:
             NotBidirectionalError: if it does not.
         """
-        keep_half_logits(self.model)  # each time, as evaluating and training prepare it anew
+        keep_half_logits(self.model)  # each time, as evaluating and training prepare it again
         if not self._probed:
             probe_bidirectional(getattr(model, "_orig_mod", model), inner=self.model)
             self._probed = True
@@ -396,7 +396,7 @@ class DiffusionTrainer(CustomTrainer):
             if ends and not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
                 raise LossNotFiniteError(
                     f"the loss or a weight is NaN or infinite after the last step, {step}, so the model is not saved; "
-                    "resume from the last checkpoint, or start anew, with a lower learning_rate"
+                    "resume from the last checkpoint, or start over, with a lower learning_rate"
                 )
             if saves:
                 logger.warning_rank0(f"Step {step} is not saved: its loss or a weight is NaN or infinite.")

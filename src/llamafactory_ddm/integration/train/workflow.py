@@ -100,7 +100,7 @@ def train(trainer: DiffusionTrainer, plan: RunPlan, finetuning_args: Any) -> Non
         logger.warning_rank0(
             f"Nothing was trained: {resume or trainer.args.output_dir} has seen {trainer.state.global_step} of "
             f"{trainer.state.max_steps} steps. "
-            "Raise max_steps (or num_train_epochs) to go on, or set overwrite_output_dir: true to start anew."
+            "Raise max_steps (or num_train_epochs) to go on, or set overwrite_output_dir: true to start over."
         )
     trainer.save_state()
     reached = trainer.reached_ratio()
@@ -129,7 +129,7 @@ def _complete_converted(trainer: DiffusionTrainer, finetuning_args: Any) -> None
         replace(trainer.diffusion_config, attention_ratio=trainer.reached_ratio()).save(folder)
     elif finetuning_args.pissa_init and finetuning_args.pissa_iter != -1:
         logger.warning_rank0(
-            "pissa_init with an approximate decomposition (pissa_iter): PEFT draws it anew whenever the adapter is "
+            "pissa_init with an approximate decomposition (pissa_iter): PEFT draws it again whenever the adapter is "
             "loaded, which gives another model than was trained. Set pissa_convert: true, or pissa_iter: -1."
         )
 
