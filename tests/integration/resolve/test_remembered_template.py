@@ -1,7 +1,6 @@
 """A finetuned model gets its prompts as it was trained to: from YAML, in the shell and in a notebook."""
 
 import json
-import logging
 
 import pytest
 from llamafactory.data.template import TEMPLATES
@@ -26,14 +25,6 @@ def work(tmp_path_factory):
     keys = {"do_train": True, "model_name_or_path": folder / "model", "template": "qwen", "dataset": "one"}
     run_keys(folder / "out", dataset_dir=folder / "data", train_on_padding=False, **learn, **keys, **STAGE)
     return folder
-
-
-@pytest.fixture
-def told(caplog):
-    logger = logging.getLogger("llamafactory")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def predict(folder, work, **keys):

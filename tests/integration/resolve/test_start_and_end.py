@@ -1,7 +1,6 @@
 """What texts start from and end with is a fact of the checkpoint, whatever the template of a later run says."""
 
 import json
-import logging
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -51,14 +50,6 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(generation.TextGenerator, "__init__", init)
     return found
-
-
-@pytest.fixture
-def told(caplog):
-    logger = logging.getLogger("llamafactory")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def without_facts(source, target):
