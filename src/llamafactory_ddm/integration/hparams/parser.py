@@ -50,13 +50,13 @@ class Parsed:
     """What the parser knows of a run and upstream hands to nobody; it travels on the finetuning arguments.
 
     Attributes:
-        given: the keys that the user wrote.
+        user_keys: the keys that the user wrote.
         resume: `resume_from_checkpoint` as it was written, which upstream replaces by what it finds.
         generating_args: upstream's, which it hands to its own stages alone.
         hidden: training arguments that upstream's checks must not see; they are put back after these.
     """
 
-    given: frozenset[str] = frozenset()
+    user_keys: frozenset[str] = frozenset()
     resume: Any = None
     generating_args: Any = None
     hidden: dict[str, Any] = field(default_factory=dict)
@@ -112,12 +112,12 @@ class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
         return {**super().to_dict(), "stage": self.diffusion_stage or self.stage}
 
 
-def given_keys(args: Any) -> list[str]:
+def user_keys(args: Any) -> list[str]:
     """Return the keys that the user wrote: those of a dict, or the options of a command line."""
     if isinstance(args, dict):
         return [str(key) for key in args]
-    given = [str(w)[2:].partition("=")[0] for w in args or () if str(w).startswith("--")]
-    return [g.replace("-", "_") for g in given if g not in ("help",)]
+    options = [str(word)[2:].partition("=")[0] for word in args or () if str(word).startswith("--")]
+    return [option.replace("-", "_") for option in options if option != "help"]
 
 
 def check_keys(parser: Any, args: Any) -> None:
@@ -129,12 +129,11 @@ def check_keys(parser: Any, args: Any) -> None:
         ValueError: listing each unknown key with the nearest known one.
     """
     known = {f.name for kind in parser.dataclass_types for f in fields(kind) if f.init}
-    given = given_keys(args)
     if not isinstance(args, dict):
         if requested_stage(args) not in STAGES:
             return
         known |= {f"no_{name}" for name in known}
-    unknown = [key for key in given if key not in known]
+    unknown = [key for key in user_keys(args) if key not in known]
     if unknown:
         raise ValueError(
             "; ".join(f"unknown key {key!r}{did_you_mean(key, known).replace(';', ',', 1)}" for key in unknown)

@@ -85,13 +85,13 @@ class SamplingArguments(SettingsKeys):
         return self.generate_from or ("prompt" if ours == "ddm-sft" else "noise")
 
     def sampling_settings(
-        self, generating_args: Any, given: frozenset[str], *, seed: int, tokenizer: Any
+        self, generating_args: Any, user_keys: frozenset[str], *, seed: int, tokenizer: Any
     ) -> SamplingSettings:
         """Return what the sampler wants.
 
         Args:
-            generating_args: upstream's, of which the keys in `given` count.
-            given: keys that the user wrote.
+            generating_args: upstream's, of which the keys in `user_keys` count.
+            user_keys: keys that the user wrote.
             seed: of the run.
             tokenizer: finds suppress_tokens.
         Raises:
@@ -101,10 +101,10 @@ class SamplingArguments(SettingsKeys):
         if self.suppress_tokens is not None:
             values["suppress_tokens"] = _token_ids(self.suppress_tokens, tokenizer)
         for theirs, ours in UPSTREAM_KEYS.items():
-            if theirs == "max_new_tokens" or theirs not in given:
+            if theirs == "max_new_tokens" or theirs not in user_keys:
                 continue
             value = getattr(generating_args, theirs)
-            if ours in given and value != getattr(self, ours):
+            if ours in user_keys and value != getattr(self, ours):
                 raise ValueError(
                     f"{theirs}: {value} and {ours}: {getattr(self, ours)} mean the same and differ; remove one of them"
                 )

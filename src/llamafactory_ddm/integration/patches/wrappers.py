@@ -39,7 +39,7 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _parse_train_args(args: Any = None) -> Any:
-        from ..hparams.parser import Parsed, check_together, given_keys
+        from ..hparams.parser import Parsed, check_together, user_keys
 
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         parsed = original(args)
@@ -52,7 +52,7 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
             # With these keys LLaMA-Factory requires a data set and packages of its metrics; generation needs neither.
             # get_train_args restores the keys.
             finetuning_args.parsed = Parsed(
-                given=frozenset(given_keys(args)),
+                user_keys=frozenset(user_keys(args)),
                 resume=training_args.resume_from_checkpoint,
                 generating_args=generating_args,
                 hidden={key: getattr(training_args, key) for key in _HIDDEN},

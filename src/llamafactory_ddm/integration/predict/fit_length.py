@@ -118,15 +118,14 @@ def fit(
     model = load_diffusion_model(plan.tokenizer, plan.vocabulary, model_args, finetuning_args, training_args)
     sizer = TextGenerator(model.to(training_args.device), plan.tokenizer, plan.config).sizer
     size, seed = training_args.per_device_eval_batch_size, training_args.seed
-    given = plan.given
     train = data.module["train_dataset"]
     if len(train) > _MOST_ROWS:
         logger.info_rank0(f"dataset: the heads are fitted to the first {_MOST_ROWS} of {len(train)} texts.")
         train = train.select(range(_MOST_ROWS))
     heads = fit_heads(
         _examples(sizer, texts(train, collator, seed, 0), size, seed, len(train)),
-        epochs=max(1, round(training_args.num_train_epochs)) if "num_train_epochs" in given else _EPOCHS,
-        learning_rate=training_args.learning_rate if "learning_rate" in given else _LEARNING_RATE,
+        epochs=max(1, round(training_args.num_train_epochs)) if "num_train_epochs" in plan.user_keys else _EPOCHS,
+        learning_rate=training_args.learning_rate if "learning_rate" in plan.user_keys else _LEARNING_RATE,
         seed=seed,
         device=training_args.device,
     )
@@ -159,7 +158,7 @@ def _check(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
     if not data_args.eval_dataset and not data_args.val_size:
         raise ValueError("eval_dataset: is missing; the margins are chosen on it (or set val_size)")
     ignored = sorted(
-        key for key in finetuning_args.parsed.given if key in _IGNORED or key.startswith(_IGNORED_BEGINNINGS)
+        key for key in finetuning_args.parsed.user_keys if key in _IGNORED or key.startswith(_IGNORED_BEGINNINGS)
     )
     if ignored:
         logger.info_rank0(f"{', '.join(ignored)}: of training, and of no meaning here; {', '.join(_KEYS)} count.")

@@ -33,16 +33,15 @@ def build_requests(
     Raises:
         ValueError: naming the key, or the text of the data set.
     """
-    given = plan.given
     settings = finetuning_args.sampling_settings(
         generating_args,
-        given,
+        plan.user_keys,
         seed=training_args.seed % 2**64,
         tokenizer=plan.tokenizer,
     )
     lengths = _length_predictors(model_args, training_args, finetuning_args)
     generator = TextGenerator(model, plan.tokenizer, plan.config, probe=False, lengths=lengths)
-    max_new_tokens = generating_args.max_new_tokens if "max_new_tokens" in given else None
+    max_new_tokens = generating_args.max_new_tokens if "max_new_tokens" in plan.user_keys else None
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     source = finetuning_args.generation_source()
@@ -53,7 +52,7 @@ def build_requests(
         asked = requests.from_noise(
             generator, count=finetuning_args.num_samples, length=data_args.cutoff_len, max_new_tokens=max_new_tokens
         )
-    elif "num_samples" in given:
+    elif "num_samples" in plan.user_keys:
         logger.info_rank0(
             f"num_samples is for generation from noise; with generate_from: {source} max_samples counts."
         )

@@ -24,7 +24,7 @@ def check_inputs(model_args: Any, training_args: Any, finetuning_args: Any, *, p
         OSError: if output_dir cannot be written.
     """
     check_checkpoint_folders(model_args, finetuning_args, training_args)
-    check_predict(training_args, finetuning_args.parsed.given)
+    check_predict(training_args, finetuning_args.parsed.user_keys)
     if not prepares:
         check_output_folder(model_args, training_args, finetuning_args)
 

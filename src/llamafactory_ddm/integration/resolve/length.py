@@ -53,7 +53,7 @@ def resolve_lengths(
             f"{stored.format}; remove the key from the YAML, or start from another checkpoint"
         )
     name = asked or (stored.format if stored is not None else "none")
-    given = finetuning_args.parsed.given
+    given = finetuning_args.parsed.user_keys
     for key, needed in NEEDS.items():
         if key not in given:
             continue
@@ -117,7 +117,7 @@ def resolve_lengths(
 
 
 def _extra_blocks(stored: VariableLength | None, finetuning_args: Any) -> int | None:
-    given = {"pad_block_length", "pad_extra_blocks"} & finetuning_args.parsed.given
+    given = {"pad_block_length", "pad_extra_blocks"} & finetuning_args.parsed.user_keys
     if stored is None or given:
         extra: int | None = finetuning_args.pad_extra_blocks
         return extra

@@ -31,7 +31,7 @@ class RunPlan:
 
     Attributes:
         stage: `ddm` or `ddm-sft`.
-        given: the keys that the YAML sets.
+        user_keys: the keys that the YAML sets.
         config: the diffusion config of this run's checkpoints.
         tokenizer_module: LLaMA-Factory's; its tokenizer has every token of the run.
         template: LLaMA-Factory's.
@@ -43,7 +43,7 @@ class RunPlan:
     """
 
     stage: str
-    given: frozenset[str]
+    user_keys: frozenset[str]
     config: DiffusionConfig
     tokenizer_module: dict[str, Any]
     template: Any
@@ -107,7 +107,7 @@ def resolve_run(
         check_resumed(config, resume)
     return RunPlan(
         stage=finetuning_args.diffusion_stage,
-        given=finetuning_args.parsed.given,
+        user_keys=finetuning_args.parsed.user_keys,
         config=config,
         tokenizer_module=loaded.module,
         template=template,
@@ -133,7 +133,7 @@ def resolve_config(
     """
     name, trains = model_args.model_name_or_path, training_args.do_train
     if stored is not None:
-        if trains and stored.attention_ratio == 1.0 and "anneal_steps" in finetuning_args.parsed.given:
+        if trains and stored.attention_ratio == 1.0 and "anneal_steps" in finetuning_args.parsed.user_keys:
             logger.info_rank0(
                 f"anneal_steps: {finetuning_args.anneal_steps} has no effect: {name} has full attention already."
             )
