@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamafactory_ddm.data.canvas import Canvas
-from llamafactory_ddm.generation import trace as module
 from llamafactory_ddm.generation.trace import Recorder, Trace, html_page, replay, write_html
 
 MASK = 99
@@ -105,21 +104,6 @@ def test_the_page_is_written_whole(tmp_path):
     write_html(path, [EDITED], heading="h", facts={"steps": "5"})
     assert path.read_text() == html_page([EDITED], heading="h", facts={"steps": "5"})
     assert [file.name for file in path.parent.iterdir()] == ["page.html"]
-
-
-@pytest.mark.parametrize("fails", ["fsync", "replace"])
-def test_a_failure_leaves_the_old_page(tmp_path, monkeypatch, fails):
-    path = tmp_path / "page.html"
-    path.write_text("old")
-
-    def full(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(module.os, fails, full)
-    with pytest.raises(OSError, match="No space left"):
-        write_html(str(path), [EDITED], heading="h", facts={})
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
 def pieces(ids):

@@ -1,8 +1,9 @@
 import os
+import stat
 
 import pytest
 
-from llamafactory_ddm.utils.files import published_together
+from llamafactory_ddm.utils.files import new_folder, published_together, replacing
 
 
 def fill(folder, **files):
@@ -12,6 +13,66 @@ def fill(folder, **files):
 
 def texts(folder):
     return {p.name: p.read_text() for p in folder.iterdir()}
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize(("kind", "text"), [("w", "caf\u00e9\n"), ("wb", b"\xff\n")])
+def test_a_new_file_takes_the_place_of_the_old_one_and_has_ordinary_permissions(tmp_path, umask, kind, text):
+    path = tmp_path / "new" / "a.json"
+    for _ in range(2):
+        with replacing(path, kind) as file:
+            file.write(text)
+        assert path.read_bytes() == (text if kind == "wb" else text.encode())
+        path.with_name("a.json.tmp").write_text("what a killed write left, longer than the text")
+    assert mode(path) == 0o640
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_the_old_file_alone_and_an_error_names_it(tmp_path, monkeypatch, fails, error):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise error(28, "No space left on device")
+
+    if fails != "write":
+        monkeypatch.setattr(os, fails, fail)
+    with pytest.raises(error) as caught, replacing(path) as file:
+        file.write("half")
+        if fails == "write":
+            fail()
+    assert texts(tmp_path) == {"a.json": "old"}
+    assert error is KeyboardInterrupt or str(path) in str(caught.value)
+
+
+def test_a_new_folder_appears_when_it_is_complete_and_has_ordinary_permissions(tmp_path, umask):
+    (tmp_path / "model").mkdir()
+    for target in (tmp_path / "absent" / "a", tmp_path):
+        with new_folder(target / "model") as scratch:
+            fill(scratch, a__json="new")
+            assert not (target / "model" / "a.json").exists()
+        assert texts(target / "model") == {"a.json": "new"} and mode(target / "model") == 0o750
+        assert [path.name for path in target.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_folder_that_fails_is_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent"):
+        with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / name) as scratch:
+            fill(scratch, a__json="half")
+            raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not texts(tmp_path / "empty")
 
 
 def test_files_replace_those_of_the_same_name_and_leave_others(tmp_path):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.special_tokens import resolve_token
+from ..utils.files import new_folder
 from .adapters import ADAPTER_CONFIG
 from .diffullama import LAYOUTS, Layout, published_config, set_published_padding
 from .layouts import AnyLayout, layout_of, stored_num_embeddings
@@ -57,23 +55,12 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already; name a folder that does not")
     verify_checkpoint(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with new_folder(target) as scratch:
         if (source / ADAPTER_CONFIG).is_file():
             convert_adapter(source, scratch, base, to_published)
         else:
             tokens = {"mask_token": mask_token, "sep_token": sep_token, "pad_token": pad_token}
             _convert_model(source, scratch, base, to_published, tokens, shift)
-        for path in scratch.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if target.exists():
-            target.rmdir()
-        scratch.chmod(0o755)
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _convert_model(

@@ -77,6 +77,19 @@ def is_target(ids: Tensor, labels: Tensor, starts: Tensor) -> Tensor:
     return (labels != IGNORE) & ~(starts & (labels != ids))
 
 
+def response_start(is_target: Tensor, end: Tensor) -> Tensor:
+    """Return the first position of the response that ends at `end`, the last run of targets before it.
+
+    Args:
+        is_target: [..., length] bool.
+        end: [...] int64, position of EOS or the one after the response.
+    Returns:
+        [...] int64; `end` where the position before it is no target.
+    """
+    position = torch.arange(is_target.shape[-1], device=is_target.device)
+    return torch.where(~is_target & (position < end[..., None]), position, -1).amax(dim=-1) + 1
+
+
 @dataclass(frozen=True)
 class ResponseCollator:
     """Collates rows with `input_ids` and `labels`; packed rows also have `position_ids`.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data.collators import response_start
 from ..diffusion.noise import Stream, k_smallest_mask
 from ..diffusion.rng import keyed_uniform
 
@@ -49,9 +50,7 @@ def last_text(maskable: Tensor, end: Tensor) -> Tensor:
     Returns:
         [batch, length] bool.
     """
-    position = torch.arange(maskable.shape[1])
-    last_fixed = torch.where(~maskable & (position < end[:, None]), position, -1).amax(dim=1, keepdim=True)
-    return maskable & (position > last_fixed)
+    return maskable & (torch.arange(maskable.shape[1]) >= response_start(maskable, end)[:, None])
 
 
 def columns() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import itertools
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..data.canvas import Canvas
 from ..data.text_codec import TextCodec
+from ..utils.files import replacing
 
 BLANK = "░"
 
@@ -126,18 +126,9 @@ def html_page(traces: Sequence[Trace], *, heading: str, facts: Mapping[str, str]
 
 def write_html(path: str | Path, traces: Sequence[Trace], *, heading: str, facts: Mapping[str, str]) -> None:
     """Write `html_page` so that `path` is either the old file or the complete new one; makes the folder if need be."""
-    path = Path(path)
     page = html_page(traces, heading=heading, facts=facts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        with open(scratch, "w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(page)
 
 
 def replay(codec: TextCodec, canvas: Canvas, ids: Sequence[int], events: Sequence[tuple[int, int, int]]) -> Trace:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..diffusion.schedules import SCHEDULES
 from ..objectives import OBJECTIVES
+from ..utils.files import replacing
 from .prompt_template import PromptTemplate
 
 FILE_NAME = "diffusion_config.json"
@@ -130,18 +130,9 @@ class DiffusionConfig:
 
     def save(self, folder: str | Path) -> None:
         """Write the file atomically: a reader sees the old file or the complete new one."""
-        path = Path(folder) / FILE_NAME
-        scratch = path.with_suffix(".json.tmp")
-        try:
-            with open(scratch, "w", encoding="utf-8") as file:
-                json.dump(asdict(self), file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+        with replacing(Path(folder) / FILE_NAME) as file:
+            json.dump(asdict(self), file, indent=2)
+            file.write("\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> DiffusionConfig:

@@ -15,6 +15,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..utils.files import replacing
+
 FILE_NAME = "length_predictors.safetensors"
 REPORT_NAME = "length_predictors.json"
 FORMAT_VERSION = 1
@@ -188,11 +190,10 @@ class LengthPredictors:
         tensors = {f"heads.{name}": value.cpu().contiguous() for name, value in self.heads.state_dict().items()}
         tensors |= {f"least_margins.{name}": value.sort().values for name, value in self.least_margins.items()}
         path = Path(folder) / FILE_NAME
-        scratch = path.with_suffix(".tmp")
         numbers = {"format_version": FORMAT_VERSION, "width": self.heads.width, "canvas": self.canvas}
         facts = {name: str(number) for name, number in numbers.items()}
-        scratch.write_bytes(save(tensors, facts))
-        scratch.replace(path)
+        with replacing(path, "wb") as file:
+            file.write(save(tensors, facts))
         return path
 
     @classmethod

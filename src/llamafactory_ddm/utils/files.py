@@ -1,4 +1,4 @@
-"""Atomic saving: a kill or a full disk at any moment leaves the previous checkpoint loadable."""
+"""Atomic saving: a kill or a full disk at any moment leaves the old file or checkpoint, or the complete new one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -17,6 +18,53 @@ _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\
 _OF_ADAPTER = re.compile(r"adapter_(config\.json|model\.(safetensors|bin))")
 _OF_MODEL = ("config.json", "generation_config.json")  # beside the weights
 _CARD = "README.md"
+
+
+@contextmanager
+def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a new file that takes the place of `path` when it is complete and on disk; makes the folder if need be.
+
+    Args:
+        path: the file, with the permissions of any new file (umask).
+        mode: "w" for UTF-8 text with line feeds, or "wb".
+    Raises:
+        OSError: if writing fails (disk full, no permission), naming the file; the old file is untouched.
+    """
+    path = Path(path)
+    scratch = path.with_name(f"{path.name}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(scratch, mode, **text) as file:  # type: ignore[call-overload]
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
+    finally:
+        with suppress(OSError):
+            scratch.unlink()
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target`, which is absent or empty, when all its files are on disk.
+
+    Raises:
+        OSError: if writing fails; `target` is as it was.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as private:
+        scratch = Path(private) / target.name
+        scratch.mkdir()  # with ordinary permissions
+        yield scratch
+        _flush(scratch)
+        if target.exists():
+            target.rmdir()
+        os.replace(scratch, target)
 
 
 def _rank(name: str, last: str) -> tuple[int, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from ..._version import __version__
 from ...checkpoints.plain_copy import may_be_on_a_hub
 from ...modeling.diffusion_config import DiffusionConfig
+from ...utils.files import replacing
 from ..logs import get_logger
 
 logger = get_logger(__name__)
@@ -69,10 +69,9 @@ def write_trained(trainer: Any, origin: Origin, name: str | None = None) -> None
 
 def write(folder: str | Path, text: str) -> None:
     """Write README.md; a failure gives a warning, as the weights are already saved."""
-    scratch = Path(folder) / f".{FILE_NAME}.tmp"
     try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, Path(folder) / FILE_NAME)
+        with replacing(Path(folder) / FILE_NAME) as file:
+            file.write(text)
     except OSError as error:
         logger.warning_rank0(f"The model card {Path(folder) / FILE_NAME} could not be written ({error}).")
 

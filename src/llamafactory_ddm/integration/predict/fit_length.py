@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ...checkpoints.plain_copy import repository_of
 from ...data.canvas import Canvas
-from ...data.collators import VariableLengthCollator
+from ...data.collators import VariableLengthCollator, response_start
 from ...diffusion.noise import Stream
 from ...diffusion.rng import keyed_uniform
 from ...evaluation.lengths import FOLDS, least_margins, length_metrics
@@ -179,9 +179,7 @@ def texts(rows: Iterable[Any], collator: VariableLengthCollator, seed: int, part
         ids, maskable, end = collator.row(row)
         first = 0 if collator.start_id is None else 1
         if "labels" in row:
-            begin = end
-            while begin > 0 and maskable[begin - 1]:
-                begin -= 1
+            begin = int(response_start(torch.tensor(maskable), torch.tensor(end)))
         else:
             ordinal, which = torch.tensor([number]), torch.tensor([part])
             u = keyed_uniform(seed % 2**64, Stream.LENGTH_FIT, ordinal, 1, steps=which)

@@ -6,7 +6,6 @@ import contextlib
 import heapq
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ...utils.files import explain_disk_errors
+from ...utils.files import explain_disk_errors, replacing
 
 _FINGERPRINT = "fingerprint"
 
@@ -73,7 +72,7 @@ class Unfinished:
         barrier(self.world)
         mine = (record for _, record in _records(self.path)) if self.path in found else ()
         with explain_disk_errors(self.folder.parent):
-            _write_lines(self.path, itertools.chain([{_FINGERPRINT: self.fingerprint}], mine))
+            write_predictions(self.path, itertools.chain([{_FINGERPRINT: self.fingerprint}], mine))
         barrier(self.world)
         return done
 
@@ -189,19 +188,6 @@ def barrier(world: int) -> None:
 
 def write_predictions(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object per line, atomically: `path` is the old file or the complete new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with explain_disk_errors(path.parent):
-        _write_lines(path, records)
-
-
-def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    scratch = path.with_suffix(".jsonl.tmp")
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with explain_disk_errors(path.parent), replacing(path) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from llamafactory.data.processor import SupervisedDatasetProcessor
 
 from ...data.canvas import Canvas, check_unmarked
+from ...data.collators import response_start
 from ...data.control_tokens import reading_as_text
 from ...generation.generator import TextGenerator, error_prefix
 from ..data.faults import explain_dataset_errors
@@ -212,10 +214,8 @@ def _split(processor: SupervisedDatasetProcessor, row: Any) -> tuple[list[int], 
         videos=row["_videos"] or [],
         audios=row["_audios"] or [],
     )
-    begin = len(ids)
     # A label that differs from the token is EOS of the previous answer, at the first token of the prompt.
-    while begin > 0 and labels[begin - 1] == ids[begin - 1]:
-        begin -= 1
+    begin = int(response_start(torch.tensor(labels) == torch.tensor(ids), torch.tensor(len(ids))))
     return ids[:begin], labels[begin:] if is_answered else None
 
 
