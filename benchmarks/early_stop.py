@@ -20,10 +20,10 @@ from pathlib import Path
 from llamafactory_ddm import LogitsConfig, SamplingSettings, TextGenerator, load
 from llamafactory_ddm.data.canvas import Canvas
 from llamafactory_ddm.modeling.length_heads import FILE_NAME as LENGTHS
+from llamafactory_ddm.sampling.length_predictors import UNCALIBRATED
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = SamplingSettings(diffusion_steps=64, logits=LogitsConfig(temperature=0.0), early_stop="none")
-NEED_NO_FIT = ("belief", "eos_quantile")
 WAYS = {
     "none": FULL,
     "eos": replace(FULL, early_stop="eos"),
@@ -82,7 +82,7 @@ def main() -> None:
     model = load(arguments.model)
     asked = canvases(model, rows, arguments.length)
     fitted = (Path(arguments.model) / LENGTHS).is_file()
-    ways = {name: way for name, way in WAYS.items() if fitted or way.length_predictor in NEED_NO_FIT}
+    ways = {name: way for name, way in WAYS.items() if fitted or way.length_predictor in UNCALIBRATED}
     if not fitted:
         print("no length predictors: llamafactory-ddm fit-length examples/varlen_fit_length.yaml")
     seconds: dict[str, list[float]] = {name: [] for name in ways}

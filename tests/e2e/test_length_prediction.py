@@ -78,7 +78,7 @@ def test_the_predictors_lie_beside_the_model_with_a_report(fitted, trained):
         assert 0.0 <= report[name]["not_too_short"] <= 1.0 and report[name]["tokens_saved"] <= report[name]["canvas"]
     assert str(folder / FILE_NAME) in printed
     predictors = LengthPredictors.find(folder)
-    assert {name: len(value) for name, value in predictors.least_margins.items()} == dict.fromkeys(PREDICTORS, 6)
+    assert {name: len(value) for name, value in predictors.min_thresholds.items()} == dict.fromkeys(PREDICTORS, 6)
     assert predictors.heads.width == load(folder).model.config.n_embd
     # The model itself is as it was.
     assert all((folder / path.name).read_bytes() == path.read_bytes() for path in trained.glob("*.safetensors"))
@@ -89,18 +89,18 @@ def test_fitting_again_gives_the_same_and_its_keys_count(fitted, trained, words,
     """Whatever the batch; and the seed, the learning rate and the epochs make a difference."""
     folder, _ = fitted
 
-    def margins(name, **keys):
+    def thresholds(name, **keys):
         shutil.copytree(trained, tmp_path / name)
         done = fit(RECIPE, *words(tmp_path / name, **keys))
         assert done.returncode == 0, done.stderr[-3000:]
-        return LengthPredictors.find(tmp_path / name).least_margins
+        return LengthPredictors.find(tmp_path / name).min_thresholds
 
-    first, again = LengthPredictors.find(folder).least_margins, margins("again", per_device_eval_batch_size=3)
+    first, again = LengthPredictors.find(folder).min_thresholds, thresholds("again", per_device_eval_batch_size=3)
     for name in PREDICTORS:
         assert again[name].tolist() == pytest.approx(first[name].tolist(), abs=1e-4)
     for key, value in (("seed", 7), ("learning_rate", 0.01), ("num_train_epochs", 1)):
-        other = margins(key, **{key: value})
-        assert other["belief"].tolist() == pytest.approx(first["belief"].tolist(), abs=1e-5)
+        other = thresholds(key, **{key: value})
+        assert other["eos_cdf"].tolist() == pytest.approx(first["eos_cdf"].tolist(), abs=1e-5)
         assert other["regressor"].tolist() != first["regressor"].tolist()
 
 
@@ -119,23 +119,23 @@ def test_each_predictor_decides_how_many_places_there_are(fitted, trained, answe
     settings = SamplingSettings(early_stop="predict", length_predictor="regressor", length_coverage=0.5)
     whole = 64 - len(generator.from_prompt("Tom has", 1)) + 1
     assert len(generator.generate("Tom has", max_new_tokens=whole, settings=settings, raw=True)) == 1
-    with pytest.raises(ValueError, match=r"with cutoff_len: 64, and this canvas has \d+ tokens"):
+    with pytest.raises(ValueError, match=r"length_predictor: regressor .*cutoff_len: 64"):
         generator.generate("Tom has", max_new_tokens=whole - 1, settings=settings, raw=True)
-    with pytest.raises(ValueError, match=r"with cutoff_len: 64, and this canvas has 80 tokens"):
+    with pytest.raises(ValueError, match=r"cutoff_len: 64.* 80 tokens"):
         answers(folder, early_stop="predict", length_predictor="regressor", cutoff_len=80)
-    with pytest.raises(ValueError, match=r"regressor needs a margin .* have not been fitted; .* or use belief"):
+    with pytest.raises(ValueError, match=r"length_predictor: regressor .*fit-length"):
         answers(trained, early_stop="predict", length_predictor="regressor")
 
 
 @pytest.mark.slow
-def test_the_belief_says_where_it_has_no_margin(fitted, answers, caplog):
+def test_eos_cdf_reports_where_it_is_not_calibrated(fitted, answers, caplog):
     folder, _ = fitted
     answers(folder, early_stop="predict", cutoff_len=80)
-    said = "belief goes by length_coverage itself, without margins: they were fitted with cutoff_len: 64"
-    assert said in caplog.text
+    (line,) = (record.getMessage() for record in caplog.records if "length_predictor: eos_cdf" in record.getMessage())
+    assert "cutoff_len: 64" in line and "length_coverage" in line
     caplog.clear()
     answers(folder, early_stop="predict")
-    assert "without margins" not in caplog.text
+    assert "length_predictor: eos_cdf" not in caplog.text
 
 
 @pytest.mark.slow
@@ -206,14 +206,14 @@ def test_an_adapter_and_documents(adapter, checkpoint, finetune, train_small, wo
     ("keys", "said"),
     [
         ({"do_train": True}, "do_train: true has no place here, the model stays as it is"),
-        ({"eval_dataset": "null"}, "eval_dataset: is missing; the margins are chosen on it"),
+        ({"eval_dataset": "null"}, "eval_dataset: is missing"),
         ({"dataset": "null"}, "dataset: is missing; the length predictors are trained on it"),
         ({"model_name_or_path": "data/tiny_gpt2"}, "holds no diffusion_config.json"),
         ({"model_name_or_path": "nowhere/at/all"}, "nowhere/at/all"),
         ({"stage": "sft"}, "but stage is sft; set stage: ddm or remove them"),
-        ({"length_predictr": "belief"}, "length_predictr"),
+        ({"length_predictr": "eos_cdf"}, "length_predictr"),
         ({"eval_dataset": "tiny_nothing"}, "tiny_nothing"),
-        ({"max_samples": 3}, "held-out texts are too few"),
+        ({"max_samples": 3}, "eval_dataset: 3 held-out texts"),
         ({"variable_length": "none"}, "was not trained with variable_length"),
         ({"streaming": True, "max_steps": 5}, "streaming: true does not go with fit-length"),
     ],
@@ -236,7 +236,7 @@ def test_the_prompt_is_never_part_of_the_answer(fitted, trained, words, tmp_path
     done = fit(RECIPE, *words(tmp_path / "model", train_on_prompt=True, warmup_steps=3))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "warmup_steps: of training, and of no meaning here; learning_rate" in done.stdout + done.stderr
-    one, two = (LengthPredictors.find(folder).least_margins for folder in (fitted[0], tmp_path / "model"))
+    one, two = (LengthPredictors.find(folder).min_thresholds for folder in (fitted[0], tmp_path / "model"))
     assert one["regressor"].tolist() == pytest.approx(two["regressor"].tolist(), abs=1e-4)
 
 
@@ -282,7 +282,8 @@ def test_ends_that_are_penalised_or_late(trained, answers):
     ("keys", "said"),
     [
         ({"early_stop": "gow"}, "early_stop must be one of none, eos, predict, grow, got 'gow'; did you mean 'grow'"),
-        ({"length_predictor": "belif"}, "length_predictor must be one of belief, .* did you mean 'belief'"),
+        ({"length_predictor": "eos_cdff"}, "length_predictor must be one of eos_cdf, .* did you mean 'eos_cdf'"),
+        ({"length_predictor": "belief"}, "length_predictor: belief .*set length_predictor: eos_cdf"),
         ({"length_predictor": "expected"}, "length_predictor: expected is read by early_stop: predict only"),
         ({"grow_length": 8}, "grow_length: 8 is read by early_stop: grow only, but early_stop is eos"),
         ({"length_coverage": 0.5}, "length_coverage: 0.5 is read by early_stop: predict and grow only"),

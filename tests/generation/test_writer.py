@@ -76,7 +76,7 @@ def grown(made, words, settings=SETTINGS):
     return sized, made.write([one.canvas for one in sized], settings, sample_indices=range(len(words)))
 
 
-def test_a_canvas_begins_small_and_grows_until_the_end_is_believed(monkeypatch):
+def test_a_canvas_begins_small_and_grows_until_eos_is_predicted(monkeypatch):
     """Of 4, 8, 12 … places, the first that hold n words and their end; each look costs its canvas."""
     sized, written = grown(writer(monkeypatch), [2, 3, 4, 11, 40])
     assert [one.canvas.n_editable for one in sized] == [4, 4, 8, 12, 30]
@@ -88,7 +88,7 @@ def test_a_canvas_begins_small_and_grows_until_the_end_is_believed(monkeypatch):
 
 
 def test_a_text_that_has_not_ended_grows_while_it_is_written(monkeypatch):
-    """The belief is wrong from the start: growth comes from the end that is missing."""
+    """EOS is predicted too early: the canvas grows because none is generated."""
     made = writer(monkeypatch, boasts=True)
     seen = []
     sized = made.sizer.sized([canvas(2), canvas(9)], SETTINGS)
@@ -219,21 +219,21 @@ def predictors():
     heads = LengthHeads(WIDTH)
     torch.nn.init.zeros_(heads.regressor[2].weight)
     torch.nn.init.constant_(heads.regressor[2].bias, 2.0)  # exp(2) - 1 is 6.4 places
-    margins = {
+    thresholds = {
         "regressor": torch.linspace(0.0, 0.4, 9, dtype=torch.float64),
-        "belief": torch.full((9,), 0.1, dtype=torch.float64),
+        "eos_cdf": torch.full((9,), 0.1, dtype=torch.float64),
         "expected": torch.full((9,), 0.5, dtype=torch.float64),
     }
-    return LengthPredictors(heads, margins, canvas=31)
+    return LengthPredictors(heads, thresholds, canvas=31)
 
 
 @pytest.mark.parametrize(
     ("name", "coverage", "places"),
     [
-        ("regressor", 0.1, 7),  # margin 0
-        ("regressor", 0.9, 11),  # margin 0.4: e^2.4 - 1 is 10.02
+        ("regressor", 0.1, 7),  # threshold 0
+        ("regressor", 0.9, 11),  # threshold 0.4: e^2.4 - 1 is 10.02
         ("regressor", 0.95, 30),  # more than nine texts can say
-        ("belief", 0.9, 4),  # not below the coverage
+        ("eos_cdf", 0.9, 4),  # not below the coverage
         ("expected", 0.5, 8),  # 4 places: (1 + 4) e^0.5 - 1 is 7.2
     ],
 )
@@ -243,26 +243,26 @@ def test_the_places_of_each_predictor_reach_the_canvas(monkeypatch, name, covera
     assert (found.canvas.n_editable, found.nfe, found.computed) == (places, 1, 31)
 
 
-def test_margins_hold_where_they_were_fitted(monkeypatch):
-    """On another canvas, or with other probabilities, belief goes by the coverage and the rest is an error."""
-    made, settings = writer(monkeypatch, lengths=predictors()), predicting("belief", 0.05)
-    assert made.sizer.margin(settings, canvas(3)) == 0.1 == made.sizer.margin(settings, canvas(3).cut(5))
+def test_calibration_holds_where_they_were_fitted(monkeypatch):
+    """On another canvas, or with other probabilities, eos_cdf uses the coverage and the rest is an error."""
+    made, settings = writer(monkeypatch, lengths=predictors()), predicting("eos_cdf", 0.05)
+    assert made.sizer.threshold(settings, canvas(3)) == 0.1 == made.sizer.threshold(settings, canvas(3).cut(5))
     assert (
-        made.sizer.margin(settings, canvas(3, 20))
-        == made.sizer.margin(predicting("belief", 0.05, eos_penalty=1.0), canvas(3))
+        made.sizer.threshold(settings, canvas(3, 20))
+        == made.sizer.threshold(predicting("eos_cdf", 0.05, eos_penalty=1.0), canvas(3))
         == 0.05
     )
     batch = [canvas(3), canvas(3, 20)]
     assert len(made.sizer.sized(batch, settings)) == 2
-    for name, other, said in (
-        ("regressor", canvas(3, 20), r"they were fitted with cutoff_len: 31, and this canvas has 21 tokens"),
-        ("token_classifier", canvas(3), "they have not been fitted"),
+    for name, other, reason in (
+        ("regressor", canvas(3, 20), "cutoff_len: 31.* 21 tokens"),
+        ("token_classifier", canvas(3), "this model has none"),
     ):
-        with pytest.raises(ValueError, match=f"length_predictor: {name} needs a margin .*{said}"):
+        with pytest.raises(ValueError, match=f"length_predictor: {name} .*{reason}"):
             made.sizer.sized([other], predicting(name))
-    with pytest.raises(ValueError, match=r"expected needs a margin .* without eos_penalty and with ends that may be"):
+    with pytest.raises(ValueError, match=r"length_predictor: expected .*eos_penalty"):
         made.sizer.sized([canvas(3)], predicting("expected", eos_penalty=1.0))
-    with pytest.raises(ValueError, match=r"expected needs a margin .* without eos_penalty and with ends that may be"):
+    with pytest.raises(ValueError, match=r"length_predictor: expected .*suppress_tokens"):
         made.sizer.sized([canvas(3)], predicting("expected", suppress=(PAD,)))
 
 
@@ -270,7 +270,7 @@ def test_a_penalty_gives_a_text_more_places(monkeypatch):
     """What makes an end less probable makes the places more, for predict and for grow."""
     made = writer(monkeypatch)
     for way in ("predict", "grow"):
-        plain, late = (dataclasses.replace(predicting("belief", eos_penalty=p), early_stop=way) for p in (0.0, 40.0))
+        plain, late = (dataclasses.replace(predicting("eos_cdf", eos_penalty=p), early_stop=way) for p in (0.0, 40.0))
         assert made.sizer.sized([canvas(3)], plain)[0].canvas.n_editable == 4
         assert made.sizer.sized([canvas(3)], late)[0].canvas.n_editable == 30
 

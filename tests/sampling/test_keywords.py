@@ -41,6 +41,11 @@ def test_a_key_that_nothing_reads_is_an_error():
     assert with_keywords(START, {"remask_cap": 0.5, "denoising_strategy": "remdm"}).remask_cap == 0.5
 
 
+def test_a_former_name_of_a_value_leads_to_the_new_one():
+    with pytest.raises(ValueError, match="set length_predictor: eos_cdf"):
+        with_keywords(START, {"early_stop": "predict", "length_predictor": "belief"})
+
+
 def test_values_are_checked():
     assert with_keywords(START, {"top_k": 0}).logits.top_k is None
     assert with_keywords(START, {"top_p": "0.5"}).logits.top_p == 0.5

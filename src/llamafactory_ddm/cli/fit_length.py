@@ -7,9 +7,9 @@ import sys
 
 USAGE = """usage: llamafactory-ddm fit-length x.yaml [key=value ...]
 
-Train the length predictors of a model on `dataset`, choose their margins on `eval_dataset`, report how good they are,
-and save them beside the model. The YAML is one of LLaMA-Factory without do_train; learning_rate, num_train_epochs and
-length_coverage are the predictors'. An example: examples/varlen_fit_length.yaml
+Train the length predictors of a model on `dataset`, calibrate their thresholds on `eval_dataset`, report the quality
+of predicted lengths, and save all beside the model. The YAML is one of LLaMA-Factory without do_train; learning_rate,
+num_train_epochs and length_coverage are the predictors'. An example: examples/varlen_fit_length.yaml
 """
 
 

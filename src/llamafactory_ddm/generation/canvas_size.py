@@ -1,4 +1,8 @@
-"""The length of a canvas, from one forward pass over it with every editable position masked."""
+"""The length of a canvas, from one forward pass over it with every editable position masked.
+
+`CanvasSizer` runs the model and cuts or grows canvases. The predictors and their thresholds are in
+`sampling.length_predictors`, and their trained heads in `modeling.length_heads`.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,10 @@ from ..sampling import SamplingSettings
 from ..sampling.length_predictors import (
     PREDICTORS,
     FirstStep,
-    calibrated_margin,
-    default_margin,
-    end_probability,
-    up_to_block,
+    calibrated_threshold,
+    eos_probability,
+    round_up_to_block,
+    uncalibrated_threshold,
 )
 
 _GROW_LENGTH = 32
@@ -29,11 +33,11 @@ _GROW_LENGTH = 32
 
 @dataclass(frozen=True)
 class SizedCanvas:
-    """A canvas of the size that its text is predicted to need.
+    """A canvas of predicted length.
 
     Attributes:
-        canvas: with the positions that were cut off as room.
-        nfe: forward passes that the prediction took.
+        canvas: the shortened canvas; its `room` counts the positions that were cut off.
+        nfe: forward passes of the prediction.
         computed: tokens that went through the model for it, padding included.
     """
 
@@ -43,7 +47,7 @@ class SizedCanvas:
 
 
 class CanvasSizer:
-    """Predicts how many positions a text needs, with `early_stop: predict` or `grow`, and cuts canvases to them."""
+    """Predicts the length of a text and cuts its canvas to it, with `early_stop: predict` or `grow`."""
 
     def __init__(
         self,
@@ -69,13 +73,13 @@ class CanvasSizer:
         self.lengths = lengths
         self._n_ids = n_ids
         variable = config.variable_length
-        self.block = 1 if variable is None else variable.block or 1  # canvases are multiples of so many tokens
+        self.block = 1 if variable is None else variable.block or 1  # canvas lengths are multiples of it
 
     @contextmanager
     def denoiser(
         self, canvases: Sequence[Canvas], *, keep_hidden: bool = False
     ) -> Iterator[tuple[CanvasBatch, ModelDenoiser]]:
-        """Yield canvases as one batch, and the model as the sampler calls it; its hook is removed afterwards."""
+        """Yield the canvases as one batch, and a denoiser for it whose hook is removed afterwards."""
         batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
         is_padding = batch.is_padding.to(self.model.device) if bool(batch.is_padding.any()) else None
         denoiser = ModelDenoiser(
@@ -86,82 +90,85 @@ class CanvasSizer:
         finally:
             denoiser.close()
 
-    def margin(self, settings: SamplingSettings, canvas: Canvas) -> float:
-        """Return the margin of the length predictor on a canvas: the calibrated one, or what the coverage itself says.
+    def threshold(self, settings: SamplingSettings, canvas: Canvas) -> float:
+        """Return the threshold of the length predictor on a canvas: the calibrated one, else the coverage itself.
 
         Raises:
-            ValueError: if there is no calibrated one and the predictor has no other.
+            ValueError: if the predictor needs calibration and there is none for this canvas.
         """
-        name, coverage, why = settings.length_predictor, settings.length_coverage, self.uncalibrated(settings, canvas)
-        if why is not None or self.lengths is None:
-            return default_margin(name, coverage, why or "")
-        return calibrated_margin(name, self.lengths.least_margins[name], coverage)
+        name, coverage = settings.length_predictor, settings.length_coverage
+        reason = self.why_uncalibrated(settings, canvas)
+        if reason is not None or self.lengths is None:
+            return uncalibrated_threshold(name, coverage, reason or "")
+        return calibrated_threshold(name, self.lengths.min_thresholds[name], coverage)
 
-    def uncalibrated(self, settings: SamplingSettings, canvas: Canvas) -> str | None:
-        """Return why the fitted margins do not hold for a canvas and settings, or None if they do."""
-        if self.lengths is None or settings.length_predictor not in self.lengths.least_margins:
-            return "they have not been fitted"
+    def why_uncalibrated(self, settings: SamplingSettings, canvas: Canvas) -> str | None:
+        """Return why there is no calibration for a canvas under these settings, or None if there is."""
+        if self.lengths is None or settings.length_predictor not in self.lengths.min_thresholds:
+            return "this model has none"
         whole = len(canvas) + canvas.room
         if whole != self.lengths.canvas:
-            return f"they were fitted with cutoff_len: {self.lengths.canvas}, and this canvas has {whole} tokens"
-        if settings.logits.eos_penalty or set(settings.logits.suppress) & set(self.eos_ids):
-            return "they were fitted without eos_penalty and with ends that may be written"
+            return f"the model's was made with cutoff_len: {self.lengths.canvas}, and this canvas has {whole} tokens"
+        if settings.logits.eos_penalty:
+            return f"the model's was made without eos_penalty, which is {settings.logits.eos_penalty:g}"
+        if set(settings.logits.suppress) & set(self.eos_ids):
+            return "the model's was made with all EOS and padding tokens allowed, and suppress_tokens names one"
         return None
 
     def check(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
-        """Find before the first forward pass why a size could not be predicted.
+        """Check that `sized` can predict lengths, before any forward pass.
 
         Raises:
             ValueError: see `sized`.
         """
-        way = settings.early_stop
-        if way not in ("predict", "grow"):
+        early_stop = settings.early_stop
+        if early_stop not in ("predict", "grow"):
             return
         if not self.eos_ids:
             raise ValueError(
-                f"early_stop: {way} needs a tokenizer with an end-of-text token, and this one has none; take "
+                f"early_stop: {early_stop} needs a tokenizer with an EOS token, and this one has none; set "
                 "early_stop: none"
             )
         if self.config.variable_length is None and not self.config.train_on_padding:
             raise ValueError(
-                f"early_stop: {way} needs a model that has learnt to generate padding after the end of a text, and "
-                "this one was trained without variable_length; train it so, or take early_stop: eos"
+                f"early_stop: {early_stop} needs a model trained with variable_length, which generates padding after "
+                "EOS, and this one was trained without; set early_stop: eos"
             )
         for canvas in canvases:
             if not all(canvas.editable[canvas.editable.index(True) :]):
                 raise ValueError(
-                    f"early_stop: {way} cuts positions off at the end of a text, and here fixed tokens follow them "
-                    "(infilling); take early_stop: eos"
+                    f"early_stop: {early_stop} shortens the canvas at its end, where this text has fixed tokens "
+                    "(infilling); set early_stop: eos"
                 )
-            if way == "predict":
-                self.margin(settings, canvas)
+            if early_stop == "predict":
+                self.threshold(settings, canvas)
 
     def first_step(
         self, canvases: Sequence[Canvas], settings: SamplingSettings | None = None, *, keep_hidden: bool = False
     ) -> tuple[FirstStep, Tensor | None]:
-        """Return what one forward pass over fully masked canvases says of their length, fitted heads included.
+        """Return the statistics of one forward pass over fully masked canvases, those of fitted heads included.
 
         Args:
             canvases: of one batch.
-            settings: whose suppressed tokens and eos_penalty count; None for the model's own distribution.
+            settings: their suppress_tokens and eos_penalty apply; None for the model's own distribution.
             keep_hidden: whether to return the hidden states too, [n_editable, width] in row-major order.
         Raises:
-            ValueError: if the heads are those of another model.
+            ValueError: if the heads were fitted on a model of another width.
         """
         heads = None if self.lengths is None else self.lengths.heads
         with self.denoiser(canvases, keep_hidden=keep_hidden or heads is not None) as (batch, denoiser):
             x, editable = batch.x.to(self.model.device), batch.editable.to(self.model.device)
-            ended = end_probability(
+            p_eos = eos_probability(
                 denoiser,
                 x,
                 editable=editable,
                 mask_id=self.config.mask_token_id,
-                end_ids=self.eos_ids,
+                eos_ids=self.eos_ids,
                 suppress=() if settings is None else settings.logits.suppress,
                 eos_penalty=0.0 if settings is None else settings.logits.eos_penalty,
             )
             hidden = denoiser.hidden
-        length = behind = None
+        expected_length = p_ended = None
         if heads is not None and hidden is not None:
             if hidden.shape[1] != heads.width:
                 raise ValueError(
@@ -170,59 +177,61 @@ class CanvasSizer:
                 )
             heads.to(hidden.device)
             with torch.inference_mode():
-                length = heads.expected_places(mean_hidden(hidden, editable))
-                behind = torch.zeros_like(ended).masked_scatter_(editable, heads.behind(hidden))
-        return FirstStep(editable, ended, length, behind), hidden
+                expected_length = heads.expected_length(mean_hidden(hidden, editable))
+                p_ended = torch.zeros_like(p_eos).masked_scatter_(editable, heads.p_ended(hidden))
+        return FirstStep(editable, p_eos, expected_length, p_ended), hidden
 
     def grow_length(self, settings: SamplingSettings) -> int:
-        """Return the tokens that `grow` starts with and adds: the key's, else the model's block, else 32."""
+        """Return the number of positions that `grow` starts with and adds: grow_length, else the block, else 32."""
         return settings.grow_length or (self.block if self.block > 1 else _GROW_LENGTH)
 
     def sized(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[SizedCanvas]:
-        """Cut canvases to the size that the settings ask for, before anything is generated.
+        """Cut canvases to the length that their texts need, before anything is generated.
 
         Args:
             canvases: of one batch.
-            settings: with `early_stop: predict` the length predictor gives the size; with `grow` a canvas starts with
-                `grow_length` positions and gets as many more while the model does not predict an end in it.
+            settings: `early_stop: predict` cuts to the predicted length; `grow` starts with `grow_length` positions
+                and adds as many until the model predicts EOS among them; other values leave canvases as they are.
         Raises:
-            ValueError: if there is no EOS token, the model has not learnt to generate padding, fixed tokens follow
-                editable positions, or the predictor has no margin that holds.
+            ValueError: if there is no EOS token, the model was trained without variable_length, fixed tokens follow
+                editable positions, or the predictor needs calibration and there is none.
         """
         self.check(canvases, settings)
         if settings.early_stop == "predict":
-            margins = torch.tensor([self.margin(settings, canvas) for canvas in canvases], dtype=torch.float64)
+            thresholds = torch.tensor([self.threshold(settings, canvas) for canvas in canvases], dtype=torch.float64)
             step, _ = self.first_step(canvases, settings)
-            needed = PREDICTORS[settings.length_predictor].places(step, margins).tolist()
+            lengths = PREDICTORS[settings.length_predictor].lengths(step, thresholds).tolist()
             width = max(map(len, canvases))
-            return [SizedCanvas(self.rounded(canvas, n), 1, width) for canvas, n in zip(canvases, needed, strict=True)]
+            return [
+                SizedCanvas(self.rounded(canvas, n), 1, width) for canvas, n in zip(canvases, lengths, strict=True)
+            ]
         if settings.early_stop == "grow":
-            return self._grown(canvases, settings)
+            return self._grow(canvases, settings)
         return [SizedCanvas(canvas) for canvas in canvases]
 
-    def _grown(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[SizedCanvas]:
-        """Lengthen canvases, a forward pass each time, until the model predicts that their texts end in them."""
+    def _grow(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[SizedCanvas]:
+        """Lengthen canvases until the model predicts EOS in them; each extension costs a forward pass."""
         result = [SizedCanvas(self.rounded(canvas, self.grow_length(settings))) for canvas in canvases]
-        growing = [number for number, one in enumerate(result) if one.canvas.room]
+        growing = [index for index, sized in enumerate(result) if sized.canvas.room]
         while growing:
-            step, _ = self.first_step([result[number].canvas for number in growing], settings)
-            p_ended = step.ended.masked_fill(~step.editable, 0.0).amax(dim=1)
+            step, _ = self.first_step([result[index].canvas for index in growing], settings)
+            p_ended = step.p_eos.masked_fill(~step.editable, 0.0).amax(dim=1)
             width = step.editable.shape[1]
             still_growing = []
-            for number, is_enough in zip(growing, (p_ended > settings.length_coverage).tolist(), strict=True):
-                one = result[number]
-                canvas = one.canvas if is_enough else self.longer(one.canvas, self.grow_length(settings))
-                result[number] = SizedCanvas(canvas, one.nfe + 1, one.computed + width)
+            for index, is_enough in zip(growing, (p_ended > settings.length_coverage).tolist(), strict=True):
+                sized = result[index]
+                canvas = sized.canvas if is_enough else self.longer(sized.canvas, self.grow_length(settings))
+                result[index] = SizedCanvas(canvas, sized.nfe + 1, sized.computed + width)
                 if not is_enough and canvas.room:
-                    still_growing.append(number)
+                    still_growing.append(index)
             growing = still_growing
         return result
 
     def rounded(self, canvas: Canvas, n_editable: int) -> Canvas:
-        """Return the canvas cut to `n_editable` positions, or more, up to a length that the model was trained on."""
-        return canvas.cut(up_to_block(len(canvas) - canvas.n_editable, n_editable, self.block))
+        """Return the canvas cut to `n_editable` positions, rounded up to a multiple of the model's block."""
+        return canvas.cut(round_up_to_block(len(canvas) - canvas.n_editable, n_editable, self.block))
 
     def longer(self, canvas: Canvas, n_more: int) -> Canvas:
-        """Return the canvas with `n_more` further positions, rounded likewise, or as many as there is room for."""
+        """Return the canvas with `n_more` further positions, rounded as in `rounded`, at most all of its room."""
         whole = canvas.grown(canvas.room)
         return self.rounded(whole, canvas.n_editable + n_more)

@@ -1,4 +1,7 @@
-"""Two small heads on a frozen model that predict the length of a text, and the file that stores them."""
+"""The trained heads of two length predictors, how they are fitted, and the file of all fitted predictors.
+
+`sampling.length_predictors` turns what the heads compute into lengths; `generation.canvas_size` runs the model.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ from ..utils.files import replacing
 FILE_NAME = "length_predictors.safetensors"
 REPORT_NAME = "length_predictors.json"
 FORMAT_VERSION = 1
+_PREFIX = "least_margins."  # of the names of minimal thresholds in the file
+_RENAMED = {"belief": "eos_cdf"}  # in files of earlier versions
 
 
 def two_layers(width: int) -> nn.Sequential:
@@ -41,12 +46,12 @@ class LengthHeads(nn.Module):
         self.regressor = two_layers(width)
         self.classifier = two_layers(width)
 
-    def expected_places(self, mean: Tensor) -> Tensor:
+    def expected_length(self, mean: Tensor) -> Tensor:
         """Return [n] float32, the length of a text with its EOS, exp(regressor) - 1, from [n, width] mean states."""
         result: Tensor = torch.expm1(self.regressor(mean.float())[:, 0].clamp(max=_LARGEST_LOG)).clamp(min=0.0)
         return result
 
-    def behind(self, hidden: Tensor) -> Tensor:
+    def p_ended(self, hidden: Tensor) -> Tensor:
         """Return [n] float32, P(EOS is at or before a position), from [n, width] hidden states of positions."""
         result: Tensor = self.classifier(hidden.float())[:, 0].sigmoid()
         return result
@@ -73,15 +78,15 @@ class Examples:
 
     Attributes:
         mean: [rows, width], mean hidden state of each row.
-        places: [rows] int64, length of each text, EOS included.
+        length: [rows] int64, length of each text, EOS included.
         hidden: [n, width], hidden states at some positions of all rows.
-        behind: [n] bool, whether EOS is at or before the position.
+        ended: [n] bool, whether EOS is at or before the position.
     """
 
     mean: Tensor
-    places: Tensor
+    length: Tensor
     hidden: Tensor
-    behind: Tensor
+    ended: Tensor
 
 
 def fit_heads(
@@ -107,19 +112,23 @@ def fit_heads(
     Raises:
         ValueError: if there are fewer than two rows.
     """
-    if len(examples.places) < 2:
-        raise ValueError(f"{len(examples.places)} texts are too few to fit the length predictors to; give 2 at least")
+    if len(examples.length) < 2:
+        raise ValueError(f"dataset holds {len(examples.length)} texts, but fit-length needs at least 2; add texts")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         heads = LengthHeads(examples.mean.shape[1])
     heads.to(device)
     generator = torch.Generator().manual_seed(seed % 2**63)
-    keys: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate, "generator": generator}
-    keys |= {"device": device}
-    places = torch.log1p(examples.places.float())
-    _fit(heads.regressor, examples.mean, places, functional.mse_loss, batch=batch, **keys)
-    entropy = functional.binary_cross_entropy_with_logits
-    _fit(heads.classifier, examples.hidden, examples.behind.float(), entropy, batch=16 * batch, **keys)
+    keys: dict[str, Any] = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "generator": generator,
+        "device": device,
+    }
+    log_length = torch.log1p(examples.length.float())
+    _fit(heads.regressor, examples.mean, log_length, functional.mse_loss, batch=batch, **keys)
+    cross_entropy = functional.binary_cross_entropy_with_logits
+    _fit(heads.classifier, examples.hidden, examples.ended.float(), cross_entropy, batch=16 * batch, **keys)
     return heads.cpu().eval().requires_grad_(False)
 
 
@@ -139,31 +148,31 @@ def _fit(
     sample = inputs[:_ROWS_TO_SCALE_BY].float().to(device)
     center, scale = sample.mean(dim=0), sample.std(dim=0, correction=0).clamp(min=1e-6)
     optimiser = torch.optim.AdamW(head.parameters(), lr=learning_rate)
-    pace = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, epochs * -(-n // batch)))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, epochs * -(-n // batch)))
 
-    def loss(part: Tensor | slice) -> Tensor:
-        return loss_of(head((inputs[part].to(device).float() - center) / scale)[:, 0], targets[part].to(device))
+    def loss(index: Tensor | slice) -> Tensor:
+        return loss_of(head((inputs[index].to(device).float() - center) / scale)[:, 0], targets[index].to(device))
 
-    best, kept = float("inf"), copy.deepcopy(head.state_dict())
+    best_loss, best_state = float("inf"), copy.deepcopy(head.state_dict())
     for _ in range(epochs):
-        for chosen in torch.randperm(n, generator=generator).split(batch):
+        for index in torch.randperm(n, generator=generator).split(batch):
             optimiser.zero_grad()
-            loss(chosen).backward()  # type: ignore[no-untyped-call]
+            loss(index).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-            pace.step()
+            scheduler.step()
         with torch.no_grad():
-            now = float(loss(slice(n, None)))
-        if now < best:
-            best, kept = now, copy.deepcopy(head.state_dict())
-    head.load_state_dict(kept)
-    _absorb(head[0], center, scale)
+            held_out_loss = float(loss(slice(n, None)))
+        if held_out_loss < best_loss:
+            best_loss, best_state = held_out_loss, copy.deepcopy(head.state_dict())
+    head.load_state_dict(best_state)
+    _fold_scaling(head[0], center, scale)
 
 
 _ROWS_TO_SCALE_BY = 4096
 
 
 @torch.no_grad()
-def _absorb(layer: nn.Module, center: Tensor, scale: Tensor) -> None:
+def _fold_scaling(layer: nn.Module, center: Tensor, scale: Tensor) -> None:
     """Fold the scaling (x - center) / scale of a linear layer's input into its weights, so that it takes x."""
     if not isinstance(layer, nn.Linear):
         raise TypeError("the first layer of a head is linear")
@@ -177,23 +186,22 @@ class LengthPredictors:
 
     Attributes:
         heads: on the CPU.
-        least_margins: [n] float64 for each predictor by name, from `LengthPredictor.least_margin`.
+        min_thresholds: [n] float64 for each predictor by name, from `LengthPredictor.min_threshold`.
         canvas: length of the canvases that they were fitted on; the calibration holds for this length only.
     """
 
     heads: LengthHeads
-    least_margins: dict[str, Tensor]
+    min_thresholds: dict[str, Tensor]
     canvas: int
 
     def save(self, folder: str | Path) -> Path:
         """Write the file into a checkpoint's folder, and return its path."""
         tensors = {f"heads.{name}": value.cpu().contiguous() for name, value in self.heads.state_dict().items()}
-        tensors |= {f"least_margins.{name}": value.sort().values for name, value in self.least_margins.items()}
+        tensors |= {f"{_PREFIX}{name}": value.sort().values for name, value in self.min_thresholds.items()}
         path = Path(folder) / FILE_NAME
-        numbers = {"format_version": FORMAT_VERSION, "width": self.heads.width, "canvas": self.canvas}
-        facts = {name: str(number) for name, number in numbers.items()}
+        facts = {"format_version": FORMAT_VERSION, "width": self.heads.width, "canvas": self.canvas}
         with replacing(path, "wb") as file:
-            file.write(save(tensors, facts))
+            file.write(save(tensors, {name: str(number) for name, number in facts.items()}))
         return path
 
     @classmethod
@@ -220,7 +228,8 @@ class LengthPredictors:
                 f"{path} cannot be read ({json.dumps(str(error)[:200])}); remove it, or make it again with "
                 "llamafactory-ddm fit-length"
             ) from error
-        return cls(heads.eval().requires_grad_(False), _under(tensors, "least_margins."), canvas)
+        thresholds = {_RENAMED.get(name, name): value for name, value in _under(tensors, _PREFIX).items()}
+        return cls(heads.eval().requires_grad_(False), thresholds, canvas)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

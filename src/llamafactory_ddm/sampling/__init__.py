@@ -1,9 +1,9 @@
 """Sampling from masked diffusion models: one loop, with pluggable draws of tokens and choice of positions."""
 
 from .edits import Edits
-from .forward import Context, Denoiser
 from .logits import LogitsConfig, filtered_log_probs
 from .loop import SamplerOutput, denoising_step, sample
+from .prediction import Context, Denoiser
 from .settings import SamplingSettings
 from .state import Plan, SamplerState, StepView, start
 from .strategies import STRATEGIES, Remasking, Strategy, get_strategy

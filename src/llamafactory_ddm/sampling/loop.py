@@ -12,8 +12,8 @@ from ..diffusion.schedules import NoiseSchedule
 from . import edits as editing
 from .budget import CommitSchedule
 from .edits import Edits
-from .forward import Context, Denoiser, StepScores, check_context, predict_tokens
 from .logits import LogitsConfig, Measure
+from .prediction import Context, Denoiser, StepScores, check_context, predict_tokens
 from .state import Plan, SamplerState, StepView, is_after_eos, is_complete, start, view_step
 from .strategies import Strategy, remask_positions, stays
 from .tokens import TokenDraws

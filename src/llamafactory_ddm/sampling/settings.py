@@ -104,10 +104,12 @@ class SamplingSettings:
         choices=EARLY_STOPS,
     )
     length_predictor: PredictorName = key(
-        "belief",
-        "What predicts the length: belief (the model's own probabilities), expected (their mean), eos_quantile, or "
-        "regressor and token_classifier, which llamafactory-ddm fit-length trains.",
+        "eos_cdf",
+        "What predicts the length: eos_cdf (EOS probabilities read as P(text has ended)), expected (the mean of that "
+        "distribution), eos_quantile (a quantile of the EOS probabilities), or regressor and token_classifier, which "
+        "llamafactory-ddm fit-length trains.",
         choices=tuple(PREDICTORS),
+        renamed={"belief": "eos_cdf"},
         needs=("early_stop", ("predict",)),
     )
     length_coverage: float = key(

@@ -33,6 +33,7 @@ class Key:
         help: what it does.
         kind: of its values.
         choices: its values where they are words.
+        renamed: former names of choices, with their names now.
         low: the least number, None for no bound.
         high: the greatest number, None for no bound.
         above_low: whether `low` itself is too little.
@@ -53,6 +54,7 @@ class Key:
     needs: tuple[str, tuple[str, ...]] | None = None
     name: str | None = None
     is_upstream: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def checked(self, name: str, value: object) -> Any:
         """Return a value in the type of the key, also of a text that spells it.
@@ -70,6 +72,8 @@ class Key:
         if self.choices is not None:
             if value in self.choices:
                 return value
+            if new := self.renamed.get(str(value)):
+                raise ValueError(f"{name}: {value} is now called {new}; set {name}: {new}")
             registry = self.choices if isinstance(self.choices, Registry) else None
             raise ValueError(registry.unknown(value) if registry else unknown_choice(name, value, self.choices))
         if self.kind == "integer":

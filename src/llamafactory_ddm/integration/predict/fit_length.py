@@ -19,7 +19,7 @@ from ...data.canvas import Canvas
 from ...data.collators import VariableLengthCollator, response_start
 from ...diffusion.noise import Stream
 from ...diffusion.rng import keyed_uniform
-from ...evaluation.lengths import FOLDS, least_margins, length_metrics
+from ...evaluation.lengths import FOLDS, length_metrics, min_thresholds
 from ...generation.canvas_size import CanvasSizer
 from ...generation.generator import TextGenerator
 from ...modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
@@ -70,7 +70,7 @@ def fit_from_words(words: list[str]) -> tuple[Path, dict[str, dict[str, float]]]
     Args:
         words: the path of the YAML, then `key=value`.
     """
-    # The margins are for this way of stopping, so that length_coverage has its meaning.
+    # length_coverage is read with early_stop: predict only.
     sys.argv = ["llamafactory-ddm fit-length", words[0], "early_stop=predict", *words[1:]]
     return fit(*get_train_args()[:4])
 
@@ -137,8 +137,8 @@ def fit(
         steps.append(sizer.first_step([text.canvas for text in batch])[0].cpu())
         needed.append(torch.tensor([text.needed for text in batch]))
         before.append(torch.tensor([len(text.canvas) - text.canvas.n_editable for text in batch]))
-    found = length_metrics(steps, needed, finetuning_args.length_coverage, given=before, block=sizer.block)
-    path = LengthPredictors(heads, least_margins(steps, needed), collator.canvas).save(folder)
+    found = length_metrics(steps, needed, finetuning_args.length_coverage, n_fixed=before, block=sizer.block)
+    path = LengthPredictors(heads, min_thresholds(steps, needed), collator.canvas).save(folder)
     report = {"length_coverage": finetuning_args.length_coverage, "held_out": sum(map(len, needed)), **found}
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path, found
@@ -156,7 +156,7 @@ def _check(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
     if not data_args.dataset:
         raise ValueError("dataset: is missing; the length predictors are trained on it")
     if not data_args.eval_dataset and not data_args.val_size:
-        raise ValueError("eval_dataset: is missing; the margins are chosen on it (or set val_size)")
+        raise ValueError("eval_dataset: is missing; the length predictors are calibrated on it; set it, or val_size")
     ignored = sorted(
         key for key in finetuning_args.parsed.user_keys if key in _IGNORED or key.startswith(_IGNORED_BEGINNINGS)
     )

@@ -161,9 +161,12 @@ def _sized(
         return Repeated(alone[0], len(requests)), todo
     size, result, todo = training_args.per_device_eval_batch_size, list(requests), list(todo)
     if settings.early_stop == "predict":
-        whys = {generator.sizer.uncalibrated(settings, requests[number].canvas) for number in todo} - {None}
-        for why in sorted(map(str, whys)):
-            logger.info_rank0(f"{settings.length_predictor} goes by length_coverage itself, without margins: {why}.")
+        reasons = {generator.sizer.why_uncalibrated(settings, requests[number].canvas) for number in todo} - {None}
+        for reason in sorted(map(str, reasons)):
+            logger.info_rank0(
+                f"length_predictor: {settings.length_predictor} is not calibrated, as {reason}; its threshold is "
+                f"length_coverage: {settings.length_coverage}."
+            )
     for low in range(0, len(todo), size):
         part = todo[low : low + size]
         sized = generator.sized([requests[number].canvas for number in part], settings)
@@ -179,11 +182,11 @@ def _sized(
     return result, todo
 
 
-def _margins(generator: TextGenerator, requests: Sequence[Request], settings: SamplingSettings) -> list[float]:
-    """Return the margins that the lengths are predicted with."""
+def _thresholds(generator: TextGenerator, requests: Sequence[Request], settings: SamplingSettings) -> list[float]:
+    """Return the thresholds of the length predictor on the canvases."""
     if settings.early_stop != "predict":
         return []
-    return sorted({generator.sizer.margin(settings, request.canvas) for request in distinct(requests)})
+    return sorted({generator.sizer.threshold(settings, request.canvas) for request in distinct(requests)})
 
 
 def _batches(
@@ -302,7 +305,7 @@ def _fingerprint(
         getattr(generator.model.config, "_commit_hash", None),
         len(generator.tokenizer),
         dataclasses.asdict(settings),
-        _margins(generator, requests, settings),
+        _thresholds(generator, requests, settings),
         save_trace,
         len(requests),
         [[one.canvas.ids, one.canvas.editable, one.prompt, one.label] for one in distinct(requests)],
