@@ -18,7 +18,7 @@ from .resolve.datasets import load_datasets
 from .resolve.plan import resolve_run
 from .resolve.resume import how_to_go_on
 from .resolve.run_facts import check_facts
-from .train.workflow import build_trainer, evaluate, train
+from .train.training import build_trainer, evaluate, train
 
 logger = get_logger(__name__)
 

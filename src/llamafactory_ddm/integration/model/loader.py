@@ -16,7 +16,7 @@ from ...checkpoints.layouts import is_model_folder, layout_of_folder, stored_num
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from ..logs import get_logger
-from ..resolve.noise import with_noise_process
+from ..resolve.noise_process import with_noise_process
 from ..resolve.vocabulary import Additions, RunTokenizer, Vocabulary, restore_stored, resumes_adapter
 from .adapter import AdapterSetup, loading_with
 

@@ -14,10 +14,10 @@ from ..data.faults import dataset_names, explain_dataset_errors
 from ..data.prepared_rows import AnswerMarks, RowRules, check_columns, check_prepared
 from ..data.templates import uncut
 from ..data.tokenized_folder import check_facts, facts_of, is_opened, opening, write_facts
-from .length import keep_fitting
 from .plan import RunPlan
 from .run_facts import run_facts
 from .sft import with_own_cut
+from .variable_length import keep_fitting
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from ...diffusion.schedules import get_schedule
 from ...modeling.diffusion_config import DiffusionConfig
 from ...modeling.model_info import text_config
 from ...objectives import OBJECTIVES, Objective
-from .length import LengthPlan
+from .variable_length import LengthPlan
 
 
 def build_objective(

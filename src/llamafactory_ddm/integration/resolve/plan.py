@@ -15,11 +15,11 @@ from ...modeling.model_info import max_positions
 from ...modeling.special_tokens import ResolvedMaskToken
 from ..logs import get_logger
 from .checks import check_cutoff
-from .length import LengthPlan, resolve_canvas, resolve_lengths
-from .noise import resolve_noise_process
+from .noise_process import resolve_noise_process
 from .resume import check_resumed, resolve_resume
 from .sft import finetuned_config, resolve_digits, resolve_template, response_collator
 from .start_and_end import keep_end_token, take_stored_template, tell_other_template, with_start_and_end
+from .variable_length import LengthPlan, resolve_canvas, resolve_lengths
 from .vocabulary import RunTokenizer, Vocabulary, check_new_tokens, resolve_vocabulary
 
 logger = get_logger(__name__)

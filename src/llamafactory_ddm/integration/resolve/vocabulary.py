@@ -21,7 +21,7 @@ from ...modeling.special_tokens import (
     pad_names,
     resolve_mask_token,
 )
-from .length import LengthPlan
+from .variable_length import LengthPlan
 
 _ADDS = "add_tokens or add_special_tokens"
 
