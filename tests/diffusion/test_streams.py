@@ -9,7 +9,7 @@ from llamafactory_ddm.diffusion import eos_noise as ends
 from llamafactory_ddm.diffusion import rng as philox
 from llamafactory_ddm.diffusion.schedules import LinearSchedule
 from llamafactory_ddm.evaluation.eos import EndRows, statistics
-from llamafactory_ddm.integration.predict.fit_length import texts
+from llamafactory_ddm.integration.predict.fit_length import length_examples
 from llamafactory_ddm.objectives.base import CleanBatch
 from llamafactory_ddm.objectives.mixed import MixedObjective
 from llamafactory_ddm.sampling.state import start
@@ -57,8 +57,8 @@ USES = {
     "evaluation, masked": lambda _: likelihood.mask_exactly(ALL, torch.full((len(ROWS),), 0.5), **KEYS),
     "evaluation, mixed": lambda _: MIXED.evaluation(CLEAN, torch.full((len(ROWS),), 0.5), **KEYS),
     "evaluation, ends": measured,
-    "length fit, training": lambda _: list(texts(DOCUMENTS, COLLATOR, 0, 0)),
-    "length fit, held out": lambda _: list(texts(DOCUMENTS, COLLATOR, 0, 1)),
+    "length fit, training": lambda _: list(length_examples(DOCUMENTS, COLLATOR, 0, 0)),
+    "length fit, held out": lambda _: list(length_examples(DOCUMENTS, COLLATOR, 0, 1)),
     "sampling, first part": lambda _: sampled(4),
     "sampling, second part": lambda _: sampled(6, steps_taken=4),
 }

@@ -1,6 +1,7 @@
 """`llamafactory-ddm fit-length`, and every key of the ways to stop early, through the real command line."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 
 from llamafactory_ddm import SamplingSettings, load
 from llamafactory_ddm.generation.canvas_size import CanvasSizer
-from llamafactory_ddm.integration.predict.fit_length import fit_from_words
+from llamafactory_ddm.integration.predict.fit_length import fit_from_command_line
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.length_heads import FILE_NAME, REPORT_NAME, LengthPredictors
 from llamafactory_ddm.sampling.length_predictors import PREDICTORS
@@ -63,8 +64,8 @@ def test_a_model_in_the_hubs_cache_is_refused(trained, words, tmp_path, monkeypa
     folder = tmp_path / "models--owner--ours" / "snapshots" / "abc"
     shutil.copytree(trained, folder)
     monkeypatch.setattr(sys, "argv", sys.argv)  # which the command replaces
-    with pytest.raises(ValueError, match=r"owner/ours is not a folder of yours.*download it"):
-        fit_from_words([RECIPE, *words(folder)])
+    with pytest.raises(ValueError, match=r"owner/ours .*model_name_or_path"):
+        fit_from_command_line([RECIPE, *words(folder)])
     assert not (folder / FILE_NAME).exists()
 
 
@@ -105,7 +106,7 @@ def test_fitting_again_gives_the_same_and_its_keys_count(fitted, trained, words,
 
 
 @pytest.mark.slow
-def test_each_predictor_decides_how_many_places_there_are(fitted, trained, answers):
+def test_each_predictor_changes_the_length_of_the_canvas(fitted, trained, answers):
     folder, _ = fitted
     computed = {}
     for name in PREDICTORS:
@@ -178,69 +179,71 @@ def test_predictors_of_old_weights_are_removed(fitted, small_data, tmp_path, cap
     keys |= {"dataset_dir": small_data, "eval_strategy": "no", "plot_loss": False, "warmup_steps": 0}
     train_here("tiny_gpt2_full_ddm_sft.yaml", model_name_or_path=fitted[0], output_dir=folder, **keys)
     assert not (folder / FILE_NAME).exists() and not (folder / REPORT_NAME).exists()
-    assert f"{FILE_NAME} belonged to the old weights and was removed; run fit-length again" in caplog.text
+    assert re.search(f"{FILE_NAME} .*fit-length", caplog.text)
     assert (fitted[0] / FILE_NAME).is_file()
 
 
 @pytest.mark.slow
-def test_an_adapter_and_documents(adapter, checkpoint, finetune, train_small, words, tmp_path):
-    """Predictors of an adapter lie beside the adapter; those of documents are fitted behind places drawn at random."""
-    own = finetune(tmp_path / "adapter", recipe="tiny_gpt2_lora_ddm_sft.yaml", variable_length="eos_eos")
-    done = fit(RECIPE, *words(checkpoint, adapter_name_or_path=own, finetuning_type="lora"))
+def test_an_adapter_and_documents(checkpoint, finetune, train_small, words, tmp_path):
+    """Predictors of an adapter lie beside the adapter; those of documents are fitted after random positions."""
+    adapter = finetune(tmp_path / "adapter", recipe="tiny_gpt2_lora_ddm_sft.yaml", variable_length="eos_eos")
+    done = fit(RECIPE, *words(checkpoint, adapter_name_or_path=adapter, finetuning_type="lora"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (own / FILE_NAME).is_file() and not (checkpoint / FILE_NAME).exists()
-    assert load(own).sizer.lengths.canvas == 64
+    assert (adapter / FILE_NAME).is_file() and not (checkpoint / FILE_NAME).exists()
+    assert load(adapter).sizer.lengths.canvas == 64
     documents = train_small(tmp_path / "documents", packing=False, cutoff_len=64, variable_length="eos_pad")
     keys = {"stage": "ddm", "dataset": "tiny_corpus_train", "val_size": 30, "cutoff_len": 64}
-    given = [word for word in words(documents, **keys) if not word.startswith("eval_dataset")]
+    overrides = [word for word in words(documents, **keys) if not word.startswith("eval_dataset")]
     recipe = tmp_path / "documents.yaml"
     lines = (ROOT / RECIPE).read_text().splitlines()
     recipe.write_text("\n".join(line for line in lines if not line.startswith(("template", "eval_dataset"))))
-    done = fit(recipe, *given)
+    done = fit(recipe, *overrides)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((documents / REPORT_NAME).read_text())["held_out"] > 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "fragment"),
     [
-        ({"do_train": True}, "do_train: true has no place here, the model stays as it is"),
-        ({"eval_dataset": "null"}, "eval_dataset: is missing"),
-        ({"dataset": "null"}, "dataset: is missing; the length predictors are trained on it"),
-        ({"model_name_or_path": "data/tiny_gpt2"}, "holds no diffusion_config.json"),
+        ({"do_train": True}, ": do_train: true"),
+        ({"eval_dataset": "null"}, ": eval_dataset: "),
+        ({"dataset": "null"}, ": dataset: "),
+        ({"model_name_or_path": "data/tiny_gpt2"}, "diffusion_config.json"),
         ({"model_name_or_path": "nowhere/at/all"}, "nowhere/at/all"),
-        ({"stage": "sft"}, "but stage is sft; set stage: ddm or remove them"),
+        ({"stage": "sft"}, "stage is sft"),
         ({"length_predictr": "eos_cdf"}, "length_predictr"),
         ({"eval_dataset": "tiny_nothing"}, "tiny_nothing"),
-        ({"max_samples": 3}, "eval_dataset: 3 held-out texts"),
-        ({"variable_length": "none"}, "was not trained with variable_length"),
-        ({"streaming": True, "max_steps": 5}, "streaming: true does not go with fit-length"),
+        ({"max_samples": 3}, ": eval_dataset: 3 "),
+        ({"variable_length": "none"}, ": variable_length: "),
+        ({"streaming": True, "max_steps": 5}, ": streaming: true"),
     ],
     ids=str,
 )
-def test_mistakes_are_explained(keys, said, trained, finetuned, words, tmp_path):
+def test_mistakes_are_explained(keys, fragment, trained, finetuned, words, tmp_path):
     model = finetuned if "variable_length" in keys else trained
     done = fit(RECIPE, *words(**{"model": model, **keys}))
     assert done.returncode == 1
     last = [line for line in done.stderr.splitlines() if line.startswith("llamafactory-ddm fit-length: ")]
-    assert len(last) == 1 and said in last[0], done.stderr[-2000:]
+    assert len(last) == 1 and fragment in last[0], done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     assert not (trained / FILE_NAME).exists()
 
 
 @pytest.mark.slow
 def test_the_prompt_is_never_part_of_the_answer(fitted, trained, words, tmp_path):
-    """train_on_prompt and keys of training change nothing, and are said to."""
+    """train_on_prompt and keys of training change nothing; those of training are logged."""
     shutil.copytree(trained, tmp_path / "model")
     done = fit(RECIPE, *words(tmp_path / "model", train_on_prompt=True, warmup_steps=3))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "warmup_steps: of training, and of no meaning here; learning_rate" in done.stdout + done.stderr
+    assert any(
+        "warmup_steps" in line and "length_coverage" in line for line in (done.stdout + done.stderr).splitlines()
+    )
     one, two = (LengthPredictors.find(folder).min_thresholds for folder in (fitted[0], tmp_path / "model"))
     assert one["regressor"].tolist() == pytest.approx(two["regressor"].tolist(), abs=1e-4)
 
 
-def test_the_command_says_how_it_is_used():
+def test_usage_and_a_missing_yaml():
     assert fit("--help").returncode == 0 and "usage: llamafactory-ddm fit-length" in fit("--help").stdout
     assert fit().returncode == 2 and fit("--model_name_or_path", "x").returncode == 2
     missing = fit("nowhere.yaml")
@@ -248,7 +251,7 @@ def test_the_command_says_how_it_is_used():
 
 
 def test_growing(trained, answers):
-    """The model writes pads everywhere, so a few places are enough; what is asked for at first is what differs."""
+    """The model predicts padding everywhere, so few positions are enough; grow_length decides how many."""
     grow = {"early_stop": "grow", "grow_length": 8, "length_coverage": 0.05}
     _, whole = answers(trained, early_stop="none")
     _, small = answers(trained, **grow, eos_penalty=-50.0)
@@ -263,8 +266,8 @@ def test_growing(trained, answers):
 
 
 @pytest.mark.slow
-def test_ends_that_are_penalised_or_late(trained, answers):
-    """Greedily and surest first, the model ends its texts at once; not if ends cost, or have to wait."""
+def test_eos_penalty_and_eos_last(trained, answers):
+    """Greedily and most confident first, the model ends its texts at once; not with eos_penalty or eos_last."""
     keys = {"denoising_strategy": "low_confidence", "diffusion_steps": 24}
     texts, _ = answers(trained, **keys)
     penalised, _ = answers(trained, **keys, eos_penalty=50.0)
@@ -279,22 +282,22 @@ def test_ends_that_are_penalised_or_late(trained, answers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "pattern"),
     [
-        ({"early_stop": "gow"}, "early_stop must be one of none, eos, predict, grow, got 'gow'; did you mean 'grow'"),
-        ({"length_predictor": "eos_cdff"}, "length_predictor must be one of eos_cdf, .* did you mean 'eos_cdf'"),
-        ({"length_predictor": "belief"}, "length_predictor: belief .*set length_predictor: eos_cdf"),
-        ({"length_predictor": "expected"}, "length_predictor: expected is read by early_stop: predict only"),
-        ({"grow_length": 8}, "grow_length: 8 is read by early_stop: grow only, but early_stop is eos"),
-        ({"length_coverage": 0.5}, "length_coverage: 0.5 is read by early_stop: predict and grow only"),
-        ({"early_stop": "grow", "grow_length": 0}, "grow_length must be at least 1"),
-        ({"eos_last": True, "denoising_strategy": "random"}, "eos_last: true needs a denoising_strategy that goes by"),
-        ({"early_stop": "grow", "guidance_scale": 2.0}, "early_stop: grow does not go with guidance_scale: 2.0"),
-        ({"early_stop": "predict", "guidance_scale": 2.0}, "early_stop: predict does not go with guidance_scale"),
-        ({"eos_penalty": "much"}, "eos_penalty must be a number"),
+        ({"early_stop": "gow"}, "^early_stop .*'gow'.*'grow'"),
+        ({"length_predictor": "eos_cdff"}, "^length_predictor .*'eos_cdff'.*'eos_cdf'"),
+        ({"length_predictor": "belief"}, "^length_predictor: belief .*length_predictor: eos_cdf"),
+        ({"length_predictor": "expected"}, "length_predictor: expected .*early_stop: predict"),
+        ({"grow_length": 8}, "grow_length: 8 .*early_stop: grow"),
+        ({"length_coverage": 0.5}, "length_coverage: 0.5 .*early_stop: predict"),
+        ({"early_stop": "grow", "grow_length": 0}, "^grow_length .*0"),
+        ({"eos_last": True, "denoising_strategy": "random"}, "eos_last: true .*denoising_strategy"),
+        ({"early_stop": "grow", "guidance_scale": 2.0}, "early_stop: grow .*guidance_scale: 2.0"),
+        ({"early_stop": "predict", "guidance_scale": 2.0}, "early_stop: predict .*guidance_scale: 2.0"),
+        ({"eos_penalty": "much"}, "^eos_penalty .*'much'"),
     ],
     ids=str,
 )
-def test_keys_that_do_not_fit(keys, said, trained, answers):
-    with pytest.raises(ValueError, match=said):
+def test_keys_that_do_not_fit(keys, pattern, trained, answers):
+    with pytest.raises(ValueError, match=pattern):
         answers(trained, **keys)

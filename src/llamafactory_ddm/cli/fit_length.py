@@ -24,10 +24,10 @@ def main(words: list[str]) -> int:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process; upstream refuses several devices otherwise
     activate()
     from ..evaluation.lengths import as_table
-    from ..integration.predict.fit_length import fit_from_words
+    from ..integration.predict.fit_length import fit_from_command_line
 
     try:
-        path, found = fit_from_words(words)
+        path, found = fit_from_command_line(words)
     except (ValueError, OSError) as error:
         print(f"llamafactory-ddm fit-length: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from .data.faults import check_not_empty
 from .logs import get_logger, without_known_noise
 from .model.loader import load_diffusion_model, load_diffusion_tokenizer
 from .model.plain_copy import resolve_model_names
-from .predict.progress import barrier
+from .predict.prediction_log import barrier
 from .predict.workflow import build_requests, predict
 from .resolve.checks import check_inputs
 from .resolve.datasets import load_datasets

@@ -1,4 +1,4 @@
-"""The texts that a run generates: from noise, or from the examples of a LLaMA-Factory data set."""
+"""What a run is to generate: one `Request` per text, from noise or from the examples of a LLaMA-Factory data set."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Request:
 
     Attributes:
         canvas: fixed tokens and positions to generate.
-        prompt: the user's text; None for noise.
+        prompt: the user's text; None when generating from noise.
         label: the reference text, if there is one.
-        nfe: forward passes that it took to predict the size of the canvas.
-        computed: number of tokens in these forward passes.
+        nfe: forward passes that predicting the length of the canvas took.
+        computed: number of tokens in those forward passes.
     """
 
     canvas: Canvas
@@ -47,37 +47,39 @@ class Repeated(Sequence[Request]):
         """Return the number of requests."""
         return self._count
 
-    def __getitem__(self, number: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         """Return the request.
 
         Raises:
-            IndexError: if `number` is out of range.
+            IndexError: if `index` is out of range.
         """
-        if not 0 <= number < self._count:
-            raise IndexError(number)
+        if not 0 <= index < self._count:
+            raise IndexError(index)
         return self.request
 
 
 def distinct(requests: Sequence[Request]) -> Sequence[Request]:
-    """Return the requests without repetitions of a `Repeated`."""
+    """Return the requests, those of a `Repeated` once."""
     return (requests.request,) if isinstance(requests, Repeated) else requests
 
 
-def from_noise(generator: TextGenerator, *, count: int, length: int, max_new_tokens: int | None = None) -> Repeated:
-    """Return `count` requests for texts of `length` tokens with the start token, or of `max_new_tokens` without it.
+def build_noise_requests(
+    generator: TextGenerator, *, count: int, length: int, max_new_tokens: int | None = None
+) -> Repeated:
+    """Return `count` requests for texts of `length` tokens, start token included, or of `max_new_tokens` after it.
 
     Raises:
         ValueError: if the length does not fit the model.
     """
-    said = f"cutoff_len: {length}"
+    key = f"cutoff_len: {length}"
     if max_new_tokens is not None:
-        length, said = max_new_tokens + int(generator.start_id is not None), f"max_new_tokens: {max_new_tokens}"
-    with error_prefix(said):
+        length, key = max_new_tokens + int(generator.start_id is not None), f"max_new_tokens: {max_new_tokens}"
+    with error_prefix(key):
         canvas = generator.from_noise(length)
     return Repeated(Request(canvas), count)
 
 
-def from_texts(
+def build_text_requests(
     generator: TextGenerator,
     model_args: Any,
     data_args: Any,
@@ -94,39 +96,41 @@ def from_texts(
         model_args: LLaMA-Factory's.
         data_args: LLaMA-Factory's; without `max_new_tokens`, a text is continued up to cutoff_len.
         training_args: LLaMA-Factory's.
-        infill: fill in the infilling markers of the texts; else continue the texts.
+        infill: fill the infilling markers of the texts; else continue the texts.
         prefix_length: number of tokens of a text to use as prompt; None for all.
         max_new_tokens: number of tokens to generate, or None.
     Raises:
         ValueError: if there is no data set, or a text cannot be used.
     """
     requests = []
-    for number, (text, label) in enumerate(_texts(model_args, data_args, training_args)):
-        with error_prefix(f"dataset: text {number}"):
+    for index, (text, label) in enumerate(_load_texts(model_args, data_args, training_args)):
+        with error_prefix(f"dataset: text {index}"):
             if infill:
-                canvas = generator.from_marked(text, label=label)
-                said = text
+                request = Request(generator.from_marked(text, label=label), text, label)
             else:
-                canvas, said, label = _continued(
+                request = _build_continuation(
                     generator, text, label, data_args.cutoff_len, prefix_length, max_new_tokens
                 )
-            requests.append(Request(canvas, said, label))
-    return _not_empty(requests, data_args)
+            requests.append(request)
+    return _check_not_empty(requests, data_args)
 
 
-def _continued(
+def _build_continuation(
     generator: TextGenerator,
     text: str,
     label: str | None,
     cutoff_len: int,
     prefix_length: int | None,
     max_new_tokens: int | None,
-) -> tuple[Canvas, str, str | None]:
+) -> Request:
     ids = generator.codec.encode(text)
     generator.note_text(text)
     if prefix_length is not None:
         if len(ids) <= prefix_length:
-            raise ValueError(f"it has {len(ids)} tokens, so prefix_length: {prefix_length} leaves nothing to generate")
+            raise ValueError(
+                f"it has {len(ids)} tokens, so prefix_length: {prefix_length} leaves nothing to generate; lower "
+                "prefix_length, or remove the text"
+            )
         ids, rest = ids[:prefix_length], ids[prefix_length:]
         text, label = generator.tokenizer.decode(ids), generator.tokenizer.decode(rest)
     check_unmarked(text)
@@ -135,12 +139,13 @@ def _continued(
     if max_new_tokens is None and ids and room < 1:
         raise ValueError(
             f"its {len(ids)} tokens leave no room within cutoff_len: {cutoff_len}; raise cutoff_len, set "
-            "max_new_tokens, or give less of the text with prefix_length"
+            "max_new_tokens, or use fewer tokens of the text with prefix_length"
         )
-    return generator.from_prompt(ids, max(room, 1) if max_new_tokens is None else max_new_tokens), text, label
+    canvas = generator.from_prompt(ids, max(room, 1) if max_new_tokens is None else max_new_tokens)
+    return Request(canvas, text, label)
 
 
-def from_examples(
+def build_example_requests(
     generator: TextGenerator,
     template: Any,
     tokenizer_module: dict[str, Any],
@@ -152,27 +157,27 @@ def from_examples(
 ) -> list[Request]:
     """Return a request for the last response of each example of an instruction data set, under its template.
 
-    LLaMA-Factory's training-side processor encodes the examples, so prompts are those of training. Nothing is cut off,
-    as a truncated prompt or label would silently change the metrics. An example without an answer is a prompt without
-    a label.
+    The examples are encoded by the processor that LLaMA-Factory trains with, so prompts are those of training. Nothing
+    is truncated, because a shorter prompt or label would silently change the metrics. An example without an answer
+    gives a request without a label.
 
     Raises:
-        ValueError: if there is no data set, an example is no prompt, or it leaves no room for a response.
+        ValueError: if there is no data set, an example has no prompt, or its prompt leaves no room for a response.
     """
-    whole = uncut(data_args)
-    whole.packing = whole.neat_packing = whole.train_on_prompt = False
-    reading = {
+    uncut_args = uncut(data_args)
+    uncut_args.packing = uncut_args.neat_packing = uncut_args.train_on_prompt = False
+    processor_arguments = {
         **tokenizer_module,
         "tokenizer": reading_as_text(tokenizer_module["tokenizer"], generator.codec.controls),
     }
-    processor = SupervisedDatasetProcessor(template=without_cut(template), **reading, data_args=whole)
-    names, requests = _names(data_args), []
-    for number, row in enumerate(_examples(model_args, data_args, training_args)):
-        with error_prefix(f"dataset: example {number}"):
-            _check_turns(row)
+    processor = SupervisedDatasetProcessor(template=without_cut(template), **processor_arguments, data_args=uncut_args)
+    names, requests = _check_dataset_names(data_args), []
+    for index, example in enumerate(_load_examples(model_args, data_args, training_args)):
+        with error_prefix(f"dataset: example {index}"):
+            _check_turns(example)
         with explain_dataset_errors(data_args, names):
-            ids, answer = _split(processor, row)
-        with error_prefix(f"dataset: example {number}"):
+            ids, answer = _encode_prompt_and_answer(processor, example)
+        with error_prefix(f"dataset: example {index}"):
             room = data_args.cutoff_len - len(ids)
             if max_new_tokens is None and room < 1:
                 raise ValueError(
@@ -189,64 +194,74 @@ def from_examples(
             prompt = generator.tokenizer.decode(ids)
             generator.note_text(prompt)
             requests.append(Request(canvas, prompt, label))
-    return _not_empty(requests, data_args)
+    return _check_not_empty(requests, data_args)
 
 
-def _check_turns(row: Any) -> None:
-    if len(row["_prompt"]) % 2 != 1 or len(row["_response"]) != 1:
+def _check_turns(example: Any) -> None:
+    if len(example["_prompt"]) % 2 != 1 or len(example["_response"]) != 1:
         raise ValueError(
-            "its turns are not those of a prompt, which begin with the user's and alternate; mend it, or take it out"
+            f"it has {len(example['_prompt'])} turns before the response, where turns must start with the user's and "
+            "alternate; correct the example, or remove it"
         )
 
 
-def _split(processor: SupervisedDatasetProcessor, row: Any) -> tuple[list[int], list[int] | None]:
+def _encode_prompt_and_answer(
+    processor: SupervisedDatasetProcessor, example: Any
+) -> tuple[list[int], list[int] | None]:
     """Return the ids of an example's prompt, and those of its answer, or None if it has none."""
-    response = dict(row["_response"][0])
+    response = dict(example["_response"][0])
     is_answered = bool(response["content"])
-    # A template may encode an empty answer to no tokens, and then its position would be unknown.
+    # A template may encode an empty answer to no tokens, so that it could not be told where the prompt ends.
     response["content"] = response["content"] or "."
     ids, labels = processor._encode_data_example(
-        prompt=row["_prompt"],
+        prompt=example["_prompt"],
         response=[response],
-        system=row["_system"],
-        tools=row["_tools"],
-        images=row["_images"] or [],
-        videos=row["_videos"] or [],
-        audios=row["_audios"] or [],
+        system=example["_system"],
+        tools=example["_tools"],
+        images=example["_images"] or [],
+        videos=example["_videos"] or [],
+        audios=example["_audios"] or [],
     )
-    # A label that differs from the token is EOS of the previous answer, at the first token of the prompt.
+    # A label that differs from its token is EOS of the previous answer, on the first token of the prompt.
     begin = int(response_start(torch.tensor(labels) == torch.tensor(ids), torch.tensor(len(ids))))
     return ids[:begin], labels[begin:] if is_answered else None
 
 
-def _texts(model_args: Any, data_args: Any, training_args: Any) -> Iterator[tuple[str, str | None]]:
+def _load_texts(model_args: Any, data_args: Any, training_args: Any) -> Iterator[tuple[str, str | None]]:
     """Yield text and label (the response column, if there is one) of each example."""
-    for row in _examples(model_args, data_args, training_args):
-        with explain_dataset_errors(data_args, _names(data_args)):
-            text = "".join(message["content"] for message in row["_prompt"])
-            label = "".join(message["content"] for message in row["_response"])
+    for example in _load_examples(model_args, data_args, training_args):
+        with explain_dataset_errors(data_args, _check_dataset_names(data_args)):
+            text = "".join(message["content"] for message in example["_prompt"])
+            label = "".join(message["content"] for message in example["_response"])
         yield text, label or None
 
 
-def _examples(model_args: Any, data_args: Any, training_args: Any) -> Any:
-    names = _names(data_args)
+def _load_examples(model_args: Any, data_args: Any, training_args: Any) -> Any:
+    names = _check_dataset_names(data_args)
     with explain_dataset_errors(data_args, names), training_args.main_process_first(desc="load dataset"):
         return examples(names, model_args, data_args, training_args)
 
 
-def _names(data_args: Any) -> list[str]:
+def _check_dataset_names(data_args: Any) -> list[str]:
+    """Return the names of the data sets to generate from: eval_dataset, else dataset.
+
+    Raises:
+        ValueError: if there is none, or with streaming.
+    """
     names = data_args.eval_dataset or data_args.dataset
     if data_args.streaming:
-        raise ValueError("streaming: true does not go with generating from a data set; remove it, and set max_samples")
+        raise ValueError(
+            "streaming: true is not supported when generating from a data set; remove it, and set max_samples"
+        )
     if not names:
         raise ValueError(
-            "there is nothing to generate from: set eval_dataset (or dataset) to a data set of prompts, or "
-            "generate_from: noise"
+            "eval_dataset: is missing, so there is nothing to generate from; set it (or dataset) to a data set of "
+            "prompts, or with stage: ddm set generate_from: noise"
         )
     return list(names)
 
 
-def _not_empty(requests: list[Request], data_args: Any) -> list[Request]:
+def _check_not_empty(requests: list[Request], data_args: Any) -> list[Request]:
     if not requests:
-        raise ValueError(f"dataset: {', '.join(_names(data_args))} holds no text; check the file")
+        raise ValueError(f"dataset: {', '.join(_check_dataset_names(data_args))} has no examples; check its file")
     return requests

@@ -1,4 +1,4 @@
-"""`do_predict: true`: generate texts, save them as they finish, and compute metrics."""
+"""`do_predict: true`: generate the requested texts, save each when it is finished, and compute metrics."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ...generation.trace import Trace, write_html
 from ...sampling import SamplingSettings
 from ...utils.files import explain_disk_errors
 from ..logs import get_logger
-from .progress import Collected, Numbers, Unfinished, barrier, write_predictions
+from .prediction_log import IndexSet, OrderedRecords, PredictionLog, barrier, write_predictions
 from .requests import Repeated, Request, distinct
 
 logger = get_logger(__name__)
 
 FILE = "generated_predictions.jsonl"
 PAGE = "generated_predictions.html"
-_UNFINISHED = "generated_predictions.unfinished"
-_SHOWN = 3
+_LOG_FOLDER = "generated_predictions.unfinished"
+_NUM_LOGGED_SAMPLES = 3
 
 
 def generate_all(
@@ -45,17 +45,17 @@ def generate_all(
 ) -> dict[str, float]:
     """Generate all requests, sharded across processes, and write the files of the run.
 
-    A text depends only on the seed and its own number, not on the batch, the number of processes or an interruption.
-    Finished texts are kept in a folder next to the file, and an interrupted run of the same model, settings and
-    requests resumes. Files appear under their names when they are complete.
+    A text depends only on the seed and its sample index, not on the batch, the number of processes or an interruption.
+    Finished texts are kept in the folder generated_predictions.unfinished, from which an interrupted run of the same
+    model, settings and requests resumes. The files of the run are written when all texts are finished.
 
     Args:
         generator: the model.
         requests: the texts to generate.
         settings: the sampling settings.
         training_args: LLaMA-Factory's.
-        model_folders: folders of the model's and the adapters' weights; None if the weights are not on disk, so that
-            the run cannot resume.
+        model_folders: folders of the model's and the adapters' weights; None if the weights are not on disk, and then
+            an interrupted run starts again.
         save_trace: whether to write generated_predictions.html.
     Returns:
         Metrics, with the prefix `predict_`.
@@ -65,49 +65,50 @@ def generate_all(
     """
     rank, world = training_args.process_index, training_args.world_size
     folder = Path(training_args.output_dir)
-    most = max(request.canvas.n_editable for request in distinct(requests))
-    by_chance = settings.denoising_strategy in ("random", "remdm")
-    if settings.diffusion_steps > most and not by_chance:
+    most_tokens = max(request.canvas.n_editable for request in distinct(requests))
+    # These strategies may decode no position in a step, so they use more steps than there are tokens.
+    is_random = settings.denoising_strategy in ("random", "remdm")
+    if settings.diffusion_steps > most_tokens and not is_random:
         logger.info_rank0(
-            f"diffusion_steps: {settings.diffusion_steps} is more than the {most} tokens to generate: fewer will do."
+            f"diffusion_steps: {settings.diffusion_steps} is more than the {most_tokens} tokens to generate; no text "
+            f"takes more than {most_tokens} steps."
         )
     # The first process decides, as saving a model changes its config on that process only.
-    fingerprint = _of_first_rank(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
-    unfinished = Unfinished(folder / _UNFINISHED, fingerprint, rank, world)
+    fingerprint = _broadcast_from_first(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
+    log = PredictionLog(folder / _LOG_FOLDER, fingerprint, rank, world)
     edits = generator.edits(settings)
-    edited = edits.active
-    if edited and settings.edit_ratio is None and settings.edit_threshold is None:
+    if edits.active and settings.edit_ratio is None and settings.edit_threshold is None:
         logger.info_rank0(
-            f"This model was trained with random tokens among its noise, so it may rewrite what it wrote, by "
-            f"edit_ratio: {edits.ratio:g}; edit_ratio: 0 leaves tokens as they are."
+            f"Editing is on with edit_ratio: {edits.ratio:g}, the default for a model trained with noise_process: "
+            "mixed; edit_ratio: 0 turns it off."
         )
-    done = unfinished.open(resume=model_folders is not None)
-    if done:
-        logger.info_rank0(f"{len(done)} of {len(requests)} texts were generated before the run was interrupted.")
-    todo: Iterable[int] = _numbers(len(requests), done, rank, world)
-    began, tokens = time.perf_counter(), 0
+    finished = log.open(resume=model_folders is not None)
+    if finished:
+        logger.info_rank0(f"Resuming: {len(finished)} of {len(requests)} texts are finished already.")
+    pending: Iterable[int] = _pending_indices(len(requests), finished, rank, world)
+    start_time, tokens = time.perf_counter(), 0
     if settings.early_stop in ("predict", "grow"):
-        requests, todo = _sized(generator, requests, todo, settings, training_args)
+        requests, pending = _predict_canvas_lengths(generator, requests, pending, settings, training_args)
     progress = _Progress(
-        max(0, -(-(len(requests) - len(done) - rank) // world)),
+        max(0, -(-(len(requests) - len(finished) - rank) // world)),
         training_args.per_device_eval_batch_size,
-        settings.diffusion_steps if by_chance else min(settings.diffusion_steps, most),
+        settings.diffusion_steps if is_random else min(settings.diffusion_steps, most_tokens),
         disable=bool(training_args.disable_tqdm or rank),
     )
     with progress.bar:
-        for batch, results in _batches(generator, requests, settings, todo, training_args, save_trace, progress):
-            for number, result in zip(batch, results, strict=True):
-                unfinished.add(_record(number, requests[number], result, edited=edited))
+        for batch, results in _batches(generator, requests, settings, pending, training_args, save_trace, progress):
+            for index, result in zip(batch, results, strict=True):
+                log.add(_record(index, requests[index], result, edited=edits.active))
                 tokens += result.n_tokens
             progress.finish(len(batch), tokens)
-    seconds, tokens = _over_ranks(time.perf_counter() - began, tokens, world)
-    records = unfinished.collect(len(requests))
-    metrics = metrics_of(records)
+    seconds, tokens = _reduce_over_processes(time.perf_counter() - start_time, tokens, world)
+    records = log.collect(len(requests))
+    metrics = compute_metrics(records)
     if rank == 0:
-        _publish(folder, records, _facts(generator, settings), save_trace=save_trace)
-    barrier(world)  # all have read
+        _write_results(folder, records, _page_facts(generator, settings), save_trace=save_trace)
+    barrier(world)  # every process has read the log
     if rank == 0:
-        shutil.rmtree(folder / _UNFINISHED)
+        shutil.rmtree(folder / _LOG_FOLDER)
     barrier(world)
     if tokens:
         metrics["predict_runtime"] = seconds
@@ -116,74 +117,78 @@ def generate_all(
 
 
 class _Progress:
-    """A progress bar of denoising steps; a batch that needs fewer steps than planned jumps to its end."""
+    """A progress bar of denoising steps; a batch that takes fewer steps than planned jumps to its end."""
 
-    def __init__(self, texts: int, batch: int, steps: int, *, disable: bool) -> None:
-        self.bar = tqdm(total=-(-texts // batch) * steps, desc="Denoising", unit="step", disable=disable)
-        self._texts, self._steps = texts, steps
-        self._done = self._before = 0
-        self._began = time.perf_counter()
+    def __init__(self, num_texts: int, batch_size: int, steps: int, *, disable: bool) -> None:
+        num_batches = -(-num_texts // batch_size)
+        self.bar = tqdm(total=num_batches * steps, desc="Denoising", unit="step", disable=disable)
+        self._num_texts, self._steps = num_texts, steps
+        self._num_finished = self._steps_before_batch = 0
+        self._start_time = time.perf_counter()
 
-    def step(self, number: int) -> None:
-        """Show that the batch has taken step `number`, counted from 0."""
-        self._advance(self._before + min(number + 1, self._steps))
+    def step(self, step: int) -> None:
+        """Show that the batch has taken a step, counted from 0."""
+        self._advance(self._steps_before_batch + min(step + 1, self._steps))
 
-    def finish(self, n_texts: int, tokens: int) -> None:
-        """Show that the batch is finished; `tokens` is the total number of generated tokens."""
-        self._done += n_texts
-        self._before += self._steps
-        speed = tokens / (time.perf_counter() - self._began)
-        self.bar.set_postfix_str(f"{self._done} of {self._texts} texts, {speed:.0f} tokens/s", refresh=False)
-        self._advance(self._before)
+    def finish(self, batch_size: int, tokens: int) -> None:
+        """Show that the batch is finished; `tokens` is the number of tokens generated by all batches so far."""
+        self._num_finished += batch_size
+        self._steps_before_batch += self._steps
+        speed = tokens / (time.perf_counter() - self._start_time)
+        postfix = f"{self._num_finished} of {self._num_texts} texts, {speed:.0f} tokens/s"
+        self.bar.set_postfix_str(postfix, refresh=False)
+        self._advance(self._steps_before_batch)
 
-    def _advance(self, to: int) -> None:
-        self.bar.update(max(0, to - self.bar.n))
-
-
-def _numbers(count: int, done: Numbers, rank: int, world: int) -> Iterator[int]:
-    """Return this process's share of the numbers below `count` that are not done."""
-    return itertools.islice((number for number in range(count) if number not in done), rank, None, world)
+    def _advance(self, steps: int) -> None:
+        self.bar.update(max(0, steps - self.bar.n))
 
 
-def _sized(
+def _pending_indices(count: int, finished: IndexSet, rank: int, world: int) -> Iterator[int]:
+    """Return this process's share of the sample indices below `count` that are not finished."""
+    return itertools.islice((index for index in range(count) if index not in finished), rank, None, world)
+
+
+def _predict_canvas_lengths(
     generator: TextGenerator,
     requests: Sequence[Request],
-    todo: Iterable[int],
+    pending: Iterable[int],
     settings: SamplingSettings,
     training_args: Any,
 ) -> tuple[Sequence[Request], Iterable[int]]:
-    """Return the requests with canvases of predicted length, and `todo` sorted by that length.
+    """Return the requests with canvases of predicted length, and `pending` sorted by that length.
 
     Sorting puts texts of similar length into one batch. The length of equal requests is predicted once.
     """
     if isinstance(requests, Repeated):
-        alone, _ = _sized(generator, [requests.request], [0], settings, training_args)
-        return Repeated(alone[0], len(requests)), todo
-    size, result, todo = training_args.per_device_eval_batch_size, list(requests), list(todo)
+        (resized_request,), _ = _predict_canvas_lengths(generator, [requests.request], [0], settings, training_args)
+        return Repeated(resized_request, len(requests)), pending
+    batch_size, resized, pending = training_args.per_device_eval_batch_size, list(requests), list(pending)
     if settings.early_stop == "predict":
-        reasons = {generator.sizer.why_uncalibrated(settings, requests[number].canvas) for number in todo} - {None}
+        reasons = {generator.sizer.why_uncalibrated(settings, requests[index].canvas) for index in pending} - {None}
         for reason in sorted(map(str, reasons)):
             logger.info_rank0(
                 f"length_predictor: {settings.length_predictor} is not calibrated, as {reason}; its threshold is "
                 f"length_coverage: {settings.length_coverage}."
             )
-    for low in range(0, len(todo), size):
-        part = todo[low : low + size]
-        sized = generator.sized([requests[number].canvas for number in part], settings)
-        for number, one in zip(part, sized, strict=True):
-            result[number] = dataclasses.replace(
-                requests[number], canvas=one.canvas, nfe=one.nfe, computed=one.computed
+    for start in range(0, len(pending), batch_size):
+        batch = pending[start : start + batch_size]
+        sized_canvases = generator.sized([requests[index].canvas for index in batch], settings)
+        for index, sized in zip(batch, sized_canvases, strict=True):
+            resized[index] = dataclasses.replace(
+                requests[index], canvas=sized.canvas, nfe=sized.nfe, computed=sized.computed
             )
-    before, after = (sum(len(which[number].canvas) for number in todo) for which in (requests, result))
+    full_tokens = sum(len(requests[index].canvas) for index in pending)
+    resized_tokens = sum(len(resized[index].canvas) for index in pending)
     logger.info_rank0(
-        f"early_stop: {settings.early_stop} begins with {100 * after / max(before, 1):.1f} % of the canvases' tokens."
+        f"early_stop: {settings.early_stop} starts with {100 * resized_tokens / max(full_tokens, 1):.1f} % of the "
+        "tokens of the full canvases."
     )
-    todo.sort(key=lambda number: len(result[number].canvas))
-    return result, todo
+    pending.sort(key=lambda index: len(resized[index].canvas))
+    return resized, pending
 
 
 def _thresholds(generator: TextGenerator, requests: Sequence[Request], settings: SamplingSettings) -> list[float]:
-    """Return the thresholds of the length predictor on the canvases."""
+    """Return the thresholds of the length predictor on the canvases; none unless early_stop is `predict`."""
     if settings.early_stop != "predict":
         return []
     return sorted({generator.sizer.threshold(settings, request.canvas) for request in distinct(requests)})
@@ -193,18 +198,18 @@ def _batches(
     generator: TextGenerator,
     requests: Sequence[Request],
     settings: SamplingSettings,
-    todo: Iterable[int],
+    pending: Iterable[int],
     training_args: Any,
     traced: bool,
     progress: _Progress,
 ) -> Iterator[tuple[list[int], list[Generated]]]:
-    """Yield the numbers of each batch, and its generated texts."""
-    numbers = iter(todo)
-    while batch := list(itertools.islice(numbers, training_args.per_device_eval_batch_size)):
+    """Yield the sample indices of each batch, and its generated texts."""
+    indices = iter(pending)
+    while batch := list(itertools.islice(indices, training_args.per_device_eval_batch_size)):
         yield (
             batch,
             generator.sample_batch(
-                [requests[number].canvas for number in batch],
+                [requests[index].canvas for index in batch],
                 settings,
                 sample_indices=batch,
                 traced=traced,
@@ -213,8 +218,8 @@ def _batches(
         )
 
 
-def _record(number: int, request: Request, result: Generated, *, edited: bool) -> dict[str, Any]:
-    record: dict[str, Any] = {"number": number}
+def _record(index: int, request: Request, result: Generated, *, edited: bool) -> dict[str, Any]:
+    record: dict[str, Any] = {"number": index}
     if request.prompt is not None:
         record["prompt"] = request.prompt
     record["predict"] = result.predict
@@ -231,38 +236,39 @@ def _record(number: int, request: Request, result: Generated, *, edited: bool) -
     return record
 
 
-def _publish(folder: Path, records: Collected, facts: dict[str, str], *, save_trace: bool) -> None:
+def _write_results(folder: Path, records: OrderedRecords, facts: dict[str, str], *, save_trace: bool) -> None:
+    """Write generated_predictions.jsonl, with `save_trace` the page too, and log the first texts."""
     if not save_trace:
-        (folder / PAGE).unlink(missing_ok=True)  # of an earlier run
+        (folder / PAGE).unlink(missing_ok=True)  # the page of an earlier run
     else:
         with explain_disk_errors(folder):
             write_html(
                 folder / PAGE,
                 [
                     Trace(
-                        f"sample {number}",
-                        tuple(raw["start"]),
-                        tuple((step, place, piece) for step, place, piece in raw["events"]),
-                        raw["steps"],
+                        f"sample {index}",
+                        tuple(trace["start"]),
+                        tuple((step, position, piece) for step, position, piece in trace["events"]),
+                        trace["steps"],
                     )
-                    for number, raw in ((record["number"], record["trace"]) for record in records)
+                    for index, trace in ((record["number"], record["trace"]) for record in records)
                 ],
                 heading="Generated texts",
                 facts=facts,
             )
-        logger.info_rank0(f"How they came about can be watched in {folder / PAGE}")
+        logger.info_rank0(f"The page that replays the denoising of each text is saved at {folder / PAGE}")
     hidden = ("number", "trace")
     write_predictions(
         folder / FILE, ({key: value for key, value in record.items() if key not in hidden} for record in records)
     )
-    for number, record in enumerate(itertools.islice(records, _SHOWN)):
+    for index, record in enumerate(itertools.islice(records, _NUM_LOGGED_SAMPLES)):
         prompt = f"{record['prompt']} >>> " if "prompt" in record else ""
-        logger.info_rank0(f"sample {number}:\n{prompt}{record['predict']}")
+        logger.info_rank0(f"sample {index}:\n{prompt}{record['predict']}")
     logger.info_rank0(f"{len(records)} generated texts are saved at {folder / FILE}")
 
 
-def _facts(generator: TextGenerator, settings: SamplingSettings) -> dict[str, str]:
-    """Return the settings that the page shows."""
+def _page_facts(generator: TextGenerator, settings: SamplingSettings) -> dict[str, str]:
+    """Return the settings that the page shows, by their labels."""
     facts = {
         "strategy": settings.denoising_strategy,
         "steps": str(settings.diffusion_steps),
@@ -289,16 +295,16 @@ def _fingerprint(
     save_trace: bool,
 ) -> str:
     """Return a hash of everything that decides the generated texts."""
-    files = []
+    weight_file_stats = []
     for folder in model_folders or ():
         for path in weight_files(Path(folder)) if Path(folder).is_dir() else ():
             stat = path.stat()
-            files.append([path.name, stat.st_size, stat.st_mtime_ns])
-    facts = [
+            weight_file_stats.append([path.name, stat.st_size, stat.st_mtime_ns])
+    inputs = [
         __version__,
         list(model_folders or ()),
         str(generator.model.dtype),
-        files,
+        weight_file_stats,
         dataclasses.asdict(generator.config),
         generator.model.config.to_dict(),
         getattr(generator.model.config, "_attn_implementation", None),
@@ -308,29 +314,29 @@ def _fingerprint(
         _thresholds(generator, requests, settings),
         save_trace,
         len(requests),
-        [[one.canvas.ids, one.canvas.editable, one.prompt, one.label] for one in distinct(requests)],
+        [[r.canvas.ids, r.canvas.editable, r.prompt, r.label] for r in distinct(requests)],
     ]
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(inputs, default=str).encode()).hexdigest()
 
 
-def _over_ranks(seconds: float, tokens: int, world: int) -> tuple[float, int]:
-    """Return the longest time and the sum of tokens over all processes."""
-    parts: list[Any] = [(seconds, tokens)] * world
+def _reduce_over_processes(seconds: float, tokens: int, world: int) -> tuple[float, int]:
+    """Return the longest time and the sum of the tokens over all processes."""
+    measurements: list[Any] = [(seconds, tokens)] * world
     if world > 1:
-        torch.distributed.all_gather_object(parts, (seconds, tokens))
-    return max(part[0] for part in parts), sum(part[1] for part in parts)
+        torch.distributed.all_gather_object(measurements, (seconds, tokens))
+    return max(seconds for seconds, _ in measurements), sum(tokens for _, tokens in measurements)
 
 
-def _of_first_rank(value: str, world: int) -> str:
-    """Return the value of the first process."""
-    shared: list[Any] = [value]
+def _broadcast_from_first(value: str, world: int) -> str:
+    """Return the value of the first process on every process."""
+    values: list[Any] = [value]
     if world > 1:
-        torch.distributed.broadcast_object_list(shared, src=0)
-    return str(shared[0])
+        torch.distributed.broadcast_object_list(values, src=0)
+    return str(values[0])
 
 
-def metrics_of(records: Collected) -> dict[str, float]:
-    """Return metrics of the records of generated_predictions.jsonl, with the prefix `predict_`.
+def compute_metrics(records: OrderedRecords) -> dict[str, float]:
+    """Return the metrics of the records of generated_predictions.jsonl, with the prefix `predict_`.
 
     Records are read once, and only texts with a label are kept in memory.
     """
@@ -362,9 +368,7 @@ def metrics_of(records: Collected) -> dict[str, float]:
         metrics["predict_gsm8k_accuracy"] = accuracy
     scores = rouge(predictions, labels)
     if scores is None:
-        logger.warning_rank0(
-            'ROUGE is left out, as rouge-score is not installed: pip install "llamafactory-ddm[eval]"'
-        )
+        logger.warning_rank0('No ROUGE: rouge-score is not installed; pip install "llamafactory-ddm[eval]"')
     for name, value in (scores or {}).items():
         metrics[f"predict_{name}"] = value
     return metrics
