@@ -192,7 +192,7 @@ def test_resuming_another_process_is_an_error(train_small, tmp_path):
         ({"num_beams": 4}, "num_beams: a diffusion model has no beams"),
         ({"denoising_strategy": "topq"}, "denoising_strategy must be one of .* did you mean 'topk'"),
         ({"diffusion_steps": 0}, "diffusion_steps must be at least 1"),
-        ({"diffusion_steps": 4, "block_length": 2}, "4 steps cannot finish 6 blocks"),
+        ({"diffusion_steps": 4, "block_length": 2}, "diffusion_steps: 4 is too few for 6 blocks"),
         ({"cutoff_len": 1}, "cutoff_len must be at least 2, got 1"),
         ({"confidence_threshold": 0.5}, "is read by denoising_strategy: confidence_threshold only"),
         ({"entropy_bound": 3}, "is read by denoising_strategy: entropy_bound only"),

@@ -15,7 +15,7 @@ from llamafactory_ddm.generation.writer import FilledCanvas
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
-from llamafactory_ddm.sampling import forward as prediction
+from llamafactory_ddm.sampling import prediction
 from support.tiny import tiny_tokenizer
 
 
@@ -275,7 +275,7 @@ def test_a_model_of_mixed_noise_edits_by_its_own_ratio(generator):
     assert edits(tenth, edit_threshold=0.02) == edits(plain, edit_threshold=0.02)
     further = dataclasses.replace(settings, edit_steps=1)
     tenth.check([tenth.from_noise(9)], further)
-    with pytest.raises(ValueError, match="edit_steps: 1 has no effect"):
+    with pytest.raises(ValueError, match="edit_steps: 1"):
         plain.check([plain.from_noise(9)], further)
 
 
@@ -340,11 +340,11 @@ def test_a_model_that_never_saw_mask_cannot_start_from_it(generator):
             lambda g: g.generate(
                 "dog", settings=SamplingSettings(block_length=1, diffusion_steps=3), max_new_tokens=9
             ),
-            "3 steps cannot finish 9 blocks",
+            "diffusion_steps: 3 .*9 blocks",
         ),
         (
             lambda g: g.generate(settings=SamplingSettings(logits=LogitsConfig(guidance_scale=2.0)), max_new_tokens=9),
-            "needs a prompt",
+            "guidance_scale",
         ),
     ],
 )
@@ -416,7 +416,7 @@ def test_single_settings_as_keyword_arguments(generator):
     assert generator.generate("dog", max_new_tokens=6, settings=settings, logits_temp=0) == expected
     assert generator.settings() == SamplingSettings()
     assert generator.settings(suppress_tokens="cat, dog").logits.suppress == (258, 260)
-    with pytest.raises(TypeError, match="'temprature' is no setting of generation; did you mean 'temperature'"):
+    with pytest.raises(TypeError, match=r"'temprature'.*'temperature'"):
         generator.generate("dog", temprature=0)
     with pytest.raises(ValueError, match="suppress_tokens: 'cow' is not one token"):
         generator.generate("dog", suppress_tokens="cow")

@@ -56,7 +56,7 @@ def test_reveals_leave_the_share_of_the_schedule(name):
 
 
 def test_steps_out_of_range():
-    with pytest.raises(ValueError, match="step must lie in"):
+    with pytest.raises(ValueError, match="step "):
         reveal_probability(4, 4, get_schedule("linear"))
-    with pytest.raises(ValueError, match="steps must be at least 1"):
+    with pytest.raises(ValueError, match="steps "):
         get_schedule("linear").transfer_budget(torch.tensor([3]), 0)

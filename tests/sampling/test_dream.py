@@ -7,9 +7,8 @@ import torch
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.modeling.denoiser import ModelDenoiser
-from llamafactory_ddm.sampling import LogitsConfig, SamplingSettings, get_strategy, sample
-from llamafactory_ddm.sampling import forward as prediction
-from llamafactory_ddm.sampling.budget import dream_budget, dream_shares
+from llamafactory_ddm.sampling import LogitsConfig, SamplingSettings, get_strategy, prediction, sample
+from llamafactory_ddm.sampling.budget import dream_budget, dream_fractions
 from support.tiny import MASK_ID, VOCABULARY, tiny_model
 
 PROMPT, LENGTH, SHARP = [5, 7, 11], 14, 60.0
@@ -116,10 +115,12 @@ def test_the_schedule_by_hand():
     assert dream_budget(10, 10, get_schedule("linear")) == [0, 1, 1, 1, 1, 1, 1, 1, 1, 2]
     assert dream_budget(9, 2, get_schedule("linear")) == [4, 5]
     assert dream_budget(5, 1, get_schedule("linear")) == [5]
-    assert dream_shares(4, get_schedule("linear")).tolist() == pytest.approx([0.24975, 0.3329, 0.499, 1.0], abs=1e-4)
-    assert dream_shares(3, get_schedule("cosine"))[-1] == 1.0
+    assert dream_fractions(4, get_schedule("linear")).tolist() == pytest.approx(
+        [0.24975, 0.3329, 0.499, 1.0], abs=1e-4
+    )
+    assert dream_fractions(3, get_schedule("cosine"))[-1] == 1.0
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        dream_shares(0, get_schedule("linear"))
+        dream_fractions(0, get_schedule("linear"))
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
@@ -133,7 +134,10 @@ def test_budgets_sum_to_what_is_masked(name):
 def test_random_order_takes_the_same_chances():
     z = torch.full((2000, 2), MASK_ID)
     options = {"editable": z == MASK_ID, "mask_id": MASK_ID, "steps": 4, "strategy": get_strategy("random")}
-    for schedule, shares in (("dream", dream_shares(4, get_schedule("linear"))), ("even", [1 / 4, 1 / 3, 1 / 2, 1])):
+    for schedule, shares in (
+        ("dream", dream_fractions(4, get_schedule("linear"))),
+        ("even", [1 / 4, 1 / 3, 1 / 2, 1]),
+    ):
         output = sample(lambda z, place: torch.zeros(len(place), 40), z, commit_schedule=schedule, **options)
         left = 1.0
         for step, share in enumerate(shares):
@@ -143,14 +147,12 @@ def test_random_order_takes_the_same_chances():
 
 def test_keys_that_do_nothing_are_refused():
     for strategy in ("topk", "confidence_threshold", "entropy_bound", "remdm"):
-        with pytest.raises(
-            ValueError, match=f"commit_schedule: dream has no effect, as denoising_strategy: {strategy}"
-        ):
+        with pytest.raises(ValueError, match=f"commit_schedule: dream .*{strategy}"):
             SamplingSettings(denoising_strategy=strategy, commit_schedule="dream")
-    with pytest.raises(ValueError, match="commit_schedule must be one of even, dream, got 'llada'"):
+    with pytest.raises(ValueError, match=r"commit_schedule .*'llada'"):
         SamplingSettings(commit_schedule="llada")
-    with pytest.raises(ValueError, match="score_distribution must be one of model, filtered, got 'own'"):
+    with pytest.raises(ValueError, match=r"score_distribution .*'own'"):
         LogitsConfig(score_distribution="own")
     for strategy in ("random", "remdm"):
-        with pytest.raises(ValueError, match=f"score_distribution: filtered has no effect, .* {strategy} scores no"):
+        with pytest.raises(ValueError, match=f"score_distribution: filtered .*{strategy}"):
             SamplingSettings(denoising_strategy=strategy, logits=LogitsConfig(score_distribution="filtered"))

@@ -459,25 +459,25 @@ def test_an_end_that_is_edited_away_leaves_the_text_open():
 def test_steps_by_hand_need_the_plan_of_the_edits():
     x = torch.zeros(1, 3, dtype=torch.int64)
     state, plan = start(x, editable=x == 0, mask_id=MASK, steps=3)
-    with pytest.raises(ValueError, match=r"need start\(edit_steps=2"):
+    with pytest.raises(ValueError, match="edit_steps=2"):
         denoising_step(toy, state, plan, strategy=LeftToRight(), logits=GREEDY, edits=Edits(0.5, steps=2))
-    with pytest.raises(ValueError, match="edit_steps must be at least 0"):
+    with pytest.raises(ValueError, match="edit_steps"):
         start(x, editable=x == 0, mask_id=MASK, steps=3, edit_steps=-1)
 
 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ((1.0, None, 0), r"edit_ratio must lie in \[0, 1\), got 1.0"),
-        ((-0.1, None, 0), "edit_ratio must lie in"),
-        ((math.nan, None, 0), "edit_ratio must lie in"),
-        ((0.0, 0.0, 0), r"edit_threshold must lie in \(0, 1\], got 0.0"),
-        ((0.0, 1.1, 0), "edit_threshold must lie in"),
-        ((0.2, None, -1), "edit_steps must be at least 0"),
-        ((0.2, 0.9, 0), "edit_ratio: 0.2 and edit_threshold: 0.9 are two rules"),
+        ((1.0, None, 0), "edit_ratio .*1.0"),
+        ((-0.1, None, 0), "edit_ratio"),
+        ((math.nan, None, 0), "edit_ratio"),
+        ((0.0, 0.0, 0), "edit_threshold .*0.0"),
+        ((0.0, 1.1, 0), "edit_threshold"),
+        ((0.2, None, -1), "edit_steps"),
+        ((0.2, 0.9, 0), "edit_ratio: 0.2 and edit_threshold: 0.9"),
         (
             (0.0, None, 2),
-            "edit_steps: 2 has no effect",
+            "edit_steps: 2",
         ),
     ],
 )
@@ -498,7 +498,7 @@ def test_what_the_keys_default_to():
     assert [SamplingSettings().edits(k).ratio for k in (0.5, 0.6, 0.99)] == [0.5, 0.5, 0.5]
     further = SamplingSettings(edit_steps=2)
     assert further.edits(0.1) == Edits(0.1, None, 2)
-    with pytest.raises(ValueError, match="edit_steps: 2 has no effect"):
+    with pytest.raises(ValueError, match="edit_steps: 2"):
         further.edits(0.0)
 
 

@@ -24,19 +24,19 @@ def test_names_of_yaml_keys():
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"temprature": 0}, "'temprature' is no setting of generation; did you mean 'temperature'?"),
-        ({"steps": 3}, "did you mean 'diffusion_steps'?"),
-        ({"logits": None}, "'logits' is no setting"),
-        ({"temperature": 0, "logits_temp": 0}, "temperature and logits_temp mean the same"),
+        ({"temprature": 0}, "'temprature'.*'temperature'"),
+        ({"steps": 3}, "'steps'.*'diffusion_steps'"),
+        ({"logits": None}, "'logits'"),
+        ({"temperature": 0, "logits_temp": 0}, "temperature and logits_temp"),
     ],
 )
 def test_what_is_no_setting_or_given_twice(keywords, words):
-    with pytest.raises(TypeError, match=words.replace("?", r"\?")):
+    with pytest.raises(TypeError, match=words):
         with_keywords(START, keywords)
 
 
 def test_a_key_that_nothing_reads_is_an_error():
-    with pytest.raises(ValueError, match=r"remask_cap: 0.5 is read by denoising_strategy: remdm only"):
+    with pytest.raises(ValueError, match=r"remask_cap: 0.5 .*denoising_strategy: remdm"):
         with_keywords(START, {"remask_cap": 0.5})
     assert with_keywords(START, {"remask_cap": 0.5, "denoising_strategy": "remdm"}).remask_cap == 0.5
 
@@ -49,7 +49,7 @@ def test_a_former_name_of_a_value_leads_to_the_new_one():
 def test_values_are_checked():
     assert with_keywords(START, {"top_k": 0}).logits.top_k is None
     assert with_keywords(START, {"top_p": "0.5"}).logits.top_p == 0.5
-    with pytest.raises(ValueError, match="temperature must be"):
+    with pytest.raises(ValueError, match="temperature"):
         with_keywords(START, {"temperature": -1})
-    with pytest.raises(ValueError, match="early_stop must be one of"):
+    with pytest.raises(ValueError, match=r"early_stop .*'never'"):
         with_keywords(START, {"early_stop": "never"})

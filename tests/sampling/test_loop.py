@@ -150,7 +150,7 @@ def test_a_sample_does_not_depend_on_the_length_behind_it(name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps"),
         ({"sample_index": torch.arange(3)}, "sample_index"),
         ({"sample_index": torch.zeros(1)}, "sample_index"),
         ({"mask_id": -1}, "mask_id"),
@@ -177,9 +177,9 @@ def test_wrong_arguments(change, words):
             lambda z, select: torch.full((int(select.sum()), V), -math.inf).index_fill(1, torch.tensor(MASK), 0.0),
             "NaN",
         ),
-        (lambda z, select: torch.zeros(int(select.sum()) + 1, V), "one row a selected position"),
-        (lambda z, select: torch.zeros(*z.shape, V), "one row a selected position"),
-        (lambda z, select: [torch.zeros(1, V)] * 9, "one row a selected position"),
+        (lambda z, select: torch.zeros(int(select.sum()) + 1, V), "vocab"),
+        (lambda z, select: torch.zeros(*z.shape, V), "vocab"),
+        (lambda z, select: [torch.zeros(1, V)] * 9, "vocab"),
     ],
 )
 def test_unusable_logits_are_an_error_and_never_a_text_with_masks(name, denoiser, words):

@@ -232,10 +232,10 @@ def test_any_strategy_may_have_a_third_move():
 
 def test_values_that_do_not_fit():
     for cap in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match=r"remask_cap must lie in \[0, 1\]"):
+        with pytest.raises(ValueError, match="remask_cap"):
             get_strategy("remdm", remask_cap=cap)
     assert SamplingSettings(denoising_strategy="remdm", remask_cap=0.5).strategy() == get_strategy(
         "remdm", remask_cap=0.5
     )
-    with pytest.raises(ValueError, match=r"eos_last: true needs a denoising_strategy .* which remdm does not"):
+    with pytest.raises(ValueError, match=r"eos_last: true .*remdm"):
         SamplingSettings(denoising_strategy="remdm", eos_last=True)

@@ -29,7 +29,7 @@ from ..modeling.special_tokens import resolve_token
 from ..sampling import Edits, SamplingSettings
 from ..sampling.budget import split_into_blocks, steps_of_blocks
 from ..sampling.keywords import with_keywords
-from ..sampling.state import MOST_ROWS
+from ..sampling.state import MAX_SAMPLES
 from .canvas_size import CanvasSizer, SizedCanvas
 from .trace import Trace, replay
 from .writer import FilledCanvas, Writer
@@ -395,8 +395,8 @@ class TextGenerator:
         generator = self.with_template(template) if raw or template is not None else self
         settings = generator.settings(settings, **keywords)
         canvases = generator._canvases(prompt, infill, max_new_tokens)
-        if len(canvases) * num_samples > MOST_ROWS:
-            raise ValueError(f"num_samples: {num_samples} is too many; a call numbers up to {MOST_ROWS} texts")
+        if len(canvases) * num_samples > MAX_SAMPLES:
+            raise ValueError(f"num_samples: {num_samples} is too many; a call numbers up to {MAX_SAMPLES} texts")
         generator.check(canvases, settings)
         return generator._in_batches(canvases, settings, num_samples, batch_size, callback)
 

@@ -1,4 +1,4 @@
-"""Sampling from masked diffusion models: one loop, with pluggable draws of tokens and choice of positions."""
+"""Sampling from masked diffusion models: one loop, and pluggable strategies that choose the positions to commit."""
 
 from .edits import Edits
 from .logits import LogitsConfig, filtered_log_probs

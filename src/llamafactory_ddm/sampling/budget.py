@@ -1,7 +1,9 @@
-"""How the positions of a row fall into blocks, and how many of them each denoising step commits."""
+"""The blocks of a row, and how many positions each denoising step commits."""
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import chain
 from typing import Literal, get_args
 
 import torch
@@ -16,7 +18,7 @@ _LAST_TIME = 1e-3  # Dream's eps
 
 
 def reveal_probability(step: int, steps: int, schedule: NoiseSchedule) -> float:
-    """Return the chance that a masked token is revealed in a step, (alpha_s - alpha_t) / (1 - alpha_t).
+    """Return the probability that a step reveals a masked token, (alpha_s - alpha_t) / (1 - alpha_t).
 
     The step goes from t = 1 - step / steps to s = 1 - (step + 1) / steps. With the linear schedule this is
     1 / (steps - step), DiffuLLaMA's 1 / (t + 1) with t counted down to 0; the last step reveals what is left.
@@ -30,37 +32,41 @@ def reveal_probability(step: int, steps: int, schedule: NoiseSchedule) -> float:
     if step == steps - 1:
         return 1.0
     times = torch.tensor([1.0 - step / steps, 1.0 - (step + 1) / steps], dtype=torch.float64)
-    now, then = schedule.alpha(times).tolist()
-    return float((then - now) / (1.0 - now))
+    alpha_t, alpha_s = schedule.alpha(times).tolist()
+    return float((alpha_s - alpha_t) / (1.0 - alpha_t))
 
 
 def remask_probability(step: Tensor, steps: Tensor, schedule: NoiseSchedule, cap: float) -> tuple[Tensor, Tensor]:
-    """Return the chance that a decided token is masked again, and what that adds to a masked one's to be revealed.
+    """Return the probability that a step remasks a decoded token, and what it adds to the probability of revealing.
 
-    From t = 1 - step / steps to s = 1 - (step + 1) / steps the first is sigma = min(cap, (1 - alpha_s) / alpha_t), and
-    0 in the last step. To keep the share of decided tokens at alpha_s in spite of it, the chance to be revealed is
-    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t): that of `reveal_probability` and sigma alpha_t / (1 - alpha_t).
+    From t = 1 - step / steps to s = 1 - (step + 1) / steps a decoded token is remasked with probability
+
+        sigma = min(cap, (1 - alpha_s) / alpha_t),    0 in the last step.
+
+    A masked token is then revealed with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), so that the
+    expected fraction of decoded tokens is alpha_s as without remasking. That exceeds `reveal_probability` by
+    sigma alpha_t / (1 - alpha_t), the second result.
 
     Args:
         step: [batch] int64, from 0.
-        steps: [batch] int64; 0 for a row that is finished, of which the result means nothing.
+        steps: [batch] int64; 0 for a finished row, whose result is not meaningful.
         schedule: gives alpha.
-        cap: the most that sigma may be, in [0, 1].
+        cap: upper bound on sigma, in [0, 1].
     Returns:
         [batch] float64 each.
     Source: ReMDM (arXiv 2503.00307), the posterior of its section 3 and the capped schedule.
     """
     count = steps.clamp(min=1).double()
-    now, then = (schedule.alpha(1.0 - (step + more).double() / count).clamp(0.0, 1.0) for more in (0, 1))
-    sigma = ((1.0 - then) / now).clamp(max=cap).masked_fill(step + 1 >= steps, 0.0)
-    return sigma, sigma * now / (1.0 - now)
+    alpha_t, alpha_s = (schedule.alpha(1.0 - taken.double() / count).clamp(0.0, 1.0) for taken in (step, step + 1))
+    sigma = ((1.0 - alpha_s) / alpha_t).clamp(max=cap).masked_fill(step + 1 >= steps, 0.0)
+    return sigma, sigma * alpha_t / (1.0 - alpha_t)
 
 
-def dream_shares(steps: int, schedule: NoiseSchedule) -> Tensor:
-    """Return [steps] float32, the share of the tokens still masked that each step reveals; all of them in the last.
+def dream_fractions(steps: int, schedule: NoiseSchedule) -> Tensor:
+    """Return [steps] float32, the fraction of the masked tokens that each step from t to s reveals.
 
-    The steps go from t = 1 to 1e-3; with the linear schedule the share is 1 - s / t. It is computed in float32, as
-    published, so that whole numbers of tokens round alike.
+    It is 1 - (1 - alpha_s) / (1 - alpha_t), with the linear schedule 1 - s / t, and 1 in the last step. The times are
+    evenly spaced from 1 to 1e-3. It is computed in float32, as published, so that numbers of tokens round alike.
 
     Raises:
         ValueError: if `steps` is below 1.
@@ -70,20 +76,20 @@ def dream_shares(steps: int, schedule: NoiseSchedule) -> Tensor:
         raise ValueError(f"steps must be at least 1, got {steps}")
     times = torch.linspace(1.0, _LAST_TIME, steps + 1)
     masked = (1.0 - schedule.alpha(times.double())).float()
-    shares = 1.0 - masked[1:] / masked[:-1]
-    shares[-1] = 1.0
-    return shares
+    fractions = 1.0 - masked[1:] / masked[:-1]
+    fractions[-1] = 1.0
+    return fractions
 
 
 def dream_budget(n_masked: int, steps: int, schedule: NoiseSchedule) -> list[int]:
-    """Return how many tokens each step commits: int(n share), with n tokens still masked and `dream_shares`.
+    """Return how many tokens each step commits: int(n f), with n tokens still masked and f of `dream_fractions`.
 
     Raises:
         ValueError: if `steps` is below 1.
     """
     budget = []
-    for share in dream_shares(steps, schedule):
-        budget.append(int(share * n_masked))
+    for fraction in dream_fractions(steps, schedule):
+        budget.append(int(fraction * n_masked))
         n_masked -= budget[-1]
     return budget
 
@@ -91,8 +97,8 @@ def dream_budget(n_masked: int, steps: int, schedule: NoiseSchedule) -> list[int
 def split_into_blocks(editable: Tensor, block_length: int | None) -> Tensor:
     """Return [batch, length] int64, the block of each editable position, from 0; NO_BLOCK for the others.
 
-    A block is `block_length` consecutive editable positions of a row, counted from the row's first, so that padding
-    and given tokens between them shift nothing; the last block holds what is left. None is one block for all.
+    A block is `block_length` editable positions of a row. Only editable positions are counted, from the row's first,
+    so padding and fixed tokens do not move the blocks. The last block may be shorter. None makes one block of all.
 
     Args:
         editable: [batch, length] bool.
@@ -103,40 +109,41 @@ def split_into_blocks(editable: Tensor, block_length: int | None) -> Tensor:
     """
     if block_length is not None and block_length < 1:
         raise ValueError(f"block_length must be at least 1, or None for a single block, got {block_length}")
-    place = editable.cumsum(dim=1) - 1
-    block = torch.zeros_like(place) if block_length is None else torch.div(place, block_length, rounding_mode="floor")
+    index = editable.cumsum(dim=1) - 1
+    block = torch.zeros_like(index) if block_length is None else torch.div(index, block_length, rounding_mode="floor")
     return torch.where(editable, block, NO_BLOCK)
 
 
 def steps_of_blocks(block: Tensor, steps: int) -> Tensor:
-    """Share a row's steps out to its blocks, the earlier ones getting the one that does not divide.
+    """Divide a row's steps among its blocks, as evenly as possible; earlier blocks get one more.
 
     Args:
         block: [batch, length] int64, from `split_into_blocks`.
         steps: of the whole row.
     Returns:
-        [batch, n_blocks] int64, n_blocks of the row with most; each row that has blocks sums to `steps`.
+        [batch, n_blocks] int64; n_blocks is the largest number of blocks of a row. Blocks that a row lacks get 0, and
+        each row that has blocks sums to `steps`.
     Raises:
         ValueError: if a row has more blocks than there are steps.
     """
-    blocks = block.amax(dim=1) + 1
-    most = int(blocks.max()) if len(blocks) else 0
-    if most > steps:
+    n_blocks = block.amax(dim=1) + 1
+    max_blocks = int(n_blocks.max()) if len(n_blocks) else 0
+    if max_blocks > steps:
         raise ValueError(
-            f"{steps} steps cannot finish {most} blocks, each of which needs one at least; take at least {most} steps "
-            "(diffusion_steps) or longer blocks (block_length)"
+            f"diffusion_steps: {steps} is too few for {max_blocks} blocks, each of which takes a step or more; set "
+            f"diffusion_steps to at least {max_blocks}, or raise block_length"
         )
-    place = torch.arange(max(most, 1), device=block.device)[None, :]
-    count = blocks.clamp(min=1)
-    share = torch.div(steps, count, rounding_mode="floor")
-    result = share[:, None] + (place < (steps - share * count)[:, None])
-    return torch.where(place < blocks[:, None], result, 0)
+    index = torch.arange(max(max_blocks, 1), device=block.device)[None, :]
+    divisor = n_blocks.clamp(min=1)
+    quotient = torch.div(steps, divisor, rounding_mode="floor")
+    result = quotient[:, None] + (index < (steps - quotient * divisor)[:, None])
+    return torch.where(index < n_blocks[:, None], result, 0)
 
 
 def pace_of_blocks(
     block: Tensor, block_steps: Tensor, steps: int, schedule: NoiseSchedule, commit_schedule: CommitSchedule = "even"
 ) -> tuple[Tensor, Tensor]:
-    """Return what each step commits by number and by chance, the blocks of a row one after another.
+    """Return how many tokens each step commits, and with what probability it reveals one, block after block.
 
     Args:
         block: [batch, length] int64, from `split_into_blocks`.
@@ -144,43 +151,34 @@ def pace_of_blocks(
         steps: of the whole row.
         schedule: sets the pace.
         commit_schedule: `even`, see `NoiseSchedule.transfer_budget` and `reveal_probability`, or `dream`, see
-            `dream_shares`.
+            `dream_fractions`.
     Returns:
-        [batch, steps] int64, the budgets, and [batch, steps] float64, the chances to be revealed.
+        [batch, steps] int64, the budgets, and [batch, steps] float64, the reveal probabilities.
     """
     n_blocks = block_steps.shape[1]
     sizes = torch.stack([(block == index).sum(dim=1) for index in range(n_blocks)], dim=1).tolist()
 
-    def numbers_of(size: int, count: int) -> list[int]:
+    @cache
+    def budget(size: int, n_steps: int) -> list[int]:
         if commit_schedule == "dream":
-            return dream_budget(size, count, schedule)
-        even: list[int] = schedule.transfer_budget(torch.tensor([size]), count)[0].tolist()
+            return dream_budget(size, n_steps, schedule)
+        even: list[int] = schedule.transfer_budget(torch.tensor([size]), n_steps)[0].tolist()
         return even
 
-    def chances_of(count: int) -> list[float]:
+    @cache
+    def probabilities(n_steps: int) -> list[float]:
         if commit_schedule == "dream":
-            return list(map(float, dream_shares(count, schedule)))
-        return [reveal_probability(step, count, schedule) for step in range(count)]
+            return list(map(float, dream_fractions(n_steps, schedule)))
+        return [reveal_probability(step, n_steps, schedule) for step in range(n_steps)]
 
-    budgets: dict[tuple[int, int], list[int]] = {}
-    chances: dict[int, list[float]] = {}
-    budget, chance = [], []
+    budgets, reveal_probabilities = [], []
     for row_sizes, row_steps in zip(sizes, block_steps.tolist(), strict=True):
-        numbers: list[int] = []
-        probabilities: list[float] = []
-        for size, count in zip(row_sizes, row_steps, strict=True):
-            if not count:
-                continue
-            if (size, count) not in budgets:
-                budgets[size, count] = numbers_of(size, count)
-            if count not in chances:
-                chances[count] = chances_of(count)
-            numbers += budgets[size, count]
-            probabilities += chances[count]
-        budget.append(numbers + [0] * (steps - len(numbers)))
-        chance.append(probabilities + [0.0] * (steps - len(probabilities)))
+        blocks = [(size, n_steps) for size, n_steps in zip(row_sizes, row_steps, strict=True) if n_steps]
+        unused = steps - sum(n_steps for _, n_steps in blocks)
+        budgets.append([*chain(*(budget(*block) for block in blocks)), *[0] * unused])
+        reveal_probabilities.append([*chain(*(probabilities(n_steps) for _, n_steps in blocks)), *[0.0] * unused])
     shape = (len(block), steps)
     return (
-        torch.tensor(budget, dtype=torch.int64, device=block.device).view(shape),
-        torch.tensor(chance, dtype=torch.float64, device=block.device).view(shape),
+        torch.tensor(budgets, dtype=torch.int64, device=block.device).view(shape),
+        torch.tensor(reveal_probabilities, dtype=torch.float64, device=block.device).view(shape),
     )

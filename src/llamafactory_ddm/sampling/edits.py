@@ -12,8 +12,8 @@ from .state import StepView
 from .strategies import ranks
 
 MEASURES: frozenset[Measure] = frozenset({"argmax", "top_log_prob"})
-MOST_BY_DEFAULT = 0.5  # of a checkpoint's uniform_ratio: as many edits as there are tokens committed
-_TINY = 1e-9  # 7 masks at a ratio of 0.3 allow 3 edits, though neither 0.3 nor 0.7 is a binary number
+MAX_DEFAULT_RATIO = 0.5  # at which n committed tokens allow n edits
+_TINY = 1e-9  # rounding: 7 tokens at a ratio of 0.3 allow 3 edits, not 2
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,11 @@ class Edits:
     text, and what follows an EOS.
 
     Attributes:
-        ratio: r in [0, 1). Once n positions of a block are committed, those of the current step included, up to
-            floor(n r / (1 - r)) edits are allowed in it in all, the most confident first; what is not used remains for
-            later steps. The first step of a block finds nothing to edit.
+        ratio: r in [0, 1). Once n positions of a block are committed, those of the current step included, the block
+            may have had floor(n r / (1 - r)) edits in all, the most confident first. Edits that a step does not use
+            remain for later steps. In the first step of a block no token is decoded yet, so none is edited.
         threshold: in (0, 1]; every token is replaced whose replacement has at least this probability. None is off.
-        steps: edit steps that a block may take after its last mask is gone, as long as the step before changed
-            something.
+        steps: edit steps that a block may take once it is fully decoded, as long as the previous step changed a token.
     Raises:
         ValueError: naming the YAML key, if a value is out of range or two exclude each other.
     Source: XDLM (arXiv 2602.01362) for the ratio; LLaDA2.1 (arXiv 2602.08676) for the threshold and the edit steps.
@@ -67,39 +66,39 @@ class Edits:
         return self.ratio > 0.0 or self.threshold is not None
 
     def allowance(self, view: StepView, n_committed: Tensor) -> Tensor:
-        """Return [batch] int64, how many tokens of a row the ratio lets this step edit.
+        """Return [batch] int64, how many tokens of a row this step may edit by the ratio.
 
         Args:
             view: of this step.
             n_committed: [batch] int64, tokens that the step commits.
         """
-        earned = (view.is_decoded.sum(dim=1) + n_committed).double() * (self.ratio / (1.0 - self.ratio))
-        return ((earned + _TINY).floor().to(torch.int64) - view.block_edits).clamp(min=0)
+        total = (view.is_decoded.sum(dim=1) + n_committed).double() * (self.ratio / (1.0 - self.ratio))
+        return ((total + _TINY).floor().to(torch.int64) - view.block_edits).clamp(min=0)
 
-    def candidates(self, view: StepView, most_committed: Tensor) -> Tensor:
-        """Return [batch, length] bool, the decoded positions whose prediction has to be known.
+    def candidates(self, view: StepView, max_committed: Tensor) -> Tensor:
+        """Return [batch, length] bool, the decoded positions whose prediction the step needs.
 
         Args:
             view: of this step.
-            most_committed: [batch] int64, the most tokens that the step may commit.
+            max_committed: [batch] int64, largest number of tokens that the step may commit.
         """
         if self.threshold is not None:
             return view.is_decoded
-        return view.is_decoded & (self.allowance(view, most_committed) > 0)[:, None]
+        return view.is_decoded & (self.allowance(view, max_committed) > 0)[:, None]
 
     def edit_positions(
         self, view: StepView, z: Tensor, candidate: Tensor, commit: Tensor, argmax: Tensor, top_log_prob: Tensor
     ) -> Tensor:
         """Return [batch, length] bool, the candidates that are replaced by their most probable token.
 
-        With `eos_last` no EOS is written while a position of the block is masked.
+        With `eos_last` no token becomes EOS while a position of the block is masked.
 
         Args:
             view: of this step.
-            z: [batch, length] int64, the sequences before it.
-            candidate: [batch, length] bool, what `candidates` returned, or a part of it.
-            commit: [batch, length] bool, what the step commits.
-            argmax: [batch, length] int64, the most probable token of each.
+            z: [batch, length] int64, the sequences before the step.
+            candidate: [batch, length] bool, a subset of what `candidates` returned.
+            commit: [batch, length] bool, the positions that the step commits.
+            argmax: [batch, length] int64, the most probable token at each position.
             top_log_prob: [batch, length] float32, its log-probability in nats.
         """
         differs = candidate & (argmax != z)
@@ -111,16 +110,16 @@ class Edits:
 
 
 def edits_of(ratio: float | None, threshold: float | None, steps: int, *, default: float) -> Edits:
-    """Return what the YAML keys edit_ratio, edit_threshold and edit_steps ask for.
+    """Return the `Edits` of the YAML keys edit_ratio, edit_threshold and edit_steps.
 
     Args:
-        ratio: None takes the default, unless there is a threshold.
-        threshold: or None.
+        ratio: None is the default, or 0 if there is a threshold.
+        threshold: None is off.
         steps: edit steps of a block.
-        default: the checkpoint's uniform_ratio, in [0, 1]; above one half it counts as one half.
+        default: the checkpoint's uniform_ratio, in [0, 1]; limited to `MAX_DEFAULT_RATIO`.
     Raises:
         ValueError: see `Edits`.
     """
     if ratio is None:
-        ratio = 0.0 if threshold is not None else min(default, MOST_BY_DEFAULT)
+        ratio = 0.0 if threshold is not None else min(default, MAX_DEFAULT_RATIO)
     return Edits(ratio, threshold, steps)

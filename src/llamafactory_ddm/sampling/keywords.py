@@ -1,4 +1,4 @@
-"""Sampling settings from keyword arguments, under the names of the YAML keys and those of the attributes."""
+"""Sampling settings from keyword arguments, named as the YAML keys or as the attributes."""
 
 from __future__ import annotations
 
@@ -10,59 +10,62 @@ from ..utils.registry import did_you_mean
 from .logits import LogitsConfig
 from .settings import KEYS, SamplingSettings
 
-_OF_COMMAND = {"steps": "diffusion_steps", "strategy": "denoising_strategy"}  # as the command line has them
-_OF_LOGITS = {f.name for f in fields(LogitsConfig)}
-# Names of the attributes that differ -> those of the YAML keys.
+_COMMAND_LINE_NAMES = {"steps": "diffusion_steps", "strategy": "denoising_strategy"}
+_LOGITS_FIELDS = {f.name for f in fields(LogitsConfig)}
+# Attributes whose YAML key has another name -> that name.
 ALIASES = {"temperature": "logits_temp", "top_p": "topp_temp", "suppress": "suppress_tokens"}
 _ATTRIBUTES = {name: attribute for attribute, name in ALIASES.items()}
 
 
 def with_keywords(settings: SamplingSettings, keywords: Mapping[str, Any]) -> SamplingSettings:
-    """Return the settings with what keyword arguments change.
+    """Return the settings with the values of keyword arguments in place of their own.
 
     Args:
-        settings: what stays where no keyword says otherwise.
-        keywords: YAML keys, or attributes of SamplingSettings and LogitsConfig.
+        settings: values of the keys that no keyword sets.
+        keywords: values by YAML key, or by attribute of SamplingSettings or LogitsConfig.
     Raises:
-        TypeError: for one that does not exist, with the nearest name, or one that is given under two names.
-        ValueError: naming the key, if a value is not allowed, has no effect, or does not go with another one.
+        TypeError: for an unknown key, with the nearest one, or for a key that is set under two names.
+        ValueError: naming the key, if a value is not allowed, has no effect, or is incompatible with another one.
     """
-    given: dict[str, str] = {}  # names in YAML -> names given
-    for word in keywords:
-        name = ALIASES.get(word, word)
+    keyword_of: dict[str, str] = {}  # YAML key -> the keyword that sets it
+    for keyword in keywords:
+        name = ALIASES.get(keyword, keyword)
         if name not in KEYS:
             known = {*KEYS, *ALIASES}
-            hint = did_you_mean(_OF_COMMAND.get(word, word), known) or f"; there are {', '.join(sorted(known))}"
-            raise TypeError(f"{word!r} is no setting of generation{hint}")
-        if name in given:
-            raise TypeError(f"{given[name]} and {word} mean the same; give one of them")
-        given[name] = word
+            hint = (
+                did_you_mean(_COMMAND_LINE_NAMES.get(keyword, keyword), known)
+                or f"; allowed: {', '.join(sorted(known))}"
+            )
+            raise TypeError(f"{keyword!r} is not a key of generation{hint}")
+        if name in keyword_of:
+            raise TypeError(f"{keyword_of[name]} and {keyword} are the same key; set one of them")
+        keyword_of[name] = keyword
     values = {
-        _ATTRIBUTES.get(name, name): keywords[word]
+        _ATTRIBUTES.get(name, name): keywords[keyword]
         if name == "suppress_tokens"
-        else KEYS[name].checked(word, keywords[word])
-        for name, word in given.items()
+        else KEYS[name].checked(keyword, keywords[keyword])
+        for name, keyword in keyword_of.items()
     }
-    logits = {name: value for name, value in values.items() if name in _OF_LOGITS}
-    others = {name: value for name, value in values.items() if name not in _OF_LOGITS}
-    _check_needs(settings, given, values)
-    return replace(settings, logits=replace(settings.logits, **logits), **others)
+    logits = {name: value for name, value in values.items() if name in _LOGITS_FIELDS}
+    rest = {name: value for name, value in values.items() if name not in _LOGITS_FIELDS}
+    _check_needs(settings, keyword_of, values)
+    return replace(settings, logits=replace(settings.logits, **logits), **rest)
 
 
-def _check_needs(settings: SamplingSettings, given: Mapping[str, str], values: Mapping[str, Any]) -> None:
-    """Check that a key that is given is read.
+def _check_needs(settings: SamplingSettings, keyword_of: Mapping[str, str], values: Mapping[str, Any]) -> None:
+    """Check that each key that is set is read under the other values.
 
     Raises:
         ValueError: naming both keys.
     """
-    for name, word in given.items():
+    for name, keyword in keyword_of.items():
         needs = KEYS[name].needs
         if needs is None:
             continue
-        other, readers = needs
-        chosen = values.get(other, getattr(settings, other))
+        other_key, readers = needs
+        chosen = values.get(other_key, getattr(settings, other_key))
         if chosen not in readers:
             raise ValueError(
-                f"{word}: {values[name]} is read by {other}: {' and '.join(readers)} only, but {other} is {chosen}; "
-                f"change one or remove {word}"
+                f"{keyword}: {values[name]} is read by {other_key}: {' and '.join(readers)} only, but {other_key} is "
+                f"{chosen}; change one or remove {keyword}"
             )

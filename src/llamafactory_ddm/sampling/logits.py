@@ -25,7 +25,7 @@ class LogitsConfig:
     """How a token is drawn from logits, in this order: guidance, repetition and EOS penalty, suppression, temperature,
     top_k, top_p.
 
-    What each attribute does stands with it. Of equal probabilities temperature 0, top_k and top_p take the lowest ids.
+    The help text of each field describes it. Temperature 0, top_k and top_p break ties in favour of lower ids.
 
     Raises:
         ValueError: if a value is out of range.
@@ -38,20 +38,20 @@ class LogitsConfig:
     )
     top_p: float = key(
         1.0,
-        "Nucleus: of the tokens that top_k leaves, the fewest most probable ones whose probability reaches this. Same "
-        "as `top_p`.",
+        "Nucleus: keep the fewest most probable tokens whose probabilities sum to at least this; after top_k. Same as "
+        "`top_p`.",
         low=0,
         above_low=True,
         high=1,
         name="topp_temp",
     )
     top_k: int | None = key(
-        None, "Most probable tokens that are kept; 0 or nothing keeps all.", kind="integer", low=0, is_upstream=True
+        None, "Number of most probable tokens to keep; 0 or empty keeps all.", kind="integer", low=0, is_upstream=True
     )
     repetition_penalty: float = key(
         1.0,
-        "Divides the positive logits of tokens that the row already holds, and multiplies the negative ones; 1 is "
-        "none.",
+        "Divides the positive logits of tokens that the text already holds, and multiplies the negative ones; 1 is "
+        "off.",
         low=0,
         above_low=True,
         is_upstream=True,
@@ -59,7 +59,7 @@ class LogitsConfig:
     guidance_scale: float = key(
         1.0,
         "Classifier-free guidance w: unconditional + w (conditional - unconditional), LLaDA's cfg_scale + 1; 1 is "
-        "none, another value doubles the forward passes.",
+        "off, any other value doubles the forward passes.",
         low=0,
     )
     eos_penalty: float = key(
@@ -70,8 +70,8 @@ class LogitsConfig:
     suppress: tuple[int, ...] = key((), "Tokens that are never generated.", kind="tokens", name="suppress_tokens")
     score_distribution: ScoreDistribution = key(
         "model",
-        "Distribution that confidence, margin and entropy are computed from: the model's own, or the one that "
-        "temperature, top_p and top_k leave (Dream).",
+        "Distribution that confidence, margin and entropy are computed from: model, or filtered: after temperature, "
+        "top_p and top_k (Dream).",
         choices=SCORE_DISTRIBUTIONS,
     )
 
@@ -80,7 +80,7 @@ class LogitsConfig:
         if self.top_k == 0:
             object.__setattr__(self, "top_k", None)
         if not all(isinstance(token, Integral) and token >= 0 for token in self.suppress):
-            raise ValueError(f"suppress must hold ids of tokens, from 0, got {self.suppress}")
+            raise ValueError(f"suppress_tokens must hold token ids of at least 0, got {self.suppress}")
 
     def uses_nucleus(self, vocab: int) -> bool:
         """Tell whether tokens are drawn from a nucleus of the whole vocabulary."""
@@ -96,20 +96,20 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> T
     return torch.where(conditional == -torch.inf, -torch.inf, result)
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Return logits in which the tokens that a row already holds are less probable.
+def penalise_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
+    """Return logits in which the tokens that a row already holds are penalised.
 
     Args:
         logits: [n, vocab] float.
-        seen: [n, length] int64, ids, with repetitions; an id beyond the vocabulary stands for none.
-        penalty: above 1 makes them less probable, below 1 more.
+        tokens: [n, length] int64, the ids of each row; ids beyond the vocabulary are ignored.
+        penalty: above 1 makes them less probable, below 1 more probable.
     Returns:
         [n, vocab] float32, a new tensor.
     """
     values = logits.to(torch.float32, copy=True)
     vocab = values.shape[1]
     padded = torch.cat([values, values.new_zeros(len(values), 1)], dim=1)
-    ids = seen.clamp(max=vocab)
+    ids = tokens.clamp(max=vocab)
     score = padded.gather(1, ids)
     return padded.scatter_(1, ids, torch.where(score > 0, score / penalty, score * penalty))[:, :vocab]
 
@@ -118,7 +118,7 @@ def filtered_log_probs(logits: Tensor, config: LogitsConfig, *, suppress: tuple[
     """Return the distribution that `draw_tokens` draws from, over the whole vocabulary.
 
     Args:
-        logits: [n, vocab] float; -inf is a token that must not be drawn.
+        logits: [n, vocab] float; -inf marks a token that must not be drawn.
         config: temperature and filters.
         suppress: further ids that must not be drawn.
     Returns:
@@ -135,7 +135,7 @@ def filtered_log_probs(logits: Tensor, config: LogitsConfig, *, suppress: tuple[
 
 
 def filtered_scores(values: Tensor, config: LogitsConfig) -> Tensor:
-    """Return [n, vocab] float32 logits after temperature, top-k and nucleus, 0 the highest; -inf where left out.
+    """Return new float32 logits minus the highest allowed one of each row, [n, vocab], and that highest one, [n].
 
     A temperature of 0 counts as 1.
 
@@ -162,11 +162,11 @@ def check_logits(logits: Tensor, suppress: tuple[int, ...]) -> None:
     if logits.dim() != 2:
         raise ValueError(f"logits must be [n, vocab], got {tuple(logits.shape)}")
     if any(token < 0 for token in suppress):
-        raise ValueError(f"ids to suppress must not be negative, got {suppress}")
+        raise ValueError(f"suppress must hold token ids of at least 0, got {suppress}")
 
 
 def from_highest(logits: Tensor, suppress: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return [n, vocab] float32 logits minus the highest that may be drawn, in a new tensor, and [n] that highest.
+    """Return new float32 logits minus the highest allowed one of each row, [n, vocab], and that highest one, [n].
 
     Suppressed ids, ascending, become -inf.
     """
@@ -187,7 +187,7 @@ def clamped(temperature: float) -> float:
 
 
 def top_k_scores(values: Tensor, config: LogitsConfig, width: int) -> tuple[Tensor, Tensor]:
-    """Return [n, width] ids, and float64 scores up to a constant, -inf for those outside the nucleus of these k."""
+    """Return the ids of the `width` highest logits, [n, width], and float64 scores, -inf outside the nucleus."""
     ids = _most_probable(values, width)
     scores = values.gather(1, ids).double() / clamped(config.temperature)
     if config.top_p < 1.0:
@@ -198,10 +198,10 @@ def top_k_scores(values: Tensor, config: LogitsConfig, width: int) -> tuple[Tens
 
 
 def _most_probable(values: Tensor, width: int) -> Tensor:
-    """Return the ids of the `width` highest values of each row in descending order, of equal ones the lowest id first.
+    """Return the ids of the `width` highest values of each row in descending order; ties go to the lower id.
 
     `topk` alone leaves the order of equal values to the device and to the shape of the batch, and logits that come
-    from bfloat16 are often equal. Here value and id make one integer that orders as the pair does.
+    from bfloat16 are often equal. Here value and id are packed into one integer, which sorts like the pair.
 
     Args:
         values: [n, vocab] float32.

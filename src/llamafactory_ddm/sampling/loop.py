@@ -25,13 +25,13 @@ class SamplerOutput:
 
     Attributes:
         sequences: [batch, length] int64.
-        steps: denoising steps taken by the row with most.
+        steps: largest number of denoising steps that a row took.
         nfe: forward passes of the denoiser; a step that selects no position needs none, a guided one two.
-        committed: [batch, length] int64, the last step that wrote each token; -1 where it is fixed, and where it was
-            never decoded because it follows the EOS of a complete text. There `sequences` hold the EOS again.
-        sample_nfe: [batch] int64, forward passes that the row needed, whatever the others in the batch did.
+        committed: [batch, length] int64, the last step that changed each token; -1 where it is fixed, and where it was
+            never decoded because it follows the EOS of a complete text. There `sequences` repeat the EOS.
+        sample_nfe: [batch] int64, forward passes that the row needed, whatever other rows needed.
         edits: [batch] int64, how often a token of the row was edited.
-        computed: tokens that went through the model, padding included; finished rows do not.
+        computed: tokens that went through the model, padding included; those of finished rows do not.
     """
 
     sequences: Tensor
@@ -44,11 +44,11 @@ class SamplerOutput:
 
     @property
     def tokens_per_step(self) -> Tensor:
-        """Return [steps] int64, tokens over the batch that each step was the last to write."""
+        """Return [steps] int64, the number of tokens in the batch that each step was the last to change."""
         return torch.bincount(self.committed[self.committed >= 0], minlength=self.steps)
 
 
-# Called after each step with the step, the sequences and the positions that it wrote.
+# Called after each step with the step, the sequences and the positions that it changed.
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
@@ -91,15 +91,14 @@ def sample(
         sample_index: [batch] int64, a number for each sample, below 2**32; by default 0, 1, 2 …
         steps_taken: [batch] int64, steps that earlier calls took for the first positions of each sample, so that this
             call draws other numbers; by default 0.
-        schedule: the noise schedule that sets the pace; by default linear.
+        schedule: the noise schedule that sets how many tokens each step commits; by default linear.
         block_length: editable positions of a row that are decoded together, from left to right; None for all at once.
         commit_schedule: how many tokens the steps of a block commit under a strategy that counts, and with what
-            probability under `random`: `even` or `dream`, see `sampling.budget`.
+            probability under `random`: `even` or `dream`, see `budget.pace_of_blocks`.
         edits: which decoded tokens are edited; by default none. Edit steps come on top of `steps`.
         eos_ids: EOS and padding tokens, which end a text; by default none.
-        stop_at_eos: stop a row once an EOS and everything before it are decoded. The text before the EOS is the same
-            as without, unless editing or remasking is on, which could still revise it. Rows with fixed tokens after
-            editable positions do not stop.
+        stop_at_eos: stop a row once an EOS and everything before it are decoded. Without editing or remasking, the
+            text before the EOS is the same as with False. Rows with fixed tokens after editable positions do not stop.
         eos_last: treat a position at which an EOS is predicted as the least certain of its block.
         context: which fixed tokens are not text, and which are the prompt.
         callback: called after each step.
@@ -149,18 +148,21 @@ def denoising_step(
     edits: Edits | None = None,
     context: Context | None = None,
 ) -> SamplerState:
-    """Return the state after one step, `finished` if there was nothing left to do; the given state stays as it is.
+    """Return the state after one step, `finished` if there was nothing left to do; `state` is not changed.
 
     Select the positions whose logits are needed, predict a token at each, commit the strategy's choice of them, edit
-    decoded tokens, remask others.
+    decoded tokens, remask decoded tokens.
 
     Raises:
         ValueError: if the denoiser's logits have the wrong shape, hold NaN or allow no token (found one step later),
-            if all steps are taken and a position is still masked, or if the plan was made for other edits.
+            if all steps are taken and a position is still masked, or if the plan was made for another `edits.steps`.
     """
     edits = edits or Edits()
     if edits.steps != plan.edit_steps:
-        raise ValueError(f"edits with steps={edits.steps} need start(edit_steps={edits.steps}, ...)")
+        raise ValueError(
+            f"edits.steps is {edits.steps}, but the plan was made with edit_steps={plan.edit_steps}; pass "
+            f"edit_steps={edits.steps} to start()"
+        )
     view = view_step(state, plan)
     request = select_positions(state, view, strategy, edits)
     active = count_active(state, view, request, strategy)
@@ -190,10 +192,10 @@ class LogitsRequest:
     """What a step selects before its forward pass, [batch, length] bool each.
 
     Attributes:
-        commit: positions that the strategy may commit, or scores to compare them with.
+        commit: positions whose scores the strategy needs; it may commit the masked ones among them.
         edit: decoded positions that may be edited.
         remask: decoded positions that are masked again after the step; they need no logits.
-        measures: what to compute of the logits at each position.
+        measures: the scores to compute at each position.
     """
 
     commit: Tensor
@@ -207,9 +209,9 @@ class LogitsRequest:
         return self.commit | self.edit
 
     def flat_index(self, n: int) -> Tensor:
-        """Return [n] int64, ascending, where in [batch * length] the `n` positions are whose logits are needed.
+        """Return [n] int64, ascending, the flat indices in [batch * length] of the `n` positions that need logits.
 
-        A stable sort brings them to the front; `nonzero` would ask the device how many there are.
+        A stable sort moves them to the front; `nonzero` would wait for the device to count them.
         """
         return self.needs_logits.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:n]
 
@@ -232,7 +234,7 @@ class StepUpdate:
 
 
 def select_positions(state: SamplerState, view: StepView, strategy: Strategy, edits: Edits) -> LogitsRequest:
-    """Return the positions that may change in this step, and what has to be known of them."""
+    """Return the positions that may change in this step, and the scores that it needs."""
     remask = remask_positions(strategy, view)
     commit = strategy.candidates(view) & view.scope
     if not edits.active:
@@ -247,8 +249,8 @@ def count_active(
 ) -> tuple[int, int] | None:
     """Return how many positions need logits and how many rows hold one, or None if every row is finished.
 
-    This is where a step waits for the device, once; so it is also where unusable logits of the step before and
-    positions that were left masked become an error.
+    A step waits for the device only here, so unusable logits of the previous step and positions that were left masked
+    are also found here.
 
     Raises:
         ValueError: see `denoising_step`.
@@ -266,13 +268,13 @@ def count_active(
     n_positions, n_rows, n_unfinished, n_overrun, n_masked, bad_step = torch.stack(counts).tolist()
     if bad_step:
         raise ValueError(
-            f"in step {bad_step - 1} the denoiser returned logits that hold NaN or inf or allow no token but [MASK] "
-            f"(id {view.plan.mask_id}); float16 overflows easily, try bfloat16 or float32"
+            f"in step {bad_step - 1} the denoiser returned logits that hold NaN or inf, or allow no token but [MASK] "
+            f"(id {view.plan.mask_id}); use bfloat16 or float32 if it runs in float16, which overflows easily"
         )
     if n_overrun:
         raise ValueError(
-            f"the strategy {strategy.name!r} left {n_masked} positions masked after its steps ({view.plan.steps} in "
-            "all); in the last step of a block it must commit every position that is left"
+            f"the strategy {strategy.name!r} left {n_masked} positions masked after all {view.plan.steps} steps; its "
+            "commit() must return every masked position in the last step of a block"
         )
     return (n_positions, n_rows) if n_unfinished else None
 
@@ -281,12 +283,15 @@ def commit_positions(view: StepView, request: LogitsRequest, scores: StepScores,
     """Return [batch, length] bool, the masked positions that the strategy commits.
 
     Raises:
-        ValueError: if it asks for a measure that it has not declared.
+        ValueError: if it requests a measure that it has not declared.
     """
 
     def score(measure: Measure) -> Tensor:
         if measure not in strategy.measures:
-            raise ValueError(f"the strategy {strategy.name!r} asks for {measure!r}, which its measures do not name")
+            raise ValueError(
+                f"the strategy {strategy.name!r} requests {measure!r}, which is not in its measures "
+                f"{sorted(strategy.measures)}; add it to them"
+            )
         return scores.certainty(measure)
 
     return strategy.commit(view, request.commit, score) & request.commit & view.is_masked
@@ -295,7 +300,7 @@ def commit_positions(view: StepView, request: LogitsRequest, scores: StepScores,
 def count_forward(
     state: SamplerState, request: LogitsRequest, draws: TokenDraws, n_passes: int, n_rows: int
 ) -> SamplerState:
-    """Return the state with the cost of a step's forward passes, and whether their logits were usable."""
+    """Return the state with a step's forward passes counted, and unusable logits noted in `bad_step`."""
     return replace(
         state,
         sample_nfe=state.sample_nfe + request.needs_logits.any(dim=1) * n_passes,
@@ -306,8 +311,8 @@ def count_forward(
 
 
 def apply_update(state: SamplerState, view: StepView, update: StepUpdate, strategy: Strategy) -> SamplerState:
-    """Return the state after a step, with the rows marked that stay in a block which is fully decoded."""
-    written = update.commit | update.edit
+    """Return the state after a step; `held` marks the rows that stay in their block although it is fully decoded."""
+    changed = update.commit | update.edit
     is_masked = (state.is_masked & ~update.commit) | update.remask
     complete = is_complete(update.z, is_masked, view.plan)
     is_masked = is_masked & ~complete
@@ -315,12 +320,12 @@ def apply_update(state: SamplerState, view: StepView, update: StepUpdate, strate
     unfinished = view.steps > 0
     decoded = unfinished & ~((is_masked & view.scope).any(dim=1) | complete[:, 0])
     held = decoded & stays(strategy, view)
-    may_edit = decoded & ~held & written.any(dim=1) & (view.edit_step < view.plan.edit_steps)
+    may_edit = decoded & ~held & changed.any(dim=1) & (view.edit_step < view.plan.edit_steps)
     return replace(
         state,
         z=update.z,
         is_masked=is_masked,
-        committed=state.committed.masked_fill(written, state.step).masked_fill(update.remask, -1),
+        committed=state.committed.masked_fill(changed, state.step).masked_fill(update.remask, -1),
         block=view.block,
         block_step=view.step + unfinished,
         block_edits=view.block_edits + n_edits,

@@ -1,4 +1,4 @@
-"""Exact draws from unnormalised weights, and the nucleus of a distribution without sorting the vocabulary."""
+"""Exact draws from unnormalised weights, and the nucleus of a distribution, without sorting the vocabulary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Weights:
 
     def __init__(self, values: Tensor) -> None:
         whole = values.shape[1] // _CHUNK * _CHUNK
-        # Summing 256 numbers of one precision loses a rounding error or two; only the sums need more digits.
+        # The sum of 256 float32 numbers is accurate to a few rounding errors; only the running sum needs float64.
         sums = values[:, :whole].reshape(len(values), whole // _CHUNK, _CHUNK).sum(dim=2)
         if whole < values.shape[1]:
             sums = torch.cat([sums, values[:, whole:].sum(dim=1, keepdim=True)], dim=1)
@@ -31,44 +31,44 @@ class Weights:
 
 
 def sample_weights(weights: Weights, u: Tensor) -> Tensor:
-    """Invert the cumulative distribution of each row, in the order of ids.
+    """Draw an id for each row by inverting its cumulative distribution, in the order of ids.
 
     Args:
         weights: of n rows.
         u: [n] float64 in [0, 1).
     Returns:
-        [n] int64 ids, never one of weight 0 unless all are.
+        [n] int64 ids, of positive weight unless all weights of the row are 0.
     """
     values, target = weights.values, u * weights.total
     chunk = _first_above(weights.cumulative, weights.sums, target)
     before = weights.cumulative.gather(1, (chunk - 1).clamp(min=0)[:, None])[:, 0].masked_fill(chunk == 0, 0.0)
     ids = chunk[:, None] * _CHUNK + torch.arange(_CHUNK, device=u.device)
     inside = values.gather(1, ids.clamp(max=values.shape[1] - 1)).double().masked_fill(ids >= values.shape[1], 0.0)
-    # Where in the chunk the target lies, as a share of it, is exact whatever rounding the chunk's sum has seen.
-    share = (target - before) / weights.sums.gather(1, chunk[:, None])[:, 0]
+    # The chunk's float32 sum is rounded, so the target is placed as a fraction of the chunk, whose sum is taken again.
+    fraction = (target - before) / weights.sums.gather(1, chunk[:, None])[:, 0]
     cumulative = inside.cumsum(dim=1)
-    return chunk * _CHUNK + _first_above(cumulative, inside, share * cumulative[:, -1])
+    return chunk * _CHUNK + _first_above(cumulative, inside, fraction * cumulative[:, -1])
 
 
 def _first_above(cumulative: Tensor, parts: Tensor, target: Tensor) -> Tensor:
     """Return [n] the first entry of `cumulative`, the running sum of `parts`, above `target`."""
     index = torch.searchsorted(cumulative, target[:, None], right=True).clamp(max=parts.shape[1] - 1)
-    # Rounding may even make a running sum fall from one entry to the next; nothing of weight 0 is drawn.
+    # Rounding can make a running sum decrease; an entry of weight 0 is replaced by the largest.
     return torch.where(parts.gather(1, index) > 0.0, index, parts.argmax(dim=1, keepdim=True))[:, 0]
 
 
 def nucleus_mask(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
-    """Tell which tokens belong to the nucleus: the fewest most probable ones whose mass reaches `top_p`.
+    """Return which tokens belong to the nucleus: the fewest most probable ones whose mass reaches `top_p`.
 
-    The least probable member is found by bisection on the bits of the logits, which order as the logits do: 31 passes
-    over the row, no sorting.
+    The least probable member is found by bisection on the bits of the logits, which sort like the logits: 32 passes
+    over the row.
 
     Args:
         values: [n, vocab] float32 logits, the highest of a row being 0.
         weights: [n, vocab] float32, increasing with `values`.
         top_p: mass to reach, in (0, 1].
     Returns:
-        [n, vocab] bool; of equal logits the lowest ids.
+        [n, vocab] bool; ties go to the lower ids.
     Source: Holtzman et al. 2020 (arXiv 1904.09751), section 3.1.
     """
     depth = values.abs().view(torch.int32)  # 0 for the most probable token, larger for less probable ones
@@ -81,15 +81,15 @@ def nucleus_mask(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
         reached = mass >= bound
         high = torch.where(reached, middle, high)
         low = torch.where(reached, low, middle)
-    sure, last = depth < high, depth == high
-    missing = bound - sure.mul(weights).sum(dim=1, keepdim=True, dtype=torch.float64)
-    one = weights.gather(1, last.to(torch.uint8).argmax(dim=1, keepdim=True)).double()
-    count = (missing / one).ceil().clamp(min=1.0)
-    return sure | (last & (last.cumsum(dim=1) <= count))
+    above, last = depth < high, depth == high
+    missing = bound - above.mul(weights).sum(dim=1, keepdim=True, dtype=torch.float64)
+    last_weight = weights.gather(1, last.to(torch.uint8).argmax(dim=1, keepdim=True)).double()
+    count = (missing / last_weight).ceil().clamp(min=1.0)
+    return above | (last & (last.cumsum(dim=1) <= count))
 
 
 def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Tensor:
-    """Tell whether a token of each row belongs to its nucleus: whether those before it have less than the mass.
+    """Tell whether a token of each row belongs to its nucleus: whether the mass before it is below `top_p`.
 
     Args:
         values: [n, vocab] float32 logits.
@@ -97,7 +97,7 @@ def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Te
         ids: [n] int64.
         top_p: mass to reach, in (0, 1].
     Returns:
-        [n] bool; before a token come those of higher logit, and of equal logit and lower id.
+        [n] bool. Before a token come those with a higher logit, and those with an equal logit and a lower id.
     """
     index = ids[:, None]
     level = values.gather(1, index)

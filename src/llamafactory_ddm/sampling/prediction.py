@@ -1,4 +1,4 @@
-"""The forward pass of a step, or both where it is guided, the tokens drawn from it, and their scores."""
+"""The prediction of a step: one forward pass, or two with guidance, the tokens drawn from it, and their scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .logits import LogitsConfig, Measure, guided_logits, penalise_repetition
 from .state import TRIES, Plan, SamplerState, StepView
 from .tokens import TokenDraws, concatenate, draw_tokens
 
-_UNCERTAIN = 1e4  # nats; more than any token's, and EOS tokens keep their order
+_UNCERTAIN = 1e4  # nats; larger than any score, and the order of EOS tokens among themselves is unchanged
 _NO_TOKEN = torch.iinfo(torch.int64).max
 
 
@@ -31,12 +31,13 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What the sampler has to know of the fixed tokens; None where it does not matter.
+    """Which of the fixed tokens are not text, and which are the prompt.
 
     Attributes:
         no_text: [batch, length] bool, fixed tokens that are not text, such as padding and a start token; the
-            repetition penalty ignores them.
-        prompt: [batch, length] bool, fixed tokens that are masked in the unconditional pass of guidance.
+            repetition penalty ignores them. None if there are none.
+        prompt: [batch, length] bool, fixed tokens that are masked in the unconditional pass of guidance. None if there
+            are none.
     """
 
     no_text: Tensor | None = None
@@ -52,7 +53,7 @@ def predict_tokens(
     config: LogitsConfig,
     context: Context,
 ) -> tuple[TokenDraws, int]:
-    """Return the draws at `flat_index`, [n] int64 into [batch * length], and how many forward passes they took.
+    """Return the draws at `flat_index`, [n] int64 into [batch * length], and the number of forward passes.
 
     Raises:
         ValueError: if the denoiser's logits have the wrong shape.
@@ -63,32 +64,32 @@ def predict_tokens(
         tries = TRIES if config.top_p < 1.0 and config.top_k is None else 1
         u = plan.token_draws(view.row_step, tries=tries).flatten(0, 1)[flat_index]
     prompt = context.prompt if config.guidance_scale != 1.0 else None
-    results: list[TokenDraws] = []
-    done = 0
+    draws: list[TokenDraws] = []
+    n_done = 0
     for conditional, unconditional in _logit_parts(denoiser, z, flat_index, prompt, plan.mask_id):
-        if conditional.dim() != 2 or done + len(conditional) > n:
+        if conditional.dim() != 2 or n_done + len(conditional) > n:
             raise ValueError(_wrong_shape(n, str(list(conditional.shape))))
-        part = slice(done, done + len(conditional))
-        done += len(conditional)
+        part = slice(n_done, n_done + len(conditional))
+        n_done += len(conditional)
         values = conditional
         if unconditional is not None:
             values = guided_logits(values, unconditional, config.guidance_scale)
         if config.repetition_penalty != 1.0:
-            seen = _other_tokens(state, context, flat_index[part])
-            values = penalise_repetition(values, seen, config.repetition_penalty)
+            tokens = _other_tokens(state, context, flat_index[part])
+            values = penalise_repetition(values, tokens, config.repetition_penalty)
         if config.eos_penalty and len(plan.eos_ids):
-            shift = values.new_full((len(values), len(plan.eos_ids)), -config.eos_penalty, dtype=torch.float32)
-            values = values.float().index_add(1, plan.eos_ids, shift)
-        results.append(draw_tokens(values, config, u[part], suppress=(plan.mask_id,), measures=measures))
-    if done != n:
-        raise ValueError(_wrong_shape(n, f"{done} rows"))
-    return concatenate(results), 1 if prompt is None else 2
+            penalty = values.new_full((len(values), len(plan.eos_ids)), -config.eos_penalty, dtype=torch.float32)
+            values = values.float().index_add(1, plan.eos_ids, penalty)
+        draws.append(draw_tokens(values, config, u[part], suppress=(plan.mask_id,), measures=measures))
+    if n_done != n:
+        raise ValueError(_wrong_shape(n, f"{n_done} rows"))
+    return concatenate(draws), 1 if prompt is None else 2
 
 
 def _logit_parts(
     denoiser: Denoiser, z: Tensor, flat_index: Tensor, prompt: Tensor | None, mask_id: int
 ) -> Iterable[tuple[Tensor, Tensor | None]]:
-    """Return the logits in parts along n: the conditional ones, and with a prompt those of the pass without it."""
+    """Return the conditional logits in parts along n, each with the logits without the prompt, or None."""
     conditional = _parts(denoiser(z, flat_index))
     if prompt is None:
         return ((part, None) for part in conditional)
@@ -100,9 +101,9 @@ def _parts(output: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
 
 
 def _other_tokens(state: SamplerState, context: Context, flat_index: Tensor) -> Tensor:
-    """Return [n, length] int64, the tokens of text in the row of each position.
+    """Return [n, length] int64, the other tokens of text in the row of each position.
 
-    A decoded position does not repeat itself: its own token is left out, as [MASK] and what is not text.
+    The token of the position itself, [MASK] and tokens that are not text are replaced by `_NO_TOKEN`.
     """
     length = state.z.shape[1]
     hidden = state.is_masked if context.no_text is None else state.is_masked | context.no_text
@@ -112,7 +113,7 @@ def _other_tokens(state: SamplerState, context: Context, flat_index: Tensor) -> 
 
 
 def _wrong_shape(n: int, got: str) -> str:
-    return f"the denoiser must return [{n}, vocab] logits, one row a selected position; got {got}"
+    return f"the denoiser returned logits {got}, expected [{n}, vocab]: one row for each selected position"
 
 
 class StepScores:
@@ -124,17 +125,17 @@ class StepScores:
 
     @property
     def ids(self) -> Tensor:
-        """Return [batch, length] int64, the tokens drawn; elsewhere those of the sequences."""
+        """Return [batch, length] int64, the tokens drawn; elsewhere the tokens before the step."""
         return self._z.flatten().index_copy(0, self._flat_index, self._draws.ids).view_as(self._z)
 
     def measure(self, name: Measure) -> Tensor:
-        """Return [batch, length] of a measure; where nothing was drawn NaN, or -1 for `argmax`."""
+        """Return a measure, [batch, length]; where nothing was drawn it is NaN, or -1 for `argmax`."""
         value: Tensor = getattr(self._draws, name)
         empty = value.new_full((self._z.numel(),), -1 if name == "argmax" else torch.nan)
         return empty.index_copy(0, self._flat_index, value).view_as(self._z)
 
     def certainty(self, name: Measure) -> Tensor:
-        """Return the measure as a strategy reads it: with `eos_last` a position that drew an EOS has the worst."""
+        """Return the measure that a strategy reads; with `eos_last`, positions that drew EOS score worst."""
         value = self.measure(name)
         if not self._plan.eos_last or name == "argmax":
             return value
@@ -145,10 +146,10 @@ class StepScores:
 
 
 def check_context(context: Context | None, editable: Tensor, logits: LogitsConfig) -> None:
-    """Check what is said of the fixed tokens.
+    """Check the context against the batch and the guidance.
 
     Raises:
-        ValueError: if a shape or dtype is wrong, or guidance has no prompt.
+        ValueError: if a shape or dtype is wrong, or a row with guidance has no prompt.
     """
     for name in ("no_text", "prompt"):
         value = None if context is None else getattr(context, name)
@@ -158,7 +159,4 @@ def check_context(context: Context | None, editable: Tensor, logits: LogitsConfi
         return
     prompt = None if context is None else context.prompt
     if prompt is None or bool((editable.any(dim=1) & ~prompt.any(dim=1)).any()):
-        raise ValueError(
-            f"guidance_scale: {logits.guidance_scale} needs a prompt to guide by, and there is none; give one, or "
-            "leave guidance_scale at 1"
-        )
+        raise ValueError(f"guidance_scale: {logits.guidance_scale} needs a prompt; give one, or set guidance_scale: 1")

@@ -1,4 +1,4 @@
-"""How to sample, as one value."""
+"""`SamplingSettings`: the keys of generation, with their defaults, bounds and help texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from ..utils.keys import Key, check_fields, key, keys_of
 from .budget import COMMIT_SCHEDULES, CommitSchedule
-from .edits import MOST_BY_DEFAULT, Edits, edits_of
+from .edits import MAX_DEFAULT_RATIO, Edits, edits_of
 from .length_predictors import PREDICTORS, PredictorName
 from .logits import LogitsConfig
 from .strategies import STRATEGIES, Strategy, get_strategy
@@ -19,40 +19,40 @@ EARLY_STOPS: tuple[EarlyStop, ...] = get_args(EarlyStop)
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How texts are sampled: the one definition of the keys of YAML, the shell command and Python.
+    """How texts are sampled. YAML, the shell command and Python take their keys from this class.
 
-    What each attribute does, and which values it takes, stands with it; `KEYS` has them under their names in YAML.
+    The help text of each field describes it; `KEYS` holds all of them by YAML key.
 
     Raises:
-        ValueError: naming the key, if a value is not allowed or two do not go together.
+        ValueError: naming the key, if a value is not allowed or two values are incompatible.
     """
 
     denoising_strategy: str = key("low_confidence", "Which masked tokens a sampling step commits.", choices=STRATEGIES)
     strategy_args: Mapping[str, Any] | None = key(
-        None, "Parameters of a denoising_strategy of your own; JSON on a command line.", kind="mapping"
+        None, "Parameters of your own denoising_strategy; JSON on the command line.", kind="mapping"
     )
     diffusion_steps: int = key(
         64,
-        "Denoising steps of a whole canvas, at most, shared by its blocks.",
+        "Largest number of denoising steps of a canvas, divided among its blocks.",
         low=1,
-        high=100_000,  # the budget of every step is laid out ahead
+        high=100_000,  # the budgets of all steps are computed in advance
     )
     block_length: int | None = key(
         None,
-        "Tokens that are decoded together, block by block from left to right. Defaults to the whole canvas.",
+        "Positions in a block; blocks are decoded one after another from left to right. Defaults to the whole canvas.",
         kind="integer",
         low=1,
     )
     commit_schedule: CommitSchedule = key(
         "even",
-        "How many tokens each step commits, with the strategies random, low_confidence, margin and entropy: even "
-        "shares (LLaDA), or dream: int(n (1 - s / t)) of the n masked ones in the step from time t to s, and the rest "
-        "in the last (Dream).",
+        "How many tokens each step commits with the strategies random, low_confidence, margin and entropy. even: as "
+        "many in each (LLaDA). dream: int(n (1 - s / t)) of the n masked tokens in the step from time t to s, and the "
+        "rest in the last (Dream).",
         choices=COMMIT_SCHEDULES,
     )
     confidence_threshold: float = key(
         0.9,
-        "Probability from which a token is committed.",
+        "Smallest probability with which a token is committed.",
         low=0,
         above_low=True,
         high=1,
@@ -60,13 +60,13 @@ class SamplingSettings:
     )
     entropy_bound: float = key(
         0.1,
-        "Joint uncertainty of the tokens that a step commits, at most, in nats.",
+        "Upper bound on the joint uncertainty of the tokens that a step commits, in nats.",
         low=0,
         needs=("denoising_strategy", ("entropy_bound",)),
     )
     remask_cap: float = key(
         0.02,
-        "Upper bound on the remasking probability of a step; 0 never remasks, which is random.",
+        "Upper bound on the remasking probability of a step; 0 never remasks, like random.",
         low=0,
         high=1,
         needs=("denoising_strategy", ("remdm",)),
@@ -75,7 +75,7 @@ class SamplingSettings:
         None,
         "r: once n tokens of a block are committed, those of the current step included, up to n r / (1 - r) of them "
         "may be replaced by the model's new prediction, the most confident first. Defaults to the checkpoint's "
-        "uniform_ratio, at most 0.5, and to 0 with edit_threshold.",
+        "uniform_ratio, limited to 0.5, and to 0 with edit_threshold.",
         kind="number",
         low=0,
         high=1,
@@ -83,8 +83,8 @@ class SamplingSettings:
     )
     edit_threshold: float | None = key(
         None,
-        "Probability of the new prediction from which a committed token of the current block is replaced (LLaDA2.1). "
-        "Defaults to never.",
+        "Smallest probability of a new prediction that replaces a committed token of the current block (LLaDA2.1). "
+        "Defaults to no editing by threshold.",
         kind="number",
         low=0,
         above_low=True,
@@ -92,15 +92,15 @@ class SamplingSettings:
     )
     edit_steps: int = key(
         0,
-        "Extra steps of a block after its last [MASK] is filled, beyond diffusion_steps, as long as the step before "
-        "edited something; with edit_ratio or edit_threshold.",
+        "Largest number of extra steps, beyond diffusion_steps, that edit a fully decoded block; they end when a step "
+        "edits nothing. Needs edit_ratio or edit_threshold.",
         low=0,
     )
     early_stop: EarlyStop = key(
         "eos",
         "eos: stop a sequence once EOS and everything before it are decoded; same output unless editing or remasking "
-        "is on. predict also limits the canvas to the predicted length. grow starts with a short canvas and extends "
-        "it. none never stops early.",
+        "is on. predict: also limit the canvas to the predicted length. grow: start with a short canvas and extend "
+        "it. none: never stop early.",
         choices=EARLY_STOPS,
     )
     length_predictor: PredictorName = key(
@@ -122,62 +122,64 @@ class SamplingSettings:
     )
     grow_length: int | None = key(
         None,
-        "Initial canvas length, and tokens added at each extension. Defaults to the checkpoint's pad_block_length, "
-        "then 32.",
+        "Positions to generate at first, and positions added at each extension. Defaults to the checkpoint's "
+        "pad_block_length, else 32.",
         kind="integer",
         low=1,
         needs=("early_stop", ("grow",)),
     )
     eos_last: bool = key(
         False,
-        "Commit EOS and padding only when nothing else of their block is left, as LLaDA's instruction model does.",
+        "Commit EOS and padding only when nothing else in their block is masked, as LLaDA's instruction model does.",
     )
-    seed: int = key(0, "Of every random draw.", is_upstream=True)
+    seed: int = key(0, "Seed of all random draws.", is_upstream=True)
     logits: LogitsConfig = field(default_factory=lambda: LogitsConfig(temperature=0.95, top_p=0.9))
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.early_stop in ("predict", "grow") and self.logits.guidance_scale != 1.0:
             raise ValueError(
-                f"early_stop: {self.early_stop} does not go with guidance_scale: {self.logits.guidance_scale}, as "
-                "lengths are predicted without guidance; take early_stop: eos, or leave guidance_scale at 1"
+                f"early_stop: {self.early_stop} is incompatible with guidance_scale: {self.logits.guidance_scale}, as "
+                "lengths are predicted without guidance; set early_stop: eos, or guidance_scale: 1"
             )
         strategy = self.strategy()
         if self.eos_last and not strategy.measures:
             raise ValueError(
-                f"eos_last: true needs a denoising_strategy that goes by certainty, which {self.denoising_strategy} "
-                "does not; take low_confidence, or remove eos_last"
+                f"eos_last: true needs a denoising_strategy that scores positions, and {self.denoising_strategy} does "
+                "not; set denoising_strategy: low_confidence, or remove eos_last"
             )
         check_scores(strategy, self.commit_schedule, self.logits.score_distribution)
-        self.edits(MOST_BY_DEFAULT)  # whatever the checkpoint says, the rest has to fit
+        self.edits(MAX_DEFAULT_RATIO)  # raises for what would be wrong with any checkpoint
 
     def strategy(self) -> Strategy:
-        """Return the strategy with its own parameter.
+        """Return the strategy with its parameters.
 
         Raises:
-            ValueError: if there is none of this name, or the parameter is out of range.
+            ValueError: if no strategy has this name, or a parameter is unknown or out of range.
         """
-        own = {
+        parameters = {
             name: getattr(self, name)
-            for name, one in keys_of(self).items()
-            if one.needs == ("denoising_strategy", (self.denoising_strategy,))
+            for name, spec in keys_of(self).items()
+            if spec.needs == ("denoising_strategy", (self.denoising_strategy,))
         }
-        others = self.strategy_args or {}
-        for name in own.keys() & others.keys():
-            raise ValueError(f"strategy_args: {name} is a key of its own; write {name}: {others[name]} in its place")
-        return get_strategy(self.denoising_strategy, **own, **others)
+        strategy_args = self.strategy_args or {}
+        for name in parameters.keys() & strategy_args.keys():
+            raise ValueError(
+                f"strategy_args: {name} is a key outside strategy_args; write {name}: {strategy_args[name]} there"
+            )
+        return get_strategy(self.denoising_strategy, **parameters, **strategy_args)
 
     def edits(self, uniform_ratio: float = 0.0) -> Edits:
-        """Return which decided tokens are rewritten, with a checkpoint of that `uniform_ratio`.
+        """Return which decoded tokens are edited with a checkpoint of this `uniform_ratio`.
 
         Raises:
-            ValueError: naming the keys, if there are further steps and nothing to do in them.
+            ValueError: naming the keys, see `Edits`.
         """
         return edits_of(self.edit_ratio, self.edit_threshold, self.edit_steps, default=uniform_ratio)
 
 
 def check_scores(strategy: Strategy, commit_schedule: str, score_distribution: str) -> None:
-    """Look at the keys commit_schedule and score_distribution.
+    """Check that the strategy reads commit_schedule and score_distribution if they differ from their defaults.
 
     Args:
         strategy: the denoising strategy.
@@ -188,23 +190,23 @@ def check_scores(strategy: Strategy, commit_schedule: str, score_distribution: s
     """
     if commit_schedule != "even" and getattr(strategy, "has_own_pace", False):
         raise ValueError(
-            f"commit_schedule: {commit_schedule} has no effect, as denoising_strategy: {strategy.name} has a pace of "
-            "its own; take entropy, margin, low_confidence or random, or remove commit_schedule"
+            f"commit_schedule: {commit_schedule} has no effect on denoising_strategy: {strategy.name}; set "
+            "denoising_strategy to entropy, margin, low_confidence or random, or remove commit_schedule"
         )
     if score_distribution != "model" and not strategy.measures:
         raise ValueError(
-            f"score_distribution: {score_distribution} has no effect, as denoising_strategy: {strategy.name} scores "
-            "no position; take entropy, margin or low_confidence, or remove score_distribution"
+            f"score_distribution: {score_distribution} has no effect on denoising_strategy: {strategy.name}; set "
+            "denoising_strategy to entropy, margin or low_confidence, or remove score_distribution"
         )
 
 
 def _keys() -> dict[str, Key]:
-    """Return the keys of generation under their names in YAML, with the defaults of `SamplingSettings`."""
+    """Return the keys of generation by YAML key, with the defaults of `SamplingSettings`."""
     settings = SamplingSettings()
     return {
-        one.name or name: replace(one, default=None if one.kind == "tokens" else getattr(holder, name))
+        spec.name or name: replace(spec, default=None if spec.kind == "tokens" else getattr(holder, name))
         for holder in (settings, settings.logits)
-        for name, one in keys_of(holder).items()
+        for name, spec in keys_of(holder).items()
     }
 
 

@@ -1,4 +1,4 @@
-"""What a call of the sampler holds: its plan, the state between two steps, and the view of the next step."""
+"""The data of a call of the sampler: its plan, the state between two steps, and the view of the next step."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from ..diffusion.rng import keyed_uniform
 from ..diffusion.schedules import LinearSchedule, NoiseSchedule
 from .budget import CommitSchedule, pace_of_blocks, split_into_blocks, steps_of_blocks
 
-MOST_ROWS = 2**32
-TRIES = 8  # columns of uniform numbers: draws outside the nucleus are repeated, see `draw_tokens`
+MAX_SAMPLES = 2**32
+TRIES = 8  # uniform numbers of a token, as draws outside the nucleus are repeated, see `draw_tokens`
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays the same over the steps of one call.
+    """The constants of a call.
 
     Attributes:
         mask_id: id of [MASK].
         steps: denoising steps of a row.
-        schedule: the noise schedule, which sets the pace.
+        schedule: the noise schedule.
         seed: of every draw.
         sample_index: [batch] int64, number of each sample; with `seed` it fixes the sample's draws.
-        steps_taken: [batch] int64, steps that a sample took before this call, whose random numbers are used up.
-        editable_index: [batch, length] int64, how many editable positions of the row come before.
-        block: [batch, length] int64, which block a position belongs to; -1 for a fixed token.
+        steps_taken: [batch] int64, steps that a sample took in earlier calls, whose random numbers are used up.
+        editable_index: [batch, length] int64, number of editable positions before each position of the row.
+        block: [batch, length] int64, index of the block of a position; -1 for a fixed token.
         block_steps: [batch, n_blocks] int64, denoising steps of each block.
-        budget: [batch, steps] int64, tokens that each step commits under a strategy that counts.
-        reveal_probability: [batch, steps] float64, probability that a step reveals a masked token, under a strategy
-            that draws.
-        eos_ids: [n_eos] int64, EOS and padding tokens, which end a text; empty where none is known.
+        budget: [batch, steps] int64, tokens that each step commits, for strategies that commit a fixed number.
+        reveal_probability: [batch, steps] float64, probability that a step reveals a masked token, for strategies that
+            draw the positions.
+        eos_ids: [n_eos] int64, EOS and padding tokens, which end a text; empty if there are none.
         can_stop: [batch, 1] bool, rows without a fixed token after an editable position.
         stop_at_eos: whether a row is finished once its text is complete.
         eos_last: whether a position at which an EOS is predicted counts as the least certain of its block.
-        edit_steps: steps that a block may take for edits after its last mask is gone.
+        edit_steps: edit steps that a block may take once it is fully decoded.
     """
 
     mask_id: int
@@ -61,16 +61,16 @@ class Plan:
     def uniform(self, stream: Stream, row_step: Tensor, *, depth: int = 1) -> Tensor:
         """Return [batch, length, depth] uniform numbers, a function of seed, sample index, stream and row step alone.
 
-        Editable positions take theirs in order, so padding in front of a text changes nothing.
+        Numbers go to editable positions in order, so padding in front of a text changes nothing.
         """
         width = int(self.editable_index.shape[1])
         u = keyed_uniform(self.seed, stream, self.sample_index, width * depth, steps=self.steps_taken + row_step)
         return u.view(-1, width, depth).gather(1, self.editable_index[:, :, None].expand(-1, -1, depth))
 
     def token_draws(self, row_step: Tensor, *, tries: int = TRIES) -> Tensor:
-        """Return [batch, length, tries] float64 in [0, 1), multiples of 2**-48, that decide the tokens.
+        """Return [batch, length, tries] float64 in [0, 1), multiples of 2**-48, for the draws of tokens.
 
-        A large vocabulary has many tokens less probable than 2**-24, the grain of a single draw, so two are joined.
+        A large vocabulary has many tokens less probable than 2**-24, the resolution of one number, so two are joined.
         """
         pair = self.uniform(Stream.SAMPLE_TOKEN, row_step, depth=2 * tries).double()
         return pair[..., 0::2] + pair[..., 1::2] * 2.0**-24
@@ -78,7 +78,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepView:
-    """What one step is about: for each row, its current block and how far it has come in it.
+    """The input of one step: the current block of each row, and the steps taken in it.
 
     Attributes:
         is_masked: [batch, length] bool, positions of the block that are still masked.
@@ -86,10 +86,10 @@ class StepView:
         block: [batch] int64, index of the block.
         step: [batch] int64, steps that the row has taken in this block.
         steps: [batch] int64, steps of this block; 0 for a row that is finished.
-        row_step: [batch] int64, steps that the row has taken in all blocks, without edit steps: those draw nothing.
-        column: [batch] int64, column of `plan.budget` and `plan.reveal_probability`.
+        row_step: [batch] int64, steps that the row has taken in all blocks, without edit steps, which draw nothing.
+        column: [batch] int64, column of this step in `plan.budget` and `plan.reveal_probability`.
         block_edits: [batch] int64, tokens that the row has edited in this block.
-        edit_step: [batch] int64, edit steps that the row was granted in this block after its last mask was gone.
+        edit_step: [batch] int64, edit steps that the row was granted in this block.
         plan: of the call.
     """
 
@@ -106,7 +106,7 @@ class StepView:
 
     @property
     def is_decoded(self) -> Tensor:
-        """Return [batch, length] bool, positions of the block that earlier steps committed."""
+        """Return [batch, length] bool, positions of the block that are not masked."""
         return self.scope & ~self.is_masked
 
     def of_step(self, table: Tensor) -> Tensor:
@@ -116,19 +116,19 @@ class StepView:
 
 @dataclass(frozen=True)
 class SamplerState:
-    """Where a call stands between two steps.
+    """The state of a call between two steps.
 
     Attributes:
         z: [batch, length] int64, the sequences so far.
-        is_masked: [batch, length] bool, what is still to be committed.
-        committed: [batch, length] int64, the last step that wrote each token; -1 where none did.
-        block: [batch] int64, the block that a row is at.
+        is_masked: [batch, length] bool, positions still to be committed.
+        committed: [batch, length] int64, the last step that changed each token; -1 where none did.
+        block: [batch] int64, current block of the row.
         block_step: [batch] int64, steps that the row has taken in it.
         block_edits: [batch] int64, tokens that the row has edited in it.
-        row_step: [batch] int64, steps that the row has taken in all, without edit steps.
-        edit_step: [batch] int64, edit steps that the row was granted in its block after its last mask was gone.
-        held: [batch] bool, rows that stay in their block though it is fully decoded.
-        edits: [batch] int64, tokens that the row has edited in all.
+        row_step: [batch] int64, steps that the row has taken in all blocks, without edit steps.
+        edit_step: [batch] int64, edit steps that the row was granted in the current block.
+        held: [batch] bool, rows that stay in their block although it is fully decoded.
+        edits: [batch] int64, tokens that the row has edited in all blocks.
         sample_nfe: [batch] int64, forward passes that the row needed.
         bad_step: [] int64, 1 + the step whose logits were unusable, or 0.
         step: the next step, from 0.
@@ -172,7 +172,7 @@ def start(
     eos_last: bool = False,
     edit_steps: int = 0,
 ) -> tuple[SamplerState, Plan]:
-    """Return the state before the first step and the plan of the call, to drive `denoising_step` by hand.
+    """Return the state before the first step and the plan of the call, for `denoising_step`.
 
     The arguments are those of `sample`; `edit_steps` is the `steps` of its edits.
 
@@ -187,7 +187,7 @@ def start(
     if edit_steps < 0:
         raise ValueError(f"edit_steps must be at least 0, got {edit_steps}")
     if mask_id < 0:
-        raise ValueError(f"mask_id must be an id of the tokenizer, at least 0, got {mask_id}")
+        raise ValueError(f"mask_id must be at least 0, got {mask_id}")
     _check(x, editable, sample_index, steps_taken)
     block = split_into_blocks(editable, block_length)
     block_steps = steps_of_blocks(block, steps)
@@ -245,14 +245,12 @@ def _check(x: Tensor, editable: Tensor, sample_index: Tensor, steps_taken: Tenso
             f"steps_taken [batch] int64; got {got}"
         )
     low, high = torch.cat([sample_index, steps_taken, sample_index.new_zeros(1)]).aminmax()
-    if int(low) < 0 or int(high) >= MOST_ROWS:
-        raise ValueError(
-            f"sample_index and steps_taken must lie in [0, 2**32), 32 bits each; got {int(low)} to {int(high)}"
-        )
+    if int(low) < 0 or int(high) >= MAX_SAMPLES:
+        raise ValueError(f"sample_index and steps_taken must lie in [0, 2**32), got {int(low)} to {int(high)}")
 
 
 def view_step(state: SamplerState, plan: Plan) -> StepView:
-    """Return the view of the next step: each row is in its first unfinished block, or where it is held."""
+    """Return the view of the next step: each row is in its first unfinished block, or in the block that holds it."""
     n_blocks = plan.block_steps.shape[1]
     block = torch.where(state.is_masked, plan.block, n_blocks).amin(dim=1)
     block = torch.where(state.held, state.block, block)

@@ -1,4 +1,4 @@
-"""Denoising strategies: which masked positions a step commits, and for ReMDM which decoded ones it remasks."""
+"""Denoising strategies: which masked positions a step commits, and with ReMDM which decoded ones it remasks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Strategy(Protocol):
         """
 
 
-# A class, or another callable, that makes a strategy of its parameters.
+# A class or another callable, from parameters to a strategy.
 STRATEGIES: Registry[Callable[..., Strategy]] = Registry("denoising_strategy")
 
 
@@ -54,10 +54,10 @@ def get_strategy(name: str, **parameters: Any) -> Strategy:
 
     Args:
         name: in `STRATEGIES`.
-        parameters: of the strategy, in YAML its own keys and strategy_args; those left out have their defaults.
+        parameters: of the strategy; in YAML the keys that it reads, and strategy_args.
     Raises:
-        ValueError: if there is no such strategy or parameter, with the nearest, or a parameter has no value, or one
-            that is out of range.
+        ValueError: if there is no such strategy or parameter, naming the nearest, or a parameter is missing or out of
+            range.
     """
     make = STRATEGIES.get(name)
     known = list(inspect.signature(make).parameters)
@@ -74,14 +74,14 @@ def get_strategy(name: str, **parameters: Any) -> Strategy:
 
 
 def ranks(score: Tensor, candidate: Tensor) -> Tensor:
-    """Return [batch, length] int64, 0 for a row's highest-scoring candidate; of equal ones the earlier comes first."""
+    """Return [batch, length] int64, 0 for a row's highest-scoring candidate; ties go to the earlier position."""
     order = score.masked_fill(~candidate, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, rank)
 
 
 def still_needed(view: StepView) -> Tensor:
-    """Return [batch, 1] int64, the least a step must commit, at least 1, for the block's steps to suffice."""
+    """Return [batch, 1] int64, ceil(masked / steps left), at least 1: as many tokens a step must commit to finish."""
     left = (view.steps - view.step).clamp(min=1)
     return torch.div(view.is_masked.sum(dim=1) + left - 1, left, rounding_mode="floor").clamp(min=1)[:, None]
 
@@ -89,7 +89,7 @@ def still_needed(view: StepView) -> Tensor:
 @STRATEGIES.register
 @dataclass(frozen=True)
 class RandomOrder:
-    """Reveal each masked token with the same probability, drawn before the forward pass, so only those are projected.
+    """Reveal each masked token with the same probability, drawn before the forward pass; only these need logits.
 
     Source: DiffuLLaMA (arXiv 2410.17891), algorithm 2.
     """
@@ -114,13 +114,13 @@ class Budgeted:
     Args:
         name: in YAML.
         measure: the score: `log_prob` of the token drawn, `margin` between the two most probable tokens, or
-            `entropy`, of which the lowest is best.
+            `entropy`, whose lowest values are best.
     Source: LLaDA (arXiv 2502.09992), section 2.4, for the budget and `low_confidence`; Kim et al. 2025 (arXiv
         2502.06768), section 4, for the margin; Dream (arXiv 2508.15487) for the entropy.
     Deviates: Dream scores the filtered distribution and commits by its own schedule; here that is
         `score_distribution: filtered` and `commit_schedule: dream`, and by default the scores are the model's own and
-        the budget LLaDA's. Of equal scores the earlier position comes first, which Dream leaves to `topk`, and
-        [MASK] is never drawn.
+        the budget LLaDA's. Ties go to the earlier position, which Dream leaves to `topk`, and [MASK] is never
+        drawn.
     """
 
     name: str
@@ -151,13 +151,13 @@ for _name, _measure in (("low_confidence", "log_prob"), ("margin", "margin"), ("
 class TopK:
     """Score all positions of the block again in each step, and commit the masked ones that do not score low.
 
-    At loop t of T, counted down to 0, k = trunc(float32(n t / T)) of the n positions are to stay masked. A position is
-    low if its score lies strictly below the (k + 1)-th lowest of all n, decoded ones included, so a step commits at
-    least as many as the schedule asks for; a decoded token stays.
+    With t of the T steps left after this one, k = trunc(float32(n t / T)) of the block's n positions should stay
+    masked. A score is low if it lies strictly below the (k + 1)-th lowest of all n, decoded positions included. So a
+    step commits at least as many as the schedule requires. Decoded tokens do not change.
 
     Source: DiffuLLaMA (arXiv 2410.17891), the sampler of its GSM8K evaluation; Zheng et al. 2023 (arXiv 2302.05737),
         algorithm 2.
-    Deviates: with shift, position 0 is always fixed and takes no part, where DiffuLLaMA lends it the score of
+    Deviates: with shift, position 0 is always fixed and does not compete; DiffuLLaMA gives it the score of
         position 1.
     """
 
@@ -183,7 +183,7 @@ class TopK:
 class ConfidenceThreshold:
     """Commit every token whose probability reaches a threshold, and at least the most probable one.
 
-    More are committed only where the steps would run out otherwise, which cannot happen with as many steps as tokens.
+    More tokens are committed only where the steps would not suffice otherwise; with a step for each token they do.
 
     Args:
         confidence_threshold: probability in (0, 1].
@@ -206,10 +206,10 @@ class ConfidenceThreshold:
         return view.is_masked
 
     def commit(self, view: StepView, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
-        """Return those that reach the threshold, or the best."""
+        """Return the candidates that reach the threshold, and at least the best one."""
         value = score("log_prob")
-        sure = value.exp() >= self.confidence_threshold
-        return candidate & (sure | (ranks(value, candidate) < still_needed(view)))
+        reached = value.exp() >= self.confidence_threshold
+        return candidate & (reached | (ranks(value, candidate) < still_needed(view)))
 
 
 @STRATEGIES.register
@@ -217,8 +217,8 @@ class ConfidenceThreshold:
 class EntropyBound:
     """Commit the largest set of positions whose joint uncertainty stays within a bound, and at least one.
 
-    Positions are taken in order of entropy, lowest first, while sum(H) - max(H) of their entropies H is at most the
-    bound: that difference limits how much the tokens of a step can depend on each other (their mutual information).
+    Positions are taken in order of entropy, lowest first, while sum(H) - max(H) over their entropies H is at most the
+    bound. That difference is an upper bound on the mutual information of the tokens.
 
     Args:
         entropy_bound: nats, at least 0.
@@ -241,35 +241,37 @@ class EntropyBound:
         return view.is_masked
 
     def commit(self, view: StepView, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
-        """Return the largest set within the bound."""
+        """Return the largest set within the bound, and at least the best candidate."""
         entropy = score("entropy").double()
         rank = ranks(-entropy, candidate)
         in_order = torch.zeros_like(entropy).scatter_(1, rank, entropy.masked_fill(~candidate, 0.0))
-        before = in_order.cumsum(dim=1) - in_order  # without the entropy of the position itself, the largest so far
+        before = (
+            in_order.cumsum(dim=1) - in_order
+        )  # sum(H) - max(H), as the position itself has the largest entropy so far
         within = before.gather(1, rank) <= self.entropy_bound
         return candidate & (within | (rank < still_needed(view)))
 
 
 @runtime_checkable
 class Remasking(Strategy, Protocol):
-    """A strategy that also masks decoded positions again, chosen before the forward pass."""
+    """A strategy that also remasks decoded positions, chosen before the forward pass."""
 
     def remask(self, view: StepView) -> Tensor:
-        """Return [batch, length] bool, positions of `view.is_decoded` that are masked again after this step."""
+        """Return [batch, length] bool, positions of `view.is_decoded` that are remasked after this step."""
 
     def stays(self, view: StepView) -> Tensor:
         """Return [batch] bool, rows that stay in their block after this step even if it is fully decoded."""
 
 
 def remask_positions(strategy: Strategy, view: StepView) -> Tensor:
-    """Return [batch, length] bool, the decoded positions that a strategy masks again after this step."""
+    """Return [batch, length] bool, the decoded positions that a strategy remasks after this step."""
     if isinstance(strategy, Remasking):
         return strategy.remask(view) & view.is_decoded
     return torch.zeros_like(view.is_masked)
 
 
 def stays(strategy: Strategy, view: StepView) -> Tensor:
-    """Return [batch] bool, rows that a strategy keeps in their block though it is fully decoded."""
+    """Return [batch] bool, rows that a strategy keeps in their block although it is fully decoded."""
     return strategy.stays(view) if isinstance(strategy, Remasking) else torch.zeros_like(view.steps, dtype=torch.bool)
 
 
@@ -280,8 +282,8 @@ class Remdm:
 
     In a step from t to s a decoded token is masked with probability sigma = min(remask_cap, (1 - alpha_s) / alpha_t)
     and a masked one revealed with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), so that the expected
-    share of decoded tokens is alpha_s as in random order. The last step masks nothing and reveals all. With a cap of
-    0 this is random order, draw for draw; with a cap above 0 a block takes all of its steps.
+    fraction of decoded tokens is alpha_s as in random order. The last step masks nothing and reveals all. A cap of 0
+    gives random order with the same draws; with a cap above 0 a block takes all of its steps.
 
     Args:
         remask_cap: upper bound on sigma, the remasking probability, in [0, 1].

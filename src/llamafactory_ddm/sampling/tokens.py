@@ -10,7 +10,7 @@ from torch import Tensor
 from .logits import LogitsConfig, Measure, check_logits, clamped, filtered_scores, from_highest, top_k_scores
 from .nucleus import Weights, in_nucleus, nucleus_mask, sample_weights
 
-# Rows are worked on a few at a time, so that a row is still in the cache when the next operation reads it.
+# Elements of the logits that are processed at once. On a CPU the chunk is small enough to stay in the cache.
 _ELEMENTS_AT_ONCE = {"cpu": 2**19}
 _ELEMENTS_ELSEWHERE = 2**24
 
@@ -49,19 +49,19 @@ def draw_tokens(
     suppress: tuple[int, ...] = (),
     measures: frozenset[Measure] = frozenset(),
 ) -> TokenDraws:
-    """Draw one token a row, exactly, a few rows at a time to bound the memory.
+    """Draw one token for each row, exactly, in chunks of rows that bound the memory.
 
-    A draw inverts the cumulative distribution in float64 at a uniform number of 48 bits: like LLaDA's Gumbel maximum
-    in float64 it keeps the tail, and it needs one random number a row, not one a token. For a nucleus it draws from
-    all tokens and repeats while the token lies outside, which needs no sorting; the last column of `u` draws from the
-    nucleus itself.
+    A draw inverts the cumulative distribution in float64 at a uniform number of 48 bits. Like LLaDA's Gumbel maximum
+    in float64 it is exact in the tail, and it needs one random number for each row, not one for each token. With a
+    nucleus it draws from all tokens and repeats while the token lies outside, which needs no sorting; the last column
+    of `u` draws from the nucleus itself.
 
     Args:
-        logits: [n, vocab] float; -inf marks a token that must not be drawn. They are not changed.
+        logits: [n, vocab] float; -inf marks a token that must not be drawn.
         config: temperature and filters; guidance and penalty are applied already.
         u: [n] or [n, tries] float in [0, 1), the uniform numbers of a row.
-        suppress: further ids that must not be drawn; one beyond the vocabulary changes nothing.
-        measures: what to compute beside the ids.
+        suppress: further ids that must not be drawn; ids beyond the vocabulary are ignored.
+        measures: the scores to compute.
     Raises:
         ValueError: if the shapes disagree or an id in `suppress` is negative.
     Source: LLaDA (arXiv 2502.09992), appendix B.3 (after arXiv 2409.02908), for the precision.
@@ -69,10 +69,12 @@ def draw_tokens(
     check_logits(logits, suppress)
     u = u[:, None] if u.dim() == 1 else u
     if u.shape[:1] != logits.shape[:1] or u.dim() != 2:
-        raise ValueError(f"u must hold one number a row of logits, got {tuple(u.shape)} and {tuple(logits.shape)}")
+        raise ValueError(
+            f"u must be [n] or [n, tries] for logits [n, vocab], got {tuple(u.shape)}, {tuple(logits.shape)}"
+        )
     elements = _ELEMENTS_AT_ONCE.get(logits.device.type, _ELEMENTS_ELSEWHERE)
     n_at_once = max(1, elements // max(1, logits.shape[1]))
-    # Counting the rows left for a second pass would wait for a device, so elsewhere one pass finishes every draw.
+    # To count the rows for a second pass, other devices would have to be waited for; there one pass finishes all.
     in_two_passes = logits.device.type == "cpu" and config.uses_nucleus(logits.shape[1])
     parts = [slice(low, low + n_at_once) for low in range(0, max(len(u), 1), n_at_once)]
     draws = concatenate([_draw(logits[part], config, u[part], suppress, measures, in_two_passes) for part in parts])
@@ -100,7 +102,7 @@ def _draw(
     measures: frozenset[Measure],
     may_defer: bool,
 ) -> TokenDraws:
-    """Draw for a few rows; with `may_defer` an id is -1 where a second pass has to decide."""
+    """Draw for one chunk of rows; with `may_defer` an id is -1 where a second pass has to draw it."""
     u = u.double()
     values, highest = from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
     is_filtered = config.score_distribution == "filtered"
@@ -137,11 +139,10 @@ def _draw(
 
 
 def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor, may_defer: bool) -> Tensor:
-    """Draw [n] ids from the nucleus: by rejection with all columns of `u` but the last, then outright.
+    """Draw [n] ids from the nucleus: by rejection with all columns of `u` but the last, then from the nucleus itself.
 
-    One pass over the row shows for most tokens that they lie inside, even if all equal ones come first; for the others
-    the exact count decides, so a token is rejected only if it lies outside. With `may_defer` those get the id -1 and
-    are left to another call: on a CPU the few rows of many parts are faster together.
+    With `may_defer` only the first column is used. Rows whose token is not surely inside (`_surely_inside`) get the id
+    -1 and are drawn in a second call, as on a CPU the few such rows of all chunks are faster together.
     """
     table = Weights(weights)
     if top_p == 1.0:
@@ -152,24 +153,24 @@ def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor, may_
     rows = torch.arange(len(u), device=u.device)
     ids = torch.zeros(len(u), dtype=torch.int64, device=u.device)
     is_open = torch.ones(len(u), dtype=torch.bool, device=u.device)
-    compact = u.device.type == "cpu"
+    drops_finished_rows = u.device.type == "cpu"
     for column in range(u.shape[1] - 1):
         drawn = sample_weights(table, u[rows, column])
         inside = in_nucleus(values, table.values, drawn, top_p) & is_open[rows]
         ids[rows] = torch.where(inside, drawn, ids[rows])
         is_open[rows] &= ~inside
-        if compact:
+        if drops_finished_rows:
             rejected = (~inside).nonzero()[:, 0]
             if not len(rejected):
                 return ids
             rows, values, table = rows[rejected], values[rejected], Weights(table.values[rejected])
-    outright = sample_weights(Weights(table.values * nucleus_mask(values, table.values, top_p)), u[rows, -1])
-    ids[rows] = torch.where(is_open[rows], outright, ids[rows])
+    from_nucleus = sample_weights(Weights(table.values * nucleus_mask(values, table.values, top_p)), u[rows, -1])
+    ids[rows] = torch.where(is_open[rows], from_nucleus, ids[rows])
     return ids
 
 
 def _surely_inside(values: Tensor, table: Weights, drawn: Tensor, top_p: float) -> Tensor:
-    """Return [n] bool, where `drawn` lies inside even if all equal tokens come first, by more than float32's error."""
+    """Return [n] bool, whether `drawn` is inside even if all ties precede it, with a tolerance for float32 sums."""
     index = drawn[:, None]
     not_after = torch.ge(values, values.gather(1, index), out=torch.empty_like(values))
     before = torch.linalg.vecdot(not_after, table.values) - table.values.gather(1, index)[:, 0]

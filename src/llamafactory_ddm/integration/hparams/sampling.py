@@ -9,7 +9,7 @@ from ...modeling.special_tokens import escape_hint
 from ...sampling import SamplingSettings
 from ...sampling.keywords import ALIASES, with_keywords
 from ...sampling.settings import KEYS
-from ...sampling.state import MOST_ROWS
+from ...sampling.state import MAX_SAMPLES
 from ...utils.keys import Key, key
 
 # Upstream's keys of generation that are honoured -> ours of the same meaning, or None.
@@ -42,7 +42,7 @@ class SamplingArguments(SettingsKeys):
         "ddm-sft, which takes nothing else, and to noise with stage: ddm.",
         choices=("noise", "prefix", "infill", "prompt"),
     )
-    num_samples: int = key(8, "Texts that are generated from noise.", low=1, high=MOST_ROWS)
+    num_samples: int = key(8, "Texts that are generated from noise.", low=1, high=MAX_SAMPLES)
     prefix_length: int | None = key(
         None,
         "With generate_from: prefix, tokens of a text that are given; the rest is the label. Defaults to the whole "
