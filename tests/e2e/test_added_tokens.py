@@ -152,14 +152,14 @@ def test_a_diffusion_checkpoint_and_a_template_that_adds_tokens(base, train, sta
 def test_the_masks_spelling_in_data_is_the_same_from_a_base_and_from_a_checkpoint(base, train, monkeypatch):
     from llamafactory_ddm.integration.resolve import datasets
 
-    seen, original = [], datasets._prepared
+    seen, original = [], datasets._load_rows
 
     def keep(*args, **named):
         module = original(*args, **named)
         seen.append([row["input_ids"] for row in module["train_dataset"]])
         return module
 
-    monkeypatch.setattr(datasets, "_prepared", keep)
+    monkeypatch.setattr(datasets, "_load_rows", keep)
     train(train(base(), "first", stage="ddm"), "second", stage="ddm", mask_token=None)
     assert seen[0] == seen[1]
 

@@ -13,8 +13,8 @@ from support.cli import ABSENT, train_here
 CHAT = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}
 
 
-def turns(*said):
-    return {"conversations": [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(said)]}
+def turns(*texts):
+    return {"conversations": [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]}
 
 
 @pytest.fixture
@@ -36,35 +36,35 @@ def write_data(tmp_path):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """What the objective is given and makes of it: pairs of clean and noised batches."""
-    seen, inner = [], MaskedObjective.noise
+    """The pairs of clean and noised batches of a run's objective."""
+    pairs, inner = [], MaskedObjective.noise
 
     def noise(self, clean, **keys):
-        seen.append((clean, inner(self, clean, **keys)))
-        return seen[-1][1]
+        pairs.append((clean, inner(self, clean, **keys)))
+        return pairs[-1][1]
 
     monkeypatch.setattr(MaskedObjective, "noise", noise)
-    return seen
+    return pairs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [{}, {"packing": True}, {"variable_length": "eos_pad"}])
-def test_a_template_whose_answers_end_where_the_next_turn_begins(finetune, write_data, tmp_path, batches, form):
+def test_a_template_that_teaches_eos_at_the_start_of_the_next_turn(finetune, write_data, tmp_path, batches, form):
     """Breeze: the first token of [INST] has the end-of-text token as label; later turns still come after [INST]."""
     folder = write_data(two=([turns("Tom saw a cat.", "red", "Ben saw a dog.", "blue")] * 8, CHAT))
     keys = {"template": "breeze", "sep_token": ABSENT, "dataset": "two", "dataset_dir": folder, "cutoff_len": 96}
     finetune(tmp_path / "out", **keys, eval_dataset=None, max_steps=2, per_device_train_batch_size=2, **form)
-    hidden, left = 0, 0
+    n_masked, n_visible = 0, 0
     for clean, noised in batches:
-        where = clean.shown != clean.x_0
-        assert bool(where.any()) and bool(clean.maskable[where].all())
-        assert set(clean.x_0[where].tolist()) == {0}  # <|endoftext|>
-        assert not bool((where & (noised.z_t == clean.x_0)).any())
-        left += int((where & (noised.z_t == clean.shown)).sum())
+        is_eos = clean.shown != clean.x_0
+        assert bool(is_eos.any()) and bool(clean.maskable[is_eos].all())
+        assert set(clean.x_0[is_eos].tolist()) == {0}  # <|endoftext|>
+        assert not bool((is_eos & (noised.z_t == clean.x_0)).any())
+        n_visible += int((is_eos & (noised.z_t == clean.shown)).sum())
         targets = clean.x_0.clone().fill_(-1)
         targets.view(-1)[noised.head_index + 1] = noised.scored["targets"]
-        hidden += int((targets[where] == 0).sum())
-    assert hidden and left and len(batches) == 2
+        n_masked += int((targets[is_eos] == 0).sum())
+    assert n_masked and n_visible and len(batches) == 2
 
 
 OPENAI = {
@@ -82,11 +82,11 @@ PAIR = {"columns": {"prompt": "q", "response": "a"}}
 GOOD = {"q": "Tom saw a cat.", "a": "red"}
 
 
-def said(*pairs):
+def conversation(*pairs):
     return {"messages": [{"role": role, "content": content} for role, content in pairs]}
 
 
-ANSWERED = said(("user", "Hi"), ("assistant", "Ho"))
+ANSWERED = conversation(("user", "Hi"), ("assistant", "Ho"))
 
 
 @pytest.mark.slow
@@ -94,37 +94,45 @@ ANSWERED = said(("user", "Hi"), ("assistant", "Ho"))
     ("rows", "entry", "words"),
     [
         (
-            [ANSWERED, said(("user", "Hi"), ("assistant", "Ho"), ("tool", "3"), ("assistant", "3"))],
+            [ANSWERED, conversation(("user", "Hi"), ("assistant", "Ho"), ("tool", "3"), ("assistant", "3"))],
             OPENAI,
-            r"example 1 has the role 'tool' in message 2 .*tags are user_tag: user, .*observation_tag: tool$",
+            r"example 1 .*'tool' .*message 2 .*user_tag: user, .*observation_tag: tool$",
         ),
         (
-            [ANSWERED, said(("user", "Hi"), ("assistant", None))],
+            [ANSWERED, conversation(("user", "Hi"), ("assistant", None))],
             OPENAI,
-            r"example 1 has nothing \(null\) for content in message 1 .*role 'assistant'",
+            r"example 1 .*null .*content .*message 1 .*'assistant'",
         ),
-        ([ANSWERED, said(("user", "Hi"), ("assistant", 7))], OPENAI, r"has a number \(7\) for content in message 1"),
-        ([{"messages": None}, ANSWERED], OPENAI, r"example 0 has nothing \(null\) in column 'messages'"),
-        ([{"messages": ["Hi", "Ho"]}], OPENAI, r"example 0 has a text \(\"Hi\"\) in message 0"),
-        ([said(("user", "Hi"))], OPENAI, "example 0 has messages of the roles user: they must alternate"),
-        ([{"messages": []}], OPENAI, "example 0 has no message in column 'messages'"),
-        ([{"conversations": ANSWERED["messages"]}], CHAT, "has no 'from' in message 0 .*has 'role', 'content'; name"),
-        ([turns("Hi", "Ho"), turns(None, "Ho")], CHAT, r"example 1 has nothing \(null\) for content in message 0"),
-        ([turns("Hi", "Ho")], OPENAI, "has no column 'messages', .*names as messages; it has 'conversations'"),
-        ([GOOD], {"columns": {"prompt": "q", "response": "answer"}}, "has no column 'answer', .*names as response"),
-        ([GOOD], {}, "has no column 'instruction', which its entry"),
-        ([GOOD, {"q": 5, "a": "red"}], PAIR, r"example 1 has a number \(5\) in column 'q', where text is expected"),
-        ([{"q": "Hi", "a": 42}], PAIR, r"example 0 has a number \(42\) in column 'a'"),
-        ([{"q": ["Hi"], "a": "red"}], PAIR, r"example 0 has a list \(\[\"Hi\"\]\) in column 'q'"),
-        ([{"q": "Hi", "a": None}], PAIR, "example 0 has no response: its column 'a' is empty"),
+        (
+            [ANSWERED, conversation(("user", "Hi"), ("assistant", 7))],
+            OPENAI,
+            r"example 1 .*number \(7\) .*content .*message 1",
+        ),
+        ([{"messages": None}, ANSWERED], OPENAI, r"example 0 .*null .*'messages'"),
+        ([{"messages": ["Hi", "Ho"]}], OPENAI, r"example 0 .*\(\"Hi\"\) .*message 0"),
+        ([conversation(("user", "Hi"))], OPENAI, "example 0 .*roles user;"),
+        ([{"messages": []}], OPENAI, "example 0 has no message .*'messages'"),
+        (
+            [{"conversations": ANSWERED["messages"]}],
+            CHAT,
+            "example 0 has no 'from' .*message 0 .*'role', 'content'.* role_tag",
+        ),
+        ([turns("Hi", "Ho"), turns(None, "Ho")], CHAT, r"example 1 .*null .*content .*message 0"),
+        ([turns("Hi", "Ho")], OPENAI, "no column 'messages', .*'conversations'"),
+        ([GOOD], {"columns": {"prompt": "q", "response": "answer"}}, "no column 'answer', .*response"),
+        ([GOOD], {}, "no column 'instruction', .*prompt"),
+        ([GOOD, {"q": 5, "a": "red"}], PAIR, r"example 1 .*number \(5\) .*'q'"),
+        ([{"q": "Hi", "a": 42}], PAIR, r"example 0 .*number \(42\) .*'a'"),
+        ([{"q": ["Hi"], "a": "red"}], PAIR, r"example 0 .*list \(\[\"Hi\"\]\) .*'q'"),
+        ([{"q": "Hi", "a": None}], PAIR, "example 0 has no response: .*'a'"),
         (
             [{**GOOD, "h": ["Hello", "Ho"]}],
             {"columns": {"prompt": "q", "response": "a", "history": "h"}},
-            r"example 0 has a text \(\"Hello\"\) in column 'h', which holds pairs",
+            r"example 0 .*\(\"Hello\"\) .*'h'",
         ),
-        ([GOOD, "red"], PAIR, r"entry 1 of .*odd.json is a text \(\"red\"\), where an object"),
-        ([GOOD], {"formatting": "chat"}, "says formatting: chat; it is one of alpaca"),
-        ([GOOD], {"columns": "q"}, "its entry in dataset_info.json cannot be read .AttributeError"),
+        ([GOOD, "red"], PAIR, r"example 1 of .*odd.json .*\(\"red\"\)"),
+        ([GOOD], {"formatting": "chat"}, "formatting: chat; .*alpaca"),
+        ([GOOD], {"columns": "q"}, "dataset_info.json .*AttributeError"),
     ],
 )
 def test_data_that_are_not_as_their_entry_says(finetune, write_data, tmp_path, rows, entry, words):
@@ -144,18 +152,18 @@ CAT = b'{"text": "A cat."}\n'
         (
             "odd.jsonl",
             CAT + b'{"text": "Caf\xe9."}\n',
-            r"odd.jsonl is not UTF-8: line 2, its byte 14, which is byte 33 of the file, is 0xe9 .*iconv",
+            r"odd.jsonl is not UTF-8: line 2, byte 14 \(byte 33 .* 0xe9 .*iconv",
         ),
-        ("odd.json", '[{"text": "A"}]'.encode("utf-16"), r"is not UTF-8: line 1, its byte 1, .* is 0xff"),
-        ("odd.csv", b"text\nA cat.\nCaf\xe9.\n", r"is not UTF-8: line 3, its byte 4, which is byte 16 .* 0xe9"),
+        ("odd.json", '[{"text": "A"}]'.encode("utf-16"), r"odd.json is not UTF-8: line 1, byte 1 .* 0xff"),
+        ("odd.csv", b"text\nA cat.\nCaf\xe9.\n", r"odd.csv is not UTF-8: line 3, byte 4 \(byte 16 .* 0xe9"),
         ("odd.txt", b"A cat.\nCaf\xe9.\n", r"odd.txt is not UTF-8: line 2"),
-        ("odd.jsonl", CAT + b'{"text": "A dog.}\n', r"odd.jsonl is not JSON: line 2, column 18: Invalid"),
-        ("odd.json", b'[{"text": "A"},\n {"text" "B"}]', r"odd.json is not JSON: line 2, column 10: Expecting"),
-        ("odd.jsonl", CAT + b'{"text": 5}\n', r"example 1 has a number \(5\) in column 'text'"),
-        ("odd.csv", b"text,more\nA cat.,5\nA dog.,6,7\n", "odd.csv cannot be read as csv"),
-        ("odd.csv", b"text\n5\n6\n", r"example 0 has a number \(5\) in column 'text'"),
-        ("odd.parquet", None, r"example 0 has a number \(5\) in column 'text'"),
-        ("odd.parquet", b"text", "odd.parquet cannot be read as parquet"),
+        ("odd.jsonl", CAT + b'{"text": "A dog.}\n', r"odd.jsonl is not JSON: line 2, column 18:"),
+        ("odd.json", b'[{"text": "A"},\n {"text" "B"}]', r"odd.json is not JSON: line 2, column 10:"),
+        ("odd.jsonl", CAT + b'{"text": 5}\n', r"example 1 .*number \(5\) .*'text'"),
+        ("odd.csv", b"text,more\nA cat.,5\nA dog.,6,7\n", "odd.csv .*as csv"),
+        ("odd.csv", b"text\n5\n6\n", r"example 0 .*number \(5\) .*'text'"),
+        ("odd.parquet", None, r"example 0 .*number \(5\) .*'text'"),
+        ("odd.parquet", b"text", "odd.parquet .*as parquet"),
     ],
 )
 def test_files_that_cannot_be_read(train_small, generate, tmp_path, file, content, words):
@@ -179,16 +187,15 @@ def test_files_that_cannot_be_read(train_small, generate, tmp_path, file, conten
 
 def test_a_mask_token_that_the_data_use(train_small, tmp_path):
     keys = {"mask_token": "Ġa", "max_steps": 1}
-    words = r"mask_token: 'Ġa' \(id \d+\) occurs \d+ times among \d+ tokens, .*allow_common_mask_token: true"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=r"mask_token: 'Ġa' .*allow_common_mask_token"):
         train_small(tmp_path / "out", **keys)
     assert not (tmp_path / "out").exists()
     train_small(tmp_path / "out", **keys, allow_common_mask_token=True)
 
 
 @pytest.mark.parametrize("keys", [{}, {"packing": True}, {"template": "default", "sep_token": ABSENT}])
-def test_a_cutoff_that_leaves_no_answer(finetune, tmp_path, keys):
-    with pytest.raises(ValueError, match="cutoff_len: 6 cuts the answers of 80 of 80 examples short"):
+def test_a_cutoff_that_truncates_every_answer(finetune, tmp_path, keys):
+    with pytest.raises(ValueError, match=r"cutoff_len: 6 .* 80 of 80 "):
         finetune(tmp_path / "out", cutoff_len=6, eval_dataset=None, **keys)
     assert not (tmp_path / "out").exists()
 
@@ -196,7 +203,7 @@ def test_a_cutoff_that_leaves_no_answer(finetune, tmp_path, keys):
 def test_a_cutoff_that_leaves_no_room_for_an_answer(finetune, tmp_path):
     with pytest.raises(ValueError, match=r"cutoff_len: 3 .* at least"):
         finetune(tmp_path / "out", cutoff_len=3)
-    with pytest.raises(ValueError, match=r"cutoff_len: 5 leaves no room .*set it to at least 6"):
+    with pytest.raises(ValueError, match=r"cutoff_len: 5 .*at least 6"):
         finetune(tmp_path / "out", cutoff_len=5, packing=True)
 
 
@@ -204,26 +211,24 @@ def test_a_cutoff_that_leaves_no_room_for_an_answer(finetune, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "rows", "words"),
     [
-        ("ddm", [{"q": ""}] * 8, "every text is empty"),
-        ("ddm-sft", [{"q": "Hi", "a": ""}] * 8, "every response is empty"),
+        ("ddm", [{"q": ""}] * 8, "every text"),
+        ("ddm-sft", [{"q": "Hi", "a": ""}] * 8, "every response"),
     ],
 )
 @pytest.mark.parametrize("streams", [False, True])
-def test_data_in_which_there_is_nothing_to_learn(
-    train_small, finetune, write_data, tmp_path, stage, rows, words, streams
-):
+def test_data_without_a_token_to_learn(train_small, finetune, write_data, tmp_path, stage, rows, words, streams):
     folder = write_data(
         empty=(rows, {"columns": {"prompt": "q", "response": "a"}} if stage != "ddm" else {"columns": {"prompt": "q"}})
     )
     keys = {"dataset": "empty", "dataset_dir": folder, "eval_dataset": None, "cutoff_len": 8}
     keys |= {"streaming": True, "dataloader_num_workers": 1} if streams else {}
     run = train_small if stage == "ddm" else finetune
-    with pytest.raises(ValueError, match=rf"dataset: empty \(train\): none of its .*rows .*{words}"):
+    with pytest.raises(ValueError, match=rf"dataset: empty \(train\): .*rows .*{words}"):
         run(tmp_path / "out", **keys, **({"packing": False} if stage == "ddm" else {}))
 
 
 @pytest.mark.slow
-def test_prepared_rows_remember_what_they_were_made_for(finetune, train_small, write_data, tmp_path):
+def test_prepared_rows_are_checked_against_the_settings_saved_with_them(finetune, train_small, write_data, tmp_path):
     from datasets import load_from_disk
     from transformers import AutoTokenizer
 
@@ -235,15 +240,15 @@ def test_prepared_rows_remember_what_they_were_made_for(finetune, train_small, w
     assert set(load_from_disk(rows)) == {"train"}
     finetune(tmp_path / "again", **keys)
     for change, words in (
-        ({"template": "default", "sep_token": ABSENT}, "made with template: diffullama, and template is default"),
-        ({"train_on_prompt": True}, "with train_on_prompt: false, and train_on_prompt is true"),
-        ({"variable_length": "eos_pad"}, "with variable_length: false, and variable_length is true"),
-        ({"packing": True}, "with packing: false, and packing is true"),
-        ({"cutoff_len": 20}, r"a row of \d+ tokens, more than cutoff_len: 20"),
+        ({"template": "default", "sep_token": ABSENT}, "template: diffullama, .*template is default"),
+        ({"train_on_prompt": True}, "train_on_prompt: false, .*train_on_prompt is true"),
+        ({"variable_length": "eos_pad"}, "variable_length: false, .*variable_length is true"),
+        ({"packing": True}, "packing: false, .*packing is true"),
+        ({"cutoff_len": 20}, "cutoff_len: 20"),
     ):
         with pytest.raises(ValueError, match=f"tokenized_path: .*{words}"):
             finetune(tmp_path / "out", **{**keys, **change})
-    with pytest.raises(ValueError, match=r"has labels, .* made for stage: ddm-sft, and stage is ddm"):
+    with pytest.raises(ValueError, match=r"tokenized_path: .*labels.* stage: ddm-sft, .*stage is ddm"):
         train_small(tmp_path / "out", **keys)
     other = tmp_path / "other"
     for name in ("config.json", "model.safetensors", "diffusion_config.json"):
@@ -256,42 +261,40 @@ def test_prepared_rows_remember_what_they_were_made_for(finetune, train_small, w
     words[one], words[two] = words[two], words[one]
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(vocabulary))
     tokenizer.save_pretrained(other)
-    with pytest.raises(ValueError, match=r"tokenized_path: .* was made with another tokenizer, under which"):
+    with pytest.raises(ValueError, match=r"tokenized_path: .* another tokenizer"):
         finetune(tmp_path / "out", **keys, model_name_or_path=other)
     (rows / "dataset_dict.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenized_path: .*rows holds no rows that can be opened"):
+    with pytest.raises(ValueError, match=r"tokenized_path: .*rows cannot be opened"):
         finetune(tmp_path / "out", **keys)
-    with pytest.raises(ValueError, match=r"tokenized_path: .*llamafactory_ddm.json is a file"):
+    with pytest.raises(ValueError, match=r"tokenized_path: .*llamafactory_ddm.json "):
         finetune(tmp_path / "out", **{**keys, "tokenized_path": rows / "llamafactory_ddm.json"})
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", [{"packing": False}, {"packing": True}, {"variable_length": "eos_pad"}])
-def test_the_spelling_of_control_tokens_is_text(train_small, checkpoint, write_data, tmp_path, batches, caplog, form):
+def test_a_spelled_out_control_token_is_text(train_small, checkpoint, write_data, tmp_path, batches, caplog, form):
     """From an autoregressive base, to which they are new, and from a diffusion checkpoint alike."""
     rows = [{"text": f"Tom <|mask|> saw <|pad|> {n} cats."} for n in range(24)]
     keys = {"dataset": "text", "dataset_dir": write_data(text=(rows, {"columns": {"prompt": "text"}})), "max_steps": 1}
     keys |= {"cutoff_len": 40, "eval_dataset": None, "disable_shuffling": True}
     if "packing" not in form:
         keys["packing"] = ABSENT
-    found = []
+    inputs = []
     for name, base in (("new", {}), ("trained", {"model_name_or_path": checkpoint})):
         batches.clear()
         caplog.clear()
         train_small(tmp_path / name, **keys, **form, **base)
         (clean, noised), *_ = batches
-        found.append(clean.x_0)
+        inputs.append(clean.x_0)
         mask = DiffusionConfig.load(tmp_path / name).mask_token_id
         assert mask not in clean.x_0 and mask not in noised.scored["targets"]
         count = r"\d+ of \d+" if form.get("packing") else "24 of 24"
-        assert re.search(
-            rf"'<\|mask\|>'.* stands in {count} rows .*read as plain characters, not as the mask token", caplog.text
-        )
-    assert torch.equal(*found)
+        assert re.search(rf"{count} rows .*'<\|mask\|>'", caplog.text)
+    assert torch.equal(*inputs)
 
 
 @pytest.mark.parametrize("stage", ["prefix", "prompt"])
-def test_the_spelling_of_the_mask_token_in_prompts_is_text(generate, finetuned, write_data, tmp_path, caplog, stage):
+def test_a_mask_token_spelled_out_in_a_prompt_is_text(generate, finetuned, write_data, tmp_path, caplog, stage):
     rows = [{"q": "Tom <|mask|> saw", "a": "5"}, {"q": "Tom saw", "a": "6"}]
     keys = {"dataset_dir": write_data(odd=(rows, PAIR)), "eval_dataset": "odd", "cutoff_len": 32, "diffusion_steps": 8}
     if stage == "prefix":

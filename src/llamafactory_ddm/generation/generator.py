@@ -158,7 +158,7 @@ class TextGenerator:
             config = replace(config, template=None)
         elif stored is None or stored.name != template:
             # The templates are LLaMA-Factory's, which nothing else here needs.
-            found, stop_words = import_module("..integration.data.stored_template", __package__).named_template(
+            found, stop_words = import_module("..integration.data.stored_template", __package__).load_template(
                 template, self.tokenizer
             )
             if stored is not None and stored.parts != found.parts:

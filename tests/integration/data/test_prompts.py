@@ -14,19 +14,19 @@ NAMED = {"tags": {"role_tag": "role", "content_tag": "content", "user_tag": "use
 OPENAI = {"formatting": "openai", "columns": {"messages": "messages"}, **NAMED}
 
 
-def said(*texts, roles=("human", "gpt"), keys=("from", "value")):
+def conversation(*texts, roles=("human", "gpt"), keys=("from", "value")):
     return [{keys[0]: roles[n % 2], keys[1]: text} for n, text in enumerate(texts)]
 
 
 def read(folder, rows, entry, **keys):
-    """Return prompt and answer of each example."""
+    """Return the turns of each example's prompt, and its answer."""
     data = save_data(folder / "data", one=(rows, entry))
     data_args = DataArguments(dataset_dir=str(data), overwrite_cache=True, **{"eval_dataset": "one", **keys})
     training_args = TrainingArguments(output_dir=str(folder / "out"), seed=1, use_cpu=True, report_to="none")
-    found = prompts.examples(["one"], ModelArguments(model_name_or_path="x"), data_args, training_args)
-    texts = [[[turn["content"] for turn in row[key]] for key in ("_prompt", "_response")] for row in found]
+    loaded = prompts.load_examples(["one"], ModelArguments(model_name_or_path="x"), data_args, training_args)
+    texts = [[[turn["content"] for turn in row[key]] for key in ("_prompt", "_response")] for row in loaded]
     assert all(len(answer) == 1 for _, answer in texts)
-    return [(*asked, answer[0]) for asked, answer in texts]
+    return [(*prompt, answer[0]) for prompt, answer in texts]
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,18 @@ def read(folder, rows, entry, **keys):
         ([{"q": "a", "a": None}, {"q": "b"}, {"q": "c", "a": ""}], PAIR, [("a", ""), ("b", ""), ("c", "")]),
         ([{"instruction": "a"}, {"instruction": "b"}], {}, [("a", ""), ("b", "")]),
         (
-            [{"conversations": said("a", "b", "c")}, {"conversations": said("d", "e")}],
+            [{"conversations": conversation("a", "b", "c")}, {"conversations": conversation("d", "e")}],
             CHAT,
             [("a", "b", "c", ""), ("d", "e")],
         ),
-        ([{"conversations": said("a", None)}, {"conversations": said("b", "c")}], CHAT, [("a", ""), ("b", "c")]),
+        (
+            [{"conversations": conversation("a", None)}, {"conversations": conversation("b", "c")}],
+            CHAT,
+            [("a", ""), ("b", "c")],
+        ),
         (
             [
-                {"messages": said(*texts, roles=("user", "assistant"), keys=("role", "content"))}
+                {"messages": conversation(*texts, roles=("user", "assistant"), keys=("role", "content"))}
                 for texts in ("a", "bc")
             ],
             OPENAI,
@@ -57,14 +61,14 @@ def test_each_example_is_a_prompt(tmp_path, rows, entry, expected):
     assert read(tmp_path, rows, entry) == expected
 
 
-def test_a_column_that_is_named_must_be_there(tmp_path):
+def test_a_column_that_the_entry_names_must_exist(tmp_path):
     with pytest.raises(KeyError, match="answer"):
         read(tmp_path, [{"q": "a", "a": "b"}], {"columns": {"prompt": "q", "response": "answer"}})
 
 
 def test_preferences_are_no_prompts(tmp_path):
     entry = {"ranking": True, "columns": {"prompt": "q", "chosen": "a", "rejected": "b"}}
-    with pytest.raises(ValueError, match="one holds preferences"):
+    with pytest.raises(ValueError, match=r"dataset: one .*ranking: true"):
         read(tmp_path, [{"q": "a", "a": "b", "b": "c"}], entry)
 
 
@@ -82,7 +86,10 @@ def work(tmp_path_factory):
     save_decoder(folder / "model")
     eggs = [{"q": f"Tom has {n} eggs.", "a": f"{n} eggs."} for n in range(8)]
     some = [{"q": "Tom saw a cat.", "a": "red"}, {"q": "Ben saw.", "a": None}, {"q": "Max saw.", "a": "blue"}]
-    broken = [{"conversations": said("a", "b")}, {"conversations": said("c", "d", roles=("gpt", "human"))}]
+    broken = [
+        {"conversations": conversation("a", "b")},
+        {"conversations": conversation("c", "d", roles=("gpt", "human"))},
+    ]
     save_data(folder / "data", eggs=(eggs, PAIR), some=(some, PAIR), broken=(broken, CHAT))
     keys = {"stage": "ddm-sft", "do_train": True, "template": "default", "dataset": "eggs"}
     run_keys(folder / "sft", model_name_or_path=folder / "model", dataset_dir=folder / "data", **keys)
@@ -90,8 +97,8 @@ def work(tmp_path_factory):
 
 
 def predict(folder, work, **keys):
-    given = {"stage": "ddm-sft", "template": "default", "do_predict": True, "max_new_tokens": 4, **keys}
-    run_keys(folder, model_name_or_path=work / "sft", dataset_dir=work / "data", **given)
+    settings = {"stage": "ddm-sft", "template": "default", "do_predict": True, "max_new_tokens": 4, **keys}
+    run_keys(folder, model_name_or_path=work / "sft", dataset_dir=work / "data", **settings)
     lines = (folder / "generated_predictions.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -101,18 +108,18 @@ def test_every_prompt_gets_its_text_and_metrics_are_of_those_with_a_label(work, 
     rows = predict(tmp_path / "out", work, eval_dataset="some", template=template)
     assert [name in row["prompt"] for name, row in zip(("Tom", "Ben", "Max"), rows, strict=True)] == [True] * 3
     assert [row.get("label", "").split("\n")[-1] for row in rows] == ["red", "", "blue"]
-    found = json.loads((tmp_path / "out" / "predict_results.json").read_text())
-    assert (found["predict_samples"], found["predict_labelled_samples"]) == (3, 2)
+    metrics = json.loads((tmp_path / "out" / "predict_results.json").read_text())
+    assert (metrics["predict_samples"], metrics["predict_labelled_samples"]) == (3, 2)
 
 
 def test_turns_out_of_order_are_no_prompt(work, tmp_path):
-    with pytest.raises(ValueError, match="dataset: example 1: its turns are not those of a prompt"):
+    with pytest.raises(ValueError, match=r"dataset: example 1: .*turns"):
         predict(tmp_path / "out", work, eval_dataset="broken")
 
 
 def test_prefixes_and_prompts_are_of_the_same_held_out_examples(work, tmp_path):
     keys = {"dataset": "eggs", "val_size": 0.25}
-    asked = predict(tmp_path / "prompts", work, **keys)
+    prompted = predict(tmp_path / "prompts", work, **keys)
     continued = predict(tmp_path / "prefixes", work, stage="ddm", generate_from="prefix", template=None, **keys)
-    assert len(asked) == len(continued) == 2
-    assert all(row["prompt"] in one["prompt"] for row, one in zip(continued, asked, strict=True))
+    assert len(prompted) == len(continued) == 2
+    assert all(row["prompt"] in full["prompt"] for row, full in zip(continued, prompted, strict=True))

@@ -1,4 +1,4 @@
-"""DiffuLLaMA's format against its description written out in plain Python."""
+"""DiffuLLaMA's format against a reference in plain Python, and the chats of LLaDA and Dream against their own."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llamafactory.data.template import TEMPLATES
 
-from llamafactory_ddm.integration.data.templates import register_templates, without_cut
+from llamafactory_ddm.integration.data.templates import register_templates, without_truncation
 from support.tiny import tiny_tokenizer
 
 register_templates()
@@ -23,7 +23,7 @@ def encode(prompt, response, cutoff_len, **keys):
 
 
 @given(st.text(alphabet="cat dog", max_size=12), st.text(alphabet="cat dog", max_size=12), st.integers(4, 24))
-def test_prompt_and_response_are_cut_as_published(prompt, response, cutoff_len):
+def test_prompt_and_response_are_truncated_as_published(prompt, response, cutoff_len):
     source = TOKENIZER.encode(prompt, add_special_tokens=False)
     target = TOKENIZER.encode(response, add_special_tokens=False)[: cutoff_len - 3]
     keep = cutoff_len - 3 - len(target)
@@ -31,24 +31,24 @@ def test_prompt_and_response_are_cut_as_published(prompt, response, cutoff_len):
     assert encode(prompt, response, cutoff_len) == [([END, *source, SEP], [*target, END])]
 
 
-def test_without_a_cut_nothing_is_lost():
-    [(prompt, response)] = without_cut(replace(TEMPLATE, cutoff_len=5)).encode_multiturn(
+def test_without_truncation_nothing_is_lost():
+    [(prompt, response)] = without_truncation(replace(TEMPLATE, cutoff_len=5)).encode_multiturn(
         TOKENIZER, [{"role": "user", "content": "cat" * 9}, {"role": "assistant", "content": "dog" * 9}]
     )
     assert (len(prompt), len(response)) == (11, 10)
-    assert without_cut(TEMPLATES["alpaca"]) is TEMPLATES["alpaca"]
+    assert without_truncation(TEMPLATES["alpaca"]) is TEMPLATES["alpaca"]
 
 
-def test_what_the_format_does_not_hold():
+def test_examples_that_do_not_fit_the_format():
     turn = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]
-    with pytest.raises(ValueError, match="one prompt and one response, and an example has 4 messages"):
+    with pytest.raises(ValueError, match=r"template: diffullama .*4 messages"):
         TEMPLATE.encode_multiturn(TOKENIZER, turn * 2)
-    with pytest.raises(ValueError, match="needs sep_token"):
+    with pytest.raises(ValueError, match=r"template: diffullama .*sep_token"):
         TEMPLATES["diffullama"].encode_multiturn(TOKENIZER, turn)
 
 
 def test_the_chats_of_llada_and_dream():
-    """Against the published formats, turn by turn; what ends an answer ends a text."""
+    """Turn by turn; the token that ends a turn is EOS."""
     tokenizer = tiny_tokenizer()
     turns = [
         {"role": "user", "content": "cat"},
@@ -57,21 +57,21 @@ def test_the_chats_of_llada_and_dream():
         {"role": "assistant", "content": "b"},
     ]
 
-    def written(name, **keys):
+    def encoded(name, **keys):
         pairs = TEMPLATES[name].encode_multiturn(tokenizer, turns, **keys)
         return [tokenizer.decode(part) for pair in pairs for part in pair]
 
     def llada(role):
         return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
-    assert written("llada") == [
+    assert encoded("llada") == [
         f"<|endoftext|>{llada('user')}cat<|eot_id|>{llada('assistant')}",
         "dog<|eot_id|>",
         f"{llada('user')}a<|eot_id|>{llada('assistant')}",
         "b<|eot_id|>",
     ]
-    assert written("llada", system="do")[0].startswith(f"<|endoftext|>{llada('system')}do<|eot_id|>{llada('user')}cat")
-    assert written("dream") == [
+    assert encoded("llada", system="do")[0].startswith(f"<|endoftext|>{llada('system')}do<|eot_id|>{llada('user')}cat")
+    assert encoded("dream") == [
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\ncat<|im_end|>\n<|im_start|>assistant\n",
         "dog<|im_end|>\n",

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's templates recorded as parts of a prompt, so that they can be applied without LLaMA-Factory."""
+"""Records LLaMA-Factory's templates as parts of a prompt, so that they can be applied without LLaMA-Factory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llamafactory.data.template import TEMPLATES
 
 from ...modeling.prompt_template import Part, PromptTemplate
 from ...utils.registry import did_you_mean
-from .templates import DIFFULLAMA, register_templates, without_cut
+from .templates import DIFFULLAMA, register_templates, without_truncation
 
-_WORDS = "\x00prompt\x00"  # stands for the user's text
+_PLACEHOLDER = "\x00prompt\x00"  # stands for the user's text
 
 
-def recorded(template: Any, tokenizer: Any, name: str | None) -> PromptTemplate:
-    """Return the prompt of one turn that a template makes in training.
+def record_template(template: Any, tokenizer: Any, name: str | None) -> PromptTemplate:
+    """Return the prompt of one turn, as the template formats it in training.
 
     Args:
         template: LLaMA-Factory's.
@@ -25,12 +25,12 @@ def recorded(template: Any, tokenizer: Any, name: str | None) -> PromptTemplate:
         name: name of the template.
     """
     recorder = _Recorder(tokenizer)
-    turns = [{"role": "user", "content": _WORDS}, {"role": "assistant", "content": ""}]
-    (ids, _), *_ = without_cut(template).encode_multiturn(recorder, turns, None, None)
+    turns = [{"role": "user", "content": _PLACEHOLDER}, {"role": "assistant", "content": ""}]
+    (ids, _), *_ = without_truncation(template).encode_multiturn(recorder, turns, None, None)
     return PromptTemplate(name, tuple(recorder.parts[number] for number in ids))
 
 
-def named_template(name: str, tokenizer: Any) -> tuple[PromptTemplate, tuple[str, ...]]:
+def load_template(name: str, tokenizer: Any) -> tuple[PromptTemplate, tuple[str, ...]]:
     """Return LLaMA-Factory's template with this name, and the tokens that end its answers.
 
     Raises:
@@ -39,10 +39,10 @@ def named_template(name: str, tokenizer: Any) -> tuple[PromptTemplate, tuple[str
     register_templates()
     if name not in TEMPLATES or name == DIFFULLAMA:
         hint = did_you_mean(name, set(TEMPLATES) - {DIFFULLAMA})
-        why = "needs the sep_token of a model that was finetuned with it" if name == DIFFULLAMA else "does not exist"
-        raise ValueError(f"template: {name} {why}{hint}")
-    own = copy.deepcopy(tokenizer)
-    asked = SimpleNamespace(
+        cause = "needs the sep_token of a model that was finetuned with it" if name == DIFFULLAMA else "does not exist"
+        raise ValueError(f"template: {name} {cause}{hint}")
+    extended = copy.deepcopy(tokenizer)  # the template may add tokens
+    template_args = SimpleNamespace(
         template=name,
         train_on_prompt=False,
         tool_format=None,
@@ -50,16 +50,17 @@ def named_template(name: str, tokenizer: Any) -> tuple[PromptTemplate, tuple[str
         enable_thinking=True,
         preserve_thinking=False,
     )
-    template = get_template_and_fix_tokenizer(own, asked)
-    found = recorded(template, own, name)
-    written = "".join(part.token or "".join(part.text) for part in found.parts)
-    lacking = sorted(token for token in own.get_vocab().keys() - tokenizer.get_vocab().keys() if token in written)
-    if lacking:
+    template = get_template_and_fix_tokenizer(extended, template_args)
+    recorded = record_template(template, extended, name)
+    spelling = "".join(part.token or "".join(part.text) for part in recorded.parts)
+    added = extended.get_vocab().keys() - tokenizer.get_vocab().keys()
+    missing = sorted(token for token in added if token in spelling)
+    if missing:
         raise ValueError(
-            f"template: {name} writes {', '.join(lacking)}, which this model has no token for; take the template that "
+            f"template: {name} uses {', '.join(missing)}, which this model's vocabulary lacks; set the template that "
             "the model was trained with"
         )
-    return found, end_tokens(template, own)
+    return recorded, end_tokens(template, extended)
 
 
 def end_tokens(template: Any, tokenizer: Any) -> tuple[str, ...]:
@@ -70,7 +71,7 @@ def end_tokens(template: Any, tokenizer: Any) -> tuple[str, ...]:
 
 
 class _Recorder:
-    """A tokenizer that records what it encodes; an id is an index into the record."""
+    """A tokenizer that records what it encodes; the ids it returns are indices into `parts`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -79,22 +80,22 @@ class _Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def _noted(self, part: Part) -> int:
+    def _record(self, part: Part) -> int:
         self.parts.append(part)
         return len(self.parts) - 1
 
     @property
     def bos_token_id(self) -> int | None:
         token = self._tokenizer.bos_token
-        return None if token is None else self._noted(Part(str(token)))
+        return None if token is None else self._record(Part(str(token)))
 
     @property
     def eos_token_id(self) -> int | None:
         token = self._tokenizer.eos_token
-        return None if token is None else self._noted(Part(str(token)))
+        return None if token is None else self._record(Part(str(token)))
 
     def convert_tokens_to_ids(self, token: str) -> int:
-        return self._noted(Part(token))
+        return self._record(Part(token))
 
     def encode(self, text: str, **kwargs: Any) -> list[int]:
-        return [self._noted(Part(None, tuple(text.split(_WORDS))))] if text else []
+        return [self._record(Part(None, tuple(text.split(_PLACEHOLDER))))] if text else []

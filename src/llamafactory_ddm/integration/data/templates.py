@@ -1,4 +1,4 @@
-"""Templates that LLaMA-Factory lacks: DiffuLLaMA's prompt and response, and the chat formats of LLaDA and Dream."""
+"""Templates that LLaMA-Factory lacks: DiffuLLaMA's instruction format, and the chat formats of LLaDA and Dream."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from llamafactory.data.formatter import EmptyFormatter, StringFormatter
 from llamafactory.data.template import TEMPLATES, Template, register_template
 
 DIFFULLAMA = "diffullama"
-MARKS = 3  # bos, sep, eos
+N_SPECIAL = 3  # bos, sep, eos
 _UNLIMITED = 2**30  # tokens
 
 
 @dataclass
 class DiffuLlamaTemplate(Template):  # type: ignore[misc]
-    """`[bos] prompt [sep] response [eos]`, the prompt cut from the left and the response from the right.
+    """`[bos] prompt [sep] response [eos]`, the prompt truncated on the left and the response on the right.
 
     Attributes:
         sep_token: spelling of [sep] in the vocabulary.
-        cutoff_len: largest number of tokens of a row, to which prompt and response are truncated; None truncates
-            nothing.
+        cutoff_len: number of tokens to which a row is truncated; None for no truncation.
     Source: DiffuLLaMA (arXiv 2410.17891), the data format of its finetuning code.
-    Deviates: if the response fills the row, the row has no prompt; the published code keeps all of the prompt and
+    Deviates: if the response fills the row, the prompt is dropped; the published code keeps the whole prompt and
         drops the end of the response.
     """
 
@@ -36,19 +35,19 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
         """Return the ids `[bos] prompt [sep]` and `response [eos]`.
 
         Raises:
-            ValueError: if the example is not one prompt and one response, or [sep] is not set.
+            ValueError: if the example is not one prompt and one response, or sep_token is not set.
         """
         if len(messages) != 2 or tools:
             raise ValueError(
-                f"template: {DIFFULLAMA} holds one prompt and one response, and an example has {len(messages)} "
-                f"messages{' and tools' if tools else ''}; use the template of a chat model"
+                f"template: {DIFFULLAMA} takes one prompt and one response, but an example has {len(messages)} "
+                f"messages{' and tools' if tools else ''}; set the template of a chat model"
             )
         if self.sep_token is None:
             raise ValueError(f"template: {DIFFULLAMA} needs sep_token, the token between prompt and response")
         prompt = tokenizer.encode((system or self.default_system) + messages[0]["content"], add_special_tokens=False)
         response = tokenizer.encode(messages[1]["content"], add_special_tokens=False)
         if self.cutoff_len is not None:
-            room = self.cutoff_len - MARKS
+            room = self.cutoff_len - N_SPECIAL
             response = response[:room]
             prompt = prompt[max(0, len(prompt) - (room - len(response))) :]
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
@@ -56,16 +55,16 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
         return [[*bos, *prompt, sep], [*response, tokenizer.eos_token_id]]
 
 
-def without_cut(template: Any) -> Any:
+def without_truncation(template: Any) -> Any:
     """Return the template without truncation of prompt and response."""
     return replace(template, cutoff_len=None) if isinstance(template, DiffuLlamaTemplate) else template
 
 
-def uncut(data_args: Any) -> Any:
-    """Return the data arguments without truncation of examples."""
-    whole = copy.copy(data_args)
-    whole.cutoff_len = _UNLIMITED
-    return whole
+def without_cutoff(data_args: Any) -> Any:
+    """Return a copy of the data arguments whose cutoff_len truncates nothing."""
+    unlimited = copy.copy(data_args)
+    unlimited.cutoff_len = _UNLIMITED
+    return unlimited
 
 
 def register_templates() -> None:
@@ -78,27 +77,27 @@ def register_templates() -> None:
             template_class=DiffuLlamaTemplate,
         )
     if "llada" not in TEMPLATES:
-        _register_chat("llada", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", starts=True)
+        _register_chat("llada", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", has_bos=True)
     if "dream" not in TEMPLATES:
         _register_chat(
-            "dream", "<|im_start|>{role}\n", "<|im_end|>", between="\n", system="You are a helpful assistant."
+            "dream", "<|im_start|>{role}\n", "<|im_end|>", separator="\n", system="You are a helpful assistant."
         )
 
 
 def _register_chat(
-    name: str, header: str, end: str, *, between: str = "", starts: bool = False, system: str = ""
+    name: str, header: str, end: str, *, separator: str = "", has_bos: bool = False, system: str = ""
 ) -> None:
-    """Register a chat template with turns of header, content and `end`, which also ends a text.
+    """Register a chat template whose turns are header, content, `end` and separator; `end` also ends generation.
 
     Source: the published chat templates of LLaDA-8B-Instruct and Dream-v0-Instruct-7B.
     """
     user, assistant, system_turn = (header.format(role=role) for role in ("user", "assistant", "system"))
     register_template(
         name=name,
-        format_user=StringFormatter(slots=[f"{user}{{{{content}}}}{end}{between}{assistant}"]),
-        format_assistant=StringFormatter(slots=[f"{{{{content}}}}{end}{between}"]),
-        format_system=StringFormatter(slots=[f"{system_turn}{{{{content}}}}{end}{between}"]),
-        format_prefix=EmptyFormatter(slots=[{"bos_token"}]) if starts else None,
+        format_user=StringFormatter(slots=[f"{user}{{{{content}}}}{end}{separator}{assistant}"]),
+        format_assistant=StringFormatter(slots=[f"{{{{content}}}}{end}{separator}"]),
+        format_system=StringFormatter(slots=[f"{system_turn}{{{{content}}}}{end}{separator}"]),
+        format_prefix=EmptyFormatter(slots=[{"bos_token"}]) if has_bos else None,
         default_system=system,
         stop_words=[end],
         replace_eos=True,

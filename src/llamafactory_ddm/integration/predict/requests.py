@@ -14,8 +14,8 @@ from ...data.collators import response_start
 from ...data.control_tokens import reading_as_text
 from ...generation.generator import TextGenerator, error_prefix
 from ..data.faults import explain_dataset_errors
-from ..data.prompts import examples
-from ..data.templates import uncut, without_cut
+from ..data.prompts import load_examples
+from ..data.templates import without_cutoff, without_truncation
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,15 @@ def build_example_requests(
     Raises:
         ValueError: if there is no data set, an example has no prompt, or its prompt leaves no room for a response.
     """
-    uncut_args = uncut(data_args)
-    uncut_args.packing = uncut_args.neat_packing = uncut_args.train_on_prompt = False
+    untruncated_args = without_cutoff(data_args)
+    untruncated_args.packing = untruncated_args.neat_packing = untruncated_args.train_on_prompt = False
     processor_arguments = {
         **tokenizer_module,
         "tokenizer": reading_as_text(tokenizer_module["tokenizer"], generator.codec.controls),
     }
-    processor = SupervisedDatasetProcessor(template=without_cut(template), **processor_arguments, data_args=uncut_args)
+    processor = SupervisedDatasetProcessor(
+        template=without_truncation(template), **processor_arguments, data_args=untruncated_args
+    )
     names, requests = _check_dataset_names(data_args), []
     for index, example in enumerate(_load_examples(model_args, data_args, training_args)):
         with error_prefix(f"dataset: example {index}"):
@@ -239,7 +241,7 @@ def _load_texts(model_args: Any, data_args: Any, training_args: Any) -> Iterator
 def _load_examples(model_args: Any, data_args: Any, training_args: Any) -> Any:
     names = _check_dataset_names(data_args)
     with explain_dataset_errors(data_args, names), training_args.main_process_first(desc="load dataset"):
-        return examples(names, model_args, data_args, training_args)
+        return load_examples(names, model_args, data_args, training_args)
 
 
 def _check_dataset_names(data_args: Any) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from ...data.collators import ResponseCollator
 from ...modeling.diffusion_config import DiffusionConfig
 from ...modeling.special_tokens import resolve_token, split_digits, splits_digits
-from ..data.templates import DIFFULLAMA, MARKS, DiffuLlamaTemplate, uncut
+from ..data.templates import DIFFULLAMA, N_SPECIAL, DiffuLlamaTemplate, without_cutoff
 from .start_and_end import with_padding, with_template
 
 
@@ -73,19 +73,19 @@ def resolve_template(
     # For packing, LLaMA-Factory has subtracted a token from cutoff_len, and may cut a full row by one more.
     packed = bool(data_args.packing)
     longest = data_args.cutoff_len - packed
-    if cuts and longest <= MARKS:
+    if cuts and longest <= N_SPECIAL:
         raise ValueError(
-            f"cutoff_len: {data_args.cutoff_len + packed} leaves no room for a response with the {MARKS} special "
-            f"tokens of template: {DIFFULLAMA}; set it to at least {MARKS + 1 + 2 * packed}"
+            f"cutoff_len: {data_args.cutoff_len + packed} leaves no room for a response with the {N_SPECIAL} special "
+            f"tokens of template: {DIFFULLAMA}; set it to at least {N_SPECIAL + 1 + 2 * packed}"
         )
     return replace(template, sep_token=sep, cutoff_len=longest if cuts else None)
 
 
-def with_own_cut(template: Any, data_args: Any) -> Any:
+def preparation_args(template: Any, data_args: Any) -> Any:
     """Return the data arguments for preparation, without cutoff_len if the template cuts examples itself."""
     if not isinstance(template, DiffuLlamaTemplate) or data_args.packing:
         return data_args
-    return uncut(data_args)
+    return without_cutoff(data_args)
 
 
 def finetuned_config(

@@ -10,7 +10,7 @@ from llamafactory.data.template import TEMPLATES
 from ...data.collators import start_token_id
 from ...data.control_tokens import words_among
 from ...modeling.diffusion_config import DiffusionConfig
-from ..data.stored_template import end_tokens, recorded
+from ..data.stored_template import end_tokens, record_template
 from ..logs import get_logger
 
 logger = get_logger(__name__)
@@ -48,7 +48,7 @@ def tell_other_template(config: DiffusionConfig | None, template: Any, tokenizer
     stored = None if config is None else config.template
     if stored is None:
         return
-    here = recorded(template, tokenizer, data_args.template)
+    here = record_template(template, tokenizer, data_args.template)
     if here.parts == stored.parts:
         return
     if stored.name == data_args.template:
@@ -106,7 +106,7 @@ def with_padding(config: DiffusionConfig, tokenizer: Any) -> DiffusionConfig:
 
 def with_template(config: DiffusionConfig, template: Any, tokenizer: Any, data_args: Any) -> DiffusionConfig:
     """Return the config with the prompt template of this run."""
-    return replace(config, template=recorded(template, tokenizer, data_args.template))
+    return replace(config, template=record_template(template, tokenizer, data_args.template))
 
 
 def _document_ends(tokenizer: Any, data_args: Any) -> list[str]:

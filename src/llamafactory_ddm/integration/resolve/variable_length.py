@@ -156,7 +156,7 @@ def resolve_canvas(
     return replace(config, variable_length=ends, train_on_padding=padding), collator
 
 
-def keep_fitting(
+def drop_overlong(
     dataset_module: dict[str, Any],
     collator: VariableLengthCollator,
     plan: LengthPlan,
