@@ -61,8 +61,7 @@ def train_in_processes(count, *words, env=None, timeout=LIMIT):
     ranks = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     everything = {**os.environ, **QUIET, **ranks, **(env or {})}
     command = [importlib.util.find_spec("llamafactory.launcher").origin, *map(str, words)]
-    # A thread of some library was seen to abort a rank of ZeRO-3 as its interpreter was torn down, when all was saved.
-    rest = {"words": command, "cwd": str(ROOT), "ends_at_once": True}
+    rest = {"words": command, "cwd": str(ROOT)}
     jobs = [
         {**rest, "env": {key: str(value) for key, value in (everything | of_rank).items()}}
         for of_rank in ({"RANK": rank, "LOCAL_RANK": rank} for rank in range(count))

@@ -1,20 +1,21 @@
 """Processes that have imported everything already, so that a test of a command waits for the command alone.
 
-A server process imports PyTorch, transformers and LLaMA-Factory once, with the plugin active as in any process, and
-forks a child for each program to run. The child takes the arguments, environment, folder and outputs that it would
-have got from a shell, runs the program's own script as `__main__`, and ends as any interpreter does. What an import
-reads or says, and the seed of hashes, are the server's: a test that is about those takes a fresh process.
+The standard library's fork server imports PyTorch, transformers and LLaMA-Factory once, with the plugin active as in
+any process, and forks a child for each program to run. The child takes the arguments, environment, folder and outputs
+that it would have got from a shell, and runs the program's own script as `__main__`. What an import reads or says, and
+the seed of hashes, are the server's, and an interpreter's teardown, which takes seconds, is left out: a test that is
+about those takes a fresh process.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
-import json
+import fcntl
+import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
-import select
 import signal
 import socket
 import subprocess
@@ -22,8 +23,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 PRELOADED = (
+    "torch",  # first, as its import activates the plugin
     "datasets",
     "llamafactory.cli",
     "llamafactory.launcher",
@@ -38,7 +42,6 @@ PRELOADED = (
     "transformers.trainer",
 )
 GRACE = 20  # seconds that the others get once one has failed
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -47,39 +50,49 @@ QUIET = {
     "PYTHONFAULTHANDLER": "1",
     "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
 }
-_server: subprocess.Popen | None = None
+# Folders of sys.path that pytest adds, and a console script does not see.
+TESTS = Path(__file__).parents[1]
+OF_PYTEST = (Path(), TESTS.parent, Path(sys.executable).parent)
 
 
 def run_warm(jobs, timeout):
     """Run programs side by side, each in a process of its own, to their ends; one that fails ends all.
 
     Args:
-        jobs: for each program its words, the first of which is the path of a Python script, with `cwd` and `env`; with
-            `ends_at_once` it ends when the script does, without tearing down the interpreter.
+        jobs: for each program its words, the first of which is the path of a Python script, with `cwd` and `env`.
         timeout: in seconds, after which all are killed.
     Returns:
         The finished processes with what they wrote.
     Raises:
         subprocess.TimeoutExpired: if one did not end in time.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    path = [one for one in sys.path if Path(one) not in OF_PYTEST and not Path(one).is_relative_to(TESTS)]
     with tempfile.TemporaryDirectory() as folder:
-        for n, job in enumerate(jobs):
-            job |= {"out": f"{folder}/{n}.out", "err": f"{folder}/{n}.err"}
-        pids = []
+        logs = [{kind: Path(folder, f"{n}.{kind}") for kind in ("stdout", "stderr")} for n in range(len(jobs))]
+        processes = [
+            context.Process(target=_main, args=(job, path, *log.values())) for job, log in zip(jobs, logs, strict=True)
+        ]
+        # Without a __main__ that a child would import; the server takes its environment from here.
+        no_main = mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")})
         try:
-            pids += _ask(jobs, 60)
-            codes = _answer(timeout)
-        except BaseException as error:  # what the server says later would be taken for the next jobs' answers
-            _give_up(pids)
-            if not isinstance(error, TimeoutError):
-                raise
-            said = "".join(path.read_text(errors="replace")[-5000:] for path in sorted(Path(folder).iterdir()))
-            raise subprocess.TimeoutExpired([*(job["words"] for job in jobs), said], timeout) from None
+            with no_main, mock.patch.dict(os.environ, QUIET):
+                for process in processes:
+                    process.start()
+            is_over = _wait(processes, timeout)
+        finally:
+            _kill(processes)
+        texts = [
+            {kind: file.read_text(errors="replace") if file.exists() else "" for kind, file in log.items()}
+            for log in logs
+        ]
+        if not is_over:
+            written = "".join(text[-5000:] for one in texts for text in one.values())
+            raise subprocess.TimeoutExpired([*(job["words"] for job in jobs), written], timeout)
         return [
-            subprocess.CompletedProcess(
-                job["words"], code, *(Path(job[kind]).read_text(errors="replace") for kind in ("out", "err"))
-            )
-            for job, code in zip(jobs, codes, strict=True)
+            subprocess.CompletedProcess(job["words"], process.exitcode, **text)
+            for job, process, text in zip(jobs, processes, texts, strict=True)
         ]
 
 
@@ -90,102 +103,50 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def _ask(jobs, timeout):
-    global _server
-    if _server is None or _server.poll() is not None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}  # select sees what is unread
-        _server = subprocess.Popen([sys.executable, __file__], env={**os.environ, **QUIET}, **pipes)
-        atexit.register(_server.kill)
-        timeout *= 2
-    _server.stdin.write(json.dumps(jobs).encode() + b"\n")
-    return _answer(timeout)
+def _wait(processes, timeout):
+    """Wait until all have ended, or one has failed `GRACE` seconds ago; return False at the end of the time."""
+    end, has_failed = time.monotonic() + timeout, False
+    while alive := [process.sentinel for process in processes if process.exitcode is None]:
+        if not has_failed and any(process.exitcode for process in processes):
+            end, has_failed = min(end, time.monotonic() + GRACE), True
+        if not multiprocessing.connection.wait(alive, max(0, end - time.monotonic())):
+            return has_failed
+    return True
 
 
-def _answer(timeout):
-    if not select.select([_server.stdout], [], [], timeout)[0]:
-        raise TimeoutError
-    line = _server.stdout.readline()
-    if not line:
-        raise RuntimeError("the server of warm processes has died")
-    return json.loads(line)
+def _kill(processes):
+    """Kill what still runs, with the processes that it started."""
+    for process in processes:
+        if process.pid is not None and process.exitcode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
 
 
-def _give_up(pids):
-    global _server
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-    if _server is not None:
-        _server.kill()
-        _server.wait()
-    _server = None
+def _main(job, path, stdout, stderr):
+    os.setsid()
+    _end_with_tests()
+    multiprocessing.set_start_method(None, force=True)  # the system's, as in any program
+    for number, file in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    os.environ.clear()
+    os.environ.update(job["env"])
+    os.chdir(job["cwd"])
+    script = job["words"][0]
+    sys.argv[:] = job["words"]
+    sys.path[:] = [str(Path(script).parent), *path]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception:  # noqa: BLE001 - multiprocessing would not ask the hook
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()  # nor do this
 
 
-def _die_with_parent():
-    """Be killed when the parent is gone, however it went, where the system can."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _serve():
-    """Fork a child for each job of a line; return the job in the child, and None at the end."""
-    for module in PRELOADED:
-        __import__(module)
-    for line in sys.stdin.buffer:
-        sys.stdout.flush()  # what a child inherits it would write too
-        sys.stderr.flush()
-        pids = []
-        for job in json.loads(line):
-            pid = os.fork()
-            if pid == 0:
-                return job
-            pids.append(pid)
-        _say(pids)
-        _say(_ends_of(pids))
-    return None
-
-
-def _ends_of(pids):
-    """Wait for all and return their exit codes; when one fails, others may wait for it for ever, and are killed."""
-    codes, patience = dict.fromkeys(pids), float("inf")
-    while None in codes.values():
-        for pid in [pid for pid, code in codes.items() if code is None]:
-            if time.monotonic() > patience:
-                os.killpg(pid, signal.SIGKILL)
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        if any(codes.values()):
-            patience = min(patience, time.monotonic() + GRACE)
-        time.sleep(0.02)
-    return list(codes.values())
-
-
-def _say(value):
-    os.write(_OUT, json.dumps(value).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    _die_with_parent()
-    sys.path.pop(0)  # this folder, which a console script would not see
-    _OUT = os.dup(1)
-    os.set_inheritable(_OUT, False)
-    os.dup2(2, 1)  # what an import prints is no answer
-    job = _serve()
-    if job is not None:
-        os.setsid()
-        _die_with_parent()
-        os.close(_OUT)
-        for number, (name, flags) in enumerate(
-            [(os.devnull, os.O_RDONLY), *((job[kind], os.O_WRONLY | os.O_CREAT) for kind in ("out", "err"))]
-        ):
-            os.dup2(os.open(name, flags, 0o600), number)
-        os.environ.clear()
-        os.environ.update(job["env"])
-        os.chdir(job["cwd"])
-        sys.argv[:] = job["words"]
-        sys.path.insert(0, str(Path(sys.argv[0]).parent))
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        if job.get("ends_at_once"):
-            sys.stdout.flush()
-            os._exit(0)
+def _end_with_tests():
+    """Have this process group get SIGIO, which ends it, when the process of the tests is gone, however it went."""
+    pipe = multiprocessing.parent_process().sentinel
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_ASYNC)
