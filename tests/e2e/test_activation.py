@@ -1,6 +1,7 @@
-"""How the plugin comes to life: every way to start LLaMA-Factory, other kinds of install, an unfit upstream."""
+"""Every way to start or install LLaMA-Factory activates the plugin; an unsupported upstream does not."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,8 @@ def site_packages():
     return Path(torch.__file__).parents[1]
 
 
-def farm(folder, *, without=("llamafactory_ddm", "__editable__")):
-    """A folder of links to everything installed here except what `without` names: an environment beside this one."""
+def link_environment(folder, *, without=("llamafactory_ddm", "__editable__")):
+    """Link everything that is installed here, except for what `without` names, into another environment."""
     folder.mkdir()
     for entry in site_packages().iterdir():
         if not entry.name.startswith(without) and entry.suffix != ".pth":
@@ -46,7 +47,7 @@ def python(*words, path, env=None, check=True):
 
 
 @pytest.mark.parametrize("program", ["llamafactory-cli", "lmf"])
-def test_the_scripts_say_that_it_is_active(program):
+def test_env_prints_that_the_plugin_is_active(program):
     assert ACTIVE in run("env", program=program, fresh=True).stdout
 
 
@@ -55,19 +56,18 @@ def test_the_module_and_help():
     assert ACTIVE in run("-m", "llamafactory.cli", "env", program=sys.executable).stdout
     text = " ".join(run("train", "-h", check=False, fresh=True).stdout.split())
     assert "--anneal_steps" in text
-    assert "attention anneals from causal to full" in text
-    assert "ddm" in text
+    assert "Diffusion: " in text and "ddm-sft" in text
 
 
 def test_doctor():
     done = run("doctor", program="llamafactory-ddm", fresh=True)
-    assert "active: llamafactory-cli knows the diffusion stages" in done.stdout
+    assert re.search("^active: ", done.stdout, re.MULTILINE)
     done = run("doctor", program="llamafactory-ddm", env=OFF, check=False)
     assert done.returncode == 1
-    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches it off: unset it" in done.stdout
+    assert "NOT ACTIVE" in done.stdout and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.stdout
     done = run("doctor", program="llamafactory-ddm", env={"LLAMAFACTORY_DDM_DISABLE": "1"}, check=False)
-    assert (done.returncode, "LLAMAFACTORY_DDM_DISABLE switches it off" in done.stdout) == (1, True)
-    assert "NOT ACTIVE: PyTorch's autoload did not call it" in done.stdout
+    assert done.returncode == 1
+    assert "NOT ACTIVE" in done.stdout and "LLAMAFACTORY_DDM_DISABLE" in done.stdout
 
 
 @pytest.mark.slow
@@ -81,14 +81,14 @@ def test_chat_is_refused_and_never_autoregressive():
     words = ("model_name_or_path=data/tiny_gpt2", "template=empty", "stage=ddm", "finetuning_type=full")
     done = run("chat", "examples/tiny_gpt2_inference.yaml", *words, env={"ALLOW_EXTRA_ARGS": "1"}, check=False)
     assert done.returncode != 0
-    assert "this command does not serve stage: ddm; generate with do_predict: true" in done.stderr
+    assert re.search("stage: ddm.*do_predict: true", done.stderr)
 
 
 @pytest.mark.slow
 def test_the_v1_trainer_is_refused():
     done = run("train", "examples/tiny_gpt2_full_ddm.yaml", env={"USE_V1": "1"}, check=False)
     assert done.returncode != 0
-    assert "USE_V1=1 selects LLaMA-Factory's v1 trainer, which does not know diffusion; unset USE_V1" in done.stderr
+    assert re.search("USE_V1=1 .*unset USE_V1", done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_wheel_install_is_active(tmp_path, wheel):
-    environment = farm(tmp_path / "site")
+    environment = link_environment(tmp_path / "site")
     assert ACTIVE in python("-m", "llamafactory.cli", "env", path=f"{environment}{os.pathsep}{wheel}").stdout
 
 
@@ -126,8 +126,8 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-def test_without_the_plugin_upstream_is_as_it_was(tmp_path):
-    environment = farm(tmp_path / "site")
+def test_without_the_plugin_upstream_is_unchanged(tmp_path):
+    environment = link_environment(tmp_path / "site")
     assert "refused: Some keys are not used" in python("-c", WITHOUT, path=environment).stdout
     assert "llamafactory-ddm" not in python("-m", "llamafactory.cli", "env", path=environment).stdout
 
@@ -149,11 +149,11 @@ print("doctor:", doctor())
 
 @pytest.mark.slow
 def test_an_unsupported_upstream_leaves_every_other_stage_working(tmp_path, wheel):
-    """The same LLaMA-Factory, whose metadata say another version."""
+    """The installed LLaMA-Factory with the metadata of another version."""
     from importlib import metadata
 
     version = metadata.version("llamafactory")
-    environment = farm(tmp_path / "site", without=("llamafactory_ddm", "__editable__", "llamafactory-"))
+    environment = link_environment(tmp_path / "site", without=("llamafactory_ddm", "__editable__", "llamafactory-"))
     info = environment / "llamafactory-9.9.9.dist-info"
     info.mkdir()
     real = next(
@@ -164,12 +164,12 @@ def test_an_unsupported_upstream_leaves_every_other_stage_working(tmp_path, whee
     (info / "METADATA").write_text(
         real.read_text(encoding="utf-8").replace(f"Version: {version}", "Version: 9.9.9", 1)
     )
-    # -S is for this process; what doctor starts finds its packages by PYTHONPATH too.
+    # -S does not pass on to the process that doctor starts; PYTHONPATH does.
     done = python("-c", UNFIT, path=f"{environment}{os.pathsep}{wheel}")
-    reason = "llamafactory 9.9.9 is not supported, which is >=0.9.4,<0.9.7"
-    assert done.stderr.count(f"[llamafactory_ddm] NOT ACTIVE: {reason}") == 1
-    assert done.stdout.count(f"refused: stage: ddm needs llamafactory-ddm, which is not active: {reason}") == 2
-    assert f"\nNOT ACTIVE: {reason}" in done.stdout
+    reason = r"llamafactory 9\.9\.9 .*>=0\.9\.4,<0\.9\.7"
+    assert len(re.findall(rf"\[llamafactory_ddm\] NOT ACTIVE: {reason}", done.stderr)) == 1
+    assert len(re.findall(f"refused: stage: ddm .*{reason}", done.stdout)) == 2
+    assert re.search(f"^NOT ACTIVE: {reason}", done.stdout, re.MULTILINE)
     assert "doctor: 1" in done.stdout
 
 
@@ -185,7 +185,7 @@ STUB = {
 
 @pytest.fixture
 def stub(tmp_path):
-    """A package llamafactory that is nothing like upstream's, and its folder."""
+    """The folder of a package called llamafactory that has another structure than upstream."""
     for name, text in STUB.items():
         path = tmp_path / "stub" / "llamafactory" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,21 +194,21 @@ def stub(tmp_path):
 
 
 def test_an_upstream_of_another_structure(stub):
-    """Once with torch imported first, as upstream does, and once by the parser itself."""
+    """With torch imported first, as upstream does, and with torch imported by the parser."""
     package = ROOT / "src"
     path = {"PYTHONPATH": f"{stub}{os.pathsep}{package}"}
     done = run("-c", "import torch, llamafactory.hparams.parser", program=sys.executable, env=path)
     assert "parsed by torch" in done.stdout
-    assert done.stderr.count("[llamafactory_ddm] NOT ACTIVE: llamafactory.hparams.parser has no function") == 1
-    assert done.stderr.count("NOT ACTIVE") == 1
+    (line,) = (line for line in done.stderr.splitlines() if "NOT ACTIVE" in line)
+    assert line.startswith("[llamafactory_ddm] NOT ACTIVE: llamafactory.hparams.parser ") and "_parse_args" in line
     done = run("-c", "import llamafactory.hparams.parser", program=sys.executable, env=path)
     assert "parsed by torch" in done.stdout
-    assert done.stderr.count("NOT ACTIVE: llamafactory.hparams.parser was imported before torch") == 1
+    assert len(re.findall(r"NOT ACTIVE: llamafactory\.hparams\.parser .*\btorch\b", done.stderr)) == 1
 
 
 @pytest.mark.slow
 def test_our_modules_are_not_top_level_ones_in_torchruns_children(stub, tmp_path):
-    """Python puts the launcher's own folder on the path; and the parent may have found the package in its folder."""
+    """Python adds the launcher's folder to sys.path, where our modules would be importable as top-level ones."""
     launcher = ROOT / "src" / "llamafactory_ddm" / "_launcher.py"
     done = subprocess.run(
         [sys.executable, "-S", str(launcher), "x.yaml", "a=b"],
@@ -223,11 +223,11 @@ def test_our_modules_are_not_top_level_ones_in_torchruns_children(stub, tmp_path
 
 @pytest.mark.slow
 def test_a_failure_in_the_plugin_never_breaks_torch(tmp_path, wheel):
-    """A plugin whose files are damaged."""
+    """The plugin's file raises an error when it is imported."""
     broken = tmp_path / "broken"
     subprocess.run(["cp", "-r", str(wheel), str(broken)], check=True)
     (broken / "llamafactory_ddm" / "integration" / "patches" / "table.py").write_text("raise OSError('damaged')")
-    environment = farm(tmp_path / "site")
+    environment = link_environment(tmp_path / "site")
     done = python(
         "-c", "import torch, llamafactory.hparams.parser; print('fine')", path=f"{environment}{os.pathsep}{broken}"
     )

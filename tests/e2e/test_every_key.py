@@ -1,4 +1,4 @@
-"""Every YAML key of ours changes what happens."""
+"""Every YAML key of the plugin has an effect on a run."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ TRAINING = {
     "antithetic_time": False,  # the recipe says true
     "anneal_steps": 50,
 }
-# A key -> its value, and the keys without which it does nothing.
+# A key -> its value, and the keys without which it has no effect.
 SAMPLING = {
     "denoising_strategy": ("random", {}),
     "diffusion_steps": (9, {}),
@@ -78,28 +78,28 @@ ELSEWHERE = {
 }
 
 
-def test_no_key_is_forgotten():
-    ours = {f.name for f in dataclasses.fields(DiffusionArguments)}
-    assert ours == {*TRAINING, *SAMPLING, *ELSEWHERE} - set(UPSTREAM_KEYS)
+def test_every_key_is_tested():
+    keys = {field.name for field in dataclasses.fields(DiffusionArguments)}
+    assert keys == {*TRAINING, *SAMPLING, *ELSEWHERE} - set(UPSTREAM_KEYS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", TRAINING)
 def test_training_keys(key, checkpoint, train_small, tmp_path):
-    changed = train_small(tmp_path / "out", **{key: TRAINING[key]})
-    losses = [[log["loss"] for log in history(folder)] for folder in (checkpoint, changed)]
+    folder = train_small(tmp_path / "out", **{key: TRAINING[key]})
+    losses = [[log["loss"] for log in history(run)] for run in (checkpoint, folder)]
     assert losses[0][0] != losses[1][0]
-    stored = DiffusionConfig.load(changed)
+    stored = DiffusionConfig.load(folder)
     if key in ("shift", "noise_schedule"):
         assert getattr(stored, key) == TRAINING[key]
     if key == "anneal_steps":
-        assert [log["attention_ratio"] for log in history(changed)] == [1 / 50, 2 / 50, 3 / 50]
+        assert [log["attention_ratio"] for log in history(folder)] == [1 / 50, 2 / 50, 3 / 50]
         assert stored.attention_ratio == 3 / 50
 
 
 @pytest.mark.slow
 def test_loss_norm_sequence(checkpoint, train_small, tmp_path):
-    """Rows of one length: dividing each by its own length and by the rows is dividing by all tokens."""
+    """With rows of one length, dividing by it and by the number of rows is dividing by the number of tokens."""
     changed = train_small(tmp_path / "out", loss_norm="sequence")
     assert history(changed)[0]["loss"] == pytest.approx(history(checkpoint)[0]["loss"], rel=1e-5)
     padded = [
@@ -122,7 +122,7 @@ def test_sampling_keys(key, generate, small_data, tmp_path):
 def test_two_names_of_one_key(generate, tmp_path):
     cold = generate(tmp_path / "cold", logits_temp=0.1, topp_temp=0.7)
     assert generate(tmp_path / "same", logits_temp=0.1, temperature=0.1, topp_temp=0.7, top_p=0.7) == cold
-    with pytest.raises(ValueError, match=r"temperature: 0.2 and logits_temp: 0.1 mean the same and differ"):
+    with pytest.raises(ValueError, match=r"temperature: 0\.2 .*logits_temp: 0\.1"):
         generate(tmp_path / "out", logits_temp=0.1, temperature=0.2)
 
 
@@ -131,7 +131,7 @@ def test_num_samples(generate, tmp_path):
     five = generate(tmp_path / "five", num_samples=5)
     assert len(five) == 5
     assert generate(tmp_path / "three", num_samples=3) == five[:3]
-    # A text depends on its number and the seed, not on the batch.
+    # A text depends on its sample index and the seed, not on the batch.
     assert generate(tmp_path / "single", num_samples=5, per_device_eval_batch_size=2) == five
     assert generate(tmp_path / "seed", num_samples=5, seed=1) != five
 
@@ -148,9 +148,9 @@ def test_eval_time_samples(train_small, tmp_path):
 
 def test_stop_after_nan_steps(train_small, tmp_path):
     keys = {"learning_rate": 1e38, "max_grad_norm": 0, "max_steps": 5}
-    with pytest.raises(ValueError, match="the loss was NaN or infinite in steps 2 to 3, so training has stopped"):
+    with pytest.raises(ValueError, match=r"NaN .*steps 2 to 3"):
         train_small(tmp_path / "out", **keys)
-    with pytest.raises(ValueError, match="NaN or infinite after the last step, 5, so the model is not saved"):
+    with pytest.raises(ValueError, match=r"NaN .*\b5\b"):
         train_small(tmp_path / "out", stop_after_nan_steps=0, **keys)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -165,8 +165,7 @@ def test_mask_token_that_exists(train_small, tmp_path):
 
 
 def test_checkpoint_dir(generate, checkpoint, tmp_path):
-    """The base model's name with the checkpoint's folder, as DiffuLLaMA's YAMLs have it, with and without its "
-    "other files."""
+    """The base model with the checkpoint's folder, as in DiffuLLaMA's YAMLs, with and without its other files."""
     expected = generate(tmp_path / "base")
     whole = generate(tmp_path / "whole", model_name_or_path="data/tiny_gpt2", checkpoint_dir=checkpoint)
     assert whole == expected

@@ -388,7 +388,7 @@ def test_what_contradicts_the_checkpoint(finetuned, finetune, tmp_path):
 
 
 def test_keys_of_finetuning_belong_to_it(train_small, tmp_path):
-    with pytest.raises(ValueError, match="train_on_padding: a key of stage: ddm-sft, but stage is ddm"):
+    with pytest.raises(ValueError, match=r"^train_on_padding: .*stage is ddm\b"):
         train_small(tmp_path / "out", train_on_padding=True)
 
 

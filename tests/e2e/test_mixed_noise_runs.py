@@ -122,7 +122,7 @@ def test_random_truncate_ratio(train_small, finetune, checkpoint, tmp_path):
     cut = train_small(tmp_path / "cut", random_truncate_ratio=1.0)
     losses = [[log["loss"] for log in history(folder)] for folder in (cut, checkpoint)]
     assert losses[0] != losses[1]
-    with pytest.raises(ValueError, match=r"random_truncate_ratio: 0.5 cuts texts of stage: ddm, but stage is ddm-sft"):
+    with pytest.raises(ValueError, match=r"random_truncate_ratio: 0\.5 .*stage is ddm-sft"):
         finetune(tmp_path / "sft", random_truncate_ratio=0.5)
 
 

@@ -1,4 +1,4 @@
-"""docs/keys.md is what the code says."""
+"""docs/keys.md is what docs/make_keys.py writes from the definitions of the keys."""
 
 import runpy
 

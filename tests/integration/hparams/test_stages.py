@@ -1,3 +1,5 @@
+"""The table of stages."""
+
 import pytest
 
 from llamafactory_ddm.integration.hparams.stages import STAGES, Stage, register
@@ -9,5 +11,5 @@ def test_ddm_shares_the_data_path_of_pt():
 
 
 def test_a_stage_is_registered_once():
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="'ddm'"):
         register(Stage("ddm", "pt", "a:b", "x", ("full",)))

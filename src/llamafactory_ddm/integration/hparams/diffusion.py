@@ -1,4 +1,4 @@
-"""The plugin's YAML keys, as a dataclass of its own that is mixed into LLaMA-Factory's finetuning arguments."""
+"""`DiffusionArguments`, every YAML key of the plugin; `parser.py` mixes it into upstream's finetuning arguments."""
 
 from __future__ import annotations
 
@@ -17,117 +17,121 @@ from .sft import FinetuningKeys
 
 @dataclass
 class DiffusionArguments(FinetuningKeys, LengthKeys, SamplingArguments):
-    """Arguments of the diffusion stages; a key left at None takes what the checkpoint's diffusion_config.json says."""
+    """Keys of the diffusion stages; a key that is None takes its value from the checkpoint's diffusion_config.json."""
 
-    # YAML may also hold a list; the annotation is for the command line's parser, which takes one type.
+    # A YAML may give a list; upstream's command-line parser allows one type in the annotation.
     plugins: str | None = key(
         None,
-        "Modules or .py files of your own to import first; each may add a denoising_strategy, noise_schedule or "
-        "noise_process. A list, or separated by commas.",
+        "Your own modules or .py files to import first, as a list or separated by commas; they may register a "
+        "denoising_strategy, noise_schedule or noise_process.",
         kind="modules",
     )
-    # An id may come as an int from YAML.
+    # A YAML may give an id as an int.
     mask_token: str | None = key(
         None,
-        "[MASK]: a token of the vocabulary, an id, or a new one such as <|mask|>. Defaults to the checkpoint's, then "
-        "to the tokenizer's own mask token.",
+        "The [MASK] token: a token of the vocabulary, its id, or a new token such as <|mask|>. Defaults to the "
+        "checkpoint's, then to the tokenizer's mask token.",
         kind="token",
     )
     allow_common_mask_token: bool = key(
         False,
-        "Train even if [MASK] makes up more than one in 10,000 tokens of the data; the model then never generates "
-        "that token.",
+        "Train even if more than one in 10,000 tokens of the data is [MASK]; the model then never generates that "
+        "token.",
     )
     shift: bool | None = key(
         None,
-        "Logits at position i predict token i + 1, as the autoregressive model was trained. Defaults to the "
-        "checkpoint's, then to true.",
+        "Keep the shifted prediction of the autoregressive model: logits at position i predict token i + 1. Defaults "
+        "to the checkpoint's, then to true.",
         kind="boolean",
     )
     anneal_steps: int = key(
         10000,
-        "Optimiser steps over which attention anneals from causal to full; 0 is full at once. A checkpoint with full "
-        "attention does not anneal again.",
+        "Optimiser steps over which attention anneals from causal to full; 0 starts with full attention. Has no "
+        "effect on a checkpoint with full attention.",
         low=0,
     )
     noise_schedule: str | None = key(
-        None, "Share of tokens kept at time t. Defaults to the checkpoint's, then to linear.", choices=SCHEDULES
+        None,
+        "alpha(t), the fraction of tokens kept at time t. Defaults to the checkpoint's, then to linear.",
+        choices=SCHEDULES,
     )
     noise_process: str | None = key(
         None,
-        "masked: noised tokens become [MASK]. mixed: a share uniform_ratio of them become random tokens, so that "
-        "sampling can edit. Defaults to the checkpoint's, then to masked; set it to continue a checkpoint under other "
-        "noise.",
+        "masked: noised tokens become [MASK]. mixed: a fraction uniform_ratio of them become random tokens instead, "
+        "which teaches the model to edit decoded tokens. Defaults to the checkpoint's, then to masked; set it to "
+        "train a checkpoint further with the other process.",
         choices=OBJECTIVES,
     )
     uniform_ratio: float | None = key(
         None,
-        "Share of noised tokens that become a random token instead of [MASK], with noise_process: mixed. Defaults to "
-        "the checkpoint's, then to 0.1.",
+        "With noise_process: mixed, fraction of noised tokens that become a random token instead of [MASK]. Defaults "
+        "to the checkpoint's, then to 0.1.",
         kind="number",
         low=0,
         high=1,
     )
     random_truncate_ratio: float = key(
         0.0,
-        "stage: ddm only: share of the training rows that are cut to a random length (LLaDA: 0.01), so that the model "
+        "With stage: ddm, fraction of training rows truncated to a random length (LLaDA: 0.01), so that the model "
         "sees texts shorter than cutoff_len.",
         low=0,
         high=1,
     )
-    time_epsilon: float = key(1e-3, "Smallest noise time that training draws.", low=0, high=0.5)
+    time_epsilon: float = key(1e-3, "Lower bound on the noise times drawn in training.", low=0, high=0.5)
     loss_weighting: str = key(
         "elbo",
-        "Weight of a token in the loss: elbo (the evidence bound; 1/t if linear) or uniform.",
+        "Weight of a noised token in the loss: elbo (that of the evidence bound; 1/t with noise_schedule: linear) or "
+        "uniform (1).",
         choices=("elbo", "uniform"),
     )
     loss_norm: str = key(
         "tokens",
-        "What the summed loss is divided by: tokens (the evidence bound per token), masked (the masked tokens, as "
-        "DiffuLLaMA's code; with mixed noise the tokens that it changed) or sequence (each row by its own length, "
-        "then by the rows).",
+        "What the summed loss is divided by: tokens (all tokens that can be noised, giving the evidence bound per "
+        "token), masked (the tokens that noise changed, as in DiffuLLaMA's code) or sequence (each row's loss by its "
+        "length, then the sum by the number of rows).",
         choices=("tokens", "masked", "sequence"),
     )
     antithetic_time: bool = key(
-        False, "Stratify the noise times over the rows of an optimiser step, for less variance."
+        False, "Stratify the noise times over the rows of an optimiser step, which lowers the variance of the loss."
     )
-    eval_time_samples: int = key(4, "Noise levels per evaluated row, stratified over the time axis.", low=1)
+    eval_time_samples: int = key(
+        4, "Number of noise levels at which each row is evaluated, stratified over the time axis.", low=1
+    )
     stop_after_nan_steps: int = key(
         2,
-        "Stop after this many consecutive optimiser steps with NaN or infinite loss; 0 never stops. None of these "
-        "steps is saved.",
+        "Stop after this many consecutive optimiser steps with NaN or infinite loss; 0 never stops. No checkpoint is "
+        "saved at such a step.",
         low=0,
     )
     checkpoint_dir: str | None = key(
         None,
-        "Folder of a diffusion checkpoint with the weights to use in place of model_name_or_path's (DiffuLLaMA's "
-        "key).",
+        "Folder of a diffusion checkpoint whose weights replace those of model_name_or_path (DiffuLLaMA's key).",
         kind="path",
     )
 
     def validate(self) -> None:
-        """Check and coerce every key.
+        """Check every key and convert it to its type.
 
         Raises:
-            ValueError: naming the key, the value given, what is accepted and, for a misspelt choice, the nearest one.
+            ValueError: naming the key, the value, what is allowed and, for a misspelt choice, the nearest one.
         """
         self.plugins = ",".join(load_plugins(self.plugins)) or None
-        for name, one in KEYS.items():
-            setattr(self, name, one.checked(name, getattr(self, name)))
+        for name, spec in KEYS.items():
+            setattr(self, name, spec.checked(name, getattr(self, name)))
         self.check_sampling()
 
     def changed_keys(self) -> list[str]:
-        """Return the keys that differ from their defaults, in the order of the dataclass; plugins apart."""
-        # A checkpoint may need its plugins in any stage.
-        return [name for name, one in KEYS.items() if name != "plugins" and getattr(self, name) != one.default]
+        """Return the keys that differ from their defaults, in the order of the dataclass, without `plugins`."""
+        # Any stage may set `plugins`, because a checkpoint may need them.
+        return [name for name, spec in KEYS.items() if name != "plugins" and getattr(self, name) != spec.default]
 
 
-def _hand_over(arguments: Any) -> dict[str, Key]:
-    """Return the keys of a dataclass, and leave in its fields what upstream's parser makes a command line of."""
+def _take_keys(arguments: Any) -> dict[str, Key]:
+    """Return the keys of a dataclass, and put in their place the help texts that upstream's parser reads."""
     keys = keys_of(arguments)
     for spec in fields(arguments):
         spec.metadata = MappingProxyType({"help": f"Diffusion: {keys[spec.name].help}"})  # type: ignore[misc]
     return keys
 
 
-KEYS = _hand_over(DiffusionArguments)
+KEYS = _take_keys(DiffusionArguments)

@@ -1,4 +1,4 @@
-"""The keys of variable length: how a model learns where a text ends."""
+"""The YAML keys of variable length, with which a model learns to generate EOS and the padding after it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...utils.keys import key
 
-# Key -> the key without which it says nothing.
+# Key -> the key without which it has no effect.
 NEEDS = {
     "rainbow_colors": "variable_length: rainbow",
     "pad_block_length": "variable_length",
@@ -24,41 +24,40 @@ NEEDS = {
 
 @dataclass
 class LengthKeys:
-    """Arguments of variable length; a key left at None takes what the checkpoint says."""
+    """Keys of variable length; a key that is None takes its value from the checkpoint."""
 
     variable_length: str | None = key(
         None,
-        "A row is one text, EOS and padding that the model learns to generate: eos_pad (a padding token of its own), "
-        "eos_eos (EOS again), rainbow (several padding tokens in turn), or none. Defaults to the checkpoint's, then "
-        "to none.",
+        "Train on rows of one text, EOS and padding that the model learns to generate: eos_pad (a padding token), "
+        "eos_eos (EOS repeated), rainbow (several padding tokens in turn) or none (no variable length). Defaults to "
+        "the checkpoint's, then to none.",
         choices=("none", "eos_pad", "eos_eos", "rainbow"),
     )
     rainbow_colors: int | None = key(
         None,
-        "Padding tokens of variable_length: rainbow. Defaults to the checkpoint's, then 7.",
+        "Number of padding tokens of variable_length: rainbow. Defaults to the checkpoint's, then to 7.",
         kind="integer",
         low=1,
         high=1000,
     )
     pad_block_length: int | None = key(
         None,
-        "With variable_length, pad a row to a multiple of this many tokens and hide the rest. Defaults to padding up "
-        "to cutoff_len.",
+        "With variable_length, pad each row to a multiple of this many tokens, and hide the positions after it from "
+        "the model. Defaults to padding up to cutoff_len.",
         kind="integer",
         low=1,
     )
     pad_extra_blocks: int | None = key(
         None,
-        "With pad_block_length, the most blocks that a row may get beyond those it fills; the number is drawn for "
-        "each row. Defaults to as many as cutoff_len allows. 0 is cheapest, but the length of a canvas then gives the "
-        "length of its text away.",
+        "With pad_block_length, upper bound on the number of further blocks of padding, drawn for each row. Defaults "
+        "to as many as cutoff_len allows. 0 is cheapest, but then the length of the canvas tells the model the length "
+        "of the text.",
         kind="integer",
         low=0,
     )
     drop_overlong: bool = key(
         True,
-        "With variable_length, leave out rows without room for EOS within cutoff_len; false makes the first of them "
-        "an error.",
+        "With variable_length, drop rows without room for EOS within cutoff_len; with false, such a row is an error.",
     )
     pad_mask_ratio: float | None = key(
         None,
@@ -71,8 +70,8 @@ class LengthKeys:
     pad_anneal_steps: int = key(0, "Optimiser steps over which pad_mask_ratio rises from 0.", low=0)
     pad_mask_method: str = key(
         "elbo",
-        "How pad_mask_ratio is reached: elbo (some padding is not scored; the rest are terms of the evidence bound) "
-        "or counts (a fixed number of tokens of each kind, as variable-length DiffuGPT).",
+        "How pad_mask_ratio is reached: elbo (a random subset of padding is not scored; the rest are terms of the "
+        "evidence bound) or counts (masks fixed numbers of text and padding tokens, as variable-length DiffuGPT).",
         choices=("elbo", "counts"),
     )
     eos_window_ratio: float = key(
@@ -82,10 +81,12 @@ class LengthKeys:
         low=0,
         high=1,
     )
-    eos_window_max: int = key(100, "With eos_window_ratio, the most tokens before EOS that are masked.", low=0)
+    eos_window_max: int = key(
+        100, "With eos_window_ratio, upper bound on the number of tokens before EOS that are masked.", low=0
+    )
     eos_window_anneal_steps: int = key(0, "Optimiser steps over which eos_window_max rises from 0.", low=0)
     eval_eos: bool = key(
         False,
-        "With variable_length and do_eval, measure how well the model predicts where texts end: eos_metrics.json and "
+        "With variable_length and do_eval, measure how well the model predicts EOS, and write eos_metrics.json and "
         "eos_metrics.png.",
     )

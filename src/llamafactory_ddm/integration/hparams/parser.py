@@ -1,7 +1,6 @@
-"""Upstream's finetuning arguments with the diffusion keys mixed in, and the checks that need the other arguments too.
+"""Upstream's finetuning arguments with the diffusion keys, and the checks of keys that need other arguments too.
 
-The annotations of this module are evaluated at once (no `from __future__ import annotations`): upstream's parser
-reads them.
+No `from __future__ import annotations` here: upstream's parser reads the annotations, which must not be strings.
 """
 
 import os
@@ -18,13 +17,13 @@ from .stages import STAGES, requested_stage
 
 UPSTREAM_STAGES: tuple[str, ...] = get_args(get_type_hints(FinetuningArguments)["stage"])
 _STAGES = (*UPSTREAM_STAGES, *STAGES)
-# Environment variables that send upstream down another path, where `stage` would train autoregressively.
+# Environment variables that select another trainer of upstream, which would train autoregressively.
 _ENVIRONMENT = {
     "USE_MCA": "Megatron",
     "USE_MEGATRON_BRIDGE": "Megatron Bridge",
     "USE_V1": "LLaMA-Factory's v1 trainer",
 }
-# Keys that stage: ddm cannot honour -> why.
+# Keys of upstream that the diffusion stages do not support -> why.
 _REFUSED = {
     "use_mca": "Megatron trains autoregressively only",
     "use_megatron_bridge": "Megatron trains autoregressively only",
@@ -35,25 +34,25 @@ _REFUSED = {
     "enable_liger_kernel": "its fused loss computes the autoregressive loss over all positions",
     "shift_attn": "S^2 attention is causal",
     "mixture_of_depths": "its routing is causal",
-    "moe_aux_loss_coef": "a router's loss is no sum over tokens, so that it would change with how a batch is split",
+    "moe_aux_loss_coef": "a router's loss is not a sum over tokens, so it would depend on how a batch is split",
     "compute_accuracy": "it measures next-token accuracy",
     "use_dft_loss": "it is a loss of autoregressive training",
     "use_asft_loss": "it is a loss of autoregressive training",
     "use_eaft_loss": "it is a loss of autoregressive training",
-    "neat_packing": "its rows are continuous text, which packing: true makes",
-    "label_smoothing_factor": "the diffusion loss is a likelihood bound, which smoothing would falsify",
+    "neat_packing": "rows of this stage are continuous text, which packing: true makes",
+    "label_smoothing_factor": "the diffusion loss is a likelihood bound, which smoothing would invalidate",
 }
 
 
 @dataclass
 class Parsed:
-    """What the parser knows of a run and upstream hands to nobody; it travels on the finetuning arguments.
+    """What upstream's parser does not pass on to a diffusion stage; kept in `finetuning_args.parsed`.
 
     Attributes:
         user_keys: the keys that the user wrote.
-        resume: `resume_from_checkpoint` as it was written, which upstream replaces by what it finds.
-        generating_args: upstream's, which it hands to its own stages alone.
-        hidden: training arguments that upstream's checks must not see; they are put back after these.
+        resume: `resume_from_checkpoint` as the user wrote it; upstream replaces it by the checkpoint that it finds.
+        generating_args: upstream's, which it passes to some of its own stages only.
+        hidden: training arguments that are hidden from upstream's checks, with the values to restore after them.
     """
 
     user_keys: frozenset[str] = frozenset()
@@ -64,24 +63,22 @@ class Parsed:
 
 @dataclass
 class DiffusionFinetuningArguments(DiffusionArguments, FinetuningArguments):
-    """What replaces upstream's FinetuningArguments in every parser.
+    """The dataclass that replaces upstream's FinetuningArguments in every parser.
 
-    For one of our stages `stage` becomes the upstream stage that it is based on, so that upstream's checks and data
-    processing apply; `diffusion_stage` holds the real one, and `parsed` what upstream would lose.
+    Under one of our stages, `stage` is set to the upstream stage that it is based on, so that upstream's checks and
+    data processing apply; `diffusion_stage` is the stage that the user set.
     """
 
     stage: Literal[_STAGES] = field(  # type: ignore[valid-type]
         default="sft",
-        metadata={
-            "help": "Which stage will be performed in training. " + ", ".join(STAGES) + ": diffusion language models."
-        },
+        metadata={"help": f"Which stage to run; {', '.join(STAGES)}: diffusion language models."},
     )
 
     def __post_init__(self) -> None:
         """Check the diffusion keys, and set `diffusion_stage` and `parsed`.
 
         Raises:
-            ValueError: for an unknown stage, a wrong value, or diffusion keys under another stage.
+            ValueError: for an unknown stage, a wrong value, or a diffusion key under another stage.
         """
         self.diffusion_stage: str | None = None
         self.parsed = Parsed()
@@ -121,9 +118,9 @@ def user_keys(args: Any) -> list[str]:
 
 
 def check_keys(parser: Any, args: Any) -> None:
-    """Check that every key is known to one of the parser's dataclasses.
+    """Check that every key is a field of one of the parser's dataclasses.
 
-    Words of the command line are checked for our stages alone: argparse lets the others abbreviate.
+    Command-line options are checked under our stages only, because argparse allows abbreviations under the others.
 
     Raises:
         ValueError: listing each unknown key with the nearest known one.
@@ -141,34 +138,36 @@ def check_keys(parser: Any, args: Any) -> None:
 
 
 def check_environment() -> None:
-    """Refuse environment variables under which upstream would not run our stage.
+    """Refuse environment variables under which upstream would not run a diffusion stage.
 
     Raises:
         ValueError: naming the variable.
     """
-    for name, what in _ENVIRONMENT.items():
+    for name, trainer in _ENVIRONMENT.items():
         if os.environ.get(name, "0").lower() in ("true", "y", "1"):
-            raise ValueError(f"{name}={os.environ[name]} selects {what}, which does not know diffusion; unset {name}")
+            raise ValueError(
+                f"{name}={os.environ[name]} selects {trainer}, which has no diffusion stages; unset {name}"
+            )
 
 
-def check_together(finetuning_args: Any, *others: Any) -> None:
-    """Refuse keys of any dataclass that a diffusion stage cannot honour.
+def check_supported(finetuning_args: Any, *other_args: Any) -> None:
+    """Refuse keys of any dataclass that the diffusion stage does not support.
 
     Raises:
         ValueError: naming the key and the reason.
     """
     stage = STAGES[finetuning_args.diffusion_stage]
-    for holder in (finetuning_args, *others):
-        for key, why in _REFUSED.items():
-            if getattr(holder, key, None) and not (key == "neat_packing" and stage.base == "sft"):
+    for arguments in (finetuning_args, *other_args):
+        for key, reason in _REFUSED.items():
+            if getattr(arguments, key, None) and not (key == "neat_packing" and stage.base == "sft"):
                 raise ValueError(
-                    f"{key}: {getattr(holder, key)} does not work with stage: {stage.name}: {why}; remove the key"
+                    f"{key}: {getattr(arguments, key)} does not work with stage: {stage.name}, as {reason}; remove it"
                 )
-    foreign = [key for key in FINETUNING_KEYS if getattr(finetuning_args, key) is not None]
-    if foreign and stage.base != "sft":
-        raise ValueError(f"{', '.join(foreign)}: a key of stage: ddm-sft, but stage is {stage.name}; remove it")
+    sft_keys = [key for key in FINETUNING_KEYS if getattr(finetuning_args, key) is not None]
+    if sft_keys and stage.base != "sft":
+        raise ValueError(f"{', '.join(sft_keys)}: read by stage: ddm-sft only, but stage is {stage.name}; remove it")
     if finetuning_args.random_truncate_ratio and stage.base == "sft":
         raise ValueError(
-            f"random_truncate_ratio: {finetuning_args.random_truncate_ratio} cuts texts of stage: ddm, but stage is "
-            f"{stage.name}, whose answers it would break; remove it"
+            f"random_truncate_ratio: {finetuning_args.random_truncate_ratio} works with stage: ddm only, but stage is "
+            f"{stage.name}, whose answers it would cut off; remove it"
         )

@@ -1,4 +1,4 @@
-"""The stages that this package adds to LLaMA-Factory."""
+"""The values of the YAML key `stage` that this package adds to LLaMA-Factory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Stage:
     Attributes:
         name: the value.
         base: the upstream stage whose argument checks and data processing it shares.
-        runner: `module:function` that runs it, imported on first use.
+        runner: `module:function` that runs it, imported when first used.
         label: its name in LlamaBoard.
         finetuning_types: values of finetuning_type that it supports.
     """
@@ -48,18 +48,18 @@ def register(stage: Stage) -> None:
 
 
 def requested_stage(args: Any) -> str | None:
-    """Return the stage that raw arguments ask for: a dict, or a list of command-line words, of which the last wins."""
+    """Return the stage that unparsed arguments set: a dict, or command-line arguments, of which the last counts."""
     if isinstance(args, dict):
         stage = args.get("stage")
         return stage if isinstance(stage, str) else None
-    words = [str(word) for word in args or ()]
-    asked = None
-    for place, word in enumerate(words):
-        if word == "--stage" and place + 1 < len(words):
-            asked = words[place + 1]
-        elif word.startswith("--stage="):
-            asked = word.partition("=")[2]
-    return asked
+    argv = [str(argument) for argument in args or ()]
+    stage = None
+    for index, argument in enumerate(argv):
+        if argument == "--stage" and index + 1 < len(argv):
+            stage = argv[index + 1]
+        elif argument.startswith("--stage="):
+            stage = argument.partition("=")[2]
+    return stage
 
 
 register(

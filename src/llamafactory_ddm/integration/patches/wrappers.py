@@ -22,13 +22,13 @@ def checked_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _parse_args(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
         from ..hparams.parser import check_keys
-        from ..hparams.upstream import checked_values
+        from ..hparams.upstream_keys import check_values
 
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         if not allow_extra_keys:
             check_keys(parser, args)
         if isinstance(args, dict) and requested_stage(args) in STAGES:
-            args = checked_values(parser.dataclass_types, args)
+            args = check_values(parser.dataclass_types, args)
         return original(parser, args, allow_extra_keys)
 
     return _parse_args
@@ -39,13 +39,13 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _parse_train_args(args: Any = None) -> Any:
-        from ..hparams.parser import Parsed, check_together, user_keys
+        from ..hparams.parser import Parsed, check_supported, user_keys
 
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
         parsed = original(args)
         model_args, data_args, training_args, finetuning_args, generating_args = parsed
         if finetuning_args.diffusion_stage is not None:
-            check_together(finetuning_args, model_args, data_args, training_args)
+            check_supported(finetuning_args, model_args, data_args, training_args)
             if data_args.packing and finetuning_args.stage == "pt":
                 # LLaMA-Factory subtracts a token for packing in sft, but in pt packed rows have cutoff_len tokens.
                 data_args.cutoff_len += 1
