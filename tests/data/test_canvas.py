@@ -68,7 +68,7 @@ def test_a_canvas_is_cut_behind_its_first_places():
     assert short.cut(1).room == 3
     assert short.grown(1) == Canvas((*canvas.ids[:6],), canvas.editable[:6], 1, room=1)
     assert short.grown(5) == canvas == canvas.grown(1)
-    assert short.given([0, 5, 6, 7, 8]).grown(1) == Canvas((0, 5, 6, 7, 8, 0), (False,) * 5 + (True,), 1, room=1)
+    assert short.with_fixed([0, 5, 6, 7, 8]).grown(1) == Canvas((0, 5, 6, 7, 8, 0), (False,) * 5 + (True,), 1, room=1)
     between = canvas_of([[5], 3, [6]])
     assert between.cut(1) == between
     with pytest.raises(ValueError, match=r"n_editable.*got 0"):

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamafactory_ddm.diffusion.eos_noise import (
-    EndNoise,
+    EosNoise,
+    anneal,
     draw_masks,
     is_window_row,
+    mask_around_eos,
     mask_counts,
-    mask_end,
-    risen,
-    scored_pads,
+    scored_padding,
 )
 from llamafactory_ddm.diffusion.loss_weights import token_weight
 from llamafactory_ddm.diffusion.noise import draw_time
@@ -61,7 +61,7 @@ def test_each_token_of_a_kind_is_as_likely():
 def test_the_share_of_masked_tokens_that_are_pads(text, pads, ratio):
     maskable, is_pad, _ = rows_of("g" + "t" * text + "p" * pads)
     n = 20000
-    kept = scored_pads(maskable.expand(n, -1), is_pad.expand(n, -1), ratio, seed=1, sample_index=torch.arange(n))
+    kept = scored_padding(maskable.expand(n, -1), is_pad.expand(n, -1), ratio, seed=1, sample_index=torch.arange(n))
     assert bool((kept | is_pad).logical_or(~maskable).all())  # all text stays
     n_pads = float((kept & is_pad).sum() / n)
     if ratio < 1 and ratio * text / (1 - ratio) <= pads:
@@ -78,7 +78,7 @@ def test_the_loss_of_what_is_scored_is_an_evidence_bound(name):
     n, schedule, ratio = 400_000, get_schedule(name), 0.25
     rows = torch.arange(n)
     t = draw_time(2, rows, antithetic=True, group_size=1000)
-    noise = EndNoise(pad_mask_ratio=ratio)
+    noise = EosNoise(pad_mask_ratio=ratio)
     drawn = draw_masks(
         noise,
         *(maskable.expand(n, -1), is_pad.expand(n, -1), end.expand(n), t, schedule),
@@ -104,7 +104,7 @@ def test_a_window_reaches_from_before_the_end_to_the_edge_of_the_canvas(seed, wi
         for _ in range(3)
     ]
     maskable, is_pad, end = rows_of(*texts)
-    masked = mask_end(maskable, end, window, seed=seed, sample_index=torch.arange(3))
+    masked = mask_around_eos(maskable, end, window, seed=seed, sample_index=torch.arange(3))
     for row in range(3):
         places = masked[row].nonzero()[:, 0].tolist()
         assert int(end[row]) in places
@@ -117,7 +117,7 @@ def test_a_window_reaches_from_before_the_end_to_the_edge_of_the_canvas(seed, wi
 def test_how_far_before_the_end_is_uniform():
     maskable, _, end = rows_of("g" + "t" * 9 + "epp")
     n = 20000
-    masked = mask_end(maskable.expand(n, -1), end.expand(n), 4, seed=1, sample_index=torch.arange(n))
+    masked = mask_around_eos(maskable.expand(n, -1), end.expand(n), 4, seed=1, sample_index=torch.arange(n))
     count = torch.bincount(masked.sum(dim=1) - 3, minlength=10) / n
     torch.testing.assert_close(count[:5], torch.full((5,), 0.2), rtol=0, atol=0.015)
     assert int(count[5:].count_nonzero()) == 0
@@ -126,7 +126,7 @@ def test_how_far_before_the_end_is_uniform():
 def test_rows_without_an_end_have_no_window():
     maskable, _, end = rows_of("gtt", "gte")
     assert is_window_row(end, 1.0, seed=0, sample_index=torch.arange(2)).tolist() == [False, True]
-    assert mask_end(maskable, end, 1, seed=0, sample_index=torch.arange(2))[0].tolist() == [False] * 3
+    assert mask_around_eos(maskable, end, 1, seed=0, sample_index=torch.arange(2))[0].tolist() == [False] * 3
     n = 20000
     drawn = is_window_row(torch.ones(n, dtype=torch.int64), 0.3, seed=0, sample_index=torch.arange(n))
     assert float(drawn.double().mean()) == pytest.approx(0.3, abs=0.015)
@@ -150,25 +150,25 @@ def draw(noise, rows, step, *, weighting="elbo", seed=0):
 
 
 def test_shares_and_windows_grow_with_the_optimiser_step():
-    assert [risen(step, 4) for step in (0, 1, 4, 9)] == [0.0, 0.25, 1.0, 1.0] and risen(0, 0) == 1.0
-    noise = EndNoise(pad_mask_ratio=0.4, pad_anneal_steps=10, eos_window_max=8, eos_window_anneal_steps=4)
+    assert [anneal(step, 4) for step in (0, 1, 4, 9)] == [0.0, 0.25, 1.0, 1.0] and anneal(0, 0) == 1.0
+    noise = EosNoise(pad_mask_ratio=0.4, pad_anneal_steps=10, eos_window_max=8, eos_window_anneal_steps=4)
     assert [noise.pad_ratio(step) for step in (0, 5, 10, 99)] == [0.0, 0.2, 0.4, 0.4]
     assert [noise.eos_window(step) for step in (0, 1, 2, 4, 9)] == [0, 2, 4, 8, 8]
     rows = torch.arange(400)
     for method in ("elbo", "counts"):
-        noise = EndNoise(pad_mask_ratio=0.4, pad_anneal_steps=10, pad_mask_method=method)
+        noise = EosNoise(pad_mask_ratio=0.4, pad_anneal_steps=10, pad_mask_method=method)
         pads = [int(draw(noise, rows, step).is_scored[:, 6:].sum()) for step in (0, 5, 10)]
         assert pads[0] == 0 < pads[1] < pads[2], method
     with pytest.raises(ValueError, match="must not be negative"):
-        risen(-1, 3)
+        anneal(-1, 3)
 
 
 def test_window_rows_are_weighted_as_linear_noise_of_their_level():
     rows = torch.arange(50)
-    drawn = draw(EndNoise(eos_window_ratio=1.0, eos_window_max=3), rows, 0)
+    drawn = draw(EosNoise(eos_window_ratio=1.0, eos_window_max=3), rows, 0)
     torch.testing.assert_close(drawn.weight, 9.0 / drawn.is_masked.sum(dim=1))
-    assert bool((draw(EndNoise(eos_window_ratio=1.0), rows, 0, weighting="uniform").weight == 1).all())
-    some = draw(EndNoise(eos_window_ratio=0.5, eos_window_max=3), rows, 0)
+    assert bool((draw(EosNoise(eos_window_ratio=1.0), rows, 0, weighting="uniform").weight == 1).all())
+    some = draw(EosNoise(eos_window_ratio=0.5, eos_window_max=3), rows, 0)
     ordinary = ~is_window_row(torch.full((50,), 5), 0.5, seed=0, sample_index=rows)
     assert 0 < int(ordinary.sum()) < 50
     torch.testing.assert_close(some.weight[ordinary], 1 / draw_time(0, rows)[ordinary])
@@ -177,7 +177,7 @@ def test_window_rows_are_weighted_as_linear_noise_of_their_level():
 def test_pads_that_are_not_scored_are_hidden_as_ever():
     """What the model sees does not depend on the share: in generation no pad is given either."""
     rows = torch.arange(500)
-    plain, few = (draw(EndNoise(pad_mask_ratio=ratio), rows, 0) for ratio in (None, 0.1))
+    plain, few = (draw(EosNoise(pad_mask_ratio=ratio), rows, 0) for ratio in (None, 0.1))
     assert torch.equal(few.is_masked, plain.is_masked)
     assert 0 < int(few.is_scored[:, 6:].sum()) < int(plain.is_scored[:, 6:].sum()) / 2
     assert torch.equal(few.is_scored[:, :6], plain.is_scored[:, :6])
@@ -189,7 +189,7 @@ def test_window_rows_keep_to_the_share_of_pads(method):
     n = 4000
     rows = torch.arange(n)
     keys = {"pad_mask_ratio": 0.3, "pad_anneal_steps": 10, "pad_mask_method": method}
-    noise = EndNoise(**keys, eos_window_ratio=1.0, eos_window_max=4)
+    noise = EosNoise(**keys, eos_window_ratio=1.0, eos_window_max=4)
     for step, ratio in ((0, 0.0), (10, 0.3)):
         drawn = draw(noise, rows, step)
         assert bool(drawn.is_masked[:, 5:].all())  # "g tttt e pppp": the end and the pads
@@ -199,13 +199,13 @@ def test_window_rows_keep_to_the_share_of_pads(method):
         assert float(drawn.maskable[:, 6:].double().mean()) == pytest.approx(kept, abs=0.02)
         count = (drawn.maskable.sum(dim=1), drawn.is_scored.sum(dim=1))
         torch.testing.assert_close(drawn.weight, count[0] / count[1])
-    plain = draw(EndNoise(eos_window_ratio=1.0, eos_window_max=4), rows, 0)
+    plain = draw(EosNoise(eos_window_ratio=1.0, eos_window_max=4), rows, 0)
     assert torch.equal(plain.is_scored, plain.is_masked) and bool(plain.maskable[:, 1:].all())
 
 
 @pytest.mark.parametrize("method", ["elbo", "counts"])
 def test_one_batch_equals_its_micro_batches_and_ranks(method):
-    noise = EndNoise(pad_mask_ratio=0.3, pad_mask_method=method, eos_window_ratio=0.5, eos_window_max=3)
+    noise = EosNoise(pad_mask_ratio=0.3, pad_mask_method=method, eos_window_ratio=0.5, eos_window_max=3)
     rows = torch.arange(12)
     whole = draw(noise, rows, 3)
     for low in range(0, 12, 4):
@@ -215,7 +215,7 @@ def test_one_batch_equals_its_micro_batches_and_ranks(method):
 
 
 @pytest.mark.parametrize(
-    "function", [scored_pads, lambda m, p, ratio, **k: mask_counts(m, p, torch.ones(1), ratio, **k)]
+    "function", [scored_padding, lambda m, p, ratio, **k: mask_counts(m, p, torch.ones(1), ratio, **k)]
 )
 def test_a_ratio_out_of_range(function):
     maskable, is_pad, _ = rows_of("tep")

@@ -8,7 +8,7 @@ from llamafactory_ddm.diffusion import attention, likelihood, noise
 from llamafactory_ddm.diffusion import eos_noise as ends
 from llamafactory_ddm.diffusion import rng as philox
 from llamafactory_ddm.diffusion.schedules import LinearSchedule
-from llamafactory_ddm.evaluation.eos import EndRows, statistics
+from llamafactory_ddm.evaluation.eos import EosRows, statistics
 from llamafactory_ddm.integration.predict.fit_length import length_examples
 from llamafactory_ddm.objectives.base import CleanBatch
 from llamafactory_ddm.objectives.mixed import MixedObjective
@@ -27,7 +27,7 @@ DOCUMENTS, COLLATOR = [{"input_ids": [3] * 6}] * 6, VariableLengthCollator(1, (1
 def masks(_):
     t = torch.full((len(ROWS),), 0.5)
     ends.draw_masks(
-        ends.EndNoise(0.5, eos_window_ratio=0.5), ALL, ALL, END, t, LinearSchedule(), weighting="elbo", step=0, **KEYS
+        ends.EosNoise(0.5, eos_window_ratio=0.5), ALL, ALL, END, t, LinearSchedule(), weighting="elbo", step=0, **KEYS
     )
 
 
@@ -44,7 +44,7 @@ def sampled(steps, steps_taken=0):
 
 def measured(_):
     table = lambda masked: torch.zeros(int(masked.sum()), MASK)  # noqa: E731
-    statistics(EndRows(ALL, ~ALL, END, 0, ROWS), table, end_ids=[1], pad_ids=[])
+    statistics(EosRows(ALL, ~ALL, END, 0, ROWS), table, eos_ids=[1], pad_ids=[])
 
 
 USES = {

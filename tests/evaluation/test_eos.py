@@ -5,7 +5,7 @@ import torch
 
 from llamafactory_ddm.evaluation.eos import (
     REVEALED,
-    EndRows,
+    EosRows,
     columns,
     hidden_after_revealing,
     last_text,
@@ -21,7 +21,7 @@ END = torch.tensor([6, 3, 9])
 
 def rows(kinds=KINDS, end=END, first=0):
     maskable = (kinds > 0) & (kinds < 4)
-    return EndRows(maskable, kinds == 4, end, seed=0, sample_index=torch.arange(first, first + len(kinds)))
+    return EosRows(maskable, kinds == 4, end, seed=0, sample_index=torch.arange(first, first + len(kinds)))
 
 
 def table(kinds=KINDS, *, shift_end=0):
@@ -36,7 +36,7 @@ def one_hot(ids, height=30.0):
 
 
 def measured(logits, **batch):
-    return metrics(statistics(rows(**batch), logits, end_ids=[EOS], pad_ids=[PAD]).sum(dim=0))
+    return metrics(statistics(rows(**batch), logits, eos_ids=[EOS], pad_ids=[PAD]).sum(dim=0))
 
 
 def test_a_model_that_knows():
@@ -84,7 +84,7 @@ def test_counts_by_quarter():
         seen.append(masked)
         return one_hot(table(shift_end=-1))(masked)
 
-    total = statistics(rows(), logits, end_ids=[EOS], pad_ids=[PAD]).sum(dim=0)
+    total = statistics(rows(), logits, eos_ids=[EOS], pad_ids=[PAD]).sum(dim=0)
     for number, masked in enumerate(seen[len(REVEALED) :]):
         counts = [0, 0, 0, 0]
         for row, column in masked.nonzero().tolist():
@@ -108,19 +108,19 @@ def test_so_much_text_is_given_and_never_the_end(share):
 def test_any_batch_size_gives_the_same():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 10, VOCAB, generator=generator)
-    whole = statistics(rows(), lambda masked: scores[masked], end_ids=[EOS], pad_ids=[PAD])
+    whole = statistics(rows(), lambda masked: scores[masked], eos_ids=[EOS], pad_ids=[PAD])
     for row in range(3):
         part = statistics(
             rows(KINDS[row : row + 1], END[row : row + 1], first=row),
             lambda masked, row=row: scores[row : row + 1][masked],
-            end_ids=[EOS],
+            eos_ids=[EOS],
             pad_ids=[PAD],
         )
         torch.testing.assert_close(part[0], whole[row])
 
 
 def test_rows_without_an_end_do_not_count():
-    nothing = statistics(rows(end=torch.full((3,), -1)), one_hot(table()), end_ids=[EOS], pad_ids=[PAD])
+    nothing = statistics(rows(end=torch.full((3,), -1)), one_hot(table()), eos_ids=[EOS], pad_ids=[PAD])
     assert nothing.shape == (3, columns()) and int(nothing.count_nonzero()) == 0
     with pytest.raises(ValueError, match=r"eval_dataset.*variable_length|variable_length.*eval_dataset"):
         metrics(nothing.sum(dim=0))

@@ -291,7 +291,7 @@ def test_texts_come_one_batch_after_another(generator):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2_000_000
-    with pytest.raises(ValueError, match="num_samples: 5000000000 is too many"):
+    with pytest.raises(ValueError, match="num_samples: 5000000000"):
         generator.stream(num_samples=5 * 10**9, **keys)
 
 
@@ -306,7 +306,7 @@ def test_edits_follow_the_uniform_ratio_of_any_noise_process(generator):
 def test_a_model_that_never_saw_mask_cannot_start_from_it(generator):
     uniform = mixed(generator, 1.0)
     for settings in (GREEDY, dataclasses.replace(GREEDY, edit_ratio=0.3)):
-        with pytest.raises(ValueError, match=r"never seen, as it was trained with uniform_ratio: 1; train it with a"):
+        with pytest.raises(ValueError, match="uniform_ratio: 1 "):
             uniform.generate("dog", max_new_tokens=4, settings=settings)
 
 
@@ -316,13 +316,13 @@ def test_a_model_that_never_saw_mask_cannot_start_from_it(generator):
         (lambda g: g.generate(""), "text 0: the prompt is empty"),
         (
             lambda g: g.generate(["dog", "dog " * 60], max_new_tokens=5),
-            "text 1: .* more than the model's 48 positions",
+            r"text 1: .*\b48 positions",
         ),
-        (lambda g: g.generate("dog", max_new_tokens=60), "more than the model's 48 positions"),
-        (lambda g: g.generate(infill="dog"), "no infilling marker"),
+        (lambda g: g.generate("dog", max_new_tokens=60), r"\b48 positions"),
+        (lambda g: g.generate(infill="dog"), r"text 0: .*<\|infill"),
         (
             lambda g: g.generate(["cat", "a <|infill:2|> dog"], max_new_tokens=5),
-            r"text 1: it holds the marker <\|infill:2\|>",
+            r"text 1: .*<\|infill:2\|>",
         ),
         (
             lambda g: g.generate(
@@ -330,12 +330,15 @@ def test_a_model_that_never_saw_mask_cannot_start_from_it(generator):
                 max_new_tokens=5,
                 settings=SamplingSettings(logits=LogitsConfig(suppress=tuple(range(len(g.tokenizer))))),
             ),
-            "suppress_tokens: .* leaves no text",
+            r"suppress_tokens: \d+",
         ),
         (lambda g: g.generate("dog", infill="dog"), "prompt and infill"),
-        (lambda g: g.generate("dog", max_new_tokens=0), "must be at least 1"),
-        (lambda g: g.from_prompt([3, len(g.tokenizer)], 2), r"holds the mask token '<\|mask\|>'"),
-        (lambda g: g.generate("dog", settings=SamplingSettings("topp"), max_new_tokens=5), "did you mean 'topk'"),
+        (lambda g: g.generate("dog", max_new_tokens=0), "max_new_tokens"),
+        (lambda g: g.from_prompt([3, len(g.tokenizer)], 2), r"mask token '<\|mask\|>'"),
+        (
+            lambda g: g.generate("dog", settings=SamplingSettings("topp"), max_new_tokens=5),
+            "denoising_strategy .*'topk'",
+        ),
         (
             lambda g: g.generate(
                 "dog", settings=SamplingSettings(block_length=1, diffusion_steps=3), max_new_tokens=9
@@ -356,7 +359,7 @@ def test_mistakes(generator, call, words):
 def test_nan_logits_name_the_step(generator):
     with torch.no_grad():
         generator.model.transformer.ln_f.weight[0] = float("nan")
-    with pytest.raises(ValueError, match="in step 0 the denoiser returned logits that hold NaN"):
+    with pytest.raises(ValueError, match=r"step 0 .*NaN"):
         generator.generate("dog", max_new_tokens=4, settings=GREEDY)
 
 
@@ -377,12 +380,12 @@ def test_three_lines_are_enough(tmp_path):
 
 
 def test_folders_that_are_no_model(tmp_path):
-    with pytest.raises(ValueError, match="is not a folder; check the path"):
+    with pytest.raises(ValueError, match="is not a folder; "):
         load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is not a folder, nor a model in the hub's cache"):
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
         load("owner/nothing-of-this-name")
     save(tmp_path / "plain", config=False)
-    with pytest.raises(ValueError, match=r"holds no diffusion_config.json"):
+    with pytest.raises(ValueError, match=r"diffusion_config\.json"):
         load(tmp_path / "plain")
     save(tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
@@ -393,7 +396,7 @@ def test_folders_that_are_no_model(tmp_path):
 
 def test_public_names_come_lazily():
     assert set(llamafactory_ddm.__all__) <= {*dir(llamafactory_ddm), *llamafactory_ddm._HOMES}
-    with pytest.raises(AttributeError, match="has no attribute 'lod'"):
+    with pytest.raises(AttributeError, match="'lod'"):
         llamafactory_ddm.lod  # noqa: B018
 
 
@@ -404,7 +407,7 @@ def test_without_an_end_no_length_is_predicted():
     tokenizer.eos_token = None
     generator = TextGenerator(model, tokenizer, config)
     for way in ("predict", "grow"):
-        with pytest.raises(ValueError, match=rf"early_stop: {way} needs a tokenizer"):
+        with pytest.raises(ValueError, match=rf"early_stop: {way} .*tokenizer"):
             generator.generate("dog", max_new_tokens=4, settings=SamplingSettings(early_stop=way))
 
 
@@ -418,14 +421,14 @@ def test_single_settings_as_keyword_arguments(generator):
     assert generator.settings(suppress_tokens="cat, dog").logits.suppress == (258, 260)
     with pytest.raises(TypeError, match=r"'temprature'.*'temperature'"):
         generator.generate("dog", temprature=0)
-    with pytest.raises(ValueError, match="suppress_tokens: 'cow' is not one token"):
+    with pytest.raises(ValueError, match="suppress_tokens: 'cow'"):
         generator.generate("dog", suppress_tokens="cow")
 
 
 def test_it_says_what_it_is(generator):
-    said = repr(generator)
-    assert "GPT2LMHeadModel of 0.0 million parameters, float32 on cpu" in said
-    assert "masked noise, mask <|mask|>" in said and "ends <|endoftext|>" in said
+    description = repr(generator)
+    assert "GPT2LMHeadModel of 0.0 million parameters, float32 on cpu" in description
+    assert "masked noise, mask <|mask|>" in description and "EOS <|endoftext|>" in description
 
 
 def test_start_and_ends_are_those_of_the_checkpoint():
@@ -438,7 +441,7 @@ def test_start_and_ends_are_those_of_the_checkpoint():
     generator = TextGenerator(model, tokenizer, config)
     assert generator.from_prompt("dog", 3).ids[0] == 5
     assert generator.eos_ids == (6, 7)
-    assert generator.before_end([1, 0, 7, 1]) == [1, 0]
+    assert generator.before_eos([1, 0, 7, 1]) == [1, 0]
     assert generator.codec.decode([261, 6], follows=False) == tokenizer.decode([261])
 
 

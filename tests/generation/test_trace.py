@@ -31,7 +31,7 @@ def test_frames_by_hand():
         ["a", "B", "c"],
         ["a", "B", "c"],
     ]
-    with pytest.raises(ValueError, match=r"step must lie in \[0, 5\], got 6"):
+    with pytest.raises(ValueError, match=r"step .*got 6"):
         EDITED.frame(6)
     with pytest.raises(ValueError, match="got -1"):
         EDITED.frame(-1)
@@ -48,8 +48,8 @@ def test_a_frame_is_a_copy():
         (((1, 0, "a"), (0, 0, "b")), 2, "got 0 after 1"),
         (((2, 0, "a"),), 2, r"in \[0, 2\)"),
         (((-1, 0, "a"),), 2, "got -1"),
-        (((0, 1, "a"),), 2, r"position must lie in \[0, 1\), got 1"),
-        ((), -1, "steps must be at least 0"),
+        (((0, 1, "a"),), 2, "position .*got 1"),
+        ((), -1, "steps .*-1"),
     ],
 )
 def test_events_that_do_not_fit(events, steps, message):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llamafactory_ddm.data.collators import ResponseCollator, VariableLengthCollator
-from llamafactory_ddm.diffusion.eos_noise import EndNoise
+from llamafactory_ddm.diffusion.eos_noise import EosNoise
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.objectives.masked import MaskedObjective
 from llamafactory_ddm.objectives.mixed import MixedObjective
@@ -67,17 +67,17 @@ def formats():
 
 @pytest.mark.parametrize("kind", ["masked", "mixed"])
 @pytest.mark.parametrize("name", ["texts", "answers", "padded", "packed", "variable"])
-def test_a_mask_of_the_text_is_what_a_given_token_is(kind, name):
-    """In training, cut or not, under every norm, and in evaluation: as if it had no label."""
+def test_a_mask_token_in_the_text_is_like_an_unlabelled_token(kind, name):
+    """In training, truncated or not, under every norm, and in evaluation."""
     batch = formats()[name]
     maskable = batch.get("maskable", batch.get("attention_mask")).bool()
     without = {**batch, "maskable": maskable & (batch["input_ids"] != MASK_ID)}
     assert int((maskable & ~without["maskable"]).sum()) >= 6
-    ends = EndNoise(0.4, eos_window_ratio=0.5, eos_window_max=4) if kind == "masked" else None
-    counts = replace(ends, pad_mask_method="counts") if ends else None
-    for norm, noise, ratio in itertools.product(("tokens", "masked", "sequence"), (None, ends, counts), (0.0, 0.6)):
-        more = {"ends": noise} if kind == "masked" else {}
-        ours = objective(kind, norm=norm, truncate_ratio=ratio, **more)
+    elbo = EosNoise(0.4, eos_window_ratio=0.5, eos_window_max=4) if kind == "masked" else None
+    counts = replace(elbo, pad_mask_method="counts") if elbo else None
+    for norm, noise, ratio in itertools.product(("tokens", "masked", "sequence"), (None, elbo, counts), (0.0, 0.6)):
+        extra = {"eos_noise": noise} if kind == "masked" else {}
+        ours = objective(kind, norm=norm, truncate_ratio=ratio, **extra)
         clean, given = (ours.clean(each).truncated(ratio, seed=0, sample_index=ROWS) for each in (batch, without))
         expected = without["maskable"].clone()
         expected[:, 0] = False

@@ -1,4 +1,4 @@
-"""The canvas that generation starts from: fixed tokens, and positions to generate."""
+"""Canvases: the fixed tokens and the positions to generate that generation starts from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Canvas:
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.editable):
-            raise ValueError(f"{len(self.ids)} ids, but {len(self.editable)} flags")
+            raise ValueError(f"ids and editable must have one length, got {len(self.ids)} and {len(self.editable)}")
 
     def __len__(self) -> int:
         """Return the number of positions."""
@@ -63,10 +63,10 @@ class Canvas:
 
     def grown(self, n_more: int) -> Canvas:
         """Return the canvas with min(n_more, room) further positions to generate at its end."""
-        more = min(n_more, self.room)
-        return Canvas(self.ids + (0,) * more, self.editable + (True,) * more, self.n_start, self.room - more)
+        n = min(n_more, self.room)
+        return Canvas(self.ids + (0,) * n, self.editable + (True,) * n, self.n_start, self.room - n)
 
-    def given(self, ids: Sequence[int]) -> Canvas:
+    def with_fixed(self, ids: Sequence[int]) -> Canvas:
         """Return the canvas with `ids` as fixed tokens at all positions."""
         return Canvas(tuple(ids), (False,) * len(self), self.n_start, self.room)
 
@@ -108,11 +108,11 @@ def split_at_markers(text: str) -> list[str | int | None]:
     Raises:
         ValueError: if there is no marker, or a malformed one, or one of length below 1.
     """
-    for found in _LIKE_A_MARKER.findall(text):
-        if not MARKER.fullmatch(found):
+    for marker in _LIKE_A_MARKER.findall(text):
+        if not MARKER.fullmatch(marker):
             raise ValueError(
-                f"{found} is not a valid infilling marker; write <|infill:8|> for 8 tokens, or <|infill|> for as many "
-                "as the label has"
+                f"{marker} is not a valid infilling marker; write <|infill:8|> for 8 tokens, or <|infill|> for as "
+                "many as the label has"
             )
     parts: list[str | int | None] = []
     offset = 0
@@ -125,7 +125,7 @@ def split_at_markers(text: str) -> list[str | int | None]:
         parts.append(None if length is None else int(length))
         offset = match.end()
     if parts.count(None) > 1:
-        raise ValueError("only one <|infill|> can take its length from the label; write <|infill:8|> for the others")
+        raise ValueError("only one <|infill|> can take its length from the label; write <|infill:8|> for others")
     if not offset:
         raise ValueError("the text holds no infilling marker; mark each gap, as in 'Tom had <|infill:8|> dog.'")
     if offset < len(text):
@@ -134,16 +134,16 @@ def split_at_markers(text: str) -> list[str | int | None]:
 
 
 def check_unmarked(text: str) -> None:
-    """Refuse infilling markers in a text to be continued, where the model would see them as plain characters.
+    """Refuse infilling markers in a prompt to continue, where the model would see them as ordinary characters.
 
     Raises:
-        ValueError: naming the first marker and the setting that fills it.
+        ValueError: naming the first marker and the key that fills it.
     """
-    found = MARKER.search(text)
-    if found:
+    marker = MARKER.search(text)
+    if marker:
         raise ValueError(
-            f"it holds the marker {found[0]}, which a text to be continued does not fill; fill it in with "
-            "generate_from: infill (--infill, infill=), or remove it"
+            f"the prompt holds the infilling marker {marker[0]}, but prompts are continued, not filled; set "
+            "generate_from: infill (--infill, infill=), or remove the marker"
         )
 
 

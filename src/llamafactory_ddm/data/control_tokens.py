@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-# A noncharacter of Unicode; with it around a token's spelling, no text contains the spelling.
+# A Unicode noncharacter. A token whose spelling is wrapped in it matches no text.
 _HIDDEN = "\ufdd0"
 
 
@@ -19,8 +19,8 @@ def control_texts(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
         tokens: spellings.
     """
     added = tokenizer.get_added_vocab()
-    upstream_writes = {tokenizer.eos_token, tokenizer.bos_token}
-    candidates = [token for token in dict.fromkeys(tokens) if token in added and token not in upstream_writes]
+    ordinary = {tokenizer.eos_token, tokenizer.bos_token}
+    candidates = [token for token in dict.fromkeys(tokens) if token in added and token not in ordinary]
     words = words_among(tokenizer, candidates)
     return [token for token in candidates if token not in words]
 
@@ -32,14 +32,14 @@ def words_among(tokenizer: Any, tokens: Sequence[str]) -> set[str]:
         return set()
     merges = json.loads(backend.to_str())["model"].get("merges") or ()
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    made = {"".join(pair) for pair in pairs}.union(*pairs)
-    return {token for token in tokens if len(token) == 1 or token in made}
+    merged = {"".join(pair) for pair in pairs}.union(*pairs)
+    return {token for token in tokens if len(token) == 1 or token in merged}
 
 
 def reading_as_text(tokenizer: Any, tokens: Sequence[str]) -> Any:
     """Return a copy of the tokenizer that encodes the spelling of control tokens as ordinary characters.
 
-    Ids do not change. If there is nothing to change, or the tokenizer is a slow one, it is returned itself.
+    Ids do not change. If none of the tokens exists, or the tokenizer is a slow one, it is returned unchanged.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -47,20 +47,20 @@ def reading_as_text(tokenizer: Any, tokens: Sequence[str]) -> Any:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     added = tokenizer.get_added_vocab()
-    hidden = {token: f"{_HIDDEN}{token}{_HIDDEN}" for token in tokens if token in added}
-    if backend is None or not hidden:
+    new_spelling = {token: f"{_HIDDEN}{token}{_HIDDEN}" for token in tokens if token in added}
+    if backend is None or not new_spelling:
         return tokenizer
-    described = json.loads(backend.to_str())
-    for entry in described["added_tokens"]:
-        entry["content"] = hidden.get(entry["content"], entry["content"])
-    unknown = described["model"].get("unk_token")
-    if unknown in hidden:
-        described["model"]["unk_token"] = hidden[unknown]
-    vocabulary = described["model"].get("vocab")
+    state = json.loads(backend.to_str())
+    for entry in state["added_tokens"]:
+        entry["content"] = new_spelling.get(entry["content"], entry["content"])
+    unknown = state["model"].get("unk_token")
+    if unknown in new_spelling:
+        state["model"]["unk_token"] = new_spelling[unknown]
+    vocabulary = state["model"].get("vocab")
     if isinstance(vocabulary, dict):
-        described["model"]["vocab"] = {hidden.get(token, token): index for token, index in vocabulary.items()}
+        state["model"]["vocab"] = {new_spelling.get(token, token): index for token, index in vocabulary.items()}
     elif isinstance(vocabulary, list):  # of pieces with their scores
-        described["model"]["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocabulary]
+        state["model"]["vocab"] = [[new_spelling.get(piece, piece), score] for piece, score in vocabulary]
     result = copy.deepcopy(tokenizer)
-    result._tokenizer = type(backend).from_str(json.dumps(described))
+    result._tokenizer = type(backend).from_str(json.dumps(state))
     return result

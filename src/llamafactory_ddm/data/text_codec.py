@@ -1,4 +1,4 @@
-"""Text to ids and back, for parts of a text: text that follows other text, and the text of each token."""
+"""Encoding and decoding of parts of a text: text that follows other text, and the text of each token."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .control_tokens import control_texts, reading_as_text
 class TextCodec:
     """Encodes and decodes parts of a text with a tokenizer."""
 
-    def __init__(self, tokenizer: Any, mask_id: int, end_ids: Sequence[int] = (), pad_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, mask_id: int, eos_ids: Sequence[int] = (), pad_ids: Sequence[int] = ()) -> None:
         """Wrap a Hugging Face tokenizer.
 
         Args:
             tokenizer: the model's tokenizer.
             mask_id: the id of [MASK], which decodes to no text.
-            end_ids: ids of EOS and padding, which decode to no text either.
-            pad_ids: those of `end_ids` whose spelling in a text is ordinary text, as that of [MASK] is.
+            eos_ids: ids of EOS and padding, which decode to no text either.
+            pad_ids: those of `eos_ids` whose spelling in a text is ordinary text, as that of [MASK] is.
         """
         self.tokenizer = tokenizer
         self.mask_id = mask_id
-        self._special = {*tokenizer.all_special_ids, mask_id, *end_ids, *pad_ids}
+        self._special = {*tokenizer.all_special_ids, mask_id, *eos_ids, *pad_ids}
         names = (str(tokenizer.convert_ids_to_tokens(index)) for index in (mask_id, *pad_ids))
         self.controls = control_texts(tokenizer, list(names))
         self._reader: Any = None
-        # Decoded before a text that follows other text: some tokenizers drop the space before the first token.
+        # Prepended to a text that follows other text: some tokenizers drop the space before the first token.
         self._anchor = self.encode("a")[-1:]
 
     def encode(self, text: str) -> list[int]:
@@ -63,8 +63,8 @@ class TextCodec:
         several bytes. A character belongs to the token that completes it.
         """
         pieces: list[str | None] = []
-        context: list[int] = []  # decoded together with the token
-        n_emitted = 0  # characters of the decoded context that earlier pieces hold
+        context: list[int] = []  # tokens that are decoded together with the current one
+        n_emitted = 0  # number of characters of the decoded context that are in earlier pieces
         for position, token in enumerate(ids):
             if token == self.mask_id:
                 pieces.append(None)

@@ -17,17 +17,17 @@ PadMaskMethod = Literal["elbo", "counts"]
 
 
 @dataclass(frozen=True)
-class EndNoise:
+class EosNoise:
     """How the noise of a row depends on the position of its EOS.
 
     Attributes:
         pad_mask_ratio: target fraction of padding among scored masked tokens, after annealing; None treats padding
             like text.
         pad_anneal_steps: optimiser steps over which the fraction rises linearly from 0.
-        pad_mask_method: `elbo` (drops padding from the loss, see `scored_pads`) or `counts` (masks less padding, see
-            `mask_counts`).
-        eos_window_ratio: fraction of rows that `mask_end` masks, in place of the ordinary noise.
-        eos_window_max: largest number of tokens before EOS that `mask_end` masks, after annealing.
+        pad_mask_method: `elbo` (drops padding from the loss, see `scored_padding`) or `counts` (masks less padding,
+            see `mask_counts`).
+        eos_window_ratio: fraction of rows that `mask_around_eos` masks, in place of the ordinary noise.
+        eos_window_max: largest number of tokens before EOS that `mask_around_eos` masks, after annealing.
         eos_window_anneal_steps: optimiser steps over which that number rises linearly from 0.
     """
 
@@ -39,18 +39,18 @@ class EndNoise:
     eos_window_anneal_steps: int = 0
 
     def pad_ratio(self, step: int) -> float | None:
-        """Return the target fraction of padding at step `step`, pad_mask_ratio * risen(step); None if unset."""
+        """Return the target fraction of padding at step `step`, pad_mask_ratio * anneal(step); None if unset."""
         if self.pad_mask_ratio is None:
             return None
-        return self.pad_mask_ratio * risen(step, self.pad_anneal_steps)
+        return self.pad_mask_ratio * anneal(step, self.pad_anneal_steps)
 
     def eos_window(self, step: int) -> int:
-        """Return the largest window at optimiser step `step`: floor(eos_window_max * risen(step))."""
-        return int(self.eos_window_max * risen(step, self.eos_window_anneal_steps))
+        """Return the largest window at optimiser step `step`: floor(eos_window_max * anneal(step))."""
+        return int(self.eos_window_max * anneal(step, self.eos_window_anneal_steps))
 
 
 @dataclass(frozen=True)
-class EndMasks:
+class EosMasks:
     """The masks and weights that `draw_masks` draws for a batch.
 
     Attributes:
@@ -67,7 +67,7 @@ class EndMasks:
 
 
 def draw_masks(
-    noise: EndNoise,
+    noise: EosNoise,
     maskable: Tensor,
     is_pad: Tensor,
     end: Tensor,
@@ -78,13 +78,13 @@ def draw_masks(
     step: int,
     seed: int,
     sample_index: Tensor,
-) -> EndMasks:
+) -> EosMasks:
     """Draw the masks of a batch: of each row, either the ordinary noise or a window around EOS.
 
-    A row is a window row with probability `eos_window_ratio` (`is_window_row`). `mask_end` masks it from a few tokens
-    before EOS to the end of the row, all padding included. With k of its n scorable tokens masked, its weight is n / k
-    (1 if `weighting` is `uniform`), the weight of linear noise at t = k / n. The masks of window rows depend on the
-    position of EOS, so their loss is not part of the evidence bound that the other rows estimate.
+    A row is a window row with probability `eos_window_ratio` (`is_window_row`). `mask_around_eos` masks it from a few
+    tokens before EOS to the end of the row, all padding included. With k of its n scorable tokens masked, its weight
+    is n / k (1 if `weighting` is `uniform`), the weight of linear noise at t = k / n. The masks of window rows depend
+    on the position of EOS, so their loss is not part of the evidence bound that the other rows estimate.
 
     Args:
         noise: the settings.
@@ -99,25 +99,29 @@ def draw_masks(
         sample_index: [batch] int64, index of each sample in the run's global order.
     """
     ratio = noise.pad_ratio(step)
-    kept = maskable if ratio is None else scored_pads(maskable, is_pad, ratio, seed=seed, sample_index=sample_index)
+    scorable = (
+        maskable if ratio is None else scored_padding(maskable, is_pad, ratio, seed=seed, sample_index=sample_index)
+    )
     if ratio is None or noise.pad_mask_method == "elbo":
-        is_masked, scored = draw_masked(maskable, t, schedule, seed=seed, sample_index=sample_index), kept
+        is_masked, scored = draw_masked(maskable, t, schedule, seed=seed, sample_index=sample_index), scorable
     else:
         level = 1.0 - schedule.alpha(t)
         is_masked, scored = mask_counts(maskable, is_pad, level, ratio, seed=seed, sample_index=sample_index), maskable
     weight = row_weight(t, schedule, weighting)
-    window = is_window_row(end, noise.eos_window_ratio, seed=seed, sample_index=sample_index)
-    around = mask_end(maskable, end, noise.eos_window(step), seed=seed, sample_index=sample_index)
-    window_weight = kept.sum(dim=1) / (around & kept).sum(dim=1).clamp(min=1)
-    return EndMasks(
-        maskable=torch.where(window[:, None], kept, scored),
-        is_masked=torch.where(window[:, None], around, is_masked),
-        is_scored=torch.where(window[:, None], around & kept, is_masked & scored),
-        weight=torch.where(window, window_weight if weighting == "elbo" else torch.ones_like(window_weight), weight),
+    is_window = is_window_row(end, noise.eos_window_ratio, seed=seed, sample_index=sample_index)
+    around = mask_around_eos(maskable, end, noise.eos_window(step), seed=seed, sample_index=sample_index)
+    window_weight = scorable.sum(dim=1) / (around & scorable).sum(dim=1).clamp(min=1)
+    return EosMasks(
+        maskable=torch.where(is_window[:, None], scorable, scored),
+        is_masked=torch.where(is_window[:, None], around, is_masked),
+        is_scored=torch.where(is_window[:, None], around & scorable, is_masked & scored),
+        weight=torch.where(
+            is_window, window_weight if weighting == "elbo" else torch.ones_like(window_weight), weight
+        ),
     )
 
 
-def risen(step: int, steps: int) -> float:
+def anneal(step: int, steps: int) -> float:
     """Return the linear annealing factor min(1, step / steps); 1 if `steps` is 0.
 
     Raises:
@@ -128,7 +132,7 @@ def risen(step: int, steps: int) -> float:
     return 1.0 if steps == 0 else min(1.0, step / steps)
 
 
-def scored_pads(maskable: Tensor, is_pad: Tensor, ratio: float, *, seed: int, sample_index: Tensor) -> Tensor:
+def scored_padding(maskable: Tensor, is_pad: Tensor, ratio: float, *, seed: int, sample_index: Tensor) -> Tensor:
     """Exclude a random subset of padding from the loss; it is still noised.
 
     In a row of n text tokens and m padding tokens, each padding token is kept with probability
@@ -196,9 +200,9 @@ def mask_counts(
     budget = t.double() * (n_padding + n_text)
     k_padding = torch.minimum((budget * ratio).floor().long(), n_padding)
     k_text = torch.minimum((budget * (1.0 - ratio)).floor().long(), n_text)
-    none_masked = k_padding + k_text == 0
-    k_text = torch.where(none_masked & (n_text > 0), 1, k_text)
-    k_padding = torch.where(none_masked & (n_text == 0), n_padding.clamp(max=1), k_padding)
+    masks_nothing = k_padding + k_text == 0
+    k_text = torch.where(masks_nothing & (n_text > 0), 1, k_text)
+    k_padding = torch.where(masks_nothing & (n_text == 0), n_padding.clamp(max=1), k_padding)
     u = keyed_uniform(seed, Stream.MASK, sample_index, maskable.shape[1])
     return k_smallest_mask(u, padding, k_padding) | k_smallest_mask(u, text, k_text)
 
@@ -217,7 +221,7 @@ def is_window_row(end: Tensor, ratio: float, *, seed: int, sample_index: Tensor)
     return (keyed_uniform(seed, Stream.WINDOW, sample_index, 2)[:, 0] < ratio) & (end >= 0)
 
 
-def mask_end(maskable: Tensor, end: Tensor, window: int, *, seed: int, sample_index: Tensor) -> Tensor:
+def mask_around_eos(maskable: Tensor, end: Tensor, window: int, *, seed: int, sample_index: Tensor) -> Tensor:
     """Mask every maskable token from position `end` - w on, with w drawn uniformly from {0, ..., window}.
 
     w is random so that the first masked position does not reveal the position of EOS.

@@ -12,10 +12,10 @@ from ..diffusion.likelihood import evaluation_times
 from ..objectives.base import CleanBatch, Objective
 from ..objectives.shift import head_index
 
-# Evaluation draws the same noise whatever seed trained the model, so that runs compare.
+# One seed for all runs, so that their evaluations draw the same noise and can be compared.
 EVALUATION_SEED = 0
 _QUARTERS = 4
-# Numbers of a row: its bound, the tokens that it covers, then summed terms and scored tokens of each quarter.
+# Statistics of a row: its bound, the number of tokens in it, then sum of terms and number of scored tokens by quarter.
 N_STATISTICS = 2 + 2 * _QUARTERS
 # (noised ids [batch, length], flat indices [n], placement) -> logits [n, vocab]; see `CleanBatch.placement`.
 BoundLogits = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -40,8 +40,8 @@ def row_statistics(
         noised = objective.evaluation(
             clean, levels[:, sample], seed=EVALUATION_SEED, sample_index=sample_index * samples + sample
         )
-        wanted = head_index(noised.is_scored, objective.shift)
-        terms, bound = objective.evaluate(logits(clean.displayed(noised.z), wanted, placement), clean, noised)
+        index = head_index(noised.is_scored, objective.shift)
+        terms, bound = objective.evaluate(logits(clean.displayed(noised.z), index, placement), clean, noised)
         statistics[:, 0] += bound / samples
         statistics[:, 1] = noised.n_counted
         quarter = (noised.level * _QUARTERS).long()
@@ -67,9 +67,7 @@ def bound_metrics(total: Sequence[float], *, prefix: str, term: str) -> dict[str
         ValueError: if no row holds a token to predict.
     """
     if not total[1]:
-        raise ValueError(
-            "the evaluation data set holds no token to predict; check eval_dataset, val_size and cutoff_len"
-        )
+        raise ValueError("eval_dataset holds no token to predict; check eval_dataset, val_size and cutoff_len")
     loss = total[0] / total[1]
     terms, scored = sum(total[2::2]), sum(total[3::2])
     metrics = {

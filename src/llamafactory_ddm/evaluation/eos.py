@@ -15,7 +15,7 @@ from ..diffusion.rng import keyed_uniform
 # Fractions of the text, without EOS, that are revealed; at 1 only EOS and padding are masked.
 REVEALED = (0.0, 0.25, 0.5, 0.75, 1.0)
 QUARTERS = 4
-_COUNTS = 6  # rows, P(end), top-1, reciprocal rank, error of the length, its square
+_COUNTS = 6  # rows, P(EOS), top-1, reciprocal rank, error of the length, its square
 _CONFUSION = 4  # true and false positives, false and true negatives
 
 # [batch, length] bool of what is masked -> [n_masked, vocab] logits in row-major order, [MASK] excluded.
@@ -23,7 +23,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class EndRows:
+class EosRows:
     """Rows whose position of EOS is known, on the CPU.
 
     Attributes:
@@ -58,24 +58,24 @@ def columns() -> int:
     return len(REVEALED) * _COUNTS + QUARTERS * _CONFUSION
 
 
-def statistics(batch: EndRows, logits: Logits, *, end_ids: Sequence[int], pad_ids: Sequence[int]) -> Tensor:
+def statistics(batch: EosRows, logits: Logits, *, eos_ids: Sequence[int], pad_ids: Sequence[int]) -> Tensor:
     """Return each row's contribution to the sums that `metrics` takes.
 
     Args:
         batch: rows with their positions of EOS.
         logits: returns the model's logits at the masked positions.
-        end_ids: ids of the tokens that end a text; any of them counts as EOS.
+        eos_ids: ids of the tokens that end a text; any of them counts as EOS.
         pad_ids: ids of padding.
     Returns:
         [batch, columns()] float64 on the CPU, to be summed over rows; 0 for a row without EOS.
     """
-    ends = torch.tensor(sorted({*end_ids, *pad_ids}))
-    parts = [_first_step(batch, share, logits, sorted(end_ids), ends) for share in REVEALED]
-    parts += [_quarter(batch, number, logits, ends) for number in range(QUARTERS)]
+    eos_or_pad = torch.tensor(sorted({*eos_ids, *pad_ids}))
+    parts = [_first_step(batch, share, logits, sorted(eos_ids), eos_or_pad) for share in REVEALED]
+    parts += [_quarter(batch, number, logits, eos_or_pad) for number in range(QUARTERS)]
     return torch.cat(parts, dim=1) * (batch.end >= 0)[:, None]
 
 
-def hidden_after_revealing(batch: EndRows, share: float) -> Tensor:
+def hidden_after_revealing(batch: EosRows, share: float) -> Tensor:
     """Return the masked positions when floor(share n) random ones of a row's n text tokens are revealed.
 
     EOS and everything after it is always masked.
@@ -90,7 +90,7 @@ def hidden_after_revealing(batch: EndRows, share: float) -> Tensor:
     return batch.maskable & ~k_smallest_mask(u, text, count)
 
 
-def _first_step(batch: EndRows, share: float, logits: Logits, end_ids: Sequence[int], ends: Tensor) -> Tensor:
+def _first_step(batch: EosRows, share: float, logits: Logits, eos_ids: Sequence[int], eos_or_pad: Tensor) -> Tensor:
     """Return [batch, 6] float64, the numbers that `_COUNTS` lists."""
     masked = hidden_after_revealing(batch, share)
     predicted = logits(masked)
@@ -98,7 +98,7 @@ def _first_step(batch: EndRows, share: float, logits: Logits, end_ids: Sequence[
     at_end = row_and_column[:, 1] == batch.end[row_and_column[:, 0]]
     row = row_and_column[at_end, 0]
     logits_at_end = predicted[at_end.to(predicted.device)].float()
-    eos_logits = logits_at_end[:, list(end_ids)]
+    eos_logits = logits_at_end[:, list(eos_ids)]
     result = torch.zeros(len(masked), _COUNTS, dtype=torch.float64)
     result[row, 0] = 1.0
     result[row, 1] = (eos_logits.logsumexp(dim=1) - logits_at_end.logsumexp(dim=1)).exp().cpu().double()
@@ -106,7 +106,7 @@ def _first_step(batch: EndRows, share: float, logits: Logits, end_ids: Sequence[
     result[row, 2] = (rank == 1).double()
     result[row, 3] = 1.0 / rank
     # The predicted length is the first position where EOS or padding is the most probable token, else the canvas.
-    is_end = torch.isin(predicted.argmax(dim=1).cpu(), ends)
+    is_end = torch.isin(predicted.argmax(dim=1).cpu(), eos_or_pad)
     length = masked.shape[1] - batch.is_padding.sum(dim=1)
     first = length.scatter_reduce(0, row_and_column[is_end, 0], row_and_column[is_end, 1], "amin")
     error = (first - batch.end).abs().double()
@@ -114,14 +114,14 @@ def _first_step(batch: EndRows, share: float, logits: Logits, end_ids: Sequence[
     return result
 
 
-def _quarter(batch: EndRows, number: int, logits: Logits, ends: Tensor) -> Tensor:
+def _quarter(batch: EosRows, number: int, logits: Logits, eos_or_pad: Tensor) -> Tensor:
     """Return [batch, 4] float64: true and false positives, false and true negatives after a cut in this quarter."""
     length = batch.maskable.shape[1] - batch.is_padding.sum(dim=1)
     u = keyed_uniform(batch.seed, Stream.EVALUATION_CUT, batch.sample_index, QUARTERS)[:, number].double()
     cut = ((number + u) / QUARTERS * length).floor().long()
     position = torch.arange(batch.maskable.shape[1])
     masked = batch.maskable & (position >= cut[:, None])
-    predicted = torch.isin(logits(masked).argmax(dim=1).cpu(), ends)
+    predicted = torch.isin(logits(masked).argmax(dim=1).cpu(), eos_or_pad)
     row, column = masked.nonzero().unbind(dim=1)
     true = column >= batch.end[row]
     result = torch.zeros(len(masked), _CONFUSION, dtype=torch.float64)
@@ -152,7 +152,7 @@ def metrics(total: Tensor) -> dict[str, dict[str, float]]:
     values = total.tolist()
     n_rows = values[0]
     if n_rows == 0:
-        raise ValueError("no row of eval_dataset has EOS; set variable_length, and check eval_dataset")
+        raise ValueError("eval_dataset holds no row with EOS; set variable_length, and check eval_dataset")
     result: dict[str, dict[str, float]] = {}
     for index, share in enumerate(REVEALED):
         _, p_eos, top1, mrr, error, square = values[index * _COUNTS : (index + 1) * _COUNTS]
@@ -165,11 +165,11 @@ def metrics(total: Tensor) -> dict[str, dict[str, float]]:
         }
     for index in range(QUARTERS):
         low = len(REVEALED) * _COUNTS + index * _CONFUSION
-        hit, false, missed, right = values[low : low + _CONFUSION]
+        tp, fp, fn, tn = values[low : low + _CONFUSION]
         result[f"quarter {index + 1}"] = {
-            "accuracy": (hit + right) / max(hit + false + missed + right, 1.0),
-            "precision": hit / max(hit + false, 1.0),
-            "recall": hit / max(hit + missed, 1.0),
-            "f1": 2 * hit / max(2 * hit + false + missed, 1.0),
+            "accuracy": (tp + tn) / max(tp + fp + fn + tn, 1.0),
+            "precision": tp / max(tp + fp, 1.0),
+            "recall": tp / max(tp + fn, 1.0),
+            "f1": 2 * tp / max(2 * tp + fp + fn, 1.0),
         }
     return result

@@ -1,4 +1,4 @@
-"""Quality of predicted lengths, cross-validated: each text is measured with thresholds from other texts."""
+"""The quality of predicted lengths, by cross-validation: each text is predicted with thresholds from other texts."""
 
 from __future__ import annotations
 

@@ -31,10 +31,10 @@ def gsm8k_accuracy(predictions: Sequence[str], labels: Sequence[str]) -> float |
 
     A prediction without `####` is wrong.
     """
-    wanted = [gsm8k_answer(label) for label in labels]
-    if not wanted or any(answer is None for answer in wanted):
+    answers = [gsm8k_answer(label) for label in labels]
+    if not answers or any(answer is None for answer in answers):
         return None
-    return _percent([gsm8k_answer(p) == answer for p, answer in zip(predictions, wanted, strict=True)])
+    return _percent([gsm8k_answer(p) == answer for p, answer in zip(predictions, answers, strict=True)])
 
 
 def rouge(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float] | None:
@@ -95,7 +95,7 @@ _UNSPACED = (
 _FIRST = [first for first, _ in _UNSPACED]
 
 
-# Joiners shape the letters on either side, and variation selectors a sign: neither is part of a word nor ends one.
+# Joiners and variation selectors change how their neighbours are drawn; they are no part of a word and do not end one.
 _INVISIBLE = frozenset("\u200c\u200d\ufe0e\ufe0f")
 
 
@@ -107,25 +107,25 @@ def words(text: str) -> list[str]:
     """
     if text.isascii():
         return re.findall("[a-z0-9]+", text.lower())
-    found: list[str] = []
-    is_open = alone = False  # whether the last word goes on, and with marks only
+    result: list[str] = []
+    is_open = marks_only = False  # whether the last word continues, and whether only with marks
     for char in unicodedata.normalize("NFC", text).lower():
         if char in _INVISIBLE:
             continue
         category = unicodedata.category(char)
         if category in ("Mn", "Mc"):
             if is_open:
-                found[-1] += char
+                result[-1] += char
         elif category[0] != "L" and category != "Nd":
             is_open = False
         else:
             single = _is_unspaced(ord(char)) and category[0] == "L"
-            if is_open and not single and not alone:
-                found[-1] += char
+            if is_open and not single and not marks_only:
+                result[-1] += char
             else:
-                found.append(char)
-            is_open, alone = True, single
-    return found
+                result.append(char)
+            is_open, marks_only = True, single
+    return result
 
 
 def _is_unspaced(code: int) -> bool:

@@ -1,4 +1,4 @@
-"""Text from a diffusion model, for every caller: YAML runs, the shell command and notebooks.
+"""Text generation with a diffusion model, for YAML runs, the shell command and notebooks.
 
 from llamafactory_ddm import load
 model = load("saves/tiny_gpt2/full/ddm")
@@ -35,7 +35,7 @@ from .trace import Trace, replay
 from .writer import FilledCanvas, Writer
 
 logger = logging.getLogger(__name__)
-# Called after each step with the step and a function that gives the pieces of each text of the batch; None is [MASK].
+# Called after each step with the step and a function that returns the pieces of each text; None is [MASK].
 StepCallback = Callable[[int, Callable[[], list[list[str | None]]]], None]
 
 
@@ -47,10 +47,10 @@ class Generated:
         predict: what was generated, up to the first EOS or padding token, without special tokens; gaps that are apart
             are joined by a line break.
         text: the whole text, the prompt included.
-        n_tokens: generated tokens that are part of `predict`; those after an EOS do not count.
-        num_forward_passes: that they took.
+        n_tokens: number of generated tokens in `predict`; those after an EOS do not count.
+        num_forward_passes: forward passes that they took.
         computed: tokens that went through the model for them, padding up to the longest of the batch included.
-        edits: how often a token was edited.
+        edits: number of edits of tokens.
         trace: the text step by step, if requested.
     """
 
@@ -64,7 +64,7 @@ class Generated:
 
 
 class TextGenerator:
-    """A bidirectional model with its tokenizer and the facts of its diffusion process."""
+    """A bidirectional model with its tokenizer and its `DiffusionConfig`."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class TextGenerator:
             tokenizer: its tokenizer.
             config: of its diffusion process.
             probe: test with a forward pass that the attention is bidirectional.
-            lengths: fitted length predictors, if there are any.
+            lengths: fitted length predictors, or None.
         Raises:
             NotBidirectionalError: if the model attends causally.
             ValueError: if the model was trained with shift and the tokenizer has no token to start with.
@@ -97,7 +97,7 @@ class TextGenerator:
         eos: tuple[int, ...] = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         if config.end_token_ids is not None:
             eos = tuple(config.end_token_ids)
-        self.eos_ids = tuple(sorted({*eos, *padding}))  # neither they nor what follows them is text
+        self.eos_ids = tuple(sorted({*eos, *padding}))  # a text ends before the first of them
         self.codec = TextCodec(tokenizer, config.mask_token_id, self.eos_ids, [i for i in padding if i not in eos])
         self._n_with_control = 0
         n_ids = max(tokenizer.get_vocab().values()) + 1  # the model may have more embeddings
@@ -110,7 +110,7 @@ class TextGenerator:
         """Return the canvas of a text of `length` tokens in all, the start token included.
 
         Raises:
-            ValueError: if that leaves nothing to generate, or is more than the model has positions.
+            ValueError: if there is nothing to generate, or `length` exceeds the model's positions.
         """
         return self._checked(canvas_of([length - (self.start_id is not None)], start_id=self.start_id))
 
@@ -118,17 +118,18 @@ class TextGenerator:
         """Return the canvas of a prompt and `n_tokens` tokens that continue it.
 
         Args:
-            prompt: text, or ids as they are.
-            n_tokens: to generate.
-            start: whether to put the start token in front where the model needs one.
+            prompt: text, or ids.
+            n_tokens: number of tokens to generate.
+            start: whether to prepend the start token if the model needs one.
         Raises:
-            ValueError: if the prompt is empty, holds the mask token or a marker, or leaves no room.
+            ValueError: if the prompt is empty, holds the mask token or an infilling marker, or leaves no positions to
+                generate.
         """
         if isinstance(prompt, str):
             check_unmarked(prompt)
         ids = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
-            raise ValueError("the prompt is empty; give one, or generate from noise")
+            raise ValueError("the prompt is empty; give at least one token, or generate from noise")
         if isinstance(prompt, str):
             self.note_text(prompt)
         return self._checked(canvas_of([ids, n_tokens], start_id=self.start_id if start else None))
@@ -148,38 +149,38 @@ class TextGenerator:
         )
 
     def with_template(self, template: str | None) -> TextGenerator:
-        """Return a generator of the same model that puts prompts under another template, or None for as they are.
+        """Return a generator of the same model that formats prompts by another template, or by none if it is None.
 
         Raises:
-            ValueError: if there is no template of this name, or the model lacks tokens for it.
+            ValueError: if there is no template of this name, or the model lacks its tokens.
         """
         config, stored = self.config, self.config.template
         if template is None:
             config = replace(config, template=None)
         elif stored is None or stored.name != template:
-            # The templates are LLaMA-Factory's, which nothing else here needs.
-            found, stop_words = import_module("..integration.data.stored_template", __package__).load_template(
+            # Templates are LLaMA-Factory's; nothing else in this folder needs it.
+            parsed, stop_words = import_module("..integration.data.stored_template", __package__).load_template(
                 template, self.tokenizer
             )
-            if stored is not None and stored.parts != found.parts:
+            if stored is not None and stored.parts != parsed.parts:
                 logger.warning(
-                    "template: %s is not the one that this model was finetuned with, which is %s",
+                    "template: %s differs from the template that this model was finetuned with: %s",
                     template,
                     stored.name,
                 )
-            known = self.tokenizer.get_vocab()
-            own = self.tokenizer.convert_ids_to_tokens(list(self.eos_ids))
-            words = (*(config.end_tokens or own), *(word for word in stop_words if word in known))
+            vocabulary = self.tokenizer.get_vocab()
+            eos_tokens = self.tokenizer.convert_ids_to_tokens(list(self.eos_ids))
+            words = (*(config.end_tokens or eos_tokens), *(word for word in stop_words if word in vocabulary))
             names = tuple(dict.fromkeys(words))
-            ids = tuple(int(known[name]) for name in names)
-            config = replace(config, template=found, end_tokens=names, end_token_ids=ids)
+            ids = tuple(int(vocabulary[name]) for name in names)
+            config = replace(config, template=parsed, end_tokens=names, end_token_ids=ids)
         return TextGenerator(self.model, self.tokenizer, config, probe=False, lengths=self.sizer.lengths)
 
     def settings(self, settings: SamplingSettings | None = None, **keywords: Any) -> SamplingSettings:
-        """Return sampling settings: those given, else the defaults for this model, with what the keywords change.
+        """Return `settings`, by default `SamplingSettings()`, with the values of keywords in place of its own.
 
         Raises:
-            TypeError: for a keyword that is no setting.
+            TypeError: for an unknown keyword.
             ValueError: if a value is out of range, or a token to suppress does not exist.
         """
         if settings is None:
@@ -191,23 +192,23 @@ class TextGenerator:
         return with_keywords(settings, keywords)
 
     def __repr__(self) -> str:
-        """Say which model it is, and how it was trained."""
+        """Return the model, its size and noise, and the tokens that end a text, in one line."""
         config, model = self.config, self.model
         size = sum(parameter.numel() for parameter in model.parameters())
         noise = f"mixed noise ({config.uniform_ratio:g} random tokens)" if config.uniform_ratio else "masked noise"
-        ends = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.eos_ids)))
-        named = "" if config.template is None else f", template {config.template.name or 'of its own'}"
+        eos = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.eos_ids)))
+        template = "" if config.template is None else f", template {config.template.name or 'without a name'}"
         return (
             f"<{type(self).__name__}: {type(model).__name__} of {size / 1e6:.1f} million parameters, "
             f"{str(model.dtype).removeprefix('torch.')} on {model.device}; {noise}, mask {config.mask_token}, "
-            f"{'with' if config.shift else 'no'} shift, ends {ends}{named}>"
+            f"{'with' if config.shift else 'no'} shift, EOS {eos}{template}>"
         )
 
     def from_marked(self, text: str, *, label: str | None = None) -> Canvas:
         """Return the canvas of a text with markers such as <|infill:8|>; `label` gives the length of <|infill|>.
 
         Raises:
-            ValueError: if there is no marker or a wrong one, if the text holds the mask token, or leaves no room.
+            ValueError: if there is no marker or an invalid one, or the text holds the mask token or is too long.
         """
         self.note_text(text)
         return self._checked(
@@ -217,11 +218,11 @@ class TextGenerator:
         )
 
     def note_text(self, text: str) -> None:
-        """Count a given text that spells a control token; `check` says how many there were."""
+        """Count a text that spells a control token; `check` logs the number."""
         self._n_with_control += self.codec.holds_control(text)
 
     def check(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
-        """Find before the first forward pass what would fail in the middle of a run, and warn of what may surprise.
+        """Check canvases and settings before the first forward pass, and warn of control tokens in texts.
 
         Raises:
             ValueError: if a canvas has more blocks than there are steps, guidance lacks a prompt, a length predictor
@@ -230,16 +231,16 @@ class TextGenerator:
         if self._n_with_control:
             spellings = " or ".join(map(repr, self.codec.controls))
             logger.warning(
-                f"{self._n_with_control} of the given texts hold {spellings}: it is read as plain characters, as in "
-                "training, not as the mask token or a pad. Mark gaps with <|infill:8|>."
+                f"{self._n_with_control} of the texts hold {spellings}, which is read as ordinary characters, as in "
+                "training, not as the mask token or padding. Mark gaps with <|infill:8|>."
             )
             self._n_with_control = 0
         settings.strategy()
         never_text = {*settings.logits.suppress, *self.eos_ids, self.config.mask_token_id}
         if settings.logits.suppress and never_text.issuperset(self.tokenizer.get_vocab().values()):
             raise ValueError(
-                f"suppress_tokens: {len(set(settings.logits.suppress))} of the vocabulary's tokens are suppressed, "
-                "which leaves no text but its end; suppress fewer"
+                f"suppress_tokens: {len(set(settings.logits.suppress))} suppressed tokens leave only EOS to generate; "
+                "suppress fewer"
             )
         self.edits(settings)
         self.sizer.check(canvases, settings)
@@ -250,8 +251,8 @@ class TextGenerator:
                 )
                 if settings.logits.guidance_scale != 1.0 and all(canvas.editable[canvas.n_start :]):
                     raise ValueError(
-                        f"guidance_scale: {settings.logits.guidance_scale} needs a prompt to guide by, and there is "
-                        "none; give one, or leave guidance_scale at 1"
+                        f"guidance_scale: {settings.logits.guidance_scale} needs a prompt; give one, or set "
+                        "guidance_scale: 1"
                     )
 
     def _checked(self, canvas: Canvas) -> Canvas:
@@ -259,13 +260,13 @@ class TextGenerator:
         if self.config.mask_token_id in fixed:
             raise ValueError(
                 f"the text holds the mask token {self.config.mask_token!r} (id {self.config.mask_token_id}), which "
-                "the model cannot tell from a position to generate; remove it, or mark gaps with <|infill:8|>"
+                "marks positions to generate; remove it, or mark gaps with <|infill:8|>"
             )
         limit = max_positions(self.model.config)
         if limit is not None and len(canvas) > limit:
             raise ValueError(
-                f"{len(fixed)} given tokens and {canvas.n_editable} to generate are more than the model's {limit} "
-                "positions; shorten the prompt or generate fewer"
+                f"{len(fixed)} fixed tokens and {canvas.n_editable} to generate exceed the model's {limit} positions; "
+                "shorten the prompt, or generate fewer tokens"
             )
         return canvas
 
@@ -274,7 +275,7 @@ class TextGenerator:
         return self.writer.edits(settings)
 
     def sized(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[SizedCanvas]:
-        """Cut canvases of one batch to the size that `early_stop` asks for; see `CanvasSizer.sized`."""
+        """Cut the canvases of one batch to the length that `early_stop` requires; see `CanvasSizer.sized`."""
         return self.sizer.sized(canvases, settings)
 
     def sample_batch(
@@ -286,29 +287,31 @@ class TextGenerator:
         traced: bool = False,
         callback: StepCallback | None = None,
     ) -> list[Generated]:
-        """Generate on the canvases, all in one batch.
+        """Fill the canvases, all in one batch.
 
         Args:
             canvases: from `from_noise`, `from_prompt`, `from_templated` or `from_marked`.
             settings: how to sample.
-            sample_indices: a number for each canvas, which with the seed determines its random numbers.
+            sample_indices: index of each sample, which with the seed determines its random numbers.
             traced: whether to return the texts step by step.
             callback: called after each step.
         Raises:
-            ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
+            ValueError: if settings and canvases are incompatible, or logits are NaN or infinite.
         """
 
-        def watch(step: int, shown: Sequence[Canvas], ids: list[list[int]]) -> None:
+        def watch(step: int, canvases: Sequence[Canvas], ids: list[list[int]]) -> None:
             if callback is not None:
                 callback(
                     step,
-                    lambda: [self.codec.pieces(row[canvas.n_start :]) for row, canvas in zip(ids, shown, strict=True)],
+                    lambda: [
+                        self.codec.pieces(row[canvas.n_start :]) for row, canvas in zip(ids, canvases, strict=True)
+                    ],
                 )
 
         filled = self.writer.write(
             canvases, settings, sample_indices=sample_indices, traced=traced, watch=None if callback is None else watch
         )
-        return [self._generated(one) for one in filled]
+        return [self._generated(canvas) for canvas in filled]
 
     def _generated(self, filled: FilledCanvas) -> Generated:
         canvas, ids = filled.canvas, filled.ids
@@ -319,9 +322,9 @@ class TextGenerator:
         ]
         text = ids[canvas.n_start :]
         if len(spans) == 1 and canvas.editable[-1]:
-            n_after_end = len(spans[0]) - len(self.before_end(spans[0]))
-            if n_after_end:
-                spans[0], text = spans[0][:-n_after_end], text[:-n_after_end]
+            n_cut = len(spans[0]) - len(self.before_eos(spans[0]))  # EOS and what follows it
+            if n_cut:
+                spans[0], text = spans[0][:-n_cut], text[:-n_cut]
         first_is_fixed = not canvas.editable[canvas.n_start]
         return Generated(
             predict="\n".join(
@@ -335,31 +338,31 @@ class TextGenerator:
             trace=None if filled.events is None else replay(self.codec, canvas, ids, filled.events),
         )
 
-    def before_end(self, ids: Sequence[int]) -> list[int]:
-        """Return the ids up to the first token that ends a text."""
+    def before_eos(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids before the first EOS or padding token."""
         return list(itertools.takewhile(lambda token: token not in self.eos_ids, ids))
 
     def generate(self, prompt: str | Sequence[str] | None = None, **options: Any) -> list[str]:
         """Return texts: answers to prompts or their continuations, texts with their gaps filled, or texts from noise.
 
-        A model that was finetuned on prompts gets each prompt under its template; any other continues the text.
+        A model that was finetuned on prompts gets each prompt in its template; any other continues the text.
 
         Args:
-            prompt: one or several texts to answer or continue; only what follows them is returned.
+            prompt: one or several texts to answer or continue; only the generated text is returned.
             options: those of `stream`, by keyword:
                 infill: one or several texts with markers such as <|infill:8|>; the whole texts are returned.
                 max_new_tokens: tokens to generate after a prompt or from noise (default: 64).
                 num_samples: how many texts to generate from noise, or for each prompt (default: 1).
-                batch_size: texts that are denoised together, which does not change them (default: 8).
+                batch_size: texts in a batch, which does not change them (default: 8).
                 settings: a `SamplingSettings`.
                 callback: called after each step of each batch.
                 template: name of another template for the prompts.
-                raw: continue prompts as they are, without the model's template.
-                Any other keyword is a single setting, as in `temperature=0`: of `SamplingSettings`, of `LogitsConfig`
-                or a YAML key.
+                raw: continue prompts without a template.
+                Any other keyword sets one key, as in `temperature=0`: a YAML key, or an attribute of
+                `SamplingSettings` or `LogitsConfig`.
         Raises:
-            TypeError: for a keyword that is not a setting.
-            ValueError: if both prompt and infill are given, or a text cannot be used; it says which and why.
+            TypeError: for an unknown keyword.
+            ValueError: if both prompt and infill are given, or a text is invalid, naming its number.
         """
         is_infilled = options.get("infill") is not None
         return [result.text if is_infilled else result.predict for result in self.stream(prompt, **options)]
@@ -380,23 +383,28 @@ class TextGenerator:
     ) -> Iterator[Generated]:
         """Return an iterator over the texts that `generate` returns, each as soon as its batch is finished.
 
-        The arguments are those of `generate`. No text is kept once it is out, so there may be any number.
+        The arguments are those of `generate`. Texts are not stored, so there may be any number.
 
         Raises:
-            TypeError: at once, see `generate`.
-            ValueError: at once, see `generate`.
+            TypeError: on the call, see `generate`.
+            ValueError: on the call, see `generate`.
         """
         if raw and template is not None:
             raise ValueError("template and raw exclude each other; give one of them")
         if prompt is not None and infill is not None:
             raise ValueError("prompt and infill exclude each other; give one of them")
         if num_samples < 1 or max_new_tokens < 1 or batch_size < 1:
-            raise ValueError("num_samples, max_new_tokens and batch_size must be at least 1")
+            raise ValueError(
+                f"num_samples, max_new_tokens and batch_size must be at least 1, got {num_samples}, "
+                f"{max_new_tokens}, {batch_size}"
+            )
         generator = self.with_template(template) if raw or template is not None else self
         settings = generator.settings(settings, **keywords)
         canvases = generator._canvases(prompt, infill, max_new_tokens)
         if len(canvases) * num_samples > MAX_SAMPLES:
-            raise ValueError(f"num_samples: {num_samples} is too many; a call numbers up to {MAX_SAMPLES} texts")
+            raise ValueError(
+                f"num_samples: {num_samples} for each of {len(canvases)} texts exceeds {MAX_SAMPLES} in all; lower it"
+            )
         generator.check(canvases, settings)
         return generator._in_batches(canvases, settings, num_samples, batch_size, callback)
 
@@ -408,7 +416,7 @@ class TextGenerator:
             return [self.from_noise(max_new_tokens + (self.start_id is not None))]
         texts = [texts] if isinstance(texts, str) else texts
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("prompt and infill are texts; for ids use from_prompt and sample_batch")
+            raise ValueError("prompt and infill must be texts; for ids use from_prompt and sample_batch")
         canvases = []
         for number, text in enumerate(texts):
             with error_prefix(f"text {number}"):

@@ -1,4 +1,4 @@
-"""A diffusion model from its folder, or by its name, ready to generate; `load` is the package's public name."""
+"""`load`: a diffusion model from its folder or Hub name, ready to generate."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ def load(
     raw: bool = False,
     plugins: Sequence[str] | str | None = None,
 ) -> TextGenerator:
-    """Load a diffusion model that this package has saved, or a LLaDA or Dream as it was published.
+    """Load a diffusion model that this package saved, or a published LLaDA or Dream model.
 
     Args:
         path: a folder with model, tokenizer and diffusion_config.json, or with a LoRA adapter in place of the model;
-            or a LLaDA or Dream, as a folder or by its name on Hugging Face's hub, of which a plain copy is made once.
+            or a published LLaDA or Dream model, as a folder or Hub name, of which a plain copy is made once.
         device: by default the first GPU if there is one, else the CPU.
-        dtype: of the weights; by default the one they are stored in, on a CPU float32.
-        template: name of the template to write prompts by; by default the one that the model was finetuned with.
-        raw: continue prompts as they stand.
-        plugins: modules or .py files of your own to import first, such as those that the model was trained with.
+        dtype: of the weights; by default float32 on a CPU, else the one that they are stored in.
+        template: name of the template that formats prompts; by default the one that the model was finetuned with.
+        raw: continue prompts without a template.
+        plugins: your own modules or .py files to import first, such as those that the model was trained with.
     Raises:
-        ValueError: if a plugin cannot be imported, or the folder is not there, is truncated, lacks weights, or is no
-            diffusion model.
+        ValueError: if a plugin cannot be imported, or the folder does not exist, is truncated, lacks weights, or holds
+            no diffusion model.
     """
     if raw and template is not None:
         raise ValueError("template and raw exclude each other; give one of them")
     load_plugins(plugins)
     folder = Path(plain_folder(path))
     if not folder.is_dir():
-        hub = ", nor a model in the hub's cache (without HF_HUB_OFFLINE it would be downloaded)"
+        hub = ", nor a model in the Hub's cache (without HF_HUB_OFFLINE it would be downloaded)"
         raise ValueError(
             f"{path} is not a folder{hub if may_be_on_a_hub(str(path)) else ''}; check the path (it is relative to "
             f"{Path.cwd()})"
@@ -57,15 +57,15 @@ def load(
     config = DiffusionConfig.find(folder)
     if config is None:
         raise ValueError(
-            f"{path} holds no {FILE_NAME}, so it is not a diffusion model of this package; adapt it with stage: ddm"
+            f"{path} holds no {FILE_NAME}, so it is no diffusion model of this package; train it with stage: ddm first"
         )
     refuse_both(folder)
     verify_checkpoint(folder)
     layout = layout_of_folder(folder)
     if layout is not None:
         raise ValueError(
-            f"{path} has the layout of {layout.name}, whose weights Hugging Face cannot load: make it an ordinary "
-            f"folder with llamafactory-ddm convert {path} OUT"
+            f"{path} has the published layout of {layout.name}, which transformers cannot load; convert it with "
+            f"llamafactory-ddm convert {path} OUT"
         )
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
@@ -74,8 +74,8 @@ def load(
         base = base_of(folder)
         if not Path(base).is_dir() and not may_be_on_a_hub(base):
             raise ValueError(
-                f"{path} is an adapter of {base}, which is not a folder; start where that path is right, or change "
-                f"base_model_name_or_path in its {ADAPTER_CONFIG}"
+                f"{path} is an adapter of {base}, which is not a folder in {Path.cwd()}; change the folder that you "
+                f"start in, or base_model_name_or_path in {ADAPTER_CONFIG}"
             )
         model = merged_with_base(folder, config, base=plain_folder(base), dtype=dtype)
     else:

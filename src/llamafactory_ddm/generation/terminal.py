@@ -1,4 +1,4 @@
-"""A text that denoises in the terminal, drawn with `rich`."""
+"""An animation of a text being denoised, in the terminal, drawn with `rich`."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _JOINERS = "\u200c\u200d"  # parts of an emoji
 
 
 class TerminalAnimation:
-    """Redraws a text in place while it denoises; a context manager, so that the terminal is left in order.
+    """Redraws a text in place while it is denoised; a context manager, which restores the terminal at the end.
 
-    A stream that is not a terminal, or a dumb one, gets the final text alone, from `close`.
+    A stream that is not a terminal, or a dumb one, gets only the final text, from `close`.
     """
 
     def __init__(
         self, pieces: Sequence[str | None], *, stream: TextIO, delay: float = 0.05, width: int | None = None
     ) -> None:
-        """Take the text at the beginning.
+        """Start from the pieces of a text.
 
         Args:
             pieces: of text; None is [MASK].
             stream: where to draw.
             delay: seconds to wait after each step.
-            width: columns to use; None for those of the terminal.
+            width: number of columns; None for that of the terminal.
         """
         self._pieces = list(pieces)
         self._stream = stream
@@ -52,7 +52,7 @@ class TerminalAnimation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close it, whatever happened."""
+        """Call `close`."""
         self.close()
 
     def update(self, step: int, steps: int, pieces: Sequence[str | None]) -> None:
@@ -60,7 +60,7 @@ class TerminalAnimation:
 
         Args:
             step: number of steps taken so far.
-            steps: in all.
+            steps: number of steps in all.
             pieces: of text; None is [MASK].
         """
         before, self._pieces = self._pieces, list(pieces)
@@ -82,10 +82,10 @@ class TerminalAnimation:
         time.sleep(self._delay)
 
     def close(self, text: str | None = None) -> None:
-        """Leave the whole text behind without highlights, and the cursor as it was; a second call does nothing.
+        """Print the whole text without highlights and restore the cursor; a second call does nothing.
 
         Args:
-            text: the final one, without what follows its EOS; None for what was drawn last.
+            text: the final text, up to its EOS; None for the text drawn last.
         """
         if self._is_closed:
             return
@@ -107,7 +107,7 @@ class TerminalAnimation:
         return text
 
     def _printable(self, text: str) -> str:
-        """Return `text` as the stream can encode it, without anything but newlines and tabs that moves a cursor."""
+        """Return `text` in characters that the stream can encode, without cursor movements but newlines and tabs."""
         chars = []
         for char in re.sub("\r\n|[\u2028\u2029]", "\n", text):
             category = "" if char in "\n\t" + _JOINERS else unicodedata.category(char)

@@ -1,4 +1,4 @@
-"""What each step of a sampler wrote, as pieces of text, and a web page that replays it."""
+"""Traces: what each denoising step changed, as pieces of text, and a web page that replays it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Trace:
     """The denoising of one text, step by step.
 
     Attributes:
-        title: shown above it.
-        start: pieces of text at the beginning; None is [MASK].
-        events: (step from 0, position, new piece) in order of step. A position may be written more than once, and None
-            masks it again.
+        title: shown above the text.
+        start: pieces of text before the first step; None is [MASK].
+        events: (step from 0, position, new piece) in order of step. A position may have several events; None remasks
+            it.
         steps: number of denoising steps in all; some may have no event.
     Raises:
         ValueError: if the events are out of order, or a step or a position is out of range.
@@ -44,13 +44,13 @@ class Trace:
         """Check the events."""
         if self.steps < 0:
             raise ValueError(f"steps must be at least 0, got {self.steps}")
-        earlier = 0
+        previous = 0
         for step, position, _ in self.events:
-            if not 0 <= step < self.steps or step < earlier:
-                raise ValueError(f"events must be in order of step, in [0, {self.steps}); got {step} after {earlier}")
+            if not 0 <= step < self.steps or step < previous:
+                raise ValueError(f"events must be in order of step, in [0, {self.steps}); got {step} after {previous}")
             if not 0 <= position < len(self.start):
                 raise ValueError(f"an event's position must lie in [0, {len(self.start)}), got {position}")
-            earlier = step
+            previous = step
 
     def frame(self, step: int) -> list[str | None]:
         """Return the pieces after `step` steps have been taken; 0 is the start.
@@ -61,61 +61,61 @@ class Trace:
         if not 0 <= step <= self.steps:
             raise ValueError(f"step must lie in [0, {self.steps}], got {step}")
         pieces = list(self.start)
-        for when, position, piece in self.events:
-            if when >= step:
+        for event_step, position, piece in self.events:
+            if event_step >= step:
                 break
             pieces[position] = piece
         return pieces
 
 
 class Recorder:
-    """Records what the steps of a batch write.
+    """Records what the steps of a batch change.
 
     Attributes:
-        events: of each row (step from 0, column, id), in order of step, with the id of [MASK] where a position is
+        events: for each row (step from 0, column, new id), in order of step; the id of [MASK] where a position is
             remasked.
     """
 
     def __init__(self, z: Tensor) -> None:
-        """Take the [batch, length] int64 sequences before the first step."""
-        self._before = z
+        """Start from the sequences before the first step, [batch, length] int64."""
+        self._previous = z
         self.events: list[list[tuple[int, int, int]]] = [[] for _ in range(len(z))]
 
     def __call__(self, step: int, z: Tensor) -> None:
-        """Take the sequences after a step."""
-        changed = (z != self._before).nonzero()
+        """Record a step, with the sequences after it."""
+        changed = (z != self._previous).nonzero()
         for (row, column), token in zip(changed.tolist(), z[changed[:, 0], changed[:, 1]].tolist(), strict=True):
             self.events[row].append((step, column, token))
-        self._before = z
+        self._previous = z
 
 
 def html_page(traces: Sequence[Trace], *, heading: str, facts: Mapping[str, str]) -> str:
-    """Return a page that replays the denoising of each sample; it holds all it needs and asks the network for nothing.
+    """Return a self-contained page that replays the denoising of each sample.
 
-    The fragment `#sample=1&step=3` opens it at the sample of that index, after that many steps.
+    The fragment `#sample=1&step=3` opens it at the sample with index 1, after 3 steps.
 
     Args:
         traces: the samples.
-        heading: of the page.
-        facts: what the samples have in common, such as the strategy or the number of steps.
+        heading: heading of the page.
+        facts: names and values shown below it, such as the strategy or the number of steps.
     Returns:
         ASCII; other characters are escaped.
     """
-    known: dict[str, int] = {}
+    index_of: dict[str, int] = {}
 
-    def number(piece: str | None) -> int:
-        return -1 if piece is None else known.setdefault(piece, len(known))
+    def index(piece: str | None) -> int:
+        return -1 if piece is None else index_of.setdefault(piece, len(index_of))
 
     samples = [
         {
             "title": trace.title,
             "steps": trace.steps,
-            "start": [number(piece) for piece in trace.start],
-            "events": [value for step, i, piece in trace.events for value in (step, i, number(piece))],
+            "start": [index(piece) for piece in trace.start],
+            "events": [value for step, i, piece in trace.events for value in (step, i, index(piece))],
         }
         for trace in traces
     ]
-    data = {"heading": heading, "facts": list(facts.items()), "samples": samples, "pieces": list(known)}
+    data = {"heading": heading, "facts": list(facts.items()), "samples": samples, "pieces": list(index_of)}
     parts = {
         "title": html.escape(heading).encode("ascii", "xmlcharrefreplace").decode("ascii"),
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
@@ -132,38 +132,38 @@ def write_html(path: str | Path, traces: Sequence[Trace], *, heading: str, facts
 
 
 def replay(codec: TextCodec, canvas: Canvas, ids: Sequence[int], events: Sequence[tuple[int, int, int]]) -> Trace:
-    """Return the denoising of a text as pieces of text.
+    """Return the trace of a text.
 
-    A token of the final text shows the piece that it has in it; one that was edited or remasked later shows the piece
-    that it had when it was written.
+    The last token of a position appears as its piece of the final text. A token that was edited or remasked later
+    appears as its piece of the text at that step.
 
     Args:
-        codec: of the tokenizer.
-        canvas: that the text was generated on.
-        ids: the final ids of its positions.
+        codec: codec of the tokenizer.
+        canvas: canvas that the text was generated on.
+        ids: final ids of all positions.
         events: (step, position, id) in order of step; the id of [MASK] where a position was remasked.
     """
     begin = canvas.n_start
     pieces = codec.pieces(list(ids[begin:]))
-    last = {position: number for number, (_, position, _) in enumerate(events)}
-    now = [codec.mask_id if editable else token for token, editable in zip(ids, canvas.editable, strict=True)]
-    made: list[tuple[int, int, str | None]] = []
+    last_event = {position: index for index, (_, position, _) in enumerate(events)}
+    current = [codec.mask_id if editable else token for token, editable in zip(ids, canvas.editable, strict=True)]
+    piece_events: list[tuple[int, int, str | None]] = []
     for step, group in itertools.groupby(enumerate(events), key=lambda pair: pair[1][0]):
-        of_step = list(group)
-        for _, (_, position, token) in of_step:
-            now[position] = token
-        pieces_now: list[str | None] = []
-        for number, (_, position, token) in sorted(of_step, key=lambda pair: pair[1][1]):
+        step_events = list(group)
+        for _, (_, position, token) in step_events:
+            current[position] = token
+        current_pieces: list[str | None] = []
+        for index, (_, position, token) in sorted(step_events, key=lambda pair: pair[1][1]):
             piece = None
-            if token != codec.mask_id and number == last[position]:
+            if token != codec.mask_id and index == last_event[position]:
                 piece = pieces[position - begin]
             elif token != codec.mask_id:
-                pieces_now = pieces_now or codec.pieces(now[begin:])
-                piece = pieces_now[position - begin]
-            made.append((step, position - begin, piece))
+                current_pieces = current_pieces or codec.pieces(current[begin:])
+                piece = current_pieces[position - begin]
+            piece_events.append((step, position - begin, piece))
     return Trace(
         title="",
         start=tuple(None if e else p for e, p in zip(canvas.editable[begin:], pieces, strict=True)),
-        events=tuple(made),
+        events=tuple(piece_events),
         steps=1 + max(map(itemgetter(0), events), default=-1),
     )

@@ -1,4 +1,4 @@
-"""Canvases in, ids out: one batch of the sampler, and canvases that grow while their text has not ended."""
+"""Filling canvases: one batch of the sampler, and canvases that grow until their text has ended."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from ..sampling import Context, Edits, SamplerOutput, SamplingSettings, sample
 from .canvas_size import CanvasSizer
 from .trace import Recorder
 
-# Called after each step with the step, the canvases and their ids.
+# Called after each step with the step, the canvases and the ids of each.
 Watch = Callable[[int, Sequence[Canvas], list[list[int]]], None]
 
 
 @dataclass(frozen=True)
 class FilledCanvas:
-    """What the sampler generated on a canvas.
+    """A canvas that the sampler filled.
 
     Attributes:
-        canvas: as far as it was filled.
-        ids: of all its positions.
-        committed: the last step that wrote each, -1 where a token is fixed or was left out after the EOS.
+        canvas: the canvas; with `early_stop: grow`, as far as it grew.
+        ids: ids of all its positions.
+        committed: the last step that changed each position; -1 where a token is fixed, or follows EOS and was never
+            decoded.
         nfe: forward passes that the text needed.
         computed: tokens that went through the model for it, padding up to the longest of the batch included.
-        steps: denoising steps that it was granted; a row of fewer tokens takes fewer.
-        edits: how often a token was edited.
-        events: what the steps wrote, (step, position, id) in order of step, the id of [MASK] where a position was
-            remasked; None if that was not requested.
+        steps: denoising steps that it could take.
+        edits: number of edits of tokens.
+        events: changes (step, position, id) in order of step, the id of [MASK] where a position was remasked; None if
+            they were not recorded.
     """
 
     canvas: Canvas
@@ -45,11 +46,11 @@ class FilledCanvas:
     events: tuple[tuple[int, int, int], ...] | None = None
 
     def continued(self, canvas: Canvas, new: FilledCanvas) -> FilledCanvas:
-        """Return what was generated on a canvas before and after it grew; steps count on.
+        """Return the whole canvas after it grew and its new part was filled; steps are numbered through.
 
         Args:
-            canvas: the grown one, with all its editable positions.
-            new: generated on the part that was added.
+            canvas: the grown canvas, with all its editable positions.
+            new: the same, filled with only the new positions editable.
         """
         offset = max(self.committed) + 1
         added = [step + offset if step >= 0 else -1 for step in new.committed[len(self.committed) :]]
@@ -70,13 +71,13 @@ class FilledCanvas:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one call of the sampler fills of a sample: all of its canvas, or the positions that were added last.
+    """The part of a sample that one call of the sampler fills: its canvas, or the positions that were added last.
 
     Attributes:
-        canvas: to fill now; what earlier calls generated is fixed in it.
-        whole: the same with everything that is generated editable.
-        sample_index: number of the sample, which with the seed determines its random numbers.
-        steps_taken: in earlier calls, whose random numbers are used up.
+        canvas: canvas of the call; tokens that earlier calls generated are fixed.
+        whole: the same canvas with all generated positions editable.
+        sample_index: index of the sample, which with the seed determines its random numbers.
+        steps_taken: steps of earlier calls, whose random numbers are used up.
     """
 
     canvas: Canvas
@@ -85,7 +86,7 @@ class _Part:
     steps_taken: int = 0
 
     def steps(self, total: int) -> int:
-        """Return its share of `total` steps, which are for the whole canvas and all the room that it has."""
+        """Return its share of the `total` steps of the longest canvas that the sample may grow to."""
         return -(-total * self.canvas.n_editable // (self.whole.n_editable + self.whole.room))
 
 
@@ -93,24 +94,24 @@ class Writer:
     """Fills canvases with the sampler; with `early_stop: grow` it extends those whose text has not ended."""
 
     def __init__(self, sizer: CanvasSizer) -> None:
-        """Fill canvases with the sizer's model, and let it say by how much they grow."""
+        """Fill canvases with the sizer's model; the sizer also determines by how much they grow."""
         self.sizer = sizer
 
     @property
     def config(self) -> DiffusionConfig:
-        """Return the facts of the model's diffusion process."""
+        """Return the model's `DiffusionConfig`."""
         return self.sizer.config
 
     def edits(self, settings: SamplingSettings) -> Edits:
         """Return which decoded tokens the settings edit with this model.
 
         Raises:
-            ValueError: if the model has never seen [MASK], or there are edit steps and no edits.
+            ValueError: if the model was trained without [MASK], or edit_steps has no effect.
         """
         if self.config.uniform_ratio == 1:
             raise ValueError(
-                "generation starts from [MASK], which this model has never seen, as it was trained with "
-                "uniform_ratio: 1; train it with a uniform_ratio below 1"
+                "uniform_ratio: 1 trained this model without [MASK], which generation starts from; train it with a "
+                "uniform_ratio below 1"
             )
         return settings.edits(self.config.uniform_ratio)
 
@@ -128,34 +129,34 @@ class Writer:
         Args:
             canvases: see `data.canvas`.
             settings: how to sample.
-            sample_indices: a number for each canvas, which with the seed determines its random numbers.
-            traced: whether to record what each step writes.
+            sample_indices: index of each sample, which with the seed determines its random numbers.
+            traced: whether to record what each step changes.
             watch: called after each step.
         Raises:
-            ValueError: if the settings do not fit the canvases, or the model's logits are unusable.
+            ValueError: if settings and canvases are incompatible, or logits are NaN or infinite.
         """
         parts = [_Part(canvas, canvas, index) for canvas, index in zip(canvases, sample_indices, strict=True)]
         if settings.early_stop != "grow":
             return self._sample(parts, settings, traced, watch)
         filled = self._sample_shares(parts, settings, traced, watch)
         while True:
-            growing = [number for number, one in enumerate(filled) if one.canvas.room and not self._has_ended(one)]
+            growing = [index for index, part in enumerate(filled) if part.canvas.room and not self._has_ended(part)]
             if not growing:
                 return filled
-            parts = [self._extension(filled[number], settings, sample_indices[number]) for number in growing]
-            shown = max(max(filled[number].committed) for number in growing) + 1
-            added = self._sample_shares(parts, settings, traced, watch, shown)
-            for number, part, new in zip(growing, parts, added, strict=True):
-                filled[number] = filled[number].continued(part.whole, new)
+            parts = [self._extension(filled[index], settings, sample_indices[index]) for index in growing]
+            first_step = max(max(filled[index].committed) for index in growing) + 1
+            added = self._sample_shares(parts, settings, traced, watch, first_step)
+            for index, part, new in zip(growing, parts, added, strict=True):
+                filled[index] = filled[index].continued(part.whole, new)
 
     def _has_ended(self, filled: FilledCanvas) -> bool:
         pairs = zip(filled.ids, filled.canvas.editable, strict=True)
         return any(editable and token in self.sizer.eos_ids for token, editable in pairs)
 
     def _extension(self, filled: FilledCanvas, settings: SamplingSettings, sample_index: int) -> _Part:
-        """Return the positions that a canvas gets next, after what is generated so far."""
+        """Return the next part of a growing sample: new positions after the tokens generated so far."""
         whole = self.sizer.longer(filled.canvas, self.sizer.grow_length(settings))
-        canvas = filled.canvas.given(filled.ids).grown(len(whole) - len(filled.ids))
+        canvas = filled.canvas.with_fixed(filled.ids).grown(len(whole) - len(filled.ids))
         return _Part(canvas, whole, sample_index, filled.steps)
 
     def _sample_shares(
@@ -164,17 +165,17 @@ class Writer:
         settings: SamplingSettings,
         traced: bool,
         watch: Watch | None,
-        shown: int = 0,
+        first_step: int = 0,
     ) -> list[FilledCanvas]:
-        """Fill parts in their shares of the steps, those of equal shares together."""
+        """Fill each part in its share of the steps; parts with equal shares form a batch."""
         shares = [part.steps(settings.diffusion_steps) for part in parts]
         filled: dict[int, FilledCanvas] = {}
         for steps in sorted(set(shares)):
-            numbers = [number for number, share in enumerate(shares) if share == steps]
-            own = replace(settings, diffusion_steps=steps)
-            done = self._sample([parts[number] for number in numbers], own, traced, watch, shown)
-            filled |= dict(zip(numbers, done, strict=True))
-        return [filled[number] for number in range(len(parts))]
+            indices = [index for index, share in enumerate(shares) if share == steps]
+            batch = [parts[index] for index in indices]
+            batch_settings = replace(settings, diffusion_steps=steps)
+            filled |= zip(indices, self._sample(batch, batch_settings, traced, watch, first_step), strict=True)
+        return [filled[index] for index in range(len(parts))]
 
     def _sample(
         self,
@@ -182,9 +183,9 @@ class Writer:
         settings: SamplingSettings,
         traced: bool,
         watch: Watch | None,
-        shown: int = 0,
+        first_step: int = 0,
     ) -> list[FilledCanvas]:
-        """Fill parts in one call of the sampler; `watch` has seen `shown` steps of them already."""
+        """Fill parts in one call of the sampler; for `watch` its steps are numbered from `first_step`."""
         device = self.sizer.model.device
         canvases = [part.canvas for part in parts]
         index = torch.tensor([(part.sample_index, part.steps_taken) for part in parts], dtype=torch.int64)
@@ -193,12 +194,12 @@ class Writer:
             blank = batch.x.masked_fill(batch.editable, self.config.mask_token_id)
             recorder = Recorder(blank.to(device)) if traced else None
 
-            def after_step(step: int, z: Tensor, written: Tensor) -> None:
+            def after_step(step: int, z: Tensor, changed: Tensor) -> None:
                 if recorder is not None:
                     recorder(step, z)
                 if watch is not None:
                     rows = [ids[len(ids) - len(canvas) :] for ids, canvas in zip(z.tolist(), canvases, strict=True)]
-                    watch(shown + step, canvases, rows)
+                    watch(first_step + step, canvases, rows)
 
             output = sample(
                 denoiser,
@@ -252,5 +253,5 @@ def _unstacked(
 def _shifted(
     events: Sequence[tuple[int, int, int]], *, steps: int, positions: int
 ) -> tuple[tuple[int, int, int], ...]:
-    """Return events so many steps later and so many positions further to the right."""
+    """Return events with `steps` added to each step and `positions` to each position."""
     return tuple((step + steps, position + positions, token) for step, position, token in events)

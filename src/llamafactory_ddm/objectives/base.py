@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..diffusion.eos_noise import EndNoise
+from ..diffusion.eos_noise import EosNoise
 from ..diffusion.loss_weights import LossNorm, LossWeighting
 from ..diffusion.noise import Stream, draw_time
 from ..diffusion.rng import keyed_uniform
@@ -194,7 +194,12 @@ class Objective(ABC):
 
     @classmethod
     def build(
-        cls, common: Mapping[str, Any], *, uniform_ratio: float = 0.0, n_ids: int = 0, ends: EndNoise | None = None
+        cls,
+        common: Mapping[str, Any],
+        *,
+        uniform_ratio: float = 0.0,
+        n_ids: int = 0,
+        eos_noise: EosNoise | None = None,
     ) -> Objective:
         """Return the objective of a run.
 
@@ -202,12 +207,12 @@ class Objective(ABC):
             common: values of the attributes that every objective has.
             uniform_ratio: value of uniform_ratio in the YAML or the checkpoint.
             n_ids: random tokens are ids from 0 to n_ids - 1.
-            ends: how noise depends on the position of EOS; None unless `takes_end_noise` returns True.
+            eos_noise: how noise depends on the position of EOS; None unless `takes_eos_noise` returns True.
         """
         return cls(**common)
 
     @classmethod
-    def takes_end_noise(cls, uniform_ratio: float) -> bool:
+    def takes_eos_noise(cls, uniform_ratio: float) -> bool:
         """Tell whether noise can depend on the position of EOS (pad_mask_ratio, eos_window_ratio)."""
         return False
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..diffusion.eos_noise import EndNoise, draw_masks
+from ..diffusion.eos_noise import EosNoise, draw_masks
 from ..diffusion.likelihood import bound_per_row, mask_exactly
 from ..diffusion.loss_weights import denominator, token_weight
 from ..diffusion.losses import masked_cross_entropy
@@ -28,22 +28,27 @@ class MaskedObjective(Objective):
         L = E_t [ -alpha'(t) / (1 - alpha(t)) * sum over masked i of -log p(x_0[i] | z_t) ] / n_maskable.
 
     Attributes:
-        ends: how noise depends on the position of EOS; None if it does not.
+        eos_noise: how noise depends on the position of EOS; None if it does not.
     """
 
     name: ClassVar[str] = "masked"
     term: ClassVar[str] = "nll"
-    ends: EndNoise | None = None
+    eos_noise: EosNoise | None = None
 
     @classmethod
     def build(
-        cls, common: Mapping[str, Any], *, uniform_ratio: float = 0.0, n_ids: int = 0, ends: EndNoise | None = None
+        cls,
+        common: Mapping[str, Any],
+        *,
+        uniform_ratio: float = 0.0,
+        n_ids: int = 0,
+        eos_noise: EosNoise | None = None,
     ) -> MaskedObjective:
         """Return the objective of a run; the arguments are those of `Objective.build`."""
-        return cls(ends=ends, **common)
+        return cls(eos_noise=eos_noise, **common)
 
     @classmethod
-    def takes_end_noise(cls, uniform_ratio: float) -> bool:
+    def takes_eos_noise(cls, uniform_ratio: float) -> bool:
         """Return True."""
         return True
 
@@ -52,9 +57,9 @@ class MaskedObjective(Objective):
         x_0, maskable = clean.x_0, clean.maskable
         t = self.draw_time(sample_index, group_size)
         row = None
-        if self.ends is not None and clean.is_pad is not None and clean.end is not None:
+        if self.eos_noise is not None and clean.is_pad is not None and clean.end is not None:
             drawn = draw_masks(
-                self.ends,
+                self.eos_noise,
                 maskable,
                 clean.is_pad,
                 clean.end,

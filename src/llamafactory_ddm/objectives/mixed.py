@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..diffusion.eos_noise import EndNoise
+from ..diffusion.eos_noise import EosNoise
 from ..diffusion.loss_weights import denominator, token_weight
 from ..diffusion.losses import mixed_kl
 from ..diffusion.noise import Stream, mix_tokens
@@ -45,15 +45,20 @@ class MixedObjective(Objective):
 
     @classmethod
     def build(
-        cls, common: Mapping[str, Any], *, uniform_ratio: float = 0.0, n_ids: int = 0, ends: EndNoise | None = None
+        cls,
+        common: Mapping[str, Any],
+        *,
+        uniform_ratio: float = 0.0,
+        n_ids: int = 0,
+        eos_noise: EosNoise | None = None,
     ) -> Objective:
         """Return the objective of a run, a `MaskedObjective` if uniform_ratio is 0; arguments as `Objective.build`."""
         if not uniform_ratio:
-            return MaskedObjective.build(common, ends=ends)
+            return MaskedObjective.build(common, eos_noise=eos_noise)
         return cls(uniform_ratio=uniform_ratio, n_ids=n_ids, **common)
 
     @classmethod
-    def takes_end_noise(cls, uniform_ratio: float) -> bool:
+    def takes_eos_noise(cls, uniform_ratio: float) -> bool:
         """Return whether uniform_ratio is 0."""
         return not uniform_ratio
 

@@ -29,7 +29,7 @@ def test_a_mask_of_the_text_is_given_and_ends_no_answer(make_trainer, monkeypatc
         eos_evaluation, "statistics", lambda rows, *a, **k: (seen.append(rows), inner(rows, *a, **k))[1]
     )
     monkeypatch.setattr(trainer, "bound_logits", lambda model, z, *a: (given.append(z), logits(model, z, *a))[1])
-    eos_evaluation.evaluate_ends(trainer, rows, end_ids=[EOS])
+    eos_evaluation.evaluate_eos(trainer, rows, eos_ids=[EOS])
     maskable = torch.cat([batch.maskable for batch in seen]).int().tolist()
     assert maskable == [[0, 1, 1, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
     assert all(z[0, 3] == MASK_ID and z[1, 2] == 8 for z in given)

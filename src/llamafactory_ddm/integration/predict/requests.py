@@ -191,7 +191,7 @@ def build_example_requests(
             label = (
                 None
                 if answer is None
-                else generator.tokenizer.decode(generator.before_end(answer), skip_special_tokens=True)
+                else generator.tokenizer.decode(generator.before_eos(answer), skip_special_tokens=True)
             )
             prompt = generator.tokenizer.decode(ids)
             generator.note_text(prompt)

@@ -24,7 +24,7 @@ def resolve_noise_process(config: DiffusionConfig | None, finetuning_args: Any) 
     process, ratio = _process_and_ratio(config, finetuning_args.noise_process, finetuning_args.uniform_ratio)
     given = ["pad_mask_ratio"] if finetuning_args.pad_mask_ratio is not None else []
     given += ["eos_window_ratio"] if finetuning_args.eos_window_ratio else []
-    if given and not OBJECTIVES.get(process).takes_end_noise(ratio):
+    if given and not OBJECTIVES.get(process).takes_eos_noise(ratio):
         raise ValueError(f"{', '.join(given)}: is not supported with noise_process: {process}; remove one of them")
     return process, ratio
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...diffusion.eos_noise import EndNoise
+from ...diffusion.eos_noise import EosNoise
 from ...diffusion.schedules import get_schedule
 from ...modeling.diffusion_config import DiffusionConfig
 from ...modeling.model_info import text_config
@@ -35,15 +35,15 @@ def build_objective(
     # A model may have more embeddings than its tokenizer has tokens, and a tokenizer tokens without an embedding.
     n_ids = min(max(tokenizer.get_vocab().values()) + 1, int(text_config(model).vocab_size))
     return OBJECTIVES.get(config.noise_process).build(
-        common, uniform_ratio=config.uniform_ratio, n_ids=n_ids, ends=end_noise(lengths, finetuning_args)
+        common, uniform_ratio=config.uniform_ratio, n_ids=n_ids, eos_noise=eos_noise_of(lengths, finetuning_args)
     )
 
 
-def end_noise(plan: LengthPlan | None, finetuning_args: Any) -> EndNoise | None:
+def eos_noise_of(plan: LengthPlan | None, finetuning_args: Any) -> EosNoise | None:
     """Return how noise depends on the position of EOS; None if it does not."""
     if plan is None or (finetuning_args.pad_mask_ratio is None and not finetuning_args.eos_window_ratio):
         return None
-    return EndNoise(
+    return EosNoise(
         pad_mask_ratio=finetuning_args.pad_mask_ratio,
         pad_anneal_steps=finetuning_args.pad_anneal_steps,
         pad_mask_method=finetuning_args.pad_mask_method,

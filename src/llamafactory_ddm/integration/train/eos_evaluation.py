@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...evaluation.bound import EVALUATION_SEED
-from ...evaluation.eos import EndRows, columns, last_text, metrics, statistics
+from ...evaluation.eos import EosRows, columns, last_text, metrics, statistics
 from ...objectives.base import CleanBatch
 from ...objectives.shift import head_index
 from .trainer import DiffusionTrainer
@@ -20,7 +20,7 @@ JSON, PLOT = "eos_metrics.json", "eos_metrics.png"
 
 
 @torch.no_grad()
-def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, end_ids: Sequence[int]) -> dict[str, dict[str, float]]:
+def evaluate_eos(trainer: DiffusionTrainer, dataset: Any, *, eos_ids: Sequence[int]) -> dict[str, dict[str, float]]:
     """Return the EOS metrics of a data set; they are the same for any batch size and number of ranks.
 
     Raises:
@@ -46,9 +46,9 @@ def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, end_ids: Sequence[
         # A [MASK] within an answer is fixed, but it does not separate two answers.
         labelled = batch["maskable"].to("cpu")
         found = statistics(
-            EndRows(clean.maskable & last_text(labelled, end), padding, end, EVALUATION_SEED, sample_index),
+            EosRows(clean.maskable & last_text(labelled, end), padding, end, EVALUATION_SEED, sample_index),
             logits,
-            end_ids=end_ids,
+            eos_ids=eos_ids,
             pad_ids=ends.pad_token_ids,
         )
         gathered: Tensor = trainer.accelerator.gather_for_metrics(found.float().to(device))
@@ -56,7 +56,7 @@ def evaluate_ends(trainer: DiffusionTrainer, dataset: Any, *, end_ids: Sequence[
     return metrics(total)
 
 
-def save_end_metrics(found: dict[str, dict[str, float]], folder: str | Path) -> None:
+def save_eos_metrics(found: dict[str, dict[str, float]], folder: str | Path) -> None:
     """Write the metrics as JSON, and a plot of them."""
     import matplotlib
 

@@ -14,7 +14,7 @@ from ..model.model_card import Origin
 from ..resolve.datasets import RunData
 from ..resolve.objective import build_objective
 from ..resolve.plan import RunPlan
-from .eos_evaluation import evaluate_ends, save_end_metrics
+from .eos_evaluation import evaluate_eos, save_eos_metrics
 from .plotting import plot_logs
 from .trainer import DiffusionTrainer
 
@@ -68,16 +68,16 @@ def evaluate(trainer: DiffusionTrainer, plan: RunPlan, *, eos: bool) -> None:
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     if eos:
-        _evaluate_ends(trainer, trainer.eval_dataset, plan.config.end_token_ids or ())
+        _evaluate_eos(trainer, trainer.eval_dataset, plan.config.end_token_ids or ())
 
 
-def _evaluate_ends(trainer: DiffusionTrainer, dataset: Any, end_ids: tuple[int, ...]) -> None:
+def _evaluate_eos(trainer: DiffusionTrainer, dataset: Any, eos_ids: tuple[int, ...]) -> None:
     for name, part in (dataset if isinstance(dataset, dict) else {"": dataset}).items():
-        found = evaluate_ends(trainer, part, end_ids=end_ids)
+        found = evaluate_eos(trainer, part, eos_ids=eos_ids)
         if trainer.is_world_process_zero():
             folder = Path(trainer.args.output_dir) / name
             folder.mkdir(parents=True, exist_ok=True)
-            save_end_metrics(found, folder)
+            save_eos_metrics(found, folder)
             first, last = found["revealed 0"], found["revealed 1"]
             logger.info_rank0(
                 f"The end is found in one step (top-1) in {100 * first['top1']:.1f} % of rows from nothing, and in "
