@@ -1,10 +1,10 @@
-"""Measure what adaptation from autoregressive weights is worth, and write docs/adaptation.md.
+"""Compare adaptation from autoregressive and from random weights, and write docs/adaptation.md.
 
     python docs/make_adaptation_table.py               all runs: 4 variants x 3 seeds, about 10 minutes on two cores
     python docs/make_adaptation_table.py --steps 2 --seeds 1 --out x.md     a quick look
 
-Every run is examples/tiny_gpt2_full_ddm.yaml with the keys of the table overridden, through llamafactory-cli, and is
-judged by eval_loss on the held-out split at its last step. Runs that are finished are not repeated.
+Every run is examples/tiny_gpt2_full_ddm.yaml with the keys of its row in VARIANTS overridden. The figure is eval_loss
+on the held-out split at the last step. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VARIANTS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
 
 
 def run(name: str, overrides: tuple[str, ...], seed: int, arguments: argparse.Namespace) -> float:
-    """Train one variant with one seed, unless it was; return its held-out bound in nats per token."""
+    """Train one variant with one seed, unless that is done; return its held-out bound in nats per token."""
     folder = Path(arguments.work) / f"{name}-{arguments.steps}-{seed}"
     results = folder / "eval_results.json"
     if not results.is_file():
@@ -51,7 +51,7 @@ def run(name: str, overrides: tuple[str, ...], seed: int, arguments: argparse.Na
 
 
 def table(arguments: argparse.Namespace) -> str:
-    """Return the page."""
+    """Return the page as Markdown."""
     seeds = range(1, arguments.seeds + 1)
     variants = VARIANTS[: arguments.variants]
     jobs = [(name, overrides, seed) for name, *_, overrides in variants for seed in seeds]
@@ -59,13 +59,13 @@ def table(arguments: argparse.Namespace) -> str:
         losses = list(pool.map(lambda job: run(*job, arguments), jobs))
     found = {(name, seed): loss for (name, _, seed), loss in zip(jobs, losses, strict=True)}
     lines = [
-        "# What adaptation is worth on the built-in model",
+        "# The gain from adaptation, on the built-in model",
         "",
         f"Made by `python docs/make_adaptation_table.py`: `examples/tiny_gpt2_full_ddm.yaml` for {arguments.steps} "
         "steps,",
-        f"attention annealed over the first {arguments.steps // 4} where it says so. The figures are `eval_loss` on "
-        "the held-out",
-        "split, the evidence bound in nats per token; lower is better.",
+        f"with attention annealed over the first {arguments.steps // 4} steps in the rows that say so. The figures are "
+        "`eval_loss`,",
+        "the evidence bound in nats per token, on the held-out split; lower is better.",
         "",
         "| start | shift | annealing | " + " | ".join(f"seed {s}" for s in seeds) + " | mean | spread (max - min) |",
         "|---|---|---|" + "---|" * (len(seeds) + 2),
@@ -79,19 +79,19 @@ def table(arguments: argparse.Namespace) -> str:
     margins = [found["random", s] - found["ar", s] for s in seeds]
     lines += [
         "",
-        "With the same seed and steps, the recipe that starts from autoregressive weights (first row) ends",
+        "With the same seed and steps, the run from autoregressive weights (first row) ends",
         f"{min(margins):.3f} to {max(margins):.3f} nats per token below the one from random weights (last row).",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Read the command line, run and write."""
+    """Read the command line, train, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="only the first so many")
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="run only the first N variants")
     parser.add_argument("--override", nargs="*", default=[], help="more key=value for every run")
     parser.add_argument("--work", default=str(ROOT / "saves" / "adaptation"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "adaptation.md")
