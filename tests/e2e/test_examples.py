@@ -5,7 +5,6 @@ import shutil
 import pytest
 from omegaconf import OmegaConf
 
-from llamafactory_ddm.checkpoints.plain_copy import CACHE
 from llamafactory_ddm.integration.hparams.stages import STAGES
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import ROOT, predictions, run
@@ -102,8 +101,7 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
 )
-def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adapter, monkeypatch):
-    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adapter):
     keys = OmegaConf.load(ROOT / "examples" / name)
     words = overrides(name, tmp_path, small_data, checkpoint, finetuned, adapter)
     if name == FITTING:

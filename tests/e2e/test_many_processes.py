@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import ROOT, history, run, train_in_processes
+from support.published import write_llada
 from support.warm import free_port
 
 SMALL = (
@@ -46,6 +47,7 @@ WAYS = {
     "zero3": (("per_device_train_batch_size=4", "deepspeed=examples/deepspeed/ds_z3_config.json"), True, 1e-4),
     "fsdp": (("per_device_train_batch_size=4", "use_cpu=true"), True, 1e-4),
 }
+ONE_PROCESS = ("per_device_train_batch_size=8", "use_cpu=true")
 RECIPES = {"full": "tiny_gpt2_full_ddm_sft.yaml", "lora": "tiny_gpt2_lora_ddm_sft.yaml"}
 
 
@@ -57,7 +59,7 @@ def one(tmp_path_factory, checkpoint, small_data):
     def get(recipe):
         if recipe not in folders:
             folders[recipe] = tmp_path_factory.mktemp("one") / recipe
-            start(recipe, folders[recipe], checkpoint, small_data, "per_device_train_batch_size=8", "use_cpu=true")
+            start(recipe, folders[recipe], checkpoint, small_data, *ONE_PROCESS)
         return folders[recipe]
 
     return get
@@ -208,3 +210,27 @@ def test_a_diverged_run_stops_in_all_processes(checkpoint, small_data, tmp_path)
         assert "the loss was NaN or infinite in steps 2 to 3" in part
     assert not (folder / "model.safetensors").exists()
     assert not list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_published_weights_are_renamed_under_zero3_too(small_data, tmp_path):
+    """LLaDA in full: published names are read into a model that is split, and plain names are saved."""
+    pytest.importorskip("deepspeed")
+    published = write_llada(tmp_path / "llada")
+    lora = ("lora_rank:", "lora_alpha:", "lora_target:", "finetuning_type:")
+    lines = (ROOT / "examples" / "llada_lora_ddm_sft.yaml").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith(lora)] + ["finetuning_type: full"]
+    (tmp_path / "full.yaml").write_text("\n".join(lines) + "\n")
+    keys = (tmp_path / "full.yaml", *SMALL, f"model_name_or_path={published}", f"dataset_dir={small_data}")
+    keys += ("dataset=tiny_problems_train", "gradient_accumulation_steps=1", "bf16=false", "cutoff_len=128")
+    keys += ("max_steps=2", "save_strategy=no")
+    one, split = tmp_path / "one", tmp_path / "split"
+    run("train", *keys, f"output_dir={one}", *ONE_PROCESS)
+    more, _, tolerance = WAYS["zero3"]
+    train_in_processes(2, *keys, f"output_dir={split}", *more, env={"DS_ACCELERATOR": "cpu"})
+    for a, b in zip(history(one), history(split), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=tolerance)
+    expected, trained = weights(one, "full"), weights(split, "full")
+    assert trained.keys() == expected.keys() and "model.embed_tokens.weight" in trained
+    for key, value in expected.items():
+        torch.testing.assert_close(trained[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from support.cli import evaluations, history, predictions, run, train_here
+from support.published import write_llada
 
 pytest.importorskip("bitsandbytes")
 LORA = "tiny_gpt2_lora_ddm_sft.yaml"
@@ -62,6 +63,18 @@ def test_it_generates_and_merges(quantized, checkpoint, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     name = "transformer.h.0.attn.c_attn.weight"
     assert not torch.equal(merged.state_dict()[name], base.state_dict()[name])
+
+
+@pytest.mark.slow
+def test_published_weights_in_four_bits(small_data, tmp_path):
+    """LLaDA's are renamed before they are quantised."""
+    keys = {"model_name_or_path": write_llada(tmp_path / "llada"), "dataset_dir": small_data, "plot_loss": False}
+    keys |= {"dataset": "tiny_problems_train", "max_steps": 2, "warmup_ratio": 0, "logging_steps": 1, "bf16": False}
+    keys |= {"gradient_accumulation_steps": 1, "cutoff_len": 128, "save_strategy": "no", "overwrite_cache": True}
+    for name, bits in (("full", {}), ("quantized", {"quantization_bit": 4})):
+        train_here("llada_lora_ddm_sft.yaml", output_dir=tmp_path / name, **keys, **bits)
+    for a, b in zip(history(tmp_path / "full"), history(tmp_path / "quantized"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.1) and b["loss"] != a["loss"]
 
 
 def adapter(folder):

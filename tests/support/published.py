@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from llamafactory_ddm.checkpoints.llada_dream import LLADA
+from llamafactory_ddm.checkpoints.families.llada import WEIGHT_NAMES as LLADA
 
 from .tiny import tiny_tokenizer
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.embeddings import num_embeddings, resize_embeddings
 from ..modeling.lora import embedding_names, tie_again
+from .families import find_diffusion_config
 from .load_model import load_whole, load_whole_adapter
 from .weights import shapes_of, weight_files
 
@@ -126,9 +127,9 @@ def merged_with_base(folder: str | Path, config: DiffusionConfig, *, base: str, 
     from peft import PeftModel
 
     check_adapter(folder)
-    described = DiffusionConfig.find(base)
-    if described is not None:
-        check_agreement([(str(folder), config), (base, described)])
+    config_of_base = find_diffusion_config(base)
+    if config_of_base is not None:
+        check_agreement([(str(folder), config), (base, config_of_base)])
     try:
         model: Any = load_whole(AutoModelForCausalLM, pretrained_model_name_or_path=base, dtype=dtype)
     except (OSError, ValueError) as error:

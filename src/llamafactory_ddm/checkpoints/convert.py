@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig
 
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.special_tokens import resolve_token
 from ..utils.files import new_folder
 from .adapters import ADAPTER_CONFIG
 from .diffullama import LAYOUTS, Layout, published_config, set_published_padding
+from .families import ModelFamily, detect_family, family_of_converted, raw_config
+from .families.base import load_tokenizer, with_start_and_end
 from .layouts import AnyLayout, layout_of, stored_num_embeddings
-from .llada_dream import LLADA, OwnCode, kind_behind, kind_of, raw_config, standard_config
-from .llada_dream import published_config as published_config_of
-from .rename import check_adapter_keys, check_keys, first_line, is_tied, renamer, write_weights
-from .weights import keys_of, read_weight, stored_dtype, verify_checkpoint, weight_files
+from .rename import check_adapter_keys, check_keys, is_tied, renamer, write_weights
+from .weights import first_line, keys_of, read_weight, stored_dtype, verify_checkpoint, weight_files
 
 
 def convert(
@@ -73,131 +73,115 @@ def _convert_model(
 ) -> None:
     config = source_config(source, base)
     layout = layout_of(key for path in weight_files(source) for key in keys_of(path))
-    own = kind_of(raw_config(source))
-    described = DiffusionConfig.find(source)
-    if to_published and (layout is not None or own is not None):
-        raise ValueError(f"{source} has the layout of {layout.name if layout else own.name if own else ''} already")
-    wanted = _published_layout(config, described) if to_published else None
-    rows = stored_num_embeddings(source, layout) or int(config.vocab_size)
-    config.vocab_size = rows
+    family = detect_family(raw_config(source))
+    diffusion_config = DiffusionConfig.find(source)
+    published = layout or family
+    if to_published and published is not None:
+        name = published.title if isinstance(published, type) else published.name
+        raise ValueError(f"{source} has the layout of {name} already")
+    target_family = None
+    if to_published and diffusion_config is not None:
+        target_family = family_of_converted(config.model_type, diffusion_config.shift)
+    target_layout = _published_layout(config, target_family) if to_published else None
+    num_embeddings = stored_num_embeddings(source, layout) or int(config.vocab_size)
+    config.vocab_size = num_embeddings
     check_keys(source, layout, config)
-    if is_tied(config) and _ends_differ(source, layout):
+    if is_tied(config) and _output_differs(source, layout):
         config.tie_word_embeddings = False
-    write_weights(source, scratch, renamer(layout, wanted))
+    write_weights(source, scratch, renamer(layout, target_layout))
     config.dtype = stored_dtype(source)
     config.save_pretrained(scratch)
-    tokenizer = source_tokenizer(source, base, own)
-    if described is None and own is not None:
-        described = described_by_code(source, own, tokenizer, tokens)
-    if described is not None:
-        check_options(described, tokenizer, tokens, shift)
+    tokenizer = source_tokenizer(source, base)
+    if diffusion_config is None and family is not None:
+        diffusion_config = _config_of_family(source, family, tokenizer, tokens)
+    if diffusion_config is not None:
+        check_options(diffusion_config, tokenizer, tokens, shift)
     else:
-        described = described_by_table(config, rows, tokenizer, tokens, shift, layout)
-    if described.mask_token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"mask_token": described.mask_token})
-    if tokenizer.convert_tokens_to_ids(described.mask_token) != described.mask_token_id:
+        diffusion_config = described_by_table(config, num_embeddings, tokenizer, tokens, shift, layout)
+    if diffusion_config.mask_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"mask_token": diffusion_config.mask_token})
+    mask_id = tokenizer.convert_tokens_to_ids(diffusion_config.mask_token)
+    if mask_id != diffusion_config.mask_token_id:
         raise ValueError(
-            f"the tokenizer gives the mask token {described.mask_token!r} the id "
-            f"{tokenizer.convert_tokens_to_ids(described.mask_token)}, the weights were trained with "
-            f"{described.mask_token_id}; name the model that they were trained from with --base"
+            f"the tokenizer gives the mask token {diffusion_config.mask_token!r} the id {mask_id}, the weights were "
+            f"trained with {diffusion_config.mask_token_id}; name the model that they were trained from with --base"
         )
     tokenizer.save_pretrained(scratch)
-    with_start_and_end(described, tokenizer).save(scratch)
-    own = kind_behind(config.model_type, described.shift)
-    if to_published and own is not None and not isinstance(wanted, Layout):
-        raw = published_config_of(config, own, described.mask_token_id)
+    with_start_and_end(diffusion_config, tokenizer).save(scratch)
+    if target_family is not None:
+        raw = target_family.published_config(config, mask_id)
         (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def _published_layout(config: Any, described: DiffusionConfig | None) -> AnyLayout | None:
-    """Return the published layout of such models; None for Dream, whose names are Qwen2's.
+def _published_layout(config: Any, family: type[ModelFamily] | None) -> AnyLayout | None:
+    """Return the published layout of such models; None if its names are those of the transformers model.
 
     Raises:
         ValueError: if there is none.
     """
-    own = None if described is None else kind_behind(config.model_type, described.shift)
-    if own is not None:
-        return LLADA if own.standard_type == "llama" else None
+    if family is not None:
+        return family.weight_names
     if config.model_type not in LAYOUTS:
         raise ValueError(f"no {config.model_type} model was published in another layout; {', '.join(LAYOUTS)} were")
     return LAYOUTS[config.model_type]
 
 
-def _ends_differ(source: Path, layout: AnyLayout | None) -> bool:
+def _output_differs(source: Path, layout: AnyLayout | None) -> bool:
     """Tell whether the files hold an output embedding that differs from the input embedding."""
     names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
-    ends: dict[str, Tensor] = {}
+    embeddings: dict[str, Tensor] = {}
     for path in weight_files(source):
         for key in keys_of(path):
             standard = key if layout is None else layout.to_standard(key)
             if standard in names or standard == "lm_head.weight":
-                ends["out" if standard == "lm_head.weight" else "in"] = read_weight(path, key)
-    return len(ends) == 2 and not torch.equal(ends["in"], ends["out"])
-
-
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # of LLaDA and of Dream
+                embeddings["out" if standard == "lm_head.weight" else "in"] = read_weight(path, key)
+    return len(embeddings) == 2 and not torch.equal(embeddings["in"], embeddings["out"])
 
 
 def source_config(source: Path, base: str | Path | None) -> Any:
-    """Return the config of an ordinary model: from `base` where that is given, unless `source` is LLaDA or Dream.
+    """Return the config of an ordinary model: from `base` where that is given, unless `source` is of a family.
 
     Raises:
         ValueError: if there is none of a known model.
     """
     raw = raw_config(source)
-    own = kind_of(raw)
-    if own is not None:
-        return standard_config(raw, own)
+    family = detect_family(raw)
+    if family is not None:
+        return family.checked_config(raw)
+    folder = source if base is None else base
     try:
-        return AutoConfig.from_pretrained(source if base is None else base)
+        return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{source if base is None else base} has no config.json of a known model ({first_line(error)}); name the "
-            "model that the weights were trained from with --base, such as gpt2-medium or a folder"
+            f"{folder} has no config.json of a known model ({first_line(error)}); name the model that the weights "
+            "were trained from with --base, such as gpt2-medium or a folder"
         ) from error
 
 
-def source_tokenizer(source: Path, base: str | Path | None, own: OwnCode | None = None) -> Any:
-    """Return the tokenizer in `source`, or that of `base` where it has none, without running published code.
+def source_tokenizer(source: Path, base: str | Path | None) -> Any:
+    """Return the tokenizer in `source`, or that of `base` where it has none.
 
     Raises:
         ValueError: if neither has one.
     """
-    has_own = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    folder = source if has_own or base is None else base
-    try:
-        # AutoTokenizer would ask whether to run the published code, which is not needed, then or later.
-        if own is not None and own.standard_type == "qwen2":
-            tokenizer = AutoTokenizer.from_pretrained(folder, tokenizer_type="qwen2")
-            tokenizer.init_kwargs.pop("auto_map", None)
-            return tokenizer
-        if own is not None:
-            return PreTrainedTokenizerFast.from_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} has no tokenizer ({first_line(error)}); copy tokenizer.json and tokenizer_config.json of the "
-            "published model into it, or name the model that the weights were trained from: llamafactory-ddm convert "
-            "IN OUT --base"
-        ) from error
+    has_tokenizer = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return load_tokenizer(source if has_tokenizer or base is None else base)
 
 
-def described_by_code(source: Path, own: OwnCode, tokenizer: Any, tokens: dict[str, str | None]) -> DiffusionConfig:
-    """Return what the config of a model with code of its own says of its diffusion process.
+def _config_of_family(
+    source: Path, family: type[ModelFamily], tokenizer: Any, tokens: dict[str, str | None]
+) -> DiffusionConfig:
+    """Return the diffusion config of a published model; --mask-token counts where the tokenizer lacks its mask.
 
     Raises:
-        ValueError: if its mask token is not one of the tokenizer's.
+        ValueError: if nothing names a mask token of the tokenizer.
     """
-    mask_id = int(raw_config(source)["mask_token_id"])
-    mask = tokenizer.convert_ids_to_tokens(mask_id)
-    if mask is None and tokens["mask_token"] is not None:
-        mask, mask_id = resolve_token(tokenizer, "--mask-token", tokens["mask_token"])
-    if mask is None:
-        raise ValueError(
-            f"config.json says that the mask of this {own.name} has id {mask_id}, which is no token of the tokenizer; "
-            "name it with llamafactory-ddm convert IN OUT --mask-token"
-        )
-    return DiffusionConfig(mask, mask_id, own.shift, "masked", 0.0, "linear", 1.0)
+    raw, option = raw_config(source), tokens["mask_token"]
+    mask_id = raw.get("mask_token_id")
+    is_known = mask_id is not None and tokenizer.convert_ids_to_tokens(int(mask_id)) is not None
+    if option is not None and not is_known:
+        raw["mask_token_id"] = resolve_token(tokenizer, "--mask-token", option)[1]
+    return family.diffusion_config(raw, tokenizer)
 
 
 def check_options(described: DiffusionConfig, tokenizer: Any, tokens: dict[str, str | None], shift: bool) -> None:
@@ -260,29 +244,6 @@ def described_by_table(
     return described
 
 
-def with_start_and_end(described: DiffusionConfig, tokenizer: Any) -> DiffusionConfig:
-    """Return the config with start and end tokens, if it has none.
-
-    A published model ends a document with the tokenizer's EOS, and a turn with the token that its chat template puts
-    after it.
-    """
-    if described.end_tokens is not None:
-        return described
-    vocabulary = tokenizer.get_vocab()
-    chat = str(getattr(tokenizer, "chat_template", None) or "")
-    turns = [token for token in _TURN_ENDS if token in vocabulary and token in chat]
-    ends = [str(token) for token in (tokenizer.eos_token, *turns) if token is not None]
-    ends = list(dict.fromkeys(ends))
-    start = (tokenizer.bos_token or tokenizer.eos_token) if described.shift else None
-    return replace(
-        described,
-        start_token=None if start is None else str(start),
-        start_token_id=None if start is None else int(vocabulary[start]),
-        end_tokens=tuple(ends),
-        end_token_ids=tuple(int(vocabulary[token]) for token in ends),
-    )
-
-
 def convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_published: bool) -> None:
     """Convert the adapter in the folder `source` to the folder `scratch`; the other arguments are those of `convert`.
 
@@ -322,15 +283,15 @@ def _check_adapter_kind(source: Path, base: str, keys: list[str]) -> None:
     Raises:
         ValueError: if it is one, with what to do.
     """
-    described = DiffusionConfig.find(source)
-    raw = raw_config(base) if (Path(base) / "config.json").is_file() else {}
+    config = DiffusionConfig.find(source)
+    raw = raw_config(base)
     is_llama = any(key.startswith("base_model.model.model.layers.") for key in keys)
     model_type = str(raw.get("model_type", "llama" if is_llama else ""))
-    kind = kind_of(raw) or (None if described is None else kind_behind(model_type, described.shift))
-    if kind is not None:
+    family = detect_family(raw) or (None if config is None else family_of_converted(model_type, config.shift))
+    if family is not None:
         raise ValueError(
-            f"{source} is an adapter of {kind.name}, which has no published layout for adapters; merge it first with "
-            "llamafactory-cli export, and convert the result with --published"
+            f"{source} is an adapter of {family.title}, which has no published layout for adapters; merge it first "
+            "with llamafactory-cli export, and convert the result with --published"
         )
 
 

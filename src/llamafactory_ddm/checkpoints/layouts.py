@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .diffullama import _ADAPTER_PREFIX, DIFFUGPT, LAYOUTS, WRAPPED_LLAMA, Layout
-from .llada_dream import LLADA, LladaLayout
+from .families import MODEL_FAMILIES, WeightNames, detect_family, raw_config
 from .weights import keys_of, shapes_of, weight_files
 
-AnyLayout = Layout | LladaLayout
+AnyLayout = Layout | WeightNames
 
 
 def layout_of(keys: Iterable[str]) -> AnyLayout | None:
@@ -19,9 +19,8 @@ def layout_of(keys: Iterable[str]) -> AnyLayout | None:
         return WRAPPED_LLAMA
     if any(key.startswith("denoise_model.") for key in bare):
         return DIFFUGPT
-    if any(key.startswith("model.transformer.blocks.") for key in bare):
-        return LLADA
-    return None
+    families = (MODEL_FAMILIES.get(name).weight_names for name in MODEL_FAMILIES)
+    return next((names for names in families if names is not None and names.is_published(bare)), None)
 
 
 def layout_of_folder(folder: str | Path) -> AnyLayout | None:
@@ -44,5 +43,12 @@ def stored_num_embeddings(folder: str | Path, layout: AnyLayout | None) -> int:
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    """Tell whether Hugging Face can load the folder's model without a conversion."""
-    return (Path(folder) / "config.json").is_file() and layout_of_folder(folder) is None
+    """Tell whether Hugging Face's Auto classes can load the folder's model, with the families registered there."""
+    return (Path(folder) / "config.json").is_file() and unreadable_layout(folder) is None
+
+
+def unreadable_layout(folder: str | Path) -> AnyLayout | None:
+    """Return the layout of a folder's weights, if Hugging Face's Auto classes cannot load it."""
+    layout = layout_of_folder(folder)
+    family = detect_family(raw_config(folder))
+    return None if family is not None and layout == family.weight_names else layout

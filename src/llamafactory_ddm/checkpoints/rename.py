@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .layouts import AnyLayout
-from .weights import read_weights, shapes_of, some, weight_files
+from .weights import first_line, read_weights, shapes_of, some, weight_files
 
 _AT_ONCE = 2**24  # bytes
 
@@ -171,8 +171,3 @@ def check_adapter_keys(source: Path, layout: AnyLayout | None, settings: dict[st
 def is_tied(config: Any) -> bool:
     """Tell whether the config ties input and output embedding."""
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().partition("\n")[0]

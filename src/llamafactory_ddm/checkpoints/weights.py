@@ -238,8 +238,11 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
     """
     path = weight_files(Path(folder))[0]
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            found = [_FLOATS.get(file.get_slice(key).get_dtype()) for key in file.keys()]  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = [_FLOATS.get(file.get_slice(key).get_dtype()) for key in file.keys()]  # noqa: SIM118
+        except SafetensorError as error:
+            raise BrokenCheckpointError(f"{path} is truncated or altered ({error}); copy it again") from error
     else:
         found = [value.dtype if value.is_floating_point() else None for value in read_weights(path).values()]
     for dtype in found:
@@ -357,3 +360,8 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     return {key: tuple(value.shape) for key, value in read_weights(path).items()}
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().partition("\n")[0]

@@ -38,8 +38,7 @@ def main(words: list[str]) -> int:
 
     from ..checkpoints.adapters import ADAPTER_CONFIG
     from ..checkpoints.convert import convert
-    from ..checkpoints.layouts import layout_of_folder
-    from ..checkpoints.llada_dream import LLADA
+    from ..checkpoints.layouts import unreadable_layout
     from ..utils.plugins import load_plugins
 
     logging.set_verbosity_error()
@@ -58,9 +57,9 @@ def main(words: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"llamafactory-ddm convert: {error}", file=sys.stderr)
         return 1
-    layout = layout_of_folder(arguments.target)
+    layout = unreadable_layout(arguments.target)
     is_adapter = (Path(arguments.target) / ADAPTER_CONFIG).is_file()
-    if layout is None or (layout == LLADA and not is_adapter):
+    if layout is None:
         print(f"{arguments.target} is ready: use it as model_name_or_path (an adapter as adapter_name_or_path)")
     else:
         print(

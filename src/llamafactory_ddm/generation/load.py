@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of, merged_with_base, refuse_both
-from ..checkpoints.layouts import layout_of_folder
+from ..checkpoints.families import find_diffusion_config
+from ..checkpoints.hub import local_folder, may_be_on_a_hub
+from ..checkpoints.layouts import unreadable_layout
 from ..checkpoints.load_model import load_whole
-from ..checkpoints.plain_copy import may_be_on_a_hub, plain_folder
 from ..checkpoints.weights import verify_checkpoint
 from ..modeling.bidirectional import make_bidirectional
-from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ..modeling.diffusion_config import FILE_NAME
 from ..modeling.length_heads import LengthPredictors
 from ..utils.plugins import load_plugins
 from .generator import TextGenerator
@@ -34,7 +35,7 @@ def load(
 
     Args:
         path: a folder with model, tokenizer and diffusion_config.json, or with a LoRA adapter in place of the model;
-            or a published LLaDA or Dream model, as a folder or Hub name, of which a plain copy is made once.
+            or a published LLaDA or Dream model, as a folder or Hub name.
         device: by default the first GPU if there is one, else the CPU.
         dtype: of the weights; by default float32 on a CPU, else the one that they are stored in.
         template: name of the template that formats prompts; by default the one that the model was finetuned with.
@@ -47,21 +48,21 @@ def load(
     if raw and template is not None:
         raise ValueError("template and raw exclude each other; give one of them")
     load_plugins(plugins)
-    folder = Path(plain_folder(path))
+    folder = Path(local_folder(path))
     if not folder.is_dir():
         hub = ", nor a model in the Hub's cache (without HF_HUB_OFFLINE it would be downloaded)"
         raise ValueError(
             f"{path} is not a folder{hub if may_be_on_a_hub(str(path)) else ''}; check the path (it is relative to "
             f"{Path.cwd()})"
         )
-    config = DiffusionConfig.find(folder)
+    config = find_diffusion_config(folder)
     if config is None:
         raise ValueError(
             f"{path} holds no {FILE_NAME}, so it is no diffusion model of this package; train it with stage: ddm first"
         )
     refuse_both(folder)
     verify_checkpoint(folder)
-    layout = layout_of_folder(folder)
+    layout = unreadable_layout(folder)
     if layout is not None:
         raise ValueError(
             f"{path} has the published layout of {layout.name}, which transformers cannot load; convert it with "
@@ -77,7 +78,7 @@ def load(
                 f"{path} is an adapter of {base}, which is not a folder in {Path.cwd()}; change the folder that you "
                 f"start in, or base_model_name_or_path in {ADAPTER_CONFIG}"
             )
-        model = merged_with_base(folder, config, base=plain_folder(base), dtype=dtype)
+        model = merged_with_base(folder, config, base=local_folder(base), dtype=dtype)
     else:
         model = load_whole(AutoModelForCausalLM, pretrained_model_name_or_path=folder, dtype=dtype)
     model.to(device)  # type: ignore[arg-type]

@@ -10,11 +10,11 @@ from ..utils.run_lock import run_lock
 from .data.faults import check_not_empty
 from .logs import get_logger, without_known_noise
 from .model.loader import load_diffusion_model, load_diffusion_tokenizer
-from .model.plain_copy import resolve_model_names
 from .predict.prediction_log import barrier
 from .predict.workflow import build_requests, predict
 from .resolve.checks import check_inputs
 from .resolve.datasets import load_datasets
+from .resolve.model_names import resolve_model_names
 from .resolve.plan import resolve_run
 from .resolve.resume import how_to_go_on
 from .resolve.run_facts import check_facts

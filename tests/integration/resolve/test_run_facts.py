@@ -125,14 +125,3 @@ def test_a_model_of_a_hub_is_the_same_wherever_its_files_lie(tmp_path):
     check_facts(facts(model=after), str(tmp_path))
     with pytest.raises(ValueError, match="model_name_or_path"):
         check_facts(facts(model="me/other"), str(tmp_path))
-
-
-def test_a_plain_copy_is_what_it_was_made_from(tmp_path):
-    source, copy = tmp_path / "llada", tmp_path / "cache" / "llada-1"
-    source.mkdir()
-    copy.mkdir(parents=True)
-    (copy / "converted_from.json").write_text(json.dumps({"origin": str(source)}))
-    save_facts({**facts(model=str(copy)), "model_name_or_path": str(copy)}, tmp_path)  # as older versions wrote it
-    check_facts(facts(model=str(copy)), str(tmp_path))
-    save_facts(facts(model=str(copy)), tmp_path)
-    check_facts(facts(model=str(source)), str(tmp_path))

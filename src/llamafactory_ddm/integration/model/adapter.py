@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ...checkpoints.adapters import base_of, fit_embeddings
+from ...checkpoints.hub import origin_of
 from ...checkpoints.layouts import is_model_folder, layout_of_folder, stored_num_embeddings
-from ...checkpoints.plain_copy import origin_of
 from ...checkpoints.weights import load_weights, stored_dtype
 from ...modeling.bidirectional import make_bidirectional
 from ...modeling.embeddings import init_new_embeddings, num_embeddings, resize_embeddings

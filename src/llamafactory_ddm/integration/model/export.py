@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ...checkpoints.plain_copy import origin_of
+from ...checkpoints.hub import origin_of
 from ...modeling.diffusion_config import DiffusionConfig
 from ..logs import get_logger
 from ..resolve.plan import resolve_config

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from ...checkpoints.adapters import check_agreement
 from ...checkpoints.diffullama import published_config, set_published_padding
+from ...checkpoints.families import find_diffusion_config as find_config
 from ...checkpoints.layouts import is_model_folder, layout_of_folder, stored_num_embeddings
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
@@ -32,7 +33,7 @@ def find_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> Diffus
     """
     found: list[tuple[str, DiffusionConfig]] = []
     for folder in sources(model_args, checkpoint_dir):
-        config = DiffusionConfig.find(folder)
+        config = find_config(folder)
         if config is not None:
             found.append((folder, config))
     check_agreement(found)

@@ -10,7 +10,7 @@ import yaml
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from ..._version import __version__
-from ...checkpoints.plain_copy import may_be_on_a_hub
+from ...checkpoints.hub import may_be_on_a_hub
 from ...modeling.diffusion_config import DiffusionConfig
 from ...utils.files import replacing
 from ..logs import get_logger

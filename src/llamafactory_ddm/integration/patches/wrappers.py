@@ -116,7 +116,7 @@ def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[]
         parsed = original(args)
         model_args, _, finetuning_args, *_ = parsed
         if model_args.export_dir is not None:
-            from ..model.plain_copy import resolve_model_names
+            from ..resolve.model_names import resolve_model_names
 
             resolve_model_names(model_args)
         stage = finetuning_args.diffusion_stage

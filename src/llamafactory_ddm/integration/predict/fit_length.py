@@ -15,7 +15,7 @@ from llamafactory.hparams import get_train_args
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...checkpoints.plain_copy import repository_of
+from ...checkpoints.hub import repository_of
 from ...data.canvas import Canvas
 from ...data.collators import VariableLengthCollator, response_start
 from ...diffusion.noise import Stream
@@ -27,9 +27,9 @@ from ...modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fi
 from ...sampling.length_predictors import FirstStep
 from ..logs import get_logger
 from ..model.loader import load_diffusion_model, load_diffusion_tokenizer, sources
-from ..model.plain_copy import resolve_model_names
 from ..resolve.checks import check_checkpoint_folders
 from ..resolve.datasets import load_datasets
+from ..resolve.model_names import resolve_model_names
 from ..resolve.plan import resolve_run
 
 logger = get_logger(__name__)

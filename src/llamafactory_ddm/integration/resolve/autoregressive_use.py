@@ -9,8 +9,8 @@ from typing import Any
 from llamafactory.extras.misc import try_download_model_from_other_hub
 from transformers.utils.hub import cached_file
 
-from ...checkpoints.llada_dream import kind_of, raw_config
-from ...checkpoints.plain_copy import may_be_on_a_hub
+from ...checkpoints.families import detect_family, raw_config
+from ...checkpoints.hub import may_be_on_a_hub
 from ...modeling.diffusion_config import FILE_NAME
 from ..hparams.stages import STAGES
 from ..logs import get_logger
@@ -86,10 +86,10 @@ def _sign(name: str, model_args: Any) -> str | None:
         return f"it holds {FILE_NAME}"
     config = _file(name, "config.json", model_args)
     try:
-        kind = None if config is None else kind_of(raw_config(config.parent))
+        family = None if config is None else detect_family(raw_config(config.parent))
     except ValueError:  # LLaMA-Factory reports the fault
         return None
-    return None if kind is None else f"{kind.name} as it was published"
+    return None if family is None else f"{family.title} as it was published"
 
 
 def _file(name: str, file_name: str, model_args: Any) -> Path | None:

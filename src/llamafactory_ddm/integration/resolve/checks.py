@@ -8,9 +8,9 @@ from typing import Any
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ...checkpoints.adapters import ADAPTER_CONFIG, check_adapter, refuse_both
-from ...checkpoints.layouts import is_model_folder, layout_of_folder
-from ...checkpoints.llada_dream import kind_of, raw_config
-from ...checkpoints.plain_copy import may_be_on_a_hub
+from ...checkpoints.families import detect_family, raw_config
+from ...checkpoints.hub import may_be_on_a_hub
+from ...checkpoints.layouts import is_model_folder, unreadable_layout
 from ...checkpoints.weights import verify_checkpoint
 from ...modeling.model_info import max_positions
 from .output_folder import check_output_folder
@@ -48,16 +48,16 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_arg
             if key == "model_name_or_path" and model_args.train_from_scratch:
                 continue
             _check_kind(key, path)
-            kind = kind_of(raw_config(path))
-            if kind is not None:
+            family = detect_family(raw_config(path))
+            if family is not None and key != "model_name_or_path":
                 raise ValueError(
-                    f"{key}: {folder} holds {kind.name} as it was published, a whole model; name it as "
+                    f"{key}: {folder} holds {family.title} as it was published, a whole model; name it as "
                     "model_name_or_path"
                 )
             verify_checkpoint(path)
             if key == "adapter_name_or_path":
                 check_adapter(path)
-            layout = None if key == "checkpoint_dir" else layout_of_folder(path)
+            layout = None if key == "checkpoint_dir" else unreadable_layout(path)
             if layout is not None:
                 raise ValueError(
                     f"{key}: {folder} has the layout of {layout.name}, which Hugging Face cannot load: make it an "

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.plain_copy import origin_of, repository_of
+from ...checkpoints.hub import origin_of, repository_of
 from ..logs import get_logger
 
 logger = get_logger(__name__)
@@ -124,7 +124,7 @@ def _said(value: Any) -> str:
 
 
 def _model_name(name: str | None) -> str | None:
-    """Return the repository of a hub's folder or of a plain copy, else the absolute path of a folder."""
+    """Return the repository of a hub's folder, else the absolute path of a folder."""
     if name is None:
         return None
     origin = origin_of(name)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.plain_copy import origin_of
+from ...checkpoints.hub import origin_of
 from ...modeling.length_heads import FILE_NAME as LENGTHS
 from ...modeling.length_heads import REPORT_NAME as LENGTHS_REPORT
 from ..logs import get_logger

@@ -1,26 +1,26 @@
-"""Models and adapters that a run names by the hub, or as a LLaDA or Dream was published: their folder is named."""
+"""Diffusion models that a run names by the hub: their folder is named instead, and published code is not run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llamafactory.extras.misc import try_download_model_from_other_hub
 
-from ...checkpoints.plain_copy import plain_folder
+from ...checkpoints.families import detect_family, raw_config
+from ...checkpoints.hub import local_folder
 from ..logs import get_logger
 
 logger = get_logger(__name__)
 
 
 def resolve_model_names(model_args: Any) -> None:
-    """Have `model_name_or_path` and `adapter_name_or_path` name folders where they name diffusion models.
+    """Have `model_name_or_path` and `adapter_name_or_path` name folders where they name diffusion models on a hub.
 
-    A LLaDA or Dream as published gives way to its plain copy, a model or adapter of this package on a hub to the
-    folder that it is downloaded to; anything else stays.
+    Of a LLaDA or Dream the published code is not run, whatever `trust_remote_code` says.
 
     Raises:
-        ValueError: if the files are not whole or cannot be had, or the copy has no room.
-        OSError: if the copy cannot be written.
+        ValueError: if the files cannot be downloaded.
     """
     # As upstream is about to do: the name of a model on ModelScope becomes its folder.
     name = try_download_model_from_other_hub(model_args)
@@ -30,13 +30,16 @@ def resolve_model_names(model_args: Any) -> None:
         model_args.model_name_or_path = folder
     if model_args.adapter_name_or_path and not model_args.adapter_folder:
         model_args.adapter_name_or_path = [_folder(name, model_args) for name in model_args.adapter_name_or_path]
+    family = detect_family(raw_config(folder)) if Path(folder).is_dir() else None
+    if family is not None and model_args.trust_remote_code:
+        logger.info_rank0(f"{name} is loaded as a plain {family.model_class.__name__}; its own code is not run.")
+        model_args.trust_remote_code = False
 
 
 def _folder(name: str, model_args: Any) -> str:
-    return plain_folder(
+    return local_folder(
         name,
         revision=model_args.model_revision,  # of adapters too, as LLaMA-Factory has it
         download_dir=model_args.cache_dir,
         token=model_args.hf_hub_token,
-        say=logger.info,  # by whichever rank comes first, and is the only one to say it
     )

@@ -1,0 +1,26 @@
+"""Model families that were published with code of their own, one file each."""
+
+from . import dream, llada  # importing registers them
+from .base import (
+    MODEL_FAMILIES,
+    ModelFamily,
+    WeightNames,
+    detect_family,
+    family_of_converted,
+    find_diffusion_config,
+    raw_config,
+    register_family,
+)
+
+__all__ = [
+    "MODEL_FAMILIES",
+    "ModelFamily",
+    "WeightNames",
+    "detect_family",
+    "dream",
+    "family_of_converted",
+    "find_diffusion_config",
+    "llada",
+    "raw_config",
+    "register_family",
+]

@@ -1,0 +1,325 @@
+"""A family of diffusion models with code of its own, loaded as the transformers model that it is underneath.
+
+`register_family` makes transformers' Auto classes load the published files: the config is translated, the weights are
+renamed while they are read, and the result is the plain model of `ModelFamily.model_class`. The published code is not
+run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from ...modeling.diffusion_config import DiffusionConfig
+from ...utils.registry import Registry
+from ..weights import BrokenCheckpointError, first_line, stored_dtype
+
+F = TypeVar("F", bound="type[ModelFamily]")
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """The published names of weights, and those of the transformers model.
+
+    Attributes:
+        name: of the family, for messages.
+        prefixes: pairs of a published prefix and the one that replaces it; `{n}` stands for the number of a layer.
+    """
+
+    name: str
+    prefixes: tuple[tuple[str, str], ...]
+
+    def to_standard(self, key: str) -> str:
+        """Return transformers' name for a published one.
+
+        Raises:
+            ValueError: if it is not a published name.
+        """
+        return self._renamed(key, self.prefixes)
+
+    def to_published(self, key: str) -> str:
+        """Return the published name for one of transformers'.
+
+        Raises:
+            ValueError: if the model has no such name.
+        """
+        return self._renamed(key, [(standard, published) for published, standard in self.prefixes])
+
+    def key_mapping(self) -> dict[str, str]:
+        """Return the renaming as regular expressions with replacements, for `from_pretrained(key_mapping=...)`."""
+        return {_pattern(old): new.replace("{n}", r"\1") for old, new in self.prefixes}
+
+    def is_published(self, keys: Iterable[str]) -> bool:
+        """Tell whether one of the keys is a published name that the transformers model does not have."""
+        unlike = [_pattern(published) for published, standard in self.prefixes if published != standard]
+        return any(re.match(pattern, key) for key in keys for pattern in unlike)
+
+    def _renamed(self, key: str, prefixes: Iterable[tuple[str, str]]) -> str:
+        for old, new in prefixes:
+            match = re.match(_pattern(old), key)
+            if match:
+                layer = match[1] if "{n}" in old else ""
+                return new.replace("{n}", layer) + key[match.end() :]
+        raise ValueError(f"{key} is no name of the layout of {self.name}")
+
+
+def _pattern(prefix: str) -> str:
+    return "^" + re.escape(prefix).replace(re.escape("{n}"), r"(\d+)")
+
+
+class ModelFamily:
+    """What a published family is underneath. A family is a subclass, with `register_family`.
+
+    Attributes:
+        name: model_type in the published config.json.
+        title: the family's name in messages.
+        model_class: the class of transformers that computes the same.
+        shift: whether logits at i predict token i + 1.
+        weight_names: the published names of weights; None if they are those of `model_class`.
+        tokenizer_class: a tokenizer of transformers, for a tokenizer_config.json that names a class of its own; None
+            otherwise.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    model_class: ClassVar[Any]
+    shift: ClassVar[bool]
+    weight_names: ClassVar[WeightNames | None] = None
+    tokenizer_class: ClassVar[Any] = None
+
+    @classmethod
+    def standard_config(cls, raw: dict[str, Any]) -> PretrainedConfig:
+        """Return the config of `model_class` for the content of a published config.json.
+
+        Raises:
+            KeyError: if a setting is missing.
+            ValueError: if `model_class` cannot compute what a setting says.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def published_config(cls, config: Any, mask_token_id: int) -> dict[str, Any]:
+        """Return the content of a published config.json, for `llamafactory-ddm convert --published`.
+
+        Args:
+            config: of `model_class`.
+            mask_token_id: id of [MASK].
+        Raises:
+            ValueError: if the family does not write its layout.
+        """
+        raise ValueError(f"{cls.title} has no published_config, so --published cannot write its config.json")
+
+    @classmethod
+    def checked_config(cls, raw: dict[str, Any]) -> PretrainedConfig:
+        """Return `standard_config`, with a message for a missing setting.
+
+        Raises:
+            ValueError: if a setting is missing or not supported.
+        """
+        try:
+            return cls.standard_config(raw)
+        except KeyError as error:
+            raise ValueError(f"config.json of this {cls.title} lacks {error}; download it again") from error
+
+    @classmethod
+    def diffusion_config(cls, raw: dict[str, Any], tokenizer: Any) -> DiffusionConfig:
+        """Return what is known of the diffusion process of a published model.
+
+        A document ends with the tokenizer's EOS, a turn with the token that the chat template puts behind it.
+
+        Args:
+            raw: content of config.json.
+            tokenizer: of the same folder.
+        Raises:
+            ValueError: if config.json names no mask token, or one that the tokenizer lacks.
+        """
+        mask_id: Any = raw.get("mask_token_id")
+        mask = None if mask_id is None else tokenizer.convert_ids_to_tokens(int(mask_id))
+        if mask is None:
+            raise ValueError(
+                f"config.json says that the mask of this {cls.title} has id {mask_id}, which is no token of the "
+                "tokenizer; name it with llamafactory-ddm convert IN OUT --mask-token"
+            )
+        config = DiffusionConfig(mask, int(mask_id), cls.shift, "masked", 0.0, "linear", 1.0)
+        return with_start_and_end(config, tokenizer)
+
+
+MODEL_FAMILIES: Registry[type[ModelFamily]] = Registry("model_type")
+
+
+def register_family(family: F) -> F:
+    """Add a family, and have transformers' Auto classes load its published files.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    MODEL_FAMILIES.register(family)
+    _register_auto_classes(family)
+    return family
+
+
+def detect_family(raw: dict[str, Any]) -> type[ModelFamily] | None:
+    """Return the family that a config.json is of, or None for a model of transformers."""
+    name = raw.get("model_type")
+    return MODEL_FAMILIES.get(name) if name in MODEL_FAMILIES else None
+
+
+def family_of_converted(model_type: str, shift: bool) -> type[ModelFamily] | None:
+    """Return the family of a plain model, by its model_type and its shift."""
+    families = (MODEL_FAMILIES.get(name) for name in MODEL_FAMILIES)
+    standard = (model_type, shift)
+    return next((one for one in families if (one.model_class.config_class.model_type, one.shift) == standard), None)
+
+
+def raw_config(folder: str | Path) -> dict[str, Any]:
+    """Return the content of a folder's config.json, or nothing if there is none.
+
+    Raises:
+        ValueError: if it is not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(raw).__name__}; download it again")
+    return raw
+
+
+def find_diffusion_config(folder: str | Path) -> DiffusionConfig | None:
+    """Return the config in diffusion_config.json, else what a published family says of itself; None for neither.
+
+    Raises:
+        ValueError: if a file is not readable, or names a mask token that the tokenizer lacks.
+    """
+    config = DiffusionConfig.find(folder)
+    raw = raw_config(folder) if config is None else {}
+    family = detect_family(raw)
+    if family is None:
+        return config
+    return family.diffusion_config(raw, load_tokenizer(folder))
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Return the tokenizer of a folder.
+
+    Raises:
+        ValueError: if it has none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no tokenizer ({first_line(error)}); copy tokenizer.json and tokenizer_config.json of the "
+            "published model into it, or name the model that the weights were trained from: llamafactory-ddm convert "
+            "IN OUT --base"
+        ) from error
+
+
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # of LLaDA and of Dream
+
+
+def with_start_and_end(config: DiffusionConfig, tokenizer: Any) -> DiffusionConfig:
+    """Return a config with the start and end tokens of its tokenizer, if it has none."""
+    if config.end_tokens is not None:
+        return config
+    vocabulary = tokenizer.get_vocab()
+    chat = str(getattr(tokenizer, "chat_template", None) or "")
+    turn_ends = [token for token in _TURN_ENDS if token in vocabulary and token in chat]
+    end_tokens = [str(token) for token in (tokenizer.eos_token, *turn_ends) if token is not None]
+    end_tokens = list(dict.fromkeys(end_tokens))
+    start = (tokenizer.bos_token or tokenizer.eos_token) if config.shift else None
+    return replace(
+        config,
+        start_token=None if start is None else str(start),
+        start_token_id=None if start is None else int(vocabulary[start]),
+        end_tokens=tuple(end_tokens),
+        end_token_ids=tuple(int(vocabulary[token]) for token in end_tokens),
+    )
+
+
+def rope_theta(config: Any) -> float:
+    """Return the base of the rotary angles, which transformers 5 keeps in rope_parameters."""
+    parameters = getattr(config, "rope_parameters", None)
+    return float(parameters["rope_theta"] if parameters else config.rope_theta)
+
+
+def _register_auto_classes(family: type[ModelFamily]) -> None:
+    """Register a config, a model and where needed a tokenizer, which all load as those of `model_class`."""
+    model_class = family.model_class
+    config_class = model_class.config_class
+    mapping = None if family.weight_names is None else family.weight_names.key_mapping()
+
+    class PublishedConfig(config_class):  # type: ignore[misc,valid-type]
+        model_type = family.name
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            if config_dict.get("model_type") != family.name:
+                return super().from_dict(config_dict, **kwargs)
+            config = family.checked_config(config_dict)
+            config.dtype = _dtype(config_dict, kwargs.get("name_or_path"))
+            # Its model_type becomes an attribute of the instance, as LLaMA-Factory's patches go by it.
+            return super().from_dict(config.to_dict(), **kwargs)
+
+    def plain(config: Any) -> Any:
+        """Return the config as one of `config_class`, with every change that was made to it since it was read."""
+        if isinstance(config, PublishedConfig):
+            config = copy.deepcopy(config)
+            config.__class__ = config_class
+        return config
+
+    class PublishedModel(model_class):  # type: ignore[misc,valid-type]
+        config_class = PublishedConfig
+
+        @classmethod
+        def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+            config = plain(PublishedConfig.from_pretrained(name) if config is None else config)
+            if mapping is not None:
+                kwargs["key_mapping"] = mapping
+            loaded = model_class.from_pretrained(name, *args, config=config, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            conversions = getattr(model, "_weight_conversions", None)  # of transformers 5; the user's come first
+            if mapping is not None and conversions:
+                model._weight_conversions = conversions[len(mapping) :]  # else it saves under the published names
+            return loaded
+
+        @classmethod
+        def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+            return model_class._from_config(plain(config), **kwargs)
+
+    for auto_class, title in ((PublishedConfig, "Config"), (PublishedModel, "ForCausalLM")):
+        auto_class.__name__ = auto_class.__qualname__ = f"{family.title}{title}"
+    AutoConfig.register(family.name, PublishedConfig)
+    AutoModelForCausalLM.register(PublishedConfig, PublishedModel)
+    tokenizer_class = family.tokenizer_class
+    if tokenizer_class is None:
+        return
+
+    class PublishedTokenizer(tokenizer_class):  # type: ignore[misc,valid-type]
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            tokenizer = tokenizer_class.from_pretrained(*args, **kwargs)
+            tokenizer.init_kwargs.pop("auto_map", None)  # else it is saved, and asks for the published code
+            return tokenizer
+
+    PublishedTokenizer.__name__ = PublishedTokenizer.__qualname__ = f"{family.title}Tokenizer"
+    AutoTokenizer.register(PublishedConfig, fast_tokenizer_class=PublishedTokenizer)
+
+
+def _dtype(raw: dict[str, Any], name: Any) -> Any:
+    """Return the dtype of published weights: of the files where they are at hand, else what config.json says."""
+    try:
+        return stored_dtype(name)
+    except (TypeError, OSError, BrokenCheckpointError):
+        return raw.get("dtype") or raw.get("torch_dtype")
