@@ -1,12 +1,17 @@
 """The classes of docs/extending.md work from a YAML run, from the shell and from Python."""
 
 import contextlib
+import json
 import re
+import shutil
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from llamafactory_ddm import load
+from llamafactory_ddm.checkpoints.families import MODEL_FAMILIES
 from llamafactory_ddm.cli.convert import main as convert
 from llamafactory_ddm.cli.generate import main
 from llamafactory_ddm.diffusion.schedules import SCHEDULES
@@ -25,7 +30,7 @@ STRATEGY = {"denoising_strategy": "left_to_right", "early_stop": "none", "diffus
 def own_registries():
     """Forget afterwards what was registered."""
     with pytest.MonkeyPatch.context() as patch:
-        for registry in (STRATEGIES, SCHEDULES, OBJECTIVES):
+        for registry in (STRATEGIES, SCHEDULES, OBJECTIVES, MODEL_FAMILIES):
             patch.setattr(registry, "_entries", dict(registry._entries))
         yield
 
@@ -47,7 +52,7 @@ def plugged(plugin, train_small, tmp_path_factory):
 
 
 def test_each_is_short():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     assert all(len(block.splitlines()) < 30 for block in BLOCKS)
 
 
@@ -91,8 +96,8 @@ def test_sampling_from_shell_and_python(plugged, plugin, capsys):
 def test_converting_a_checkpoint_of_a_plugin(plugged, plugin, tmp_path, capsys):
     words = [str(plugged), str(tmp_path / "out"), "--published"]
     with own_registries():
-        for registry in (STRATEGIES, SCHEDULES, OBJECTIVES):
-            for name in (*CHOSEN.values(), "left_to_right"):
+        for registry in (STRATEGIES, SCHEDULES, OBJECTIVES, MODEL_FAMILIES):
+            for name in (*CHOSEN.values(), "left_to_right", "my_diffusion"):
                 registry._entries.pop(name, None)
         assert convert(words) == 1 and "plugins" in capsys.readouterr().err
         with pytest.MonkeyPatch.context() as patch:
@@ -106,3 +111,23 @@ def test_a_checkpoint_names_what_it_needs(plugged, monkeypatch):
             patch.setattr(registry, "_entries", {"linear": None, "masked": None})
             with pytest.raises(ValueError, match=f"diffusion_config.json: {registry.key} .*plugins"):
                 load(plugged, device="cpu")
+
+
+def test_a_model_family(plugged, plugin, checkpoint, train_small, tmp_path):
+    """The shared checkpoint, published under other names."""
+    published = shutil.copytree(checkpoint, tmp_path / "published")
+    weights = load_file(published / "model.safetensors")
+    names = {key: key.replace("transformer.h.", "net.blocks.").replace("transformer.", "net.") for key in weights}
+    save_file({names[key]: value for key, value in weights.items()}, published / "model.safetensors", {"format": "pt"})
+    mask = DiffusionConfig.load(checkpoint).mask_token_id
+    (published / "diffusion_config.json").unlink()
+    raw = json.loads((published / "config.json").read_text())
+    shape = {"vocab": raw["vocab_size"], "width": raw["n_embd"], "depth": raw["n_layer"], "heads": raw["n_head"]}
+    shape |= {"model_type": "my_diffusion", "mask_token_id": mask}
+    (published / "config.json").write_text(json.dumps(shape))
+    out = train_small(tmp_path / "out", model_name_or_path=published, plugins=[plugin], max_steps=1)
+    assert (DiffusionConfig.load(out).mask_token_id, DiffusionConfig.load(out).shift) == (mask, True)
+    assert json.loads((out / "config.json").read_text())["model_type"] == "gpt2"
+    assert load_file(out / "model.safetensors").keys() == weights.keys()
+    loaded = load(published, plugins=[plugin], device="cpu").model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in weights.items())

@@ -300,8 +300,8 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
 
     for auto_class, title in ((PublishedConfig, "Config"), (PublishedModel, "ForCausalLM")):
         auto_class.__name__ = auto_class.__qualname__ = f"{family.title}{title}"
-    AutoConfig.register(family.name, PublishedConfig)
-    AutoModelForCausalLM.register(PublishedConfig, PublishedModel)
+    AutoConfig.register(family.name, PublishedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(PublishedConfig, PublishedModel, exist_ok=True)
     tokenizer_class = family.tokenizer_class
     if tokenizer_class is None:
         return
@@ -314,7 +314,7 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
             return tokenizer
 
     PublishedTokenizer.__name__ = PublishedTokenizer.__qualname__ = f"{family.title}Tokenizer"
-    AutoTokenizer.register(PublishedConfig, fast_tokenizer_class=PublishedTokenizer)
+    AutoTokenizer.register(PublishedConfig, fast_tokenizer_class=PublishedTokenizer, exist_ok=True)
 
 
 def _dtype(raw: dict[str, Any], name: Any) -> Any:
