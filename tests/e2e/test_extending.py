@@ -123,7 +123,7 @@ def test_a_model_family(plugged, plugin, checkpoint, train_small, tmp_path):
     (published / "diffusion_config.json").unlink()
     raw = json.loads((published / "config.json").read_text())
     shape = {"vocab": raw["vocab_size"], "width": raw["n_embd"], "depth": raw["n_layer"], "heads": raw["n_head"]}
-    shape |= {"model_type": "my_diffusion", "mask_token_id": mask}
+    shape |= {"length": raw["n_positions"], "model_type": "my_diffusion", "mask_token_id": mask}
     (published / "config.json").write_text(json.dumps(shape))
     out = train_small(tmp_path / "out", model_name_or_path=published, plugins=[plugin], max_steps=1)
     assert (DiffusionConfig.load(out).mask_token_id, DiffusionConfig.load(out).shift) == (mask, True)

@@ -112,9 +112,9 @@ class ModelFamily:
             config: of `model_class`.
             mask_token_id: id of [MASK].
         Raises:
-            ValueError: if the family does not write its layout.
+            NotImplementedError: if the family's layout is only read.
         """
-        raise ValueError(f"{cls.title} has no published_config, so --published cannot write its config.json")
+        raise NotImplementedError
 
     @classmethod
     def checked_config(cls, raw: dict[str, Any]) -> PretrainedConfig:
@@ -172,10 +172,12 @@ def detect_family(raw: dict[str, Any]) -> type[ModelFamily] | None:
 
 
 def family_of_converted(model_type: str, shift: bool) -> type[ModelFamily] | None:
-    """Return the family of a plain model, by its model_type and its shift."""
-    families = (MODEL_FAMILIES.get(name) for name in MODEL_FAMILIES)
-    standard = (model_type, shift)
-    return next((one for one in families if (one.model_class.config_class.model_type, one.shift) == standard), None)
+    """Return the family whose layout a plain model can be written in, by its model_type and its shift."""
+    for family in map(MODEL_FAMILIES.get, MODEL_FAMILIES):
+        is_written = family.published_config.__func__ is not ModelFamily.published_config.__func__  # type: ignore[attr-defined]
+        if is_written and (family.model_class.config_class.model_type, family.shift) == (model_type, shift):
+            return family
+    return None
 
 
 def raw_config(folder: str | Path) -> dict[str, Any]:
