@@ -63,8 +63,8 @@ def table(arguments: argparse.Namespace) -> str:
         "",
         f"Made by `python docs/make_adaptation_table.py`: `examples/tiny_gpt2_full_ddm.yaml` for {arguments.steps} "
         "steps,",
-        f"with attention annealed over the first {arguments.steps // 4} steps in the rows that say so. The figures are "
-        "`eval_loss`,",
+        f"with attention annealed over the first {arguments.steps // 4} steps in the rows that say so. "
+        "The figures are `eval_loss`,",
         "the evidence bound in nats per token, on the held-out split; lower is better.",
         "",
         "| start | shift | annealing | " + " | ".join(f"seed {s}" for s in seeds) + " | mean | spread (max - min) |",
