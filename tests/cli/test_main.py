@@ -1,4 +1,6 @@
-"""The command's own surface; what its commands do is tried where they are tested."""
+"""`llamafactory-ddm` itself: help and wrong commands."""
+
+import re
 
 import pytest
 
@@ -13,17 +15,17 @@ def test_without_a_command_the_help_is_shown(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "pattern"),
     [
-        (["trian", "x.yaml"], "unknown command 'trian'; did you mean 'train'? there are doctor, generate"),
-        (["fit_length"], "did you mean 'fit-length'?"),
-        (["x.yaml"], "unknown command 'x.yaml'; there are doctor"),
-        (["doctor", "now"], "unrecognized arguments: now"),
-        (["--verbose"], "the following arguments are required: command"),
+        (["trian", "x.yaml"], "'trian'.*'train'.*doctor, generate"),
+        (["fit_length"], "'fit_length'.*'fit-length'"),
+        (["x.yaml"], "'x.yaml'.*doctor"),
+        (["doctor", "now"], "arguments: now"),
+        (["--verbose"], "required: command"),
     ],
 )
-def test_a_wrong_command_is_told_in_one_line(capsys, words, said):
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 2
-    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+def test_a_wrong_command_is_an_error_of_one_line(capsys, argv, pattern):
+    with pytest.raises(SystemExit) as exited:
+        main(argv)
+    assert exited.value.code == 2
+    assert re.search(pattern, capsys.readouterr().err.strip().splitlines()[-1])

@@ -460,8 +460,8 @@ def test_a_template_is_around_the_prompt_and_raw_leaves_it_out(generator):
 
 
 def test_the_defaults_are_one_set_in_yaml_shell_and_python(generator):
-    from llamafactory_ddm.cli.generate import _parser, settings_of
+    from llamafactory_ddm.cli.generate import _parser, build_settings
     from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
 
     yaml = DiffusionArguments().sampling_settings(None, frozenset(), seed=0, tokenizer=generator.tokenizer)
-    assert yaml == settings_of(_parser().parse_args(["x"])) == generator.settings() == SamplingSettings()
+    assert yaml == build_settings(_parser().parse_args(["x"])) == generator.settings() == SamplingSettings()

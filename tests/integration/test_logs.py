@@ -1,11 +1,11 @@
-"""Whose lines a run shows, and under what name."""
+"""Which log lines a run shows, and under which logger name."""
 
 import logging
 import warnings
 
 import pytest
 
-from llamafactory_ddm.integration.logs import get_logger, without_known_noise
+from llamafactory_ddm.integration.logs import get_logger, hide_harmless_messages
 
 HARMLESS = [
     ("transformers.configuration_utils", "`torch_dtype` is deprecated! Use `dtype` instead!"),
@@ -17,7 +17,7 @@ HARMLESS = [
 
 @pytest.fixture
 def shown():
-    """What reaches the handlers of upstream's logger, transformers' and ours."""
+    """The records that reach the handlers of upstream's and transformers' loggers."""
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -29,7 +29,7 @@ def shown():
         root.removeHandler(handler)
 
 
-def test_our_loggers_are_named_after_their_modules_and_write_where_upstream_does(shown):
+def test_our_loggers_have_the_module_name_and_upstreams_handlers(shown):
     logger = get_logger("llamafactory_ddm.integration.workflow")
     upstream = logging.getLogger("llamafactory")
     assert logger.name == "llamafactory_ddm.integration.workflow"
@@ -44,33 +44,33 @@ def test_our_loggers_are_named_after_their_modules_and_write_where_upstream_does
         upstream.setLevel(before)
 
 
-def test_another_process_than_the_first_is_silent(shown, monkeypatch):
+def test_processes_after_the_first_log_nothing(shown, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     get_logger("llamafactory_ddm.integration.workflow").info_rank0("told")
     assert shown == []
 
 
 @pytest.mark.parametrize(("name", "line"), HARMLESS)
-def test_harmless_lines_are_left_out_during_a_run_alone(shown, name, line):
+def test_harmless_lines_are_hidden_during_a_run_only(shown, name, line):
     logger = logging.getLogger(name)
-    with without_known_noise(on_cpu=True):
+    with hide_harmless_messages(on_cpu=True):
         logger.warning(line)
         logger.warning(f"Another line, not {line}")
     logger.warning(line)
     assert [record.getMessage() for record in shown] == [f"Another line, not {line}", line]
 
 
-def test_on_a_gpu_mixed_precision_is_good_advice(shown):
-    with without_known_noise(on_cpu=False):
+def test_the_advice_to_use_mixed_precision_is_shown_on_a_gpu(shown):
+    with hide_harmless_messages(on_cpu=False):
         logging.getLogger(HARMLESS[-1][0]).warning(HARMLESS[-1][1])
     assert len(shown) == 1
 
 
-def test_warnings_too():
+def test_harmless_warnings_are_hidden_during_a_run_only():
     line = "fan_in_fan_out is set to {} but the target module is `{}`. Setting fan_in_fan_out to {}."
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        with without_known_noise(on_cpu=True):
+        with hide_harmless_messages(on_cpu=True):
             warnings.warn(line.format(False, "Conv1D", True), stacklevel=1)
             warnings.warn(line.format(True, "torch.nn.Linear", False), stacklevel=1)
         warnings.warn(line.format(False, "Conv1D", True), stacklevel=1)

@@ -1,4 +1,4 @@
-"""`llamafactory-ddm convert IN OUT`: published checkpoints into ordinary folders, and back."""
+"""`llamafactory-ddm convert IN OUT`: convert published checkpoints to Hugging Face folders, and back."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ EPILOG = """examples:
 """
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm convert",
-        description="Turn a published diffusion checkpoint (DiffuGPT, DiffuLLaMA, its LoRA adapters, LLaDA, Dream) "
-        "into an ordinary Hugging Face folder with diffusion_config.json.",
+        description="Convert a published diffusion checkpoint (DiffuGPT, DiffuLLaMA, its LoRA adapters, LLaDA, Dream) "
+        "to an ordinary Hugging Face folder with diffusion_config.json.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="IN", help="folder of the checkpoint")
     parser.add_argument("target", metavar="OUT", help="folder to write; it must not exist")
-    parser.add_argument("--base", help="the model it was trained from: its config, and the tokenizer that IN lacks")
-    parser.add_argument("--published", action="store_true", help="the other way: write the published names")
-    parser.add_argument("--mask-token", help="spelling or id of [MASK] (default: the published model's)")
-    parser.add_argument("--sep-token", help="of the token between prompt and response (default: the same)")
-    parser.add_argument("--pad-token", help="of padding (default: the same)")
-    parser.add_argument("--no-shift", action="store_true", help="logits at i predict token i")
+    parser.add_argument("--base", help="model that IN was trained from, for its config and a missing tokenizer")
+    parser.add_argument("--published", action="store_true", help="convert back, to the published names of weights")
+    parser.add_argument("--mask-token", help="token or id used as [MASK] (default: the published model's)")
+    parser.add_argument("--sep-token", help="token or id between prompt and response (default: the published model's)")
+    parser.add_argument("--pad-token", help="token or id of padding (default: the published model's)")
+    parser.add_argument("--no-shift", action="store_true", help="logits at position i predict token i, not i + 1")
     parser.add_argument("--plugins", help="modules or .py files that register IN's noise schedule or process")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     from transformers.utils import logging
 
     from ..checkpoints.adapters import ADAPTER_CONFIG
@@ -60,12 +60,9 @@ def main(words: list[str]) -> int:
     layout = unreadable_layout(arguments.target)
     is_adapter = (Path(arguments.target) / ADAPTER_CONFIG).is_file()
     if layout is None:
-        print(f"{arguments.target} is ready: use it as model_name_or_path (an adapter as adapter_name_or_path)")
+        key = "adapter_name_or_path" if is_adapter else "model_name_or_path"
+        print(f"{arguments.target} is ready: set {key} to it")
     else:
-        print(
-            f"{arguments.target} is ready, in the layout of {layout.name}; to use it here, name it as checkpoint_dir "
-            "with its base as model_name_or_path, or convert it back"
-            if not is_adapter
-            else f"{arguments.target} is ready, in the layout of {layout.name}; to use it here, convert it back"
-        )
+        use = "" if is_adapter else "set checkpoint_dir to it and model_name_or_path to its base, or "
+        print(f"{arguments.target} is ready, in the layout of {layout.name}; to use it here, {use}convert it back")
     return 0

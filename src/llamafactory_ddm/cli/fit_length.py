@@ -1,4 +1,4 @@
-"""`llamafactory-ddm fit-length x.yaml`: length predictors for a model that was trained with variable_length."""
+"""`llamafactory-ddm fit-length x.yaml`: fit length predictors to a model trained with variable_length."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ import sys
 USAGE = """usage: llamafactory-ddm fit-length x.yaml [key=value ...]
 
 Train the length predictors of a model on `dataset`, calibrate their thresholds on `eval_dataset`, report the quality
-of predicted lengths, and save all beside the model. The YAML is one of LLaMA-Factory without do_train; learning_rate,
-num_train_epochs and length_coverage are the predictors'. An example: examples/varlen_fit_length.yaml
+of predicted lengths, and save all beside the model. The YAML is that of a LLaMA-Factory run without do_train;
+learning_rate, num_train_epochs and length_coverage apply to the predictors. Example: examples/varlen_fit_length.yaml
 """
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
-    if not words or words[0] in ("-h", "--help") or not words[0].endswith((".yaml", ".yml", ".json")):
-        asked = bool(words) and words[0] in ("-h", "--help")
-        print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if not argv or not argv[0].endswith((".yaml", ".yml", ".json")):
+        print(USAGE, end="", file=sys.stderr)
+        return 2
     from .._autoload import activate
 
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process; upstream refuses several devices otherwise
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # upstream refuses one process with several devices
     activate()
     from ..evaluation.lengths import as_table
     from ..integration.predict.fit_length import fit_from_command_line
 
     try:
-        path, found = fit_from_command_line(words)
+        path, metrics = fit_from_command_line(argv)
     except (ValueError, OSError) as error:
         print(f"llamafactory-ddm fit-length: {error}", file=sys.stderr)
         return 1
-    print(as_table(found))
-    print(f"saved: {path}; used with early_stop: predict")
+    print(as_table(metrics))
+    print(f"saved: {path}; set early_stop: predict to use it")
     return 0

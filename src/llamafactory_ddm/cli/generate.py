@@ -1,4 +1,4 @@
-"""`llamafactory-ddm generate PATH`: text from a checkpoint, without a YAML."""
+"""`llamafactory-ddm generate PATH`: generate texts with a model, without a YAML."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..sampling import SamplingSettings
 from ..sampling.keywords import with_keywords
 from ..sampling.settings import KEYS
 
-# Names of keys -> shorter ones, or those of the field.
-_SHORT = {
+# Key -> its short name on the command line.
+_SHORT_NAMES = {
     "denoising_strategy": "strategy",
     "diffusion_steps": "steps",
     "logits_temp": "temperature",
@@ -26,10 +26,10 @@ EPILOG = """examples:
 """
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
-    arguments = _parser().parse_args(words)
-    # The libraries alone take seconds, and transformers' own lines are switched off.
+    arguments = _parser().parse_args(argv)
+    # Importing the libraries takes seconds, and transformers' log lines are off.
     print(f"llamafactory-ddm generate: loading {arguments.path} ...", file=sys.stderr, flush=True)
     from transformers.utils import logging
 
@@ -52,41 +52,49 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", help="folder of a model that stage: ddm has saved; or a LLaDA or Dream")
+    parser.add_argument("path", help="folder of a model trained with stage: ddm or ddm-sft, or of a LLaDA or Dream")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", help="a text to answer or continue; may be given several times")
-    source.add_argument("--infill", action="append", help="a text with gaps, <|infill:8|> for one of 8 tokens")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--template", help="how prompts are written (default: as the model was finetuned)")
-    form.add_argument("--raw", action="store_true", help="continue prompts as they stand, without a template")
-    parser.add_argument("--plugins", help="modules or .py files of your own to import first, separated by commas")
-    parser.add_argument("--show", action="store_true", help="watch the text come about")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write (default: 64)")
-    parser.add_argument("--num-samples", type=int, default=1, help="texts from noise, or for each prompt (default: 1)")
-    settings = parser.add_argument_group("sampling", "The keys of a YAML; docs/keys.md has them all.")
+    source.add_argument("--prompt", action="append", help="text to answer or continue; may be repeated")
+    source.add_argument(
+        "--infill", action="append", help="text with gaps to fill, <|infill:8|> for one of 8 tokens; may be repeated"
+    )
+    template = parser.add_mutually_exclusive_group()
+    template.add_argument(
+        "--template", help="template of prompts (default: the one that the model was finetuned with)"
+    )
+    template.add_argument("--raw", action="store_true", help="continue prompts without a template")
+    parser.add_argument("--plugins", help="your own modules or .py files to import first, separated by commas")
+    parser.add_argument("--show", action="store_true", help="show every denoising step in the terminal")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to generate (default: 64)")
+    parser.add_argument("--num-samples", type=int, default=1, help="texts per prompt, or from noise (default: 1)")
+    settings = parser.add_argument_group("sampling", "The YAML keys of generation; see docs/keys.md.")
     for name, key in KEYS.items():
-        words = [f"--{word.replace('_', '-')}" for word in (_SHORT.get(name), name) if word is not None]
+        names = [name] if name not in _SHORT_NAMES else [_SHORT_NAMES[name], name]
         default = "" if key.default is None else f" (default: {str(key.default).lower()})"
-        takes: dict[str, Any] = {"action": "store_true"} if key.kind == "boolean" else {"metavar": key.kind.upper()}
+        value: dict[str, Any] = {"action": "store_true"} if key.kind == "boolean" else {"metavar": key.kind.upper()}
         settings.add_argument(
-            *words, dest=name, default=argparse.SUPPRESS, help=f"{key.help}{default}".replace("%", "%%"), **takes
+            *(f"--{option.replace('_', '-')}" for option in names),
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=f"{key.help}{default}".replace("%", "%%"),
+            **value,
         )
     return parser
 
 
-def settings_of(arguments: argparse.Namespace) -> SamplingSettings:
-    """Return how to sample; suppress_tokens takes a tokenizer and is left out.
+def build_settings(arguments: argparse.Namespace) -> SamplingSettings:
+    """Return the sampling settings without suppress_tokens, which needs the tokenizer.
 
     Raises:
-        ValueError: if a value is out of range, or two do not go together.
+        ValueError: if a value is out of range, or two contradict each other.
     """
-    given = _given(arguments)
-    given.pop("suppress_tokens", None)
-    return with_keywords(SamplingSettings(), given)
+    keys = _sampling_keys(arguments)
+    keys.pop("suppress_tokens", None)
+    return with_keywords(SamplingSettings(), keys)
 
 
-def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the keys that the command line gives."""
+def _sampling_keys(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling keys that the command line sets, with their values."""
     return {name: getattr(arguments, name) for name in KEYS if hasattr(arguments, name)}
 
 
@@ -96,17 +104,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     from ..utils.plugins import load_plugins
 
     load_plugins(arguments.plugins)
-    settings_of(arguments)  # a mistake is found before the model is loaded
+    build_settings(arguments)  # reports mistakes before the model is loaded
     model = load(arguments.path, template=arguments.template, raw=arguments.raw)
-    settings = model.settings(**_given(arguments))
-    is_watched = arguments.show and sys.stdout.isatty()
-    shown: list[TerminalAnimation] = []
+    settings = model.settings(**_sampling_keys(arguments))
+    is_animated = arguments.show and sys.stdout.isatty()
+    animations: list[TerminalAnimation] = []  # of the current text, if any
 
-    def watch(step: int, pieces: Callable[[], list[list[str | None]]]) -> None:
+    def show_step(step: int, pieces: Callable[[], list[list[str | None]]]) -> None:
         text = pieces()[0]
-        if not shown:
-            shown.append(TerminalAnimation([None] * len(text), stream=sys.stdout))
-        shown[0].update(step + 1, max(step + 1, settings.diffusion_steps), text)  # edits may take further steps
+        if not animations:
+            animations.append(TerminalAnimation([None] * len(text), stream=sys.stdout))
+        animations[0].update(step + 1, max(step + 1, settings.diffusion_steps), text)  # editing may add steps
 
     texts = model.stream(
         arguments.prompt,
@@ -115,18 +123,18 @@ def _generate(arguments: argparse.Namespace) -> None:
         num_samples=arguments.num_samples,
         batch_size=1 if arguments.show else 8,
         settings=settings,
-        callback=watch if is_watched else None,
+        callback=show_step if is_animated else None,
     )
-    is_alone = arguments.num_samples * len(arguments.prompt or arguments.infill or "?") == 1
+    is_single = arguments.num_samples * len(arguments.prompt or arguments.infill or "?") == 1
     try:
         for result in texts:
-            if shown:  # what was watched stays on the screen
-                shown.pop().close(result.text)
+            if animations:  # the last frame shows the text
+                animations.pop().close(result.text)
                 continue
             text = (result.predict if arguments.infill is None else result.text).strip()
-            print(text if is_alone else f"- {text}", flush=True)
+            print(text if is_single else f"- {text}", flush=True)
     finally:
-        for animation in shown:  # the terminal is itself again, whatever happened
+        for animation in animations:  # restores the terminal after an error
             animation.close()
 
 

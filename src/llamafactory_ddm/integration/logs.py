@@ -1,4 +1,4 @@
-"""Loggers that write as upstream's do, and quiet about what is known and harmless."""
+"""Loggers that write as LLaMA-Factory's do, and a filter of harmless log lines and warnings."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from typing import Any
 from llamafactory.extras import logging as upstream
 
 _PACKAGE, _OURS = "llamafactory_ddm", "llamafactory_ddm.integration"
-# Loggers -> how the lines start that a run of ours leaves out, and why they are harmless.
-_LINES = {
-    # Upstream passes it by its old name.
+# Logger -> beginnings of the harmless lines that a diffusion run does not show.
+_HARMLESS_LINES = {
+    # Upstream passes the argument under its old name.
     "transformers.configuration_utils": ("`torch_dtype` is deprecated",),
     "transformers.modeling_utils": ("`torch_dtype` is deprecated",),
-    # A card's results need a metric's data set, which a training run has none of.
+    # A model card lists a result only with the data set of its metric, which a training run does not have.
     "transformers.modelcard": ("Dropping the following result",),
 }
 _MIXED_PRECISION = {"llamafactory.hparams.parser": ("We recommend enable mixed precision training",)}
-# PEFT finds out by itself how GPT-2's layers lie, and says so at each of them.
-_WARNINGS = (r"fan_in_fan_out is set to False but the target module is `Conv1D`",)
+# PEFT detects the layout of GPT-2's weights itself, and warns at each layer.
+_HARMLESS_WARNINGS = (r"fan_in_fan_out is set to False but the target module is `Conv1D`",)
 
 
 def get_logger(name: str) -> Any:
-    """Return the logger of a module of this folder; it has the handlers and the level of upstream's.
+    """Return the logger of a module of this folder, with the handlers and the level of upstream's logger.
 
     Args:
         name: the module's `__name__`.
     """
     root = upstream.get_logger()
-    logging.getLogger(_PACKAGE)  # made later, it would come between the two
+    logging.getLogger(_PACKAGE)  # if created later, it would become the parent of ours
     ours = logging.getLogger(_OURS)
     if ours.parent is not root:
         ours.parent = root
-        ours.setLevel(logging.NOTSET)  # so that levels that were looked up before are forgotten
+        ours.setLevel(logging.NOTSET)  # clears the cached levels
     return logging.getLogger(name)
 
 
 @contextmanager
-def without_known_noise(*, on_cpu: bool) -> Iterator[None]:
-    """Leave out lines of other libraries that worry users for nothing.
+def hide_harmless_messages(*, on_cpu: bool) -> Iterator[None]:
+    """Hide harmless log lines and warnings of other libraries.
 
     Args:
-        on_cpu: leave out the advice to train in mixed precision too.
+        on_cpu: whether to hide the advice to train in mixed precision too.
     """
-    silenced = {**_LINES, **(_MIXED_PRECISION if on_cpu else {})}
-    filters = [(logging.getLogger(name), _without(starts)) for name, starts in silenced.items()]
-    for logger, leaves in filters:
-        logger.addFilter(leaves)
+    hidden = {**_HARMLESS_LINES, **(_MIXED_PRECISION if on_cpu else {})}
+    filters = [(logging.getLogger(name), _drop_lines(beginnings)) for name, beginnings in hidden.items()]
+    for logger, line_filter in filters:
+        logger.addFilter(line_filter)
     try:
         with warnings.catch_warnings():
-            for message in _WARNINGS:
+            for message in _HARMLESS_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        for logger, leaves in filters:
-            logger.removeFilter(leaves)
+        for logger, line_filter in filters:
+            logger.removeFilter(line_filter)
 
 
-def _without(starts: tuple[str, ...]) -> Any:
-    return lambda record: not record.getMessage().startswith(starts)
+def _drop_lines(beginnings: tuple[str, ...]) -> Any:
+    return lambda record: not record.getMessage().startswith(beginnings)

@@ -8,7 +8,7 @@ from typing import Any
 from .. import _errors
 from ..utils.run_lock import run_lock
 from .data.faults import check_not_empty
-from .logs import get_logger, without_known_noise
+from .logs import get_logger, hide_harmless_messages
 from .model.loader import load_diffusion_model, load_diffusion_tokenizer
 from .predict.prediction_log import barrier
 from .predict.workflow import build_requests, predict
@@ -40,7 +40,7 @@ def run(
     _errors.when_interrupted(lambda: how_to_go_on(training_args))
     prepares = not (training_args.do_train or training_args.do_eval or training_args.do_predict)
     rank, world = training_args.process_index, training_args.world_size
-    with without_known_noise(on_cpu=training_args.device.type == "cpu"):
+    with hide_harmless_messages(on_cpu=training_args.device.type == "cpu"):
         resolve_model_names(model_args)
         check_inputs(model_args, training_args, finetuning_args, prepares=prepares)
         with nullcontext() if prepares else run_lock(training_args.output_dir, rank=rank, world=world):

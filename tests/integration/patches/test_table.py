@@ -1,10 +1,11 @@
-"""The patch table, in this process: applied to upstream's real modules and undone again."""
+"""The patch table, applied to upstream's modules in this process and undone again."""
 
 import ast
 import importlib
 import inspect
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from dataclasses import make_dataclass
@@ -30,16 +31,16 @@ MODULES = (
 )
 
 
-def picture():
-    """Every name of upstream that the table could touch, by identity, and the content of lists and dicts."""
-    seen = {}
+def snapshot():
+    """Return the identity of everything that the table could change, and the content of lists and dicts."""
+    names = {}
     for path in MODULES:
         for name, value in vars(importlib.import_module(path)).items():
             if not name.startswith("__"):
-                seen[path, name] = (id(value), repr(value) if isinstance(value, (list, dict)) else None)
+                names[path, name] = (id(value), repr(value) if isinstance(value, (list, dict)) else None)
     from llamafactory.hparams import FinetuningArguments
 
-    return {**seen, "post_init": id(FinetuningArguments.__post_init__)}
+    return {**names, "post_init": id(FinetuningArguments.__post_init__)}
 
 
 def apply_all(parser, patches):
@@ -49,14 +50,14 @@ def apply_all(parser, patches):
         patches.apply(name)
 
 
-def test_undone_to_the_last_name_and_applied_once(upstream):
+def test_the_table_is_applied_once_and_undone_completely(upstream):
     parser, _, patches = upstream
     for name in MODULES:
         importlib.import_module(name)
     patches.undo()
-    plain = picture()
+    plain = snapshot()
     apply_all(parser, patches)
-    active = picture()
+    active = snapshot()
     # 0.9.4's v1 launcher has imported print_env by name.
     changed = {key for key in plain if plain[key] != active[key]} - {("llamafactory.v1.launcher", "print_env")}
     assert changed == {
@@ -76,13 +77,13 @@ def test_undone_to_the_last_name_and_applied_once(upstream):
     in_place = {key for key in changed if plain[key][1] is not None}
     assert len(in_place) == 4 and all(plain[key][0] == active[key][0] for key in in_place)
     apply_all(parser, patches)
-    assert picture() == active
+    assert snapshot() == active
     patches.undo()
-    assert picture() == plain
+    assert snapshot() == plain
     assert not patches.is_active()
 
 
-def test_every_row_says_why_and_on_what_it_was_tried(upstream):
+def test_every_row_has_a_reason_and_versions_and_is_documented(upstream):
     patches = upstream[2]
     table = (Path(__file__).parents[3] / "docs" / "patches.md").read_text(encoding="utf-8")
     for patch in patches.PATCHES:
@@ -91,11 +92,11 @@ def test_every_row_says_why_and_on_what_it_was_tried(upstream):
         assert f"| `{name}` |" in table
 
 
-def test_names_bound_by_other_modules_follow(upstream):
-    """Also those outside of upstream, such as a script that was there before the plugin."""
+def test_names_that_other_modules_imported_are_replaced_too(upstream):
+    """Also outside of upstream, as in a script that imported them before the plugin was active."""
     parser, _, patches = upstream
     patches.undo()
-    script = ModuleType("a_script_of_the_user")
+    script = ModuleType("script_of_a_user")
     script.get_train_args = parser.get_train_args
     sys.modules[script.__name__] = script
     try:
@@ -108,40 +109,40 @@ def test_names_bound_by_other_modules_follow(upstream):
         del sys.modules[script.__name__]
 
 
-def test_a_failure_halfway_leaves_nothing_behind_but_the_refusal(upstream, monkeypatch):
+def test_after_a_failure_nothing_is_changed_but_the_refusal_of_our_stages(upstream, monkeypatch):
     parser, _, patches = upstream
     patches.undo()
-    plain = picture()
+    plain = snapshot()
 
     def fail(original):
         raise OSError("broken\nhalfway")
 
-    rows = [
-        patches.Patch(row.target, fail, row.why) if row.target.endswith("TRAINING_STAGES") else row
-        for row in patches.PATCHES
+    failing = [
+        patches.Patch(patch.target, fail, patch.why) if patch.target.endswith("TRAINING_STAGES") else patch
+        for patch in patches.PATCHES
     ]
-    monkeypatch.setattr(patches, "PATCHES", tuple(rows))
+    monkeypatch.setattr(patches, "PATCHES", tuple(failing))
     with pytest.raises(OSError, match="broken"):
         patches.after_parser(parser)
     assert (patches.is_active(), patches.status()) == (False, "broken halfway")
-    assert {key for key, value in picture().items() if value != plain[key]} == {"post_init"}
+    assert {key for key, value in snapshot().items() if value != plain[key]} == {"post_init"}
     monkeypatch.undo()
     patches.after_parser(parser)
     assert patches.is_active()
 
 
-def test_an_upstream_that_does_not_fit_refuses_our_stage_and_no_other(upstream, basic, monkeypatch):
-    """Upstream itself never looks at the stage when it chats, serves or exports."""
+def test_an_unsupported_upstream_refuses_our_stage_and_no_other(upstream, basic, monkeypatch):
+    """Also in chat, serving and export, where upstream does not read the stage."""
     parser, _, patches = upstream
     patches.undo()
     monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9.9")
-    with pytest.raises(patches.IncompatibleUpstream, match=r"llamafactory 9\.9\.9 is not supported"):
+    with pytest.raises(patches.IncompatibleUpstream, match=r"llamafactory 9\.9\.9 "):
         patches.after_parser(parser)
-    words = r"stage: ddm needs llamafactory-ddm, which is not active: llamafactory 9\.9\.9 is not supported"
+    pattern = r"^stage: ddm .*llamafactory 9\.9\.9 "
     inference = {"model_name_or_path": "nowhere", "finetuning_type": "full"}
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=pattern):
         parser.get_infer_args({**inference, "stage": "ddm"})
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=pattern):
         parser.get_train_args(basic(anneal_steps=3))
     assert parser.get_infer_args(inference)[2].stage == "sft"
     assert parser.get_train_args(basic(stage="pt"))[3].stage == "pt"
@@ -161,7 +162,7 @@ def test_run_pt_dispatches_by_stage(upstream, basic, monkeypatch):
     assert pt.run_pt is inspect.unwrap(tuner.run_pt)
 
 
-def test_run_exp_keeps_upstreams_prelude_for_our_runner(upstream, basic, monkeypatch):
+def test_run_exp_passes_upstreams_callbacks_to_our_runner(upstream, basic, monkeypatch):
     _, tuner, _ = upstream
     from llamafactory_ddm.integration.hparams import stages
 
@@ -170,7 +171,7 @@ def test_run_exp_keeps_upstreams_prelude_for_our_runner(upstream, basic, monkeyp
     tuner.run_exp(basic(temperature=0.3))
     ((*_, finetuning_args, generating_args, callbacks),) = calls
     assert (finetuning_args.diffusion_stage, generating_args.temperature) == ("ddm", 0.3)
-    assert [type(c).__name__ for c in callbacks] == ["LogCallback", "ReporterCallback"]
+    assert [type(callback).__name__ for callback in callbacks] == ["LogCallback", "ReporterCallback"]
 
 
 def test_other_stages_reach_their_own_runner(upstream, basic, monkeypatch):
@@ -189,7 +190,8 @@ def test_an_unsupported_version_is_named(upstream, monkeypatch, version):
     parser, _, patches = upstream
     patches.undo()
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    assert f"llamafactory {version} is not supported" in patches.incompatibilities(parser)[0]
+    (problem,) = patches.incompatibilities(parser)
+    assert f"llamafactory {version} " in problem and ">=0.9.4,<0.9.7" in problem
 
 
 @pytest.mark.parametrize("version", ["0.9.4", "0.9.5", "0.9.6.dev0", None])
@@ -209,49 +211,46 @@ def test_supported_versions(upstream, monkeypatch, version):
 
 
 def inlined(args=None):
-    """As if upstream had moved the parsing into the function, which then never calls what is replaced."""
+    """A function as if upstream had moved the parsing into it, so that it no longer calls what is replaced."""
     return args
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "problem"),
+    ("name", "value", "pattern"),
     [
-        ("_parse_args", lambda words: None, "llamafactory.hparams.parser._parse_args has changed"),
-        ("get_train_args", inlined, "llamafactory.hparams.parser.get_train_args has changed"),
-        ("_parse_train_args", inlined, "llamafactory.hparams.parser._parse_train_args has changed"),
-        ("read_args", None, "llamafactory.hparams.parser has no function read_args"),
-        ("_TRAIN_ARGS", [], "llamafactory.hparams.parser._TRAIN_ARGS has changed"),
-        (
-            "FinetuningArguments",
-            make_dataclass("FinetuningArguments", [("stage", str)]),
-            "the stages of llamafactory's FinetuningArguments have changed",
-        ),
-        ("_INFER_ARGS", [make_dataclass("Rival", [("shift", bool)])], "llamafactory's Rival has keys of ours: shift"),
-        ("_NEW_ARGS", [make_dataclass("Rival", [("shift", bool)])], "llamafactory's Rival has keys of ours: shift"),
+        ("_parse_args", lambda args: None, r"\._parse_args "),
+        ("get_train_args", inlined, r"\.get_train_args "),
+        ("_parse_train_args", inlined, r"\._parse_train_args "),
+        ("read_args", None, "parser .*read_args"),
+        ("_TRAIN_ARGS", [], r"\._TRAIN_ARGS "),
+        ("FinetuningArguments", make_dataclass("FinetuningArguments", [("stage", str)]), "stage.*FinetuningArguments"),
+        ("_INFER_ARGS", [make_dataclass("Rival", [("shift", bool)])], "Rival .*: shift$"),
+        ("_NEW_ARGS", [make_dataclass("Rival", [("shift", bool)])], "Rival .*: shift$"),
     ],
 )
-def test_a_changed_parser_is_noticed(upstream, monkeypatch, name, value, problem):
+def test_a_changed_parser_is_noticed(upstream, monkeypatch, name, value, pattern):
     parser, _, patches = upstream
     patches.undo()
     monkeypatch.setattr(parser, name, value, raising=False)
-    assert patches.incompatibilities(parser) == [problem]
+    (problem,) = patches.incompatibilities(parser)
+    assert re.search(pattern, problem)
     with pytest.raises(patches.IncompatibleUpstream):
         patches.after_parser(parser)
     assert patches.status() == problem
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "problem"),
+    ("old", "new", "pattern"),
     [
-        ("run_pt(", "run_pretraining(", "llamafactory's _training_function does not call run_pt"),
-        ("get_train_args(", "parse(", "llamafactory's _training_function does not call get_train_args"),
-        ("def _training_function", "def train", "llamafactory's _training_function does not call run_pt"),
-        ("run_sft(model_args, data_args", "run_sft(data_args, model_args", "calls run_sft with other arguments"),
-        ("import os", "import os os", "tuner.py cannot be read"),
-        (None, None, "tuner.py cannot be read"),
+        ("run_pt(", "run_pretraining(", "_training_function .*not call run_pt$"),
+        ("get_train_args(", "parse(", "_training_function .*not call get_train_args$"),
+        ("def _training_function", "def train", "_training_function .*not call run_pt$"),
+        ("run_sft(model_args, data_args", "run_sft(data_args, model_args", "_training_function .*run_sft .*arguments"),
+        ("import os", "import os os", r"tuner\.py .*invalid syntax"),
+        (None, None, r"tuner\.py .*No such file"),
     ],
 )
-def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new, problem):
+def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new, pattern):
     parser, tuner, patches = upstream
     patches.undo()
     for folder in ("hparams", "train"):
@@ -261,11 +260,11 @@ def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new
         assert old in source and ast.parse(source)
         (tmp_path / "train" / "tuner.py").write_text(source.replace(old, new), encoding="utf-8")
     monkeypatch.setattr(parser, "__file__", str(tmp_path / "hparams" / "parser.py"))
-    assert problem in patches.incompatibilities(parser)[0]
+    assert re.search(pattern, patches.incompatibilities(parser)[0])
 
 
 @pytest.mark.parametrize(
-    ("words", "refused"),
+    ("argv", "is_refused"),
     [
         (["train", "ours.yaml"], True),
         (["train", "theirs.yaml"], False),
@@ -276,7 +275,7 @@ def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new
         (["train", "missing.yaml"], False),
     ],
 )
-def test_the_v1_launcher_is_kept_from_our_stage(upstream, monkeypatch, tmp_path, words, refused):
+def test_the_v1_launcher_refuses_our_stage(upstream, monkeypatch, tmp_path, argv, is_refused):
     patches = upstream[2]
     launcher = importlib.import_module("llamafactory.v1.launcher")
     patches.undo("llamafactory.v1.launcher")
@@ -287,16 +286,16 @@ def test_the_v1_launcher_is_kept_from_our_stage(upstream, monkeypatch, tmp_path,
     (tmp_path / "ours.json").write_text('{"model": "x",\n "stage": "ddm"}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("USE_V1", "1")
-    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", *words])
-    if refused:
-        with pytest.raises(ValueError, match="USE_V1=1 selects LLaMA-Factory's v1 trainer"):
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", *argv])
+    if is_refused:
+        with pytest.raises(ValueError, match=r"^USE_V1=1 .*unset USE_V1"):
             launcher.launch()
     else:
         assert launcher.launch() == "v1"
     patches.undo("llamafactory.v1.launcher")
 
 
-def in_a_child(queue):
+def put_name_of_arguments_class(queue):
     import llamafactory.hparams.parser as parser
 
     from llamafactory_ddm._autoload import activate
@@ -308,7 +307,7 @@ def in_a_child(queue):
 def test_a_spawned_process_is_patched_even_when_the_parser_is_loaded_already():
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    child = context.Process(target=in_a_child, args=(queue,))
+    child = context.Process(target=put_name_of_arguments_class, args=(queue,))
     child.start()
     assert queue.get(timeout=LIMIT) == "DiffusionFinetuningArguments"
     child.join()
@@ -326,7 +325,7 @@ print(llamafactory_ddm.__version__)
 """
 
 
-def test_importing_the_package_changes_nothing():
+def test_importing_the_package_patches_nothing():
     done = subprocess.run(
         [sys.executable, "-c", IMPORT],
         env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},

@@ -1,9 +1,10 @@
-"""Checks that the installed LLaMA-Factory has the functions and arguments that the patches need."""
+"""Checks, before patching, that the installed LLaMA-Factory has the functions and arguments that the patches need."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 from dataclasses import fields, is_dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -15,7 +16,7 @@ from packaging.version import Version
 from ..hparams.diffusion import DiffusionArguments
 
 SUPPORTED = ("0.9.4", "0.9.7")  # from (inclusive), to (exclusive)
-# Function of hparams.parser -> its parameters, and the functions that it must call by name, as those are replaced.
+# Function of hparams.parser -> its parameters, and the replaced functions that it must call by name.
 _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
     "_parse_args": (["parser", "args", "allow_extra_keys"], []),
     "_parse_train_args": (["args"], ["_parse_args"]),
@@ -24,9 +25,9 @@ _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
     "get_eval_args": (["args"], []),
     "read_args": (["args"], []),
 }
-_PARSED = ["ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments"]
-# Arguments that _training_function passes to run_pt and run_sft; the dispatcher takes them by position.
-_FIRST, _LAST = ["model_args", "data_args", "training_args", "finetuning_args"], "callbacks"
+_TRAIN_ARGS = ["ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments"]
+# First and last arguments that _training_function passes to run_pt and run_sft, by position.
+_FIRST_ARGUMENTS, _LAST_ARGUMENT = ["model_args", "data_args", "training_args", "finetuning_args"], "callbacks"
 
 
 class IncompatibleUpstream(RuntimeError):
@@ -34,7 +35,7 @@ class IncompatibleUpstream(RuntimeError):
 
 
 def incompatibilities(parser: ModuleType) -> list[str]:
-    """Return the reasons why this LLaMA-Factory cannot be patched; empty if it can.
+    """Return the reasons why this LLaMA-Factory cannot be patched; an empty list if it can.
 
     Args:
         parser: llamafactory.hparams.parser, unpatched.
@@ -42,27 +43,24 @@ def incompatibilities(parser: ModuleType) -> list[str]:
     version = _version()
     low, high = SUPPORTED
     if not Version(low) <= Version(Version(version).base_version) < Version(high):
-        return [
-            f"llamafactory {version} is not supported, which is >={low},<{high}: pip install "
-            f"'llamafactory>={low},<{high}'"
-        ]
+        return [f"llamafactory {version} is not supported: pip install 'llamafactory>={low},<{high}'"]
     return [*_changed_functions(parser), *_changed_arguments(parser), *_changed_dispatch(parser)]
 
 
 def _version() -> str:
     try:
         return metadata.version("llamafactory")
-    except metadata.PackageNotFoundError:  # a source tree on PYTHONPATH
+    except metadata.PackageNotFoundError:  # a source tree on PYTHONPATH has no metadata
         return str(import_module("llamafactory.extras.env").VERSION)
 
 
 def _changed_functions(parser: ModuleType) -> list[str]:
     problems = []
-    for name, (words, calls) in _FUNCTIONS.items():
+    for name, (parameters, calls) in _FUNCTIONS.items():
         function = getattr(parser, name, None)
         if not inspect.isfunction(function):
             problems.append(f"llamafactory.hparams.parser has no function {name}")
-        elif list(inspect.signature(function).parameters)[: len(words)] != words or not set(calls) <= set(
+        elif list(inspect.signature(function).parameters)[: len(parameters)] != parameters or not set(calls) <= set(
             inspect.unwrap(function).__code__.co_names
         ):
             problems.append(f"llamafactory.hparams.parser.{name} has changed")
@@ -74,31 +72,32 @@ def _changed_arguments(parser: ModuleType) -> list[str]:
     if upstream is None or not {"pt", "sft"} <= set(get_args(get_type_hints(upstream).get("stage"))):
         return ["the stages of llamafactory's FinetuningArguments have changed"]
     problems = []
-    if [kind.__name__ for kind in getattr(parser, "_TRAIN_ARGS", ())] != _PARSED:
+    if [dataclass.__name__ for dataclass in getattr(parser, "_TRAIN_ARGS", ())] != _TRAIN_ARGS:
         problems.append("llamafactory.hparams.parser._TRAIN_ARGS has changed")
-    ours = {f.name for f in fields(DiffusionArguments)}
+    our_keys = {field.name for field in fields(DiffusionArguments)}
     lists: list[list[Any]] = [
         value for name, value in vars(parser).items() if name.endswith("_ARGS") and isinstance(value, list)
     ]
-    for kind in dict.fromkeys(kind for kinds in lists for kind in kinds):
-        taken = ours & {f.name for f in fields(kind)} if is_dataclass(kind) else set()
-        if taken:
-            problems.append(f"llamafactory's {kind.__name__} has keys of ours: {', '.join(sorted(taken))}")
+    for dataclass in dict.fromkeys(itertools.chain.from_iterable(lists)):
+        duplicates = our_keys & {field.name for field in fields(dataclass)} if is_dataclass(dataclass) else set()
+        if duplicates:
+            problems.append(f"llamafactory's {dataclass.__name__} has keys of ours: {', '.join(sorted(duplicates))}")
     return problems
 
 
 def _changed_dispatch(parser: ModuleType) -> list[str]:
-    """Check how `_training_function` calls the stages, in its source: importing train.tuner is slow."""
+    """Check how `_training_function` calls the stages; reads its source, because importing train.tuner is slow."""
     path = Path(inspect.getfile(parser)).parents[1] / "train" / "tuner.py"
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         return [f"{path} cannot be read ({error})"]
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_training_function"]
     calls: dict[str, list[str]] = {}
-    for node in ast.walk(found[0]) if found else ():
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            calls[node.func.id] = [a.id if isinstance(a, ast.Name) else "?" for a in node.args]
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef) and function.name == "_training_function":
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    calls[node.func.id] = [arg.id if isinstance(arg, ast.Name) else "?" for arg in node.args]
     problems = [
         f"llamafactory's _training_function does not call {name}"
         for name in ("run_pt", "run_sft", "get_train_args")
@@ -107,6 +106,6 @@ def _changed_dispatch(parser: ModuleType) -> list[str]:
     problems += [
         f"llamafactory's _training_function calls {name} with other arguments"
         for name in ("run_pt", "run_sft")
-        if name in calls and (calls[name][:4] != _FIRST or calls[name][-1] != _LAST)
+        if name in calls and (calls[name][:4] != _FIRST_ARGUMENTS or calls[name][-1] != _LAST_ARGUMENT)
     ]
     return problems

@@ -1,7 +1,7 @@
-"""All changes to LLaMA-Factory at run time: one table, checked first, applied once, undoable.
+"""The table of all changes to LLaMA-Factory at run time, and the functions that apply and undo them.
 
 `docs/patches.md` describes each row. Only this file changes LLaMA-Factory's modules; `wrappers.py` has the
-replacements, and `compatibility.py` the checks before them.
+replacements, and `compatibility.py` the checks that precede them.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 
 from .compatibility import IncompatibleUpstream, incompatibilities
 from .wrappers import (
+    checked_model_class,
     checked_parse_args,
+    checked_parse_train_args,
+    checked_peft_model,
     diffusion_init_adapter,
     diffusion_load_model,
     diffusion_load_tokenizer,
     dispatching_get_infer_args,
     dispatching_get_train_args,
     dispatching_run,
-    hiding_parse_train_args,
-    modelfile_free_export,
+    export_without_modelfile,
+    print_env_with_status,
     refusing_get_eval_args,
     refusing_post_init,
     refusing_v1_launch,
-    telling_print_env,
-    whole_model_class,
-    whole_peft_model,
     with_our_keys,
     with_our_labels,
 )
@@ -40,7 +40,7 @@ _PARSER, _TUNER = "llamafactory.hparams.parser", "llamafactory.train.tuner"
 _LOADER, _ADAPTER = "llamafactory.model.loader", "llamafactory.model.adapter"
 _CONSTANTS, _ENV, _V1 = "llamafactory.extras.constants", "llamafactory.extras.env", "llamafactory.v1.launcher"
 
-_RANDOM = "weights that a folder lacks would be random numbers"
+_RANDOM = "weights missing from a folder would be randomly initialised"
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,18 @@ class Patch:
     """One change.
 
     Attributes:
-        target: "module:name" of the changed object; a name with * matches several lists.
-        make: takes the old value and returns the new one. A function is replaced; a list or a dict is changed in
-            place, as other modules hold it too.
+        target: "module:name" of the changed object; a name with * stands for all lists and dicts that match it.
+        make: returns the new value of the old one. Lists and dicts are changed in place, because other modules hold
+            them too.
         why: what goes wrong without the change.
-        swept: whether modules that have imported the name get the replacement too.
+        in_all_modules: whether the name is replaced in every module that has imported it, or in the target's only.
         checked: versions of LLaMA-Factory that the change was tested with.
     """
 
     target: str
     make: Callable[[Any], Any]
     why: str
-    swept: bool = True
+    in_all_modules: bool = True
     checked: tuple[str, ...] = CHECKED
 
     @property
@@ -75,7 +75,7 @@ class _State:
 
 
 _state = _State()
-# The applied changes: the target, and how to restore it.
+# The applied changes: the target, and the function that restores it.
 _applied: list[tuple[str, Callable[[], None]]] = []
 
 
@@ -85,57 +85,74 @@ def is_active() -> bool:
 
 
 def status() -> str:
-    """Return "active", or why the plugin is not."""
+    """Return "active", or the reason why the plugin is not."""
     return "active" if _state.active else _state.reason
 
 
 def _rebind() -> None:
-    """Rebind upstream's names in modules that may be loaded long after the parser."""
+    """Patch modules that may be loaded long after the parser."""
     for module in (_TUNER, _LOADER, _ADAPTER):
         if module in sys.modules:
             apply(module)
 
 
 PATCHES = (
-    Patch(f"{_PARSER}:_parse_args", checked_parse_args, "an unknown key gets no nearest match"),
-    Patch(f"{_PARSER}:_parse_train_args", hiding_parse_train_args, "generation would need a data set"),
+    Patch(f"{_PARSER}:_parse_args", checked_parse_args, "an unknown key would be reported without the nearest match"),
+    Patch(f"{_PARSER}:_parse_train_args", checked_parse_train_args, "generation would need a data set"),
     Patch(
         f"{_PARSER}:get_train_args",
         functools.partial(dispatching_get_train_args, rebind=_rebind),
-        "Megatron and v1 would train autoregressively in silence",
+        "Megatron and v1 would silently train autoregressively",
     ),
     Patch(
         f"{_PARSER}:get_infer_args",
         functools.partial(dispatching_get_infer_args, rebind=_rebind),
-        "chat would run autoregressively in silence, and an export would not be a diffusion model any more",
+        "chat would silently run autoregressively, and an export would no longer be a diffusion model",
     ),
-    Patch(f"{_PARSER}:get_eval_args", refusing_get_eval_args, "a diffusion model would be asked for the next token"),
+    Patch(
+        f"{_PARSER}:get_eval_args", refusing_get_eval_args, "a diffusion model would be evaluated on the next token"
+    ),
     Patch(f"{_PARSER}:*_ARGS", with_our_keys, "the keys and the stages would be unknown"),
     Patch(f"{_CONSTANTS}:TRAINING_STAGES", with_our_labels, "LlamaBoard would not offer the stages"),
-    # Only the tuner's own names: run_pt and run_sft stay what they are in their packages.
-    Patch(f"{_TUNER}:run_pt", dispatching_run, "stages based on pt would run as pt", swept=False),
-    Patch(f"{_TUNER}:run_sft", dispatching_run, "stages based on sft would run as sft", swept=False),
-    Patch(f"{_TUNER}:load_tokenizer", diffusion_load_tokenizer, "an export would lose the mask token", swept=False),
-    Patch(f"{_TUNER}:load_model", diffusion_load_model, "an export would lose diffusion_config.json", swept=False),
-    Patch(f"{_TUNER}:export_model", modelfile_free_export, "an export would hold a Modelfile that cannot work"),
-    Patch(f"{_LOADER}:init_adapter", diffusion_init_adapter, "adapters would miss the mask token", swept=False),
-    Patch(f"{_LOADER}:AutoModelForCausalLM", whole_model_class, _RANDOM, swept=False),
-    Patch(f"{_LOADER}:AutoModelForImageTextToText", whole_model_class, _RANDOM, swept=False),
-    Patch(f"{_ADAPTER}:PeftModel", whole_peft_model, _RANDOM, swept=False),
+    # In the tuner only: run_pt and run_sft are unchanged in their own packages.
+    Patch(f"{_TUNER}:run_pt", dispatching_run, "stages based on pt would run as pt", in_all_modules=False),
+    Patch(f"{_TUNER}:run_sft", dispatching_run, "stages based on sft would run as sft", in_all_modules=False),
+    Patch(
+        f"{_TUNER}:load_tokenizer",
+        diffusion_load_tokenizer,
+        "an export would lose the mask token",
+        in_all_modules=False,
+    ),
+    Patch(
+        f"{_TUNER}:load_model",
+        diffusion_load_model,
+        "an export would lose diffusion_config.json",
+        in_all_modules=False,
+    ),
+    Patch(f"{_TUNER}:export_model", export_without_modelfile, "an export would hold a Modelfile that cannot work"),
+    Patch(
+        f"{_LOADER}:init_adapter",
+        diffusion_init_adapter,
+        "adapters would be made for a model without the mask token",
+        in_all_modules=False,
+    ),
+    Patch(f"{_LOADER}:AutoModelForCausalLM", checked_model_class, _RANDOM, in_all_modules=False),
+    Patch(f"{_LOADER}:AutoModelForImageTextToText", checked_model_class, _RANDOM, in_all_modules=False),
+    Patch(f"{_ADAPTER}:PeftModel", checked_peft_model, _RANDOM, in_all_modules=False),
     Patch(
         f"{_ENV}:print_env",
-        functools.partial(telling_print_env, status=status),
+        functools.partial(print_env_with_status, status=status),
         "llamafactory-cli env would not say whether the plugin is active",
     ),
     Patch(f"{_V1}:launch", refusing_v1_launch, "the v1 trainer would reject the keys without saying why"),
 )
 
 
-# ---- what the finder calls ----
+# ---- called by the import finder ----
 
 
 def after_parser(parser: ModuleType) -> None:
-    """Apply the table to LLaMA-Factory's argument parser; on failure, leave it unpatched but refusing our stages.
+    """Apply the table to LLaMA-Factory's argument parser; on failure, undo it and only refuse our stages.
 
     Raises:
         IncompatibleUpstream: if LLaMA-Factory lacks what the patches need.
@@ -181,11 +198,11 @@ def apply(module: str) -> None:
     done = {target for target, _ in _applied}
     for patch in PATCHES:
         if patch.module == module and patch.target not in done:
-            _change(patch)
+            _apply_patch(patch)
 
 
 def undo(*modules: str) -> None:
-    """Restore everything that was changed, or what was changed in these modules."""
+    """Restore everything that was changed, or only what was changed in these modules."""
     for index in reversed(range(len(_applied))):
         target, restore = _applied[index]
         if not modules or target.partition(":")[0] in modules:
@@ -195,7 +212,7 @@ def undo(*modules: str) -> None:
         _state.active, _state.reason = False, "undone"
 
 
-def _change(patch: Patch) -> None:
+def _apply_patch(patch: Patch) -> None:
     module, pattern = sys.modules[patch.module], patch.target.partition(":")[2]
     for name in fnmatch.filter(list(vars(module)), pattern):
         original = vars(module)[name]
@@ -206,33 +223,33 @@ def _change(patch: Patch) -> None:
             continue
         else:
             replacement = patch.make(original)
-            only = None if patch.swept else patch.module
-            # A module that is imported later binds the replacement, so undoing searches all modules again.
-            restore = functools.partial(_swap, name, replacement, original, only)
-            _swap(name, original, replacement, only)
+            only_module = None if patch.in_all_modules else patch.module
+            # Modules that are imported later bind the replacement, so restoring searches all modules again.
+            restore = functools.partial(_swap, name, replacement, original, only_module)
+            _swap(name, original, replacement, only_module)
         _applied.append((patch.target, restore))
 
 
-def _refill(holder: Any, content: Any) -> None:
+def _refill(container: Any, content: Any) -> None:
     """Replace the content of a list or a dict in place."""
     content = content.copy()
-    holder.clear()
-    (holder.extend if isinstance(holder, list) else holder.update)(content)
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(content)
 
 
-def _swap(name: str, old: Any, new: Any, only: str | None) -> None:
-    """Rebind `name` wherever it is `old`, in every loaded module or in one."""
+def _swap(name: str, old: Any, new: Any, only_module: str | None) -> None:
+    """Rebind `name` where it is `old`, in every loaded module or in one."""
     for path, module in list(sys.modules.items()):
-        if only in (None, path) and getattr(module, "__dict__", {}).get(name) is old:
+        if only_module in (None, path) and getattr(module, "__dict__", {}).get(name) is old:
             setattr(module, name, new)
 
 
 def _refuse_our_stages(parser: ModuleType) -> None:
     """Make an unpatched LLaMA-Factory refuse our stages, which its chat and export would ignore."""
-    kind: Any = vars(parser).get("FinetuningArguments")
-    original = getattr(kind, "__dict__", {}).get("__post_init__")
+    arguments_class: Any = vars(parser).get("FinetuningArguments")
+    original = getattr(arguments_class, "__dict__", {}).get("__post_init__")
     if original is not None:
-        kind.__post_init__ = refusing_post_init(original, _state.reason)
+        arguments_class.__post_init__ = refusing_post_init(original, _state.reason)
         _applied.append(
-            (f"{_PARSER}:FinetuningArguments", functools.partial(setattr, kind, "__post_init__", original))
+            (f"{_PARSER}:FinetuningArguments", functools.partial(setattr, arguments_class, "__post_init__", original))
         )

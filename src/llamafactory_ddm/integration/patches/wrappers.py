@@ -13,7 +13,8 @@ from ... import _errors
 from ..._version import __version__
 from ..hparams.stages import STAGES, requested_stage
 
-_HIDDEN = ("do_predict", "predict_with_generate")
+# Keys that are hidden from upstream's checks: with them, upstream requires a data set and packages of its metrics.
+_HIDDEN_KEYS = ("do_predict", "predict_with_generate")
 
 
 def checked_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,8 +35,8 @@ def checked_parse_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return _parse_args
 
 
-def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the keys of our stages together, and hide do_predict from checks that would require a data set."""
+def checked_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the keys of our stages together, and hide those that upstream's checks of the base stage refuse."""
 
     @functools.wraps(original)
     def _parse_train_args(args: Any = None) -> Any:
@@ -47,17 +48,16 @@ def hiding_parse_train_args(original: Callable[..., Any]) -> Callable[..., Any]:
         if finetuning_args.diffusion_stage is not None:
             check_supported(finetuning_args, model_args, data_args, training_args)
             if data_args.packing and finetuning_args.stage == "pt":
-                # LLaMA-Factory subtracts a token for packing in sft, but in pt packed rows have cutoff_len tokens.
+                # LLaMA-Factory subtracts one for packing, as sft needs it; packed rows of pt have cutoff_len tokens.
                 data_args.cutoff_len += 1
-            # With these keys LLaMA-Factory requires a data set and packages of its metrics; generation needs neither.
-            # get_train_args restores the keys.
+            # `get_train_args` restores the hidden keys.
             finetuning_args.parsed = Parsed(
                 user_keys=frozenset(user_keys(args)),
                 resume=training_args.resume_from_checkpoint,
                 generating_args=generating_args,
-                hidden={key: getattr(training_args, key) for key in _HIDDEN},
+                hidden={key: getattr(training_args, key) for key in _HIDDEN_KEYS},
             )
-            for key in _HIDDEN:
+            for key in _HIDDEN_KEYS:
                 setattr(training_args, key, False)
         return parsed
 
@@ -71,15 +71,15 @@ def dispatching_get_train_args(original: Callable[..., Any], rebind: Callable[[]
     def get_train_args(args: Any = None) -> Any:
         from ..data.templates import register_templates
         from ..hparams.parser import check_environment
-        from ..logs import without_known_noise
+        from ..logs import hide_harmless_messages
 
         _errors.install()
         register_templates()
         args = sys.modules["llamafactory.hparams.parser"].read_args(args)
-        # Before parsing, as another trainer may need packages; and after, as argparse takes --stag for --stage.
+        # Checked before parsing, as another trainer may import its packages, and after, as argparse allows --stag.
         if requested_stage(args) in STAGES:
             check_environment()
-            with without_known_noise(on_cpu=_runs_on_cpu(args)):
+            with hide_harmless_messages(on_cpu=_runs_on_cpu(args)):
                 parsed = original(args)
         else:
             parsed = original(args)
@@ -105,7 +105,7 @@ def _runs_on_cpu(args: Any) -> bool:
 
 
 def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[], None]) -> Callable[..., Any]:
-    """Export diffusion models as such, and refuse autoregressive generation for our stages."""
+    """Mark the export of a diffusion model, and refuse autoregressive generation for our stages."""
 
     @functools.wraps(original)
     def get_infer_args(args: Any = None) -> Any:
@@ -162,9 +162,9 @@ def diffusion_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     """Export a diffusion model with its diffusion_config.json."""
 
     @functools.wraps(original)
-    def load_model(tokenizer: Any, model_args: Any, *rest: Any, **named: Any) -> Any:
+    def load_model(tokenizer: Any, model_args: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(model_args, "exported_diffusion", None) is None:
-            return original(tokenizer, model_args, *rest, **named)
+            return original(tokenizer, model_args, *args, **kwargs)
         from ..model.export import exported_model
 
         return exported_model(tokenizer, model_args)
@@ -172,7 +172,7 @@ def diffusion_load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_model
 
 
-def modelfile_free_export(original: Callable[..., Any]) -> Callable[..., Any]:
+def export_without_modelfile(original: Callable[..., Any]) -> Callable[..., Any]:
     """Remove the Modelfile from the export of a diffusion model."""
 
     @functools.wraps(original)
@@ -203,10 +203,10 @@ def diffusion_init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return init_adapter
 
 
-def whole_model_class(original: Any) -> Any:
+def checked_model_class(original: Any) -> Any:
     """In a diffusion run, check that a checkpoint holds every weight of its model."""
 
-    class Whole(original):  # type: ignore[misc]
+    class Checked(original):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, **kwargs: Any) -> Any:  # as upstream's loader calls it
             from ...checkpoints.load_model import load_whole
@@ -214,14 +214,14 @@ def whole_model_class(original: Any) -> Any:
 
             return original.from_pretrained(**kwargs) if setup_at_work() is None else load_whole(original, **kwargs)
 
-    Whole.__name__ = Whole.__qualname__ = original.__name__
-    return Whole
+    Checked.__name__ = Checked.__qualname__ = original.__name__
+    return Checked
 
 
-def whole_peft_model(original: Any) -> Any:
+def checked_peft_model(original: Any) -> Any:
     """In a diffusion run, check that a folder holds every weight of its adapter."""
 
-    class Whole(original):  # type: ignore[misc]
+    class Checked(original):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, model: Any, model_id: Any, **kwargs: Any) -> Any:
             from ...checkpoints.load_model import load_whole_adapter
@@ -231,8 +231,8 @@ def whole_peft_model(original: Any) -> Any:
                 return load_whole_adapter(original, model, model_id, **kwargs)
             return original.from_pretrained(model, model_id, **kwargs)
 
-    Whole.__name__ = Whole.__qualname__ = original.__name__
-    return Whole
+    Checked.__name__ = Checked.__qualname__ = original.__name__
+    return Checked
 
 
 def dispatching_run(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,20 +251,20 @@ def dispatching_run(original: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def telling_print_env(original: Callable[..., Any], status: Callable[[], str]) -> Callable[..., Any]:
+def print_env_with_status(original: Callable[..., Any], status: Callable[[], str]) -> Callable[..., Any]:
     """Print in `llamafactory-cli env` whether the plugin is active."""
 
     @functools.wraps(original)
     def print_env() -> None:
         original()
-        __import__("llamafactory.hparams.parser")  # or the status would not be known yet
+        __import__("llamafactory.hparams.parser")  # the plugin is activated when this is imported
         print(f"- `llamafactory-ddm` version: {__version__} ({status()})\n")  # noqa: T201
 
     return print_env
 
 
 def refusing_v1_launch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse a command line with our stages before the v1 trainer, which has other keys, reads it."""
+    """Refuse a command line with our stages before the v1 trainer reads it, which has other keys."""
 
     @functools.wraps(original)
     def launch() -> Any:
@@ -289,24 +289,24 @@ def refusing_post_init(original: Callable[..., Any], reason: str) -> Callable[..
     return __post_init__
 
 
-def with_our_keys(kinds: list[Any]) -> list[Any]:
-    """Return the dataclasses with FinetuningArguments replaced by the subclass that has our keys."""
+def with_our_keys(dataclasses: list[Any]) -> list[Any]:
+    """Return the dataclasses, with the subclass that has our keys in place of FinetuningArguments."""
     from llamafactory.hparams.finetuning_args import FinetuningArguments
 
     from ..hparams.parser import DiffusionFinetuningArguments
 
-    return [DiffusionFinetuningArguments if kind is FinetuningArguments else kind for kind in kinds]
+    return [DiffusionFinetuningArguments if item is FinetuningArguments else item for item in dataclasses]
 
 
 def with_our_labels(stages: dict[str, str]) -> dict[str, str]:
-    """Return LlamaBoard's table of stages with ours."""
+    """Return LlamaBoard's labels of stages with ours added."""
     return {**stages, **{stage.label: stage.name for stage in STAGES.values()}}
 
 
-def names_our_stage(words: list[str]) -> bool:
-    """Tell whether the command line, or a file that it names, sets one of our stages."""
-    if requested_stage(words) in STAGES or any(word == f"stage={name}" for word in words for name in STAGES):
+def names_our_stage(argv: list[str]) -> bool:
+    """Tell whether the command line, or a YAML or JSON that it names, sets one of our stages."""
+    if requested_stage(argv) in STAGES or any(f"stage={name}" in argv for name in STAGES):
         return True
-    said = re.compile(rf"""^[\s{{,]*["']?stage["']?\s*:\s*["']?({"|".join(STAGES)})["']?\s*([,#}}]|$)""", re.M)
-    files = [Path(word) for word in words if word.endswith((".yaml", ".yml", ".json"))]
-    return any(f.is_file() and said.search(f.read_text(encoding="utf-8", errors="replace")) for f in files)
+    pattern = re.compile(rf"""^[\s{{,]*["']?stage["']?\s*:\s*["']?({"|".join(STAGES)})["']?\s*([,#}}]|$)""", re.M)
+    files = [Path(argument) for argument in argv if argument.endswith((".yaml", ".yml", ".json"))]
+    return any(f.is_file() and pattern.search(f.read_text(encoding="utf-8", errors="replace")) for f in files)
