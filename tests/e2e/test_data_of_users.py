@@ -303,4 +303,4 @@ def test_a_mask_token_spelled_out_in_a_prompt_is_text(generate, finetuned, write
         train_here("tiny_gpt2_sft_inference.yaml", model_name_or_path=finetuned, output_dir=tmp_path / "out", **keys)
     lines = (tmp_path / "out" / "generated_predictions.jsonl").read_text().splitlines()
     assert len(lines) == 2 and "Tom <|mask|> saw" in json.loads(lines[0])["prompt"]
-    assert "1 of the texts hold '<|mask|>'" in caplog.text
+    assert re.search(r"1 of .*'<\|mask\|>'", caplog.text)

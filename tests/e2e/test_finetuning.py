@@ -1,6 +1,7 @@
-"""`stage: ddm-sft` from YAML: in full, with adapters, packed, from published layouts, merged, resumed."""
+"""`stage: ddm-sft` from YAML: the full model, adapters, packing, published layouts, export, resuming."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -55,7 +56,7 @@ def test_the_checkpoint_says_how_it_was_finetuned(finetuned, tmp_path):
 
 
 def test_only_the_response_is_noised(finetuned, small_data, tmp_path, finetune):
-    """With every response one token long, so much is masked as responses, ends and padding allow."""
+    """Of a response of one token, only that token and EOS are maskable."""
     rows = [{"instruction": "Tom has 3 apples.", "output": "3"}] * 16
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
@@ -64,10 +65,10 @@ def test_only_the_response_is_noised(finetuned, small_data, tmp_path, finetune):
     finetune(tmp_path / "hidden", dataset_dir=data, train_on_padding=False, max_steps=8, antithetic_time=False)
     assert DiffusionConfig.load(tmp_path / "hidden").train_on_padding is False
     for log in history(tmp_path / "hidden"):
-        masked = log["masked_fraction"] * 4 * 2  # of 4 rows x 2 maskable tokens, the 3 and its end
+        masked = log["masked_fraction"] * 4 * 2  # 4 rows of 2 maskable tokens: the digit and EOS
         assert masked == pytest.approx(round(masked), abs=1e-6)
     odd = [round(log["masked_fraction"] * 8) % 2 for log in history(tmp_path / "hidden")]
-    assert any(odd)  # of one token a row, they would all be even eighths
+    assert any(odd)  # with one maskable token per row, all would be even eighths
 
 
 @pytest.mark.slow
@@ -88,7 +89,7 @@ def test_each_key_changes_the_loss(change, finetuned, finetune, tmp_path):
 
 
 @pytest.mark.slow
-def test_packing_and_neat_packing_are_one(finetune, tmp_path):
+def test_packing_and_neat_packing_are_the_same(finetune, tmp_path):
     packed = {"cutoff_len": 128, "max_steps": 2}
     one, two = (
         finetune(tmp_path / "one", packing=True, **packed),
@@ -112,11 +113,11 @@ def test_several_turns_and_mask_history(small_data, finetune, tmp_path):
     both = finetune(tmp_path / "both", **keys)
     last = finetune(tmp_path / "last", **keys, mask_history=True)
     assert losses(both) != losses(last)
-    with pytest.raises(ValueError, match="one prompt and one response, and an example has 4 messages"):
-        finetune(tmp_path / "not", **{**keys, "template": "diffullama", "sep_token": "\n"})
+    with pytest.raises(ValueError, match=r"template: diffullama .*4 messages"):
+        finetune(tmp_path / "refused", **{**keys, "template": "diffullama", "sep_token": "\n"})
 
 
-def test_freeze_trains_the_last_layers_alone(checkpoint, finetune, tmp_path):
+def test_freeze_trains_the_last_layers_only(checkpoint, finetune, tmp_path):
     out = finetune(tmp_path / "out", finetuning_type="freeze", freeze_trainable_layers=1)
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, out))
     changed = {key for key in after if not torch.equal(before[key].float(), after[key].float())}
@@ -135,25 +136,25 @@ def test_an_adapter_of_gpt2(adapter):
     assert DiffusionConfig.load(adapter).sep_token == "Ċ"
 
 
-def test_an_adapter_generates_and_is_trained_on(adapter, checkpoint, finetune, tmp_path):
+def test_an_adapter_generates_and_can_be_trained_further(adapter, checkpoint, finetune, tmp_path):
     keys = {"model_name_or_path": checkpoint, "adapter_name_or_path": str(adapter), "finetuning_type": "lora"}
     texts = solve(tmp_path / "solved", **keys)
     generator = load(adapter)
     assert generator.config.sep_token == "Ċ"
     torch.testing.assert_close(logits(generator.model), logits(merged(checkpoint, adapter)), rtol=1e-4, atol=1e-5)
     assert len(texts) == 3
-    more = finetune(tmp_path / "more", recipe=LORA, adapter_name_or_path=str(adapter))
-    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, more))
+    further = finetune(tmp_path / "further", recipe=LORA, adapter_name_or_path=str(adapter))
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, further))
     assert old.keys() == new.keys()
-    assert losses(more)[0] < losses(adapter)[0]
+    assert losses(further)[0] < losses(adapter)[0]
 
 
-def test_an_adapter_on_top_of_another_is_told_of(adapter, finetune, tmp_path, caplog):
+def test_an_adapter_on_top_of_another_gives_a_warning(adapter, finetune, tmp_path, caplog):
     keys = {"recipe": LORA, "adapter_name_or_path": str(adapter), "max_steps": 1}
-    finetune(tmp_path / "more", **keys)
-    assert "is trained on top of" not in caplog.text
+    finetune(tmp_path / "further", **keys)
+    assert ",OUTPUT_DIR" not in caplog.text
     finetune(tmp_path / "new", **keys, create_new_adapter=True)
-    assert f"set adapter_name_or_path: {adapter},OUTPUT_DIR" in caplog.text
+    assert f"adapter_name_or_path: {adapter},OUTPUT_DIR" in caplog.text
 
 
 @pytest.mark.parametrize("stage", [None, "ddm-sft"])
@@ -177,7 +178,7 @@ def test_a_trained_copy_of_tied_embeddings_stays_tied(checkpoint, finetune, tmp_
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert not torch.equal(exported.transformer.wte.weight, base.transformer.wte.weight.float())
     torch.testing.assert_close(logits(exported), logits(load(out).model), rtol=0, atol=1e-5)
-    # The loss goes on where it was: what is trained further is what was trained.
+    # Further training starts from the same loss.
     again = finetune(tmp_path / "again", recipe=LORA, model_name_or_path=tmp_path / "out", learning_rate=0.0)
     same = finetune(tmp_path / "same", recipe=LORA, adapter_name_or_path=str(out), learning_rate=0.0)
     assert losses(again) == pytest.approx(losses(same), rel=1e-4)
@@ -185,7 +186,7 @@ def test_a_trained_copy_of_tied_embeddings_stays_tied(checkpoint, finetune, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["use_dora", "use_rslora"])
-def test_upstreams_kinds_of_lora(key, adapter, checkpoint, finetune, tmp_path):
+def test_llamafactorys_variants_of_lora(key, adapter, checkpoint, finetune, tmp_path):
     out = finetune(tmp_path / "out", recipe=LORA, **{key: True})
     assert json.loads((out / "adapter_config.json").read_text())[key] is True
     assert losses(out)[-1] != losses(adapter)[-1]
@@ -194,27 +195,27 @@ def test_upstreams_kinds_of_lora(key, adapter, checkpoint, finetune, tmp_path):
     torch.testing.assert_close(logits(exported), logits(merged(checkpoint, out)), rtol=0, atol=1e-5)
 
 
-def test_names_that_match_only_in_part_are_an_error(finetune, tmp_path):
-    with pytest.raises(ValueError, match=r"lora_target: q_proj matches no module.*c_attn \(4 modules\) was matched"):
+def test_a_module_name_that_matches_nothing_is_an_error(finetune, tmp_path):
+    with pytest.raises(ValueError, match=r"lora_target: q_proj .*c_attn \(4 modules\)"):
         finetune(tmp_path / "out", recipe=LORA, lora_target="c_attn,q_proj")
-    with pytest.raises(ValueError, match=r"additional_target: embed_tokens matches no module.*wte"):
+    with pytest.raises(ValueError, match=r"additional_target: embed_tokens .*wte"):
         finetune(tmp_path / "out", recipe=LORA, additional_target="embed_tokens")
 
 
-def test_the_output_end_of_tied_embeddings_is_trained_by_the_input_end(finetune, tmp_path):
-    with pytest.raises(ValueError, match="additional_target: lm_head is tied to the input embedding wte"):
+def test_a_tied_output_embedding_is_trained_through_the_input_embedding(finetune, tmp_path):
+    with pytest.raises(ValueError, match=r"additional_target: lm_head .*wte"):
         finetune(tmp_path / "out", recipe=LORA, additional_target="lm_head")
     both = finetune(tmp_path / "both", recipe=LORA, additional_target="wte,lm_head")
     one = finetune(tmp_path / "one", recipe=LORA, additional_target="wte")
     assert losses(both) == pytest.approx(losses(one), rel=1e-4)
 
 
-def test_a_new_mask_token_needs_a_place_in_the_adapter(finetune, tmp_path):
+def test_a_new_mask_token_needs_its_embedding_in_the_adapter(finetune, tmp_path):
     base = tmp_path / "base"  # the built-in model in float32
     AutoModelForCausalLM.from_pretrained(ROOT / "data" / "tiny_gpt2", dtype=torch.float32).save_pretrained(base)
     AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_gpt2").save_pretrained(base)
     keys = {"recipe": LORA, "model_name_or_path": base, "mask_token": "<|mask|>", "anneal_steps": 0}
-    with pytest.raises(ValueError, match=r"new to the model, and a LoRA adapter does not hold .*additional_target"):
+    with pytest.raises(ValueError, match=r"mask_token .*resize_vocab: true.*additional_target"):
         finetune(tmp_path / "out", **keys)
     out = finetune(tmp_path / "out", **keys, additional_target="wte")
     texts = solve(
@@ -225,7 +226,7 @@ def test_a_new_mask_token_needs_a_place_in_the_adapter(finetune, tmp_path):
     )
     assert len(texts) == 3
     half = {**keys, "model_name_or_path": "data/tiny_gpt2", "additional_target": "wte"}
-    with pytest.raises(ValueError, match="additional_target: wte is trained in float32 beside a model in bfloat16"):
+    with pytest.raises(ValueError, match=r"additional_target: wte .*float32.*bfloat16"):
         finetune(tmp_path / "half", **half)
     assert load(out).generate(max_new_tokens=4)
 
@@ -233,7 +234,7 @@ def test_a_new_mask_token_needs_a_place_in_the_adapter(finetune, tmp_path):
 def test_an_adapter_of_another_model_is_refused(adapter, train_small, tmp_path):
     other = train_small(tmp_path / "other", shift=False)
     keys = {"model_name_or_path": other, "adapter_name_or_path": str(adapter), "finetuning_type": "lora"}
-    with pytest.raises(ValueError, match=r"trained with shift: True, but .* says shift: False"):
+    with pytest.raises(ValueError, match=r"shift: True.*shift: False"):
         solve(tmp_path / "solved", **keys)
 
 
@@ -241,49 +242,46 @@ def test_an_adapter_of_another_model_is_refused(adapter, train_small, tmp_path):
 def test_an_adapter_on_another_base(adapter, finetuned, tmp_path, caplog):
     keys = {"model_name_or_path": finetuned, "adapter_name_or_path": str(adapter), "finetuning_type": "lora"}
     solve(tmp_path / "solved", **keys)
-    said = caplog.text
-    assert f"The adapter {adapter} was trained on" in said and f"is put on {finetuned}" in said
+    assert re.search(rf"adapter {adapter} .*{finetuned}", caplog.text)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=741, n_positions=256, n_embd=64, n_layer=2, n_head=2))
     model.save_pretrained(tmp_path / "small")
     AutoTokenizer.from_pretrained(finetuned).save_pretrained(tmp_path / "small")
-    with pytest.raises(
-        ValueError, match=r"shapes of its weights are not those of .*small \(.*c_attn.*\); .* was trained on"
-    ):
+    with pytest.raises(ValueError, match=r"shapes .*small \(.*c_attn"):
         solve(tmp_path / "solved", **{**keys, "model_name_or_path": tmp_path / "small"})
 
 
-def test_an_adapter_is_no_model_and_a_model_no_adapter(adapter, finetuned, tmp_path):
-    with pytest.raises(ValueError, match="is an adapter; name it as adapter_name_or_path"):
+def test_an_adapter_is_not_a_model_and_a_model_not_an_adapter(adapter, finetuned, tmp_path):
+    with pytest.raises(ValueError, match=r"model_name_or_path: .*adapter_name_or_path"):
         solve(tmp_path / "solved", model_name_or_path=adapter)
     keys = {"adapter_name_or_path": str(finetuned), "finetuning_type": "lora"}
-    with pytest.raises(ValueError, match=r"holds no adapter_config.json, so it is no adapter"):
+    with pytest.raises(ValueError, match=r"adapter_name_or_path: .*adapter_config.json"):
         solve(tmp_path / "solved", model_name_or_path=finetuned, **keys)
 
 
-def test_freeze_does_not_train_what_it_cannot(finetune, tmp_path):
+def test_freeze_refuses_what_it_cannot_train(finetune, tmp_path):
     keys = {"model_name_or_path": "data/tiny_gpt2", "finetuning_type": "freeze", "anneal_steps": 0}
-    with pytest.raises(ValueError, match="new to the model, and finetuning_type: freeze would not train their"):
+    with pytest.raises(ValueError, match=r"mask_token .*finetuning_type: freeze .*freeze_extra_modules"):
         finetune(tmp_path / "out", **keys, mask_token="<|new|>")
-    with pytest.raises(ValueError, match="finetuning_type: freeze leaves is trained in float32 beside a model in bfl"):
+    with pytest.raises(ValueError, match=r"finetuning_type: freeze .*float32.*bfloat16"):
         finetune(tmp_path / "out", **keys, mask_token="!")
 
 
 @pytest.mark.slow
-def test_what_was_tokenised_fits(finetune, tmp_path):
+def test_tokenised_rows_fit_or_are_refused(finetune, tmp_path):
     keys = {"tokenized_path": str(tmp_path / "tokens"), "eval_dataset": ABSENT, "train_on_padding": False}
     finetune(tmp_path / "out", **keys)
     finetune(tmp_path / "out", **keys)
-    with pytest.raises(ValueError, match=r"tokens holds a row of \d+ tokens, more than cutoff_len: 24"):
+    with pytest.raises(ValueError, match=r"tokenized_path: .*cutoff_len: 24"):
         finetune(tmp_path / "out", **keys, cutoff_len=24)
 
 
-def test_a_column_that_is_not_there(small_data, finetuned, tmp_path):
+def test_a_missing_column(small_data, finetuned, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
     (data / "tiny_problems_eval.jsonl").write_text('{"instruction": "Tom has 3 apples."}\n')
     assert len(solve(tmp_path / "solved", model_name_or_path=finetuned, dataset_dir=data)) == 1  # a test set
     (data / "tiny_problems_eval.jsonl").write_text('{"output": "3"}\n')
-    with pytest.raises(ValueError, match=r"tiny_problems_eval:? has no column 'instruction'"):
+    with pytest.raises(ValueError, match=r"dataset: tiny_problems_eval .*'instruction'"):
         solve(tmp_path / "solved", model_name_or_path=finetuned, dataset_dir=data)
 
 
@@ -301,7 +299,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, finetune, tmp_path):
     one, two = load_file(whole / name), load_file(half / name)
     assert all(torch.equal(one[key], two[key]) for key in one)
     for change, words in (({"train_on_padding": False}, "train_on_padding: False"), ({"sep_token": "!"}, "sep_token")):
-        with pytest.raises(ValueError, match=f"{words}.* contradicts the checkpoint to resume from"):
+        with pytest.raises(ValueError, match=f"{words}.*checkpoint-2"):
             finetune(half, **keys, resume_from_checkpoint=str(half / "checkpoint-2"), **change)
 
 
@@ -309,7 +307,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(recipe, finetune, tmp_path):
 
 
 def as_published(checkpoint, folder):
-    """Write a checkpoint under DiffuGPT's names, without what this package adds."""
+    """Write a checkpoint with DiffuGPT's names of weights, without the files that this package adds."""
     folder.mkdir()
     names = {"transformer.wte.weight": "embed_tokens.weight"}
     weights = load_file(checkpoint / "model.safetensors")
@@ -327,10 +325,10 @@ def test_checkpoint_dir_reads_diffugpts_layout(checkpoint, finetune, tmp_path):
     keys = {"model_name_or_path": "data/tiny_gpt2", "checkpoint_dir": str(source), "mask_token": "<|mask|>"}
     direct, through = finetune(tmp_path / "direct"), finetune(tmp_path / "through", **keys, anneal_steps=1000)
     assert losses(through) == pytest.approx(losses(direct), rel=1e-4)
-    assert {log["attention_ratio"] for log in history(through)} == {1.0}  # its attention was annealed long ago
-    with pytest.raises(ValueError, match=r"layout of DiffuGPT.*llamafactory-ddm convert.*checkpoint_dir"):
+    assert {log["attention_ratio"] for log in history(through)} == {1.0}  # its attention is already annealed
+    with pytest.raises(ValueError, match=r"model_name_or_path: .*DiffuGPT.*llamafactory-ddm convert.*checkpoint_dir"):
         finetune(tmp_path / "not", model_name_or_path=source)
-    # Upstream's default finetuning_type, lora, says nothing of a run that neither trains nor has an adapter.
+    # LLaMA-Factory's default finetuning_type, lora, has no effect in a run that neither trains nor loads an adapter.
     words = {**keys, "finetuning_type": ABSENT, "sep_token": "\n"}
     assert len(solve(tmp_path / "solved", **words)) == 3
 
@@ -340,7 +338,7 @@ def test_lora_on_a_published_checkpoint(checkpoint, finetune, tmp_path):
     source = as_published(checkpoint, tmp_path / "published")
     shutil.copytree(ROOT / "data" / "tiny_gpt2", tmp_path / "base")
     base = {"model_name_or_path": tmp_path / "base", "checkpoint_dir": str(source), "mask_token": "<|mask|>"}
-    with pytest.raises(ValueError, match=r"an adapter remembers only the latter.*llamafactory-ddm convert"):
+    with pytest.raises(ValueError, match=r"checkpoint_dir: .*llamafactory-ddm convert"):
         finetune(tmp_path / "out", recipe=LORA, **base, anneal_steps=0)
     tokens = ("--mask-token", str(len(AutoTokenizer.from_pretrained(checkpoint)) - 1))
     done = run("convert", source, tmp_path / "converted", "--base", checkpoint, *tokens, program="llamafactory-ddm")
@@ -356,45 +354,45 @@ def test_lora_on_a_published_checkpoint(checkpoint, finetune, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"sep_token": ABSENT}, "template: diffullama needs sep_token"),
-        ({"sep_token": "<|mask|>"}, r"sep_token: '<\|mask\|>' is the mask token"),
-        ({"sep_token": "two words"}, "sep_token: 'two words' is not one token"),
-        ({"template": "alpaca"}, r"sep_token: '\\n' belongs to template: diffullama, but template is alpaca"),
-        ({"packing": True, "train_on_padding": True}, "train_on_padding: true contradicts packing: true"),
-        ({"split_digits": False}, "split_digits: false, but the tokenizer of this model makes every digit"),
-        ({"train_on_padding": "maybe"}, "train_on_padding must be true or false"),
-        ({"finetuning_type": "oft"}, "finetuning_type must be one of full, freeze, lora.*ddm-sft"),
+        ({"sep_token": ABSENT}, "template: diffullama .*sep_token"),
+        ({"sep_token": "<|mask|>"}, r"sep_token: '<\|mask\|>' .*mask token"),
+        ({"sep_token": "two words"}, "sep_token: 'two words' "),
+        ({"template": "alpaca"}, r"sep_token: '\\n' .*template is alpaca"),
+        ({"packing": True, "train_on_padding": True}, "train_on_padding: true .*packing: true"),
+        ({"split_digits": False}, "split_digits: false "),
+        ({"train_on_padding": "maybe"}, "train_on_padding .*true or false"),
+        ({"finetuning_type": "oft"}, "finetuning_type .*full, freeze, lora.*ddm-sft"),
         (
             {"adapter_name_or_path": "nowhere", "finetuning_type": "lora"},
-            "adapter_name_or_path: nowhere is not a folder",
+            "adapter_name_or_path: nowhere ",
         ),
     ],
     ids=str,
 )
-def test_mistakes_name_the_key_and_the_cure(keys, words, finetune, tmp_path):
+def test_mistakes_name_the_key(keys, words, finetune, tmp_path):
     with pytest.raises(ValueError, match=words):
         finetune(tmp_path / "out", **keys)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_contradicts_the_checkpoint(finetuned, finetune, tmp_path):
+def test_keys_that_contradict_the_checkpoint(finetuned, finetune, tmp_path):
     for keys, words in (
-        ({"train_on_padding": False}, "train_on_padding: False contradicts the checkpoint"),
-        ({"sep_token": "!"}, "sep_token: '!' .* contradicts the checkpoint"),
-        ({"packing": True}, "the checkpoint, which was trained with train_on_padding: true, contradicts packing"),
+        ({"train_on_padding": False}, "train_on_padding: False .*diffusion_config.json"),
+        ({"sep_token": "!"}, "sep_token: '!' .*checkpoint"),
+        ({"packing": True}, "train_on_padding: true of the checkpoint .*packing: true"),
     ):
         with pytest.raises(ValueError, match=words):
             finetune(tmp_path / "out", model_name_or_path=finetuned, **keys)
 
 
-def test_keys_of_finetuning_belong_to_it(train_small, tmp_path):
-    with pytest.raises(ValueError, match=r"^train_on_padding: .*stage is ddm\b"):
+def test_finetuning_keys_are_refused_by_stage_ddm(train_small, tmp_path):
+    with pytest.raises(ValueError, match=r"train_on_padding: .*stage is ddm"):
         train_small(tmp_path / "out", train_on_padding=True)
 
 
 @pytest.mark.slow
-def test_digits_are_split_for_good(small_data, tmp_path, checkpoint, finetune):
-    """With a tokenizer that joins them."""
+def test_digits_stay_split_in_the_saved_tokenizer(small_data, tmp_path, checkpoint, finetune):
+    """From a tokenizer that joins them."""
     base = tmp_path / "base"
     shutil.copytree(checkpoint, base)
     raw = json.loads((base / "tokenizer.json").read_text())

@@ -1,4 +1,4 @@
-"""Folders that lack weights: refused in training, evaluation, generation and export, in every way to name them."""
+"""Folders that lack weights are refused in training, generation and export, whichever key names them."""
 
 import shutil
 
@@ -22,7 +22,7 @@ def without(folder, target, part, name="model.safetensors"):
 
 def test_a_model_without_a_layer(checkpoint, finetuned, finetune, generate, small_data, tmp_path):
     broken, out = without(checkpoint, tmp_path / "broken", "h.1."), tmp_path / "out"
-    words = r"broken do not fill the GPT2LMHeadModel .*missing: transformer\.h\.1\."
+    words = r"broken .*GPT2LMHeadModel .*missing: transformer\.h\.1\."
     with pytest.raises(ValueError, match=words):
         finetune(out, model_name_or_path=broken)
     with pytest.raises(ValueError, match=words):
@@ -39,7 +39,7 @@ def test_an_adapter_without_a_layer(adapter, checkpoint, tmp_path):
     broken = without(adapter, tmp_path / "broken", "h.1.", "adapter_model.safetensors")
     small = {"max_samples": 3, "diffusion_steps": 4, "cutoff_len": 64, "finetuning_type": "lora"}
     base = {"model_name_or_path": checkpoint, "adapter_name_or_path": str(broken)}
-    with pytest.raises(ValueError, match=r"weights of the adapter .*broken lack base_model.*h\.1\."):
+    with pytest.raises(ValueError, match=r"adapter .*broken .*base_model.*h\.1\."):
         train_here(SOLVE, output_dir=tmp_path / "out", **small, **base)
 
 
@@ -49,23 +49,23 @@ def test_an_export(checkpoint, tmp_path):
 
     broken = without(checkpoint, tmp_path / "broken", "h.1.")
     keys = {"model_name_or_path": str(broken), "template": "default", "export_dir": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match="broken do not fill"):
+    with pytest.raises(ValueError, match=r"broken .*missing: transformer\.h\.1\."):
         export_model(keys)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_published_layout_is_no_model_to_load(checkpoint, tmp_path, capsys):
+def test_a_published_layout_is_refused_as_a_model(checkpoint, tmp_path, capsys):
     assert convert([str(checkpoint), str(tmp_path / "out"), "--published"]) == 0
-    assert "name it as checkpoint_dir with its base as model_name_or_path" in capsys.readouterr().out
+    assert "checkpoint_dir" in capsys.readouterr().out
     assert generate_text([str(tmp_path / "out"), "--steps", "2"]) == 1
-    assert "has the layout of DiffuGPT, whose weights Hugging Face cannot load" in capsys.readouterr().err
+    assert "DiffuGPT" in capsys.readouterr().err
     assert convert([str(tmp_path / "out"), str(tmp_path / "back")]) == 0
-    assert "use it as model_name_or_path" in capsys.readouterr().out
+    assert "model_name_or_path" in capsys.readouterr().out
     assert generate_text([str(tmp_path / "back"), "--steps", "2", "--max-new-tokens", "4"]) == 0
 
 
-def test_a_published_adapter_is_no_adapter_to_load(adapter, tmp_path, capsys):
+def test_a_published_layout_is_refused_as_an_adapter(adapter, tmp_path, capsys):
     assert convert([str(adapter), str(tmp_path / "out"), "--published"]) == 0
-    assert "to use it here, convert it back" in capsys.readouterr().out
+    assert "convert" in capsys.readouterr().out
     assert generate_text([str(tmp_path / "out"), "--steps", "2"]) == 1
-    assert "has the layout of DiffuGPT" in capsys.readouterr().err
+    assert "DiffuGPT" in capsys.readouterr().err

@@ -34,13 +34,13 @@ def test_mixed_noise_trains_from_an_autoregressive_model(mixed, checkpoint):
 
 
 @pytest.mark.slow
-def test_a_masked_checkpoint_goes_on_under_mixed_noise_and_back(train_small, checkpoint, tmp_path):
-    there = train_small(tmp_path / "there", model_name_or_path=checkpoint, noise_process="mixed")
-    assert process(there) == ("mixed", 0.1)
-    same = train_small(tmp_path / "same", model_name_or_path=there)
+def test_a_masked_checkpoint_trains_under_mixed_noise_and_back(train_small, checkpoint, tmp_path):
+    mixed = train_small(tmp_path / "mixed", model_name_or_path=checkpoint, noise_process="mixed")
+    assert process(mixed) == ("mixed", 0.1)
+    same = train_small(tmp_path / "same", model_name_or_path=mixed)
     assert process(same) == ("mixed", 0.1)
     assert "kl" in history(same)[0]
-    back = train_small(tmp_path / "back", model_name_or_path=there, noise_process="masked")
+    back = train_small(tmp_path / "back", model_name_or_path=mixed, noise_process="masked")
     assert process(back) == ("masked", 0.0)
     assert "nll" in history(back)[0]
 
@@ -52,7 +52,7 @@ def test_a_ratio_of_zero_trains_bit_for_bit_as_masked_noise(train_small, checkpo
     assert process(zero) == ("mixed", 0.0)
 
 
-def test_answers_alone_are_noised(finetune, tmp_path):
+def test_only_answers_are_noised(finetune, tmp_path):
     folder = finetune(tmp_path / "out", **MIXED, do_eval=True, eval_strategy="steps", eval_steps=3)
     assert process(folder) == ("mixed", 0.5)
     assert evaluations(folder)[0]["eval_loss"] > 0
@@ -60,7 +60,7 @@ def test_answers_alone_are_noised(finetune, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_may_go_on_under_other_noise_than_its_model(finetune, generate, checkpoint, mixed, tmp_path):
+def test_an_adapter_may_have_other_noise_than_its_model(finetune, generate, checkpoint, mixed, tmp_path):
     adapter = finetune(tmp_path / "adapter", recipe="tiny_gpt2_lora_ddm_sft.yaml", **MIXED)
     assert process(adapter) == ("mixed", 0.5)
     again = finetune(
@@ -69,19 +69,19 @@ def test_an_adapter_may_go_on_under_other_noise_than_its_model(finetune, generat
     assert process(again) == ("mixed", 0.5)
 
 
-def test_evaluation_takes_the_noise_that_is_named(train_small, mixed, tmp_path):
+def test_evaluation_uses_the_noise_of_the_yaml(train_small, mixed, tmp_path):
     keys = {"model_name_or_path": mixed, "do_eval": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
-    own = evaluations(train_small(tmp_path / "own", **keys))[0]
-    masked = evaluations(train_small(tmp_path / "masked", noise_process="masked", **keys))[0]
-    assert "eval_kl" in own and "eval_nll" in masked
+    mixed_metrics = evaluations(train_small(tmp_path / "mixed", **keys))[0]
+    masked_metrics = evaluations(train_small(tmp_path / "masked", noise_process="masked", **keys))[0]
+    assert "eval_kl" in mixed_metrics and "eval_nll" in masked_metrics
 
 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
         ({"uniform_ratio": 0.5}, "uniform_ratio: 0.5 .* without noise_process: mixed"),
-        ({"noise_process": "masked", "uniform_ratio": 0.5}, "needs noise_process: mixed"),
-        ({"noise_process": "mxed"}, "noise_process must be one of masked, mixed, got 'mxed'; did you mean 'mixed'"),
+        ({"noise_process": "masked", "uniform_ratio": 0.5}, "uniform_ratio: 0.5 .*noise_process is masked"),
+        ({"noise_process": "mxed"}, "noise_process .*'mxed'.*'mixed'"),
         (
             {**MIXED, "variable_length": "eos_pad", "eos_window_ratio": 0.3, "packing": False, "cutoff_len": 90},
             "eos_window_ratio: .* with noise_process: mixed",
@@ -104,11 +104,11 @@ def test_keys_that_contradict_each_other(train_small, tmp_path, keys, words):
 
 @pytest.mark.slow
 def test_a_ratio_alone_does_not_change_the_process(train_small, checkpoint, mixed, tmp_path):
-    for folder, said in ((checkpoint, "masked, uniform_ratio: 0.0"), (mixed, "mixed, uniform_ratio: 0.5")):
-        with pytest.raises(ValueError, match=f"uniform_ratio: 0.2 contradicts .* says noise_process: {said}"):
+    for folder, stored in ((checkpoint, "masked, uniform_ratio: 0.0"), (mixed, "mixed, uniform_ratio: 0.5")):
+        with pytest.raises(ValueError, match=rf"uniform_ratio: 0.2 .*diffusion_config.json .*noise_process: {stored}"):
             train_small(tmp_path / "out", model_name_or_path=folder, uniform_ratio=0.2)
     saved = train_small(tmp_path / "saved", **MIXED, save_strategy="steps", save_steps=2)
-    with pytest.raises(ValueError, match=r"uniform_ratio: 0.2 contradicts the checkpoint to resume from"):
+    with pytest.raises(ValueError, match=r"uniform_ratio: 0.2 .*checkpoint-2"):
         train_small(
             tmp_path / "new",
             resume_from_checkpoint=saved / "checkpoint-2",
@@ -122,7 +122,7 @@ def test_random_truncate_ratio(train_small, finetune, checkpoint, tmp_path):
     cut = train_small(tmp_path / "cut", random_truncate_ratio=1.0)
     losses = [[log["loss"] for log in history(folder)] for folder in (cut, checkpoint)]
     assert losses[0] != losses[1]
-    with pytest.raises(ValueError, match=r"random_truncate_ratio: 0\.5 .*stage is ddm-sft"):
+    with pytest.raises(ValueError, match=r"random_truncate_ratio: 0.5 .*stage is ddm-sft"):
         finetune(tmp_path / "sft", random_truncate_ratio=0.5)
 
 
@@ -132,12 +132,12 @@ def test_an_adapter_of_continual_pre_training(train_small, generate, checkpoint,
     adapter = train_small(tmp_path / "adapter", model_name_or_path=checkpoint, **lora, **MIXED, learning_rate=0.1)
     assert process(adapter) == ("mixed", 0.5)
     assert (adapter / "adapter_model.safetensors").is_file()
-    written = generate(tmp_path / "out", adapter_name_or_path=adapter, finetuning_type="lora")
-    assert written != generate(tmp_path / "base")
+    texts = generate(tmp_path / "out", adapter_name_or_path=adapter, finetuning_type="lora")
+    assert texts != generate(tmp_path / "base")
 
 
 @pytest.mark.slow
-def test_the_last_layers_alone_may_go_on(train_small, checkpoint, tmp_path):
+def test_freeze_trains_the_last_layers_only(train_small, checkpoint, tmp_path):
     folder = train_small(
         tmp_path / "out", model_name_or_path=checkpoint, finetuning_type="freeze", freeze_trainable_layers=1, **MIXED
     )
@@ -151,15 +151,15 @@ def test_the_last_layers_alone_may_go_on(train_small, checkpoint, tmp_path):
 def test_an_export_is_what_was_trained(mixed, tmp_path):
     words = ("--model_name_or_path", mixed, "--template", "empty", "--finetuning_type", "full", "--stage", "ddm")
     to = ("--export_dir", tmp_path / "out", "--export_device", "cpu")
-    wrong = run("export", *words, *to, "--noise_process", "mixed", "--uniform_ratio", "0.7", check=False)
-    assert wrong.returncode != 0 and "uniform_ratio: 0.7 contradicts the checkpoint" in wrong.stderr
+    contradicting = run("export", *words, *to, "--noise_process", "mixed", "--uniform_ratio", "0.7", check=False)
+    assert contradicting.returncode != 0 and "uniform_ratio: 0.7" in contradicting.stderr
     assert not (tmp_path / "out").exists()
     run("export", *words, *to)
     assert process(tmp_path / "out") == ("mixed", 0.5)
 
 
 @pytest.mark.slow
-def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(checkpoint, train_small, tmp_path):
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(checkpoint, train_small, tmp_path):
     model = shutil.copytree(checkpoint, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["<|unknown to the model|>"])
@@ -169,9 +169,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(checkpoint, train_
 
 
 @pytest.mark.slow
-def test_generating_takes_the_noise_that_was_trained(mixed, generate, checkpoint, tmp_path):
+def test_generating_uses_the_noise_of_training(mixed, generate, checkpoint, tmp_path):
     for model, noise in ((checkpoint, MIXED), (mixed, {"noise_process": "masked"}), (mixed, {"uniform_ratio": 0.3})):
-        with pytest.raises(ValueError, match=r"contradicts the checkpoint, whose diffusion_config\.json says"):
+        with pytest.raises(ValueError, match=r"(noise_process|uniform_ratio): .*diffusion_config\.json"):
             generate(tmp_path / "out", model_name_or_path=model, **noise)
     assert len(generate(tmp_path / "same", model_name_or_path=mixed, **MIXED)) == 3
 
@@ -184,6 +184,6 @@ def test_a_model_without_masks_cannot_generate(train_small, generate, checkpoint
 
 def test_a_mixed_checkpoint_edits_by_its_own_ratio(mixed, generate, tmp_path):
     keys = {"model_name_or_path": mixed, "cutoff_len": 30, "diffusion_steps": 8, "logits_temp": 1.5}
-    own = generate(tmp_path / "own", **keys)
-    assert own == generate(tmp_path / "same", **keys, edit_ratio=0.5)
-    assert own != generate(tmp_path / "none", **keys, edit_ratio=0)
+    edited = generate(tmp_path / "default", **keys)
+    assert edited == generate(tmp_path / "same", **keys, edit_ratio=0.5)
+    assert edited != generate(tmp_path / "none", **keys, edit_ratio=0)

@@ -1,4 +1,4 @@
-"""Runs that meet in one output_dir, or go on from another's checkpoint."""
+"""Runs that share an output_dir, or resume from another run's checkpoint."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ LORA = "tiny_gpt2_lora_ddm_sft.yaml"
 
 
 @pytest.mark.slow
-def test_an_adapter_gives_way_to_a_model_and_a_model_to_an_adapter(adapter, checkpoint, finetune, tmp_path):
+def test_a_model_replaces_an_adapter_and_an_adapter_a_model(adapter, checkpoint, finetune, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(adapter, out)
     with pytest.raises(ValueError, match="not empty"):
@@ -27,14 +27,14 @@ def test_an_adapter_gives_way_to_a_model_and_a_model_to_an_adapter(adapter, chec
     assert (out / "adapter_model.safetensors").is_file() and not (out / "model.safetensors").exists()
     load(out)
     shutil.copy(checkpoint / "model.safetensors", out)
-    with pytest.raises(ValueError, match="holds the weights of a model and an adapter"):
+    with pytest.raises(ValueError, match=r"out .*model.* adapter"):
         load(out)
-    with pytest.raises(ValueError, match="is the folder of model_name_or_path"):
+    with pytest.raises(ValueError, match=r"output_dir: .*model_name_or_path"):
         finetune(checkpoint, recipe=LORA, model_name_or_path=checkpoint)
 
 
 @pytest.mark.slow
-def test_resuming_another_run_is_an_error(finetune, small_data, tmp_path):
+def test_resuming_with_other_settings_is_an_error(finetune, small_data, tmp_path):
     keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     out = finetune(tmp_path / "out", **keys)
     keys |= {"resume_from_checkpoint": str(out / "checkpoint-1"), "overwrite_output_dir": False}
@@ -47,27 +47,25 @@ def test_resuming_another_run_is_an_error(finetune, small_data, tmp_path):
         "gradient_accumulation_steps": 2,
     }
     for key, value in changes.items():
-        said = {"gradient_accumulation_steps": "rows of a step"}.get(key, key)
-        with pytest.raises(ValueError, match=f"resuming from .*checkpoint-1 would be another run: .*{said}: "):
+        setting = {"gradient_accumulation_steps": "rows of a step"}.get(key, key)
+        with pytest.raises(ValueError, match=rf"checkpoint-1 .*{setting}: .* contradicts"):
             finetune(out, **keys | {key: value})
-    with pytest.raises(ValueError, match="checkpoint-1, holds a model, which finetuning_type: lora does not go on"):
+    with pytest.raises(ValueError, match=r"finetuning_type: lora .*checkpoint-1"):
         finetune(tmp_path / "other", recipe=LORA, **keys)
     lines = (small_data / "tiny_problems_train.jsonl").read_text(encoding="utf-8").splitlines()
     other = tmp_path / "data"
     shutil.copytree(small_data, other)
     (other / "tiny_problems_train.jsonl").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="the training rows are not those"):
+    with pytest.raises(ValueError, match=r"files of the data set .*checkpoint-1"):
         finetune(out, **keys, dataset_dir=other)
     finetune(out, **keys | {"max_steps": 3})
     assert [log["step"] for log in history(out)] == [1, 2, 3]
 
 
-def test_a_second_run_in_the_same_folder_is_told_who_holds_it(finetune, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(finetune, tmp_path):
     out = tmp_path / "out"
     with run_lock(out):
-        with pytest.raises(
-            ValueError, match=rf"output_dir: .*out is in use by another run \(process {os.getpid()} on"
-        ):
+        with pytest.raises(ValueError, match=rf"output_dir: .*out .*process {os.getpid()} on"):
             finetune(out)
         assert [path.name for path in out.iterdir()] == [LOCK]
     finetune(out, max_steps=1)
@@ -77,7 +75,7 @@ def test_a_second_run_in_the_same_folder_is_told_who_holds_it(finetune, tmp_path
     assert not (tmp_path / "new").exists()
 
 
-def test_a_finished_run_that_is_started_again_trains_nothing(finetune, tmp_path):
+def test_a_finished_run_that_is_started_again_takes_no_step(finetune, tmp_path):
     keys = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "do_eval": True, "plot_loss": True}
     out = finetune(tmp_path / "out", **keys)
     before = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}

@@ -33,8 +33,8 @@ SMALL = (
 )
 
 
-def words(folder, data, *more):
-    return ("train", RECIPE, *SMALL, f"output_dir={folder}", f"dataset_dir={data}", *more)
+def words(folder, data, *keys):
+    return ("train", RECIPE, *SMALL, f"output_dir={folder}", f"dataset_dir={data}", *keys)
 
 
 def test_a_run_leaves_an_ordinary_model_logs_plots_and_metrics(small_data, tmp_path):
@@ -87,10 +87,10 @@ def test_two_ranks_give_the_gradient_of_one_big_batch(program, small_data, tmp_p
     env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(29600 + os.getpid() % 300)}
     if program == "llamafactory-ddm":
         env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    both = tmp_path / "both"
-    more = ("per_device_train_batch_size=4", "use_cpu=true", "do_predict=true", "num_samples=3", "diffusion_steps=2")
+    two_ranks = tmp_path / "two_ranks"
+    keys = ("per_device_train_batch_size=4", "use_cpu=true", "do_predict=true", "num_samples=3", "diffusion_steps=2")
     evaluate = ("do_eval=true", "eval_strategy=steps", "eval_steps=2", "per_device_eval_batch_size=2")
-    run(*words(both, small_data, *more, *evaluate), program=program, env=env)
+    run(*words(two_ranks, small_data, *keys, *evaluate), program=program, env=env)
     same = {
         "max_steps": 2,
         "anneal_steps": 4,
@@ -101,19 +101,19 @@ def test_two_ranks_give_the_gradient_of_one_big_batch(program, small_data, tmp_p
         "eval_strategy": "steps",
         "eval_steps": 2,
     }
-    one = train_small(tmp_path / "one", per_device_train_batch_size=8, **same)
+    one_batch = train_small(tmp_path / "one_batch", per_device_train_batch_size=8, **same)
     split = train_small(tmp_path / "split", per_device_train_batch_size=2, gradient_accumulation_steps=4, **same)
-    for other in (both, split):
-        for a, b in zip(history(one), history(other), strict=True):
+    for other in (two_ranks, split):
+        for a, b in zip(history(one_batch), history(other), strict=True):
             for key in ("loss", "nll", "grad_norm", "masked_fraction"):
                 assert a[key] == pytest.approx(b[key], rel=1e-4), (key, other.name)
-        assert evaluations(one)[0]["eval_loss"] == pytest.approx(evaluations(other)[0]["eval_loss"], rel=1e-4)
+        assert evaluations(one_batch)[0]["eval_loss"] == pytest.approx(evaluations(other)[0]["eval_loss"], rel=1e-4)
         assert len(predictions(other)) == 3
 
 
 @pytest.mark.slow
-def test_preparing_keeps_rows_without_room_and_warns_of_nothing(small_data, tmp_path, caplog):
-    """What a later run drops, or may not, depends on its cutoff_len; of texts and metrics there are none."""
+def test_preparing_data_keeps_rows_without_room_and_gives_no_warning(small_data, tmp_path, caplog):
+    """A later run drops them by its own cutoff_len; there are no texts or metrics to warn of."""
     keys = {"variable_length": "eos_pad", "drop_overlong": False, "packing": False, "cutoff_len": 8}
     train_here(
         "gpt2_preprocess.yaml",
@@ -222,8 +222,8 @@ def wait_for(path, process, seconds=LIMIT):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(small_data, tmp_path):
-    """kill -9 while it saves; the same command again continues from the last complete checkpoint."""
+def test_a_killed_run_resumes_bit_for_bit(small_data, tmp_path):
+    """kill -9 while it saves; the same command continues from the last complete checkpoint."""
     out = tmp_path / "killed"
     command = words(out, small_data, *SAVING)
     process = subprocess.Popen(
@@ -237,10 +237,10 @@ def test_a_killed_run_goes_on_bit_for_bit(small_data, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     newest = max(int(p.name.split("-")[1]) for p in out.glob("checkpoint-*"))
-    # Whatever the kill left of the newest, make sure that one of them is incomplete.
+    # The kill may have come after the newest checkpoint was complete.
     (out / f"checkpoint-{newest}" / "trainer_state.json").unlink(missing_ok=True)
     again = run(*command, "max_steps=12", fresh=True)
-    assert f"Passing over the incomplete checkpoint {out}/checkpoint-{newest}" in again.stdout + again.stderr
+    assert f"incomplete checkpoint {out}/checkpoint-{newest}" in again.stdout + again.stderr
     whole = tmp_path / "whole"
     run(*words(whole, small_data, *SAVING), "max_steps=12")
     expected = {log["step"]: log for log in history(whole)}
@@ -258,12 +258,12 @@ def test_resuming_by_name(small_data, tmp_path, train_small):
     shutil.rmtree(out / "checkpoint-3")
     train_small(out, **keys, resume_from_checkpoint=True)
     assert [log["loss"] for log in history(out)] == [log["loss"] for log in first]
-    with pytest.raises(ValueError, match="checkpoint-9 does not exist"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*checkpoint-9 "):
         train_small(out, **keys, resume_from_checkpoint=out / "checkpoint-9")
     (out / "checkpoint-3" / "optimizer.pt").write_bytes(b"cut")
-    with pytest.raises(ValueError, match=r"checkpoint-3 cannot be resumed: .*optimizer\.pt is truncated"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*checkpoint-3 .*optimizer\.pt "):
         train_small(out, **keys, resume_from_checkpoint=out / "checkpoint-3")
-    with pytest.raises(ValueError, match="found no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: true.* output_dir: .*new "):
         train_small(tmp_path / "new", **keys, resume_from_checkpoint=True)
 
 
@@ -278,8 +278,7 @@ def test_a_full_disk_leaves_the_earlier_model_usable(checkpoint, small_data, tmp
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     done = run(*words(out, small_data), check=False, preexec_fn=limit_file_size)
     assert done.returncode != 0
-    assert f"could not save to {out}" in done.stderr
-    assert "resume_from_checkpoint: true" in done.stderr
+    assert str(out) in done.stderr and "resume_from_checkpoint: true" in done.stderr
     for name in ("model.safetensors", "config.json", "diffusion_config.json", "tokenizer.json"):
         assert (out / name).read_bytes() == before[name]
     assert not list(out.glob(".unfinished-*"))

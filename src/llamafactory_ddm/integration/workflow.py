@@ -1,4 +1,4 @@
-"""What the diffusion stages run, from top to bottom."""
+"""A run of `stage: ddm` or `stage: ddm-sft`, from top to bottom."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .resolve.checks import check_inputs
 from .resolve.datasets import load_datasets
 from .resolve.model_names import resolve_model_names
 from .resolve.plan import resolve_run
-from .resolve.resume import how_to_go_on
-from .resolve.run_facts import check_facts
+from .resolve.resume import resume_hint
+from .resolve.run_settings import check_run_settings
 from .train.training import build_trainer, evaluate, train
 
 logger = get_logger(__name__)
@@ -31,13 +31,13 @@ def run(
     generating_args: Any = None,
     callbacks: list[Any] | None = None,
 ) -> None:
-    """Run `stage: ddm` or `stage: ddm-sft` with upstream's parsed arguments.
+    """Run a diffusion stage with LLaMA-Factory's parsed arguments.
 
     Raises:
-        ValueError: for every mistake in the YAML, naming the key and the cure, before anything is written.
+        ValueError: for a mistake in the YAML, naming the key and the remedy, before anything is written.
         OSError: if a file is missing or cannot be written.
     """
-    _errors.when_interrupted(lambda: how_to_go_on(training_args))
+    _errors.when_interrupted(lambda: resume_hint(training_args))
     prepares = not (training_args.do_train or training_args.do_eval or training_args.do_predict)
     rank, world = training_args.process_index, training_args.world_size
     with hide_harmless_messages(on_cpu=training_args.device.type == "cpu"):
@@ -50,12 +50,12 @@ def run(
                 plan, model_args, data_args, training_args, finetuning_args, drops_overlong=not prepares
             )
             if prepares:
-                logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to go on.")
+                logger.info_rank0("The data set is prepared; set do_train, do_eval or do_predict to use it.")
                 return
             if plan.resume is not None:
-                check_facts(data.facts, plan.resume)
+                check_run_settings(data.run_settings, plan.resume)
             model = load_diffusion_model(plan.tokenizer, plan.vocabulary, model_args, finetuning_args, training_args)
-            requests = None  # before training, so that none is lost to a mistake in what is asked for
+            requests = None  # built before training, which a mistake in them would waste
             if training_args.do_predict:
                 requests = build_requests(
                     plan, model, model_args, data_args, training_args, finetuning_args, generating_args
@@ -72,7 +72,6 @@ def run(
                 predict(trainer, plan, *requests, model_args, finetuning_args)
             if training_args.do_train:
                 trainer.push_to_hub() if training_args.push_to_hub else trainer.create_model_card()
-            # torchrun ends the first process in the middle of its writing if another one, which is done, fails as it
-            # exits.
+            # If a finished process fails as it exits, torchrun kills the first one while it still writes.
             barrier(world)
     _errors.when_interrupted(None)

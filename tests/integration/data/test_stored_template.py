@@ -40,7 +40,7 @@ def prepared(name, *, bos=True, **keys):
 
 
 def by_training(template, tokenizer, args, prompt):
-    """Return the ids before the answer in a training row of upstream's."""
+    """Return the ids before the answer in a training row of LLaMA-Factory."""
     if type(template.mm_plugin).__name__ != "BasePlugin":  # the processor would want one for images
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "It was red."}]
         return template.encode_multiturn(tokenizer, turns, None, None)[0][0]
@@ -81,7 +81,7 @@ def test_without_a_bos_token(name):
 def test_thinking_and_system_prompts(name, keys, monkeypatch):
     monkeypatch.setattr(
         TEMPLATES[name], "default_system", TEMPLATES[name].default_system
-    )  # upstream changes it for good
+    )  # LLaMA-Factory overwrites it
     check(name, **keys)
 
 

@@ -1,4 +1,4 @@
-"""DiffuLLaMA's format against a reference in plain Python, and the chats of LLaDA and Dream against their own."""
+"""DiffuLLaMA's format against a reference in plain Python, and the chats of LLaDA and Dream against the published."""
 
 from dataclasses import replace
 
@@ -79,6 +79,6 @@ def test_the_chats_of_llada_and_dream():
         "b<|im_end|>\n",
     ]
     for name, end in (("llada", "<|eot_id|>"), ("dream", "<|im_end|>")):
-        own = tiny_tokenizer()
-        TEMPLATES[name].fix_special_tokens(own)
-        assert own.eos_token == end
+        tokenizer = tiny_tokenizer()
+        TEMPLATES[name].fix_special_tokens(tokenizer)
+        assert tokenizer.eos_token == end

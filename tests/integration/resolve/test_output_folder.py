@@ -1,4 +1,4 @@
-"""What is known of output_dir before anything is loaded."""
+"""Checks of output_dir before anything is loaded."""
 
 from types import SimpleNamespace
 
@@ -36,10 +36,10 @@ def test_a_new_folder_is_not_made_by_the_check(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_in_its_place(tmp_path):
+def test_a_file_of_that_name(tmp_path):
     (tmp_path / "out").write_text("")
     for folder in (tmp_path / "out", tmp_path / "out" / "deeper"):
-        with pytest.raises(ValueError, match=r"output_dir: .* cannot be a folder, as .*out is a file"):
+        with pytest.raises(ValueError, match=r"output_dir: .*out is a file"):
             check(folder, trains=False)
 
 
@@ -48,24 +48,22 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(
-        ValueError, match=rf"output_dir: .*new cannot be written \(Permission denied\).*{tmp_path} writ"
-    ):
+    with pytest.raises(ValueError, match=rf"output_dir: .*new .*Permission denied.*{tmp_path} "):
         check(tmp_path / "new", trains=False)
 
 
-def test_what_would_mix_is_refused(model, adapter):
-    with pytest.raises(ValueError, match="holds an adapter, and finetuning_type: full saves a model there"):
+def test_a_model_and_an_adapter_do_not_mix(model, adapter):
+    with pytest.raises(ValueError, match=r"output_dir: .*an adapter, .*finetuning_type: full "):
         check(adapter)
-    with pytest.raises(ValueError, match="holds a model, and finetuning_type: lora saves an adapter there"):
+    with pytest.raises(ValueError, match=r"output_dir: .*a model, .*finetuning_type: lora "):
         check(model, kind="lora")
     check(adapter, overwrite=True)
     check(model, kind="lora", overwrite=True)
     check(adapter, kind="lora")
     check(model)
-    check(adapter, trains=False)  # generated texts mix with nothing
+    check(adapter, trains=False)  # generated texts may lie beside either
 
 
 def test_an_adapter_is_not_saved_over_its_base(model):
-    with pytest.raises(ValueError, match="is the folder of model_name_or_path"):
+    with pytest.raises(ValueError, match=r"output_dir: .*model_name_or_path"):
         check(model, kind="lora", base=model, overwrite=True)

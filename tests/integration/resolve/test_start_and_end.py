@@ -1,4 +1,4 @@
-"""What texts start from and end with is a fact of the checkpoint, whatever the template of a later run says."""
+"""The checkpoint stores its start and end tokens; the template of a later run does not change them."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ CONFIG = DiffusionConfig("<|mask|>", 742, True, "masked", 0.0, "linear", 1.0)
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a model that has no bos, as Qwen, and data; and one trained on documents, without a template."""
+    """A folder with a model without BOS, like Qwen; data; and a model trained on documents without a template."""
     folder = tmp_path_factory.mktemp("ends")
     save_decoder(folder / "model", bos=False)
     save_data(
@@ -40,20 +40,20 @@ def train(folder, work, **keys):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Start and ends of each generator that a run makes."""
-    found, original = [], generation.TextGenerator.__init__
+    """Start token and end tokens of each generator that a run builds."""
+    tokens, original = [], generation.TextGenerator.__init__
 
     def init(self, *args, **named):
         original(self, *args, **named)
         names = self.tokenizer.convert_ids_to_tokens
-        found.append((names(self.start_id), set(names(self.eos_ids))))
+        tokens.append((names(self.start_id), set(names(self.eos_ids))))
 
     monkeypatch.setattr(generation.TextGenerator, "__init__", init)
-    return found
+    return tokens
 
 
-def without_facts(source, target):
-    """Copy a checkpoint as it was written before these facts were remembered."""
+def without_tokens(source, target):
+    """Copy a checkpoint as written by a version that did not store these keys."""
     shutil.copytree(source, target)
     raw = json.loads((target / FILE_NAME).read_text())
     for key in ("start_token", "start_token_id", "end_tokens", "end_token_ids", "template"):
@@ -70,7 +70,7 @@ def test_documents_keep_their_start_and_end_under_another_template(work, tmp_pat
     for template in (None, "qwen3_nothink"):
         run_keys(tmp_path / f"{template}", do_predict=True, num_samples=1, template=template, **keys)
     assert seen == [("<|endoftext|>", {"<|endoftext|>"})] * 4
-    assert "qwen3_nothink ends texts with <|im_end|>, but the checkpoint was trained to end them with" in told.text
+    assert "template: qwen3_nothink ends texts with <|im_end|>" in told.text
     load(work / "trained", device="cpu")
     assert seen[-1] == ("<|endoftext|>", {"<|endoftext|>"})
 
@@ -84,8 +84,8 @@ def test_evaluation_ends_documents_as_training_did(work, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_checkpoint_from_before_takes_the_tokenizers(work, tmp_path, seen):
-    old = without_facts(work / "trained", tmp_path / "old")
+def test_a_checkpoint_of_an_older_version_uses_the_tokenizers(work, tmp_path, seen):
+    old = without_tokens(work / "trained", tmp_path / "old")
     keys = {"model_name_or_path": old, "cutoff_len": 48, "dataset_dir": work / "data"}
     run_keys(tmp_path / "noise", stage="ddm", do_predict=True, num_samples=1, template="qwen3_nothink", **keys)
     assert seen[-1] == ("<|im_end|>", {"<|im_end|>"})
@@ -96,8 +96,8 @@ def test_a_checkpoint_from_before_takes_the_tokenizers(work, tmp_path, seen):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_stop_words_are_ends(work, tmp_path, seen, packing):
-    """smollm's answers end with <|im_end|>, and its tokenizer's own end stays what it was."""
+def test_stop_words_are_end_tokens(work, tmp_path, seen, packing):
+    """The template smollm ends answers with <|im_end|> and leaves EOS as it is."""
     keys = {"stage": "ddm-sft", "template": "smollm", "dataset": "one", "packing": packing, "cutoff_len": 48}
     out = train(tmp_path / "out", work, train_on_padding=False, **keys)
     assert DiffusionConfig.load(out).end_tokens == ("<|endoftext|>", "<|im_end|>")
@@ -105,7 +105,7 @@ def test_stop_words_are_ends(work, tmp_path, seen, packing):
     assert seen[-1] == ("<|endoftext|>", {"<|endoftext|>", "<|im_end|>"})
 
 
-def test_what_is_written_behind_a_stop_word_is_no_answer(work, tmp_path):
+def test_tokens_after_a_stop_word_are_not_part_of_the_answer(work, tmp_path):
     keys = {"stage": "ddm-sft", "template": "smollm", "dataset_dir": work / "data", "cutoff_len": 48}
     learn = {"learning_rate": 1e-2, "max_steps": 120, "per_device_train_batch_size": 8, "antithetic_time": True}
     out = train(tmp_path / "out", work, train_on_padding=False, dataset="one", **keys, **learn)
@@ -122,7 +122,7 @@ def test_what_is_written_behind_a_stop_word_is_no_answer(work, tmp_path):
     assert predictions(out) == ["It was red."]
 
 
-def facts(template, *, config=CONFIG, finetunes=True, trains=True, padding=None, tokens=()):
+def resolve(template, *, config=CONFIG, finetunes=True, trains=True, padding=None, tokens=()):
     from llamafactory.data import get_template_and_fix_tokenizer
 
     tokenizer = AutoTokenizer.from_pretrained("data/tiny_gpt2")
@@ -137,46 +137,46 @@ def facts(template, *, config=CONFIG, finetunes=True, trains=True, padding=None,
         enable_thinking=True,
         preserve_thinking=False,
     )
-    found = get_template_and_fix_tokenizer(tokenizer, args)
-    settled = start_and_end.with_start_and_end(config, found, tokenizer, args, finetunes=finetunes, trains=trains)
-    return settled, found, tokenizer
+    applied = get_template_and_fix_tokenizer(tokenizer, args)
+    resolved = start_and_end.with_start_and_end(config, applied, tokenizer, args, finetunes=finetunes, trains=trains)
+    return resolved, applied, tokenizer
 
 
 @pytest.mark.parametrize("template", ["default", "qwen", "llama3", "gemma2", "glm4", "smollm", "phi4", "empty"])
-def test_ends_of_an_answer_are_upstreams(template):
-    settled, found, tokenizer = facts(template)
-    assert set(settled.end_token_ids) == set(found.get_stop_token_ids(tokenizer))
-    assert list(settled.end_token_ids) == tokenizer.convert_tokens_to_ids(list(settled.end_tokens))
-    assert settled.end_tokens[0] == tokenizer.eos_token
+def test_end_tokens_of_an_answer_are_llamafactorys(template):
+    resolved, applied, tokenizer = resolve(template)
+    assert set(resolved.end_token_ids) == set(applied.get_stop_token_ids(tokenizer))
+    assert list(resolved.end_token_ids) == tokenizer.convert_tokens_to_ids(list(resolved.end_tokens))
+    assert resolved.end_tokens[0] == tokenizer.eos_token
 
 
-def test_a_run_that_trains_adds_its_ends_and_one_that_does_not_keeps_those_of_the_checkpoint():
-    before, *_ = facts(None, finetunes=False)
+def test_a_run_that_trains_adds_its_end_tokens_and_another_keeps_the_checkpoints():
+    before, *_ = resolve(None, finetunes=False)
     assert (before.start_token, before.end_tokens) == ("<|endoftext|>", ("<|endoftext|>",))
-    after, *_ = facts("qwen", config=before)
+    after, *_ = resolve("qwen", config=before)
     assert (after.start_token, after.end_tokens) == ("<|endoftext|>", ("<|im_end|>", "<|endoftext|>"))
-    used, *_ = facts("gemma2", config=after, trains=False, tokens=["<end_of_turn>"])
+    used, *_ = resolve("gemma2", config=after, trains=False, tokens=["<end_of_turn>"])
     assert used.end_tokens == ("<|im_end|>", "<|endoftext|>", "<eos>", "<end_of_turn>")
-    assert facts("gemma2", config=after, trains=False, finetunes=False)[0] == after
+    assert resolve("gemma2", config=after, trains=False, finetunes=False)[0] == after
 
 
-def test_padding_that_is_learnt_ends_a_text_too():
-    settled, _, tokenizer = facts("qwen", padding="<|pad|>", tokens=["<|pad|>"])
-    hidden = start_and_end.with_padding(settled, tokenizer)
-    assert hidden == settled  # nothing says that it is trained
-    learnt = start_and_end.with_padding(replace(settled, train_on_padding=True), tokenizer)
-    assert learnt.end_tokens == (*settled.end_tokens, "<|pad|>")
-    assert learnt.end_token_ids[-1] == tokenizer.convert_tokens_to_ids("<|pad|>")
+def test_trained_padding_is_an_end_token():
+    resolved, _, tokenizer = resolve("qwen", padding="<|pad|>", tokens=["<|pad|>"])
+    assert start_and_end.with_padding(resolved, tokenizer) == resolved  # without train_on_padding
+    trained = start_and_end.with_padding(replace(resolved, train_on_padding=True), tokenizer)
+    assert trained.end_tokens == (*resolved.end_tokens, "<|pad|>")
+    assert trained.end_token_ids[-1] == tokenizer.convert_tokens_to_ids("<|pad|>")
 
 
-def test_padding_that_is_a_word_ends_nothing():
-    """Some models have "!" as their padding: "Hello! How are you" does not end behind its first word."""
-    settled, _, tokenizer = facts("qwen", padding="!")
+def test_padding_that_is_a_word_is_no_end_token():
+    """Some models have "!" as padding: "Hello! How are you" does not end after its first word."""
+    resolved, _, tokenizer = resolve("qwen", padding="!")
     assert (
-        start_and_end.with_padding(replace(settled, train_on_padding=True), tokenizer).end_tokens == settled.end_tokens
+        start_and_end.with_padding(replace(resolved, train_on_padding=True), tokenizer).end_tokens
+        == resolved.end_tokens
     )
 
 
-def test_documents_under_llama3_end_as_upstream_ends_them():
-    settled, *_ = facts("llama3", finetunes=False, tokens=["<|end_of_text|>"])
-    assert settled.end_tokens == ("<|eot_id|>", "<|end_of_text|>")
+def test_documents_with_template_llama3_end_as_in_llamafactory():
+    resolved, *_ = resolve("llama3", finetunes=False, tokens=["<|end_of_text|>"])
+    assert resolved.end_tokens == ("<|eot_id|>", "<|end_of_text|>")

@@ -1,4 +1,4 @@
-"""A loss that is NaN or infinite: when a run stops, what it says and what it leaves on disk."""
+"""A NaN or infinite loss: when a run stops, what it logs and what it saves."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def breaks(trainer, *steps, value=torch.nan, through_weights=True):
-    """Have the loss of these steps, counted from 1, be `value`, of the last micro-batch alone."""
+    """Set the loss of the last micro-batch of these steps, counted from 1, to `value`."""
     inner = trainer.compute_loss
     seen = []
 
@@ -26,7 +26,7 @@ def breaks(trainer, *steps, value=torch.nan, through_weights=True):
         if step not in steps or not last:
             return loss
         broken = loss * value if through_weights else loss + value
-        trainer._finite.see(broken)
+        trainer._finite.add(broken)
         return broken
 
     trainer.compute_loss = compute_loss
@@ -38,8 +38,8 @@ def checkpoints(trainer):
 
 
 @pytest.fixture
-def said():
-    """What upstream's logger was told."""
+def logged():
+    """The lines that the trainer logs."""
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
@@ -52,8 +52,8 @@ def said():
 
 
 @pytest.mark.parametrize(("value", "accumulation"), [(torch.nan, 1), (torch.nan, 2), (torch.inf, 1)])
-def test_the_second_step_in_a_row_stops_the_run_and_none_is_saved(make_trainer, said, value, accumulation):
-    """The weights are gone with the first."""
+def test_the_second_step_in_a_row_stops_the_run_and_neither_is_saved(make_trainer, logged, value, accumulation):
+    """The first step already breaks the weights."""
     trainer = make_trainer(
         max_steps=9,
         save_strategy="steps",
@@ -63,25 +63,25 @@ def test_the_second_step_in_a_row_stops_the_run_and_none_is_saved(make_trainer, 
         gradient_accumulation_steps=accumulation,
     )
     seen = breaks(trainer, *range(3, 10), value=value)
-    with pytest.raises(LossNotFiniteError, match=r"NaN or infinite in steps 3 to 4.*stop_after_nan_steps: 2"):
+    with pytest.raises(LossNotFiniteError, match=r"steps 3 to 4.*stop_after_nan_steps: 2"):
         trainer.train()
     assert max(seen) == 4
     assert checkpoints(trainer) == ["checkpoint-1", "checkpoint-2"]
-    assert sum("The loss of step 3 is NaN" in line for line in said) == 1
-    assert "Step 3 is not saved: its loss or a weight is NaN or infinite." in said
+    assert sum("loss of step 3 " in line for line in logged) == 1
+    assert any(line.startswith("Step 3 ") for line in logged)
 
 
-def test_single_steps_are_told_and_the_run_goes_on(make_trainer, said):
+def test_single_steps_are_logged_and_the_run_continues(make_trainer, logged):
     trainer = make_trainer(max_steps=6, save_strategy="steps", save_steps=1)
     breaks(trainer, 2, 4, through_weights=False)
     trainer.train()
     assert trainer.state.global_step == 6
-    assert [re.search(r"step (\d)", line)[1] for line in said if line.startswith("The loss")] == ["2", "4"]
+    assert [re.search(r"step (\d)", line)[1] for line in logged if line.startswith("The loss")] == ["2", "4"]
     assert checkpoints(trainer) == [f"checkpoint-{n}" for n in (1, 3, 5, 6)]
 
 
 @pytest.mark.parametrize(("limit", "stops"), [(1, 2), (3, 4), (0, None)])
-def test_how_many_steps_is_a_key(make_trainer, limit, stops):
+def test_a_key_sets_the_number_of_steps(make_trainer, limit, stops):
     trainer = make_trainer(max_steps=6)
     trainer.stop_after_nan_steps = limit
     seen = breaks(trainer, 2, 3, 4, 5, through_weights=False)
@@ -94,15 +94,15 @@ def test_how_many_steps_is_a_key(make_trainer, limit, stops):
         assert max(seen) == stops
 
 
-def test_the_last_step_alone_is_an_error_too(make_trainer):
+def test_a_broken_last_step_is_an_error(make_trainer):
     trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
     breaks(trainer, 3)
-    with pytest.raises(LossNotFiniteError, match=r"after the last step, 3, so the model is not saved"):
+    with pytest.raises(LossNotFiniteError, match=r"last step, 3,"):
         trainer.train()
     assert checkpoints(trainer) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_weights_that_break_in_a_step_of_finite_loss_are_not_saved(make_trainer):
+def test_weights_that_break_in_a_step_with_a_finite_loss_are_not_saved(make_trainer):
     trainer = make_trainer(max_steps=9, save_strategy="steps", save_steps=1)
     inner = trainer._clip_grad_norm
 
@@ -117,7 +117,7 @@ def test_weights_that_break_in_a_step_of_finite_loss_are_not_saved(make_trainer)
     assert checkpoints(trainer) == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_the_best_weights_are_saved_though_the_last_step_broke(make_trainer):
+def test_the_best_weights_are_saved_even_if_the_last_step_breaks(make_trainer):
     trainer = make_trainer(
         max_steps=3,
         evaluation=Rows(4, seed=1),
@@ -134,11 +134,11 @@ def test_the_best_weights_are_saved_though_the_last_step_broke(make_trainer):
 
 
 def test_a_flag_of_another_process_counts():
-    """Two processes, the loss of one of which is NaN in each step."""
+    """Of two processes one has a NaN loss in each step."""
     watches = [FiniteLoss(2, CPU), FiniteLoss(2, CPU)]
     for step in (1, 2):
-        watches[0].see(torch.tensor(1.0))
-        watches[1].see(torch.tensor(torch.nan))
+        watches[0].add(torch.tensor(1.0))
+        watches[1].add(torch.tensor(torch.nan))
         total = watches[0].take() + watches[1].take()
         for watch in watches:
             if step == 1:
@@ -149,7 +149,7 @@ def test_a_flag_of_another_process_counts():
     assert [int(watch.take()) for watch in watches] == [0, 0]
 
 
-def test_a_step_that_was_counted_is_not_counted_again():
+def test_a_step_is_counted_once():
     watch = FiniteLoss(2, CPU)
     watch.count(torch.tensor(1), 7)
     watch.count(torch.tensor(0), 7)
@@ -160,12 +160,12 @@ def test_a_step_that_was_counted_is_not_counted_again():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_are_looked_at(dtype, value):
+def test_weights_are_checked(dtype, value):
     model = tiny_model().to(dtype)
     assert weights_are_finite(model, lambda n: n, CPU)
     assert not weights_are_finite(model, lambda n: n + 1, CPU)  # another process' share
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight[3, 5] = value
     assert not weights_are_finite(model, lambda n: n, CPU)
-    model.requires_grad_(False)  # frozen: no step of ours broke them
+    model.requires_grad_(False)  # frozen weights are not checked
     assert weights_are_finite(model, lambda n: n, CPU)

@@ -18,20 +18,20 @@ from support.tiny import LENGTH, MASK_ID, VOCABULARY, Rows, tiny_model
 
 def first_gradient(trainer):
     """Return the gradients that the first optimiser step sees, before clipping."""
-    seen = {}
+    gradients = {}
 
     def keep(*args, **kwargs):
-        if not seen:
-            seen.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
+        if not gradients:
+            gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
 
     trainer.create_optimizer_and_scheduler(num_training_steps=2)
     trainer.optimizer.register_step_pre_hook(keep)
     trainer.train()
-    return seen
+    return gradients
 
 
 def by_hand(shift, weighting, norm, ids, keep):
-    """The loss of the first step from dense logits: every formula written out again, one row at a time."""
+    """The loss of the first step from dense logits, one row and one formula at a time."""
     model, schedule, rows = tiny_model(), get_schedule("linear"), torch.arange(len(ids))
     maskable = keep.bool() & (ids != MASK_ID)
     if shift:
@@ -59,8 +59,8 @@ def by_hand(shift, weighting, norm, ids, keep):
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("norm", ["tokens", "masked", "sequence"])
 @pytest.mark.parametrize("weighting", ["elbo", "uniform"])
-def test_gradient_equals_the_formula_written_out(make_trainer, shift, norm, weighting):
-    """Of texts that themselves hold [MASK], which is no target."""
+def test_the_gradient_equals_the_formula(make_trainer, shift, norm, weighting):
+    """With texts that contain [MASK], which is no target."""
     data = Rows(8, lengths=[16, 9, 3, 16, 12, 16, 5, 16])
     data.ids[0, 3:9] = data.ids[2, 1] = data.ids[4, 0] = MASK_ID
     trainer = make_trainer(
@@ -96,8 +96,8 @@ class Responses(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("target_length", [None, LENGTH])
-def test_responses_alone_are_noised_and_scored(make_trainer, target_length):
-    """The first step of finetuning with every formula written out again, one row at a time."""
+def test_only_responses_are_noised_and_scored(make_trainer, target_length):
+    """The first step of finetuning against dense logits, one row and one formula at a time."""
     data = Responses([3, 1, 9, 2, 5, 15, 1, 4], [16, 9, 10, 16, 12, 16, 2, 7])
     trainer = make_trainer(train=data, max_steps=1)
     trainer.finetuning_args.disable_shuffling = True
@@ -129,8 +129,8 @@ def test_responses_alone_are_noised_and_scored(make_trainer, target_length):
         torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_a_packed_row_is_its_documents(make_trainer):
-    """Evaluation of two documents in one row, with the masks that their row drew, document by document."""
+def test_documents_of_a_packed_row_do_not_see_each_other(make_trainer):
+    """The logits of two documents in one row equal those of each document by itself."""
     ids = torch.randint(0, MASK_ID, (12,), generator=torch.Generator().manual_seed(8)).tolist()
     row = {
         "input_ids": ids,
@@ -195,7 +195,7 @@ def test_the_log_holds_the_diffusion_figures(make_trainer):
         assert log["nll"] == pytest.approx(math.log(40), rel=0.3)
 
 
-def test_attention_never_anneals_backwards(make_trainer):
+def test_annealing_never_lowers_the_ratio(make_trainer):
     trainer = make_trainer(anneal_steps=10, attention_ratio=0.5)
     assert [trainer.attention_ratio(step) for step in (0, 4, 5, 20)] == [0.5, 0.5, 0.6, 1.0]
 
@@ -215,8 +215,8 @@ def test_a_step_without_a_masked_token_has_a_zero_gradient(make_trainer):
     assert all((value == 0).all() for value in gradient.values())
 
 
-def test_a_causal_model_is_stopped_at_the_first_step(make_trainer, monkeypatch):
-    monkeypatch.setattr(bidirectional, "_READS_CONFIG", True)  # so that no mask opens it
+def test_a_causal_model_is_refused_at_the_first_step(make_trainer, monkeypatch):
+    monkeypatch.setattr(bidirectional, "_READS_CONFIG", True)  # so that a mask cannot make it bidirectional
     model = tiny_model()
     model.config.is_causal = True
     for module in model.modules():
@@ -283,7 +283,7 @@ def test_resuming_repeats_the_uninterrupted_run_bit_for_bit(make_trainer):
         assert torch.equal(one, two)
 
 
-def test_a_checkpoint_says_what_it_is(make_trainer, tmp_path):
+def test_a_checkpoint_stores_its_diffusion_config(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1, anneal_steps=4)
     trainer.train()
     stored = [json.loads((tmp_path / f"out/checkpoint-{n}/diffusion_config.json").read_text()) for n in (1, 2)]
@@ -298,7 +298,7 @@ def test_an_empty_evaluation_set_is_an_error(make_trainer):
 
 
 def by_naive_autograd(ids, keep, ratio, norm, weighting):
-    """The mixed loss of the first step: dense logits in float64 and the sum over jumps as it is defined."""
+    """The mixed loss of the first step from its definition: dense float64 logits, and the sum over jumps."""
     model, rows = tiny_model(), torch.arange(len(ids))
     maskable = keep.bool().clone()
     maskable[:, 0] = False
@@ -319,8 +319,8 @@ def by_naive_autograd(ids, keep, ratio, norm, weighting):
             x, z = int(ids[b, i]), int(z_t[b, i])
             q_p = a * logits[i - 1].softmax(-1) + (1 - a) * pi
             q_x = (1 - a) * pi + a * functional.one_hot(ids[b, i], VOCABULARY)
-            true, said = q_x / q_x[z], q_p / q_p[z]
-            rate = pi[z] / a * (said - true + torch.xlogy(true, true / said)).sum()
+            true, predicted = q_x / q_x[z], q_p / q_p[z]
+            rate = pi[z] / a * (predicted - true + torch.xlogy(true, true / predicted)).sum()
             weight = 1.0 if weighting == "elbo" else float(t[b])
             row = row + weight * rate
             count += z != x if norm == "masked" else 0
@@ -356,7 +356,7 @@ def test_mixed_noise_resumes_bit_for_bit(make_trainer):
 
 
 def never_the_mask(model):
-    """Have the model give [MASK] no probability, as generation does."""
+    """Set the probability of [MASK] to 0, as generation does."""
     model.lm_head.register_forward_hook(
         lambda module, args, logits: logits.index_fill(-1, torch.tensor([MASK_ID]), -1e4)
     )
@@ -364,7 +364,7 @@ def never_the_mask(model):
 
 
 def test_mixed_noise_without_random_tokens_trains_as_masked_noise(make_trainer):
-    """Where neither gives [MASK] a probability, losses and weights coincide."""
+    """Losses and weights coincide if [MASK] has no probability."""
     data = Rows(16, lengths=[16, 9, 3, 16, 12, 16, 5, 16, 4, 4, 4, 4, 16, 16, 16, 2])
     settings = {"train": data, "max_steps": 6, "optim": "sgd", "learning_rate": 0.1}  # Adam magnifies rounding
     masked = make_trainer(model=never_the_mask(tiny_model()), folder="masked", **settings)
@@ -387,7 +387,7 @@ def test_mixed_evaluation_is_the_same_for_any_batch_size_and_any_training_seed(m
         assert one[key] == pytest.approx(two[key], rel=1e-5), key
 
 
-def test_rows_cut_to_a_random_length_are_padded_behind_it():
+def test_randomly_truncated_rows_are_padded():
     rows, real = torch.arange(4000), torch.tensor([16, 9] * 2000)
     keep = (torch.arange(LENGTH) < real[:, None]).long()
     clean = CleanBatch.of({"input_ids": torch.ones_like(keep), "attention_mask": keep}, shift=False, mask_id=MASK_ID)
@@ -396,7 +396,7 @@ def test_rows_cut_to_a_random_length_are_padded_behind_it():
     assert torch.equal(cut.is_padding, torch.arange(LENGTH) >= length[:, None])
     assert torch.equal(cut.maskable, clean.maskable & ~cut.is_padding)
     shorter = length < real
-    expected = 0.3 * (1 - 1 / real.double()).mean()  # a row may be cut to the length it has
+    expected = 0.3 * (1 - 1 / real.double()).mean()  # a row may keep its length
     assert abs(float(shorter.double().mean()) - float(expected)) < 4.5 * (0.21 / 4000) ** 0.5
     lengths = torch.bincount(length[(real == 9) & shorter], minlength=9)[1:9].double()
     assert float(((lengths - lengths.mean()) ** 2 / lengths.mean()).sum()) < 30  # chi-square of 7 degrees of freedom
@@ -417,8 +417,8 @@ def clean_rows(clean, part):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("objective", [{}, {"uniform_ratio": 0.2}])
 def test_logits_of_half_precision_are_not_copied_to_float32(make_trainer, monkeypatch, dtype, objective):
-    """In training and in evaluation before and after it; the loss is that of float32 copies."""
-    seen = []
+    """In training, and in evaluation before and after it; the loss equals that of float32 copies."""
+    dtypes = []
 
     def run(folder):
         trainer = make_trainer(
@@ -427,26 +427,26 @@ def test_logits_of_half_precision_are_not_copied_to_float32(make_trainer, monkey
         for name in ("loss", "evaluate"):
             inner = getattr(trainer.objective, name)
 
-            def noted(logits, *rest, inner=inner):
-                seen.append(logits.dtype)
+            def recorded(logits, *rest, inner=inner):
+                dtypes.append(logits.dtype)
                 return inner(logits, *rest)
 
-            object.__setattr__(trainer.objective, name, noted)
+            object.__setattr__(trainer.objective, name, recorded)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
         return [before, *losses, after]
 
-    ours = run("ours")
-    assert set(seen) == {torch.bfloat16} and len(seen) == 2 + 2 * 4
-    seen.clear()
+    losses = run("half")
+    assert set(dtypes) == {torch.bfloat16} and len(dtypes) == 2 + 2 * 4
+    dtypes.clear()
     monkeypatch.setattr("llamafactory_ddm.integration.train.trainer.keep_half_logits", lambda model: False)
-    assert run("theirs") == pytest.approx(ours, rel=1e-6)
-    assert set(seen) == {torch.float32}
+    assert run("float32") == pytest.approx(losses, rel=1e-6)
+    assert set(dtypes) == {torch.float32}
 
 
-def test_the_best_weights_are_saved_with_the_ratio_that_they_were_trained_at(make_trainer, tmp_path):
+def test_the_best_weights_are_saved_with_their_attention_ratio(make_trainer, tmp_path):
     trainer = make_trainer(
         evaluation=Rows(4, seed=1),
         max_steps=3,
@@ -475,7 +475,7 @@ def test_the_best_weights_are_saved_with_the_ratio_that_they_were_trained_at(mak
     trainer.save_model()
     assert json.loads((tmp_path / "out/diffusion_config.json").read_text())["attention_ratio"] == 0.25
     trainer.args.load_best_model_at_end = False
-    trainer.train()  # the weights are the last step's again
+    trainer.train()  # keeps the last step's weights
     assert trainer.reached_ratio() == 0.75
 
 
@@ -494,12 +494,12 @@ def test_an_evaluation_of_the_same_weights_is_not_repeated(make_trainer):
 
 @pytest.mark.parametrize("steps", [3, 4, 8])
 def test_a_finished_run_takes_no_further_step(make_trainer, steps):
-    """In the middle of an epoch, at the end of one, and at the end of all; nor does one that is beyond its end."""
+    """Within an epoch, at the end of one and of the last; nor does a run beyond its max_steps."""
     keys = {"train": Rows(32), "save_strategy": "steps", "save_steps": steps}  # four steps an epoch
     run = make_trainer(max_steps=steps, **keys)
     run.train()
-    for most in (steps, 2):
-        again = make_trainer(max_steps=most, model=tiny_model(seed=99), **keys)
+    for max_steps in (steps, 2):
+        again = make_trainer(max_steps=max_steps, model=tiny_model(seed=99), **keys)
         again.train(resume_from_checkpoint=f"{run.args.output_dir}/checkpoint-{steps}")
         assert (again.state.global_step, again.steps_taken) == (steps, 0)
         assert again.state.log_history == run.state.log_history[:steps]
@@ -507,7 +507,7 @@ def test_a_finished_run_takes_no_further_step(make_trainer, steps):
             assert torch.equal(one, two)
 
 
-def test_weights_that_are_tied_are_not_missing(make_trainer, caplog):
+def test_tied_weights_are_not_missing(make_trainer, caplog):
     keys = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     run = make_trainer(**keys)
     run.train()
@@ -516,7 +516,7 @@ def test_weights_that_are_tied_are_not_missing(make_trainer, caplog):
     assert not [record for record in caplog.records if "missing keys" in record.getMessage()]
     result = torch.nn.modules.module._IncompatibleKeys(["lm_head.weight", "transformer.wpe.weight"], [])
     again._issue_warnings_after_load(result)
-    assert "missing keys in the checkpoint model loaded: ['transformer.wpe.weight']" in caplog.text
+    assert ": ['transformer.wpe.weight']" in caplog.text
     result = torch.nn.modules.module._IncompatibleKeys(["lm_head.weight", "transformer.wte.weight"], [])
     again._issue_warnings_after_load(result)
     assert "['lm_head.weight', 'transformer.wte.weight']" in caplog.text

@@ -234,4 +234,4 @@ def _check_mask(counts: RowCounts, rules: RowRules, name: str, *, trains: bool) 
             f"{occurrences}, and the model could never generate it; name a token that texts do not use, such as a new "
             "one, '<|mask|>', or set allow_common_mask_token: true"
         )
-    logger.warning_rank0(f"{occurrences}; there it stays fixed: it is neither noised nor scored.")
+    logger.warning_rank0(f"{occurrences}; it stays fixed in these texts: neither noised nor scored.")

@@ -20,7 +20,7 @@ from ...modeling.bidirectional import make_bidirectional
 from ...modeling.embeddings import init_new_embeddings, num_embeddings, resize_embeddings
 from ...modeling.lora import resolve_lora_targets, tie_again
 from ..logs import get_logger
-from ..resolve.vocabulary import Vocabulary, check_stored
+from ..resolve.vocabulary import Vocabulary, check_embeddings_trained
 
 logger = get_logger(__name__)
 _at_work: ContextVar[AdapterSetup | None] = ContextVar("at_work", default=None)
@@ -109,17 +109,17 @@ class AdapterSetup:
         vocabulary = self.vocabulary
         rows = num_embeddings(model) if self.adapters else self.rows
         if self.do_train and (self.new_adapter or self.finetuning_args.finetuning_type == "freeze"):
-            check_stored(vocabulary, model, rows, self.model_args, self.finetuning_args)
-        lacking = vocabulary.lacking(rows)
+            check_embeddings_trained(vocabulary, model, rows, self.model_args, self.finetuning_args)
+        lacking = vocabulary.untrained(rows)
         if self.model_args.resize_vocab and num_embeddings(model) > rows:
             # LLaMA-Factory has initialised the embeddings it added, except those of [MASK] and padding.
             ours = {vocabulary.mask.token, *vocabulary.pads}
             lacking = {token: i for token, i in lacking.items() if token in ours or i >= num_embeddings(model)}
         if lacking:
             logger.info_rank0(
-                f"{vocabulary.said(lacking)}: new to the model; their embeddings begin as the mean of the others."
+                f"{vocabulary.describe(lacking)}: new to the model; their embeddings begin as the mean of the others."
             )
-        init_new_embeddings(model, lacking.values(), known=min(vocabulary.additions.known, rows))
+        init_new_embeddings(model, lacking.values(), known=min(vocabulary.additions.n_before, rows))
 
     def _warn_of_other_base(self, base: str, origin: str) -> None:
         """Warn of adapters that were trained on another base model."""

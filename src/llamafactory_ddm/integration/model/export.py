@@ -11,7 +11,7 @@ from ...checkpoints.hub import origin_of
 from ...modeling.diffusion_config import DiffusionConfig
 from ..logs import get_logger
 from ..resolve.plan import resolve_config
-from ..resolve.vocabulary import refuse_untrained, resolve_vocabulary
+from ..resolve.vocabulary import check_all_trained, resolve_vocabulary
 from .loader import load_diffusion_model, load_diffusion_tokenizer
 from .model_card import FILE_NAME as CARD
 from .model_card import Origin, card, write
@@ -40,8 +40,8 @@ def exported_model(tokenizer: Any, model_args: Any) -> Any:
     """Return the model with merged adapters; its save_pretrained also saves diffusion_config.json."""
     args = model_args.exported_diffusion
     config, vocabulary = model_args.exported_as
-    vocabulary.additions.note(tokenizer, "template")  # LLaMA-Factory has applied it by now
-    refuse_untrained(vocabulary)
+    vocabulary.additions.record(tokenizer, "template")  # LLaMA-Factory has applied it by now
+    check_all_trained(vocabulary)
     args.diffusion_stage = args.diffusion_stage or "ddm-sft"
     model = load_diffusion_model(tokenizer, vocabulary, model_args, args, _USES)
     config = resolve_config(config, vocabulary.mask, model_args, _USES, args)

@@ -18,7 +18,7 @@ from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from ..logs import get_logger
 from ..resolve.noise_process import with_noise_process
-from ..resolve.vocabulary import Additions, RunTokenizer, Vocabulary, restore_stored, resumes_adapter
+from ..resolve.vocabulary import Additions, RunTokenizer, Vocabulary, restore_stored_tokens, resumes_adapter
 from .adapter import AdapterSetup, loading_with
 
 logger = get_logger(__name__)
@@ -56,7 +56,7 @@ def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_arg
     config = find_diffusion_config(model_args, finetuning_args.checkpoint_dir)
     module = load_newest_tokenizer(model_args, finetuning_args.checkpoint_dir)
     tokenizer = module["tokenizer"]
-    additions = Additions.to(tokenizer)
+    additions = Additions.start(tokenizer)
     if config is None:
         config = _of_published(model_args, finetuning_args, tokenizer)
     if config is None and not training_args.do_train and finetuning_args.mask_token is None:
@@ -68,10 +68,10 @@ def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_arg
         )
     mask = None if config is None else _stored_mask(tokenizer, config, folder, finetuning_args, training_args)
     if config is not None and mask is not None:
-        restore_stored(tokenizer, config, mask)
-        additions = Additions.to(tokenizer)
+        restore_stored_tokens(tokenizer, config, mask)
+        additions = Additions.start(tokenizer)
     patch_tokenizer(tokenizer, model_args)
-    additions.note(tokenizer)
+    additions.record(tokenizer)
     return RunTokenizer(module, additions, with_noise_process(config, finetuning_args), mask)
 
 

@@ -1,4 +1,4 @@
-"""Checks for autoregressive stages and commands that are given a diffusion model."""
+"""Checks of autoregressive stages and commands: they warn of a diffusion model, or refuse it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from ..hparams.stages import STAGES
 from ..logs import get_logger
 
 logger = get_logger(__name__)
-_OURS = " or ".join(f"stage: {name}" for name in STAGES)
-# Models that LLaMA-Factory's stages load in addition to the one that they train.
-_BESIDE = ("ref_model", "ref_model_adapters", "reward_model", "reward_model_adapters")
+_DIFFUSION_STAGES = " or ".join(f"stage: {name}" for name in STAGES)
+# Keys of the models that LLaMA-Factory's stages load in addition to the one that they train.
+_EXTRA_MODELS = ("ref_model", "ref_model_adapters", "reward_model", "reward_model_adapters")
 
 
 def check_training(model_args: Any, training_args: Any, finetuning_args: Any) -> None:
-    """Warn if an autoregressive stage is about to load a diffusion model; training it so may be intended.
+    """Warn if an autoregressive stage loads a diffusion model; training it that way may be intended.
 
     Raises:
-        ValueError: if the run would resume a diffusion run, save its weights next to a diffusion_config.json, which
-            would then describe them, or generate with a diffusion model without training it.
+        ValueError: if the run would resume a diffusion run, save its weights beside a diffusion_config.json, or
+            generate with a diffusion model without training it.
     """
     stage = f"stage: {finetuning_args.stage}"
     if training_args.do_train:
         _check_output_dir(training_args, stage)
-    names = [getattr(finetuning_args, key, None) for key in _BESIDE]
-    found = dict(find_diffusion_models(model_args, (n for name in names if name for n in name.split(","))))
-    for name, why in found.items():
+    extra_models = ",".join(getattr(finetuning_args, key, None) or "" for key in _EXTRA_MODELS).split(",")
+    diffusion_models = dict(find_diffusion_models(model_args, filter(None, extra_models)))
+    for name, evidence in diffusion_models.items():
         logger.warning_rank0(
-            f"{name} is a diffusion model ({why}), but {stage} treats it as autoregressive: set {_OURS} to go on with "
-            "it as what it is."
+            f"{name} is a diffusion model ({evidence}), but {stage} treats it as autoregressive; set "
+            f"{_DIFFUSION_STAGES} to train it as a diffusion model."
         )
-    if found and training_args.do_predict and not training_args.do_train:
+    if diffusion_models and training_args.do_predict and not training_args.do_train:
         raise ValueError(
-            f"do_predict: {next(iter(found))} is a diffusion model, and {stage} would write with it token by token, "
-            "as it was not trained to; set stage: ddm-sft"
+            f"do_predict: {next(iter(diffusion_models))} is a diffusion model, but {stage} generates token by token; "
+            "set stage: ddm-sft"
         )
 
 
@@ -52,53 +52,53 @@ def check_serving(model_args: Any, stage: str | None) -> None:
         model_args: LLaMA-Factory's.
         stage: the diffusion stage that the user set, or None.
     Raises:
-        ValueError: naming the model and the command that generates with it.
+        ValueError: if there is one; the message names the model and the command that generates with it.
     """
-    found = next(find_diffusion_models(model_args), None)
-    if found is None and stage is None:
+    name_and_evidence = next(find_diffusion_models(model_args), None)
+    if name_and_evidence is None and stage is None:
         return
-    served = f"stage: {stage}"
+    refused = f"stage: {stage}"
     name = "PATH"
-    if found is not None:
-        name, why = found
-        served = f"{name}, a diffusion model ({why})"
-        logger.warning_rank0(f"{name} is a diffusion model, and this command writes token by token.")
+    if name_and_evidence is not None:
+        name, evidence = name_and_evidence
+        refused = f"{name}, a diffusion model ({evidence})"
+        logger.warning_rank0(f"{name} is a diffusion model, but this command generates token by token.")
     raise ValueError(
-        f"this command does not serve {served}; generate with do_predict: true and {_OURS}, or with llamafactory-ddm "
-        f"generate {name}; to export it, set export_dir"
+        f"this command does not serve {refused}; generate with do_predict: true and {_DIFFUSION_STAGES}, or with "
+        f"llamafactory-ddm generate {name}; to export it, set export_dir"
     )
 
 
-def find_diffusion_models(model_args: Any, beside: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
-    """Yield each diffusion model among adapters, model and `beside`, and the file that marks it as one."""
+def find_diffusion_models(model_args: Any, extra_models: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
+    """Yield each diffusion model among adapters, model and `extra_models`, and the evidence that it is one."""
     adapters = model_args.adapter_name_or_path or ()
-    # LLaMA-Factory replaces the name of a model on another hub by its folder.
+    # For a model on another hub, LLaMA-Factory uses the folder that it downloads.
     model = try_download_model_from_other_hub(model_args)
-    for name in dict.fromkeys((*adapters, model, *beside)):
-        why = _sign(str(name), model_args)
-        if why is not None:
-            yield str(name), why
+    for name in dict.fromkeys((*adapters, model, *extra_models)):
+        evidence = _find_evidence(str(name), model_args)
+        if evidence is not None:
+            yield str(name), evidence
 
 
-def _sign(name: str, model_args: Any) -> str | None:
+def _find_evidence(name: str, model_args: Any) -> str | None:
     """Return why a folder, or a model on the hub, counts as a diffusion model; None if it does not."""
-    if _file(name, FILE_NAME, model_args) is not None:
+    if _find_file(name, FILE_NAME, model_args) is not None:
         return f"it holds {FILE_NAME}"
-    config = _file(name, "config.json", model_args)
+    config = _find_file(name, "config.json", model_args)
     try:
         family = None if config is None else detect_family(raw_config(config.parent))
     except ValueError:  # LLaMA-Factory reports the fault
         return None
-    return None if family is None else f"{family.title} as it was published"
+    return None if family is None else f"the published {family.title}"
 
 
-def _file(name: str, file_name: str, model_args: Any) -> Path | None:
+def _find_file(name: str, file_name: str, model_args: Any) -> Path | None:
     """Return a file of a folder, or of a model on Hugging Face's hub; None if there is no such file."""
     if Path(name).is_dir() or not may_be_on_a_hub(name):
         path = Path(name) / file_name
         return path if path.is_file() else None
     try:
-        found = cached_file(
+        path_in_cache = cached_file(
             name,
             file_name,
             revision=model_args.model_revision,
@@ -108,21 +108,20 @@ def _file(name: str, file_name: str, model_args: Any) -> Path | None:
         )
     except (OSError, ValueError):  # LLaMA-Factory loads the model too, and reports the fault
         return None
-    return None if found is None else Path(found)
+    return None if path_in_cache is None else Path(path_in_cache)
 
 
 def _check_output_dir(training_args: Any, stage: str) -> None:
     resumed = training_args.resume_from_checkpoint
     if isinstance(resumed, str) and (Path(resumed) / FILE_NAME).is_file():
         raise ValueError(
-            f"resume_from_checkpoint: {resumed} is a checkpoint of a diffusion run, which {stage} cannot go on with; "
-            f"set {_OURS}, or start a run of its own from it with model_name_or_path and another output_dir"
+            f"resume_from_checkpoint: {resumed} is a checkpoint of a diffusion run, which {stage} cannot resume; set "
+            f"{_DIFFUSION_STAGES}, or start a new run with model_name_or_path: {resumed} and another output_dir"
         )
     folder = Path(training_args.output_dir)
-    held = [path.parent for path in (folder / FILE_NAME, *sorted(folder.glob(f"checkpoint-*/{FILE_NAME}")))]
-    held = [path for path in held if (path / FILE_NAME).is_file()]
-    if held:
-        raise ValueError(
-            f"output_dir: {held[0]} holds a diffusion model, whose {FILE_NAME} would mark the autoregressive weights "
-            f"of {stage} as a diffusion model; choose another output_dir, or remove that folder"
-        )
+    for config in (folder / FILE_NAME, *sorted(folder.glob(f"checkpoint-*/{FILE_NAME}"))):
+        if config.is_file():
+            raise ValueError(
+                f"output_dir: {config} would mark the autoregressive weights of {stage} as a diffusion model; set "
+                f"another output_dir, or remove {config.parent}"
+            )

@@ -22,7 +22,7 @@ from ..data.tokenized_folder import (
 )
 from ..data.truncated_answers import AnswerMarks
 from .plan import RunPlan
-from .run_facts import run_facts
+from .run_settings import collect_run_settings
 from .sft import preparation_args
 from .variable_length import drop_overlong
 
@@ -33,11 +33,11 @@ class RunData:
 
     Attributes:
         module: LLaMA-Factory's `train_dataset` and `eval_dataset`, as far as the run uses them.
-        facts: the result of `run_facts`.
+        run_settings: what `collect_run_settings` returns.
     """
 
     module: dict[str, Any]
-    facts: dict[str, Any]
+    run_settings: dict[str, Any]
 
 
 def load_datasets(
@@ -63,10 +63,11 @@ def load_datasets(
         prepared = has_prepared_rows(data_args)
         module = _load_rows(plan, model_args, data_args, training_args, finetuning_args, prepared=prepared)
         _check_loaded(plan, module, data_args, training_args, finetuning_args, prepared=prepared)
-    facts = run_facts(model_args, data_args, training_args, finetuning_args, module.get("train_dataset"))
+    train_rows = module.get("train_dataset")
+    run_settings = collect_run_settings(model_args, data_args, training_args, finetuning_args, train_rows)
     if drops_overlong and plan.lengths is not None and isinstance(plan.collator, VariableLengthCollator):
         module = drop_overlong(module, plan.collator, plan.lengths, data_args, training_args)
-    return RunData(module, facts)
+    return RunData(module, run_settings)
 
 
 def _load_rows(

@@ -1,4 +1,4 @@
-"""The objective of a run, noise and loss, from the YAML and the checkpoint's config."""
+"""Builds the objective of a run, noise and loss, from the YAML and the checkpoint's config."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def build_objective(
     # A model may have more embeddings than its tokenizer has tokens, and a tokenizer tokens without an embedding.
     n_ids = min(max(tokenizer.get_vocab().values()) + 1, int(text_config(model).vocab_size))
     return OBJECTIVES.get(config.noise_process).build(
-        common, uniform_ratio=config.uniform_ratio, n_ids=n_ids, eos_noise=eos_noise_of(lengths, finetuning_args)
+        common, uniform_ratio=config.uniform_ratio, n_ids=n_ids, eos_noise=_build_eos_noise(lengths, finetuning_args)
     )
 
 
-def eos_noise_of(plan: LengthPlan | None, finetuning_args: Any) -> EosNoise | None:
+def _build_eos_noise(plan: LengthPlan | None, finetuning_args: Any) -> EosNoise | None:
     """Return how noise depends on the position of EOS; None if it does not."""
     if plan is None or (finetuning_args.pad_mask_ratio is None and not finetuning_args.eos_window_ratio):
         return None

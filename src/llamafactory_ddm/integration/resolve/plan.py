@@ -1,4 +1,4 @@
-"""The plan of a run: YAML and checkpoint resolved into one frozen value before data are read or a model is loaded."""
+"""Resolves YAML and checkpoint into the plan of a run, before data are read or a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..logs import get_logger
 from .checks import check_cutoff
 from .noise_process import resolve_noise_process
 from .resume import check_resumed, resolve_resume
-from .sft import finetuned_config, resolve_digits, resolve_template, response_collator
-from .start_and_end import keep_end_token, take_stored_template, tell_other_template, with_start_and_end
-from .variable_length import LengthPlan, resolve_canvas, resolve_lengths
+from .sft import build_response_collator, resolve_split_digits, resolve_template, with_finetuning
+from .start_and_end import resolve_eos_token, resolve_template_name, warn_other_template, with_start_and_end
+from .variable_length import LengthPlan, resolve_canvas, resolve_length_plan
 from .vocabulary import RunTokenizer, Vocabulary, check_new_tokens, resolve_vocabulary
 
 logger = get_logger(__name__)
@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that YAML and checkpoint decide about a run.
+    """What YAML and checkpoint determine about a run.
 
     Attributes:
         stage: `ddm` or `ddm-sft`.
@@ -75,34 +75,34 @@ def resolve_run(
     resume = resolve_resume(training_args, finetuning_args)
     finetunes, trains = finetuning_args.stage == "sft", training_args.do_train
     if finetunes:
-        resolve_digits(loaded.module, finetuning_args)
+        resolve_split_digits(loaded.module, finetuning_args)
     tokenizer, stored = loaded.module["tokenizer"], loaded.config
     model_config = load_config(model_args)
     check_cutoff(model_config, data_args)
     if finetunes:
-        take_stored_template(stored, data_args)
+        resolve_template_name(stored, data_args)
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    loaded.additions.note(tokenizer, f"template: {data_args.template}")
+    loaded.additions.record(tokenizer, f"template: {data_args.template}")
     if not finetunes:
-        keep_end_token(stored, tokenizer, data_args, trains=trains)
-    lengths = resolve_lengths(stored, data_args, training_args, finetuning_args)
+        resolve_eos_token(stored, tokenizer, data_args, trains=trains)
+    lengths = resolve_length_plan(stored, data_args, training_args, finetuning_args)
     vocabulary = resolve_vocabulary(
         tokenizer, loaded.additions, loaded.mask, stored, lengths, finetuning_args.mask_token
     )
     check_new_tokens(vocabulary, model_config, model_args, training_args, finetuning_args)
     if finetunes:
-        mask_id, cuts = vocabulary.mask.id, lengths is None
+        mask_id, truncates = vocabulary.mask.id, lengths is None
         template = resolve_template(
-            template, tokenizer, stored, data_args, finetuning_args, mask_id=mask_id, cuts=cuts
+            template, tokenizer, stored, data_args, finetuning_args, mask_id=mask_id, truncates=truncates
         )
-        tell_other_template(stored, template, tokenizer, data_args)
+        warn_other_template(stored, template, tokenizer, data_args)
     config = resolve_config(stored, vocabulary.mask, model_args, training_args, finetuning_args)
     config = with_start_and_end(config, template, tokenizer, data_args, finetunes=finetunes, trains=trains)
     collator: VariableLengthCollator | None = None
     if lengths is not None:
         config, collator = resolve_canvas(config, lengths, tokenizer, answers=finetunes, trains=trains)
     if finetunes and (trains or training_args.do_eval):
-        config = finetuned_config(config, template, tokenizer, data_args, finetuning_args)
+        config = with_finetuning(config, template, tokenizer, data_args, finetuning_args)
     if resume is not None:
         check_resumed(config, resume)
     return RunPlan(
@@ -114,7 +114,7 @@ def resolve_run(
         vocabulary=vocabulary,
         model_config=model_config,
         lengths=lengths,
-        collator=collator or _collator(config, tokenizer, model_config, data_args, finetunes=finetunes),
+        collator=collator or _build_collator(config, tokenizer, model_config, data_args, finetunes=finetunes),
         resume=resume,
     )
 
@@ -126,10 +126,10 @@ def resolve_config(
     training_args: Any,
     finetuning_args: Any,
 ) -> DiffusionConfig:
-    """Return the checkpoint's diffusion config, or without one, a config made from the YAML.
+    """Return the checkpoint's diffusion config, or a config from the YAML if the checkpoint has none.
 
-    A run that trains takes a model without a config for an autoregressive one, and anneals its attention. A run that
-    evaluates or generates takes it for a finished diffusion model from elsewhere, and warns.
+    A model without a config counts as autoregressive in a run that trains, which anneals its attention. In a run that
+    only evaluates or generates it counts as a trained diffusion model from another project, with a warning.
     """
     name, trains = model_args.model_name_or_path, training_args.do_train
     if stored is not None:
@@ -141,14 +141,14 @@ def resolve_config(
     shift = finetuning_args.shift is not False
     if trains and finetuning_args.anneal_steps > 1:
         logger.info_rank0(
-            f"{name} holds no {FILE_NAME} and is taken for an autoregressive model: its attention is annealed over "
-            f"{finetuning_args.anneal_steps} steps. Set anneal_steps: 0 for a diffusion model from elsewhere."
+            f"{name} holds no {FILE_NAME} and is treated as an autoregressive model: its attention is annealed over "
+            f"{finetuning_args.anneal_steps} steps. For a diffusion model from another project set anneal_steps: 0."
         )
     elif not trains and (training_args.do_eval or training_args.do_predict):
         logger.warning_rank0(
-            f"{name} holds no {FILE_NAME}: nothing but the YAML says that it is a diffusion model, trained with "
-            f"{mask.token!r} as [MASK] and shift: {shift}. If it is an autoregressive model, its texts and metrics "
-            "here are meaningless."
+            f"{name} holds no {FILE_NAME} and is treated as a diffusion model that was trained with mask_token: "
+            f"{mask.token!r} and shift: {shift}, as the YAML says. If it is an autoregressive model, its texts and "
+            "metrics are meaningless."
         )
     process, ratio = resolve_noise_process(None, finetuning_args)
     return DiffusionConfig(
@@ -162,12 +162,13 @@ def resolve_config(
     )
 
 
-def _collator(config: DiffusionConfig, tokenizer: Any, model_config: Any, data_args: Any, *, finetunes: bool) -> Any:
+def _build_collator(
+    config: DiffusionConfig, tokenizer: Any, model_config: Any, data_args: Any, *, finetunes: bool
+) -> Any:
     if finetunes:
-        return response_collator(config, tokenizer, data_args)
+        return build_response_collator(config, tokenizer, data_args)
     collator = DataCollatorWithPadding(tokenizer)
     if data_args.packing or not config.shift:
         return collator
-    start = config.start_token_id
-    start = start_token_id(tokenizer) if start is None else start
-    return StartTokenCollator(collator, start, max_positions(model_config))
+    start_id = start_token_id(tokenizer) if config.start_token_id is None else config.start_token_id
+    return StartTokenCollator(collator, start_id, max_positions(model_config))

@@ -1,4 +1,4 @@
-"""`stage: ddm-sft` in a run: split digits, the template with its sep_token, and training on padding."""
+"""Resolves the keys of `stage: ddm-sft`: split_digits, the template with its sep_token, and train_on_padding."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..data.templates import DIFFULLAMA, N_SPECIAL, DiffuLlamaTemplate, without_
 from .start_and_end import with_padding, with_template
 
 
-def resolve_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> None:
+def resolve_split_digits(tokenizer_module: dict[str, Any], finetuning_args: Any) -> None:
     """Make the tokenizer split digits if split_digits is true.
 
     Raises:
         ValueError: if split_digits is false and the tokenizer splits digits, or the tokenizer is a slow one.
     """
-    asked = finetuning_args.split_digits
-    if asked is None or asked == splits_digits(tokenizer_module["tokenizer"]):
+    split = finetuning_args.split_digits
+    if split is None or split == splits_digits(tokenizer_module["tokenizer"]):
         return
-    if not asked:
+    if not split:
         raise ValueError(
-            "split_digits: false, but the tokenizer of this model makes every digit a token of its own, and the model "
-            "was trained so; remove the key"
+            "split_digits: false contradicts the tokenizer of this model, which makes every digit a token; remove "
+            "split_digits"
         )
     tokenizer_module["tokenizer"] = split_digits(tokenizer_module["tokenizer"])
 
@@ -37,58 +37,56 @@ def resolve_template(
     finetuning_args: Any,
     *,
     mask_id: int,
-    cuts: bool,
+    truncates: bool,
 ) -> Any:
-    """Return the template with sep_token and, with `cuts`, cutoff_len set.
+    """Return the template with sep_token and, with `truncates`, cutoff_len set.
 
     Raises:
-        ValueError: if sep_token is missing, not one token, the mask token, contradicts the checkpoint, or belongs to
-            another template.
+        ValueError: if sep_token is missing, not one token, the mask token, contradicts the checkpoint, or is set for
+            another template; or if cutoff_len leaves no room for a response.
     """
-    asked = finetuning_args.sep_token
+    requested = finetuning_args.sep_token
     if not isinstance(template, DiffuLlamaTemplate):
-        if asked is not None:
+        if requested is not None:
             raise ValueError(
-                f"sep_token: {asked!r} belongs to template: {DIFFULLAMA}, but template is {data_args.template}; "
+                f"sep_token: {requested!r} is a key of template: {DIFFULLAMA}, but template is {data_args.template}; "
                 "remove one of them"
             )
         return template
     stored = None if config is None else config.sep_token
-    named = stored if asked is None else asked
-    if named is None:
+    sep_token = stored if requested is None else requested
+    if sep_token is None:
         raise ValueError(
-            f"template: {DIFFULLAMA} needs sep_token, the token between prompt and response, and the checkpoint names "
+            f"template: {DIFFULLAMA} needs sep_token, the token between prompt and response, and the checkpoint has "
             "none; set it to a token of the vocabulary, such as '======' for GPT-2"
         )
-    sep, index = resolve_token(tokenizer, "sep_token", named)
-    if index == mask_id:
+    sep, sep_id = resolve_token(tokenizer, "sep_token", sep_token)
+    if sep_id == mask_id:
+        raise ValueError(f"sep_token: {sep!r} is the mask token, which marks positions to generate; set another token")
+    if config is not None and stored is not None and (sep, sep_id) != (stored, config.sep_token_id):
         raise ValueError(
-            f"sep_token: {sep!r} is the mask token, which marks positions to generate; name another token"
-        )
-    if config is not None and stored is not None and (sep, index) != (stored, config.sep_token_id):
-        raise ValueError(
-            f"sep_token: {sep!r} (id {index}) contradicts the checkpoint, which was trained with {stored!r} (id "
+            f"sep_token: {sep!r} (id {sep_id}) contradicts the checkpoint, which was trained with {stored!r} (id "
             f"{config.sep_token_id}); remove the key from the YAML"
         )
-    # For packing, LLaMA-Factory has subtracted a token from cutoff_len, and may cut a full row by one more.
+    # For packing, LLaMA-Factory has subtracted a token from cutoff_len, and may truncate a full row by one more.
     packed = bool(data_args.packing)
-    longest = data_args.cutoff_len - packed
-    if cuts and longest <= N_SPECIAL:
+    max_length = data_args.cutoff_len - packed
+    if truncates and max_length <= N_SPECIAL:
         raise ValueError(
-            f"cutoff_len: {data_args.cutoff_len + packed} leaves no room for a response with the {N_SPECIAL} special "
+            f"cutoff_len: {data_args.cutoff_len + packed} leaves no room for a response and the {N_SPECIAL} special "
             f"tokens of template: {DIFFULLAMA}; set it to at least {N_SPECIAL + 1 + 2 * packed}"
         )
-    return replace(template, sep_token=sep, cutoff_len=longest if cuts else None)
+    return replace(template, sep_token=sep, cutoff_len=max_length if truncates else None)
 
 
 def preparation_args(template: Any, data_args: Any) -> Any:
-    """Return the data arguments for preparation, without cutoff_len if the template cuts examples itself."""
+    """Return the data arguments for preparation, without cutoff_len if the template truncates examples itself."""
     if not isinstance(template, DiffuLlamaTemplate) or data_args.packing:
         return data_args
     return without_cutoff(data_args)
 
 
-def finetuned_config(
+def with_finetuning(
     config: DiffusionConfig, template: Any, tokenizer: Any, data_args: Any, finetuning_args: Any
 ) -> DiffusionConfig:
     """Return the diffusion config of this run's checkpoints, with train_on_padding, template and sep_token.
@@ -96,18 +94,17 @@ def finetuned_config(
     Raises:
         ValueError: if train_on_padding contradicts the checkpoint, or packing.
     """
-    asked = finetuning_args.train_on_padding
-    config.check_against(train_on_padding=asked if config.train_on_padding is not None else None)
-    resolved = asked if asked is not None else config.train_on_padding
-    if resolved and data_args.packing:
-        owner = "train_on_padding: true" if asked else "the checkpoint, which was trained with train_on_padding: true,"
+    requested = finetuning_args.train_on_padding
+    config.check_against(train_on_padding=requested if config.train_on_padding is not None else None)
+    train_on_padding = requested if requested is not None else config.train_on_padding
+    if train_on_padding and data_args.packing:
         raise ValueError(
-            f"{owner} contradicts packing: true, whose rows have no padding to learn; set packing: false (and "
-            "neat_packing: false)"
+            f"train_on_padding: true{'' if requested else ' of the checkpoint'} contradicts packing: true, whose rows "
+            "have no padding; set packing: false (and neat_packing: false)"
         )
-    if resolved is None:
-        resolved = not data_args.packing
-    config = with_template(replace(config, train_on_padding=resolved), template, tokenizer, data_args)
+    if train_on_padding is None:
+        train_on_padding = not data_args.packing
+    config = with_template(replace(config, train_on_padding=train_on_padding), template, tokenizer, data_args)
     config = with_padding(config, tokenizer)
     sep = template.sep_token if isinstance(template, DiffuLlamaTemplate) else None
     if sep is None:
@@ -115,8 +112,8 @@ def finetuned_config(
     return replace(config, sep_token=sep, sep_token_id=int(tokenizer.convert_tokens_to_ids(sep)))
 
 
-def response_collator(config: DiffusionConfig, tokenizer: Any, data_args: Any) -> ResponseCollator:
-    """Return the collator of a run with this diffusion config."""
+def build_response_collator(config: DiffusionConfig, tokenizer: Any, data_args: Any) -> ResponseCollator:
+    """Return the collator of prompts with responses."""
     return ResponseCollator(
         pad_id=tokenizer.pad_token_id,
         shift=config.shift,

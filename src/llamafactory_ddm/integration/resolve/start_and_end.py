@@ -1,4 +1,4 @@
-"""Start tokens, end tokens and the prompt template: resolved in training, and stored with the checkpoint."""
+"""Resolves start tokens, end tokens and the prompt template, which are stored with the checkpoint."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..logs import get_logger
 logger = get_logger(__name__)
 
 
-def take_stored_template(config: DiffusionConfig | None, data_args: Any) -> None:
-    """Set `template` to the one that the checkpoint was finetuned with, if the YAML names none."""
+def resolve_template_name(config: DiffusionConfig | None, data_args: Any) -> None:
+    """Set `template` to the checkpoint's if the YAML names none."""
     stored = None if config is None else config.template
     if data_args.template is None and stored is not None and stored.name in TEMPLATES:
-        logger.info_rank0(f"template: is not set; using {stored.name}, which the checkpoint was finetuned with.")
+        logger.info_rank0(f"template: not set; using {stored.name}, which the checkpoint was finetuned with.")
         data_args.template = stored.name
 
 
-def keep_end_token(config: DiffusionConfig | None, tokenizer: Any, data_args: Any, *, trains: bool) -> None:
-    """Set EOS to the token that the checkpoint was trained to end documents with, even if the template has another.
+def resolve_eos_token(config: DiffusionConfig | None, tokenizer: Any, data_args: Any, *, trains: bool) -> None:
+    """Set the tokenizer's EOS to the checkpoint's, even if the template has another one.
 
     A run that trains keeps the template's EOS, and logs that the model learns it.
     """
@@ -33,34 +33,30 @@ def keep_end_token(config: DiffusionConfig | None, tokenizer: Any, data_args: An
     if not stored or tokenizer.eos_token in stored:
         return
     message = (
-        f"template: {data_args.template} ends texts with {tokenizer.eos_token}, but the checkpoint was trained to end "
-        f"them with {stored[0]}; "
+        f"template: {data_args.template} ends texts with {tokenizer.eos_token}, but the checkpoint was trained with "
+        f"{stored[0]}; "
     )
     if trains:
-        logger.warning_rank0(f"{message}it learns the template's from now on.")
+        logger.warning_rank0(f"{message}this run teaches {tokenizer.eos_token}.")
         return
-    logger.warning_rank0(f"{message}this run uses the checkpoint's. Remove template.")
+    logger.warning_rank0(f"{message}this run uses {stored[0]}. Remove template to silence this warning.")
     tokenizer.eos_token = stored[0]
 
 
-def tell_other_template(config: DiffusionConfig | None, template: Any, tokenizer: Any, data_args: Any) -> None:
-    """Warn in one line if prompts are formatted differently from those that the checkpoint was finetuned on."""
+def warn_other_template(config: DiffusionConfig | None, template: Any, tokenizer: Any, data_args: Any) -> None:
+    """Warn if prompts are formatted differently from those that the checkpoint was finetuned on."""
     stored = None if config is None else config.template
     if stored is None:
         return
-    here = record_template(template, tokenizer, data_args.template)
-    if here.parts == stored.parts:
+    if record_template(template, tokenizer, data_args.template).parts == stored.parts:
         return
+    difference, keys = f"template: {'none' if stored.name is None else stored.name}", "template"
     if stored.name == data_args.template:
-        said, keys = (
-            "another system prompt, thinking setting or separator",
-            "default_system, enable_thinking or sep_token",
-        )
-    else:
-        said, keys = f"template: {'none' if stored.name is None else stored.name}", "template"
+        difference = "another system prompt, thinking setting or separator"
+        keys = "default_system, enable_thinking or sep_token"
     logger.warning_rank0(
         f"template: {data_args.template} formats prompts differently from the checkpoint's finetuning, which used "
-        f"{said}; remove {keys} from the YAML to use the checkpoint's."
+        f"{difference}; remove {keys} from the YAML to use the checkpoint's."
     )
 
 
@@ -69,8 +65,8 @@ def with_start_and_end(
 ) -> DiffusionConfig:
     """Return the config with the start and end tokens of this run.
 
-    A run that trains adds the end tokens that it teaches to the checkpoint's. A run that does not train uses the
-    checkpoint's, and with a template also the template's, which end a turn.
+    A run that trains puts the end tokens that it teaches before the checkpoint's. A run that does not train keeps the
+    checkpoint's, and with `finetunes` adds its template's.
 
     Raises:
         ValueError: if a start token is needed and the tokenizer has none.
@@ -79,10 +75,12 @@ def with_start_and_end(
     if config.shift and start_id is None:
         start_id = start_token_id(tokenizer)
         start = str(tokenizer.convert_ids_to_tokens(start_id))
-    names = list(end_tokens(template, tokenizer)) if finetunes else _document_ends(tokenizer, data_args)
-    known = config.end_tokens
-    if known is not None:
-        names = [*names, *known] if trains else [*known, *names] if finetunes else list(known)
+    names = list(end_tokens(template, tokenizer)) if finetunes else _document_end_tokens(tokenizer, data_args)
+    stored = config.end_tokens
+    if stored is not None and trains:
+        names = [*names, *stored]
+    elif stored is not None:
+        names = [*stored, *names] if finetunes else list(stored)
     vocabulary = tokenizer.get_vocab()
     names = [name for name in dict.fromkeys(names) if name in vocabulary and name != config.mask_token]
     return replace(
@@ -95,13 +93,13 @@ def with_start_and_end(
 
 
 def with_padding(config: DiffusionConfig, tokenizer: Any) -> DiffusionConfig:
-    """Return the config with padding among the end tokens, as the model learns to generate it after a text."""
-    pad, index, ends = tokenizer.pad_token, tokenizer.pad_token_id, config.end_tokens or ()
-    if config.variable_length is not None or not config.train_on_padding or pad in (*ends, config.mask_token, None):
+    """Return the config with padding among the end tokens, if the model learns to generate it after a text."""
+    pad, pad_id, names = tokenizer.pad_token, tokenizer.pad_token_id, config.end_tokens or ()
+    if config.variable_length is not None or not config.train_on_padding or pad in (*names, config.mask_token, None):
         return config
     if words_among(tokenizer, [pad]):
-        return config  # an ordinary word of the vocabulary, which texts contain
-    return replace(config, end_tokens=(*ends, str(pad)), end_token_ids=(*(config.end_token_ids or ()), int(index)))
+        return config  # an ordinary word, which texts may contain
+    return replace(config, end_tokens=(*names, str(pad)), end_token_ids=(*(config.end_token_ids or ()), int(pad_id)))
 
 
 def with_template(config: DiffusionConfig, template: Any, tokenizer: Any, data_args: Any) -> DiffusionConfig:
@@ -109,7 +107,7 @@ def with_template(config: DiffusionConfig, template: Any, tokenizer: Any, data_a
     return replace(config, template=record_template(template, tokenizer, data_args.template))
 
 
-def _document_ends(tokenizer: Any, data_args: Any) -> list[str]:
+def _document_end_tokens(tokenizer: Any, data_args: Any) -> list[str]:
     """Return the tokens that LLaMA-Factory appends to a document."""
-    own = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
-    return [*own, "<|end_of_text|>"] if data_args.template == "llama3" else own
+    eos = [] if tokenizer.eos_token is None else [str(tokenizer.eos_token)]
+    return [*eos, "<|end_of_text|>"] if data_args.template == "llama3" else eos

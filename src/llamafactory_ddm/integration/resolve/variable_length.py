@@ -1,4 +1,4 @@
-"""Variable length in a run: its format, its collator, and rows that are dropped."""
+"""Resolves the variable-length format and its collator, and drops rows that have no room for EOS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..hparams.length import NEEDS
 from ..logs import get_logger
 
 logger = get_logger(__name__)
-_COLORS = 7
+_N_COLORS = 7
 
 
 @dataclass(frozen=True)
@@ -37,88 +37,94 @@ class LengthPlan:
     drop_overlong: bool
 
 
-def resolve_lengths(
+def resolve_length_plan(
     config: DiffusionConfig | None, data_args: Any, training_args: Any, finetuning_args: Any
 ) -> LengthPlan | None:
-    """Return the variable-length format of the YAML or the checkpoint; None if there is none.
+    """Return the variable-length format of the YAML or the checkpoint; None if there is none. Turn packing off.
 
     Raises:
         ValueError: if the YAML contradicts the checkpoint or itself, naming both keys.
     """
     stored = None if config is None else config.variable_length
-    asked = finetuning_args.variable_length
-    if stored is not None and asked is not None and asked != stored.format:
+    requested = finetuning_args.variable_length
+    if stored is not None and requested is not None and requested != stored.format:
         raise ValueError(
-            f"variable_length: {asked} contradicts the checkpoint, which was trained with variable_length: "
+            f"variable_length: {requested} contradicts the checkpoint, which was trained with variable_length: "
             f"{stored.format}; remove the key from the YAML, or start from another checkpoint"
         )
-    name = asked or (stored.format if stored is not None else "none")
-    given = finetuning_args.parsed.user_keys
-    for key, needed in NEEDS.items():
-        if key not in given:
-            continue
-        if name == "none" or (needed.endswith("rainbow") and name != "rainbow"):
-            raise ValueError(f"{key}: has no effect without {needed}; set it, or remove {key}")
-        has_block = stored is not None and stored.block is not None
-        if needed == "pad_block_length" and finetuning_args.pad_block_length is None and not has_block:
-            raise ValueError(f"{key}: has no effect without pad_block_length; set it, or remove {key}")
-        if needed == "pad_mask_ratio" and finetuning_args.pad_mask_ratio is None:
-            raise ValueError(f"{key}: has no effect without pad_mask_ratio; set it, or remove {key}")
-        if needed == "eos_window_ratio" and not finetuning_args.eos_window_ratio:
-            raise ValueError(f"{key}: has no effect without eos_window_ratio; set it above 0, or remove {key}")
+    name = requested or (stored.format if stored is not None else "none")
+    _check_effects(name, stored, finetuning_args)
     if name == "none":
         return None
-    if (
-        training_args.do_train
-        and "pad_block_length" in given
-        and finetuning_args.pad_block_length > data_args.cutoff_len
-    ):
-        raise ValueError(
-            f"pad_block_length: {finetuning_args.pad_block_length} is more than cutoff_len: {data_args.cutoff_len}, "
-            "so no canvas could end at a multiple of it; lower it, raise cutoff_len, or remove it"
-        )
-    if finetuning_args.random_truncate_ratio:
-        raise ValueError(
-            f"random_truncate_ratio: {finetuning_args.random_truncate_ratio} cuts off EOS, which "
-            f"variable_length: {name} teaches; remove one of them"
-        )
-    if finetuning_args.eval_eos and not training_args.do_eval:
-        raise ValueError("eval_eos: has no effect without do_eval; set do_eval: true and eval_dataset, or remove it")
-    if data_args.packing and {"packing", "neat_packing"} & given:
-        raise ValueError(
-            f"variable_length: {name} needs one text in a row, but packing: true puts several into it; set "
-            "packing: false"
-        )
-    data_args.packing = False  # upstream's default for stage: pt is true
-    if asked is not None and config is not None and config.train_on_padding is False:
-        raise ValueError(
-            f"variable_length: {name} trains on padding, but the checkpoint was trained with train_on_padding: false; "
-            "start from another checkpoint, or remove variable_length"
-        )
-    if finetuning_args.train_on_padding is False:
-        raise ValueError(
-            f"variable_length: {name} trains on padding, but train_on_padding: false does not; remove one of them"
-        )
-    colors = finetuning_args.rainbow_colors
-    if stored is not None and colors is not None and colors != len(stored.pad_tokens):
-        raise ValueError(
-            f"rainbow_colors: {colors} contradicts the checkpoint, which was trained with "
-            f"{len(stored.pad_tokens)} padding tokens; remove the key from the YAML"
-        )
-    known = len(stored.pad_tokens) if stored is not None else _COLORS
+    _check_conflicts(name, config, data_args, training_args, finetuning_args)
+    data_args.packing = False  # LLaMA-Factory's default for stage: pt is true
+    n_stored = len(stored.pad_tokens) if stored is not None else _N_COLORS
     return LengthPlan(
         name,
-        colors or known,
+        finetuning_args.rainbow_colors or n_stored,
         data_args.cutoff_len,
         finetuning_args.pad_block_length or (None if stored is None else stored.block),
-        _extra_blocks(stored, finetuning_args),
+        _resolve_extra_blocks(stored, finetuning_args),
         finetuning_args.drop_overlong,
     )
 
 
-def _extra_blocks(stored: VariableLength | None, finetuning_args: Any) -> int | None:
-    given = {"pad_block_length", "pad_extra_blocks"} & finetuning_args.parsed.user_keys
-    if stored is None or given:
+def _check_effects(name: str, stored: VariableLength | None, finetuning_args: Any) -> None:
+    """Refuse keys that have no effect without another key."""
+    has_block = finetuning_args.pad_block_length is not None or (stored is not None and stored.block is not None)
+    for key, needed in NEEDS.items():
+        if key in finetuning_args.parsed.user_keys and (
+            name == "none"
+            or (needed.endswith("rainbow") and name != "rainbow")
+            or (needed == "pad_block_length" and not has_block)
+            or (needed == "pad_mask_ratio" and finetuning_args.pad_mask_ratio is None)
+            or (needed == "eos_window_ratio" and not finetuning_args.eos_window_ratio)
+        ):
+            raise ValueError(f"{key}: has no effect without {needed}; set {needed}, or remove {key}")
+
+
+def _check_conflicts(
+    name: str, config: DiffusionConfig | None, data_args: Any, training_args: Any, finetuning_args: Any
+) -> None:
+    """Refuse keys that contradict `variable_length: name`, each other, or the checkpoint."""
+    user_keys = finetuning_args.parsed.user_keys
+    block, cutoff_len = finetuning_args.pad_block_length, data_args.cutoff_len
+    if training_args.do_train and "pad_block_length" in user_keys and block > cutoff_len:
+        raise ValueError(
+            f"pad_block_length: {block} exceeds cutoff_len: {cutoff_len}, so no row could end at a multiple of it; "
+            "lower pad_block_length, raise cutoff_len, or remove pad_block_length"
+        )
+    if finetuning_args.random_truncate_ratio:
+        raise ValueError(
+            f"random_truncate_ratio: {finetuning_args.random_truncate_ratio} cuts off EOS, which variable_length: "
+            f"{name} trains; remove one of them"
+        )
+    if finetuning_args.eval_eos and not training_args.do_eval:
+        raise ValueError("eval_eos: has no effect without do_eval; set do_eval: true and eval_dataset, or remove it")
+    if data_args.packing and {"packing", "neat_packing"} & user_keys:
+        raise ValueError(
+            f"variable_length: {name} needs one text per row, but packing: true puts several into one; set packing: "
+            "false"
+        )
+    if finetuning_args.variable_length is not None and config is not None and config.train_on_padding is False:
+        raise ValueError(
+            f"variable_length: {name} trains on padding, but the checkpoint was trained with train_on_padding: false; "
+            "remove variable_length, or start from another checkpoint"
+        )
+    if finetuning_args.train_on_padding is False:
+        raise ValueError(
+            f"variable_length: {name} trains on padding, which train_on_padding: false excludes; remove one of them"
+        )
+    stored, colors = None if config is None else config.variable_length, finetuning_args.rainbow_colors
+    if stored is not None and colors is not None and colors != len(stored.pad_tokens):
+        raise ValueError(
+            f"rainbow_colors: {colors} contradicts the checkpoint, which was trained with {len(stored.pad_tokens)} "
+            "padding tokens; remove the key from the YAML"
+        )
+
+
+def _resolve_extra_blocks(stored: VariableLength | None, finetuning_args: Any) -> int | None:
+    if stored is None or {"pad_block_length", "pad_extra_blocks"} & finetuning_args.parsed.user_keys:
         extra: int | None = finetuning_args.pad_extra_blocks
         return extra
     return stored.extra
@@ -127,33 +133,35 @@ def _extra_blocks(stored: VariableLength | None, finetuning_args: Any) -> int | 
 def resolve_canvas(
     config: DiffusionConfig, plan: LengthPlan, tokenizer: Any, *, answers: bool, trains: bool
 ) -> tuple[DiffusionConfig, VariableLengthCollator]:
-    """Return the config of this run's checkpoints, and its collator; the tokenizer must have the padding tokens.
+    """Return the diffusion config with the variable-length format, and the collator.
 
-    A run that does not train keeps the checkpoint's format.
+    The tokenizer must have the padding tokens. A run that does not train keeps the checkpoint's format.
     """
     names = pad_names(tokenizer, plan.format, plan.colors, config.variable_length)
     ids = tuple(int(tokenizer.convert_tokens_to_ids(name)) for name in names)
-    ends = VariableLength(plan.format, names, ids, canvas=plan.canvas, block=plan.block, extra=plan.extra)
-    start = config.start_token_id
+    variable_length = VariableLength(plan.format, names, ids, canvas=plan.canvas, block=plan.block, extra=plan.extra)
+    start_id = None
+    if config.shift and not answers:
+        start_id = start_token_id(tokenizer) if config.start_token_id is None else config.start_token_id
     collator = VariableLengthCollator(
         eos_id=int(tokenizer.eos_token_id),
         end_ids=tuple(config.end_token_ids or ()),
         pad_ids=ids,
         canvas=plan.canvas,
-        start_id=(start_token_id(tokenizer) if start is None else start) if config.shift and not answers else None,
+        start_id=start_id,
         block=plan.block,
         extra=plan.extra,
     )
     if not trains and config.variable_length is not None:
         if plan.canvas != config.variable_length.canvas:
             logger.info_rank0(
-                f"The model was trained on canvases of up to {config.variable_length.canvas} tokens, and is used here "
-                f"with cutoff_len: {plan.canvas}."
+                f"cutoff_len: {plan.canvas}: the model was trained on canvases of up to "
+                f"{config.variable_length.canvas} tokens."
             )
         return config, collator
-    # Training on documents does not decide train_on_padding of a later finetuning.
-    padding = True if answers else config.train_on_padding
-    return replace(config, variable_length=ends, train_on_padding=padding), collator
+    # Training on documents leaves train_on_padding open for a later finetuning.
+    train_on_padding = True if answers else config.train_on_padding
+    return replace(config, variable_length=variable_length, train_on_padding=train_on_padding), collator
 
 
 def drop_overlong(
@@ -166,10 +174,10 @@ def drop_overlong(
     """Drop rows that have no room for EOS, and log how many.
 
     Raises:
-        ValueError: if no row is left, or with drop_overlong: false if a row has no room.
+        ValueError: if no row is left, or a row has no room with drop_overlong: false.
     """
 
-    def kept(dataset: Any) -> Any:
+    def filter_rows(dataset: Any) -> Any:
         if not hasattr(dataset, "__len__"):
             return dataset.filter(collator.fits)
         with training_args.main_process_first(desc="drop long rows", local=not data_args.data_shared_file_system):
@@ -180,27 +188,22 @@ def drop_overlong(
                 desc="Dropping rows without room for EOS",
             )
 
-    return {key: _each(key, value, kept, plan) for key, value in dataset_module.items()}
+    return {name: _drop_from(dataset, name, filter_rows, plan) for name, dataset in dataset_module.items()}
 
 
-def _each(name: str, dataset: Any, fitting: Callable[[Any], Any], plan: LengthPlan) -> Any:
+def _drop_from(dataset: Any, name: str, filter_rows: Callable[[Any], Any], plan: LengthPlan) -> Any:
     if isinstance(dataset, dict):
-        return {key: _each(f"{name} {key}", value, fitting, plan) for key, value in dataset.items()}
+        return {key: _drop_from(part, f"{name} {key}", filter_rows, plan) for key, part in dataset.items()}
     if not hasattr(dataset, "filter"):
         return dataset
     if not hasattr(dataset, "__len__"):  # streamed; the collator refuses rows that do not fit
-        return fitting(dataset) if plan.drop_overlong else dataset
-    kept = fitting(dataset)
-    message = (
-        f"{name}: {len(dataset) - len(kept)} of {len(dataset)} rows have no room for EOS within cutoff_len: "
-        f"{plan.canvas}"
-    )
-    if len(kept) < len(dataset) and not plan.drop_overlong:
-        raise ValueError(f"{message}; raise cutoff_len, or set drop_overlong: true")
-    if not len(kept):
-        raise ValueError(f"{message}, and no other row is left; raise cutoff_len")
-    if len(kept) < len(dataset):
-        logger.info_rank0(f"{message} and are dropped; {len(kept)} are kept.")
-    else:
-        logger.info_rank0(f"{name}: all {len(dataset)} rows have room for EOS.")
-    return kept
+        return filter_rows(dataset) if plan.drop_overlong else dataset
+    fitting = filter_rows(dataset)
+    n_rows, n_dropped = len(dataset), len(dataset) - len(fitting)
+    no_room = f"{name}: {n_dropped} of {n_rows} rows have no room for EOS within cutoff_len: {plan.canvas}"
+    if n_dropped and not plan.drop_overlong:
+        raise ValueError(f"{no_room}; raise cutoff_len, or set drop_overlong: true")
+    if n_dropped == n_rows:
+        raise ValueError(f"{no_room}; raise cutoff_len")
+    logger.info_rank0(f"{no_room} and are dropped." if n_dropped else f"{name}: all {n_rows} rows have room for EOS.")
+    return fitting

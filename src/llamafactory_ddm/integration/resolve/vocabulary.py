@@ -1,12 +1,13 @@
-"""The tokens that a run adds to its tokenizer, and checks that the model will learn them.
+"""Resolves the tokens of a run, adds the missing ones to its tokenizer, and checks that the model will learn them.
 
 Ids are assigned in this order: the checkpoint's mask and padding tokens (which have ids already), LLaMA-Factory's
 add_tokens and add_special_tokens, the template's tokens, the mask token, the padding tokens. All are added before data
-are tokenised, for autoregressive base models and diffusion checkpoints alike.
+are tokenised.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from ...modeling.special_tokens import (
 )
 from .variable_length import LengthPlan
 
-_ADDS = "add_tokens or add_special_tokens"
+_ADD_KEYS = "add_tokens or add_special_tokens"
 
 
 @dataclass
@@ -31,28 +32,28 @@ class Additions:
     """The tokens that have been added to a tokenizer so far.
 
     Attributes:
-        known: ids below this number existed before.
-        fresh: id of each added token.
-        reasons: the YAML key that added it.
+        n_before: number of ids before any token was added.
+        ids: id of each added token.
+        keys: the YAML key that added it.
     """
 
-    known: int
-    fresh: dict[str, int] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
+    n_before: int
+    ids: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    _recorded: set[str] = field(default_factory=set)
 
     @classmethod
-    def to(cls, tokenizer: Any) -> Additions:
-        """Return the additions to a tokenizer in its present state, none yet."""
+    def start(cls, tokenizer: Any) -> Additions:
+        """Return an empty record of the tokens that will be added to a tokenizer."""
         vocabulary = tokenizer.get_vocab()
-        return cls(max(vocabulary.values(), default=-1) + 1, _seen=set(vocabulary))
+        return cls(max(vocabulary.values(), default=-1) + 1, _recorded=set(vocabulary))
 
-    def note(self, tokenizer: Any, key: str = _ADDS) -> None:
+    def record(self, tokenizer: Any, key: str = _ADD_KEYS) -> None:
         """Record the tokens that are new since the last call as added by `key`."""
         vocabulary = tokenizer.get_vocab()
-        for token in sorted(vocabulary.keys() - self._seen, key=vocabulary.__getitem__):
-            self.fresh[token], self.reasons[token] = int(vocabulary[token]), key
-        self._seen = set(vocabulary)
+        for token in sorted(vocabulary.keys() - self._recorded, key=vocabulary.__getitem__):
+            self.ids[token], self.keys[token] = int(vocabulary[token]), key
+        self._recorded = set(vocabulary)
 
 
 @dataclass(frozen=True)
@@ -63,30 +64,30 @@ class Vocabulary:
         mask: the mask token.
         pads: spellings of the padding tokens of the variable-length format.
         additions: the tokens that the run has added.
-        needed: id of each other token that the model needs an embedding of.
+        role_ids: id of each token with a role: mask, padding, EOS and BOS. Each needs an embedding.
     """
 
     mask: ResolvedMaskToken
     pads: tuple[str, ...]
     additions: Additions
-    needed: dict[str, int]
+    role_ids: dict[str, int]
 
-    def lacking(self, rows: int) -> dict[str, int]:
-        """Return token and id of the tokens that a model with `rows` embeddings was not trained on or lacks."""
-        without = {token: index for token, index in self.needed.items() if index >= rows}
-        return {**self.additions.fresh, **without}
+    def untrained(self, n_embeddings: int) -> dict[str, int]:
+        """Return token and id of the tokens that a model with `n_embeddings` embeddings was not trained on."""
+        beyond = {token: index for token, index in self.role_ids.items() if index >= n_embeddings}
+        return {**self.additions.ids, **beyond}
 
-    def said(self, lacking: dict[str, int]) -> str:
-        """Return the tokens grouped by the keys that added them, for messages."""
-        groups: dict[str, list[str]] = {}
-        for token in lacking:
-            groups.setdefault(self.additions.reasons.get(token, "the tokenizer"), []).append(token)
-        return " and ".join(f"{key} ({', '.join(map(repr, tokens))})" for key, tokens in groups.items())
+    def describe(self, tokens: Iterable[str]) -> str:
+        """Return tokens grouped by the keys that added them, for messages."""
+        by_key: dict[str, list[str]] = {}
+        for token in tokens:
+            by_key.setdefault(self.additions.keys.get(token, "the tokenizer"), []).append(token)
+        return " and ".join(f"{key} ({', '.join(map(repr, group))})" for key, group in by_key.items())
 
-    def others(self, lacking: dict[str, int]) -> str:
-        """Return a hint at tokens to use instead of new ones, for messages."""
-        without_pads = "; variable_length: eos_eos needs no pad token" if {*self.pads} & lacking.keys() else ""
-        return f"name tokens that exist{without_pads}"
+    def alternative(self, tokens: Iterable[str]) -> str:
+        """Return the alternative to adding new tokens, for messages."""
+        is_pad = not {*self.pads}.isdisjoint(tokens)
+        return "use existing tokens" + ("; variable_length: eos_eos needs no padding token" if is_pad else "")
 
 
 @dataclass
@@ -106,23 +107,23 @@ class RunTokenizer:
     mask: ResolvedMaskToken | None
 
 
-def restore_stored(tokenizer: Any, config: DiffusionConfig, mask: ResolvedMaskToken) -> None:
-    """Add the tokens that the checkpoint was trained with to the tokenizer, before other tokens take their ids.
+def restore_stored_tokens(tokenizer: Any, config: DiffusionConfig, mask: ResolvedMaskToken) -> None:
+    """Add the checkpoint's mask and padding tokens to the tokenizer, before other tokens take their ids.
 
     Raises:
         ValueError: if the tokenizer gives one of them another id.
     """
     add_mask_token(tokenizer, mask)
-    ends = config.variable_length
-    if ends is None:
+    stored = config.variable_length
+    if stored is None:
         return
-    add_pad_tokens(tokenizer, ends.pad_tokens)
-    for token, index in zip(ends.pad_tokens, ends.pad_token_ids, strict=True):
-        found = tokenizer.convert_tokens_to_ids(token)
-        if found != index:
+    add_pad_tokens(tokenizer, stored.pad_tokens)
+    for token, expected in zip(stored.pad_tokens, stored.pad_token_ids, strict=True):
+        index = tokenizer.convert_tokens_to_ids(token)
+        if index != expected:
             raise ValueError(
-                f"the tokenizer gives the pad token {token!r} the id {found}, expected {index}; use the tokenizer "
-                "that was saved with the checkpoint"
+                f"the padding token {token!r} has the id {index} in the tokenizer, but {expected} in the checkpoint; "
+                "use the tokenizer that was saved with the checkpoint"
             )
 
 
@@ -134,7 +135,7 @@ def resolve_vocabulary(
     lengths: LengthPlan | None,
     mask_token: str | int | None,
 ) -> Vocabulary:
-    """Add the tokens that the tokenizer still lacks, and return the tokens of the run; call it after the template.
+    """Add the mask and padding tokens that the tokenizer lacks, and return the tokens of the run.
 
     Args:
         tokenizer: the run's tokenizer, with the template's tokens.
@@ -144,22 +145,22 @@ def resolve_vocabulary(
         lengths: the variable-length format, or None.
         mask_token: value of the YAML key.
     Raises:
-        ValueError: if there is no mask token, or text needs it.
+        ValueError: if there is no mask token, or it has another role in the tokenizer.
     """
     if mask is None:
         mask = resolve_mask_token(tokenizer, mask_token)
     check_roles(tokenizer, mask, mask_token)
     add_mask_token(tokenizer, mask)
-    additions.note(tokenizer, "mask_token")
+    additions.record(tokenizer, "mask_token")
     stored = None if config is None else config.variable_length
     pads = () if stored is None else stored.pad_tokens
     if lengths is not None:
         pads = pad_names(tokenizer, lengths.format, lengths.colors, stored)
     add_pad_tokens(tokenizer, pads)
-    additions.note(tokenizer, "variable_length")
+    additions.record(tokenizer, "variable_length")
     roles = {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token} - {None}
-    others = {str(token): int(tokenizer.convert_tokens_to_ids(token)) for token in sorted({*pads, *roles})}
-    return Vocabulary(mask, pads, additions, {mask.token: mask.id, **others})
+    role_ids = {str(token): int(tokenizer.convert_tokens_to_ids(token)) for token in sorted({*pads, *roles})}
+    return Vocabulary(mask, pads, additions, {mask.token: mask.id, **role_ids})
 
 
 def check_new_tokens(
@@ -168,47 +169,47 @@ def check_new_tokens(
     """Check, before the model is loaded, that it will learn its new tokens.
 
     Raises:
-        ValueError: if it would not, naming the tokens, the key that adds them and what to do.
+        ValueError: if it would not, naming the tokens, the key that adds them and the remedy.
     """
     if not training_args.do_train:
         if training_args.do_eval or training_args.do_predict:  # a run that only prepares data uses no model
-            refuse_untrained(vocabulary)
+            check_all_trained(vocabulary)
         return
-    # An adapter, or the weights of a checkpoint_dir, may hold more rows than the base model.
-    grown = bool(model_args.adapter_name_or_path or finetuning_args.checkpoint_dir)
-    lacking = vocabulary.additions.fresh if grown else vocabulary.lacking(model_config.get_text_config().vocab_size)
-    if not lacking:
+    # An adapter, or the weights of a checkpoint_dir, may hold more embeddings than the base model.
+    may_have_more = bool(model_args.adapter_name_or_path or finetuning_args.checkpoint_dir)
+    n_embeddings = model_config.get_text_config().vocab_size
+    new_ids = vocabulary.additions.ids if may_have_more else vocabulary.untrained(n_embeddings)
+    if not new_ids:
         return
-    said, others = f"{vocabulary.said(lacking)}: new to the model", vocabulary.others(lacking)
+    new_tokens, alternative = f"{vocabulary.describe(new_ids)}: new to the model", vocabulary.alternative(new_ids)
     if model_args.quantization_bit is not None or getattr(model_config, "quantization_config", None):
         raise ValueError(
-            f"{said}, and a quantised model cannot grow; {others}; or add them once without "
-            "quantization_bit: train the full model, save, and quantise the result"
+            f"{new_tokens}, but a quantised model cannot get new embeddings; {alternative}, or train the full model "
+            "with them first, without quantization_bit"
         )
     kind = finetuning_args.finetuning_type
     if kind == "freeze" and not finetuning_args.freeze_extra_modules:
-        raise _not_learnt(said, kind, "the input embedding (wte, embed_tokens)", others)
+        raise _not_trained(new_tokens, kind, "the input embedding (wte, embed_tokens)", alternative)
     if kind == "lora" and resumes_adapter(model_args, finetuning_args):
         raise ValueError(
-            f"{said}, and the adapter that goes on training does not hold their embeddings; {others}; or "
-            "merge the adapter with llamafactory-cli export and begin a new one on that, with resize_vocab: true"
+            f"{new_tokens}, but the adapter of adapter_name_or_path does not hold their embeddings; {alternative}, or "
+            "merge the adapter with llamafactory-cli export and train a new one with resize_vocab: true"
         )
     if kind == "lora" and not (finetuning_args.additional_target or model_args.resize_vocab):
-        raise _not_learnt(said, kind, "the input embedding (wte, embed_tokens)", others)
+        raise _not_trained(new_tokens, kind, "the input embedding (wte, embed_tokens)", alternative)
 
 
-def refuse_untrained(vocabulary: Vocabulary) -> None:
-    """Refuse untrained tokens in a run that does not train.
+def check_all_trained(vocabulary: Vocabulary) -> None:
+    """Check that a run that does not train adds no token.
 
     Raises:
-        ValueError: if there are any, naming the tokens and the key that adds them.
+        ValueError: if it does, naming the tokens and the key that adds them.
     """
-    fresh = vocabulary.additions.fresh
-    if fresh:
+    new_tokens = vocabulary.additions.ids
+    if new_tokens:
         raise ValueError(
-            f"{vocabulary.said(fresh)}: new to the model, and a run that trains nothing cannot use tokens that the "
-            "model was never trained on; name those that it was trained with, or train first (eval_on_start: true "
-            "evaluates before the first step)"
+            f"{vocabulary.describe(new_tokens)}: new to the model, but this run does not train; set tokens that the "
+            "model was trained with, or train it first (eval_on_start: true evaluates before the first step)"
         )
 
 
@@ -217,47 +218,51 @@ def resumes_adapter(model_args: Any, finetuning_args: Any) -> bool:
     return model_args.adapter_name_or_path is not None and not finetuning_args.create_new_adapter
 
 
-def check_stored(vocabulary: Vocabulary, model: Any, rows: int, model_args: Any, finetuning_args: Any) -> None:
-    """Check that the run will train and store the embeddings of tokens that are new to `model`.
+def check_embeddings_trained(
+    vocabulary: Vocabulary, model: Any, n_embeddings: int, model_args: Any, finetuning_args: Any
+) -> None:
+    """Check that the run will train and save the embeddings of tokens that are new to `model`.
 
     Args:
         vocabulary: the tokens of the run.
         model: the model before its embeddings are resized.
-        rows: number of embeddings in the checkpoint.
+        n_embeddings: number of embeddings in the checkpoint.
         model_args: LLaMA-Factory's.
-        finetuning_args: LLaMA-Factory's, with checked names of modules.
+        finetuning_args: LLaMA-Factory's, with valid names of modules.
     Raises:
         ValueError: if it will not, naming the modules to add.
     """
-    lacking, kind = vocabulary.lacking(rows), finetuning_args.finetuning_type
-    if not lacking or kind == "full":
+    new_ids, kind = vocabulary.untrained(n_embeddings), finetuning_args.finetuning_type
+    if not new_ids or kind == "full":
         return
     if kind == "lora":
         if model_args.resize_vocab and finetuning_args.additional_target is None:
-            return  # upstream adds both embeddings
+            return  # LLaMA-Factory trains both embeddings
         names = finetuning_args.additional_target
     else:
         names = finetuning_args.freeze_extra_modules
     embedding, head = embedding_names(model)
-    trained, written = stored_embeddings(model, names or (), freeze=kind == "freeze")
-    trained_together = has_tied_embeddings(model)
-    # [MASK] is never generated, so its entry in an untied output embedding needs no training.
-    if trained and (written or set(lacking) == {vocabulary.mask.token}):
+    trains_input, trains_output = stored_embeddings(model, names or (), freeze=kind == "freeze")
+    # [MASK] is never generated, so its row in an untied output embedding needs no training.
+    if trains_input and (trains_output or set(new_ids) == {vocabulary.mask.token}):
         return
-    ends = [*([] if trained else [embedding]), *([head] if head and not (written or trained_together) else [])]
-    missing = ", ".join(name.rpartition(".")[2] for name in ends)
-    raise _not_learnt(f"{vocabulary.said(lacking)}: new to the model", kind, missing, vocabulary.others(lacking))
+    missing = [] if trains_input else [embedding]
+    if head and not trains_output and not has_tied_embeddings(model):
+        missing.append(head)
+    modules = ", ".join(name.rpartition(".")[2] for name in missing)
+    new_tokens = f"{vocabulary.describe(new_ids)}: new to the model"
+    raise _not_trained(new_tokens, kind, modules, vocabulary.alternative(new_ids))
 
 
-def _not_learnt(said: str, kind: str, missing: str, others: str) -> ValueError:
-    """Return the error for tokens whose embeddings would not be trained; `missing` are the modules to name."""
-    others = f"{others}; or adapt the model in full first, with stage: ddm"
+def _not_trained(new_tokens: str, kind: str, modules: str, alternative: str) -> ValueError:
+    """Return the error for new tokens whose embeddings would not be trained, with the modules to train."""
+    alternative = f"{alternative}; or train the full model first, with stage: ddm"
     if kind == "lora":
         return ValueError(
-            f"{said}, and a LoRA adapter does not hold their embeddings; set resize_vocab: true; or add {missing} to "
-            f"additional_target; or {others}"
+            f"{new_tokens}, but a LoRA adapter does not hold their embeddings; set resize_vocab: true; or add "
+            f"{modules} to additional_target; or {alternative}"
         )
     return ValueError(
-        f"{said}, and finetuning_type: freeze would not train their embeddings; add {missing} to "
-        f"freeze_extra_modules; or {others}"
+        f"{new_tokens}, but finetuning_type: freeze does not train their embeddings; add {modules} to "
+        f"freeze_extra_modules; or {alternative}"
     )

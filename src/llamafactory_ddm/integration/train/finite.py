@@ -21,9 +21,9 @@ class LossNotFiniteError(ValueError):
 class FiniteLoss:
     """Counts consecutive optimiser steps whose loss was NaN or infinite on any process.
 
-    The flags stay on the device. They are reduced over the processes together with the next step's denominator. The
-    host reads them late enough not to wait: on a GPU one step later, elsewhere at once. All processes read the same
-    numbers at the same steps, so they stop together.
+    The flags stay on the device. They are reduced over the processes together with the next step's denominator. To
+    avoid waiting for the device, the host reads them one step later on a GPU, and at once elsewhere. All processes
+    read the same numbers at the same steps, so they stop together.
 
     Args:
         limit: number of consecutive steps that ends the run; 0 for no limit.
@@ -35,10 +35,10 @@ class FiniteLoss:
         self.streak = 0  # consecutive steps up to the last one that was read
         self._flag = torch.zeros((), dtype=torch.int64, device=device)
         self._streak = torch.zeros((), dtype=torch.int64, device=device)
-        self._counted = -1
-        self._unread: deque[tuple[int, Tensor, Any]] = deque()
+        self._last_step = -1
+        self._unread: deque[tuple[int, Tensor, Any]] = deque()  # step, streak, event of its copy to the host
 
-    def see(self, loss: Tensor) -> None:
+    def add(self, loss: Tensor) -> None:
         """Record whether the loss of a micro-batch is finite."""
         self._flag |= (~torch.isfinite(loss.detach())).long()
 
@@ -52,22 +52,22 @@ class FiniteLoss:
 
         Args:
             flag: what `take` returned, summed over the processes; scalar int64.
-            step: number of the step, from 1. A step that was counted already is not counted again.
+            step: number of the step, from 1; a step is counted once.
         Raises:
-            LossNotFiniteError: if the limit is reached by the steps that can be read by now.
+            LossNotFiniteError: if the steps read so far reach the limit.
         """
-        if step == self._counted:
+        if step == self._last_step:
             return
-        self._counted = step
+        self._last_step = step
         self._streak = torch.where(flag > 0, self._streak + 1, 0)
-        written = None
-        value = self._streak
-        if value.device.type == "cuda":
-            value = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(value, non_blocking=True)
-            written = torch.cuda.Event()
-            written.record()
-        self._unread.append((step, value, written))
-        self._read(leave=0 if written is None else 1)
+        copied = None
+        streak = self._streak
+        if streak.device.type == "cuda":
+            streak = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(streak, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._unread.append((step, streak, copied))
+        self._read(n_unread=0 if copied is None else 1)
 
     def read_all(self) -> None:
         """Read all counted steps; waits for the device.
@@ -75,21 +75,22 @@ class FiniteLoss:
         Raises:
             LossNotFiniteError: if the limit is reached.
         """
-        self._read(leave=0)
+        self._read(n_unread=0)
 
-    def _read(self, *, leave: int) -> None:
-        while len(self._unread) > leave:
-            step, value, written = self._unread.popleft()
-            if written is not None:
-                written.synchronize()
-            self.streak = int(value)
+    def _read(self, *, n_unread: int) -> None:
+        """Read the counted steps, except the last `n_unread`."""
+        while len(self._unread) > n_unread:
+            step, streak, copied = self._unread.popleft()
+            if copied is not None:
+                copied.synchronize()
+            self.streak = int(streak)
             if self.limit and self.streak >= self.limit:
                 first = step - self.streak + 1
                 steps = f"step {step}" if first == step else f"steps {first} to {step}"
                 raise LossNotFiniteError(
-                    f"the loss was NaN or infinite in {steps}, so training has stopped, and these steps were not "
-                    "saved. Resume from the last checkpoint, or start again, with a lower learning_rate, more "
-                    f"warmup_steps or bf16 in place of fp16 (stop_after_nan_steps: {self.limit}; 0 disables this stop)"
+                    f"the loss was NaN or infinite in {steps}, so training stopped without saving them "
+                    f"(stop_after_nan_steps: {self.limit}; 0 disables this). Resume from the last checkpoint, or "
+                    "start over, with a lower learning_rate, more warmup_steps, or bf16 in place of fp16"
                 )
             if self.streak == 1:
                 logger.warning_rank0(f"The loss of step {step} is NaN or infinite.")
@@ -105,10 +106,10 @@ def weights_are_finite(model: Any, sum_over_processes: Callable[[Tensor], Tensor
     """
     largest = torch.zeros((), device=device)
     for parameter in model.parameters():
-        share = getattr(parameter, "ds_tensor", parameter)  # of DeepSpeed ZeRO-3
-        share = getattr(share, "to_local", lambda share=share: share)()  # of FSDP 2
-        if parameter.requires_grad and share.numel():
-            # A norm takes no memory of the weights' size, as isfinite would.
-            norm = torch.linalg.vector_norm(share.detach(), torch.inf).to(device, torch.float32)
-            largest = torch.maximum(largest, norm)  # NaN wins
+        shard = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed ZeRO-3
+        shard = getattr(shard, "to_local", lambda shard=shard: shard)()  # FSDP 2
+        if parameter.requires_grad and shard.numel():
+            # Unlike isfinite, a norm allocates no tensor of the weights' size.
+            norm = torch.linalg.vector_norm(shard.detach(), torch.inf).to(device, torch.float32)
+            largest = torch.maximum(largest, norm)  # propagates NaN
     return not bool(sum_over_processes((~torch.isfinite(largest)).long()))

@@ -11,7 +11,7 @@ from llamafactory.extras.ploting import smooth
 from ..logs import get_logger
 
 logger = get_logger(__name__)
-_MANY = 20  # fewer values are not smoothed
+_MIN_SMOOTHED = 20  # fewer values are not smoothed
 
 
 def plot_logs(folder: str | Path, log_history: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
@@ -25,21 +25,21 @@ def plot_logs(folder: str | Path, log_history: Sequence[dict[str, Any]], keys: S
     for key in keys:
         points = [(log["step"], log[key]) for log in log_history if key in log]
         if not points:
-            logger.warning_rank0(f"{key} was not logged, so there is nothing to plot.")
+            logger.warning_rank0(f"plot_loss: {key} was not logged, so it is not plotted.")
             continue
         path = Path(folder) / f"training_{key.replace('/', '_')}.png"
-        figure_of(points, key, f"{key} of {folder}").savefig(path, dpi=100)
+        build_figure(points, key, f"{key} of {folder}").savefig(path, dpi=100)
         logger.info_rank0(f"{key} is plotted in {path}.")
 
 
-def figure_of(points: Sequence[tuple[int, float]], key: str, title: str) -> Any:
+def build_figure(points: Sequence[tuple[int, float]], key: str, title: str) -> Any:
     """Return a figure of (step, value), with a smoothed curve if there are many points."""
     from matplotlib.figure import Figure
 
     steps, values = [step for step, _ in points], [value for _, value in points]
     figure = Figure()
     axes = figure.add_subplot()
-    if len(points) < _MANY:
+    if len(points) < _MIN_SMOOTHED:
         axes.plot(steps, values, color="#1f77b4", marker="o")
     else:
         axes.plot(steps, values, color="#1f77b4", alpha=0.4, label="measured")

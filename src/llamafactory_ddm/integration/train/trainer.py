@@ -1,10 +1,8 @@
-"""The trainer of the diffusion stages: noised batches, logits of scored tokens only, exact averaging, evaluation."""
+"""The trainer of the diffusion stages: it noises batches, computes logits of scored tokens only, averages exactly."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +28,9 @@ from ...objectives.base import Objective
 from ...utils.files import explain_disk_errors, published_together
 from ..logs import get_logger
 from ..model.model_card import Origin, write_trained
-from ..resolve.run_facts import save_facts
+from ..resolve.run_settings import write_run_settings
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
+from .step_metrics import StepMetrics
 
 logger = get_logger(__name__)
 
@@ -40,7 +39,7 @@ class DiffusionTrainer(CustomTrainer):
     """LLaMA-Factory's pre-training trainer with a diffusion objective.
 
     Args:
-        objective: noise and loss.
+        objective: noise process and loss.
         diffusion_config: the diffusion config of the checkpoints; annealing starts at its attention_ratio.
         anneal_steps: optimiser steps from causal to full attention.
         eval_time_samples: noise levels per evaluated row.
@@ -62,36 +61,33 @@ class DiffusionTrainer(CustomTrainer):
     ) -> None:
         super().__init__(**kwargs)
         if self.args.device == torch.device("cpu", 0):
-            # Several processes without a GPU: torch cannot load an optimizer to "cpu:0", which upstream asks of it.
+            # The device of several CPU processes, to which torch cannot load the state of an optimiser.
             self.args.__dict__["_setup_devices"] = torch.device("cpu")
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"one process drives {self.args.n_gpu} GPUs, which splits batches inexactly; "
-                "start with FORCE_TORCHRUN=1, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+                f"{self.args.n_gpu} GPUs for one process split batches inexactly; set FORCE_TORCHRUN=1 for one "
+                "process per GPU, or CUDA_VISIBLE_DEVICES=0 for one GPU"
             )
         self.objective = objective
         self.diffusion_config = diffusion_config
         self.anneal_steps = anneal_steps
         self.eval_time_samples = eval_time_samples
         self.origin: Origin | None = None  # for the model card
-        self.run_facts: dict[str, Any] | None = None  # kept with the checkpoints that a run is resumed from
-        # The denominator covers the whole optimiser step, so upstream must not average over micro-batches again.
+        self.run_settings: dict[str, Any] | None = None  # saved with checkpoints, and checked when resuming
+        # The denominator covers the whole optimiser step, so LLaMA-Factory must not average over micro-batches again.
         self.model_accepts_loss_kwargs = True
         self._head = RowSelectingHead(self.model)
-        self._probed = False
-        self._mask_key: tuple[Any, ...] | None = None
+        self._is_checked = False
+        self._mask_key: tuple[int, ...] | None = None
         self._mask: Any = None
         self._visible_key: tuple[int, int] | None = None
         self._visible = torch.empty(0)
-        self._terms: Tensor | None = None
-        self._counts = torch.zeros(4, dtype=torch.int64)  # scored, masked, maskable, tokens since the last log
-        self._clock: float | None = None
-        self._paused = 0.0
+        self._step_metrics = StepMetrics()
         self.stop_after_nan_steps = stop_after_nan_steps
         self._finite = FiniteLoss(stop_after_nan_steps, self.args.device)
-        self._loaded_ratio: float | None = None  # of the best weights, once they are loaded
-        self._evaluated: dict[str, float] | None = None  # what an evaluation of the present weights gave
-        self.steps_taken = 0  # by this call of train
+        self._best_ratio: float | None = None  # attention ratio of the best weights, once they are loaded
+        self._last_metrics: dict[str, float] | None = None  # of the present weights
+        self.steps_taken = 0  # by the last call of train
 
     # ---- data ----
 
@@ -111,32 +107,31 @@ class DiffusionTrainer(CustomTrainer):
             The noised micro-batches, and the loss's denominator summed over all of them and over ranks.
         """
         if self.state.global_step >= self.state.max_steps:
-            # Resumed from the end of a run within an epoch; LLaMA-Factory checks max_steps only after a step.
+            # The run resumed from its last step, within an epoch; transformers checks max_steps only after a step.
             self.control.should_training_stop = True
             return [], None
-        if self._clock is None:
-            self._clock, self._paused = time.perf_counter(), 0.0
+        self._step_metrics.start()
         batches: list[dict[str, Any]] = []
         total = torch.zeros((), dtype=torch.int64)
         for micro in range(num_batches):
             try:
-                clean = next(epoch_iterator)
+                collated = next(epoch_iterator)
             except StopIteration:
                 break
-            inputs, share = self._noise(clean, micro)
+            inputs, denominator = self._noise(collated, micro)
             if device.type == "cuda":  # pinned copies do not make the host wait
                 inputs = {key: value.pin_memory().to(device, non_blocking=True) for key, value in inputs.items()}
             batches.append(inputs)
-            total += share
+            total += denominator
         if not batches:
             return batches, None
         self.steps_taken += 1
-        # One reduction for two: this step's denominator, and whether the last step's loss was finite everywhere.
-        sums = self._summed(torch.stack([total.to(device, non_blocking=True), self._finite.take().to(device)]))
+        # One reduction for both: this step's denominator, and whether the last step's loss was finite on all ranks.
+        sums = self._sum_over_ranks(torch.stack([total.to(device, non_blocking=True), self._finite.take().to(device)]))
         self._finite.count(sums[1], self.state.global_step)
         return batches, sums[0]
 
-    def _summed(self, value: Tensor) -> Tensor:
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
 
     def _noise(self, collated: dict[str, Tensor], micro: int) -> tuple[dict[str, Any], Tensor]:
@@ -146,8 +141,8 @@ class DiffusionTrainer(CustomTrainer):
         n_rows = len(clean.x_0)
         per_rank = args.train_batch_size
         micro_step = self.state.global_step * args.gradient_accumulation_steps + micro
-        first = (micro_step * args.world_size + args.process_index) * per_rank
-        sample_index = torch.arange(first, first + n_rows)
+        first_index = (micro_step * args.world_size + args.process_index) * per_rank
+        sample_index = torch.arange(first_index, first_index + n_rows)
         clean = clean.truncated(objective.truncate_ratio, seed=objective.seed, sample_index=sample_index)
         batch = objective.noise(
             clean,
@@ -155,11 +150,14 @@ class DiffusionTrainer(CustomTrainer):
             group_size=per_rank * args.world_size * args.gradient_accumulation_steps,
             step=self.state.global_step,
         )
-        counts = (len(batch.head_index), int(batch.n_masked), int(batch.n_maskable), clean.n_tokens)
-        self._counts += torch.tensor(counts)
-        # Upstream counts tokens and operations by this key.
+        self._step_metrics.add_counts(
+            n_scored=len(batch.head_index),
+            n_masked=int(batch.n_masked),
+            n_maskable=int(batch.n_maskable),
+            n_tokens=clean.n_tokens,
+        )
         inputs: dict[str, Any] = {
-            "input_ids": batch.z_t,
+            "input_ids": batch.z_t,  # under this name transformers counts tokens and operations
             "head_index": batch.head_index,
             **batch.scored,
             **clean.placement(),
@@ -175,7 +173,7 @@ class DiffusionTrainer(CustomTrainer):
             LossNotFiniteError: if the loss stays NaN or infinite, or is NaN or infinite at the end.
         """
         self._finite = FiniteLoss(self.stop_after_nan_steps, self.args.device)
-        self._loaded_ratio, self._evaluated, self.steps_taken = None, None, 0
+        self._best_ratio, self._last_metrics, self.steps_taken = None, None, 0
         return super().train(*args, **kwargs)
 
     def attention_ratio(self, step: int) -> float:
@@ -183,16 +181,16 @@ class DiffusionTrainer(CustomTrainer):
         return max(self.diffusion_config.attention_ratio, annealing_ratio(step, self.anneal_steps))
 
     def reached_ratio(self) -> float:
-        """Return the attention ratio of the last step that the present weights were trained in."""
-        if self._loaded_ratio is not None:
-            return self._loaded_ratio
+        """Return the attention ratio of the last step of the present weights."""
+        if self._best_ratio is not None:
+            return self._best_ratio
         steps = self.state.global_step
         return self.attention_ratio(steps - 1) if steps else self.diffusion_config.attention_ratio
 
     def trained_steps(self) -> int:
-        """Return the number of steps that the present weights were trained for (the best ones: up to their step)."""
-        best = self._loaded_ratio is not None
-        return int(self.state.best_global_step or 0) if best else self.state.global_step
+        """Return the number of steps that the present weights were trained for."""
+        is_best = self._best_ratio is not None
+        return int(self.state.best_global_step or 0) if is_best else self.state.global_step
 
     def compute_loss(
         self,
@@ -204,58 +202,58 @@ class DiffusionTrainer(CustomTrainer):
         """Return the micro-batch's share of the step's loss, scaled so that averaging over ranks is exact."""
         if num_items_in_batch is None:
             raise RuntimeError(
-                "the trainer was called outside its training loop; use evaluate() for the evidence bound"
+                "num_items_in_batch is None: compute_loss needs the training loop; call evaluate() for the bound"
             )
         z_t = inputs["input_ids"]
-        self.probe(model)
-        mask = self._attention_mask(z_t, inputs.get("is_padding"), inputs.get("document"))
+        self._check_model(model)
+        mask = self._step_mask(z_t, inputs.get("is_padding"), inputs.get("document"))
         with self._head.only(inputs["head_index"]):
             output = model(
                 input_ids=z_t, attention_mask=mask, position_ids=inputs.get("position_ids"), use_cache=False
             )
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         loss, terms = self.objective.loss(logits, inputs, num_items_in_batch)
-        self._finite.see(loss)
-        self._terms = terms if self._terms is None else self._terms + terms
-        loss = loss * self.args.world_size  # gradients are averaged over ranks, the denominator is their sum
+        self._finite.add(loss)
+        self._step_metrics.add_terms(terms)
+        loss = loss * self.args.world_size  # gradients are averaged over ranks; the denominator is summed
         return (loss, output) if return_outputs else loss
 
-    def probe(self, model: Any) -> None:
-        """Check once that `model` attends in both directions, and keep its logits in the precision of the forward.
+    def _check_model(self, model: Any) -> None:
+        """Check once that `model` attends in both directions, and keep its logits in half precision.
 
         Raises:
             NotBidirectionalError: if it does not.
         """
-        keep_half_logits(self.model)  # each time, as evaluating and training prepare it again
-        if not self._probed:
+        keep_half_logits(self.model)  # each time, because training and evaluation prepare the model again
+        if not self._is_checked:
             probe_bidirectional(getattr(model, "_orig_mod", model), inner=self.model)
-            self._probed = True
+            self._is_checked = True
 
-    def _attention_mask(self, z_t: Tensor, is_padding: Tensor | None, document: Tensor | None) -> Any:
-        """Return the attention mask; without padding and packing it is built once for each optimiser step."""
+    def _step_mask(self, z_t: Tensor, is_padding: Tensor | None, document: Tensor | None) -> Any:
+        """Return the step's attention mask; without padding and packing it is built once per step and shape."""
         ratio = self.attention_ratio(self.state.global_step)
         draw = self.state.global_step if ratio < 1.0 else -1
         key = None if is_padding is not None or document is not None else (draw, *z_t.shape)
         if key is None or key != self._mask_key:
-            visible = None if ratio == 1.0 else self._visibility(ratio, draw, z_t.shape[1], z_t.device)
-            self._mask = self._full_attention_mask(z_t, is_padding, document, visible)
+            visible = None if ratio == 1.0 else self._step_visibility(ratio, draw, z_t.shape[1], z_t.device)
+            self._mask = self._build_mask(z_t, is_padding, document, visible)
             self._mask_key = key
         return self._mask
 
-    def _visibility(self, ratio: float, draw: int, length: int, device: torch.device) -> Tensor:
-        """Return the step's annealed visibility, drawn once for each length."""
+    def _step_visibility(self, ratio: float, draw: int, length: int, device: torch.device) -> Tensor:
+        """Return the step's annealed visibility, [length, length], drawn once per step and length."""
         if self._visible_key != (draw, length):
             self._visible = annealed_visibility(length, ratio, seed=self.objective.seed, draw=draw, device=device)
             self._visible_key = (draw, length)
         return self._visible
 
-    def _full_attention_mask(
+    def _build_mask(
         self, z: Tensor, is_padding: Tensor | None, document: Tensor | None, visible: Tensor | None = None
     ) -> Any:
-        # Autocast is entered inside the prepared model's forward, so the accelerator tells the dtype of the queries.
+        # Autocast starts inside the prepared model's forward, so the accelerator determines the dtype of the queries.
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = half.get(str(self.accelerator.mixed_precision), self.model.dtype)
-        if z.device.type == "cpu" and not self.accelerator.native_amp:  # it runs fp16 on a CPU as it runs none
+        if z.device.type == "cpu" and not self.accelerator.native_amp:  # fp16 has no effect on a CPU
             dtype = self.model.dtype
         return full_attention_mask(
             self.model,
@@ -271,21 +269,21 @@ class DiffusionTrainer(CustomTrainer):
     # ---- evaluation ----
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as LLaMA-Factory does, and keep the metrics of the present weights."""
+        """Evaluate as LLaMA-Factory does, and keep the metrics for `last_evaluation`."""
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        if not args and kwargs.get("eval_dataset") is None:  # not a part of the data
-            self._evaluated = metrics
+        if not args and kwargs.get("eval_dataset") is None:  # the whole evaluation data
+            self._last_metrics = metrics
         return metrics
 
     def last_evaluation(self) -> dict[str, float]:
         """Return the metrics of the present weights, evaluated now unless the training loop has done so."""
-        # After training, evaluation in half precision turns the weights into it.
-        again = self.args.bf16_full_eval or self.args.fp16_full_eval
-        return self.evaluate() if again or self._evaluated is None else self._evaluated
+        # After training, full_eval in half precision casts the weights, which changes the metrics.
+        casts = self.args.bf16_full_eval or self.args.fp16_full_eval
+        return self.evaluate() if casts or self._last_metrics is None else self._last_metrics
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take a step as LLaMA-Factory does, and drop the metrics of the old weights."""
-        self._evaluated = None
+        """Take a step as LLaMA-Factory does, and forget the metrics of the old weights."""
+        self._last_metrics = None
         return super().training_step(*args, **kwargs)
 
     def evaluation_loop(
@@ -298,35 +296,35 @@ class DiffusionTrainer(CustomTrainer):
     ) -> EvalLoopOutput:
         """Estimate the evidence bound with full attention; it is the same for any batch size and number of ranks."""
         total, n_rows = torch.zeros(N_STATISTICS, dtype=torch.float64), 0
-        with self._pause(), torch.no_grad():
-            for model, batch, sample_index in self.prepared_batches(dataloader, description):
-                found = row_statistics(
+        with self._step_metrics.pause(), torch.no_grad():
+            for model, batch, sample_index in self.evaluation_batches(dataloader, description):
+                statistics = row_statistics(
                     self.objective,
                     self.objective.clean(batch),
                     partial(self.bound_logits, model),
                     samples=self.eval_time_samples,
                     sample_index=sample_index,
                 )
-                gathered: Tensor = self.accelerator.gather_for_metrics(found.float().to(self.args.device))
+                gathered: Tensor = self.accelerator.gather_for_metrics(statistics.float().to(self.args.device))
                 total += gathered.cpu().double().sum(dim=0)
                 n_rows += len(gathered)
         metrics = bound_metrics(total.tolist(), prefix=metric_key_prefix, term=self.objective.term)
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=n_rows)
 
-    def prepared_batches(
+    def evaluation_batches(
         self, dataloader: DataLoader, description: str
     ) -> Iterator[tuple[Any, dict[str, Tensor], Tensor]]:
         """Yield the model in evaluation mode, each batch, and the sample indices of its rows in the data set."""
-        model = self._prepared_model(dataloader)
-        self.probe(model)
+        model = self._prepare_for_evaluation(dataloader)
+        self._check_model(model)
         args = self.args
         progress = tqdm(dataloader, desc=description, disable=args.disable_tqdm or not self.is_world_process_zero())
         with evaluation_mode(model):
             for ordinal, batch in enumerate(progress):
-                first = (ordinal * args.world_size + args.process_index) * args.eval_batch_size
-                yield model, batch, torch.arange(first, first + len(batch["input_ids"]))
+                first_index = (ordinal * args.world_size + args.process_index) * args.eval_batch_size
+                yield model, batch, torch.arange(first_index, first_index + len(batch["input_ids"]))
 
-    def _prepared_model(self, dataloader: DataLoader) -> Any:
+    def _prepare_for_evaluation(self, dataloader: DataLoader) -> Any:
         model = self._wrap_model(self.model, training=False, dataloader=dataloader)
         if not self.accelerator._models and model is self.model:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -355,7 +353,7 @@ class DiffusionTrainer(CustomTrainer):
         z, head_index = z.to(device), head_index.to(device)
         placement = {name: value.to(device) for name, value in placement.items()}
         with self.compute_loss_context_manager(), self._head.only(head_index):
-            mask = self._full_attention_mask(z, placement.get("is_padding"), placement.get("document"))
+            mask = self._build_mask(z, placement.get("is_padding"), placement.get("document"))
             logits: Tensor = model(
                 input_ids=z, attention_mask=mask, position_ids=placement.get("position_ids"), use_cache=False
             ).logits
@@ -363,37 +361,21 @@ class DiffusionTrainer(CustomTrainer):
 
     # ---- logs and checkpoints ----
 
-    @contextmanager
-    def _pause(self) -> Iterator[None]:
-        """Exclude the block's time from tokens_per_second."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused += time.perf_counter() - start
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the diffusion metrics since the last log to a training log."""
-        if "loss" in logs and self._terms is not None:
-            terms = self.accelerator.reduce(self._terms, "sum").item()
-            counts = self.accelerator.reduce(self._counts.to(self.args.device), "sum").tolist()
-            elapsed = time.perf_counter() - (self._clock or 0.0) - self._paused
-            logs[self.objective.term] = terms / max(counts[0], 1)
-            logs["masked_fraction"] = counts[1] / max(counts[2], 1)
-            logs["attention_ratio"] = self.attention_ratio(max(self.state.global_step - 1, 0))
-            logs["tokens_per_second"] = round(counts[3] / elapsed, 1) if elapsed > 0 else 0.0
-            self._terms, self._clock, self._paused = None, None, 0.0
-            self._counts.zero_()
+        if "loss" in logs:
+            ratio = self.attention_ratio(max(self.state.global_step - 1, 0))
+            logs |= self._step_metrics.take(self._sum_over_ranks, self.objective.term, self.args.device, ratio)
         if "train_runtime" in logs and not self.steps_taken:
-            return  # no step was trained, so the loss of 0 means nothing
+            return  # no step was taken, so the loss of 0 is meaningless
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Do not save weights after a NaN or infinite loss, neither as a checkpoint nor as the final model."""
-        ends, saves = self.control.should_training_stop, self.control.should_save
-        if (ends or saves) and not self._is_sound():
+        """Save no checkpoint and no final model after a NaN or infinite loss."""
+        stops, saves = self.control.should_training_stop, self.control.should_save
+        if (stops or saves) and not self._is_finite():
             step = self.state.global_step
-            if ends and not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
+            if stops and not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
                 raise LossNotFiniteError(
                     f"the loss or a weight is NaN or infinite after the last step, {step}, so the model is not saved; "
                     "resume from the last checkpoint, or start over, with a lower learning_rate"
@@ -403,54 +385,53 @@ class DiffusionTrainer(CustomTrainer):
             self.control.should_save = False
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _is_sound(self) -> bool:
+    def _is_finite(self) -> bool:
         """Tell whether the last step's loss and the weights are finite; waits for the device."""
-        self._finite.count(self._summed(self._finite.take()), self.state.global_step)
+        self._finite.count(self._sum_over_ranks(self._finite.take()), self.state.global_step)
         self._finite.read_all()
-        return weights_are_finite(self.model, self._summed, self.args.device) and not self._finite.streak
+        return weights_are_finite(self.model, self._sum_over_ranks, self.args.device) and not self._finite.streak
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         best = Path(str(self.state.best_model_checkpoint))
-        self._loaded_ratio = DiffusionConfig.load(best).attention_ratio
+        self._best_ratio = DiffusionConfig.load(best).attention_ratio
         if best.name != f"checkpoint-{self.state.global_step}":
-            self._evaluated = None
+            self._last_metrics = None
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn of missing weights, except those that are tied to loaded weights."""
-        of = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         missing = load_result.missing_keys
-        there = {id(parameter) for name, parameter in of.items() if name not in missing}
-        tied = {name for name in missing if name in of and id(of[name]) in there}
-        kept = [name for name in missing if name not in tied]
-        super()._issue_warnings_after_load(type(load_result)(kept, load_result.unexpected_keys))
+        loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+        untied = [name for name in missing if id(parameters.get(name)) not in loaded]
+        super()._issue_warnings_after_load(type(load_result)(untied, load_result.unexpected_keys))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._pause(), explain_disk_errors(self.args.output_dir):
+        with self._step_metrics.pause(), explain_disk_errors(self.args.output_dir):
             super()._save_checkpoint(*args, **kwargs)
 
-    def create_model_card(self, language: Any = None, license: Any = None, **given: Any) -> None:
-        """Write README.md; the base class would describe an autoregressive model."""
+    def create_model_card(self, language: Any = None, license: Any = None, **kwargs: Any) -> None:
+        """Write README.md; LLaMA-Factory's would describe an autoregressive model."""
         if self.origin is not None and self.is_world_process_zero():
-            write_trained(self, self.origin, given.get("model_name"))
+            write_trained(self, self.origin, kwargs.get("model_name"))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with published_together(output_dir or self.args.output_dir, last=FILE_NAME) as scratch:
             super()._save(str(scratch), state_dict=state_dict)
-            if self.run_facts is not None and output_dir not in (None, self.args.output_dir):
-                save_facts(self.run_facts, scratch)
+            if self.run_settings is not None and output_dir not in (None, self.args.output_dir):
+                write_run_settings(self.run_settings, scratch)
             replace(self.diffusion_config, attention_ratio=self.reached_ratio()).save(scratch)
 
 
 def keep_half_logits(model: Any) -> bool:
-    """Remove the conversion of outputs to float32 that accelerate adds to a model for mixed precision.
+    """Remove the conversion of outputs to float32 that accelerate adds to a model for mixed precision; keep autocast.
 
-    Autocast stays, and accelerate can still undo its changes.
+    accelerate can still undo its changes.
 
     Args:
         model: the module whose `forward` accelerate replaced, not a wrapper of it.
     Returns:
-        Whether there was such a conversion.
+        Whether the model had such a conversion.
     """
     forward = vars(model).get("forward")
     converter = getattr(getattr(forward, "__func__", forward), "__wrapped__", None)

@@ -1,4 +1,4 @@
-"""`do_train` and `do_eval`: the trainer of a run, training with what it saves, and evaluation."""
+"""`do_train` and `do_eval`: builds the trainer of a run, trains and saves, evaluates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..model.model_card import Origin
 from ..resolve.datasets import RunData
 from ..resolve.objective import build_objective
 from ..resolve.plan import RunPlan
-from .eos_evaluation import evaluate_eos, save_eos_metrics
+from .eos_evaluation import JSON, evaluate_eos, write_eos_metrics
 from .plotting import plot_logs
 from .trainer import DiffusionTrainer
 
@@ -32,12 +32,12 @@ def build_trainer(
     callbacks: list[Any] | None,
 ) -> DiffusionTrainer:
     """Return the trainer of a run, with its diffusion objective."""
-    # The filter would replace a NaN loss by the last good one, and synchronise with the device at every step.
+    # The filter would replace a NaN loss by the last finite one, and wait for the device at every step.
     training_args.logging_nan_inf_filter = False
     if training_args.device.type == "cpu":
-        training_args.dataloader_pin_memory = False  # pinning has no use on a CPU, and torch would warn
+        training_args.dataloader_pin_memory = False  # of no use on a CPU, and torch would warn
     if training_args.accelerator_config.dispatch_batches is None:
-        # A dispatcher would move streamed batches to the device (noise is drawn on the CPU), and split the last one.
+        # A dispatcher would split the last streamed batch, and move batches to the device before noise is drawn.
         training_args.accelerator_config.dispatch_batches = False
     trainer = DiffusionTrainer(
         objective=build_objective(plan.config, plan.tokenizer, model, plan.lengths, training_args, finetuning_args),
@@ -58,12 +58,12 @@ def build_trainer(
     origin = None if model_args.train_from_scratch else origin_of(model_args.model_name_or_path)
     names = tuple(data_args.dataset or ())
     trainer.origin = Origin(origin, plan.stage, finetuning_args.finetuning_type, names)
-    trainer.run_facts = data.facts
+    trainer.run_settings = data.run_settings
     return trainer
 
 
 def evaluate(trainer: DiffusionTrainer, plan: RunPlan, *, eos: bool) -> None:
-    """Evaluate the evidence bound, and with `eos` how well the model predicts EOS; save both."""
+    """Evaluate the evidence bound and, with `eos`, how well the model predicts EOS; save both."""
     metrics = trainer.last_evaluation()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
@@ -73,15 +73,15 @@ def evaluate(trainer: DiffusionTrainer, plan: RunPlan, *, eos: bool) -> None:
 
 def _evaluate_eos(trainer: DiffusionTrainer, dataset: Any, eos_ids: tuple[int, ...]) -> None:
     for name, part in (dataset if isinstance(dataset, dict) else {"": dataset}).items():
-        found = evaluate_eos(trainer, part, eos_ids=eos_ids)
+        metrics = evaluate_eos(trainer, part, eos_ids=eos_ids)
         if trainer.is_world_process_zero():
             folder = Path(trainer.args.output_dir) / name
             folder.mkdir(parents=True, exist_ok=True)
-            save_eos_metrics(found, folder)
-            first, last = found["revealed 0"], found["revealed 1"]
+            write_eos_metrics(metrics, folder)
+            hidden, revealed = (100 * metrics[key]["top1"] for key in ("revealed 0", "revealed 1"))
             logger.info_rank0(
-                f"The end is found in one step (top-1) in {100 * first['top1']:.1f} % of rows from nothing, and in "
-                f"{100 * last['top1']:.1f} % from the whole text: {folder / 'eos_metrics.json'}"
+                f"EOS is the most probable token at its position in {hidden:.1f} % of rows if the text is masked, in "
+                f"{revealed:.1f} % if it is revealed: {folder / JSON}"
             )
 
 
@@ -90,26 +90,26 @@ def train(trainer: DiffusionTrainer, plan: RunPlan, finetuning_args: Any) -> Non
     resume = plan.resume
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    _complete_converted(trainer, finetuning_args)
+    _complete_pissa_adapter(trainer, finetuning_args)
     if trainer.is_world_process_zero():
-        _forget_lengths(Path(trainer.args.output_dir))
+        _remove_length_predictors(Path(trainer.args.output_dir))
     if trainer.steps_taken:
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
     else:
         logger.warning_rank0(
-            f"Nothing was trained: {resume or trainer.args.output_dir} has seen {trainer.state.global_step} of "
-            f"{trainer.state.max_steps} steps. "
-            "Raise max_steps (or num_train_epochs) to go on, or set overwrite_output_dir: true to start over."
+            f"No step was taken: {resume or trainer.args.output_dir} already has {trainer.state.global_step} steps of "
+            f"max_steps: {trainer.state.max_steps}. Raise max_steps (or num_train_epochs) to train further, or set "
+            "overwrite_output_dir: true to start over."
         )
     trainer.save_state()
     reached = trainer.reached_ratio()
     if reached < 1.0:
         best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
+        weights = f"the best weights, of {best}," if best else "the weights"
         logger.warning_rank0(
-            f"{f'The best weights, of {best}, were saved' if best else 'Training ended'} while attention was still "
-            f"annealing (ratio {reached:.3f}), but sampling and evaluation use full attention: train for at least "
-            f"anneal_steps ({finetuning_args.anneal_steps}) steps, or lower it."
+            f"anneal_steps: {finetuning_args.anneal_steps}: {weights} were trained up to an attention ratio of "
+            f"{reached:.3f}, but sampling and evaluation use full attention; train longer, or lower anneal_steps."
         )
     if trainer.is_world_process_zero() and finetuning_args.plot_loss:
         keys = ["loss", trainer.objective.term]
@@ -121,22 +121,23 @@ def train(trainer: DiffusionTrainer, plan: RunPlan, finetuning_args: Any) -> Non
         plot_logs(trainer.args.output_dir, trainer.state.log_history, keys)
 
 
-def _complete_converted(trainer: DiffusionTrainer, finetuning_args: Any) -> None:
-    """Add tokenizer and diffusion_config.json to the plain LoRA adapter that pissa_convert has saved."""
+def _complete_pissa_adapter(trainer: DiffusionTrainer, finetuning_args: Any) -> None:
+    """Save tokenizer and diffusion_config.json with the plain LoRA adapter that pissa_convert has saved."""
     folder = Path(trainer.args.output_dir) / "pissa_converted"
     if finetuning_args.pissa_convert and trainer.is_world_process_zero() and folder.is_dir():
         trainer.processing_class.save_pretrained(folder)
         replace(trainer.diffusion_config, attention_ratio=trainer.reached_ratio()).save(folder)
     elif finetuning_args.pissa_init and finetuning_args.pissa_iter != -1:
         logger.warning_rank0(
-            "pissa_init with an approximate decomposition (pissa_iter): PEFT draws it again whenever the adapter is "
-            "loaded, which gives another model than was trained. Set pissa_convert: true, or pissa_iter: -1."
+            f"pissa_iter: {finetuning_args.pissa_iter}: PEFT draws the approximate decomposition of pissa_init anew "
+            "whenever it loads the adapter, so the loaded model differs from the trained one; set pissa_convert: true "
+            "or pissa_iter: -1."
         )
 
 
-def _forget_lengths(folder: Path) -> None:
-    """Remove the length predictors of weights that were overwritten."""
+def _remove_length_predictors(folder: Path) -> None:
+    """Remove the length predictors that belong to the overwritten weights."""
     if (folder / LENGTHS).is_file():
         (folder / LENGTHS).unlink()
         (folder / LENGTHS_REPORT).unlink(missing_ok=True)
-        logger.info_rank0(f"{folder / LENGTHS} belonged to the old weights and was removed; run fit-length again.")
+        logger.info_rank0(f"{folder / LENGTHS} was fitted to the old weights and is removed; run fit-length again.")

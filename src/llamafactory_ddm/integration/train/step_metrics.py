@@ -1,0 +1,67 @@
+"""The diffusion metrics of a training log: loss term, masked fraction, attention ratio and tokens per second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class StepMetrics:
+    """Sums over the micro-batches since the last log; the loss terms stay on the device."""
+
+    def __init__(self) -> None:
+        self._terms: Tensor | None = None
+        self._counts = torch.zeros(4, dtype=torch.int64)  # scored, masked, maskable, tokens
+        self._start: float | None = None
+        self._paused = 0.0
+
+    def start(self) -> None:
+        """Start the clock of tokens_per_second, unless it runs."""
+        if self._start is None:
+            self._start, self._paused = time.perf_counter(), 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Exclude the block's time from tokens_per_second."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    def add_counts(self, *, n_scored: int, n_masked: int, n_maskable: int, n_tokens: int) -> None:
+        """Add the counts of a micro-batch."""
+        self._counts += torch.tensor((n_scored, n_masked, n_maskable, n_tokens))
+
+    def add_terms(self, terms: Tensor) -> None:
+        """Add the summed loss terms of a micro-batch; scalar, on the device."""
+        self._terms = terms if self._terms is None else self._terms + terms
+
+    def take(
+        self, sum_over_ranks: Callable[[Tensor], Tensor], term: str, device: torch.device, attention_ratio: float
+    ) -> dict[str, float]:
+        """Return the metrics since the last call, and start anew; empty without a step. Waits for the device.
+
+        Args:
+            sum_over_ranks: called twice on every rank.
+            term: name of the loss term.
+            device: device of the sums.
+            attention_ratio: of the last step.
+        """
+        if self._terms is None:
+            return {}
+        terms = sum_over_ranks(self._terms).item()
+        n_scored, n_masked, n_maskable, n_tokens = sum_over_ranks(self._counts.to(device)).tolist()
+        seconds = time.perf_counter() - (self._start or 0.0) - self._paused
+        self._terms, self._start, self._paused = None, None, 0.0
+        self._counts.zero_()
+        return {
+            term: terms / max(n_scored, 1),
+            "masked_fraction": n_masked / max(n_maskable, 1),
+            "attention_ratio": attention_ratio,
+            "tokens_per_second": round(n_tokens / seconds, 1) if seconds > 0 else 0.0,
+        }
