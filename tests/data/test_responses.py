@@ -82,7 +82,7 @@ def test_nothing_ends_at_the_first_token_of_a_document():
 
 
 def test_what_does_not_go_together():
-    with pytest.raises(ValueError, match="a row of 4 tokens does not fit cutoff_len: 3"):
+    with pytest.raises(ValueError, match=r"4 tokens .*cutoff_len: 3"):
         ResponseCollator(pad_id=9, shift=True, target_length=3)([SHORT, LONG])
-    with pytest.raises(ValueError, match="packed rows have no padding to learn"):
+    with pytest.raises(ValueError, match=r"train_on_padding.*packing"):
         ResponseCollator(pad_id=9, shift=True, target_length=8)([PACKED])

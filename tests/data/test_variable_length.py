@@ -117,7 +117,7 @@ def test_a_row_as_long_as_the_canvas_fits_and_a_longer_one_does_not():
 
 
 def test_a_stop_word_ends_an_answer_and_no_document():
-    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=6, end_ids=(8,))
+    collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=6, stop_ids=(8,))
     assert collator.row({"input_ids": [8, 6, 8, 4], "labels": [-100, 6, 8, 4]}) == (
         [8, 6, 8],
         [False, True, True],

@@ -16,9 +16,9 @@ def test_ratio(step, steps, ratio):
 
 
 def test_ratio_refuses_negatives():
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="anneal_steps"):
         annealing_ratio(-1, 4)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="anneal_steps"):
         annealing_ratio(0, -4)
 
 

@@ -159,7 +159,7 @@ def test_shares_and_windows_grow_with_the_optimiser_step():
         noise = EosNoise(pad_mask_ratio=0.4, pad_anneal_steps=10, pad_mask_method=method)
         pads = [int(draw(noise, rows, step).is_scored[:, 6:].sum()) for step in (0, 5, 10)]
         assert pads[0] == 0 < pads[1] < pads[2], method
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match=r"step and steps .*-1"):
         anneal(-1, 3)
 
 
@@ -219,5 +219,5 @@ def test_one_batch_equals_its_micro_batches_and_ranks(method):
 )
 def test_a_ratio_out_of_range(function):
     maskable, is_pad, _ = rows_of("tep")
-    with pytest.raises(ValueError, match=r"ratio must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"ratio .*1\.5"):
         function(maskable, is_pad, 1.5, seed=0, sample_index=torch.arange(1))

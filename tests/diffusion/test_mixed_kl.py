@@ -194,8 +194,8 @@ def test_rows_are_taken_a_few_at_a_time_and_the_result_is_the_same(monkeypatch, 
     ("change", "words"),
     [
         ({"x_0": torch.zeros(2, dtype=torch.int64)}, "logits must be"),
-        ({"uniform_ratio": 1.5}, "uniform_ratio must lie"),
-        ({"n_ids": 10}, r"n_ids must lie in 1\.\.9"),
+        ({"uniform_ratio": 1.5}, "uniform_ratio"),
+        ({"n_ids": 10}, r"n_ids .*1\.\.9.*10"),
     ],
 )
 def test_what_does_not_fit_is_an_error(change, words):

@@ -88,7 +88,7 @@ def test_noise_stays_where_it_may_fall_and_depends_on_the_row_alone(seed, ratio,
 @pytest.mark.parametrize(("ratio", "n_ids"), [(-0.1, 3), (1.1, 3), (0.5, 0)])
 def test_what_is_out_of_range(ratio, n_ids):
     x = torch.zeros(1, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"uniform_ratio must lie|n_ids must be"):
+    with pytest.raises(ValueError, match=r"uniform_ratio|n_ids"):
         mix_tokens(
             x,
             x == 0,

@@ -263,9 +263,9 @@ def test_masks_are_additive_finite_and_hide_what_they_should(kind):
 def test_a_mask_of_another_shape_is_an_error():
     model = build("llama")
     options = {"batch": 2, "length": 4, "dtype": torch.float32, "device": torch.device("cpu")}
-    with pytest.raises(ValueError, match=r"is_padding has shape \(2, 3\), expected \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"is_padding .*\(2, 3\).*\(2, 4\)"):
         full_attention_mask(model, is_padding=torch.zeros(2, 3, dtype=torch.bool), visible=None, **options)
-    with pytest.raises(ValueError, match=r"visible has shape \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"visible .*\(4, 4\)"):
         full_attention_mask(model, is_padding=None, visible=torch.ones(4, 4, dtype=torch.bool), **options)
 
 
@@ -307,7 +307,7 @@ def test_the_probe_tells_causal_from_bidirectional(name, attention):
     # where
     # the model takes a dict of masks.
     if bidirectional._READS_CONFIG and (attention == "sdpa" or name.split("_")[0] in ("gpt2", "llama", "mistral")):
-        with pytest.raises(NotBidirectionalError, match="still attends causally"):
+        with pytest.raises(NotBidirectionalError, match="causally"):
             probe_bidirectional(model)
     assert not is_bidirectional(model)
     make_bidirectional(model)
@@ -344,7 +344,7 @@ def test_the_probe_works_in_bfloat16_and_through_a_wrapper():
     model.model.layers[0].self_attn.is_causal = model.model.layers[1].self_attn.is_causal = True
     model.config.is_causal = True
     if bidirectional._READS_CONFIG:
-        with pytest.raises(NotBidirectionalError, match="LlamaForCausalLM under 'sdpa' attention still attends"):
+        with pytest.raises(NotBidirectionalError, match=r"LlamaForCausalLM .*'sdpa'.*causally"):
             probe_bidirectional(Wrapper(), inner=model)
 
 
@@ -361,7 +361,7 @@ def test_nan_is_no_proof():
     make_bidirectional(model)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(NotBidirectionalError, match=r"NaN logits in torch\.float32"):
+    with pytest.raises(NotBidirectionalError, match=r"NaN .*torch\.float32"):
         probe_bidirectional(model)
 
 
@@ -379,7 +379,7 @@ def test_a_model_that_takes_no_additive_mask_is_found_before_training():
         )
     )
     make_bidirectional(model)
-    with pytest.raises(NotBidirectionalError, match=r"OPTForCausalLM .*does not take the attention masks"):
+    with pytest.raises(NotBidirectionalError, match=r"OPTForCausalLM .*flash_attn: sdpa"):
         probe_bidirectional(model)
 
 
@@ -410,7 +410,7 @@ def test_what_cannot_be_made_bidirectional_is_an_error():
     for module in model.modules():
         if hasattr(module, "is_causal"):
             del module.is_causal
-    with pytest.raises(NotBidirectionalError, match="no attention module"):
+    with pytest.raises(NotBidirectionalError, match="is_causal"):
         make_bidirectional(model)
 
 
@@ -455,7 +455,7 @@ def test_a_recurrent_layer_beside_attention_is_refused():
 
     model = build("llama")
     model.model.layers[0].mixer = Recurrent()
-    with pytest.raises(NotBidirectionalError, match="mixes tokens by Recurrent"):
+    with pytest.raises(NotBidirectionalError, match="Recurrent"):
         make_bidirectional(model)
     assert not is_bidirectional(model)
 
@@ -489,7 +489,7 @@ def test_an_error_that_has_nothing_to_do_with_masks_is_not_blamed_on_them():
     model = moe()
     make_bidirectional(model)
     model.model.layers[0].mlp.gate = torch.nn.Identity()
-    with pytest.raises(NotBidirectionalError, match="cannot compute logits, with or without an attention mask"):
+    with pytest.raises(NotBidirectionalError, match=r"config.json"):
         probe_bidirectional(model)
 
 
@@ -505,8 +505,8 @@ def test_every_kind_of_flash_attention_is_treated_alike(monkeypatch, name):
     padding = torch.tensor([[False, False, False, True]])
     assert full_attention_mask(model, is_padding=None, **about) is None
     assert full_attention_mask(model, is_padding=padding, **about).tolist() == [[1, 1, 1, 0]]
-    with pytest.raises(ValueError, match=r"flash attention \(flash_attn: fa2, fa3\) does not take; set"):
+    with pytest.raises(ValueError, match=r"flash_attn: fa2, fa3"):
         full_attention_mask(model, is_padding=None, **about, document=torch.zeros(1, 4, dtype=torch.long))
     model.config._attn_implementation_internal = "flex_attention"
-    with pytest.raises(NotBidirectionalError, match=r"runs attention by 'flex_attention'; choose flash_attn: sdpa"):
+    with pytest.raises(NotBidirectionalError, match=r"'flex_attention'.*flash_attn: sdpa"):
         make_bidirectional(model)

@@ -61,33 +61,33 @@ def test_no_file_is_none(tmp_path):
     [
         ({"shift": ...}, "lacks shift"),
         ({"colour": 1}, "has unknown colour"),
-        ({"shift": "yes"}, "shift must be bool, found 'yes'"),
-        ({"mask_token_id": True}, "mask_token_id must be int"),
-        ({"mask_token_id": "40"}, "mask_token_id must be int"),
-        ({"attention_ratio": 1.5}, r"attention_ratio must lie in \[0, 1\]"),
-        ({"attention_ratio": float("nan")}, r"attention_ratio must lie in \[0, 1\]"),
+        ({"shift": "yes"}, "shift .*bool.*'yes'"),
+        ({"mask_token_id": True}, "mask_token_id .*int"),
+        ({"mask_token_id": "40"}, "mask_token_id .*int"),
+        ({"attention_ratio": 1.5}, "attention_ratio"),
+        ({"attention_ratio": float("nan")}, "attention_ratio"),
         ({"format_version": 2}, "upgrade llamafactory-ddm"),
         ({"format_version": 2, "colour": 1}, "upgrade llamafactory-ddm"),
-        ({"format_version": 0}, "format_version must be 1 or more"),
-        ({"format_version": "1"}, "format_version must be int"),
-        ({"mask_token_id": -1}, "is no token"),
-        ({"mask_token": ""}, "is no token"),
-        ({"mask_token": None}, "mask_token must be str, found None"),
-        ({"variable_length": []}, r"variable_length must be dict or NoneType"),
-        ({"noise_process": "absorbing"}, "noise_process must be one of masked, mixed.*plugins"),
-        ({"noise_schedule": "sqrt"}, "noise_schedule must be one of linear, cosine.*plugins"),
-        ({"uniform_ratio": 0.1}, "noise_process masked contradicts uniform_ratio 0.1"),
-        ({"train_on_padding": "yes"}, "train_on_padding must be bool or NoneType"),
-        ({"sep_token": "x"}, "sep_token 'x' with sep_token_id None is no token"),
-        ({"sep_token": "x", "sep_token_id": -1}, "with sep_token_id -1 is no token"),
-        ({"start_token": "x"}, "start_token 'x' with start_token_id None is no token"),
-        ({"end_tokens": ["x"]}, r"end_tokens \['x'\] with end_token_ids None are no tokens"),
-        ({"end_tokens": ["x"], "end_token_ids": [1, 2]}, "are no tokens"),
-        ({"end_tokens": ["x"], "end_token_ids": ["1"]}, "are no tokens"),
-        ({"end_tokens": "x"}, "end_tokens must be list or NoneType"),
-        ({"template": {"name": "x"}}, "template: .* is no template of this version"),
-        ({"template": {"name": "x", "parts": [{"token": None, "text": []}]}}, "is no part of a template"),
-        ({"template": {"name": "x", "parts": [{"token": "a", "text": ["b"]}]}}, "is no part of a template"),
+        ({"format_version": 0}, "format_version .*0"),
+        ({"format_version": "1"}, "format_version .*int"),
+        ({"mask_token_id": -1}, "mask_token_id -1"),
+        ({"mask_token": ""}, "mask_token ''"),
+        ({"mask_token": None}, "mask_token .*str.*None"),
+        ({"variable_length": []}, "variable_length .*dict"),
+        ({"noise_process": "absorbing"}, "noise_process .*masked, mixed.*plugins"),
+        ({"noise_schedule": "sqrt"}, "noise_schedule .*linear, cosine.*plugins"),
+        ({"uniform_ratio": 0.1}, r"noise_process masked .*uniform_ratio 0\.1"),
+        ({"train_on_padding": "yes"}, "train_on_padding .*bool"),
+        ({"sep_token": "x"}, "sep_token 'x' .*sep_token_id None"),
+        ({"sep_token": "x", "sep_token_id": -1}, "sep_token_id -1"),
+        ({"start_token": "x"}, "start_token 'x' .*start_token_id None"),
+        ({"end_tokens": ["x"]}, r"end_tokens \['x'\] .*end_token_ids None"),
+        ({"end_tokens": ["x"], "end_token_ids": [1, 2]}, r"end_token_ids \[1, 2\]"),
+        ({"end_tokens": ["x"], "end_token_ids": ["1"]}, r"end_token_ids \['1'\]"),
+        ({"end_tokens": "x"}, "end_tokens .*list"),
+        ({"template": {"name": "x"}}, "template: .*template"),
+        ({"template": {"name": "x", "parts": [{"token": None, "text": []}]}}, "template: .*part"),
+        ({"template": {"name": "x", "parts": [{"token": "a", "text": ["b"]}]}}, "template: .*part"),
     ],
 )
 def test_a_tampered_file_is_an_error_that_names_it(tmp_path, changes, words):
@@ -106,7 +106,7 @@ def test_a_truncated_file_is_an_error(tmp_path, text):
 
 def test_a_yaml_key_may_repeat_but_not_contradict():
     CONFIG.check_against(shift=True, noise_schedule=None, uniform_ratio=0)
-    with pytest.raises(ValueError, match=r"shift: False contradicts.*says shift: True; remove shift"):
+    with pytest.raises(ValueError, match=r"shift: False .*shift: True"):
         CONFIG.check_against(shift=False)
     with pytest.raises(ValueError, match=r"noise_schedule: cosine.*linear"):
         CONFIG.check_against(noise_schedule="cosine")
@@ -117,7 +117,7 @@ def test_every_cut_of_the_file_is_an_error(tmp_path, share):
     CONFIG.save(tmp_path)
     raw = (tmp_path / FILE_NAME).read_bytes()
     (tmp_path / FILE_NAME).write_bytes(raw[: int(len(raw) * share)])
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match=FILE_NAME):
         DiffusionConfig.load(tmp_path)
 
 

@@ -89,7 +89,7 @@ def test_a_quantised_model_cannot_grow(sign):
         setattr(model, sign, True if sign == "is_quantized" else "gptq")
     before = tables(model)
     for index in (KNOWN, KNOWN + 1):  # a row that is there and means nothing, and one that is not there
-        with pytest.raises(ValueError, match="1 tokens are new to the model, and a quantised model cannot grow"):
+        with pytest.raises(ValueError, match=r"1 tokens .*quantization_bit"):
             init_new_embeddings(model, [index], known=KNOWN)
     init_new_embeddings(model, [], known=KNOWN)
     assert all(torch.equal(old, new) for old, new in zip(before, tables(model), strict=True))

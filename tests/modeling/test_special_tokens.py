@@ -52,21 +52,21 @@ def test_the_checkpoints_comes_before_the_tokenizers(tokenizer):
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
     index = tokenizer.get_vocab()["cat"]
     assert resolve_mask_token(tokenizer, None, config_mask=("cat", index)).id == index
-    with pytest.raises(ValueError, match="saved with the checkpoint"):
+    with pytest.raises(ValueError, match="'cat'"):
         resolve_mask_token(tokenizer, None, config_mask=("cat", index + 1))
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (None, "has no mask token, and none is given: set mask_token"),
-        ("catdog", r"is not one token but 2 \('cat', 'dog'\)"),
-        (10**6, "is not an id of the vocabulary"),
-        (-1, "is not an id of the vocabulary"),
-        ("<|endoftext|>", "is the tokenizer's (pad|eos|bos) token"),
-        (0, "is the tokenizer's (pad|eos|bos) token"),
-        ("", "is not one token but 0"),
-        (True, "mask_token: true is neither a token nor an id"),
+        (None, "mask_token"),
+        ("catdog", r"2 \('cat', 'dog'\)"),
+        (10**6, "mask_token: 1000000 "),
+        (-1, "mask_token: -1 "),
+        ("<|endoftext|>", r"\b(pad|eos|bos)\b"),
+        (0, r"\b(pad|eos|bos)\b"),
+        ("", "mask_token: '' .*0"),
+        (True, "mask_token: true"),
     ],
 )
 def test_what_is_no_mask_token(tokenizer, given, words):
@@ -87,14 +87,14 @@ def test_adding_it_to_the_tokenizer(tokenizer):
 
 def test_a_tokenizer_that_gives_the_checkpoints_token_another_id(tokenizer):
     mask = resolve_mask_token(tokenizer, None, config_mask=("<|mask|>", len(tokenizer) + 1))
-    with pytest.raises(ValueError, match=r"gives '<\|mask\|>' the id 262, expected 263; use the tokenizer"):
+    with pytest.raises(ValueError, match=r"'<\|mask\|>' .*262.*263"):
         add_mask_token(tokenizer, mask)
 
 
 def test_a_template_may_make_it_the_end_of_text(tokenizer):
     mask = resolve_mask_token(tokenizer, "cat")
     tokenizer.eos_token = "cat"
-    with pytest.raises(ValueError, match="mask_token: 'cat' is the tokenizer's eos token"):
+    with pytest.raises(ValueError, match=r"mask_token: 'cat' .*\beos\b"):
         check_roles(tokenizer, mask, "cat")
 
 
@@ -105,7 +105,7 @@ def word_tokenizer(vocabulary, **special):
 
 
 def test_text_that_the_tokenizer_does_not_know_is_not_the_unknown_token():
-    with pytest.raises(ValueError, match="'zebra' is unknown to the tokenizer, which reads it as '<unk>'"):
+    with pytest.raises(ValueError, match=r"mask_token: 'zebra' .*'<unk>'"):
         resolve_mask_token(word_tokenizer({"<unk>": 0, "cat": 1}), "zebra")
 
 
@@ -113,7 +113,7 @@ def test_an_escape_that_yaml_did_not_read(tokenizer):
     """In single quotes YAML leaves a backslash and an n as they stand."""
     assert resolve_token(tokenizer, "sep_token", "\n")[0] == "Ċ"
     for find in (resolve_mask_token, lambda known, text: resolve_token(known, "mask_token", text)):
-        with pytest.raises(ValueError, match=r'for the escape write mask_token: "\\n"'):
+        with pytest.raises(ValueError, match=r'mask_token: "\\n"'):
             find(tokenizer, r"\n")
     with pytest.raises(ValueError) as error:
         resolve_token(tokenizer, "sep_token", "nonsuch")
@@ -123,7 +123,7 @@ def test_an_escape_that_yaml_did_not_read(tokenizer):
 def test_a_vocabulary_with_gaps():
     tokenizer = word_tokenizer({"<unk>": 0, "cat": 1, "dog": 7})
     assert resolve_mask_token(tokenizer, 7) == ResolvedMaskToken("dog", 7, False)
-    with pytest.raises(ValueError, match="mask_token: 2 is not an id of the vocabulary"):
+    with pytest.raises(ValueError, match="mask_token: 2 "):
         resolve_mask_token(tokenizer, 2)
     mask = resolve_mask_token(tokenizer, "<|mask|>")
     assert tokenizer.mask_token is None  # asking adds nothing
@@ -133,17 +133,17 @@ def test_a_vocabulary_with_gaps():
 
 def test_the_unknown_token_is_no_mask_unless_a_checkpoint_was_trained_so(tokenizer):
     tokenizer.unk_token = "cat"
-    with pytest.raises(ValueError, match="mask_token: 'cat' is the tokenizer's unk token"):
+    with pytest.raises(ValueError, match=r"mask_token: 'cat' .*\bunk\b"):
         resolve_mask_token(tokenizer, "cat")
     index = tokenizer.convert_tokens_to_ids("cat")
     assert resolve_mask_token(tokenizer, None, config_mask=("cat", index)).is_trained
 
 
 def test_neither_the_checkpoint_nor_the_tokenizer_may_name_the_padding_token(tokenizer):
-    with pytest.raises(ValueError, match=r"'<\|endoftext\|>' is the tokenizer's pad token"):
+    with pytest.raises(ValueError, match=r"'<\|endoftext\|>' .*\bpad\b"):
         resolve_mask_token(tokenizer, None, config_mask=("<|endoftext|>", 0))
     tokenizer.mask_token = tokenizer.pad_token
-    with pytest.raises(ValueError, match="is the tokenizer's pad token"):
+    with pytest.raises(ValueError, match=r"mask_token.*\bpad\b"):
         resolve_mask_token(tokenizer, None)
 
 

@@ -131,7 +131,9 @@ class ResponseCollator:
                 "cutoff_len"
             )
         if packed and self.target_length is not None:
-            raise ValueError("packed rows have no padding to learn; set train_on_padding: false, or packing: false")
+            raise ValueError(
+                "train_on_padding: true needs rows without packing; set packing: false, or train_on_padding: false"
+            )
         shape = (len(features), length)
         batch = {
             "input_ids": torch.full(shape, self.pad_id, dtype=torch.int64),
@@ -185,7 +187,7 @@ class VariableLengthCollator:
         extra: largest number of blocks in a canvas beyond those that the row needs; None allows as many as fit
             `canvas`. The number is a hash of the row's tokens, so it is the same in every epoch, run and process.
             Without extra blocks a model would learn to read the length of a text off the length of its canvas.
-        end_ids: further tokens that end a response, such as a template's stop words.
+        stop_ids: further tokens that end a response, such as a template's stop words.
     Source: Rainbow Padding (arXiv 2510.03680) for `rainbow`; variable-length DiffuGPT for the other two.
     """
 
@@ -195,25 +197,28 @@ class VariableLengthCollator:
     start_id: int | None = None
     block: int | None = None
     extra: int | None = None
-    end_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
 
     def row(self, feature: Mapping[str, Any]) -> tuple[list[int], list[bool], int]:
         """Return a row's clean ids up to EOS, which of them are maskable, and the position of EOS.
 
-        Tokens that a template puts after EOS of the last response, as ChatML's line break, are dropped.
+        Tokens that a template writes after the EOS of the last response, such as ChatML's line break, are dropped.
         """
         ids = list(feature["input_ids"])
         if "labels" in feature:
             labels = torch.as_tensor(feature["labels"])
             maskable = is_target(torch.as_tensor(ids), labels, torch.arange(len(ids)) == 0).tolist()
-            ids = [label if own else token for token, label, own in zip(ids, feature["labels"], maskable, strict=True)]
+            ids = [
+                label if is_labelled else token
+                for token, label, is_labelled in zip(ids, feature["labels"], maskable, strict=True)
+            ]
         else:
             if self.start_id is not None and (not ids or ids[0] != self.start_id):
                 ids = [self.start_id, *ids]
             maskable = [True] * len(ids)
         first = 0 if self.start_id is None else 1  # the start token may be the same as EOS
-        ends = {self.eos_id, *(self.end_ids if "labels" in feature else ())}
-        end = max((n for n in range(first, len(ids)) if maskable[n] and ids[n] in ends), default=None)
+        eos_ids = {self.eos_id, *(self.stop_ids if "labels" in feature else ())}
+        end = max((n for n in range(first, len(ids)) if maskable[n] and ids[n] in eos_ids), default=None)
         if end is not None and (end == len(ids) - 1 or ("labels" in feature and all(maskable[end:]))):
             return ids[: end + 1], maskable[: end + 1], end
         return [*ids, self.eos_id], [*maskable, True], len(ids)
@@ -230,10 +235,11 @@ class VariableLengthCollator:
         """Return the length of the canvas of a row; `ids` include EOS."""
         if self.block is None:
             return self.canvas
-        least, most = -(-len(ids) // self.block), -(-self.canvas // self.block)
-        choices = (most - least if self.extra is None else min(self.extra, most - least)) + 1
-        drawn = zlib.crc32(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()) % choices if choices > 1 else 0
-        return min(self.canvas, (least + drawn) * self.block)
+        n_blocks, max_blocks = -(-len(ids) // self.block), -(-self.canvas // self.block)
+        max_extra = max_blocks - n_blocks if self.extra is None else min(self.extra, max_blocks - n_blocks)
+        choices = max_extra + 1
+        n_extra = zlib.crc32(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()) % choices if choices > 1 else 0
+        return min(self.canvas, (n_blocks + n_extra) * self.block)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch.

@@ -139,19 +139,19 @@ class _MixedKl(torch.autograd.Function):
         s = (a / b).clamp(max=1.0 / _TINY)  # within the range of float32; a larger s gives the same result
         l_x, l_z = _at(logits, x_0), _at(logits, z_t)
         # Over the tokens other than x: highest logit, sum of exp(logit - highest), 1 - p_x, sum of psi(s p_j).
-        peak, partition, others, spread = (torch.empty_like(a) for _ in range(4))
+        peak, partition, p_rest, spread = (torch.empty_like(a) for _ in range(4))
         for part in _row_parts(logits):
-            e, highest = _others(logits[part], x_0[part], n_ids, mask_id)
+            e, highest = _exp_others(logits[part], x_0[part], n_ids, mask_id)
             peak[part], partition[part] = highest.double(), e.sum(dim=1).double().clamp(min=_TINY)
-            others[part] = torch.sigmoid(partition[part].log() + peak[part] - l_x[part])
-            scale = s[part] * others[part] / partition[part]
+            p_rest[part] = torch.sigmoid(partition[part].log() + peak[part] - l_x[part])
+            scale = s[part] * p_rest[part] / partition[part]
             spread[part] = _psi(e.mul_(scale.to(e.dtype)[:, None])).sum(dim=1).double()
-        rest = partition.log() + peak
-        total = torch.logaddexp(rest, l_x)
-        p_x, u_z = torch.sigmoid(l_x - rest), s * (l_z - total).exp()
+        log_rest = partition.log() + peak
+        total = torch.logaddexp(log_rest, l_x)
+        p_x, u_z = torch.sigmoid(l_x - log_rest), s * (l_z - total).exp()
         is_x, is_mask = z_t == x_0, z_t == mask_id
         # p_x may underflow while b is 0, so log(b + a p_x) is computed from logarithms.
-        w, log_kept = a * others / (a + b), a.log() + l_x - total
+        w, log_kept = a * p_rest / (a + b), a.log() + l_x - total
         log_below = torch.logaddexp(b.log(), log_kept)
         log_left = log_below - (a + b).log()
         kl = (a + b) * torch.where(w < 0.5, _psi(-w.clamp(max=0.5)), -w - log_left) + a / s * spread
@@ -159,12 +159,12 @@ class _MixedKl(torch.autograd.Function):
         share = torch.where(is_x, b / (a + b), 1.0) * (is_mask | (b > 0.0))
         below, v = log_below.exp().where(b > 0.0, 1.0), u_z / (1.0 + u_z)
         of_other = torch.where(v < 0.5, _psi(-v.clamp(max=0.5)), u_z.log1p() - v)
-        at_z = torch.where(is_x, _psi(a * others / below), of_other).masked_fill(is_mask, 0.0)
-        # Factors of the rows for the backward pass: `of_x` is p_x h_x, `more` is p_z times what z adds to h_z.
-        kept = (log_kept - log_below).exp()
-        more = torch.where(is_x, -kept * others / below, v.square() / a).masked_fill(is_mask, 0.0)
+        at_z = torch.where(is_x, _psi(a * p_rest / below), of_other).masked_fill(is_mask, 0.0)
+        # Factors of the rows for the backward pass: `of_x` is p_x h_x, `of_z` is p_z times what z adds to h_z.
+        p_kept = (log_kept - log_below).exp()
+        of_z = torch.where(is_x, -p_kept * p_rest / below, v.square() / a).masked_fill(is_mask, 0.0)
         rows = torch.stack(
-            [peak, others / partition, s, p_x, others, (l_z - total).exp(), -others * kept, more, share]
+            [peak, p_rest / partition, s, p_x, p_rest, (l_z - total).exp(), -p_rest * p_kept, of_z, share]
         )
         ctx.save_for_backward(logits, x_0, z_t, rows)
         return (share * (at_z + kl) / a).float()
@@ -184,18 +184,18 @@ class _MixedKl(torch.autograd.Function):
         logits, x_0, z_t, rows = ctx.saved_tensors
         result = torch.zeros_like(logits)
         for part in _row_parts(logits):
-            peak, scale, s, p_x, others, p_z, of_x, more, share = rows[:, part]
+            peak, scale, s, p_x, p_rest, p_z, of_x, of_z, share = rows[:, part]
             is_x, elsewhere = z_t[part] == x_0[part], z_t[part] != ctx.mask_id
-            p, _ = _others(logits[part], x_0[part], ctx.n_ids, ctx.mask_id, peak)
+            p, _ = _exp_others(logits[part], x_0[part], ctx.n_ids, ctx.mask_id, peak)
             p.mul_(scale.to(p.dtype)[:, None])
             ph = p * s.to(p.dtype)[:, None]
             ph.div_(ph + 1.0).mul_(p)
             mean = ph.sum(dim=1).double()
-            ph.addcmul_(p, -(mean + of_x + more).to(p.dtype)[:, None])
+            ph.addcmul_(p, -(mean + of_x + of_z).to(p.dtype)[:, None])
             # Where p is near 1, large numbers cancel. So the entry of x is computed in float64, and that of another z
             # is minus the sum of the rest, as all entries sum to 0.
-            at_x = (of_x + more.where(is_x, 0.0)) * others - p_x * (mean + more.where(~is_x, 0.0))
-            at_z = p_z * (s * p_z / (1.0 + s * p_z) - mean - of_x) + more * (1.0 - p_z)
+            at_x = (of_x + of_z.where(is_x, 0.0)) * p_rest - p_x * (mean + of_z.where(~is_x, 0.0))
+            at_z = p_z * (s * p_z / (1.0 + s * p_z) - mean - of_x) + of_z * (1.0 - p_z)
             z = z_t[part].where(elsewhere, x_0[part])[:, None]
             ph.scatter_(1, z, 0.0).scatter_(1, x_0[part, None], at_x.to(p.dtype)[:, None])
             at_z = torch.where(p_z > 0.5, -ph.sum(dim=1).double(), at_z)
@@ -204,7 +204,7 @@ class _MixedKl(torch.autograd.Function):
         return result, None, None, None, None, None, None
 
 
-def _others(
+def _exp_others(
     logits: Tensor, x_0: Tensor, n_ids: int, mask_id: int, peak: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return exp(logit - highest) with 0 for x and [MASK], and `highest`, the highest logit of the other tokens.

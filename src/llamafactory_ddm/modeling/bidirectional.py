@@ -1,10 +1,10 @@
-"""Full attention for a causal language model: a switch, the masks it needs, and a test that it took effect.
+"""Full attention for a causal language model: a switch, its masks, and a probe that it took effect.
 
-No model's forward is copied. On transformers >= 5.5 it is enough to set `is_causal` to False in the config and in
+No model code is copied. On transformers >= 5.5 it is enough to set `is_causal` to False in the config and in
 every attention module. Older versions, sliding windows, padding and annealing need an explicit mask: additive float
 with the smallest finite number, as a boolean mask is silently wrong under eager attention. A sliding window becomes
-symmetric, |query - key| < window (the rule of flash attention too), in the layers that have one; other layers attend
-to all positions.
+symmetric, |query - key| < window (as in flash attention), in the layers that have one; other layers attend to all
+positions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..diffusion.attention import additive_mask
 from .model_info import dtype_of, implementation, is_flash, text_config, window_of
-from .model_info import implementation as _implementation
 from .quantization import evaluation_mode
 
 __all__ = [
@@ -31,7 +30,7 @@ __all__ = [
 
 _READS_CONFIG = Version(transformers.__version__) >= Version("5.5.0")
 _PROBE_LENGTH = 8
-# Further outputs that a config can request. A router's loss needs a mask of another form, and is not used.
+# Outputs that a config can request and that are switched off. A router's loss needs a mask of another form.
 _OUTPUTS = {
     "output_router_logits": False,
     "output_attentions": False,
@@ -45,21 +44,21 @@ def make_bidirectional(model: nn.Module) -> None:
 
     Raises:
         NotBidirectionalError: if the model has no attention module that can be switched, a type of layer or an
-            attention implementation without a mask here, or a part that is one-directional without attention. The
-            model is then unchanged.
+            attention implementation that this module has no mask for, or a recurrent layer. The model is then
+            unchanged.
     """
     modules = attention_modules(model)
-    refuse_unfit(model, modules)
+    check_can_be_bidirectional(model, modules)
     for module in modules:
         module.is_causal = False
-        triangle = causal_triangle(module)
-        if triangle is not None:
-            triangle.fill_(True)  # GPT-2 under transformers 4 also applies its own causal buffer
+        buffer = causal_buffer(module)
+        if buffer is not None:
+            buffer.fill_(True)  # GPT-2 under transformers 4 also applies its own causal buffer
     for module in model.modules():
-        # The warning is wrong here (padding is known from the data), and on a GPU its check waits for the device
+        # The warning is wrong here, as padding is known from the data, and on a GPU its check waits for the device in
         # every step.
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):
-            module.warn_if_padding_and_no_attention_mask = _say_nothing  # type: ignore[assignment]
+            module.warn_if_padding_and_no_attention_mask = _no_warning  # type: ignore[assignment]
     for config in (model.config, text_config(model)):
         config.is_causal = False  # type: ignore[union-attr]
         for name, value in _OUTPUTS.items():
@@ -68,7 +67,7 @@ def make_bidirectional(model: nn.Module) -> None:
 
 
 def is_bidirectional(model: nn.Module) -> bool:
-    """Tell whether `make_bidirectional` has been applied; `probe_bidirectional` proves that it took effect."""
+    """Tell whether `make_bidirectional` has been applied; `probe_bidirectional` tests that it took effect."""
     modules = attention_modules(model)
     return (
         bool(modules)
@@ -97,46 +96,45 @@ def full_attention_mask(
         model: the unwrapped model.
         batch: rows of the forward.
         length: tokens of a row.
-        is_padding: [batch, length] bool, True for keys that no real token may attend to; None for no padding (a test
-            for all False would wait for the device).
+        is_padding: [batch, length] bool, True for keys that no real token may attend to; None for no padding.
         visible: [1 or batch, 1, length, length] bool, True where a query (dim 2) may attend to a key (dim 3); None
             for all. A token must see itself.
         dtype: of the attention's queries.
         device: of the forward.
-        document: [batch, length] int64, index of the packed document of each token; documents do not attend to one
-            another.
+        document: [batch, length] int64, index of the packed document of each token; a token attends to its own
+            document only.
     Returns:
-        None if every query sees every key, so that the fast kernels run; a [batch, length] mask under flash attention;
+        None if every query sees every key, which lets fast kernels run; a [batch, length] mask under flash attention;
         an additive mask, [1 or batch, 1, 1 or length, length]; or a dict of these by layer type for models that take
         one.
     Raises:
         ValueError: for `visible` or `document` under flash attention, which takes no mask of this form, or for a
             mask whose shape is not that of the forward.
     """
-    for name, given in (("is_padding", is_padding), ("document", document)):
-        if given is not None and given.shape != (batch, length):
-            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {(batch, length)}")
+    for name, value in (("is_padding", is_padding), ("document", document)):
+        if value is not None and value.shape != (batch, length):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {(batch, length)}")
     if visible is not None and (visible.shape[0] not in (1, batch) or visible.shape[1:] != (1, length, length)):
         raise ValueError(f"visible has shape {tuple(visible.shape)}, expected (1 or {batch}, 1, {length}, {length})")
-    if is_flash(_implementation(model)):
+    if is_flash(implementation(model)):
         if visible is not None:
             raise ValueError(
-                "anneal_steps needs an attention mask that flash attention (flash_attn: fa2, fa3) does not take; "
-                "anneal under flash_attn: sdpa, or set anneal_steps: 0"
+                "anneal_steps needs an attention mask that flash attention (flash_attn: fa2, fa3) does not support; "
+                "set flash_attn: sdpa, or anneal_steps: 0"
             )
         if document is not None:
             raise ValueError(
-                "packing keeps documents apart by an attention mask that flash attention (flash_attn: fa2, fa3) does "
-                "not take; set flash_attn: sdpa, or packing: false"
+                "packing needs an attention mask that flash attention (flash_attn: fa2, fa3) does not support; set "
+                "flash_attn: sdpa, or packing: false"
             )
         return None if is_padding is None else (~is_padding).to(torch.int64)
     allowed = visible
     if document is not None:
-        together = (document[:, :, None] == document[:, None, :])[:, None]
-        allowed = together if allowed is None else allowed & together
+        same_document = (document[:, :, None] == document[:, None, :])[:, None]
+        allowed = same_document if allowed is None else allowed & same_document
     if is_padding is not None:
-        keys = ~is_padding[:, None, None, :]
-        allowed = keys if allowed is None else allowed & keys
+        is_token = ~is_padding[:, None, None, :]
+        allowed = is_token if allowed is None else allowed & is_token
     windowed = allowed
     window = window_of(model)
     if window is not None and window < length:
@@ -167,13 +165,13 @@ def _additive(allowed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def probe_bidirectional(model: nn.Module, *, inner: nn.Module | None = None) -> None:
     """Check with a few short forward passes that the first logits depend on the last token, and the last on the first.
 
-    Training modes and random states are unchanged. Every rank must call it, as wrappers communicate in their forward.
+    Training modes and random states are restored. Every rank must call it, as wrappers communicate in their forward.
 
     Args:
         model: the model that training calls, with or without a wrapper.
         inner: the unwrapped model, by default `model`.
     Raises:
-        NotBidirectionalError: if they do not, if the logits are NaN, or if the model does not take the masks that
+        NotBidirectionalError: if they do not, if the logits are NaN, or if the model does not accept the masks that
             padding and annealing need.
     """
     inner = model if inner is None else inner
@@ -187,7 +185,7 @@ def _probe(model: nn.Module, inner: nn.Module) -> None:
     vocabulary = int(text_config(inner).vocab_size)
     ids = torch.arange(length, device=device)[None] % vocabulary
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype_of(inner)
-    name = f"{type(inner).__name__} under {_implementation(inner)!r} attention"
+    name = f"{type(inner).__name__} under {implementation(inner)!r} attention"
 
     def logits(ids: Tensor, visible: Tensor | None = None) -> Tensor:
         mask = full_attention_mask(
@@ -196,69 +194,70 @@ def _probe(model: nn.Module, inner: nn.Module) -> None:
         result: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         return result
 
-    def moves(changed: int, seen: int) -> bool:
-        # Several other tokens, as two untrained rows of the embedding may be equal.
-        for step in {1, vocabulary // 3, vocabulary // 2} - {0}:
-            other = ids.clone()
-            other[0, changed] = (other[0, changed] + step) % vocabulary
-            if not torch.equal(logits(other)[seen], base[seen]):
+    def depends(output: int, on: int) -> bool:
+        # Several replacements, as two untrained embeddings may be equal.
+        for offset in {1, vocabulary // 3, vocabulary // 2} - {0}:
+            replaced = ids.clone()
+            replaced[0, on] = (replaced[0, on] + offset) % vocabulary
+            if not torch.equal(logits(replaced)[output], base[output]):
                 return True
         return False
 
-    def plain() -> None:
+    def without_mask() -> None:
         model(input_ids=ids, use_cache=False).logits  # noqa: B018
 
-    base = _taken(name, logits, plain, ids)
+    base = _logits_or_cause(name, logits, without_mask, ids)
     if bool(base.isnan().any()):
         raise NotBidirectionalError(
-            f"{name} computes NaN logits in {dtype}, which proves nothing and trains nothing; check the weights, "
-            "or use bf16: true in place of fp16"
+            f"{name} computes NaN logits in {dtype}; check the weights, or set bf16: true in place of fp16"
         )
-    for changed, seen, words in (
-        (-1, 0, "the last token does not move the first"),
-        (0, -1, "the first token does not move the last"),
+    for output, on, words in (
+        (0, -1, "first logits do not depend on its last"),
+        (-1, 0, "last logits do not depend on its first"),
     ):
-        if not moves(changed, seen):
+        if not depends(output, on):
             raise NotBidirectionalError(
-                f"{name} still attends causally: changing {words} logits (transformers {transformers.__version__}). "
-                "It cannot be trained or sampled as a diffusion model; try flash_attn: sdpa or flash_attn: disabled, "
-                "or another model"
+                f"{name} still attends causally: its {words} token (transformers {transformers.__version__}); set "
+                "flash_attn: sdpa or flash_attn: disabled, or use another model"
             )
-    if not is_flash(_implementation(inner)):
-        _taken(name, logits, plain, ids, torch.ones(1, 1, length, length, dtype=torch.bool, device=device))
+    if not is_flash(implementation(inner)):
+        _logits_or_cause(
+            name, logits, without_mask, ids, torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
+        )
 
 
 _ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def _taken(name: str, logits: Any, plain: Any, ids: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Return `logits(ids, visible)`, and name the cause if it raises.
+def _logits_or_cause(name: str, logits: Any, without_mask: Any, ids: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Return `logits(ids, visible)`; if it raises, raise an error that names the cause.
 
-    A model that cannot take the mask raises any of `_ERRORS`. The `plain` forward, without a mask, tells whether the
-    mask is the cause.
+    A model that does not accept the mask raises any of `_ERRORS`. If `without_mask` does not raise, the mask is the
+    cause.
     """
     try:
         result: Tensor = logits(ids, visible)
     except _ERRORS as error:
         try:
-            plain()
-        except _ERRORS as other:
+            without_mask()
+        except _ERRORS as unmasked_error:
             raise NotBidirectionalError(
-                f"{name} cannot compute logits, with or without an attention mask ({type(other).__name__}: {other}); "
-                "check its config.json and its weights, or use another model"
-            ) from other
+                f"{name} cannot compute logits, with or without an attention mask "
+                f"({type(unmasked_error).__name__}: {unmasked_error}); check its config.json and its weights, or use "
+                "another model"
+            ) from unmasked_error
         raise NotBidirectionalError(
-            f"{name} does not take the attention masks that diffusion needs ({type(error).__name__}: {error}); try "
-            f"flash_attn: sdpa, or use a model {SUCH_AS}"
+            f"{name} does not accept the attention masks that diffusion needs ({type(error).__name__}: {error}); set "
+            f"flash_attn: sdpa, or use a model {_SUPPORTED}"
         ) from error
     return result
 
 
-def _say_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for a method that only warns."""
+def _no_warning(*args: Any, **kwargs: Any) -> None:
+    """Replace a method that only warns."""
 
 
-SUCH_AS = "such as GPT-2, Llama, Qwen2, Qwen3, Mistral or Gemma"
+_SUPPORTED = "such as GPT-2, Llama, Qwen2, Qwen3, Mistral or Gemma"
 
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -271,8 +270,8 @@ class NotBidirectionalError(RuntimeError):
     """The model's attention is causal and cannot be made, or was not made, bidirectional."""
 
 
-def refuse_unfit(model: nn.Module, modules: list[Any]) -> None:
-    """Refuse a model that would not be fully bidirectional after switching its attention `modules`.
+def check_can_be_bidirectional(model: nn.Module, modules: list[Any]) -> None:
+    """Check that a model would be fully bidirectional after switching its attention `modules`.
 
     Raises:
         NotBidirectionalError: naming the model, the part at fault and what to do.
@@ -283,47 +282,46 @@ def refuse_unfit(model: nn.Module, modules: list[Any]) -> None:
     if unknown:
         raise NotBidirectionalError(
             f"{kind} has layers of type {', '.join(sorted(unknown))}, which cannot be made bidirectional; "
-            f"use a model with full or sliding-window attention, {SUCH_AS}"
+            f"use a model with full or sliding-window attention, {_SUPPORTED}"
         )
     if implementation(model) not in _KNOWN_ATTENTION and not is_flash(implementation(model)):
         raise NotBidirectionalError(
-            f"{kind} runs attention by {implementation(model)!r}; choose flash_attn: sdpa (or fa2 or fa3, or disabled "
-            "for eager)"
+            f"{kind} uses {implementation(model)!r} attention, which is not supported; set flash_attn: sdpa "
+            "(or fa2, fa3, or disabled for eager)"
         )
     if not modules:
         raise NotBidirectionalError(
             f"{kind} has no attention module with an is_causal switch, so it cannot be made bidirectional; "
-            f"use a model {SUCH_AS}"
+            f"use a model {_SUPPORTED}"
         )
     recurrent = next((type(module).__name__ for module in model.modules() if _is_recurrent(module)), None)
     if recurrent is not None:
         raise NotBidirectionalError(
-            f"{kind} mixes tokens by {recurrent}, which only looks back and cannot be made bidirectional; "
-            f"use a model with attention alone, {SUCH_AS}"
+            f"{kind} has the recurrent layer {recurrent}, which cannot be made bidirectional; "
+            f"use a model with attention only, {_SUPPORTED}"
         )
-    if any((triangle := causal_triangle(module)) is not None and not triangle[..., -1, :].all() for module in modules):
+    if any((buffer := causal_buffer(module)) is not None and not buffer[..., -1, :].all() for module in modules):
         raise NotBidirectionalError(
-            f"{kind} builds a local window into its attention, for which this package has no mask; "
-            f"use a model {SUCH_AS}"
+            f"{kind} has a local window built into its attention, which is not supported; use a model {_SUPPORTED}"
         )
     if getattr(config, "alibi", False):
         raise NotBidirectionalError(
-            f"{kind} uses ALiBi, which would favour the tokens furthest ahead under full attention; "
-            f"use a model with other positions, {SUCH_AS}"
+            f"{kind} uses ALiBi, which favours later tokens under full attention; "
+            f"use a model with other position embeddings, {_SUPPORTED}"
         )
 
 
 def attention_modules(model: nn.Module) -> list[Any]:
-    """Return the modules that carry the switch between causal and full attention."""
+    """Return the modules with a switch between causal and full attention, `is_causal`."""
     return [module for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
 
 
-def causal_triangle(module: Any) -> Tensor | None:
-    """Return the boolean buffer [1, 1, positions, positions] in which an attention module keeps its causality."""
+def causal_buffer(module: Any) -> Tensor | None:
+    """Return the boolean buffer [1, 1, positions, positions] with the causal mask of an attention module."""
     buffer = getattr(module, "bias", None)
     return buffer if isinstance(buffer, Tensor) and buffer.dtype == torch.bool else None
 
 
 def _is_recurrent(module: nn.Module) -> bool:
-    """Tell whether `module` carries a state along the sequence, by its depthwise convolution, which all such have."""
+    """Tell whether `module` is recurrent, by its depthwise convolution, which all such layers have."""
     return any(isinstance(child, nn.Conv1d) and child.groups == child.in_channels > 1 for child in module.children())

@@ -1,6 +1,6 @@
-"""A bidirectional model as the sampler's denoiser: logits at chosen positions, in chunks.
+"""A bidirectional model as the sampler's denoiser: logits at selected positions, in chunks.
 
-The output embedding runs only on the hidden states of these positions, so [batch, length, vocab] never exists.
+The output embedding is applied only to the hidden states of these positions, so [batch, length, vocab] never exists.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OUTPUTS_AT_ONCE, _ROWS_MULTIPLE = 1024, 16
 
 
 class RowSelectingHead:
-    """Makes a causal language model compute its output embedding for chosen positions only.
+    """Makes a causal language model compute its output embedding for selected positions only.
 
     A forward pre-hook on the output embedding selects the hidden states. The model's own forward, its wrappers (DDP,
     FSDP, ZeRO-3, PEFT) and its logit soft-capping are unchanged.
@@ -43,33 +43,31 @@ class RowSelectingHead:
         self.module = head
         self.hidden: Tensor | None = None
         self._head_index: Tensor | None = None
-        self._at_once: int | None = None
-        self._keeps = False
+        self._limit: int | None = None
+        self._keeps_hidden = False
         self._handle = head.register_forward_pre_hook(self._select)
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._head_index is None:
             return None
         hidden = args[0]
-        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._head_index)
-        if self._keeps:
-            self.hidden = chosen
-        if self._at_once is not None:
-            chosen = chosen[: self._at_once]
-        return (chosen, *args[1:])
+        selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._head_index)
+        if self._keeps_hidden:
+            self.hidden = selected
+        return (selected[: self._limit], *args[1:])
 
     @contextmanager
-    def only(self, head_index: Tensor, at_once: int | None = None, *, keep: bool = False) -> Iterator[None]:
+    def only(self, head_index: Tensor, limit: int | None = None, *, keep_hidden: bool = False) -> Iterator[None]:
         """Within the block, the model's forward returns logits [n, vocab] for `head_index`, [n] into [batch * length].
 
-        With `at_once` it returns only the first `at_once` of them. With `keep` it stores all their hidden states in
-        `hidden`, [n, width].
+        With `limit` it returns only the first `limit` of them. With `keep_hidden` it stores the hidden states of all
+        in `hidden`, [n, width].
         """
-        self._head_index, self._at_once, self._keeps = head_index, at_once, keep
+        self._head_index, self._limit, self._keeps_hidden = head_index, limit, keep_hidden
         try:
             yield
         finally:
-            self._head_index, self._at_once, self._keeps = None, None, False
+            self._head_index, self._limit, self._keeps_hidden = None, None, False
 
     def remove(self) -> None:
         """Remove the hook."""
@@ -103,8 +101,8 @@ class ModelDenoiser:
                 the first real token. None if there is none.
             outputs: number of ids, from 0, that get a logit; models often have more embeddings than their tokenizer
                 has tokens. None for all.
-            elements_at_once: largest number of logits in a chunk; a chunk has at least one row. A model that changes
-                its logits in a way that is not known here yields a single chunk.
+            elements_at_once: largest number of logits in a chunk; a chunk has at least one row. There is a single
+                chunk if the output embedding and soft-capping do not reproduce the model's logits.
             keep_hidden: whether to keep the hidden states of the latest call's logits in `hidden`, [n, width].
         """
         self.hidden: Tensor | None = None
@@ -116,9 +114,9 @@ class ModelDenoiser:
         self._position_ids: Tensor | None = None
         if is_padding is not None:
             self._position_ids = ((~is_padding).cumsum(dim=1) - 1).clamp(min=0)
-        self._at_once = max(1, elements_at_once // int(text_config(model).vocab_size))
+        self._rows_at_once = max(1, elements_at_once // int(text_config(model).vocab_size))
         self._cap: float | None = getattr(text_config(model), "final_logit_softcapping", None)
-        self._knows_head: bool | None = None
+        self._can_project: bool | None = None
         self._buffers: list[Tensor] = []
         self._mask: tuple[tuple[int, ...], Any] | None = None
         self._requested: Tensor | None = None
@@ -133,40 +131,40 @@ class ModelDenoiser:
         Yields:
             [n_chunk, vocab], logits at i for token i, in the order of `flat_index`.
         """
-        z, flat_index = self._requested_rows(z, flat_index)
+        z, flat_index = self._select_rows(z, flat_index)
         head_index = source_index(flat_index, self._shift)
-        if self._knows_head is False:
-            yield self._whole(z, head_index)
+        if self._can_project is False:
+            yield self._all_logits(z, head_index)
             return
-        # In the first call the model itself projects one hidden state, to test whether `_projected` gives the same.
-        first = self._forward(z, head_index, at_once=0 if self._knows_head else 1)
-        hidden = self._keep()
-        if self._knows_head is None:
+        # In the first call the model itself projects one hidden state, to test that `_projected` gives the same.
+        first = self._forward(z, head_index, limit=0 if self._can_project else 1)
+        hidden = self._take_hidden()
+        if self._can_project is None:
             with self._projected(hidden[:1]) as projected:
-                self._knows_head = torch.allclose(projected.float(), first.float(), rtol=1e-2, atol=1e-3)
-            if not self._knows_head:
-                yield self._whole(z, head_index)
+                self._can_project = torch.allclose(projected.float(), first.float(), rtol=1e-2, atol=1e-3)
+            if not self._can_project:
+                yield self._all_logits(z, head_index)
                 return
-        for part in hidden.split(self._at_once):
+        for part in hidden.split(self._rows_at_once):
             with self._projected(part) as logits:
                 yield logits
 
-    def _whole(self, z: Tensor, head_index: Tensor) -> Tensor:
+    def _all_logits(self, z: Tensor, head_index: Tensor) -> Tensor:
         """Return all logits, computed by the model itself."""
         logits = self._forward(z, head_index)
-        self._keep()
+        self._take_hidden()
         return logits
 
-    def _keep(self) -> Tensor:
-        """Return the inputs of the output embedding, and drop the head's reference to them."""
+    def _take_hidden(self) -> Tensor:
+        """Return the inputs of the output embedding, and remove them from the head."""
         hidden, self._head.hidden = self._head.hidden, None
         if hidden is None:
             raise RuntimeError(f"{type(self._model).__name__} did not call its output embedding")
         self.hidden = hidden if self._keeps_hidden else None
         return hidden
 
-    def _requested_rows(self, z: Tensor, flat_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows with a requested position, and the flat indices in them; other rows cost no forward pass."""
+    def _select_rows(self, z: Tensor, flat_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows with a requested position, and the flat indices within them; other rows are not computed."""
         batch, length = z.shape
         row = torch.div(flat_index, length, rounding_mode="floor")
         requested = torch.zeros(batch, dtype=torch.bool, device=z.device).index_fill_(0, row, True)
@@ -181,10 +179,10 @@ class ModelDenoiser:
     def _of_requested(self, value: Tensor | None) -> Tensor | None:
         return value if value is None or self._requested is None else value[self._requested]
 
-    def _forward(self, z: Tensor, head_index: Tensor, at_once: int | None = None) -> Tensor:
+    def _forward(self, z: Tensor, head_index: Tensor, limit: int | None = None) -> Tensor:
         position_ids = self._of_requested(self._position_ids)
         positions = {} if position_ids is None else {"position_ids": position_ids}
-        with torch.inference_mode(), self._head.only(head_index, at_once, keep=True):
+        with torch.inference_mode(), self._head.only(head_index, limit, keep_hidden=True):
             logits: Tensor = self._model(
                 input_ids=z, attention_mask=self._attention_mask(z), use_cache=False, **positions
             ).logits
@@ -194,19 +192,19 @@ class ModelDenoiser:
     def _projected(self, hidden: Tensor) -> Iterator[Tensor]:
         """Return the logits of [n, width] hidden states; their memory is reused after the block."""
         head = self._head.module
-        plain = type(head) is nn.Linear and not head._forward_hooks and hidden.dtype == head.weight.dtype
-        if not (plain and hidden.device.type == "cpu" and isinstance(head, nn.Linear)):
+        is_plain = type(head) is nn.Linear and not head._forward_hooks and hidden.dtype == head.weight.dtype
+        if not (is_plain and hidden.device.type == "cpu" and isinstance(head, nn.Linear)):
             with torch.inference_mode():
                 logits = self._capped(head(hidden))[:, : self._outputs]
             yield logits
             return
         n, outputs = len(hidden), min(head.weight.shape[0], self._outputs or head.weight.shape[0])
-        needed = n * outputs
+        n_elements = n * outputs
         buffer = self._buffers.pop() if self._buffers else hidden.new_empty(0)
         with torch.inference_mode():
-            if buffer.numel() < needed:
-                buffer = hidden.new_empty(needed)
-            logits = buffer[:needed].view(n, outputs)
+            if buffer.numel() < n_elements:
+                buffer = hidden.new_empty(n_elements)
+            logits = buffer[:n_elements].view(n, outputs)
             columns = functional.pad(hidden, (0, 0, 0, -n % _ROWS_MULTIPLE)).T.contiguous()
             for low in range(0, outputs, _OUTPUTS_AT_ONCE):
                 part = slice(low, min(low + _OUTPUTS_AT_ONCE, outputs))
@@ -238,6 +236,6 @@ class ModelDenoiser:
         return self._mask[1]
 
     def close(self) -> None:
-        """Take the hook off the model."""
+        """Remove the hook from the model."""
         self._head.remove()
         self._buffers.clear()

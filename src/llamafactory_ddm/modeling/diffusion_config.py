@@ -64,28 +64,30 @@ class VariableLength:
             ValueError: if it is not a known format, naming the file.
         """
         try:
-            ends = cls(**{**raw, "pad_tokens": tuple(raw["pad_tokens"]), "pad_token_ids": tuple(raw["pad_token_ids"])})
-            sound = (
-                ends.format in ("eos_pad", "eos_eos", "rainbow")
-                and len(ends.pad_tokens) == len(ends.pad_token_ids) > 0
-                and all(isinstance(token, str) for token in ends.pad_tokens)
-                and all(type(number) is int and number >= 0 for number in (*ends.pad_token_ids, ends.canvas))
-                and (ends.block is None or (type(ends.block) is int and ends.block > 0))
-                and (ends.extra is None or (type(ends.extra) is int and ends.extra >= 0))
+            result = cls(
+                **{**raw, "pad_tokens": tuple(raw["pad_tokens"]), "pad_token_ids": tuple(raw["pad_token_ids"])}
+            )
+            is_valid = (
+                result.format in ("eos_pad", "eos_eos", "rainbow")
+                and len(result.pad_tokens) == len(result.pad_token_ids) > 0
+                and all(isinstance(token, str) for token in result.pad_tokens)
+                and all(type(number) is int and number >= 0 for number in (*result.pad_token_ids, result.canvas))
+                and (result.block is None or (type(result.block) is int and result.block > 0))
+                and (result.extra is None or (type(result.extra) is int and result.extra >= 0))
             )
         except (KeyError, TypeError):
-            sound = False
-        if not sound:
+            is_valid = False
+        if not is_valid:
             raise ValueError(
-                f"{path}: variable_length {raw!r} is no format of this version; restore the file from a copy of the "
+                f"{path}: variable_length {raw!r} is not a known format; restore the file from a copy of the "
                 "checkpoint, or upgrade llamafactory-ddm"
             )
-        return ends
+        return result
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """What sampling, evaluation and further training need to know of a checkpoint.
+    """The settings of a checkpoint that sampling, evaluation and further training need.
 
     Attributes:
         mask_token: spelling of [MASK] in the vocabulary.
@@ -152,7 +154,7 @@ class DiffusionConfig:
             ) from error
         if not isinstance(raw, dict):
             raise ValueError(
-                f"{path} must hold a JSON object, found {type(raw).__name__}; restore it from a copy of the checkpoint"
+                f"{path} must hold a JSON object, got {type(raw).__name__}; restore it from a copy of the checkpoint"
             )
         _check(path, raw)
         if raw.get("variable_length") is not None:
@@ -191,8 +193,7 @@ def _template(path: Path, raw: Any) -> PromptTemplate:
         return PromptTemplate.read(raw)
     except ValueError as error:
         raise ValueError(
-            f"{path}: template: {error} of this version; restore the file from a copy of the checkpoint, or upgrade "
-            "llamafactory-ddm"
+            f"{path}: template: {error}; restore the file from a copy of the checkpoint, or upgrade llamafactory-ddm"
         ) from error
 
 
@@ -202,16 +203,16 @@ def _check_tokens(path: Path, raw: dict[str, Any]) -> None:
         token, index = raw.get(name), raw.get(f"{name}_id")
         if (token is None) != (index is None) or (index or 0) < 0:
             raise ValueError(
-                f"{path}: {name} {token!r} with {name}_id {index} is no token; restore the file from a copy of the "
+                f"{path}: {name} {token!r} with {name}_id {index} is not a token; restore the file from a copy of the "
                 "checkpoint"
             )
-    ends, ids = raw.get("end_tokens"), raw.get("end_token_ids")
-    sound = (ends is None) == (ids is None) and len(ends or ()) == len(ids or ())
-    sound = sound and all(isinstance(token, str) for token in ends or ())
-    if not sound or not all(type(index) is int and index >= 0 for index in ids or ()):
+    tokens, ids = raw.get("end_tokens"), raw.get("end_token_ids")
+    is_valid = (tokens is None) == (ids is None) and len(tokens or ()) == len(ids or ())
+    is_valid = is_valid and all(isinstance(token, str) for token in tokens or ())
+    if not is_valid or not all(type(index) is int and index >= 0 for index in ids or ()):
         raise ValueError(
-            f"{path}: end_tokens {ends!r} with end_token_ids {ids!r} are no tokens; restore the file from a copy of "
-            "the checkpoint"
+            f"{path}: end_tokens {tokens!r} with end_token_ids {ids!r} are not tokens; restore the file from a copy "
+            "of the checkpoint"
         )
 
 
@@ -222,7 +223,7 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
             f"{path} has format_version {version}, this version reads up to {FORMAT_VERSION}; upgrade llamafactory-ddm"
         )
     if isinstance(version, int) and version < 1:
-        raise ValueError(f"{path}: format_version must be 1 or more, found {version!r}")
+        raise ValueError(f"{path}: format_version must be at least 1, got {version!r}")
     required = {f.name for f in fields(DiffusionConfig) if f.default is MISSING}
     missing, unknown = sorted(required - raw.keys()), sorted(raw.keys() - _TYPES.keys())
     if missing or unknown:
@@ -233,13 +234,13 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
         kinds = _TYPES[key]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{path}: {key} must be {names}, found {value!r}")
+            raise ValueError(f"{path}: {key} must be {names}, got {value!r}")
     for key in ("uniform_ratio", "attention_ratio"):
         if not 0.0 <= raw[key] <= 1.0:
-            raise ValueError(f"{path}: {key} must lie in [0, 1], found {raw[key]!r}")
+            raise ValueError(f"{path}: {key} must lie in [0, 1], got {raw[key]!r}")
     if raw["mask_token_id"] < 0 or not raw["mask_token"]:
         raise ValueError(
-            f"{path}: mask_token {raw['mask_token']!r} with mask_token_id {raw['mask_token_id']} is no token; "
+            f"{path}: mask_token {raw['mask_token']!r} with mask_token_id {raw['mask_token_id']} is not a token; "
             "restore the file from a copy of the checkpoint"
         )
     _check_tokens(path, raw)

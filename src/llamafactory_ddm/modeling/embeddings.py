@@ -12,7 +12,7 @@ from .quantization import is_quantized
 
 
 def num_embeddings(model: Any) -> int:
-    """Return how many tokens the input embedding has."""
+    """Return the number of tokens of the input embedding."""
     weight = model.get_input_embeddings().weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])  # under DeepSpeed ZeRO-3 a rank holds only a part
 
@@ -26,8 +26,8 @@ def has_tied_embeddings(model: Any) -> bool:
 def init_new_embeddings(model: Any, ids: Iterable[int], *, known: int) -> None:
     """Set the embedding of every new id to the float32 mean of the first `known` embeddings; resize if needed.
 
-    Embeddings that are added below the highest id get the mean too. An untied output embedding and its bias are
-    treated alike.
+    Embeddings that are added below the highest id get the mean too. The same is done to an untied output embedding
+    and its bias.
 
     Args:
         model: a causal language model.
@@ -36,21 +36,24 @@ def init_new_embeddings(model: Any, ids: Iterable[int], *, known: int) -> None:
     Raises:
         ValueError: if there are new ids and the model is quantised.
     """
-    wanted, rows = set(ids), num_embeddings(model)
-    if not wanted:
+    new_ids, n_embeddings = set(ids), num_embeddings(model)
+    if not new_ids:
         return
     if is_quantized(model):
-        raise ValueError(f"{len(wanted)} tokens are new to the model, and a quantised model cannot grow")
-    if max(wanted) >= rows:
-        resize_embeddings(model, max(wanted) + 1)
-        wanted |= set(range(rows, max(wanted)))
-    _write_means(model, sorted(wanted), min(known, rows))
+        raise ValueError(
+            f"{len(new_ids)} tokens are new to the model, and a quantised model cannot get new embeddings; remove "
+            "quantization_bit, or use tokens that the model has"
+        )
+    if max(new_ids) >= n_embeddings:
+        resize_embeddings(model, max(new_ids) + 1)
+        new_ids |= set(range(n_embeddings, max(new_ids)))
+    _write_means(model, sorted(new_ids), min(known, n_embeddings))
 
 
-def resize_embeddings(model: Any, rows: int) -> None:
-    """Resize the embeddings to `rows` tokens; added ones are not initialised to anything meaningful."""
-    if rows != num_embeddings(model):
-        model.resize_token_embeddings(rows, mean_resizing=False)
+def resize_embeddings(model: Any, n_tokens: int) -> None:
+    """Resize the embeddings to `n_tokens`; the values of added embeddings are not meaningful."""
+    if n_tokens != num_embeddings(model):
+        model.resize_token_embeddings(n_tokens, mean_resizing=False)
 
 
 def _write_means(model: Any, ids: list[int], known: int) -> None:

@@ -18,22 +18,22 @@ def resolve_lora_targets(model: Any, finetuning_args: Any) -> None:
         model: the base model.
         finetuning_args: LLaMA-Factory's; `lora_target` is changed.
     Raises:
-        ValueError: if a name in lora_target or additional_target matches no module, or one end of tied embeddings.
+        ValueError: if a name in lora_target or additional_target matches no module, or one of two tied embeddings.
     """
     linear = linear_modules(model)
-    own = sorted({name.rpartition(".")[2] for name in linear})
+    linear_names = sorted({name.rpartition(".")[2] for name in linear})
     targets = list(finetuning_args.lora_target)
     if targets == ["all"]:
-        finetuning_args.lora_target = own
+        finetuning_args.lora_target = linear_names
     else:
-        others = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
         head = embedding_names(model)[1]
-        _check_names("lora_target", targets, [*linear, *others, *([head] if head else [])], own)
+        _check_names("lora_target", targets, [*linear, *embeddings, *([head] if head else [])], linear_names)
         _check_tied("lora_target", model, targets)
     if finetuning_args.additional_target:
         names = [name for name, _ in model.named_modules() if name]
-        others = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
-        _check_names("additional_target", list(finetuning_args.additional_target), names, others)
+        last_parts = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+        _check_names("additional_target", list(finetuning_args.additional_target), names, last_parts)
         _check_tied("additional_target", model, finetuning_args.additional_target)
 
 
@@ -76,35 +76,34 @@ def stored_embeddings(model: Any, targets: Iterable[str], *, freeze: bool) -> tu
 
 
 def _check_tied(key: str, model: Any, targets: Iterable[str]) -> None:
-    """Refuse a target that names only the output side of tied embeddings: `tie_again` would undo its training."""
+    """Refuse a target that names only one of two tied embeddings: `tie_again` would undo its training."""
     targets = list(targets)
     if not has_tied_embeddings(model) or (
         key == "additional_target" and stored_embeddings(model, targets, freeze=False)[0]
     ):
         return
     embedding, head = embedding_names(model)
+    name = embedding.rpartition(".")[2]
     named = [target for target in targets if head is not None and _matches(target, head)]
     if key == "lora_target":
         named += [target for target in targets if _matches(target, embedding)]
         if named:
             raise ValueError(
-                f"lora_target: {', '.join(named)} is tied to the other embedding (input and output share one weight), "
-                f"so merging the adapter would change both; remove it, or add {embedding.rpartition('.')[2]} to "
-                "additional_target, which trains both"
+                f"lora_target: {', '.join(named)} is tied (input and output embedding share one weight), so merging "
+                f"the adapter would change both; remove it, or add {name} to additional_target, which trains both"
             )
     if named:
-        one = embedding.rpartition(".")[2]
         raise ValueError(
-            f"additional_target: {', '.join(named)} is tied to the input embedding {one}, and trained alone would "
-            f"part from it; name {one}, which trains both"
+            f"additional_target: {', '.join(named)} is tied to the input embedding {name}, and training it alone "
+            f"would untie them; name {name}, which trains both"
         )
 
 
 def tie_again(model: Any) -> None:
     """Tie the output embedding to the input embedding again, if the model's config says that they are tied.
 
-    PEFT trains and merges a copy of an input embedding that additional_target names, and leaves the output embedding
-    with the old weight. Saved like this, the model would differ from the one that was trained.
+    PEFT trains and merges a copy of an input embedding that additional_target names, and the output embedding keeps
+    the old weight. Without this function the saved model would differ from the trained one.
     """
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
@@ -119,14 +118,14 @@ def tie_again(model: Any) -> None:
         head.weight = weight
 
 
-def _check_names(key: str, targets: list[str], modules: list[str], known: list[str]) -> None:
+def _check_names(key: str, targets: list[str], modules: list[str], names: list[str]) -> None:
     counts = {target: sum(_matches(target, name) for name in modules) for target in targets}
     missing = [target for target, count in counts.items() if not count]
     if missing:
         matched = ", ".join(f"{target} ({count} modules)" for target, count in counts.items() if count) or "nothing"
         raise ValueError(
-            f"{key}: {', '.join(missing)} matches no module of this model; {matched} was matched. The model has "
-            f"{', '.join(known)}"
+            f"{key}: {', '.join(missing)} matches no module of this model (matched: {matched}); choose from "
+            f"{', '.join(names)}"
         )
 
 

@@ -15,7 +15,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def implementation(model: nn.Module) -> str:
-    """Return transformers' name of the attention implementation, such as eager or sdpa."""
+    """Return the attention implementation as transformers names it, such as eager or sdpa."""
     return getattr(text_config(model), "_attn_implementation", None) or "eager"
 
 

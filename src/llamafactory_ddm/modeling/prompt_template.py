@@ -35,13 +35,13 @@ class Part:
             or not isinstance(token, str | None)
             or (token is None) != bool(text)
         ):
-            raise ValueError(f"{raw!r} is no part of a template")
+            raise ValueError(f"{raw!r} is not a part of a template")
         return cls(token, tuple(text))
 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The parts of a prompt of one turn, in order; they are enough to format one.
+    """The parts of a prompt of one turn, in order.
 
     Attributes:
         name: LLaMA-Factory's name of the template; None if it had none.
@@ -59,9 +59,9 @@ class PromptTemplate:
             ValueError: if it holds something else.
         """
         if not isinstance(raw, Mapping) or set(raw) != {"name", "parts"} or not isinstance(raw["parts"], list):
-            raise ValueError(f"{raw!r} is no template")
+            raise ValueError(f"{raw!r} is not a template")
         if not isinstance(raw["name"], str | None):
-            raise ValueError(f"{raw['name']!r} is no name of a template")
+            raise ValueError(f"name {raw['name']!r} must be text or null")
         return cls(raw["name"], tuple(map(Part.read, raw["parts"])))
 
     def ids(self, prompt: str, *, encode: Callable[[str], list[int]], token_id: Callable[[str], int]) -> list[int]:

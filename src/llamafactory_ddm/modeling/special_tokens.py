@@ -14,7 +14,7 @@ from .diffusion_config import VariableLength
 
 _SPECIAL = re.compile(r"<.+>|\[.+\]")
 _ESCAPE = re.compile(r"\\[ntr0xu\"\\]")
-_CURE = (
+_ADVICE = (
     "set mask_token to a token of the vocabulary that text does not use, to its id, or to a new special token "
     "such as '<|mask|>'"
 )
@@ -69,7 +69,7 @@ def check_roles(tokenizer: Any, mask: ResolvedMaskToken, mask_token: str | int |
         if mask.id == getattr(tokenizer, f"{role}_token_id"):
             raise ValueError(
                 f"mask_token: {mask_token if mask_token is not None else mask.token!r} is the tokenizer's {role} "
-                f"token, which text needs; {_CURE}"
+                f"token, which texts contain; {_ADVICE}"
             )
 
 
@@ -85,13 +85,13 @@ def _find(tokenizer: Any, mask_token: str | int | None, config_mask: tuple[str, 
         return ResolvedMaskToken(token, index, known is None, is_trained=True)
     if mask_token is None:
         if tokenizer.mask_token_id is None:
-            raise ValueError(f"the tokenizer of this model has no mask token, and none is given: {_CURE}")
+            raise ValueError(f"mask_token is missing, and the tokenizer of this model has none; {_ADVICE}")
         return ResolvedMaskToken(tokenizer.mask_token, int(tokenizer.mask_token_id), False)
     if isinstance(mask_token, bool):
-        raise ValueError(f"mask_token: {str(mask_token).lower()} is neither a token nor an id; {_CURE}")
-    found = _by_id(tokenizer, mask_token) if _is_id(tokenizer, mask_token) else _by_text(tokenizer, str(mask_token))
+        raise ValueError(f"mask_token: {str(mask_token).lower()} is neither a token nor an id; {_ADVICE}")
+    resolved = _by_id(tokenizer, mask_token) if _is_id(tokenizer, mask_token) else _by_text(tokenizer, str(mask_token))
     # A YAML that repeats the checkpoint's mask token must not overwrite its trained embedding.
-    return replace(found, is_trained=(found.token, found.id) == config_mask)
+    return replace(resolved, is_trained=(resolved.token, resolved.id) == config_mask)
 
 
 def resolve_token(tokenizer: Any, key: str, value: str | int) -> tuple[str, int]:
@@ -113,7 +113,7 @@ def resolve_token(tokenizer: Any, key: str, value: str | int) -> tuple[str, int]
             if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
                 return str(tokenizer.convert_ids_to_tokens(ids[0])), int(ids[0])
     raise ValueError(
-        f"{key}: {value!r} is not one token of the vocabulary; name a token that is, or its id"
+        f"{key}: {value!r} is not a single token of the vocabulary; name a token of the vocabulary, or its id"
         f"{escape_hint(key, value)}"
     )
 
@@ -122,7 +122,7 @@ def escape_hint(key: str, value: object) -> str:
     r"""Return a hint on escapes such as \n, which YAML reads in double quotes only; empty if there is none."""
     if not isinstance(value, str) or not _ESCAPE.search(value):
         return ""
-    return f'. In single quotes, or none, YAML takes a backslash as it stands: for the escape write {key}: "{value}"'
+    return f'; YAML reads an escape in double quotes only: write {key}: "{value}"'
 
 
 def _is_id(tokenizer: Any, mask_token: str | int) -> bool:
@@ -137,7 +137,7 @@ def _by_id(tokenizer: Any, mask_token: str | int) -> ResolvedMaskToken:
     token = next((token for token, known in tokenizer.get_vocab().items() if known == index), None)
     if token is None:
         raise ValueError(
-            f"mask_token: {mask_token} is not an id of the vocabulary, which has {len(tokenizer)} tokens; {_CURE}"
+            f"mask_token: {mask_token} is not an id of the vocabulary, which has {len(tokenizer)} tokens; {_ADVICE}"
         )
     return ResolvedMaskToken(token, index, False)
 
@@ -155,9 +155,9 @@ def _by_text(tokenizer: Any, text: str) -> ResolvedMaskToken:
     pieces = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r}" for i in ids)
     if len(ids) == 1:
         raise ValueError(
-            f"mask_token: {text!r} is unknown to the tokenizer, which reads it as {pieces}; {_CURE}{hint}"
+            f"mask_token: {text!r} is unknown to the tokenizer, which reads it as {pieces}; {_ADVICE}{hint}"
         )
-    raise ValueError(f"mask_token: {text!r} is not one token but {len(ids)} ({pieces}); {_CURE}{hint}")
+    raise ValueError(f"mask_token: {text!r} is not one token but {len(ids)} ({pieces}); {_ADVICE}{hint}")
 
 
 def _next_id(tokenizer: Any, text: str) -> int:
@@ -165,9 +165,9 @@ def _next_id(tokenizer: Any, text: str) -> int:
     ids = tokenizer.get_vocab().values()
     if max(ids, default=-1) + 1 == len(ids):
         return len(ids)
-    trial = copy.deepcopy(tokenizer)  # slow, but where ids have gaps only the tokenizer knows which one comes next
-    trial.add_special_tokens({"mask_token": text})
-    return int(trial.convert_tokens_to_ids(text))
+    clone = copy.deepcopy(tokenizer)  # slow, but where ids have gaps only the tokenizer knows the next one
+    clone.add_special_tokens({"mask_token": text})
+    return int(clone.convert_tokens_to_ids(text))
 
 
 def add_mask_token(tokenizer: Any, mask: ResolvedMaskToken) -> None:
@@ -178,10 +178,10 @@ def add_mask_token(tokenizer: Any, mask: ResolvedMaskToken) -> None:
     """
     if mask.is_new:
         tokenizer.add_special_tokens({"mask_token": mask.token})
-    found = tokenizer.convert_tokens_to_ids(mask.token)
-    if found != mask.id:
+    index = tokenizer.convert_tokens_to_ids(mask.token)
+    if index != mask.id:
         raise ValueError(
-            f"the tokenizer gives {mask.token!r} the id {found}, expected {mask.id}; use the tokenizer that was saved "
+            f"the tokenizer gives {mask.token!r} the id {index}, expected {mask.id}; use the tokenizer that was saved "
             "with the checkpoint"
         )
 
@@ -225,15 +225,21 @@ def add_pad_tokens(tokenizer: Any, names: tuple[str, ...]) -> None:
         tokenizer.add_tokens(new, special_tokens=True)
 
 
-_TRIAL = ("1234567890", "20 30", "7777", " 11", "x99y")
+_DIGIT_SAMPLES = ("1234567890", "20 30", "7777", " 11", "x99y")
 
 
-_KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "chat_template")
+_COPIED_SETTINGS = (
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "clean_up_tokenization_spaces",
+    "chat_template",
+)
 
 
 def splits_digits(tokenizer: Any) -> bool:
-    """Tell whether no token of a number holds more than one digit."""
-    for text in _TRIAL:
+    """Tell whether each digit of a number is a token of its own."""
+    for text in _DIGIT_SAMPLES:
         pieces = [tokenizer.decode([index]) for index in tokenizer.encode(text, add_special_tokens=False)]
         if any(sum(char.isdigit() for char in piece) > 1 for piece in pieces):
             return False
@@ -257,10 +263,12 @@ def split_digits(tokenizer: Any) -> Any:
             "use_fast_tokenizer: true, or remove split_digits"
         )
     digits = pre_tokenizers.Digits(individual_digits=True)
-    before = backend.pre_tokenizer
-    backend.pre_tokenizer = digits if before is None else pre_tokenizers.Sequence([digits, before])
+    original = backend.pre_tokenizer
+    backend.pre_tokenizer = digits if original is None else pre_tokenizers.Sequence([digits, original])
     if type(tokenizer) is PreTrainedTokenizerFast:
         return tokenizer
     # The tokenizer of a model, such as GPT2Tokenizer, builds its own pre-tokenizer when it is loaded.
-    kept = {name: getattr(tokenizer, name) for name in _KEPT if getattr(tokenizer, name, None) is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map, **kept)
+    settings = {
+        name: getattr(tokenizer, name) for name in _COPIED_SETTINGS if getattr(tokenizer, name, None) is not None
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map, **settings)

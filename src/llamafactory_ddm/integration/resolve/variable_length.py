@@ -145,7 +145,7 @@ def resolve_canvas(
         start_id = start_token_id(tokenizer) if config.start_token_id is None else config.start_token_id
     collator = VariableLengthCollator(
         eos_id=int(tokenizer.eos_token_id),
-        end_ids=tuple(config.end_token_ids or ()),
+        stop_ids=tuple(config.end_token_ids or ()),
         pad_ids=ids,
         canvas=plan.canvas,
         start_id=start_id,
