@@ -266,7 +266,7 @@ def test_what_a_user_gets_wrong(gpt2, tmp_path, capsys):
         ([source, full, "--base", base], "exists already"),
         ([source, tmp_path / "out"], "--base"),
         ([source, tmp_path / "out", "--base", base], "--mask-token"),
-        ([source, tmp_path / "out", "--base", base, "--mask-token", "two words"], "is not one token"),
+        ([source, tmp_path / "out", "--base", base, "--mask-token", "two words"], "'two words'"),
         ([source, tmp_path / "out", "--base", base, "--published"], "has the layout of DiffuGPT already"),
     ):
         assert main(["convert", *map(str, words)]) == 1
