@@ -189,4 +189,4 @@ def check_marks(plain, opened):
     assert [at.marked("again") for at in edited] == [[], [], [1], [1, 2], [0, 1], [0, 1]]
     assert edited[5].marked("given") == []
     assert "hidden" not in edited[5].attributes["key-back"]
-    assert edited[5].texts["counts"] == "0 masked, 1 new, 2 rewritten"
+    assert edited[5].texts["counts"] == "0 masked, 1 new, 2 edited"
