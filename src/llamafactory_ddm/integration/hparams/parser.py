@@ -113,7 +113,7 @@ def user_keys(args: Any) -> list[str]:
     """Return the keys that the user wrote: those of a dict, or the options of a command line."""
     if isinstance(args, dict):
         return [str(key) for key in args]
-    options = [str(word)[2:].partition("=")[0] for word in args or () if str(word).startswith("--")]
+    options = [str(arg)[2:].partition("=")[0] for arg in args or () if str(arg).startswith("--")]
     return [option.replace("-", "_") for option in options if option != "help"]
 
 

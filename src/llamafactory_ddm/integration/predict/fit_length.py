@@ -109,14 +109,7 @@ def fit(
             "variable_length: the model was trained without it, so it has not learnt where a text ends; train it with "
             "variable_length first"
         )
-    held_out: Any = data.module.get("eval_dataset")
-    if isinstance(held_out, dict):
-        held_out = [row for dataset in held_out.values() for row in dataset]
-    if len(held_out) < FOLDS:
-        raise ValueError(
-            f"eval_dataset: {len(held_out)} texts are too few to calibrate and measure predicted lengths; at least "
-            f"{FOLDS} are needed, with length_coverage: 0.95 at least 24; add texts, or raise val_size or max_samples"
-        )
+    held_out = _check_held_out(data.module.get("eval_dataset"))
     model = load_diffusion_model(plan.tokenizer, plan.vocabulary, model_args, finetuning_args, training_args)
     sizer = TextGenerator(model.to(training_args.device), plan.tokenizer, plan.config).sizer
     batch_size, seed = training_args.per_device_eval_batch_size, training_args.seed
@@ -132,13 +125,9 @@ def fit(
         device=training_args.device,
     )
     sizer.lengths = LengthPredictors(heads, {}, collator.canvas)
-    steps: list[FirstStep] = []
-    needed: list[Tensor] = []
-    fixed: list[Tensor] = []
-    for batch in _batches(length_examples(held_out, collator, seed, 1), batch_size, "Calibrating", len(held_out)):
-        steps.append(sizer.first_step([example.canvas for example in batch])[0].cpu())
-        needed.append(torch.tensor([example.needed for example in batch]))
-        fixed.append(torch.tensor([len(example.canvas) - example.canvas.n_editable for example in batch]))
+    steps, needed, fixed = _compute_first_steps(
+        sizer, length_examples(held_out, collator, seed, 1), batch_size, len(held_out)
+    )
     metrics = length_metrics(steps, needed, finetuning_args.length_coverage, n_fixed=fixed, block=sizer.block)
     path = LengthPredictors(heads, min_thresholds(steps, needed), collator.canvas).save(folder)
     report = {"length_coverage": finetuning_args.length_coverage, "held_out": sum(map(len, needed)), **metrics}
@@ -166,6 +155,23 @@ def _check_keys(data_args: Any, training_args: Any, finetuning_args: Any) -> Non
         logger.info_rank0(f"fit-length does not use {', '.join(ignored)}; it uses {', '.join(_USED_KEYS)}.")
     if data_args.streaming:
         raise ValueError("streaming: true does not work with fit-length; remove it, and set max_samples")
+
+
+def _check_held_out(eval_dataset: Any) -> Any:
+    """Return the rows of the held-out data set or data sets.
+
+    Raises:
+        ValueError: if there are too few.
+    """
+    held_out = eval_dataset
+    if isinstance(eval_dataset, dict):
+        held_out = [row for dataset in eval_dataset.values() for row in dataset]
+    if len(held_out) < FOLDS:
+        raise ValueError(
+            f"eval_dataset: {len(held_out)} texts are too few to calibrate and measure predicted lengths; at least "
+            f"{FOLDS} are needed, with length_coverage: 0.95 at least 24; add texts, or raise val_size or max_samples"
+        )
+    return held_out
 
 
 def length_examples(
@@ -223,6 +229,18 @@ def _compute_head_inputs(
         states.append(hidden[sampled].cpu())
         is_after_end.append((editable_index[sampled] >= needed[row_index[sampled]] - 1).cpu())
     return Examples(torch.cat(means), torch.cat(lengths), torch.cat(states), torch.cat(is_after_end))
+
+
+def _compute_first_steps(
+    sizer: CanvasSizer, examples: Iterable[LengthExample], batch_size: int, total: int
+) -> tuple[list[FirstStep], list[Tensor], list[Tensor]]:
+    """Return the first step of each batch on the CPU, and [batch] int64 the needed positions and the fixed tokens."""
+    steps, needed, fixed = [], [], []
+    for batch in _batches(examples, batch_size, "Calibrating", total):
+        steps.append(sizer.first_step([example.canvas for example in batch])[0].cpu())
+        needed.append(torch.tensor([example.needed for example in batch]))
+        fixed.append(torch.tensor([len(example.canvas) - example.canvas.n_editable for example in batch]))
+    return steps, needed, fixed
 
 
 def _select_lowest(sort_key: Tensor, candidates: Tensor) -> Tensor:
