@@ -62,18 +62,19 @@ def test_the_module_and_help():
 def test_doctor():
     done = run("doctor", program="llamafactory-ddm", fresh=True)
     assert re.search("^active: ", done.stdout, re.MULTILINE)
-    done = run("doctor", program="llamafactory-ddm", env=OFF, check=False)
+    done = run("doctor", program="llamafactory-ddm", env=OFF, check=False, fresh=True)
     assert done.returncode == 1
     assert "NOT ACTIVE" in done.stdout and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.stdout
-    done = run("doctor", program="llamafactory-ddm", env={"LLAMAFACTORY_DDM_DISABLE": "1"}, check=False)
+    env = {"LLAMAFACTORY_DDM_DISABLE": "1"}
+    done = run("doctor", program="llamafactory-ddm", env=env, check=False, fresh=True)
     assert done.returncode == 1
     assert "NOT ACTIVE" in done.stdout and "LLAMAFACTORY_DDM_DISABLE" in done.stdout
 
 
 @pytest.mark.slow
 def test_the_explicit_launcher_needs_no_autoload():
-    assert ACTIVE in run("env", program="llamafactory-ddm", env=OFF).stdout
-    assert "llamafactory-ddm" not in run("env", env=OFF).stdout
+    assert ACTIVE in run("env", program="llamafactory-ddm", env=OFF, fresh=True).stdout
+    assert "llamafactory-ddm" not in run("env", env=OFF, fresh=True).stdout
 
 
 @pytest.mark.slow
@@ -86,7 +87,7 @@ def test_chat_is_refused_and_never_autoregressive():
 
 @pytest.mark.slow
 def test_the_v1_trainer_is_refused():
-    done = run("train", "examples/tiny_gpt2_full_ddm.yaml", env={"USE_V1": "1"}, check=False)
+    done = run("train", "examples/tiny_gpt2_full_ddm.yaml", env={"USE_V1": "1"}, check=False, fresh=True)
     assert done.returncode != 0
     assert re.search("USE_V1=1 .*unset USE_V1", done.stderr)
 

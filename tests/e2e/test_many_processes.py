@@ -1,5 +1,6 @@
 """One table: however the rows of a step are spread over processes, finetuning is the same."""
 
+import functools
 import json
 import shutil
 
@@ -52,15 +53,17 @@ RECIPES = {"full": "tiny_gpt2_full_ddm_sft.yaml", "lora": "tiny_gpt2_lora_ddm_sf
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, checkpoint, small_data):
-    """Return, by recipe, the run of one process with all eight rows at once."""
-    folders = {}
+def trained(tmp_path_factory, checkpoint, small_data):
+    """Return a function that runs a way, or None for one process with all rows at once; the same run once."""
 
-    def get(recipe):
-        if recipe not in folders:
-            folders[recipe] = tmp_path_factory.mktemp("one") / recipe
-            start(recipe, folders[recipe], checkpoint, small_data, *ONE_PROCESS)
-        return folders[recipe]
+    @functools.cache
+    def get(way, recipe, *more):
+        folder = tmp_path_factory.mktemp("trained") / "out"
+        if way is None:
+            start(recipe, folder, checkpoint, small_data, *ONE_PROCESS, *more)
+        else:
+            spread(way, recipe, folder, checkpoint, small_data, *more)
+        return folder
 
     return get
 
@@ -95,10 +98,8 @@ def spread(way, recipe, folder, checkpoint, data, *more, env=None):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("way", WAYS)
-def test_each_way_is_the_run_of_one_process(way, recipe, one, checkpoint, small_data, tmp_path):
-    out = tmp_path / "out"
-    spread(way, recipe, out, checkpoint, small_data)
-    reference, tolerance = one(recipe), WAYS[way][2]
+def test_each_way_is_the_run_of_one_process(way, recipe, trained):
+    out, reference, tolerance = trained(way, recipe), trained(None, recipe), WAYS[way][2]
     for a, b in zip(history(reference), history(out), strict=True):
         for key in ("loss", "nll", "masked_fraction", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=tolerance), key
@@ -113,21 +114,18 @@ def test_each_way_is_the_run_of_one_process(way, recipe, one, checkpoint, small_
 
 
 @pytest.mark.slow
-def test_as_torchrun_starts_it(one, checkpoint, small_data, tmp_path):
+def test_as_torchrun_starts_it(trained, checkpoint, small_data, tmp_path):
     """And to the end of the interpreter, which the other tests leave out."""
     env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
     spread("fsdp", "full", tmp_path / "out", checkpoint, small_data, env=env)
-    losses = [[log["loss"] for log in history(folder)] for folder in (one("full"), tmp_path / "out")]
+    losses = [[log["loss"] for log in history(folder)] for folder in (trained(None, "full"), tmp_path / "out")]
     assert losses[1] == pytest.approx(losses[0], rel=WAYS["fsdp"][2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["accumulation", "ddp", "zero2"])
-def test_mixed_noise_is_the_same_however_rows_are_spread(way, checkpoint, small_data, tmp_path):
-    more = ("noise_process=mixed", "uniform_ratio=0.3")
-    reference, out = tmp_path / "reference", tmp_path / "out"
-    spread(way, "full", out, checkpoint, small_data, *more)
-    start("full", reference, checkpoint, small_data, "per_device_train_batch_size=8", "use_cpu=true", *more)
+def test_mixed_noise_is_the_same_however_rows_are_spread(way, trained):
+    reference, out = (trained(one, "full", "noise_process=mixed", "uniform_ratio=0.3") for one in (None, way))
     for a, b in zip(history(reference), history(out), strict=True):
         for key in ("loss", "kl", "masked_fraction", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=WAYS[way][2]), key
@@ -189,9 +187,8 @@ def test_a_process_without_a_masked_token(way, one_row_a_process, untied, one_wo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp"])
-def test_each_way_resumes(way, checkpoint, small_data, tmp_path):
-    whole, half = tmp_path / "whole", tmp_path / "half"
-    spread(way, "full", whole, checkpoint, small_data)
+def test_each_way_resumes(way, trained, checkpoint, small_data, tmp_path):
+    whole, half = trained(way, "full"), tmp_path / "half"
     half.mkdir()
     shutil.copytree(whole / "checkpoint-2", half / "checkpoint-2")
     spread(way, "full", half, checkpoint, small_data, f"resume_from_checkpoint={half / 'checkpoint-2'}")

@@ -2,18 +2,15 @@
 
 import dataclasses
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
 
 from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
 from llamafactory_ddm.integration.patches import compatibility
-from support.cli import QUIET, ROOT, run
-from support.limits import LIMIT
+from support.cli import ROOT, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -135,14 +132,14 @@ def test_the_sampling_benchmark_runs(checkpoint):
     ]
     path = "benchmarks/sampling.py"
     for more, count in (([], 10), (["--memory"], 2)):
-        done = run(path, *words, *more, program=sys.executable, check=False)
+        done = run(*words, *more, program=path, check=False)
         assert done.returncode in (0, 1), done.stderr[-2000:]
         assert done.stdout.count("claimed <=") == count, done.stdout + done.stderr[-2000:]
-    table = run(path, *words, "--table", program=sys.executable).stdout
+    table = run(*words, "--table", program=path).stdout
     assert table.count("\n| ") == 13
-    quality = run(path, "--quality", checkpoint, "--samples", "2", program=sys.executable).stdout
+    quality = run("--quality", checkpoint, "--samples", "2", program=path).stdout
     assert quality.count("| confidence_threshold: ") == 4
-    revising = run(path, *words, "--revising", checkpoint, "--samples", "2", program=sys.executable).stdout
+    revising = run(*words, "--revising", checkpoint, "--samples", "2", program=path).stdout
     assert revising.count("`edit_threshold: ") == 6 and revising.count("`denoising_strategy: remdm`") == 2
 
 
@@ -150,7 +147,7 @@ def test_the_sampling_benchmark_runs(checkpoint):
 def test_the_conversion_benchmark_runs(tmp_path):
     for kind in ("llada", "dream"):
         words = ("--kind", kind, "--gigabytes", "0.001", "--shards", "2", "--folder", tmp_path)
-        done = run("benchmarks/convert_memory.py", *words, program=sys.executable)
+        done = run(*words, program="benchmarks/convert_memory.py")
         assert done.stdout.count("claimed <=") == done.stdout.count("  held") == 2, done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -158,7 +155,7 @@ def test_the_conversion_benchmark_runs(tmp_path):
 @pytest.mark.slow
 def test_the_early_stop_benchmark_runs(finetuned):
     words = ("--model", finetuned, "--questions", "2", "--rounds", "1")
-    table = run("benchmarks/early_stop.py", *words, program=sys.executable).stdout
+    table = run(*words, program="benchmarks/early_stop.py").stdout
     assert table.count("| none") == 2 and table.count("| grow") == 2 and table.count("| predict") == 3
 
 
@@ -166,24 +163,14 @@ def test_the_early_stop_benchmark_runs(finetuned):
 def test_the_benchmark_runs():
     """Small shapes: the ratios mean nothing then, only that the command works and reports every claim."""
     words = ["--rounds", "1", "--batch", "1", "--length", "16", "--layers", "1", "--width", "64", "--memory"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/train_step.py", *words],
-        cwd=ROOT,
-        env={**os.environ, **QUIET},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
+    done = run(*words, program="benchmarks/train_step.py", check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert done.stdout.count("claimed <=") == 8, done.stdout + done.stderr[-2000:]
 
 
 @pytest.mark.slow
 def test_the_scripts_of_docs_run(checkpoint, tmp_path):
-    done = run(
-        "docs/make_trace.py", checkpoint, "--length", "8", "--steps", "4", "--show", "2", program=sys.executable
-    )
+    done = run(checkpoint, "--length", "8", "--steps", "4", "--show", "2", program="docs/make_trace.py")
     assert [line[:8] for line in done.stdout.splitlines()] == ["step   1", "step   4"]
     words = (
         "--steps",
@@ -197,20 +184,20 @@ def test_the_scripts_of_docs_run(checkpoint, tmp_path):
         "--out",
         tmp_path / "page.md",
     )
-    run("docs/make_adaptation_table.py", *words, "--override", "cutoff_len=16", program=sys.executable)
+    run(*words, "--override", "cutoff_len=16", program="docs/make_adaptation_table.py")
     assert "| autoregressive | yes | yes |" in (tmp_path / "page.md").read_text()
     small = ("--steps", "2", "--questions", "2", "--only", "none", "rainbow-annealed-window", "--model", checkpoint)
     folders = ("--work", tmp_path / "ends", "--out", tmp_path)
-    run("docs/make_ends_table.py", *small, *folders, program=sys.executable)
+    run(*small, *folders, program="docs/make_ends_table.py")
     assert (tmp_path / "ends_table.md").read_text().count("| rainbow | yes | yes |") == 1
     small = ("--steps", "1", "--every", "1", "--problems", "2", "--starts", "1", "--model", checkpoint)
     folders = ("--work", tmp_path / "finetuning", "--out", tmp_path / "docs")
-    run("docs/make_finetuning_plot.py", *small, *folders, program=sys.executable)
+    run(*small, *folders, program="docs/make_finetuning_plot.py")
     assert "| adapted weights, full | " in (tmp_path / "docs" / "finetuning_table.md").read_text()
     assert (tmp_path / "docs" / "finetuning.png").stat().st_size > 5000
     small = ("--continue-steps", "1", "--seeds", "1", "--denoising-steps", "2", "--questions", "2", "--texts", "2")
     folders = ("--model", checkpoint, "--work", tmp_path / "mixed", "--out", tmp_path / "docs")
-    run("docs/make_mixed_table.py", *small, *folders, program=sys.executable)
+    run(*small, *folders, program="docs/make_mixed_table.py")
     assert (tmp_path / "docs" / "mixed_table.md").read_text().count("| mixed, with edits | ") == 3
     assert (tmp_path / "docs" / "mixed.png").stat().st_size > 5000
 
@@ -221,7 +208,7 @@ def test_the_figures_of_readme_are_measured(tmp_path):
     words = ("--threads", "1", "--seeds", "7", "--steps", "1", "--samples", "2", "--work", tmp_path / "work")
     pages = []
     for name in ("first.md", "again.md"):
-        run("docs/make_readme_figures.py", *words, "--out", tmp_path / name, program=sys.executable)
+        run(*words, "--out", tmp_path / name, program="docs/make_readme_figures.py")
         pages.append((tmp_path / name).read_text())
     (row,) = re.findall(r"^\| 1 \| 7 \| (.*) \|$", pages[0], re.M)
     cells = row.split(" | ")

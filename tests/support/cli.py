@@ -28,17 +28,17 @@ ABSENT = _Absent()  # as an override: the key is taken out of the recipe
 
 
 def run(*words, check=True, env=None, program="llamafactory-cli", timeout=LIMIT, fresh=False, **rest):
-    """Run a program of this environment from the repository's root; returns the finished process with its text.
+    """Run a program of this environment, or a .py file of the repository, from its root; returns the finished process.
 
-    A console script runs in a process that has imported the libraries already, unless it is to be a `fresh` one, or
-    gets an environment of its own, which an import may read.
+    A console script or file runs in a process that has imported the libraries already, unless it is to be a `fresh`
+    one, as where `env` holds what an import reads.
     """
-    script = SCRIPTS / program
-    path = str(script) if script.exists() else program
-    words = [path, *map(str, words)]
+    is_file = str(program).endswith(".py")
+    path = ROOT / program if is_file else SCRIPTS / program
+    words = [str(path) if path.exists() else program, *map(str, words)]
     cwd = rest.pop("cwd", ROOT)
     everything = {**os.environ, **QUIET, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", **(env or {})}
-    if program in PROGRAMS and env is None and not rest and not fresh:
+    if (program in PROGRAMS or is_file) and not rest and not fresh:
         (done,) = run_warm([{"words": words, "cwd": str(cwd), "env": everything}], timeout)
     else:
         done = subprocess.run(
