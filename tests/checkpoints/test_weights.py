@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import struct
 import zipfile
@@ -55,7 +56,8 @@ def test_truncated_weights(folder, share):
 def test_longer_weights(folder):
     with open(folder / "model.safetensors", "ab") as file:
         file.write(b"x")
-    with pytest.raises(BrokenCheckpointError, match="truncated or altered"):
+    size = (folder / "model.safetensors").stat().st_size
+    with pytest.raises(BrokenCheckpointError, match=rf"model\.safetensors .*{size}"):
         verify_checkpoint(folder)
 
 
@@ -77,30 +79,30 @@ def test_what_resuming_needs(folder, name):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"global_step": "x"}'])
 def test_an_unreadable_trainer_state(folder, text):
     (folder / "trainer_state.json").write_text(text)
-    with pytest.raises(BrokenCheckpointError, match=r"trainer_state\.json is not readable"):
+    with pytest.raises(BrokenCheckpointError, match=r"trainer_state\.json"):
         verify_checkpoint(folder, resume=True)
 
 
 def test_a_tampered_diffusion_config(folder):
     (folder / "diffusion_config.json").write_text("{}")
-    with pytest.raises(BrokenCheckpointError, match="lacks"):
+    with pytest.raises(BrokenCheckpointError, match=r"diffusion_config\.json"):
         verify_checkpoint(folder)
 
 
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(BrokenCheckpointError, match="holds no weights"):
+    with pytest.raises(BrokenCheckpointError, match=r"model\.safetensors.*pytorch_model\.bin"):
         verify_checkpoint(folder)
 
 
 def test_shards_that_are_incomplete(folder):
     weights = folder / "model.safetensors"
     weights.rename(folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(BrokenCheckpointError, match=r"00001-of-00002\.safetensors but no model\.safetensors\.index"):
+    with pytest.raises(BrokenCheckpointError, match=r"00001-of-00002\.safetensors.*model\.safetensors\.index"):
         verify_checkpoint(folder)
     table = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(table))
-    with pytest.raises(BrokenCheckpointError, match=r"names model-00002-of-00002.* not found in .*; download or copy"):
+    with pytest.raises(BrokenCheckpointError, match=r"index\.json.*model-00002-of-00002"):
         verify_checkpoint(folder)
 
 
@@ -124,10 +126,10 @@ def test_shards(folder):
     shard(folder)
     verify_checkpoint(folder)
     (folder / "b.safetensors").unlink()
-    with pytest.raises(BrokenCheckpointError, match=r"names b\.safetensors, not found"):
+    with pytest.raises(BrokenCheckpointError, match=r"index\.json.*b\.safetensors"):
         verify_checkpoint(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(BrokenCheckpointError, match="not a readable index"):
+    with pytest.raises(BrokenCheckpointError, match=r"index\.json"):
         verify_checkpoint(folder)
 
 
@@ -160,9 +162,9 @@ def test_weights_are_loaded_exactly(folder, kind):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda w: w.pop("transformer.h.0.ln_1.weight"), r"missing transformer\.h\.0\.ln_1\.weight"),
-        (lambda w: w.update(extra=torch.zeros(2)), "unexpected extra"),
-        (lambda w: w.update({"transformer.ln_f.bias": torch.zeros(3)}), r"ln_f\.bias \(3,\) instead of \(32,\)"),
+        (lambda w: w.pop("transformer.h.0.ln_1.weight"), r"transformer\.h\.0\.ln_1\.weight"),
+        (lambda w: w.update(extra=torch.zeros(2)), r"\bextra\b"),
+        (lambda w: w.update({"transformer.ln_f.bias": torch.zeros(3)}), r"ln_f\.bias \(3,\).*\(32,\)"),
     ],
 )
 def test_weights_that_do_not_fit_change_nothing(folder, change, words):
@@ -183,7 +185,7 @@ def test_a_pickle_is_not_run(folder):
 
     (folder / "model.safetensors").unlink()
     torch.save({"a": Evil()}, folder / "pytorch_model.bin")
-    with pytest.raises(BrokenCheckpointError, match="cannot be read"):
+    with pytest.raises(BrokenCheckpointError, match=r"pytorch_model\.bin"):
         load_weights(tiny_model(), folder)
 
 
@@ -223,7 +225,7 @@ def test_no_complete_checkpoint(folder):
 def test_resuming_without_an_optimizer_would_not_be_resuming(folder):
     (folder / "optimizer.pt").unlink()
     verify_checkpoint(folder)
-    with pytest.raises(BrokenCheckpointError, match=r"no optimizer\.pt.*save_only_model.*model_name_or_path"):
+    with pytest.raises(BrokenCheckpointError, match=r"optimizer\.pt.*save_only_model.*model_name_or_path"):
         verify_checkpoint(folder, resume=True)
     (folder / "global_step4").mkdir()  # where DeepSpeed keeps it
     verify_checkpoint(folder, resume=True)
@@ -251,7 +253,7 @@ def test_a_tampered_header(folder, header):
 def test_a_file_of_zeros(folder):
     path = folder / "model.safetensors"
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(BrokenCheckpointError, match="is not a safetensors file"):
+    with pytest.raises(BrokenCheckpointError, match=r"model\.safetensors"):
         verify_checkpoint(folder)
 
 
@@ -285,7 +287,7 @@ def test_an_index_names_files_of_its_own_folder_only(folder, name):
         name = str(folder.parent / "outside.safetensors")
     index.write_text(json.dumps({"weight_map": {k: name if v == "b.safetensors" else v for k, v in table.items()}}))
     for use in (verify_checkpoint, weight_files, stored_dtype, layout_of_folder, last_weights):
-        with pytest.raises(BrokenCheckpointError, match=r"index\.json names "):
+        with pytest.raises(BrokenCheckpointError, match=rf"index\.json .*{re.escape(repr(name))}"):
             use(folder)
 
 
@@ -299,7 +301,7 @@ def last_weights(folder):
 def test_a_config_names_weights_of_its_own_folder_only(folder, name):
     """Transformers reads the file of that name, and not the one that has been checked."""
     (folder / "config.json").write_text(json.dumps({"transformers_weights": name}))
-    with pytest.raises(BrokenCheckpointError, match=r"config\.json names "):
+    with pytest.raises(BrokenCheckpointError, match=rf"config\.json .*{re.escape(str(name))}"):
         verify_checkpoint(folder)
 
 
@@ -331,16 +333,17 @@ def test_of_several_the_file_is_checked_that_transformers_reads(folder):
 def test_a_shard_of_another_save(folder):
     shard(folder)
     shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
-    with pytest.raises(BrokenCheckpointError, match=r"b\.safetensors lacks .*not of the same save"):
+    with pytest.raises(BrokenCheckpointError, match=r"b\.safetensors .*transformer\."):
         verify_checkpoint(folder)
-    with pytest.raises(BrokenCheckpointError, match=r"b\.safetensors repeats"):
+    with pytest.raises(BrokenCheckpointError, match=r"b\.safetensors .*transformer\."):
         load_weights(tiny_model(), folder)
 
 
 def test_a_truncated_shard(folder):
     shard(folder)
     cut(folder / "b.safetensors", 0.9)
-    with pytest.raises(BrokenCheckpointError, match=r"b\.safetensors has \d+ bytes"):
+    size = (folder / "b.safetensors").stat().st_size
+    with pytest.raises(BrokenCheckpointError, match=rf"b\.safetensors .*{size}"):
         verify_checkpoint(folder)
 
 
@@ -353,7 +356,7 @@ def as_bin(folder, state, **options):
 def test_a_truncated_bin(folder, share):
     as_bin(folder, read(folder))
     cut(folder / "pytorch_model.bin", share)
-    with pytest.raises(BrokenCheckpointError, match=r"pytorch_model\.bin is truncated"):
+    with pytest.raises(BrokenCheckpointError, match=r"pytorch_model\.bin"):
         verify_checkpoint(folder)
 
 
@@ -373,14 +376,14 @@ def test_weights_in_the_format_of_old_pytorch(folder):
     load_weights(model, folder)
     assert torch.equal(model.transformer.wte.weight, tiny_model().transformer.wte.weight)
     cut(folder / "pytorch_model.bin", 0.6)
-    with pytest.raises(BrokenCheckpointError, match=r"pytorch_model\.bin cannot be read"):
+    with pytest.raises(BrokenCheckpointError, match=r"pytorch_model\.bin"):
         load_weights(tiny_model(), folder)
 
 
 @pytest.mark.parametrize("state", [[1], {"state_dict": {"a": torch.zeros(1)}}, {"lm_head.weight": 3}])
 def test_a_bin_of_something_else(folder, state):
     as_bin(folder, state)
-    with pytest.raises(BrokenCheckpointError, match="must hold a dict of tensors"):
+    with pytest.raises(BrokenCheckpointError, match=r"pytorch_model\.bin"):
         load_weights(tiny_model(), folder)
 
 
@@ -393,7 +396,7 @@ def test_tied_weights_may_be_there_twice_but_not_differ(folder):
     weights["lm_head.weight"][0] += 1
     save_file(weights, folder / "model.safetensors")
     model = tiny_model(seed=5)
-    with pytest.raises(ValueError, match=r"tied in the model but different.*(wte|lm_head).* and .*(wte|lm_head)"):
+    with pytest.raises(ValueError, match=r"(wte|lm_head)\.weight.*(wte|lm_head)\.weight"):
         load_weights(model, folder)
     assert torch.equal(model.lm_head.weight, tiny_model(seed=5).lm_head.weight)
 
@@ -401,13 +404,13 @@ def test_tied_weights_may_be_there_twice_but_not_differ(folder):
 def test_an_untied_output_embedding_may_not_be_absent(folder):
     model = tiny_model(seed=5)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    with pytest.raises(ValueError, match=r"missing lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
         load_weights(model, folder)
 
 
 def test_a_prefix_is_part_of_the_name(folder):
     save_file({f"model.{key}": value for key, value in read(folder).items()}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"missing transformer\..*and \d+ more; unexpected model\.transformer\."):
+    with pytest.raises(ValueError, match=r" transformer\..* \d+ .* model\.transformer\."):
         load_weights(tiny_model(), folder)
 
 
@@ -419,7 +422,7 @@ def test_the_model_keeps_its_own_dtype(folder):
 
 
 def test_a_model_without_memory_is_an_error(folder):
-    with pytest.raises(ValueError, match="meta device"):
+    with pytest.raises(ValueError, match="meta"):
         load_weights(tiny_model().to("meta"), folder)
 
 

@@ -58,7 +58,7 @@ def test_each_is_short():
 
 def test_without_the_plugin_the_names_are_unknown(train_small, tmp_path):
     for key, name in CHOSEN.items():
-        with pytest.raises(ValueError, match=f"{key} must be one of .*plugins"):
+        with pytest.raises(ValueError, match=f"{key} .*{name}.*plugins"):
             train_small(tmp_path / "out", **{key: name})
 
 
@@ -78,7 +78,7 @@ def test_sampling_from_a_yaml(plugged, plugin, generate, tmp_path):
         )
     ]
     assert texts[0] != texts[1] == texts[2]
-    with pytest.raises(ValueError, match=r"strategy_args.*'per_stp'.*did you mean 'per_step'"):
+    with pytest.raises(ValueError, match=r"strategy_args.*'per_stp'.*'per_step'"):
         generate(tmp_path / "wrong", model_name_or_path=plugged, strategy_args={"per_stp": 4}, **STRATEGY)
 
 

@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from llamafactory_ddm.utils.files import new_folder, published_together, replacing
+from llamafactory_ddm.utils.files import CouldNotSave, new_folder, published_together, replacing
 
 
 def fill(folder, **files):
@@ -89,8 +89,8 @@ def texts_of_files(folder):
 
 def test_an_error_changes_nothing_and_names_the_cure(tmp_path):
     fill(tmp_path, model__safetensors="old")
-    words = r"could not save to .*no space.*resume_from_checkpoint: true"
-    with pytest.raises(OSError, match=words), published_together(tmp_path, last="z.json") as scratch:
+    words = rf"{tmp_path}: no space.*resume_from_checkpoint: true"
+    with pytest.raises(CouldNotSave, match=words), published_together(tmp_path, last="z.json") as scratch:
         fill(scratch, model__safetensors="half")
         raise OSError("no space left on device")
     assert texts(tmp_path) == {"model.safetensors": "old"}

@@ -29,13 +29,13 @@ def test_values_are_read_as_what_they_spell():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"colour": "gren"}, "colour must be one of red, green, got 'gren'; did you mean 'green'"),
-        ({"colour": None}, "colour is empty.*default is red"),
-        ({"share": 0}, r"share must lie in \(0, 1\], got 0"),
-        ({"share": 1.5}, r"share must lie in \(0, 1\]"),
-        ({"coats": 0}, "coats must be at least 1"),
-        ({"coats": 1.5}, "coats must be a whole number"),
-        ({"wet": "maybe"}, "wet must be true or false"),
+        ({"colour": "gren"}, "colour .*red, green.*'gren'.*'green'"),
+        ({"colour": None}, "colour .*red"),
+        ({"share": 0}, r"share .*\(0, 1\].*0"),
+        ({"share": 1.5}, r"share .*\(0, 1\].*1\.5"),
+        ({"coats": 0}, "coats .*1.*0"),
+        ({"coats": 1.5}, r"coats .*1\.5"),
+        ({"wet": "maybe"}, "wet .*true.*false.*'maybe'"),
     ],
 )
 def test_values_that_are_not_allowed(changes, words):
@@ -46,7 +46,7 @@ def test_values_that_are_not_allowed(changes, words):
 def test_a_registry_is_asked_when_a_value_is_checked():
     registry = Registry("colour")
     colours = Key(None, "", "text", choices=registry)
-    with pytest.raises(ValueError, match="colour must be one of"):
+    with pytest.raises(ValueError, match=r"colour .*'blue'"):
         colours.checked("colour", "blue")
     registry.register("BLUE", name="blue")
     assert colours.checked("colour", "blue") == "blue" and colours.allowed == "`blue`"

@@ -32,15 +32,15 @@ def test_a_decorated_class_is_itself(colours):
 
 
 def test_a_taken_name_is_an_error(colours):
-    with pytest.raises(ValueError, match="colour 'red' is registered already"):
+    with pytest.raises(ValueError, match=r"colour 'red' .*'RED'"):
         colours.register(object(), name="red")
     assert colours.get("red") == "RED"
 
 
 @pytest.mark.parametrize("name", ["gren", "GREEN", None, 3])
 def test_an_unknown_name_names_the_known(colours, name):
-    hint = "did you mean 'green'" if isinstance(name, str) else "got"
-    with pytest.raises(ValueError, match=f"colour must be one of red, green.*{hint}.*plugins"):
+    hint = "'green'" if isinstance(name, str) else ""
+    with pytest.raises(ValueError, match=f"colour .*red, green.*{name}.*{hint}.*plugins"):
         colours.get(name)
 
 
@@ -69,11 +69,11 @@ def test_a_file_and_a_module_are_imported_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("plugin", "words"),
     [
-        ("no_such_module", "plugins: no_such_module is not a module"),
-        ("no_such.module", "plugins: no_such.module is not a module"),
-        ("nowhere.py", "plugins: nowhere.py is not a file"),
-        ([3], "plugins must be a list"),
-        (3, "plugins must be a list"),
+        ("no_such_module", "plugins: no_such_module "),
+        ("no_such.module", r"plugins: no_such\.module "),
+        ("nowhere.py", r"plugins: nowhere\.py "),
+        ([3], r"plugins .*\[3\]"),
+        (3, "plugins .*3"),
     ],
 )
 def test_a_plugin_that_is_not_there(plugin, words):
@@ -85,7 +85,7 @@ def test_a_plugin_that_is_not_there(plugin, words):
 def test_a_plugin_that_fails_says_where(tmp_path, text):
     path = write(tmp_path, "broken.py", text)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"plugins: .*broken.py cannot be imported: .*broken.py, line 2\)") as e:
+        with pytest.raises(ValueError, match=r"plugins: .*broken\.py .*broken\.py, line 2\)") as e:
             load_plugins(path)
         assert "\n" not in str(e.value)
 
@@ -96,7 +96,7 @@ def test_an_installed_plugin_is_imported_when_a_name_is_not_known(colours, monke
     point = metadata.EntryPoint("mine", "installed_for_tests", plugins.GROUP)
     monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == plugins.GROUP else [])
     assert "red" in colours  # a known name imports nothing
-    with pytest.raises(ValueError, match=r"installed plugin mine \(installed_for_tests\) cannot be imported"):
+    with pytest.raises(ValueError, match=r"mine \(installed_for_tests\).*at first"):
         colours.get("blue")
     monkeypatch.setattr(sys, "colours", colours, raising=False)
     write(tmp_path, "installed_for_tests.py", "import sys\nsys.colours.register('BLUE', name='blue')\n")
