@@ -1,10 +1,10 @@
-"""How much memory converting a LLaDA or Dream takes, against the size of its weights.
+"""The memory that converting a LLaDA or Dream takes, compared with the size of its weights.
 
     python benchmarks/convert_memory.py [--kind llada] [--gigabytes 2] [--shards 4] [--folder DIR]
 
-Writes a synthetic checkpoint in bfloat16 into a temporary folder (twice its size in disk space), then converts it and
-converts the result back, each in a process of its own, and prints the peak of its resident memory beside that of one
-that converts a checkpoint of a few kilobytes. The embedding has 32,000 rows of width 2,048; layers make up the size.
+Writes a synthetic checkpoint in bfloat16 to a temporary folder (which needs twice its size), converts it, and converts
+the result back, each in a fresh process. It prints the peak resident memory of each process, and that of a process
+that converts a checkpoint of a few kilobytes. The embedding has 32,000 rows of width 2,048; layers make up the rest.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def config(kind: str, width: int, rows: int, layers: int) -> dict[str, Any]:
 
 
 def write_shard(path: Path, part: dict[str, tuple[int, ...]]) -> int:
-    """Write zeros in bfloat16, a few MB at a time; returns their size in bytes."""
+    """Write zeros in bfloat16, a few MB at a time, and return their size in bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, shape in part.items():
@@ -90,7 +90,7 @@ def write_shard(path: Path, part: dict[str, tuple[int, ...]]) -> int:
 
 
 def write_checkpoint(folder: Path, kind: str, gigabytes: float, shards: int) -> int:
-    """Write a checkpoint of about this size; returns the bytes of its weights."""
+    """Write a checkpoint of about this size, and return the bytes of its weights."""
     width, rows = (2048, 32000) if gigabytes >= 0.5 else (64, 300)
     layer = sum(2 * s[0] * (s[1] if len(s) > 1 else 1) for n, s in shapes(kind, width, rows, 1).items() if ".0." in n)
     layers = max(1, round((gigabytes * 1e9 - 4 * rows * width) / layer))
@@ -115,7 +115,7 @@ def write_checkpoint(folder: Path, kind: str, gigabytes: float, shards: int) -> 
 
 
 def peak(source: Path, target: Path, way: str) -> tuple[float, float]:
-    """Return the peak of resident memory of a process that converts, in GB, and its seconds."""
+    """Return the peak resident memory of a process that converts, in GB, and its seconds."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", _CONVERT, str(source), str(target), way], capture_output=True, text=True, check=False
@@ -126,7 +126,7 @@ def peak(source: Path, target: Path, way: str) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Run the benchmark; returns 1 if the claim does not hold."""
+    """Run the benchmark; return 1 if the claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("llada", "dream"), default="llada")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of weights in bfloat16 (default: 2)")

@@ -1,11 +1,11 @@
-"""What stopping early saves, on the built-in questions with answers of 3 to 36 tokens.
+"""The savings of early stopping, on the built-in questions with answers of 3 to 36 tokens.
 
     python benchmarks/early_stop.py [--model saves/tiny_gpt2/full/ddm_sft_varlen] [--rounds 3]
 
-Every way answers the same held-out questions, one after another within a round; reported are the tokens that went
-through the model and the median over rounds of CPU seconds, both as a share of those of the full canvas (early_stop:
-none) in the same round, and the answers that are right to the letter. Before: llamafactory-cli train
-examples/tiny_gpt2_full_ddm_sft_varlen.yaml and llamafactory-ddm fit-length examples/varlen_fit_length.yaml
+Each setting answers the same held-out questions, one setting after another in each round. Figures are the percentage
+of answers that match exactly, the tokens that went through the model, and CPU seconds (median over rounds); the last
+two are relative to the full canvas (early_stop: none) of the same round. Run llamafactory-cli train
+examples/tiny_gpt2_full_ddm_sft_varlen.yaml and llamafactory-ddm fit-length examples/varlen_fit_length.yaml before.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WAYS = {
 
 
 def canvases(model: TextGenerator, rows: list[dict[str, str]], length: int) -> list[Canvas]:
-    """Return the questions in DiffuLLaMA's format, with room up to `length` tokens."""
+    """Return the questions in DiffuLLaMA's format, as canvases of `length` tokens."""
     prompts = []
     for row in rows:
         ids = [model.tokenizer.bos_token_id, *model.codec.encode(row["instruction"]), model.config.sep_token_id]
@@ -52,7 +52,7 @@ def canvases(model: TextGenerator, rows: list[dict[str, str]], length: int) -> l
 def answer(
     model: TextGenerator, asked: list[Canvas], settings: SamplingSettings, batch: int
 ) -> tuple[dict[int, str], int]:
-    """Return the answers by question, and the tokens that went through the model."""
+    """Return the answers by the index of their question, and the number of tokens that went through the model."""
     computed, texts = 0, {}
     order, todo = list(range(len(asked))), asked
     if settings.early_stop in ("predict", "grow"):

@@ -1,16 +1,16 @@
-"""What sampling costs, as ratios to the trunk of the model alone, timed interleaved in the same process.
+"""The cost of sampling, relative to the trunk of the model alone, timed interleaved in the same process.
 
-    python benchmarks/sampling.py             the claims: seconds, batch 1 and 4, the strategies one after another
-    python benchmarks/sampling.py --memory    peak memory of a step, one fresh process for each
+    python benchmarks/sampling.py             the claims: CPU seconds of each strategy, batch 1 and 4
+    python benchmarks/sampling.py --memory    peak memory of a step, each in a fresh process
     python benchmarks/sampling.py --table     cost against length, steps, batch and vocabulary
     python benchmarks/sampling.py --quality saves/tiny_gpt2/full/ddm
                                               the table of docs/performance.md
     python benchmarks/sampling.py --revising saves/tiny_gpt2/full/ddm --samples 128
                                               the table of docs/sampling_edits.md
 
-Baseline: as many forwards of the GPT-2 body, without the output embedding, as there are denoising steps. Reported: the
-median over rounds of the ratio within a round, CPU seconds (process time). fp32, random weights, top-p 0.9; with such
-weights every distribution is nearly flat, the hardest case for a nucleus.
+The baseline, the trunk, is one forward pass of GPT-2 without its output embedding for each denoising step. Figures are
+CPU seconds (process time): the median over rounds of the ratio within a round. fp32, random weights, top-p 0.9; with
+random weights every distribution is nearly flat, the hardest case for a nucleus.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ REVISING: list[dict[str, Any]] = [
 
 @dataclass(frozen=True)
 class Shape:
-    """What is sampled: a GPT-2 of `layers` x `width`, `batch` rows of `length` tokens in `steps` steps."""
+    """The model and the run: a GPT-2 of `layers` x `width`, `batch` rows of `length` tokens in `steps` steps."""
 
     layers: int = 12
     width: int = 768
@@ -157,14 +157,14 @@ def report_memory(shape: Shape, kind: str) -> None:
 
 
 def claim(text: str, value: float, limit: float) -> bool:
-    """Print one line; whether it holds."""
+    """Print one line; return whether the claim holds."""
     print(f"{text:<58} {value:8.2f}  claimed <= {limit:.2f}  {'held' if value <= limit else 'BROKEN'}", flush=True)
     return value <= limit
 
 
 def memory(shape: Shape) -> bool:
-    """Compare peaks: what a step of all undecided positions adds to the trunk, against their logits in float32."""
-    # Freed memory goes back at once, or what the allocator keeps would be counted.
+    """Compare the memory that a fully masked step adds to the trunk with the size of its float32 logits."""
+    # Return freed memory to the system at once; otherwise the peak would include what the allocator keeps.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     peaks = {}
     for kind in ("trunk", "low_confidence"):
@@ -174,7 +174,7 @@ def memory(shape: Shape) -> bool:
         peaks[kind] = float(done.stdout.strip().splitlines()[-1])
     logits = shape.batch * (shape.length - 1) * shape.vocabulary * 4 / 2**20
     added = peaks["low_confidence"] - peaks["trunk"]
-    return claim(f"batch {shape.batch}: memory beyond the trunk / undecided logits", added / logits, MEMORY_CLAIM)
+    return claim(f"batch {shape.batch}: memory beyond the trunk / masked logits", added / logits, MEMORY_CLAIM)
 
 
 def table(shape: Shape, rounds: int) -> None:
@@ -193,7 +193,7 @@ def table(shape: Shape, rounds: int) -> None:
 
 
 def judged(texts: list[str], model: TextGenerator, judge: GPT2LMHeadModel) -> float:
-    """Return the loss of the autoregressive model on the texts, in nats per token, their ends included."""
+    """Return the loss of the autoregressive model on the texts, EOS included, in nats per token."""
     total, count = 0.0, 0
     for text in texts:
         ids = torch.tensor([[model.start_id, *model.codec.encode(text), model.tokenizer.eos_token_id]])
@@ -205,7 +205,7 @@ def judged(texts: list[str], model: TextGenerator, judge: GPT2LMHeadModel) -> fl
 
 
 def quality(checkpoint: str, samples: int) -> None:
-    """Print the table of strategies that write several tokens a forward, beside fixed steps of the same quality."""
+    """Print the table of strategies that decode several tokens per forward pass, and of fixed steps."""
     model = load(checkpoint)
     judge = AutoModelForCausalLM.from_pretrained("data/tiny_gpt2", dtype=torch.float32).eval()
     canvases = [model.from_noise(65)] * samples
@@ -233,7 +233,7 @@ def quality(checkpoint: str, samples: int) -> None:
 
 
 def revising(checkpoint: str, samples: int) -> None:
-    """Print what rewriting tokens and masking them again is worth."""
+    """Print the table of editing and remasking."""
     model = load(checkpoint)
     judge = AutoModelForCausalLM.from_pretrained("data/tiny_gpt2", dtype=torch.float32).eval()
     print("| keys | forward passes a text | edits a text | loss |\n|---|---|---|---|")
@@ -249,9 +249,9 @@ def revising(checkpoint: str, samples: int) -> None:
 
 
 def forwards_for(loss: float, fixed: list[tuple[float, float]]) -> float | None:
-    """Return how many forwards fixed steps take for `loss`, on straight lines between those tried.
+    """Return the number of forward passes with which fixed steps reach `loss`, by linear interpolation.
 
-    None if the loss is lower than with the most forwards; the fewest if it is higher than with the fewest.
+    None if the loss is below that of the most forward passes; the fewest if it is above all.
     """
     if loss < fixed[0][0]:
         return None
@@ -262,7 +262,7 @@ def forwards_for(loss: float, fixed: list[tuple[float, float]]) -> float | None:
 
 
 def main() -> int:
-    """Run what the command line asks for; 1 if a claim is broken."""
+    """Run the benchmark that the command line names; return 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true")

@@ -1,17 +1,17 @@
-"""What a training step of `stage: ddm` costs, as ratios against baselines timed interleaved in the same process.
+"""The cost of a training step of `stage: ddm`, relative to baselines timed interleaved in the same process.
 
     python benchmarks/train_step.py            times, a minute or two
-    python benchmarks/train_step.py --memory   peak resident memory too, one fresh process for each kind of step
+    python benchmarks/train_step.py --memory   also peak resident memory, each kind of step in a fresh process
 
-Kinds of step, all on the same Hugging Face GPT-2 with random weights, run by the trainer that users run:
+Kinds of step, all on the same Hugging Face GPT-2 with random weights, run by the trainers that users run:
     ar        upstream's pre-training step, labels = input_ids
     dense     a DiffuLLaMA-style step: a 4-D mask built every step, logits at every position, cross-entropy without
               reduction
-    full      ours with full attention
-    annealed  ours while attention anneals
-    mixed     ours with mixed noise, which scores every token and not the masked ones alone
-Reported: CPU seconds (process time) of forward, backward and optimiser, the median over rounds of the ratio within a
-    round.
+    full      `stage: ddm` with full attention
+    annealed  `stage: ddm` while attention is annealed
+    mixed     `stage: ddm` under mixed noise, which scores all tokens instead of the masked ones only
+Figures are CPU seconds (process time) of forward, backward and optimiser: the median over rounds of the ratio within a
+round.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from llamafactory_ddm.objectives.masked import MaskedObjective
 from llamafactory_ddm.objectives.mixed import MixedObjective
 
 KINDS = ("ar", "dense", "full", "annealed", "mixed")
-# (kind, baseline, what must hold)
+# (kind, baseline, upper bound on the ratio)
 TIME_CLAIMS = (("full", "ar", 0.85), ("full", "dense", 0.82), ("annealed", "full", 1.08), ("mixed", "ar", 1.30))
 MEMORY_CLAIMS = (("full", "ar", 0.94), ("full", "dense", 0.88), ("mixed", "ar", 1.00))
 OVERHEAD_CLAIM = 0.02
 
 
 class DenseTrainer(CustomTrainer):
-    """The baseline that builds everything: mask, logits and losses of all positions."""
+    """The baseline with a dense attention mask, and with logits and losses of all positions."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the 1/t-weighted loss over masked tokens, divided by their number."""
@@ -186,13 +186,13 @@ def peak_memory(kind: str, shape: argparse.Namespace) -> float:
     words = [sys.executable, __file__, "--child", kind]
     for name in ("batch", "length", "layers", "width", "threads"):
         words += [f"--{name}", str(getattr(shape, name))]
-    # What is freed goes back at once, so that the peak is the step's and not the allocator's.
+    # Return freed memory to the system at once; otherwise the peak would include what the allocator keeps.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     return float(subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1])
 
 
 def main() -> int:
-    """Run what the command line asks for; exit status 1 if a claim does not hold."""
+    """Run the benchmark; return 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="measure peak resident memory as well")
     parser.add_argument("--rounds", type=int, default=9)
@@ -209,7 +209,7 @@ def main() -> int:
             step = make_step(shape.child, shape, folder)
             for _ in range(3):
                 step()
-        # Of this program alone: ru_maxrss would start at what the parent holds.
+        # ru_maxrss would include the parent's memory.
         print(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
         return 0
     good = time_steps(shape)

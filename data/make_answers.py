@@ -1,7 +1,7 @@
 """Make questions whose answers are from 3 to 36 tokens long: python data/make_answers.py
 
-tiny_answers_train.jsonl and tiny_answers_eval.jsonl: whether something is an animal, what somebody has, and a
-thing to be written several times. How long an answer is follows from its question. A question is in one split only.
+Writes tiny_answers_train.jsonl and tiny_answers_eval.jsonl. The questions ask whether something is an animal, what
+somebody has, and to repeat a word. The length of an answer follows from its question. A question is in one split only.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ ASKED = ("Write", "Say", "Sing", "Repeat")
 
 
 def is_animal(random: Random) -> tuple[str, str]:
-    """Return a question of yes or no."""
+    """Return a yes-or-no question with its answer."""
     name, colour, thing = random.choice(NAMES), random.choice(COLOURS), random.choice(OWNED)
     return f"{name} has a {colour} {thing}. Is it an animal?", "Yes." if thing in ANIMALS else "No."
 
 
 def what(random: Random) -> tuple[str, str]:
-    """Return a question whose answer is a list."""
+    """Return a question with its answer, a list."""
     name, owned = random.choice(NAMES), random.sample(OWNED, random.randint(1, MOST_OWNED))
     said = f"{name} has {', '.join(f'a {thing}' for thing in owned)}."
     return f"{said} What does {name} have?", "A " + ", a ".join(owned) + "."
 
 
 def repeat(random: Random) -> tuple[str, str]:
-    """Return a question whose answer is a thing several times."""
+    """Return a request to repeat a thing, with its answer."""
     thing, times = random.choice(OWNED), random.randint(1, MOST_TIMES)
     return f"{random.choice(ASKED)} a {thing} {times} times.", _repeated(thing, times)
 
 
 def repeat_sum(random: Random) -> tuple[str, str]:
-    """Return one in which how many times is a sum."""
+    """Return a request to repeat a thing, with its answer; the number of times is a sum."""
     thing, times = random.choice(OWNED), random.randint(2, MOST_TIMES)
     first = random.randint(1, times - 1)
     return f"{random.choice(ASKED)} a {thing} {first} + {times - first} times.", _repeated(thing, times)
@@ -47,7 +47,7 @@ def _repeated(thing: str, times: int) -> str:
     return "A " + ", a ".join([thing] * times) + "."
 
 
-# Kind -> rows for training and for evaluation; there are not many questions of `repeat`.
+# Kind -> rows for training and for evaluation. There are few distinct questions of `repeat`.
 KINDS = {is_animal: (800, 100), what: (800, 100), repeat: (500, 50), repeat_sum: (900, 100)}
 
 

@@ -3,9 +3,9 @@
     python data/make_corpus.py             writes tiny_corpus_train.jsonl and tiny_corpus_eval.jsonl beside this file
     python data/make_corpus.py --out DIR   writes them to DIR
 
-A text is put together from people, places, things and what happens to them. What stands early in it decides what can
-stand later (names and pronouns, who holds what, running totals), and the other way round, so that both directions
-carry information. A text is in one split only, by a hash of its words.
+A text combines people, places, things and events. Its beginning constrains its end (names and pronouns, who has what,
+running totals) and its end the beginning, so context on both sides is informative. A hash of its words decides which
+split a text is in.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FEELINGS = (("sad", "happy"), ("scared", "brave"), ("bored", "busy"), ("tired", 
 
 
 class Person:
-    """A name with the pronouns that go with it."""
+    """A name with its pronouns."""
 
     def __init__(self, random: Random) -> None:
         girl = random.random() < 0.5
@@ -188,7 +188,7 @@ def counting(random: Random) -> str:
 
 
 def sharing(random: Random) -> str:
-    """Two people put together what they have."""
+    """Two people add what they have."""
     a, b = two_people(random)
     noun = random.choice(COUNTED)
     x, y = random.randint(2, 30), random.randint(2, 30)

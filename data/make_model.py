@@ -1,7 +1,7 @@
-"""Make the built-in autoregressive model's folders.
+"""Make the folders of the built-in autoregressive model, before and after training.
 
-python data/make_model.py start saves/tiny_gpt2/start            a GPT-2 with random weights, to be trained
-python data/make_model.py keep saves/tiny_gpt2/full/pt           a trained one becomes data/tiny_gpt2, in bfloat16
+python data/make_model.py start saves/tiny_gpt2/start            makes a GPT-2 with random weights
+python data/make_model.py keep saves/tiny_gpt2/full/pt           copies a trained one to data/tiny_gpt2, in bfloat16
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Make the arithmetic problems for trying out finetuning: python data/make_problems.py
+"""Make arithmetic word problems to try finetuning with: python data/make_problems.py
 
-tiny_problems_train.jsonl and tiny_problems_eval.jsonl: a story in numbers as instruction, and as output its working
-and then the answer behind ####. A story is in one split only; sums of two small numbers are few, so they are in both.
+Writes tiny_problems_train.jsonl and tiny_problems_eval.jsonl: a word problem as instruction; its working and, after
+####, the answer as output. A problem is in one split only, but its sum or difference of small numbers may be in both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LARGEST = 9
 
 
 def one_person(random: Random, first: int, step: int) -> tuple[str, str]:
-    """Return a problem of somebody who has `first` and gets or gives away `step`, and its solution."""
+    """Return a problem about a person who has `first` and gets or gives away `step`, and its solution."""
     a, noun = Person(random), random.choice(COUNTED)
     sign, total = ("-", first - step) if first > step and random.random() < 0.7 else ("+", first + step)
     does = random.choice(("gives away", "loses", "sells") if sign == "-" else ("buys", "finds", "gets"))

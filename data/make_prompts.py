@@ -1,8 +1,8 @@
-"""Make the prompts and gaps for trying out generation from the held-out split: python data/make_prompts.py
+"""Make prompts and gaps to try generation with, from the held-out split: python data/make_prompts.py
 
 tiny_stories_eval.jsonl: whole stories, to be continued from their beginnings.
 tiny_prompts_eval.jsonl: stories, the first two sentences as instruction and the rest as output.
-tiny_infill_eval.jsonl: texts with one gap of two to five words, marked <|infill|>, and what belongs there as label.
+tiny_infill_eval.jsonl: texts with one gap of two to five words, marked <|infill|>, and the removed words as label.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def prompts(texts: list[str]) -> list[dict[str, str]]:
 
 
 def gaps(texts: list[str], rng: random.Random) -> list[dict[str, str]]:
-    """Return texts with a run of words taken out; a word takes the space before it along, as its tokens do."""
+    """Return texts with two to five words removed, each with the space before it, as in its tokens."""
     rows = []
     for text in texts:
         words = re.findall(r" ?[^ ]+", text)

@@ -1,4 +1,4 @@
-"""Train the built-in model's tokenizer: byte-level BPE, at most 1024 tokens, every digit one by itself.
+"""Train the built-in model's tokenizer: byte-level BPE, at most 1024 tokens, each digit one token.
 
 python data/make_tokenizer.py          writes into tiny_gpt2/ beside this file
 python data/make_tokenizer.py --out D  writes into D
@@ -40,7 +40,7 @@ def main() -> None:
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END, model_max_length=256
     )
     fast.save_pretrained(out)
-    # transformers 5 writes a class name that transformers 4 does not know; this one both read.
+    # transformers 5 writes a class name that transformers 4 does not know; both read this one.
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"

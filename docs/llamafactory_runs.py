@@ -1,4 +1,4 @@
-"""Running llamafactory-cli train many times: what the scripts of this folder share."""
+"""`llamafactory-cli train`, run many times in forked processes: shared by the scripts of this folder."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _CPU_SECONDS = "CPU seconds:"
 
 
 def run_recipe(*words: str | Path) -> float:
-    """Run `llamafactory-cli train` in the repository's root, in a process that is forked with all imports done.
+    """Run `llamafactory-cli train` in the repository's root, in a process forked after all imports.
 
     Returns:
-        The CPU seconds (user and system) that it took, over all of its threads.
+        Its CPU seconds (user and system), summed over its threads.
 
     Raises:
-        SystemExit: if it fails, with the end of what it said.
+        SystemExit: if it fails, with the end of its output.
     """
     # A process that has found a GPU cannot be forked.
     context = multiprocessing.get_context("spawn" if torch.cuda.device_count() else "forkserver")

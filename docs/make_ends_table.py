@@ -1,12 +1,12 @@
-"""Measure what each way of learning the end is worth: docs/ends_table.md.
+"""Compare the formats and keys of variable length by how well the model predicts EOS: docs/ends_table.md.
 
     python docs/make_ends_table.py                thirteen runs, about 50 minutes on two cores
     python docs/make_ends_table.py --steps 2 --questions 4 --only none --out folder     a quick look
 
-Every run is examples/tiny_gpt2_full_ddm_sft_varlen.yaml from the same start, with the same data, steps and seed; what
-differs stands in the table. Each is measured as examples/varlen_eval.yaml and examples/tiny_gpt2_varlen_inference.yaml
-do. Runs that are finished are not repeated. Before: llamafactory-cli train examples/tiny_gpt2_full_ddm.yaml
-max_steps=800, with which the table was made
+Every run is examples/tiny_gpt2_full_ddm_sft_varlen.yaml from the same model, with the same data, steps and seed; the
+table lists the keys that differ. Each is measured as in examples/varlen_eval.yaml and
+examples/tiny_gpt2_varlen_inference.yaml. Finished runs are not repeated. The table was made after llamafactory-cli
+train examples/tiny_gpt2_full_ddm.yaml max_steps=800
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OURS = ("variable_length", "pad_block_length", "pad_mask_ratio", "eos_window_rat
 
 
 def runs(steps: int) -> Iterator[tuple[str, tuple[str, str, str], dict[str, Any]]]:
-    """Yield each run's name, what the table says of it, and its keys."""
+    """Yield each run's name, its first cells in the table, and its keys."""
     yield "none", ("none", "", ""), {}
     annealing = {"pad_mask_ratio": 0.3, "pad_anneal_steps": steps // 2}
     for name in FORMATS:
@@ -39,7 +39,7 @@ def runs(steps: int) -> Iterator[tuple[str, tuple[str, str, str], dict[str, Any]
 
 
 def measure(name: str, keys: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train, unless that was done, and return the metrics of the end and the share of right answers."""
+    """Train, unless that is done, and return the metrics of EOS and the fraction of right answers."""
     folder = Path(arguments.work).resolve() / f"{name}-{arguments.steps}"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "all_results.json").is_file():
@@ -72,7 +72,7 @@ def measure(name: str, keys: dict[str, Any], arguments: argparse.Namespace) -> d
 
 
 def line(said: tuple[str, str, str], found: dict[str, Any]) -> str:
-    """Return a run's line of the table."""
+    """Return a run's row of the table."""
     first = found["revealed 0"]
     quarters = " / ".join(f"{found[f'quarter {number}']['f1']:.3f}" for number in (1, 2, 3, 4))
     numbers = f"{100 * first['top1']:.1f} % | {first['mrr']:.3f} | {first['length_mae']:.2f}"
@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--questions", type=int, default=350, help="held-out questions to answer")
     parser.add_argument("--only", nargs="*", help="names of runs, such as eos_pad-annealed-window")
-    parser.add_argument("--model", type=Path, default=ROOT / "saves/tiny_gpt2/full/ddm", help="the start")
+    parser.add_argument(
+        "--model", type=Path, default=ROOT / "saves/tiny_gpt2/full/ddm", help="the model that all runs start from"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "saves/ends", help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Measure what adapted weights are worth to finetuning: docs/finetuning.png, and docs/finetuning_table.md.
+"""Compare finetuning from adapted and from random weights: docs/finetuning.png and docs/finetuning_table.md.
 
     python docs/make_finetuning_plot.py                six runs, about 40 minutes on two cores
     python docs/make_finetuning_plot.py --steps 2 --every 1 --problems 2 --out folder     a quick look
 
-Every run is examples/tiny_gpt2_full_ddm_sft.yaml (for LoRA its counterpart) from another start, and each of its
-checkpoints solves the held-out problems as examples/tiny_gpt2_sft_inference.yaml does. Runs that are finished are not
-repeated. Before: llamafactory-cli train examples/tiny_gpt2_full_ddm.yaml max_steps=800, with which the plot was made
+The runs are examples/tiny_gpt2_full_ddm_sft.yaml and tiny_gpt2_lora_ddm_sft.yaml from different weights. Each
+checkpoint solves the held-out problems as in examples/tiny_gpt2_sft_inference.yaml. Finished runs are not repeated.
+The plot was made after llamafactory-cli train examples/tiny_gpt2_full_ddm.yaml max_steps=800
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STARTS: tuple[tuple[str, str, str, tuple[str, ...], bool], ...] = (
 
 
 def random_weights(arguments: argparse.Namespace) -> str:
-    """Return the folder of a model as the adapted one, with random weights."""
+    """Return the folder of a model like the adapted one, but with random weights."""
     folder = Path(arguments.work).resolve() / "random_weights"
     if not folder.is_dir():
         torch.manual_seed(0)
@@ -52,7 +52,7 @@ def random_weights(arguments: argparse.Namespace) -> str:
 
 
 def train(name: str, recipe: str, model: str, overrides: tuple[str, ...], arguments: argparse.Namespace) -> Path:
-    """Train from one start, unless it was, with a checkpoint every so many steps."""
+    """Train from one start, unless that is done, with a checkpoint every `--every` steps."""
     folder = Path(arguments.work).resolve() / f"{name}-{arguments.steps}"
     if not (folder / "all_results.json").is_file():
         run_recipe(
@@ -72,7 +72,7 @@ def train(name: str, recipe: str, model: str, overrides: tuple[str, ...], argume
 
 
 def accuracy(checkpoint: Path, base: str, arguments: argparse.Namespace) -> float:
-    """Return the share of held-out problems that a checkpoint solves, in percent."""
+    """Return the percentage of held-out problems that a checkpoint solves."""
     results = checkpoint / "solved" / "predict_results.json"
     if not results.is_file():
         adapter = (checkpoint / "adapter_config.json").is_file()

@@ -44,7 +44,7 @@ STRATEGIES = """| strategy | a step commits | from |
 
 
 def page() -> str:
-    """Return the page."""
+    """Return the page as Markdown."""
     sections = {
         "Training and models": ("Both stages read these.", ()),
         "Finetuning": ("`stage: ddm-sft` reads these.", (FinetuningKeys,)),

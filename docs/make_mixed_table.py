@@ -1,15 +1,15 @@
-"""Compare masked and mixed continuation by quality against denoising steps: docs/mixed_table.md and mixed.png.
+"""Compare masked and mixed noise by quality against denoising steps: docs/mixed_table.md and mixed.png.
 
     python docs/make_mixed_table.py                twelve runs and 90 generations, about an hour on two cores
     python docs/make_mixed_table.py --continue-steps 2 --seeds 1 --questions 4 --texts 4 --work w --out o  a quick look
 
-From the models of examples/tiny_gpt2_full_ddm.yaml with max_steps=800 (texts) and, trained from it,
-tiny_gpt2_full_ddm_sft_varlen.yaml (answers) training goes on as examples/tiny_gpt2_full_ddm_xdlm.yaml does: once with
-masked noise alone, and once with a tenth of the noise uniform, with the same data, steps and seeds. Answers are
-measured by exact match, texts from nothing by the perplexity that the autoregressive model data/tiny_gpt2 gives them,
-beside the entropy of their words, which falls where texts repeat themselves. The mixed model generates with edits
-(edit_ratio as it was trained) and without. Runs that are finished are not repeated; --only answers and --only texts
-can run side by side, and a last call writes the table.
+Two models are trained further: that of examples/tiny_gpt2_full_ddm.yaml with max_steps=800 (texts), and that of
+examples/tiny_gpt2_full_ddm_sft_varlen.yaml, trained from it (answers). Each is trained once under masked noise and
+once with a tenth of the noise uniform, as in examples/tiny_gpt2_full_ddm_xdlm.yaml, with the same data, steps and
+seeds. Answers are measured by exact match. Texts generated from noise are measured by their perplexity under the
+autoregressive model data/tiny_gpt2 and by the entropy of their words, which is low if a text repeats itself. The mixed
+model generates with edits (its uniform_ratio as edit_ratio) and without. Finished runs are not repeated; --only
+answers and --only texts can run at the same time, and a last call writes the table.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ENDS = ("pad_mask_ratio", "eos_window_ratio", "eos_window_max")  # they say whic
 
 
 def recipe(name: str, path: Path, keys: dict[str, Any]) -> Path:
-    """Write a recipe of examples/ with other keys; None removes one."""
+    """Write a recipe of examples/ with changed keys; None removes a key."""
     found = OmegaConf.to_container(OmegaConf.load(ROOT / "examples" / name))
     if not isinstance(found, dict):
         raise SystemExit(f"{name} holds no keys")
@@ -53,7 +53,7 @@ def recipe(name: str, path: Path, keys: dict[str, Any]) -> Path:
 
 
 def train(task: str, way: str, seed: int, arguments: argparse.Namespace) -> Path:
-    """Go on from the start, unless that was done, and return the folder of the model."""
+    """Train further, unless that is done, and return the folder of the model."""
     noise, steps = WAYS[way][0], arguments.continue_steps or TASKS[task][2]
     folder = Path(arguments.work).resolve() / f"{task}-{noise['noise_process']}-{seed}-{steps}"
     if not (folder / "all_results.json").is_file():
@@ -79,7 +79,7 @@ def train(task: str, way: str, seed: int, arguments: argparse.Namespace) -> Path
 
 
 def generate(model: Path, way: str, steps: int, name: str, result: str, keys: dict[str, Any]) -> Path:
-    """Generate as a recipe of examples/ does, unless its result is there, and return the folder of the result."""
+    """Generate with a recipe of examples/, unless that is done, and return the folder of the result."""
     folder = model / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}"
     if not (folder / result).is_file():
         folder.mkdir(exist_ok=True)
@@ -89,14 +89,14 @@ def generate(model: Path, way: str, steps: int, name: str, result: str, keys: di
 
 
 def answers(model: Path, way: str, steps: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the share of questions answered right, greedily, in per cent."""
+    """Return the percentage of right answers under greedy decoding."""
     keys = {"max_samples": arguments.questions}
     folder = generate(model, way, steps, "tiny_gpt2_varlen_inference.yaml", "predict_results.json", keys)
     return {"exact match": json.loads((folder / "predict_results.json").read_text())["predict_exact_match"]}
 
 
 def texts(model: Path, way: str, steps: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Return perplexity under the autoregressive model and entropy of the words, in nats."""
+    """Return the perplexity of texts under data/tiny_gpt2, and the entropy of their words, in nats."""
     keys = {
         "block_length": None,
         "topp_temp": 1.0,
@@ -146,7 +146,7 @@ def table(found: dict[str, dict[str, dict[int, list[dict[str, float]]]]]) -> str
 
 
 def plot(found: dict[str, dict[str, dict[int, list[dict[str, float]]]]], path: Path) -> None:
-    """Draw quality against steps, a line for each way and a bar from the worst seed to the best."""
+    """Plot quality against steps: a line for each way, with bars from the worst seed to the best."""
     import matplotlib
 
     matplotlib.use("Agg")

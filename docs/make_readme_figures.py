@@ -1,12 +1,12 @@
 """Measure the figures of README over seeds and threads, and write docs/readme_figures.md.
 
     python docs/make_readme_figures.py --threads 1        three seeds on one thread
-    python docs/make_readme_figures.py --threads 2        the same on two; the page holds the rows of all calls
+    python docs/make_readme_figures.py --threads 2        the same on two; the page keeps the rows of earlier calls
     python docs/make_readme_figures.py --steps 1 --seeds 1 --samples 2 --work w --out x.md     a quick look
 
-For each seed README's commands run one after another: the built-in model is adapted and fills held-out gaps; the
-adapted model is finetuned on word problems, in full and with LoRA, and solves held-out ones. Finished runs are not
-repeated. Times are CPU seconds over threads, which other work on the machine changes little.
+For each seed it runs README's commands: the built-in model is adapted and fills held-out gaps; the adapted model is
+finetuned on word problems, in full and with LoRA, and solves held-out ones. Finished runs are not repeated. Times are
+CPU seconds divided by threads, which other processes on the machine change little.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ COLUMNS = {
 
 
 def fewer(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """Return the key that takes the first rows of each data set alone, where only a quick look is wanted."""
+    """Return max_samples, which limits each data set, if --samples is set."""
     return () if arguments.samples is None else (f"max_samples={arguments.samples}",)
 
 
 def trained(recipe: str, folder: Path, seed: int, arguments: argparse.Namespace, *words: str) -> float:
-    """Train, unless it was done; return the minutes that it took, in CPU time over threads."""
+    """Train, unless that is done; return the minutes it took, CPU time divided by threads."""
     took = folder / "minutes.json"
     if not took.is_file():
         if arguments.steps is not None:
@@ -48,7 +48,7 @@ def trained(recipe: str, folder: Path, seed: int, arguments: argparse.Namespace,
 
 
 def share(recipe: str, folder: Path, metric: str, arguments: argparse.Namespace, *words: str) -> float:
-    """Generate, unless it was done; return a metric of what was written, in percent."""
+    """Generate, unless that is done; return a metric of the texts, in percent."""
     results = folder / "predict_results.json"
     if not results.is_file():
         run_recipe(f"examples/{recipe}", f"output_dir={folder}", "save_trace=false", *fewer(arguments), *words)
@@ -56,7 +56,7 @@ def share(recipe: str, folder: Path, metric: str, arguments: argparse.Namespace,
 
 
 def measure(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Run README's commands with one seed, and return a row of the table."""
+    """Run README's commands with one seed, and return its row of the table."""
     work = Path(arguments.work).resolve() / f"{arguments.threads}-{seed}"
     adapted, full, lora = work / "ddm", work / "ddm_sft", work / "lora"
     base = f"model_name_or_path={adapted}"
@@ -77,7 +77,7 @@ def measure(seed: int, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def page(rows: list[dict[str, float]]) -> str:
-    """Return the page: a line for each run, and the range of each column."""
+    """Return the page: a row for each run, and the range of each column."""
     lines = [
         "# README's figures over seeds and threads",
         "",
@@ -99,12 +99,12 @@ def page(rows: list[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Read the command line, run what is missing, and write the page of all rows there are."""
+    """Read the command line, run what is missing, and write the page with the rows of all calls."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2], help="42 is the recipes' own")
-    parser.add_argument("--steps", type=int, help="steps of each training, the recipes' if not given")
-    parser.add_argument("--samples", type=int, help="only so many rows of each data set")
+    parser.add_argument("--steps", type=int, help="steps of each training; by default those of the recipe")
+    parser.add_argument("--samples", type=int, help="use only N rows of each data set")
     parser.add_argument("--work", default=str(ROOT / "saves" / "readme_figures"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "readme_figures.md")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Print how a text comes out of noise, step by step: the trace in README.
+"""Print a text after some of its denoising steps: the trace in README.
 
 python docs/make_trace.py saves/tiny_gpt2/full/ddm --seed 42
 """
