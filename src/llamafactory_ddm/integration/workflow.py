@@ -6,11 +6,11 @@ from contextlib import nullcontext
 from typing import Any
 
 from .. import _errors
+from ..utils.processes import barrier
 from ..utils.run_lock import run_lock
 from .data.faults import check_not_empty
 from .logs import get_logger, hide_harmless_messages
 from .model.loader import load_diffusion_model, load_diffusion_tokenizer
-from .predict.prediction_log import barrier
 from .predict.workflow import build_requests, predict
 from .resolve.checks import check_inputs
 from .resolve.datasets import load_datasets

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from .files import explain_disk_errors
+from .processes import broadcast_from_first
 
 try:
     import fcntl
@@ -62,13 +62,11 @@ def run_lock(folder: str | Path, *, rank: int = 0, world: int = 1) -> Iterator[N
 
 
 def _fail_together(problem: Exception | None, world: int) -> None:
-    if world > 1:
-        said: list[Any] = [None if problem is None else str(problem)]
-        torch.distributed.broadcast_object_list(said, src=0)
-        if problem is None and said[0] is not None:
-            raise ValueError(said[0])
+    message = broadcast_from_first(None if problem is None else str(problem), world)
     if problem is not None:
         raise problem
+    if message is not None:
+        raise ValueError(message)
 
 
 @dataclass

@@ -12,9 +12,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from ...utils.files import explain_disk_errors, replacing
+from ...utils.processes import barrier
 
 _FINGERPRINT = "fingerprint"
 
@@ -187,12 +186,6 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
     except json.JSONDecodeError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def barrier(world: int) -> None:
-    """Wait until all processes have reached this call."""
-    if world > 1:
-        torch.distributed.barrier()
 
 
 def write_predictions(path: Path, records: Iterable[dict[str, Any]]) -> None:

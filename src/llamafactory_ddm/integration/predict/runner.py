@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from ..._version import __version__
@@ -22,8 +21,9 @@ from ...generation.generator import Generated, TextGenerator
 from ...generation.trace import Trace, write_html
 from ...sampling import SamplingSettings
 from ...utils.files import explain_disk_errors
+from ...utils.processes import barrier, broadcast_from_first, gather
 from ..logs import get_logger
-from .prediction_log import IndexSet, OrderedRecords, PredictionLog, barrier, write_predictions
+from .prediction_log import IndexSet, OrderedRecords, PredictionLog, write_predictions
 from .requests import Repeated, Request, distinct
 
 logger = get_logger(__name__)
@@ -74,7 +74,7 @@ def generate_all(
             f"takes more than {most_tokens} steps."
         )
     # The first process decides, as saving a model changes its config on that process only.
-    fingerprint = _broadcast_from_first(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
+    fingerprint = broadcast_from_first(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
     log = PredictionLog(folder / _LOG_FOLDER, fingerprint, rank, world)
     edits = generator.edits(settings)
     if edits.active and settings.edit_ratio is None and settings.edit_threshold is None:
@@ -321,18 +321,8 @@ def _fingerprint(
 
 def _reduce_over_processes(seconds: float, tokens: int, world: int) -> tuple[float, int]:
     """Return the longest time and the sum of the tokens over all processes."""
-    measurements: list[Any] = [(seconds, tokens)] * world
-    if world > 1:
-        torch.distributed.all_gather_object(measurements, (seconds, tokens))
+    measurements = gather((seconds, tokens), world)
     return max(seconds for seconds, _ in measurements), sum(tokens for _, tokens in measurements)
-
-
-def _broadcast_from_first(value: str, world: int) -> str:
-    """Return the value of the first process on every process."""
-    values: list[Any] = [value]
-    if world > 1:
-        torch.distributed.broadcast_object_list(values, src=0)
-    return str(values[0])
 
 
 def compute_metrics(records: OrderedRecords) -> dict[str, float]:
