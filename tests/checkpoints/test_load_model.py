@@ -86,7 +86,7 @@ def test_a_shape_that_differs_is_one_line(tmp_path):
     save(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
-    with pytest.raises(ValueError, match=r"up_proj.weight \(48, 32\) instead of \(40, 32\)") as found:
+    with pytest.raises(ValueError, match=r"up_proj\.weight") as found:
         load(tmp_path / "m", device="cpu")
     assert "\n" not in str(found.value)
 

@@ -82,11 +82,12 @@ def losses(folder):
 
 def logits(model):
     with torch.no_grad():
-        return model(input_ids=IDS[None]).logits[0]
+        # Without a mask transformers 4 makes a causal one.
+        return model(input_ids=IDS[None], attention_mask=torch.zeros(1, 1, len(IDS), len(IDS))).logits[0]
 
 
 def bidirectional(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     make_bidirectional(model)
     return model
 

@@ -34,7 +34,7 @@ def load_whole(kind: Any, **kwargs: Any) -> Any:
         model, found = kind.from_pretrained(**{"ignore_mismatched_sizes": True, **kwargs}, output_loading_info=True)
     buffers = dict(model.named_buffers())
     missing = sorted(key for key in found["missing_keys"] if not _follows_from_config(key, buffers.get(key)))
-    other = sorted(f"{key} {tuple(stored)} instead of {tuple(own)}" for key, stored, own in found["mismatched_keys"])
+    other = sorted(map(_shapes, found["mismatched_keys"]))
     if missing or other:
         faults = [f"missing: {some(missing)}"] if missing else []
         faults += [f"wrong shape: {some(other)}"] if other else []
@@ -50,6 +50,14 @@ def load_whole(kind: Any, **kwargs: Any) -> Any:
             some(sorted(found["unexpected_keys"])),
         )
     return model
+
+
+def _shapes(mismatched: Any) -> str:
+    """Describe an entry of mismatched_keys: a key with two shapes, or under transformers 4 the key alone."""
+    if isinstance(mismatched, str):
+        return mismatched
+    key, stored, expected = mismatched
+    return f"{key} {tuple(stored)} instead of {tuple(expected)}"
 
 
 def load_whole_adapter(kind: Any, model: Any, folder: str | Path, **kwargs: Any) -> Any:
