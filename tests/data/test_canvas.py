@@ -22,7 +22,7 @@ def test_the_start_token_is_put_in_front_once():
 
 
 @pytest.mark.parametrize(("parts", "words"), [([[1, 2]], "no position to generate"), ([[1], 0], "got 0")])
-def test_canvases_that_cannot_be(parts, words):
+def test_invalid_canvases(parts, words):
     with pytest.raises(ValueError, match=words):
         canvas_of(parts)
 
@@ -48,7 +48,7 @@ def test_markers():
         ("a <|infill|> b", r"<\|infill\|> .*label"),
     ],
 )
-def test_markers_that_are_wrong(text, words):
+def test_invalid_markers(text, words):
     with pytest.raises(ValueError, match=words):
         infilling_canvas(text, encode)
 
@@ -61,7 +61,7 @@ def test_a_batch_is_padded_on_the_left():
     assert batch.prompt.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]
 
 
-def test_a_canvas_is_cut_behind_its_first_places():
+def test_a_canvas_is_cut_after_its_first_positions():
     canvas = canvas_of([[5, 6], 4], start_id=0)
     short = Canvas((0, 5, 6, 0, 0), (False, False, False, True, True), 1, room=2)
     assert canvas.cut(2) == short and canvas.cut(9) == canvas

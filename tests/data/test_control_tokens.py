@@ -17,8 +17,8 @@ def with_tokens(*tokens):
     return tokenizer
 
 
-def test_it_is_read_as_by_a_tokenizer_that_never_had_it():
-    """And every other token keeps its id, what was added later too; also in a process that it is sent to."""
+def test_a_control_token_is_read_as_by_a_tokenizer_without_it():
+    """All other tokens keep their ids, later additions included, and after pickling too."""
     tokenizer, without = with_tokens("<|mask|>", "<|im_end|>"), with_tokens("<|im_end|>")
     plain = reading_as_text(tokenizer, ["<|mask|>"])
     end, mask = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|mask|>"))
@@ -30,7 +30,7 @@ def test_it_is_read_as_by_a_tokenizer_that_never_had_it():
     assert len(plain) == len(tokenizer) and plain.eos_token_id == tokenizer.eos_token_id
 
 
-def test_a_token_that_the_vocabulary_has_as_well():
+def test_a_control_token_that_is_also_in_the_vocabulary():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"[UNK]": 0, "a": 1, "[MASK]": 2, "cat": 3}
@@ -41,7 +41,7 @@ def test_a_token_that_the_vocabulary_has_as_well():
     assert reading_as_text(tokenizer, ["[MASK]"]).encode("a [MASK] cat") == [1, 0, 3]
 
 
-def test_words_and_ends_are_no_control_tokens():
+def test_words_and_eos_are_no_control_tokens():
     tokenizer = with_tokens("<|mask|>")
     assert control_texts(tokenizer, ["<|mask|>", "cat", "<|endoftext|>", "<|new|>", "<|mask|>"]) == ["<|mask|>"]
     assert reading_as_text(tokenizer, ["<|new|>"]) is tokenizer
@@ -65,7 +65,7 @@ def test_padding_that_is_a_word_stays_one():
         assert control_texts(tokenizer, [word]) == []
 
 
-def test_prompts_are_read_so_too():
+def test_control_tokens_in_prompts_are_read_as_text():
     tokenizer = with_tokens("<|mask|>")
     codec = TextCodec(tokenizer, tokenizer.convert_tokens_to_ids("<|mask|>"))
     assert codec.encode("a <|mask|>") == tiny_tokenizer().encode("a <|mask|>")

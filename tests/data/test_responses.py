@@ -71,8 +71,8 @@ def test_the_label_is_the_target_where_it_is_another_token():
     assert batch["maskable"] == [[0, 0, 1, 1, 0, 1, 1] * 2 + [0]]
 
 
-def test_nothing_ends_at_the_first_token_of_a_document():
-    """LLaMA-Factory labels it so under mask_history."""
+def test_the_first_token_of_a_document_is_not_a_target():
+    """With mask_history LLaMA-Factory labels it with EOS."""
     first = {**TURNS, "labels": [0, -100, -100, -100, -100, 6, 0]}
     batch = as_lists(ResponseCollator(pad_id=9, shift=False)([first]))
     assert batch["input_ids"] == [TURNS["input_ids"]] and "shown" not in batch
@@ -81,7 +81,7 @@ def test_nothing_ends_at_the_first_token_of_a_document():
     assert as_lists(ResponseCollator(pad_id=9, shift=False)([itself]))["maskable"] == [[1] * 7]
 
 
-def test_what_does_not_go_together():
+def test_incompatible_settings():
     with pytest.raises(ValueError, match=r"4 tokens .*cutoff_len: 3"):
         ResponseCollator(pad_id=9, shift=True, target_length=3)([SHORT, LONG])
     with pytest.raises(ValueError, match=r"train_on_padding.*packing"):

@@ -13,7 +13,7 @@ def as_lists(batch):
     return {key: value.int().tolist() for key, value in batch.items()}
 
 
-def test_a_document_with_its_start_its_end_and_its_pads():
+def test_a_document_with_start_token_eos_and_padding():
     collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=7, start_id=EOS)
     rows = [{"input_ids": [5, 6, EOS]}, {"input_ids": [5, 6, 7, 8, 4, EOS]}, {"input_ids": [EOS]}]
     assert as_lists(collator(rows)) == {
@@ -36,7 +36,7 @@ def test_without_a_start_token():
     }
 
 
-def test_of_an_answer_noise_falls_on_its_own_tokens_its_end_and_its_pads():
+def test_only_the_answer_its_eos_and_padding_are_maskable():
     collator = VariableLengthCollator(eos_id=EOS, pad_ids=(1, 2, 3), canvas=9)
     assert as_lists(collator([ANSWER, EMPTY])) == {
         "input_ids": [[0, 5, 6, 7, 0, 1, 2, 3, 1], [0, 5, 0, 1, 2, 3, 1, 2, 3]],
@@ -47,7 +47,7 @@ def test_of_an_answer_noise_falls_on_its_own_tokens_its_end_and_its_pads():
     }
 
 
-def test_a_template_that_goes_on_after_the_end_or_lacks_one():
+def test_a_template_with_text_after_eos_or_without_eos():
     collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=6)
     chat = {"input_ids": [5, 6, EOS, 8], "labels": [-100, 6, EOS, 8]}
     bare = {"input_ids": [EOS, 6], "labels": [-100, 6]}  # the end in the prompt is none
@@ -57,13 +57,13 @@ def test_a_template_that_goes_on_after_the_end_or_lacks_one():
     assert batch["is_pad"] == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1]]
 
 
-def test_of_several_turns_the_last_end_counts():
+def test_the_last_eos_of_several_turns_counts():
     turns = {"input_ids": [5, 6, EOS, 5, 7, EOS], "labels": [-100, 6, EOS, -100, 7, EOS]}
     batch = as_lists(VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=7)([turns]))
     assert batch["end"] == [5] and batch["maskable"] == [[0, 1, 1, 0, 1, 1, 1]]
 
 
-def test_what_a_template_puts_behind_the_end_is_left_out():
+def test_template_text_after_eos_is_dropped():
     """ChatML ends an answer with <|im_end|> and a line break; the last answer of a chat may also lack its end."""
     collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=8)
     broken = {"input_ids": [5, 6, EOS, 4], "labels": [-100, 6, EOS, 4]}
@@ -87,7 +87,7 @@ def test_the_label_is_the_target_where_it_is_another_token():
     assert collator.shown(unended, collator.row(unended)[0]) == [8, 1, 5, 8, 2, 6, EOS]
 
 
-def test_blocks_hide_what_lies_behind_them():
+def test_positions_outside_the_canvas_are_hidden():
     collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=10, block=4, extra=0)
     batch = as_lists(collator([ANSWER, EMPTY]))
     assert batch["input_ids"] == [[0, 5, 6, 7, 0, 9, 9, 9], [0, 5, 0, 9, 9, 9, 9, 9]]
@@ -99,7 +99,7 @@ def test_blocks_hide_what_lies_behind_them():
 
 @pytest.mark.parametrize(("extra", "widths"), [(0, {4}), (1, {4, 8}), (None, {4, 8, 10}), (7, {4, 8, 10})])
 def test_a_canvas_may_be_larger_than_its_row_needs(extra, widths):
-    """How much is drawn evenly, and by the row alone: again in another collator, epoch or process."""
+    """The number of extra blocks is uniform and depends on the row alone, in any collator, epoch or process."""
     collator, again = (VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=10, block=4, extra=extra) for _ in "ab")
     drawn = [collator.width([first, second, EOS]) for first in range(5, 65) for second in range(5, 15)]
     assert set(drawn) == widths
@@ -116,7 +116,7 @@ def test_a_row_as_long_as_the_canvas_fits_and_a_longer_one_does_not():
         short([ANSWER])
 
 
-def test_a_stop_word_ends_an_answer_and_no_document():
+def test_a_stop_token_ends_an_answer_but_not_a_document():
     collator = VariableLengthCollator(eos_id=EOS, pad_ids=(9,), canvas=6, stop_ids=(8,))
     assert collator.row({"input_ids": [8, 6, 8, 4], "labels": [-100, 6, 8, 4]}) == (
         [8, 6, 8],

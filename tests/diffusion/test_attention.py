@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("step", "steps", "ratio"), [(0, 4, 0.25), (2, 4, 0.75), (3, 4, 1.0), (9, 4, 1.0), (0, 0, 1.0), (0, 1, 1.0)]
 )
-def test_ratio(step, steps, ratio):
+def test_annealing_ratio(step, steps, ratio):
     assert annealing_ratio(step, steps) == ratio
 
 
@@ -22,7 +22,7 @@ def test_ratio_refuses_negatives():
         annealing_ratio(0, -4)
 
 
-def test_ends_are_causal_and_full():
+def test_ratio_0_is_causal_and_1_is_full():
     assert torch.equal(
         annealed_visibility(5, 0.0, seed=0, draw=0, device=CPU)[0, 0], torch.ones(5, 5, dtype=torch.bool).tril()
     )

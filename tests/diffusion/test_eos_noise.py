@@ -20,7 +20,7 @@ from llamafactory_ddm.diffusion.schedules import SCHEDULES, get_schedule
 
 
 def rows_of(*rows):
-    """Rows written as text: g given, t text, e the end, p a pad, . outside of the canvas."""
+    """Rows written as text: g fixed, t text, e EOS, p padding, . outside of the canvas."""
     length = max(map(len, rows))
     kinds = [list(row.ljust(length, ".")) for row in rows]
     maskable = torch.tensor([[kind in "tep" for kind in row] for row in kinds])
@@ -31,7 +31,7 @@ def rows_of(*rows):
 
 @given(text=st.integers(0, 6), pads=st.integers(0, 9), t=st.floats(0.0, 1.0, width=32), ratio=st.floats(0.0, 1.0))
 @settings(max_examples=200, deadline=None)
-def test_so_many_of_each_kind_as_the_published_rule_says(text, pads, t, ratio):
+def test_mask_counts_follow_the_published_rule(text, pads, t, ratio):
     maskable, is_pad, _ = rows_of("g" + "t" * text + "p" * pads + ".")
     masked = mask_counts(maskable, is_pad, torch.tensor([t]), ratio, seed=3, sample_index=torch.tensor([5]))[0]
     length = text + pads
@@ -43,7 +43,7 @@ def test_so_many_of_each_kind_as_the_published_rule_says(text, pads, t, ratio):
     assert not bool((masked & ~maskable[0]).any())
 
 
-def test_each_token_of_a_kind_is_as_likely():
+def test_each_token_of_a_kind_is_equally_likely():
     maskable, is_pad, _ = rows_of("gtttteppppp")
     n = 20000
     masked = mask_counts(
@@ -58,7 +58,7 @@ def test_each_token_of_a_kind_is_as_likely():
 @pytest.mark.parametrize(
     ("text", "pads", "ratio"), [(4, 20, 0.3), (4, 2, 0.3), (4, 20, 0.0), (3, 3, 1.0), (5, 0, 0.5)]
 )
-def test_the_share_of_masked_tokens_that_are_pads(text, pads, ratio):
+def test_the_fraction_of_padding_among_scored_tokens(text, pads, ratio):
     maskable, is_pad, _ = rows_of("g" + "t" * text + "p" * pads)
     n = 20000
     kept = scored_padding(maskable.expand(n, -1), is_pad.expand(n, -1), ratio, seed=1, sample_index=torch.arange(n))
@@ -71,7 +71,7 @@ def test_the_share_of_masked_tokens_that_are_pads(text, pads, ratio):
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_the_loss_of_what_is_scored_is_an_evidence_bound(name):
+def test_the_loss_of_scored_tokens_is_an_evidence_bound(name):
     """For tokens that are independent the bound is exact: the sum of their own negative log-likelihoods."""
     maskable, is_pad, end = rows_of("gttteppppp")
     nll = torch.tensor([0.0, 1.0, 2.0, 0.5, 3.0, 0.1, 0.2, 0.3, 0.4, 0.5]).double()
@@ -95,7 +95,7 @@ def test_the_loss_of_what_is_scored_is_an_evidence_bound(name):
 
 @given(seed=st.integers(0, 1000), window=st.integers(0, 8), data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_a_window_reaches_from_before_the_end_to_the_edge_of_the_canvas(seed, window, data):
+def test_a_window_reaches_from_before_eos_to_the_end_of_the_canvas(seed, window, data):
     texts = [
         "g" * data.draw(st.integers(0, 3))
         + "t" * data.draw(st.integers(0, 6))
@@ -106,15 +106,15 @@ def test_a_window_reaches_from_before_the_end_to_the_edge_of_the_canvas(seed, wi
     maskable, is_pad, end = rows_of(*texts)
     masked = mask_around_eos(maskable, end, window, seed=seed, sample_index=torch.arange(3))
     for row in range(3):
-        places = masked[row].nonzero()[:, 0].tolist()
-        assert int(end[row]) in places
+        positions = masked[row].nonzero()[:, 0].tolist()
+        assert int(end[row]) in positions
         assert bool(masked[row][is_pad[row]].all())
-        assert places == list(range(places[0], places[-1] + 1))
-        assert int(end[row]) - places[0] <= window
+        assert positions == list(range(positions[0], positions[-1] + 1))
+        assert int(end[row]) - positions[0] <= window
         assert not bool((masked[row] & ~maskable[row]).any())
 
 
-def test_how_far_before_the_end_is_uniform():
+def test_the_window_size_is_uniform():
     maskable, _, end = rows_of("g" + "t" * 9 + "epp")
     n = 20000
     masked = mask_around_eos(maskable.expand(n, -1), end.expand(n), 4, seed=1, sample_index=torch.arange(n))
@@ -123,7 +123,7 @@ def test_how_far_before_the_end_is_uniform():
     assert int(count[5:].count_nonzero()) == 0
 
 
-def test_rows_without_an_end_have_no_window():
+def test_rows_without_eos_have_no_window():
     maskable, _, end = rows_of("gtt", "gte")
     assert is_window_row(end, 1.0, seed=0, sample_index=torch.arange(2)).tolist() == [False, True]
     assert mask_around_eos(maskable, end, 1, seed=0, sample_index=torch.arange(2))[0].tolist() == [False] * 3
@@ -149,7 +149,7 @@ def draw(noise, rows, step, *, weighting="elbo", seed=0):
     )
 
 
-def test_shares_and_windows_grow_with_the_optimiser_step():
+def test_pad_ratio_and_window_grow_with_the_optimiser_step():
     assert [anneal(step, 4) for step in (0, 1, 4, 9)] == [0.0, 0.25, 1.0, 1.0] and anneal(0, 0) == 1.0
     noise = EosNoise(pad_mask_ratio=0.4, pad_anneal_steps=10, eos_window_max=8, eos_window_anneal_steps=4)
     assert [noise.pad_ratio(step) for step in (0, 5, 10, 99)] == [0.0, 0.2, 0.4, 0.4]
@@ -174,8 +174,8 @@ def test_window_rows_are_weighted_as_linear_noise_of_their_level():
     torch.testing.assert_close(some.weight[ordinary], 1 / draw_time(0, rows)[ordinary])
 
 
-def test_pads_that_are_not_scored_are_hidden_as_ever():
-    """What the model sees does not depend on the share: in generation no pad is given either."""
+def test_padding_that_is_not_scored_is_still_masked():
+    """The model's input does not depend on the ratio: in generation padding is masked too."""
     rows = torch.arange(500)
     plain, few = (draw(EosNoise(pad_mask_ratio=ratio), rows, 0) for ratio in (None, 0.1))
     assert torch.equal(few.is_masked, plain.is_masked)
@@ -184,8 +184,8 @@ def test_pads_that_are_not_scored_are_hidden_as_ever():
 
 
 @pytest.mark.parametrize("method", ["elbo", "counts"])
-def test_window_rows_keep_to_the_share_of_pads(method):
-    """All that lies behind the end is hidden, but only so many pads are scored: 0.4 of 9 tokens if 5 are none."""
+def test_window_rows_keep_the_fraction_of_padding(method):
+    """All padding is masked, but only a fraction of it is scored: 0.4 of 9 tokens if 5 are text."""
     n = 4000
     rows = torch.arange(n)
     keys = {"pad_mask_ratio": 0.3, "pad_anneal_steps": 10, "pad_mask_method": method}

@@ -35,7 +35,7 @@ def test_exact_counts():
     assert not (masked & ~maskable).any()
 
 
-def test_every_subset_is_as_likely_as_another():
+def test_every_subset_is_equally_likely():
     rows = torch.arange(6000)
     masked = mask_exactly(
         torch.ones(6000, 4, dtype=torch.bool), torch.full((6000,), 0.3).double(), seed=3, sample_index=rows

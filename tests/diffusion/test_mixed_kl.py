@@ -154,7 +154,7 @@ def test_half_precision_logits_are_worked_on_in_float32():
 
 
 class Largest(TorchDispatchMode):
-    """Notes the float32 tensor with most elements that an operation makes."""
+    """Records the largest float32 tensor that an operation makes."""
 
     elements = 0
 
@@ -294,7 +294,7 @@ def test_it_bounds_the_exact_likelihood_of_the_process_that_the_model_defines(ra
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.9])
 def test_a_model_that_knows_the_language_reaches_its_entropy(ratio):
-    """With what the other token says about each one, the bound of the process backwards leaves no gap."""
+    """With the exact conditionals, the bound of the reverse process has no gap."""
     generator = torch.Generator().manual_seed(5)
     language = torch.rand(TOKENS, TOKENS, generator=generator, dtype=torch.float64) ** 2
     language /= language.sum()
@@ -302,10 +302,10 @@ def test_a_model_that_knows_the_language_reaches_its_entropy(ratio):
 
     def knowing(z, alpha):
         rows = []
-        for place in range(LENGTH):
-            other = z[1 - place]
+        for position in range(LENGTH):
+            other = z[1 - position]
             seen = torch.tensor([alpha * (other == w) + (1 - alpha) * float(pi[other]) for w in range(TOKENS)])
-            joint = language if place == 0 else language.T
+            joint = language if position == 0 else language.T
             rows.append(torch.cat([(joint * seen).sum(dim=1).log(), torch.tensor([-math.inf])]))
         return torch.stack(rows)
 

@@ -70,7 +70,7 @@ def test_without_random_tokens_the_masks_are_those_of_masked_noise(name):
 
 @given(seed=st.integers(0, 2**32), ratio=st.floats(0, 1), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_noise_stays_where_it_may_fall_and_depends_on_the_row_alone(seed, ratio, data):
+def test_noise_stays_in_maskable_and_depends_on_the_row_alone(seed, ratio, data):
     batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 17))
     generator = torch.Generator().manual_seed(seed)
     x_0 = torch.randint(0, IDS, (batch, length), generator=generator)
@@ -86,7 +86,7 @@ def test_noise_stays_where_it_may_fall_and_depends_on_the_row_alone(seed, ratio,
 
 
 @pytest.mark.parametrize(("ratio", "n_ids"), [(-0.1, 3), (1.1, 3), (0.5, 0)])
-def test_what_is_out_of_range(ratio, n_ids):
+def test_values_out_of_range(ratio, n_ids):
     x = torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"uniform_ratio|n_ids"):
         mix_tokens(

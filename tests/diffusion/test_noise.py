@@ -88,11 +88,11 @@ def test_shapes_must_agree():
 
 @given(seed=st.integers(0, 1000), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_the_lowest_of_the_marked_places(seed, data):
+def test_k_smallest_mask(seed, data):
     length = data.draw(st.integers(1, 8))
     score = torch.rand(1, length, generator=torch.Generator().manual_seed(seed))
     among = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length))])
     count = data.draw(st.integers(0, 9))
-    marked = [place for place in range(length) if among[0, place]]
-    expected = sorted(sorted(marked, key=lambda place: float(score[0, place]))[:count])
+    marked = [position for position in range(length) if among[0, position]]
+    expected = sorted(sorted(marked, key=lambda position: float(score[0, position]))[:count])
     assert k_smallest_mask(score, among, torch.tensor([count]))[0].nonzero()[:, 0].tolist() == expected

@@ -82,7 +82,7 @@ def numbers_of(use, ledger):
     return seen
 
 
-def test_no_use_shares_numbers_with_another():
+def test_no_two_streams_share_random_numbers():
     ledger = Ledger()
     found = {use: numbers_of(use, ledger) for use in USES}
     for use in found:
@@ -91,8 +91,8 @@ def test_no_use_shares_numbers_with_another():
                 assert not found[use] & found[other], f"{use} and {other}"
 
 
-def test_what_is_revealed_and_where_a_row_is_cut_are_drawn_apart():
-    """In one evaluation, with the same rows."""
+def test_revealing_and_cutting_use_independent_numbers():
+    """In one evaluation, for the same rows."""
     ledger, counters = Ledger(), []
 
     def philox4x32(counter, key):
@@ -113,8 +113,8 @@ def test_indices_and_steps_have_32_bits(wrong):
             start(X, editable=ALL, mask_id=MASK, steps=4, **indices)
 
 
-def test_rows_and_steps_are_not_mixed_up():
-    """Every row and step up to the edge of its word, and columns of a long canvas."""
+def test_sample_index_and_step_are_independent_keys():
+    """Sample indices and steps up to 2**32 - 1, and columns of a long canvas."""
     ledger = Ledger()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(philox, "philox4x32", ledger.philox)

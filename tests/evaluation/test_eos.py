@@ -25,10 +25,10 @@ def rows(kinds=KINDS, end=END, first=0):
 
 
 def table(kinds=KINDS, *, shift_end=0):
-    """The ids that a model would write; with `shift_end` it believes that texts end so many tokens later."""
-    place = torch.arange(kinds.shape[1])
+    """The ids that a model predicts; with `shift_end` it predicts EOS that many tokens later."""
+    position = torch.arange(kinds.shape[1])
     end = END[: len(kinds), None] + shift_end
-    return torch.where(place < end, WORD, torch.where(place == end, EOS, PAD))
+    return torch.where(position < end, WORD, torch.where(position == end, EOS, PAD))
 
 
 def one_hot(ids, height=30.0):
@@ -39,7 +39,7 @@ def measured(logits, **batch):
     return metrics(statistics(rows(**batch), logits, eos_ids=[EOS], pad_ids=[PAD]).sum(dim=0))
 
 
-def test_a_model_that_knows():
+def test_metrics_of_a_perfect_model():
     found = measured(one_hot(table()))
     for share in REVEALED:
         assert found[f"revealed {share:g}"] == pytest.approx(
@@ -49,8 +49,8 @@ def test_a_model_that_knows():
         assert found[f"quarter {quarter}"]["f1"] == found[f"quarter {quarter}"]["accuracy"] == 1.0
 
 
-def test_a_model_that_knows_nothing():
-    """Of equal logits the first id wins, which is a word; the end is then never found, and texts fill the canvas."""
+def test_metrics_of_a_uniform_model():
+    """Ties go to the first id, which is a word; so EOS is never predicted, and texts fill the canvas."""
     found = measured(lambda masked: torch.zeros(int(masked.sum()), VOCAB))
     first = found["revealed 0"]
     assert first["p_eos"] == pytest.approx(1 / VOCAB)
@@ -59,7 +59,7 @@ def test_a_model_that_knows_nothing():
     assert found["quarter 1"]["recall"] == found["quarter 1"]["precision"] == 0.0
 
 
-def test_the_place_of_the_end_among_all_tokens():
+def test_the_rank_of_eos_among_all_tokens():
     logits = torch.zeros(VOCAB)
     logits[[3, 4]], logits[EOS] = 2.0, 1.0  # third
     found = measured(lambda masked: logits.expand(int(masked.sum()), VOCAB))
@@ -68,7 +68,7 @@ def test_the_place_of_the_end_among_all_tokens():
     assert found["revealed 1"]["p_eos"] == pytest.approx(float(logits.softmax(dim=0)[EOS]))
 
 
-def test_a_model_that_ends_a_token_late():
+def test_metrics_of_a_model_that_ends_one_token_late():
     found = measured(one_hot(table(shift_end=1)))
     last = found["revealed 1"]  # at the true end it would write a word
     assert last["top1"] == 0.0 and last["length_mae"] == 1.0
@@ -96,7 +96,7 @@ def test_counts_by_quarter():
 
 
 @pytest.mark.parametrize("share", REVEALED)
-def test_so_much_text_is_given_and_never_the_end(share):
+def test_the_revealed_fraction_never_includes_eos(share):
     hidden = hidden_after_revealing(rows(), share)
     text = KINDS == 1
     for row in range(3):
@@ -119,15 +119,15 @@ def test_any_batch_size_gives_the_same():
         torch.testing.assert_close(part[0], whole[row])
 
 
-def test_rows_without_an_end_do_not_count():
+def test_rows_without_eos_do_not_count():
     nothing = statistics(rows(end=torch.full((3,), -1)), one_hot(table()), eos_ids=[EOS], pad_ids=[PAD])
     assert nothing.shape == (3, columns()) and int(nothing.count_nonzero()) == 0
     with pytest.raises(ValueError, match=r"eval_dataset.*variable_length|variable_length.*eval_dataset"):
         metrics(nothing.sum(dim=0))
 
 
-def test_earlier_answers_of_a_chat_are_given():
-    """Of two answers the first one's end is none that is looked for."""
+def test_earlier_answers_of_a_chat_stay_fixed():
+    """Of two answers only the last one's EOS counts."""
     maskable = torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]).bool()
     found = last_text(maskable, torch.tensor([6, 3, 5])).int().tolist()
     assert found == [[0, 0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1], [1] * 8]

@@ -64,7 +64,7 @@ def test_the_metrics_by_hand(name, coverage):
 
 
 def test_lengths_are_rounded_as_generation_does():
-    """A canvas of 3 given tokens and 12 positions ends at 4, 8, 12 or 15 tokens."""
+    """A canvas of 3 fixed tokens and 12 positions to generate has 4, 8, 12 or 15 tokens."""
     steps, needed = batches()
     n_fixed = [torch.full_like(n, 3) for n in needed]
     plain = length_metrics(steps, needed, 0.9)
@@ -82,7 +82,7 @@ def test_lengths_are_rounded_as_generation_does():
     assert everything["eos_cdf"]["tokens_saved"] == 0.0  # never beyond the canvas
 
 
-def test_what_calibrates_is_in_the_order_of_the_texts():
+def test_min_thresholds_are_in_the_order_of_the_texts():
     steps, needed = batches()
     found = min_thresholds(steps, needed)
     for name, predictor in PREDICTORS.items():
@@ -90,7 +90,7 @@ def test_what_calibrates_is_in_the_order_of_the_texts():
         assert found[name].tolist() == pytest.approx(expected)
 
 
-def test_eos_cdf_is_corrected_one_way_only():
+def test_calibration_never_lowers_the_threshold_of_eos_cdf():
     few = torch.full((40,), 0.2, dtype=torch.float64)
     assert (
         calibrated_threshold("eos_cdf", few, 0.9) == 0.9 and calibrated_threshold("token_classifier", few, 0.9) == 0.2

@@ -7,7 +7,7 @@ import pytest
 from llamafactory_ddm.evaluation.text import exact_match, gsm8k_accuracy, gsm8k_answer, rouge
 
 
-def test_exact_match_forgives_white_space_at_the_ends_only():
+def test_exact_match_ignores_white_space_at_both_ends_only():
     assert exact_match([" 12 ", "a  b", "x"], ["12", "a b", "y"]) == pytest.approx(100 / 3)
     assert exact_match([], []) == 0.0
 
@@ -22,7 +22,7 @@ def test_exact_match_forgives_white_space_at_the_ends_only():
         ("####", ""),
     ],
 )
-def test_the_answer_is_behind_the_last_mark(text, answer):
+def test_the_answer_follows_the_last_mark(text, answer):
     assert gsm8k_answer(text) == answer
 
 

@@ -82,6 +82,6 @@ def test_rouge_of_other_scripts(label, nearly):
     assert set(far.values()) == {0.0}
 
 
-def test_marks_tell_words_apart():
-    """Without them these would be the same consonants."""
+def test_combining_marks_distinguish_words():
+    """Without marks these words would be equal."""
     assert rouge(["की"], ["कि"])["rouge-1"] == 0.0

@@ -54,7 +54,7 @@ PROMPTS = ["dog", "cat dog cat dog", "a", "dog dog dog dog dog dog dog"]
 
 @pytest.mark.parametrize("strategy", ["low_confidence", "topk", "confidence_threshold", "entropy_bound", "margin"])
 @pytest.mark.parametrize("block_length", [None, 3])
-def test_a_batch_of_prompts_gives_what_each_gives_alone(generator, strategy, block_length):
+def test_a_batch_of_prompts_equals_each_prompt_alone(generator, strategy, block_length):
     settings = dataclasses.replace(GREEDY, denoising_strategy=strategy, block_length=block_length)
     canvases = [generator.from_prompt(prompt, 7) for prompt in PROMPTS]
     canvases.append(generator.from_marked("cat<|infill:3|>dog<|infill:2|>"))
@@ -66,7 +66,7 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone(generator, strategy, blo
         assert alone.text
 
 
-def test_a_prompt_and_what_stands_between_gaps_never_change(generator):
+def test_fixed_tokens_never_change(generator):
     settings = dataclasses.replace(GREEDY, logits=LogitsConfig(2.0))
     texts = [generator.from_marked("dog<|infill:3|> dog cat<|infill:2|>.")] * 5
     for result in generator.sample_batch(texts, settings, sample_indices=range(5)):
@@ -74,7 +74,7 @@ def test_a_prompt_and_what_stands_between_gaps_never_change(generator):
         assert result.predict.count("\n") >= 1 and result.n_tokens == 5
 
 
-def test_the_seed_and_the_number_decide_not_the_batch(generator):
+def test_texts_depend_on_seed_and_sample_index_not_on_the_batch(generator):
     settings = dataclasses.replace(GREEDY, logits=LogitsConfig(1.0, 0.9))
     five = generator.generate(num_samples=5, max_new_tokens=9, settings=settings)
     assert generator.generate(num_samples=5, max_new_tokens=9, batch_size=2, settings=settings) == five
@@ -90,7 +90,7 @@ def test_prompts_and_gaps_in_one_call(generator):
     assert len(filled) == 1 and filled[0].startswith("dog") and filled[0].endswith(" dog")
 
 
-def test_a_text_ends_at_the_first_end_token(generator, monkeypatch):
+def test_a_text_ends_at_the_first_eos(generator, monkeypatch):
     end = generator.tokenizer.eos_token_id
     ids = [*generator.codec.encode("dog cat"), end, *generator.codec.encode("cat")]
     canvas = generator.from_prompt("dog", len(ids))
@@ -99,7 +99,7 @@ def test_a_text_ends_at_the_first_end_token(generator, monkeypatch):
     assert (result.predict, result.text, result.num_forward_passes) == ("dog cat", "dogdog cat", 3)
 
 
-def test_an_end_token_inside_a_gap_does_not_end_the_text(generator):
+def test_an_eos_inside_a_gap_does_not_end_the_text(generator):
     end = generator.tokenizer.eos_token_id
     canvas = generator.from_marked("dog<|infill:2|> cat")
     ids = [end if editable else token for token, editable in zip(canvas.ids, canvas.editable, strict=True)]
@@ -107,7 +107,7 @@ def test_an_end_token_inside_a_gap_does_not_end_the_text(generator):
     assert (result.predict, result.text, result.n_tokens) == ("", "dog cat", 2)
 
 
-def test_tokens_behind_the_end_do_not_count(generator):
+def test_tokens_after_eos_are_not_counted(generator):
     end = generator.tokenizer.eos_token_id
     ids = [*generator.codec.encode("dog"), end, end, end]
     canvas = generator.from_prompt("cat", len(ids))
@@ -117,7 +117,7 @@ def test_tokens_behind_the_end_do_not_count(generator):
 
 
 @pytest.mark.parametrize("text", ["café 日本 dog", "dog\u2028cat\n  dog", "🏽👍", "é"])
-def test_pieces_join_to_the_text_whatever_the_letters(generator, text):
+def test_pieces_join_to_the_text_in_any_script(generator, text):
     ids = generator.codec.encode(text)
     assert "".join(generator.codec.pieces(ids)) == text
     gap = [*ids[:2], generator.config.mask_token_id, *ids[2:]]
@@ -141,7 +141,7 @@ def metaspace_generator():
     return TextGenerator(model, tokenizer, config_for(tokenizer))
 
 
-def test_tokenizers_that_mark_spaces_keep_them_where_they_are():
+def test_spaces_are_kept_by_tokenizers_that_mark_them():
     generator = metaspace_generator()
     ids = generator.codec.encode("the dog cat dog")
     assert "".join(generator.codec.pieces(ids)) == "the dog cat dog"
@@ -150,13 +150,13 @@ def test_tokenizers_that_mark_spaces_keep_them_where_they_are():
     assert generator.tokenizer.decode(given) == "the dg cat"
     blank = iter([*generator.codec.encode_after("o"), *generator.codec.encode_after(" dog the")])
     ids = [next(blank) if editable else i for i, editable in zip(canvas.ids, canvas.editable, strict=True)]
-    events = tuple((0, place, ids[place]) for place, editable in enumerate(canvas.editable) if editable)
+    events = tuple((0, position, ids[position]) for position, editable in enumerate(canvas.editable) if editable)
     result = generator._generated(FilledCanvas(canvas, ids, [0] * len(ids), 1, 0, events=events))
     assert (result.text, result.predict) == ("the dog cat dog the", "o\n dog the")
     assert "".join(result.trace.frame(1)) == result.text
 
 
-def test_rows_of_the_vocabulary_without_a_token_are_never_written():
+def test_embeddings_without_a_token_are_never_generated():
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer) + 300, n_positions=32, n_embd=16, n_layer=1, n_head=1)
@@ -186,8 +186,8 @@ def test_sampling_leaves_autograd_as_it_was(generator):
         assert layer.weight.grad is not None
 
 
-def test_the_start_token_is_no_repetition(generator):
-    """On GPT-2 it is the end token too, which a penalty for it would put off for ever."""
+def test_the_start_token_is_not_penalised_as_a_repetition(generator):
+    """GPT-2's start token is also EOS, which a penalty would suppress."""
     seen = []
     plain = prediction.penalise_repetition
 
@@ -231,8 +231,8 @@ REVISING = {
 
 @pytest.mark.parametrize("block_length", [None, 4])
 @pytest.mark.parametrize("kind", REVISING)
-def test_a_trace_shows_what_is_revised(generator, kind, block_length):
-    """Step by step what the sequences held; a text in a batch has the trace that it has alone."""
+def test_a_trace_shows_edits_and_remasking(generator, kind, block_length):
+    """A text in a batch has the same trace as alone."""
     keys = {**REVISING[kind], "block_length": block_length, "early_stop": "none"}
     settings = SamplingSettings(logits=LogitsConfig(8.0), diffusion_steps=16, **keys)
     canvases = [generator.from_marked("dog<|infill:8|> cat"), generator.from_noise(14)]
@@ -245,7 +245,7 @@ def test_a_trace_shows_what_is_revised(generator, kind, block_length):
         assert "".join(trace.frame(trace.steps)) == "".join(seen[-1][number])
         blanks = [[piece is None for piece in trace.frame(step + 1)] for step in range(trace.steps)]
         assert blanks == [[piece is None for piece in pieces[number]] for pieces in seen[: trace.steps]]
-        written = [place for _, place, piece in trace.events if piece is not None]
+        written = [position for _, position, piece in trace.events if piece is not None]
         masked = len(trace.events) - len(written)
         assert result.edits == len(written) - masked - canvases[number].n_editable
         assert (result.edits > 0) == ("edit_steps" in keys) and (masked > 0) == ("remask_cap" in keys)
@@ -280,7 +280,7 @@ def test_a_model_of_mixed_noise_edits_by_its_own_ratio(generator):
 
 
 def test_texts_come_one_batch_after_another(generator):
-    """The same as all at once, without memory for those to come."""
+    """The same texts as in one list, without storing them."""
     settings = dataclasses.replace(GREEDY, logits=LogitsConfig(0.9))
     keys = {"max_new_tokens": 5, "batch_size": 2, "settings": settings}
     whole = generator.generate(PROMPTS[:3], num_samples=3, **keys)
@@ -296,7 +296,7 @@ def test_texts_come_one_batch_after_another(generator):
 
 
 def test_edits_follow_the_uniform_ratio_of_any_noise_process(generator):
-    """A process of the user's own may put random tokens too."""
+    """A user's own noise process may also use random tokens."""
     config = dataclasses.replace(generator.config, noise_process="own", uniform_ratio=0.3)
     own = TextGenerator(generator.model, generator.tokenizer, config)
     assert own.writer.edits(GREEDY).ratio == 0.3
@@ -379,7 +379,7 @@ def test_three_lines_are_enough(tmp_path):
     assert model.generate("dog", max_new_tokens=4) == load(str(tmp_path)).generate("dog", max_new_tokens=4)
 
 
-def test_folders_that_are_no_model(tmp_path):
+def test_folders_without_a_diffusion_model(tmp_path):
     with pytest.raises(ValueError, match="is not a folder; "):
         load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
@@ -400,7 +400,7 @@ def test_public_names_come_lazily():
         llamafactory_ddm.lod  # noqa: B018
 
 
-def test_without_an_end_no_length_is_predicted():
+def test_predicting_lengths_needs_an_eos_token():
     tokenizer = tiny_tokenizer()
     config, model = config_for(tokenizer, shift=False), make_model(tokenizer)
     make_bidirectional(model)
@@ -425,13 +425,13 @@ def test_single_settings_as_keyword_arguments(generator):
         generator.generate("dog", suppress_tokens="cow")
 
 
-def test_it_says_what_it_is(generator):
+def test_repr_names_model_noise_and_eos(generator):
     description = repr(generator)
     assert "GPT2LMHeadModel of 0.0 million parameters, float32 on cpu" in description
     assert "masked noise, mask <|mask|>" in description and "EOS <|endoftext|>" in description
 
 
-def test_start_and_ends_are_those_of_the_checkpoint():
+def test_start_token_and_eos_are_those_of_the_checkpoint():
     tokenizer = tiny_tokenizer()
     model = make_model(tokenizer)
     make_bidirectional(model)
@@ -445,7 +445,7 @@ def test_start_and_ends_are_those_of_the_checkpoint():
     assert generator.codec.decode([261, 6], follows=False) == tokenizer.decode([261])
 
 
-def test_a_template_is_around_the_prompt_and_raw_leaves_it_out(generator):
+def test_prompts_get_the_template_unless_raw(generator):
     parts = (Part("<|endoftext|>"), Part(None, ("cat", "dog")), Part(None, ("cat",)))
     config = dataclasses.replace(generator.config, template=PromptTemplate("x", parts))
     own = TextGenerator(generator.model, generator.tokenizer, config)

@@ -13,7 +13,7 @@ from support.screen import Screen
 
 @pytest.fixture
 def screen(monkeypatch):
-    """Return a function that makes a terminal of a size; it is the size that the animation finds."""
+    """Return a function that makes a terminal of a given size, which the animation reads."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -31,7 +31,7 @@ def animation(pieces, stream, **keys):
 
 
 @pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1"}])
-def test_a_stream_that_is_no_terminal_gets_the_final_text_alone(monkeypatch, variables):
+def test_a_stream_that_is_no_terminal_gets_only_the_final_text(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     stream = io.StringIO()
@@ -42,7 +42,7 @@ def test_a_stream_that_is_no_terminal_gets_the_final_text_alone(monkeypatch, var
     assert stream.getvalue() == "one\ttwo [bold]\nthree \ufffd[31m\n"
 
 
-def test_neither_does_a_dumb_terminal_get_more(screen, monkeypatch):
+def test_a_dumb_terminal_gets_only_the_final_text(screen, monkeypatch):
     stream = screen()
     monkeypatch.setenv("TERM", "dumb")
     with animation([None], stream) as shown:
@@ -67,7 +67,7 @@ def test_the_text_is_redrawn_in_place(screen):
 
 
 @pytest.mark.parametrize("columns", [2, 5, 7])
-def test_lines_fit_a_narrow_terminal_whatever_the_width_of_its_characters(screen, columns):
+def test_lines_fit_a_narrow_terminal_with_wide_characters(screen, columns):
     stream = screen(columns, 40)
     with animation([None], stream) as shown:
         shown.update(1, 1, ["日本語です ab\t" + "e\u0301" * 9, None, None])
@@ -78,7 +78,7 @@ def test_lines_fit_a_narrow_terminal_whatever_the_width_of_its_characters(screen
         assert text.replace(" ", "") == "日本語ですab" + "e\u0301" * 9 + 2 * BLANK
 
 
-def test_a_text_taller_than_the_terminal_shows_where_it_changed_and_stays_whole(screen):
+def test_a_tall_text_scrolls_to_its_changes_and_is_printed_whole_at_the_end(screen):
     stream = screen(30, 7)
     lines = [f"line {i}\n" for i in range(40)]
     with animation(lines, stream) as shown:
@@ -98,14 +98,14 @@ def test_no_color(screen, monkeypatch):
     assert "32m" not in stream.getvalue()
 
 
-def test_control_characters_are_shown_not_obeyed(screen):
+def test_control_characters_do_not_reach_the_terminal(screen):
     stream = screen(columns=40)
     with animation([None], stream) as shown:
         shown.update(1, 1, ["a\x1b[2J\x07\x00\x7f\x9b1A\x85\rb\u202ec\ud800\u2028d\r\ne\u00adg"])
         assert stream.lines()[1:] == ["a?[2J????1A??bc?".replace("?", "\ufffd"), "d", "eg"]
 
 
-def test_the_terminal_is_in_order_after_an_interrupt(screen):
+def test_the_terminal_is_restored_after_an_interrupt(screen):
     stream = screen()
     with pytest.raises(KeyboardInterrupt), animation([None, None], stream) as shown:
         shown.update(1, 2, ["half", None])
@@ -113,7 +113,7 @@ def test_the_terminal_is_in_order_after_an_interrupt(screen):
     assert stream.has_cursor and stream.lines() == [f"half{BLANK}"]
 
 
-def test_the_cursor_comes_back_even_if_the_text_cannot_be_drawn(screen, monkeypatch):
+def test_the_cursor_is_restored_if_drawing_fails(screen, monkeypatch):
     stream = screen()
     shown = animation([None], stream)
     shown.update(1, 1, ["a"])

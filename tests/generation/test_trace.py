@@ -52,7 +52,7 @@ def test_a_frame_is_a_copy():
         ((), -1, "steps .*-1"),
     ],
 )
-def test_events_that_do_not_fit(events, steps, message):
+def test_invalid_events(events, steps, message):
     with pytest.raises(ValueError, match=message):
         Trace("t", (None,), events, steps)
 
@@ -70,7 +70,7 @@ def test_every_text_survives_the_page(pieces, heading, fact):
     assert page.isascii()
 
 
-def test_nothing_in_the_data_can_end_it():
+def test_no_data_can_close_the_script_element():
     nasty = "</script><script>alert(1)</script><!--"
     page = html_page(
         [Trace(nasty, (nasty, None), ((0, 1, "{{data}}"),), 1)], heading=nasty, facts={nasty: "{{title}}"}
@@ -83,8 +83,8 @@ def test_nothing_in_the_data_can_end_it():
     assert "{{data}}" in page_data(page)["pieces"]
 
 
-def test_what_is_noted_is_what_changes():
-    """Writing, rewriting, masking again, and a step that does nothing."""
+def test_the_recorder_records_changes_only():
+    """Decoding, editing, remasking, and a step without changes."""
     frames = [[[9, 9, 4], [9, 9, 9]], [[1, 9, 4], [9, 9, 9]], [[1, 9, 4], [9, 9, 9]], [[2, 3, 4], [9, 9, 5]]]
     frames.append([[9, 3, 4], [9, 9, 5]])
     note = Recorder(torch.tensor(frames[0]))
@@ -93,13 +93,13 @@ def test_what_is_noted_is_what_changes():
     assert note.events == [[(0, 0, 1), (2, 0, 2), (2, 1, 3), (3, 0, 9)], [(2, 2, 5)]]
 
 
-def test_the_page_needs_nothing_else():
+def test_the_page_is_self_contained():
     page = html_page([EDITED], heading="h", facts={})
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|\bsrc=|@import|url\(|innerHTML|document\.write|\beval\(|<link", page)
 
 
-def test_the_page_is_written_whole(tmp_path):
+def test_the_page_is_written_atomically(tmp_path):
     path = tmp_path / "new" / "page.html"
     write_html(path, [EDITED], heading="h", facts={"steps": "5"})
     assert path.read_text() == html_page([EDITED], heading="h", facts={"steps": "5"})
@@ -107,7 +107,7 @@ def test_the_page_is_written_whole(tmp_path):
 
 
 def pieces(ids):
-    """Each token shows itself and the one in front of it, so that a piece tells when it was made."""
+    """Each piece holds the token and the one before it, so that it shows the step that it is from."""
     return [None if token == MASK else f"{before}.{token}" for before, token in zip([0, *ids], ids, strict=False)]
 
 
@@ -115,7 +115,7 @@ CODEC = SimpleNamespace(mask_id=MASK, pieces=pieces)
 CANVAS = Canvas((7, 5, 0, 0, 0), (False, False, True, True, True), n_start=1)
 
 
-def test_pieces_are_those_of_the_text_or_of_their_time():
+def test_pieces_are_of_the_final_text_or_of_their_step():
     events = [(0, 3, 30), (2, 2, 20), (2, 3, MASK), (3, 2, 21), (3, 3, 31), (5, 3, 32), (5, 4, 40)]
     trace = replay(CODEC, CANVAS, [7, 5, 21, 32, 40], events)
     assert trace.start == ("0.5", None, None, None) and trace.steps == 6
@@ -132,6 +132,6 @@ def test_pieces_are_those_of_the_text_or_of_their_time():
     assert trace.frame(3) == ["0.5", "5.20", None, None]
 
 
-def test_nothing_written_is_no_step():
+def test_a_trace_without_events_has_no_steps():
     trace = replay(CODEC, CANVAS, [7, 5, 1, 1, 1], [])
     assert trace.steps == 0 and trace.frame(0) == ["0.5", None, None, None]

@@ -24,18 +24,18 @@ SETTINGS = SamplingSettings(logits=LogitsConfig(temperature=0.0), diffusion_step
 
 
 class ByHeart:
-    """After a prompt of one token, FIRST + n, come n words, the end, and pads. With `boasts` the last place is thought
-    to be an end as long as nothing is written."""
+    """Predicts n words, EOS and padding after a prompt of one token, FIRST + n. With `boasts` it predicts EOS at the
+    last position of a fully masked canvas."""
 
     hidden = None
 
     def __init__(self, n_padding, boasts):
         self.n_padding, self.boasts = n_padding, boasts
 
-    def __call__(self, z, place):
-        self.hidden = torch.ones(len(place), WIDTH)
-        logits = torch.zeros(len(place), 64)
-        for index, (row, column) in enumerate(divmod(number, z.shape[1]) for number in place.tolist()):
+    def __call__(self, z, position):
+        self.hidden = torch.ones(len(position), WIDTH)
+        logits = torch.zeros(len(position), 64)
+        for index, (row, column) in enumerate(divmod(number, z.shape[1]) for number in position.tolist()):
             first = self.n_padding[row]
             words = int(z[row, first]) - FIRST
             nth = column - first - 1
@@ -67,8 +67,8 @@ def writer(monkeypatch, block=None, boasts=False, lengths=None, config=None):
     return Writer(sizer)
 
 
-def canvas(words, places=30):
-    return canvas_of([[FIRST + words], places])
+def canvas(words, positions=30):
+    return canvas_of([[FIRST + words], positions])
 
 
 def grown(made, words, settings=SETTINGS):
@@ -76,8 +76,8 @@ def grown(made, words, settings=SETTINGS):
     return sized, made.write([one.canvas for one in sized], settings, sample_indices=range(len(words)))
 
 
-def test_a_canvas_begins_small_and_grows_until_eos_is_predicted(monkeypatch):
-    """Of 4, 8, 12 … places, the first that hold n words and their end; each look costs its canvas."""
+def test_a_canvas_starts_short_and_grows_until_eos_is_predicted(monkeypatch):
+    """The first of 4, 8, 12 … positions that hold n words and EOS; each prediction costs a forward pass."""
     sized, written = grown(writer(monkeypatch), [2, 3, 4, 11, 40])
     assert [one.canvas.n_editable for one in sized] == [4, 4, 8, 12, 30]
     assert [one.nfe for one in sized] == [1, 1, 2, 3, 7]  # the whole canvas needs no look
@@ -87,7 +87,7 @@ def test_a_canvas_begins_small_and_grows_until_eos_is_predicted(monkeypatch):
         assert one.ids[1 + words :][:1] == ([END] if words < 30 else [])
 
 
-def test_a_text_that_has_not_ended_grows_while_it_is_written(monkeypatch):
+def test_a_text_without_eos_grows_during_generation(monkeypatch):
     """EOS is predicted too early: the canvas grows because none is generated."""
     made = writer(monkeypatch, boasts=True)
     seen = []
@@ -102,7 +102,7 @@ def test_a_text_that_has_not_ended_grows_while_it_is_written(monkeypatch):
     assert written[0].ids == [FIRST + 2, WORD, WORD, END, END] and written[0].canvas.n_editable == 4
     assert written[1].ids == [FIRST + 9, *[WORD] * 9, END, END, END] and written[1].canvas.n_editable == 12
     assert all(written[1].canvas.editable[1:])
-    # Four steps for the first four places, four for the next, then up to the end; steps count on.
+    # Four steps for the first four positions, four for the next, then up to the end; steps count on.
     steps = sorted(step for step in written[1].committed if step >= 0)
     assert steps == list(range(len(steps)))
     assert written[1].nfe >= 10
@@ -111,20 +111,20 @@ def test_a_text_that_has_not_ended_grows_while_it_is_written(monkeypatch):
     assert seen[0][1] == [5, 5] and seen[-1][1] == [13]
 
 
-def test_what_is_noted_while_a_text_grows_leads_to_it(monkeypatch):
-    """Events of all parts, with steps that count on; edits add up."""
+def test_events_of_a_growing_text_lead_to_its_final_ids(monkeypatch):
+    """Events of all parts, with steps numbered through; edits add up."""
     made = writer(monkeypatch, boasts=True)
     noisy = dataclasses.replace(SETTINGS, logits=LogitsConfig(temperature=9.0), edit_threshold=0.5, edit_steps=1)
     for one in made.write([canvas(n).cut(4) for n in (2, 9, 5)], noisy, sample_indices=[3, 4, 5], traced=True):
-        now = {place: token for place, token in enumerate(one.ids) if not one.canvas.editable[place]}
+        now = {position: token for position, token in enumerate(one.ids) if not one.canvas.editable[position]}
         last = {}
-        for step, place, token in one.events:
-            assert one.canvas.editable[place] and now.get(place) != token
-            now[place], last[place] = token, step
+        for step, position, token in one.events:
+            assert one.canvas.editable[position] and now.get(position) != token
+            now[position], last[position] = token, step
         assert list(one.events) == sorted(one.events, key=lambda event: event[:2])
         assert one.edits == len(one.events) - len(last) > 0
-        assert [last.get(place, -1) for place in range(len(one.ids))] == one.committed
-        assert all(now[place] == one.ids[place] for place in now)
+        assert [last.get(position, -1) for position in range(len(one.ids))] == one.committed
+        assert all(now[position] == one.ids[position] for position in now)
     assert made.write([canvas(2).cut(4)], noisy, sample_indices=[3])[0].events is None
 
 
@@ -137,7 +137,7 @@ def test_growing_does_not_depend_on_the_batch(monkeypatch):
     assert any(len(one.ids) > 9 for one in alone)
 
 
-def test_a_grown_place_draws_its_own_numbers(monkeypatch):
+def test_added_positions_draw_other_random_numbers(monkeypatch):
     """Otherwise a text would repeat itself whenever it grows."""
     made = writer(monkeypatch)
     noisy = dataclasses.replace(SETTINGS, logits=LogitsConfig(40.0, suppress=(END, PAD)), denoising_strategy="random")
@@ -159,7 +159,7 @@ def test_a_grown_place_draws_its_own_numbers(monkeypatch):
     seed=st.integers(0, 2**64 - 1),
 )
 def test_no_two_draws_share_a_number(words, name, way, steps, block, length, logits, edit_steps, seed):
-    """Of all samples, parts of a growing text, steps, places and purposes, in one run or in runs of other seeds."""
+    """For all samples, parts of a growing text, steps, positions and streams, in one run or with other seeds."""
     settings = SamplingSettings(
         denoising_strategy=name,
         logits=logits,
@@ -189,7 +189,7 @@ def test_numbers_are_not_shared_where_steps_differ():
     assert [len(one.ids) for one in written] == [21, 21]
 
 
-def test_sizes_are_rounded_to_what_the_model_was_trained_on(monkeypatch):
+def test_canvas_lengths_are_rounded_up_to_blocks(monkeypatch):
     made = writer(monkeypatch, block=8)
     predict = dataclasses.replace(SETTINGS, early_stop="predict")
     assert [len(one.canvas) for one in made.sizer.sized([canvas(2), canvas(7), canvas(30)], predict)] == [8, 16, 31]
@@ -197,7 +197,7 @@ def test_sizes_are_rounded_to_what_the_model_was_trained_on(monkeypatch):
 
 
 def test_growing_takes_its_share_of_the_steps(monkeypatch):
-    """Six steps for thirty places are one for four places, and two for eight; not six for each part."""
+    """Six steps for 30 positions are one for four positions and two for eight, not six for each part."""
     made = writer(monkeypatch)
     for length, steps in ((4, 1), (8, 2)):
         few = dataclasses.replace(SETTINGS, diffusion_steps=6, grow_length=length)
@@ -215,10 +215,10 @@ def predicting(name, coverage=0.95, **keys):
 
 
 def predictors():
-    """Heads that know nothing say the same of all texts."""
+    """Untrained heads that predict the same for all texts."""
     heads = LengthHeads(WIDTH)
     torch.nn.init.zeros_(heads.regressor[2].weight)
-    torch.nn.init.constant_(heads.regressor[2].bias, 2.0)  # exp(2) - 1 is 6.4 places
+    torch.nn.init.constant_(heads.regressor[2].bias, 2.0)  # exp(2) - 1 is 6.4 positions
     thresholds = {
         "regressor": torch.linspace(0.0, 0.4, 9, dtype=torch.float64),
         "eos_cdf": torch.full((9,), 0.1, dtype=torch.float64),
@@ -228,23 +228,23 @@ def predictors():
 
 
 @pytest.mark.parametrize(
-    ("name", "coverage", "places"),
+    ("name", "coverage", "positions"),
     [
         ("regressor", 0.1, 7),  # threshold 0
         ("regressor", 0.9, 11),  # threshold 0.4: e^2.4 - 1 is 10.02
         ("regressor", 0.95, 30),  # more than nine texts can say
         ("eos_cdf", 0.9, 4),  # not below the coverage
-        ("expected", 0.5, 8),  # 4 places: (1 + 4) e^0.5 - 1 is 7.2
+        ("expected", 0.5, 8),  # 4 positions: (1 + 4) e^0.5 - 1 is 7.2
     ],
 )
-def test_the_places_of_each_predictor_reach_the_canvas(monkeypatch, name, coverage, places):
+def test_each_predictor_sets_the_canvas_length(monkeypatch, name, coverage, positions):
     made = writer(monkeypatch, lengths=predictors())
     found = made.sizer.sized([canvas(3)], predicting(name, coverage))[0]
-    assert (found.canvas.n_editable, found.nfe, found.computed) == (places, 1, 31)
+    assert (found.canvas.n_editable, found.nfe, found.computed) == (positions, 1, 31)
 
 
-def test_calibration_holds_where_they_were_fitted(monkeypatch):
-    """On another canvas, or with other probabilities, eos_cdf uses the coverage and the rest is an error."""
+def test_calibration_holds_only_for_the_fitted_canvas_and_settings(monkeypatch):
+    """On another canvas, or with other probabilities, eos_cdf uses the coverage, and other predictors raise."""
     made, settings = writer(monkeypatch, lengths=predictors()), predicting("eos_cdf", 0.05)
     assert made.sizer.threshold(settings, canvas(3)) == 0.1 == made.sizer.threshold(settings, canvas(3).cut(5))
     assert (
@@ -266,8 +266,8 @@ def test_calibration_holds_where_they_were_fitted(monkeypatch):
         made.sizer.sized([canvas(3)], predicting("expected", suppress=(PAD,)))
 
 
-def test_a_penalty_gives_a_text_more_places(monkeypatch):
-    """What makes an end less probable makes the places more, for predict and for grow."""
+def test_an_eos_penalty_lengthens_the_canvas(monkeypatch):
+    """A less probable EOS means a longer canvas, with predict and with grow."""
     made = writer(monkeypatch)
     for way in ("predict", "grow"):
         plain, late = (dataclasses.replace(predicting("eos_cdf", eos_penalty=p), early_stop=way) for p in (0.0, 40.0))
@@ -276,7 +276,7 @@ def test_a_penalty_gives_a_text_more_places(monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["predict", "grow"])
-def test_where_no_size_can_be_told(monkeypatch, way):
+def test_canvases_whose_length_cannot_be_predicted(monkeypatch, way):
     settings = dataclasses.replace(SETTINGS, early_stop=way)
     gap = canvas_of([[FIRST + 2], 4, [WORD]])
     with pytest.raises(ValueError, match=rf"early_stop: {way} .*infilling"):
@@ -287,7 +287,7 @@ def test_where_no_size_can_be_told(monkeypatch, way):
     assert writer(monkeypatch, config=padding).sizer.sized([canvas(3)], settings)[0].canvas.n_editable == 4
 
 
-def test_heads_of_another_model(monkeypatch):
+def test_heads_of_another_width_are_refused(monkeypatch):
     made = writer(monkeypatch, lengths=LengthPredictors(LengthHeads(WIDTH + 2), {}, 31))
     with pytest.raises(ValueError, match=r"width 6.* 4.*fit-length"):
         made.sizer.sized([canvas(3)], dataclasses.replace(SETTINGS, early_stop="predict"))

@@ -191,7 +191,7 @@ def test_a_row_padded_on_the_left_equals_the_row_alone_at_the_same_positions(nam
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", NAMES)
-def test_packed_documents_are_what_they_are_alone(name, attention):
+def test_packed_documents_equal_each_document_alone(name, attention):
     model = build(name, attention, layers=2)
     make_bidirectional(model)
     ids = torch.randint(1, 40, (2, LENGTH), generator=torch.Generator().manual_seed(6))
@@ -356,7 +356,7 @@ def test_equal_rows_of_the_embedding_do_not_fool_the_probe():
     probe_bidirectional(model)
 
 
-def test_nan_is_no_proof():
+def test_nan_logits_fail_the_probe():
     model = build("llama")
     make_bidirectional(model)
     with torch.no_grad():
@@ -446,7 +446,7 @@ def test_alibi_is_refused():
 
 
 def test_a_recurrent_layer_beside_attention_is_refused():
-    """Its attention would pass the probe, while the recurrent layer goes on looking back only."""
+    """Its attention would pass the probe, while the recurrent layer stays causal."""
 
     class Recurrent(torch.nn.Module):
         def __init__(self):
@@ -467,8 +467,8 @@ def moe(**keys):
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=40, num_key_value_heads=2, **sizes, **experts, **keys))
 
 
-def test_a_config_that_asks_for_more_than_logits():
-    """A router's loss would want a mask of another form; upstream writes the key into config.json."""
+def test_a_config_that_requests_further_outputs():
+    """A router's loss needs a mask of another form; upstream writes the key into config.json."""
     model = moe(output_router_logits=True, output_hidden_states=True)
     make_bidirectional(model)
     probe_bidirectional(model)
@@ -485,7 +485,7 @@ def test_a_config_that_asks_for_more_than_logits():
     assert results[0].router_logits is None and results[0].hidden_states is None
 
 
-def test_an_error_that_has_nothing_to_do_with_masks_is_not_blamed_on_them():
+def test_an_unrelated_error_is_not_attributed_to_masks():
     model = moe()
     make_bidirectional(model)
     model.model.layers[0].mlp.gate = torch.nn.Identity()

@@ -10,7 +10,7 @@ from support.tiny import LENGTH, VOCABULARY, Rows, tiny_model
 
 
 def copies(parts):
-    """Each part is valid only until the next is asked for."""
+    """Each chunk is valid only until the next is requested."""
     return [part.clone() for part in parts]
 
 
@@ -30,11 +30,11 @@ def test_the_denoiser_gives_the_dense_logits_of_the_chosen_tokens(shift):
     dense = model(input_ids=z, use_cache=False).logits
     if shift:
         dense = torch.cat([dense[:, :1] * 0, dense[:, :-1]], dim=1)
-    place = select.flatten().nonzero()[:, 0]
+    position = select.flatten().nonzero()[:, 0]
     for rows_at_once in (1, 5, 1000):
         denoiser = ModelDenoiser(model, shift=shift, elements_at_once=rows_at_once * VOCABULARY)
-        parts = copies(denoiser(z, place))
-        parts = copies(denoiser(z, place))  # the memory of the first call is used again
+        parts = copies(denoiser(z, position))
+        parts = copies(denoiser(z, position))  # the memory of the first call is used again
         assert all(len(part) <= rows_at_once for part in parts)
         torch.testing.assert_close(torch.cat(parts), dense[select])
         denoiser.close()
@@ -42,23 +42,23 @@ def test_the_denoiser_gives_the_dense_logits_of_the_chosen_tokens(shift):
 
 
 def test_two_calls_at_a_time_do_not_share_their_memory():
-    """As guidance reads them: a part of one, a part of the other."""
+    """As guidance reads them: parts of two calls alternate."""
     model, one, two = tiny_model().eval(), Rows(2).ids, Rows(2, seed=1).ids
-    place = torch.arange(1, 2 * LENGTH)
+    position = torch.arange(1, 2 * LENGTH)
     denoiser = ModelDenoiser(model, shift=False, elements_at_once=6 * VOCABULARY)
-    pairs = [(a.clone(), b.clone()) for a, b in zip(denoiser(one, place), denoiser(two, place), strict=True)]
+    pairs = [(a.clone(), b.clone()) for a, b in zip(denoiser(one, position), denoiser(two, position), strict=True)]
     for column, z in enumerate((one, two)):
         dense = model(input_ids=z, use_cache=False).logits.flatten(0, 1)[1:]
         torch.testing.assert_close(torch.cat([pair[column] for pair in pairs]), dense)
 
 
-def test_a_model_that_changes_its_logits_is_not_taken_apart():
-    """The parts after the first are projected outside the model's forward, which must be found out."""
+def test_a_model_that_changes_its_logits_projects_them_itself():
+    """Later chunks are projected outside the model's forward, so the first one has to be compared with it."""
     model, z = tiny_model().eval(), Rows(2).ids
     model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits * 0.5))
     dense = model(input_ids=z, use_cache=False).logits
-    place = torch.arange(2 * LENGTH)
-    parts = list(ModelDenoiser(model, shift=False, elements_at_once=4 * VOCABULARY)(z, place))
+    position = torch.arange(2 * LENGTH)
+    parts = list(ModelDenoiser(model, shift=False, elements_at_once=4 * VOCABULARY)(z, position))
     torch.testing.assert_close(torch.cat(parts), dense.flatten(0, 1))
 
 
@@ -80,9 +80,9 @@ def test_soft_capped_logits_in_parts():
     model.lm_head.weight.data *= 50
     make_bidirectional(model)
     z = Rows(2).ids
-    place = torch.arange(2 * LENGTH)
-    whole = list(ModelDenoiser(model, shift=False)(z, place))
-    parts = copies(ModelDenoiser(model, shift=False, elements_at_once=7 * VOCABULARY)(z, place))
+    position = torch.arange(2 * LENGTH)
+    whole = list(ModelDenoiser(model, shift=False)(z, position))
+    parts = copies(ModelDenoiser(model, shift=False, elements_at_once=7 * VOCABULARY)(z, position))
     assert len(whole) == 1 and len(parts) == 5 and whole[0].abs().max() <= 0.5
     torch.testing.assert_close(torch.cat(parts), whole[0])
 

@@ -34,7 +34,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 
-def test_start_ends_and_template_are_loaded_and_may_be_absent(tmp_path):
+def test_start_token_end_tokens_and_template_are_optional(tmp_path):
     parts = (Part("<s>"), Part(None, ("Q: ", "\nA: ")))
     config = replace(
         CONFIG,
@@ -104,7 +104,7 @@ def test_a_truncated_file_is_an_error(tmp_path, text):
         DiffusionConfig.find(tmp_path)
 
 
-def test_a_yaml_key_may_repeat_but_not_contradict():
+def test_a_yaml_key_may_not_contradict_the_checkpoint():
     CONFIG.check_against(shift=True, noise_schedule=None, uniform_ratio=0)
     with pytest.raises(ValueError, match=r"shift: False .*shift: True"):
         CONFIG.check_against(shift=False)
@@ -121,7 +121,7 @@ def test_every_cut_of_the_file_is_an_error(tmp_path, share):
         DiffusionConfig.load(tmp_path)
 
 
-def test_load_says_that_there_is_no_file_and_find_does_not(tmp_path):
+def test_without_a_file_load_raises_and_find_returns_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=FILE_NAME):
         DiffusionConfig.load(tmp_path)
     assert DiffusionConfig.find(tmp_path / "nowhere") is None

@@ -27,7 +27,7 @@ def with_numbers():
 JOINED, SPLIT = with_numbers(), split_digits(with_numbers())
 
 
-def test_it_is_known_which_tokenizer_splits():
+def test_splits_digits():
     assert not splits_digits(JOINED)
     assert splits_digits(SPLIT)
 
@@ -41,7 +41,7 @@ def test_ids_are_those_of_the_pieces_between_digits(text):
 
 
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
-def test_it_still_does_after_saving_and_loading(tmp_path, name):
+def test_digits_are_split_after_saving_and_loading(tmp_path, name):
     with_numbers().save_pretrained(tmp_path / "one")
     settings = tmp_path / "one" / "tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": name}))

@@ -27,7 +27,7 @@ def tables(model):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("ids", [[KNOWN], [KNOWN, KNOWN + 1, KNOWN + 2], [KNOWN + 2]])
-def test_rows_that_are_added_are_the_mean(tied, ids):
+def test_new_embeddings_are_the_mean(tied, ids):
     model = model_of(KNOWN, tied)
     before = tables(model)
     init_new_embeddings(model, ids, known=KNOWN)
@@ -56,8 +56,8 @@ def test_nothing_new_changes_nothing():
     assert all(torch.equal(old, new) for old, new in zip(before, tables(model), strict=True))
 
 
-def test_more_tokens_than_rows_are_no_part_of_the_mean():
-    """Tokenizers may have more tokens than the model has rows."""
+def test_ids_beyond_the_embeddings_are_no_part_of_the_mean():
+    """Tokenizers may have more tokens than the model has embeddings."""
     model = model_of(KNOWN - 3)
     mean = model.get_input_embeddings().weight.detach().mean(dim=0)
     init_new_embeddings(model, [KNOWN - 1], known=KNOWN)
@@ -95,7 +95,7 @@ def test_a_quantised_model_cannot_grow(sign):
     assert all(torch.equal(old, new) for old, new in zip(before, tables(model), strict=True))
 
 
-def test_rows_are_set_up_and_down():
+def test_embeddings_grow_and_shrink():
     model = model_of(KNOWN)
     before = tables(model)[0]
     resize_embeddings(model, KNOWN + 4)

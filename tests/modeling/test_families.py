@@ -146,7 +146,7 @@ def test_padding_and_packing_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", known(REFUSED))
-def test_what_cannot_look_ahead_is_refused(name):
+def test_families_that_stay_causal_are_refused(name):
     with pytest.raises(NotBidirectionalError):
         model = build(name)
         make_bidirectional(model)

@@ -35,7 +35,7 @@ def test_heads_learn_what_can_be_learnt():
     assert not any(parameter.requires_grad for parameter in heads.parameters())
 
 
-def test_fitting_goes_by_its_seed_and_leaves_others_alone():
+def test_fitting_depends_on_its_seed_and_leaves_random_states_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -73,7 +73,7 @@ def test_the_file_gives_back_what_was_saved(tmp_path):
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path):
-    """It calls eos_cdf belief."""
+    """The file calls eos_cdf belief."""
     path = LengthPredictors(LengthHeads(WIDTH), {}, 64).save(tmp_path)
     tensors = load_file(path) | {"least_margins.belief": torch.tensor([0.25, 0.5], dtype=torch.float64)}
     save_file(tensors, path, {"format_version": "1", "width": str(WIDTH), "canvas": "64"})

@@ -78,7 +78,7 @@ def test_which_embeddings_are_trained_and_stored(tied, names, freeze, expected):
 
 
 def test_lora_on_the_output_embedding_and_on_embeddings():
-    """They are modules that LoRA takes; where the two are tied, merging would change the other end."""
+    """LoRA can adapt them; where the two are tied, merging would change the other one."""
     resolve_lora_targets(llama(), args(["lm_head", "q_proj"]))
     resolve_lora_targets(llama(), args(["embed_tokens"]))
     resolve_lora_targets(gpt2(), args(["wpe"]))
@@ -154,7 +154,7 @@ def test_an_adapter_whose_base_is_gone(tmp_path):
 
 
 def test_an_adapter_and_a_base_of_another_process(tmp_path):
-    """The base's own diffusion_config.json says what the adapter must say too."""
+    """The adapter's diffusion_config.json must agree with the base's."""
     gpt2().save_pretrained(tmp_path / "base")
     adapter = LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).save_pretrained(tmp_path / "a")
@@ -194,7 +194,7 @@ def test_adapters_that_do_not_load_as_they_were_trained(tmp_path, name, init, wo
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base_model_name_or_path": null}'])
-def test_settings_that_name_no_base(tmp_path, text):
+def test_an_adapter_config_without_a_base(tmp_path, text):
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(ValueError, match="base_model_name_or_path"):
         base_of(tmp_path)

@@ -11,7 +11,7 @@ def modes(model):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_every_module_gets_its_own_mode_back(fails):
+def test_every_module_gets_its_mode_back(fails):
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()), Linear4bit())
     model[1].eval()
     before = modes(model)

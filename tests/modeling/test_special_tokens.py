@@ -33,7 +33,7 @@ def test_a_token_of_the_vocabulary(tokenizer):
 
 
 def test_text_that_is_one_token(tokenizer):
-    """Byte-level BPE spells a leading blank as a letter of its own; the user writes the blank."""
+    """Byte-level BPE spells a leading space as another character; the user writes the space."""
     assert resolve_mask_token(tokenizer, " dog").token == "Ġdog"
 
 
@@ -42,13 +42,13 @@ def test_a_new_special_token(tokenizer):
     assert resolve_mask_token(tokenizer, "[MASK]").is_new
 
 
-def test_the_tokenizers_own(tokenizer):
+def test_the_mask_token_of_the_tokenizer(tokenizer):
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
     resolved = resolve_mask_token(tokenizer, None)
     assert (resolved.token, resolved.id, resolved.is_new) == ("<mask>", len(tokenizer) - 1, False)
 
 
-def test_the_checkpoints_comes_before_the_tokenizers(tokenizer):
+def test_the_mask_token_of_the_checkpoint_precedes_the_tokenizers(tokenizer):
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
     index = tokenizer.get_vocab()["cat"]
     assert resolve_mask_token(tokenizer, None, config_mask=("cat", index)).id == index
@@ -69,13 +69,13 @@ def test_the_checkpoints_comes_before_the_tokenizers(tokenizer):
         (True, "mask_token: true"),
     ],
 )
-def test_what_is_no_mask_token(tokenizer, given, words):
+def test_invalid_mask_tokens(tokenizer, given, words):
     with pytest.raises(ValueError, match=words) as error:
         resolve_mask_token(tokenizer, given)
     assert "<|mask|>" in str(error.value)  # the cure
 
 
-def test_adding_it_to_the_tokenizer(tokenizer):
+def test_add_mask_token(tokenizer):
     mask = resolve_mask_token(tokenizer, "<|mask|>")
     assert tokenizer.mask_token is None  # asking adds nothing
     add_mask_token(tokenizer, mask)
@@ -91,7 +91,7 @@ def test_a_tokenizer_that_gives_the_checkpoints_token_another_id(tokenizer):
         add_mask_token(tokenizer, mask)
 
 
-def test_a_template_may_make_it_the_end_of_text(tokenizer):
+def test_a_mask_token_that_a_template_makes_eos_is_refused(tokenizer):
     mask = resolve_mask_token(tokenizer, "cat")
     tokenizer.eos_token = "cat"
     with pytest.raises(ValueError, match=r"mask_token: 'cat' .*\beos\b"):
@@ -110,7 +110,7 @@ def test_text_that_the_tokenizer_does_not_know_is_not_the_unknown_token():
 
 
 def test_an_escape_that_yaml_did_not_read(tokenizer):
-    """In single quotes YAML leaves a backslash and an n as they stand."""
+    """In single quotes YAML does not read \\n as an escape."""
     assert resolve_token(tokenizer, "sep_token", "\n")[0] == "Ċ"
     for find in (resolve_mask_token, lambda known, text: resolve_token(known, "mask_token", text)):
         with pytest.raises(ValueError, match=r'mask_token: "\\n"'):

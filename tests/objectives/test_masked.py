@@ -30,14 +30,14 @@ def features(masks):
     for length in (16, 9, 12, 5, 15, 7):
         ids = torch.randint(8, MASK_ID, (length,), generator=generator).tolist()
         rows.append({"input_ids": [*ids[:-1], EOS], "labels": [-100] * 3 + [*ids[3:-1], EOS]})
-    for row, place in masks:
-        rows[row]["input_ids"][place] = MASK_ID
-        if place > 2:
-            rows[row]["labels"][place] = MASK_ID
+    for row, position in masks:
+        rows[row]["input_ids"][position] = MASK_ID
+        if position > 2:
+            rows[row]["labels"][position] = MASK_ID
     return rows
 
 
-MASKS = [(0, 1), (0, 5), (0, 6), (1, 3), (2, 10), *((3, place) for place in range(3, 5)), (4, 7)]
+MASKS = [(0, 1), (0, 5), (0, 6), (1, 3), (2, 10), *((3, position) for position in range(3, 5)), (4, 7)]
 
 
 def formats():
@@ -131,7 +131,7 @@ TURNS = {
 
 @pytest.mark.parametrize("kind", ["masked", "mixed"])
 @pytest.mark.parametrize("variable", [False, True])
-def test_an_end_in_the_place_of_the_next_turn_is_hidden_as_an_end_and_shown_as_the_turn(kind, variable):
+def test_an_eos_label_on_the_next_turns_first_token_is_masked_as_eos_and_shown_as_the_turn(kind, variable):
     if variable:
         collate = VariableLengthCollator(eos_id=EOS, pad_ids=(PAD,), canvas=12)
     else:
@@ -157,7 +157,7 @@ def test_an_end_in_the_place_of_the_next_turn_is_hidden_as_an_end_and_shown_as_t
     assert EOS not in clean.displayed(noised.z)[:, 5] and 20 in clean.displayed(noised.z)[:, 5]
 
 
-def test_rows_whose_labels_are_their_tokens_show_themselves():
+def test_rows_whose_labels_equal_their_tokens_have_no_shown_ids():
     clean = objective("masked").clean(formats()["answers"])
     assert clean.shown is None and clean.displayed(clean.x_0) is clean.x_0
     assert clean.x_0.shape[1] == LENGTH

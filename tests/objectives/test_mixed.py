@@ -20,12 +20,12 @@ def clean_batch(copies=1, shift=False, masks=()):
     """Rows of the clean text, which itself holds [MASK] at `masks`."""
     data = Rows(4, lengths=[16, 9, 5, 12], seed=3)
     rows = stack([data[row] for _ in range(copies) for row in range(4)])
-    for place in masks:
-        rows["input_ids"][place] = MASK_ID
+    for position in masks:
+        rows["input_ids"][position] = MASK_ID
     return CleanBatch.of(rows, shift=shift, mask_id=MASK_ID)
 
 
-def test_every_token_that_noise_may_fall_on_is_scored_and_no_other():
+def test_exactly_the_noised_tokens_are_scored():
     clean = clean_batch(shift=True, masks=[(0, 3)])  # where the model cannot predict it
     batch = objective(shift=True).noise(clean, sample_index=torch.arange(4), group_size=4)
     scored = torch.arange(16) < torch.tensor([16, 9, 5, 12])[:, None]
@@ -49,7 +49,7 @@ def test_alpha_and_weight_are_those_of_the_row(name):
 
 
 def test_training_and_evaluation_estimate_the_same_bound():
-    """And the same mean of the plain terms; [MASK] in the clean text counts in neither."""
+    """Also the mean of the unweighted terms; [MASK] in the clean text counts in neither."""
     copies, model = 1500, tiny_model().eval()
     clean = clean_batch(copies, masks=[(slice(None), 2)])
     rows, ours = torch.arange(4 * copies), objective(antithetic=True)

@@ -20,11 +20,11 @@ GREEDY = LogitsConfig(0.0)
     block_length=st.none() | st.integers(1, 12),
     extra=st.integers(0, 9),
 )
-def test_blocks_count_editable_places_and_share_the_steps_evenly(flags, block_length, extra):
+def test_blocks_count_editable_positions_and_divide_steps_evenly(flags, block_length, extra):
     editable = torch.tensor([flags])
     block = split_into_blocks(editable, block_length)
-    places = [i for i, flag in enumerate(flags) if flag]
-    expected = {place: n // (block_length or len(flags)) for n, place in enumerate(places)}
+    positions = [i for i, flag in enumerate(flags) if flag]
+    expected = {position: n // (block_length or len(flags)) for n, position in enumerate(positions)}
     assert block[0].tolist() == [expected.get(i, -1) for i in range(len(flags))]
     n_blocks = max(expected.values(), default=-1) + 1
     steps = n_blocks + extra
@@ -34,12 +34,12 @@ def test_blocks_count_editable_places_and_share_the_steps_evenly(flags, block_le
         assert shares == sorted(shares, reverse=True) and shares[0] - shares[-1] <= 1
 
 
-def test_shares_of_rows_with_different_numbers_of_blocks():
+def test_steps_of_rows_with_different_numbers_of_blocks():
     block = torch.tensor([[0, 0, 1, 1, 2], [-1, 0, 0, 1, -1], [-1] * 5])
     assert steps_of_blocks(block, 7).tolist() == [[3, 2, 2], [4, 3, 0], [0, 0, 0]]
 
 
-def test_more_blocks_than_steps_is_an_error_that_names_the_cure():
+def test_more_blocks_than_steps_is_an_error():
     x = torch.zeros(1, 9, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"diffusion_steps: 4 .*5 blocks.*block_length"):
         run(x, x == 0, steps=4, block_length=2)
@@ -70,8 +70,8 @@ def test_budgets_of_blocks_by_hand():
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(NAMES), block_length=st.none() | st.integers(1, 5))
-def test_rows_of_different_lengths_give_what_each_gives_alone(seed, name, block_length):
-    """Left padding and places to fill anywhere; greedy, and sampled too."""
+def test_rows_of_different_lengths_equal_each_row_alone(seed, name, block_length):
+    """Left padding and editable positions anywhere; greedy and sampled."""
     x, editable, parts = ragged(seed, 0.6)
     for config in (GREEDY, LogitsConfig(0.9, 0.8)):
         options = {"denoiser": relative, "name": name, "steps": 12, "block_length": block_length, "config": config}
@@ -149,14 +149,14 @@ def test_guided_logits_come_in_matching_parts():
     def whole(z, select):
         return torch.sin(z.sum() + torch.arange(5)[:, None] * 3.1 + torch.arange(V) * 1.3)[None][select]
 
-    def in_parts(z, place):
-        yield from by_selection(whole)(z, place).split(2)
+    def in_parts(z, position):
+        yield from by_selection(whole)(z, position).split(2)
 
     one, two = (sample(d, x, **options) for d in (by_selection(whole), in_parts))
     assert torch.equal(one.sequences, two.sequences)
 
 
-def test_the_penalty_counts_real_tokens_of_the_own_row_only():
+def test_the_penalty_counts_text_tokens_of_the_same_row_only():
     """Token 2 is best, then 4. Row 0 holds a 2; row 1 has one as padding; a [MASK] is no token."""
 
     def denoiser(z, select):
@@ -180,8 +180,8 @@ def test_the_penalty_counts_real_tokens_of_the_own_row_only():
     assert output.sequences[:, 2:].tolist() == [[4, 2], [2, 4]]
 
 
-def test_a_decided_position_does_not_count_as_its_own_repetition():
-    """topk scores it again; its own token must not make it look unsure."""
+def test_a_decoded_position_is_not_its_own_repetition():
+    """topk scores it again; its own token must not lower its score."""
     scores = {}
 
     def denoiser(z, select):
@@ -204,7 +204,7 @@ def test_a_decided_position_does_not_count_as_its_own_repetition():
     assert scores[1][1] < scores[0][1]
 
 
-def test_suppressed_tokens_are_never_written():
+def test_suppressed_tokens_are_never_generated():
     x = torch.zeros(4, 8, dtype=torch.int64)
     output = run(x, x == 0, config=LogitsConfig(3.0, suppress=tuple(range(9))))
     assert set(output.sequences.flatten().tolist()) <= {9, 10}

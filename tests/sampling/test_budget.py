@@ -46,7 +46,7 @@ def test_linear_reveal_is_one_over_the_steps_left(steps):
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-def test_reveals_leave_the_share_of_the_schedule(name):
+def test_reveal_probabilities_leave_the_fraction_of_the_schedule(name):
     """The product of (1 - reveal) over the first steps is the share still masked, 1 - alpha."""
     schedule, left = get_schedule(name), 1.0
     for step in range(9):

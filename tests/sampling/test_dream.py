@@ -22,7 +22,7 @@ CONFIGS = [
 
 
 def filtered(logits, config):
-    """Temperature, nucleus and top-k of one place, one after another, in the order of their probabilities."""
+    """Temperature, nucleus and top-k at one position, one after another, on sorted probabilities."""
     logits = [-math.inf if token == MASK_ID else value for token, value in enumerate(logits)]
     if config.temperature:
         logits = [value / config.temperature for value in logits]
@@ -45,11 +45,11 @@ def score(name, p, token):
 
 
 def published(table_of, drawn, z, steps, name, config):
-    """Return what stands after each step.
+    """Return the sequences after each step.
 
     Args:
         table_of: logits at i for token i.
-        drawn: [steps] dicts, the token drawn at each place; None takes the most probable one.
+        drawn: [steps] dicts, the token drawn at each position; None takes the most probable one.
         z: the prompt and [MASK] behind it.
         steps: of the loop.
         name: which score.
@@ -58,18 +58,18 @@ def published(table_of, drawn, z, steps, name, config):
     z, frames = list(z), []
     times = torch.linspace(1, 1e-3, steps + 1)
     for step in range(steps):
-        masked = [place for place, token in enumerate(z) if token == MASK_ID]
+        masked = [position for position, token in enumerate(z) if token == MASK_ID]
         p = [filtered(row, config) for row in table_of(z)]
         count = len(masked)
         if step < steps - 1:
             count = int(torch.tensor(float(len(masked))) * (1 - times[step + 1] / times[step]))
-        x_0 = {place: max(range(VOCABULARY), key=p[place].__getitem__) for place in masked}
+        x_0 = {position: max(range(VOCABULARY), key=p[position].__getitem__) for position in masked}
         if drawn is not None:
             x_0 |= drawn[step]
-            assert all(p[place][x_0[place]] > 0 for place in masked)
-        best = sorted(masked, key=lambda place: -score(name, p[place], x_0[place]))
-        for place in best[:count]:
-            z[place] = x_0[place]
+            assert all(p[position][x_0[position]] > 0 for position in masked)
+        best = sorted(masked, key=lambda position: -score(name, p[position], x_0[position]))
+        for position in best[:count]:
+            z[position] = x_0[position]
         frames.append(list(z))
     return frames
 
@@ -82,9 +82,9 @@ def test_texts_are_those_of_the_published_loop(monkeypatch, shift, name, config,
     z = torch.tensor([PROMPT + [MASK_ID] * (LENGTH - len(PROMPT))])
     calls, drawn, frames = [], [{} for _ in range(steps)], []
 
-    def denoiser(z, place):
-        calls.append(place.tolist())
-        return SHARP * torch.cat(list(made(z, place)))
+    def denoiser(z, position):
+        calls.append(position.tolist())
+        return SHARP * torch.cat(list(made(z, position)))
 
     def noted(*arguments, **options):
         result = draw(*arguments, **options)
@@ -131,21 +131,21 @@ def test_budgets_sum_to_what_is_masked(name):
             assert sum(budget) == n and min(budget) >= 0 and len(budget) == steps
 
 
-def test_random_order_takes_the_same_chances():
+def test_random_order_uses_the_reveal_probabilities():
     z = torch.full((2000, 2), MASK_ID)
     options = {"editable": z == MASK_ID, "mask_id": MASK_ID, "steps": 4, "strategy": get_strategy("random")}
     for schedule, shares in (
         ("dream", dream_fractions(4, get_schedule("linear"))),
         ("even", [1 / 4, 1 / 3, 1 / 2, 1]),
     ):
-        output = sample(lambda z, place: torch.zeros(len(place), 40), z, commit_schedule=schedule, **options)
+        output = sample(lambda z, position: torch.zeros(len(position), 40), z, commit_schedule=schedule, **options)
         left = 1.0
         for step, share in enumerate(shares):
             assert abs(float((output.committed == step).float().mean()) - left * share) < 4 * (0.25 / 4000) ** 0.5
             left *= 1 - share
 
 
-def test_keys_that_do_nothing_are_refused():
+def test_keys_without_effect_are_refused():
     for strategy in ("topk", "confidence_threshold", "entropy_bound", "remdm"):
         with pytest.raises(ValueError, match=f"commit_schedule: dream .*{strategy}"):
             SamplingSettings(denoising_strategy=strategy, commit_schedule="dream")

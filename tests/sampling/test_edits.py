@@ -28,7 +28,7 @@ ONE_BY_ONE = [name for name in NAMES if name != "remdm"]  # they never mask a to
 
 
 def settled(**wanted):
-    """A denoiser that likes token 2 everywhere, with 0.9; once nothing in front of a place is masked, `wanted` there.
+    """A denoiser that predicts token 2 with 0.9; at a position with nothing masked up to it, it predicts `wanted`.
 
     `wanted` maps p0, p1, … to (token, probability).
     """
@@ -37,11 +37,11 @@ def settled(**wanted):
         p = torch.full((len(z), z.shape[1], V), 0.1 / (V - 2))
         p[..., 2] = 0.9
         for name, (token, probability) in wanted.items():
-            place = int(name[1:])
+            position = int(name[1:])
             for row in range(len(z)):
-                if not bool((z[row, : place + 1] == MASK).any()):
-                    p[row, place] = (1 - probability) / (V - 2)
-                    p[row, place, token] = probability
+                if not bool((z[row, : position + 1] == MASK).any()):
+                    p[row, position] = (1 - probability) / (V - 2)
+                    p[row, position, token] = probability
         p[..., MASK] = 0.0
         return p.log()[select]
 
@@ -49,7 +49,7 @@ def settled(**wanted):
 
 
 def frames_of(x, editable, **options):
-    """Return the output, and what stood before the first step and after each."""
+    """Return the output, and the sequences before the first step and after each."""
     frames = [x.masked_fill(editable, MASK)]
     output = run(x, editable, callback=lambda step, z, fresh: frames.append(z.clone()), **options)
     return output, frames
@@ -60,7 +60,7 @@ def rows_of(frames, row=0):
 
 
 def test_the_budget_by_hand():
-    """Ratio one half allows an edit for each token committed, the surest first."""
+    """Ratio one half allows an edit for each committed token, the most confident first."""
     x = torch.zeros(1, 4, dtype=torch.int64)
     denoiser = settled(p0=(5, 0.6), p1=(6, 0.8), p2=(2, 0.9))
     output, frames = frames_of(
@@ -73,7 +73,7 @@ def test_the_budget_by_hand():
     assert none.sequences.tolist() == [[2, 2, 2, 2]] and none.edits.tolist() == [0]
 
 
-def test_the_surest_comes_first_and_what_is_not_spent_stays():
+def test_the_most_confident_edits_come_first_and_unused_budget_remains():
     """A third: one edit for two tokens. Nothing differs before the fourth is there, then three do: with the fifth two
     may, and with the sixth the last.
     """
@@ -82,9 +82,9 @@ def test_the_surest_comes_first_and_what_is_not_spent_stays():
         p = torch.full((1, 6, V), 0.1 / (V - 2))
         p[..., 2] = 0.9
         if int((z != MASK).sum()) >= 4:
-            for place, probability in ((0, 0.5), (1, 0.8), (2, 0.7)):
-                p[0, place] = (1 - probability) / (V - 2)
-                p[0, place, 7] = probability
+            for position, probability in ((0, 0.5), (1, 0.8), (2, 0.7)):
+                p[0, position] = (1 - probability) / (V - 2)
+                p[0, position, 7] = probability
         p[..., MASK] = 0.0
         return p.log()[select]
 
@@ -100,7 +100,7 @@ def test_the_surest_comes_first_and_what_is_not_spent_stays():
         assert rows_of(frames)[-1] == expected  # in a block's first step nothing can be rewritten
 
 
-def test_what_the_step_commits_counts():
+def test_tokens_committed_in_the_step_count():
     """A third, one token a step: a model that writes 1 and then prefers 2 takes its 1 back in the second step."""
 
     def denoiser(z, select):
@@ -117,21 +117,23 @@ def published(table_of, z, blocks, steps, k):
     """XDLM's loop on plain lists: a transfer budget a block, and edits by what is committed, this step included."""
     z, frames = list(z), []
     for block in range(max(blocks) + 1):
-        inside = [place for place, b in enumerate(blocks) if b == block]
+        inside = [position for position, b in enumerate(blocks) if b == block]
         committed = rewritten = 0
         for step in range(steps):
             table = [softmax(row) for row in table_of(z)]
-            best = {place: max(range(V), key=lambda token, p=table[place]: p[token]) for place in inside}
-            surest = sorted(inside, key=lambda place: -table[place][best[place]])
-            masked = [place for place in surest if z[place] == MASK]
-            decided = [place for place in surest if z[place] != MASK and z[place] != best[place]]
+            best = {position: max(range(V), key=lambda token, p=table[position]: p[token]) for position in inside}
+            surest = sorted(inside, key=lambda position: -table[position][best[position]])
+            masked = [position for position in surest if z[position] == MASK]
+            decided = [position for position in surest if z[position] != MASK and z[position] != best[position]]
             fresh = masked[: len(inside) // steps + (step < len(inside) % steps)]
             committed += len(fresh)
             allowed_now = math.floor(committed * k / (1 - k)) - rewritten if step else 0
-            again = [place for place in decided if table[place][best[place]] >= table[place][z[place]]][:allowed_now]
+            again = [
+                position for position in decided if table[position][best[position]] >= table[position][z[position]]
+            ][:allowed_now]
             rewritten += len(again)
-            for place in fresh + again:
-                z[place] = best[place]
+            for position in fresh + again:
+                z[position] = best[position]
             frames.append(list(z))
     return frames
 
@@ -178,8 +180,8 @@ def test_the_threshold_by_hand():
         assert output.edits.tolist() == [sum(letter != "2" for letter in expected)]
 
 
-def test_the_model_decides_before_temperature_and_after_penalties():
-    """A hot, filtered draw does not reach edits; a suppressed token is no successor, and [MASK] never."""
+def test_edits_use_the_distribution_after_penalties_before_temperature():
+    """Temperature and filters do not change edits; suppressed tokens and [MASK] never replace a token."""
     x = torch.zeros(1, 3, dtype=torch.int64)
 
     def denoiser(z, select):
@@ -208,25 +210,25 @@ def softmax(logits):
 
 
 def is_complete(tokens, editable, ends):
-    """Nothing given behind an editable place, and an end with nothing masked before it."""
-    mine = [place for place, flag in enumerate(editable) if flag]
+    """No fixed token after an editable position, and an EOS with nothing masked before it."""
+    mine = [position for position, flag in enumerate(editable) if flag]
     if not mine or not all(editable[mine[0] :]):
         return False
-    decided = [tokens[place] for place in mine]
+    decided = [tokens[position] for position in mine]
     found = [n for n, token in enumerate(decided) if token in ends]
     return bool(found) and MASK not in decided[: found[0]]
 
 
 def last_of_text(tokens, editable, ends):
-    """Where the first end that is written stands, if nothing is given behind it; what follows is no text."""
-    mine = [place for place, flag in enumerate(editable) if flag]
+    """Return the position of the first decoded EOS, if no fixed token follows it; later positions are no text."""
+    mine = [position for position, flag in enumerate(editable) if flag]
     if not mine or not all(editable[mine[0] :]):
         return len(tokens)
-    return next((place for place in mine if tokens[place] in ends), len(tokens))
+    return next((position for position in mine if tokens[position] in ends), len(tokens))
 
 
 def follow_row(frames, tables, editable, blocks, edits, ends=()):
-    """Go through one row's frames with the rule on plain lists; returns how often tokens were rewritten."""
+    """Check one row's frames against the rule on plain lists; return the number of edits."""
     block, spent, further, changed, total = None, 0, 0, False, 0
     for before, after, table in zip(frames[:-1], frames[1:], tables, strict=True):
         open_blocks = [b for b, token in zip(blocks, before, strict=True) if b >= 0 and token == MASK]
@@ -241,25 +243,25 @@ def follow_row(frames, tables, editable, blocks, edits, ends=()):
             else:
                 assert before == after
                 continue
-        inside = [place for place, b in enumerate(blocks) if b == block]
-        decided = [place for place in inside if before[place] != MASK]
+        inside = [position for position, b in enumerate(blocks) if b == block]
+        decided = [position for position in inside if before[position] != MASK]
         rewritten = []
-        for place in [place for place in decided if place <= last_of_text(before, editable, ends)]:
-            p = softmax(table[place])
+        for position in [position for position in decided if position <= last_of_text(before, editable, ends)]:
+            p = softmax(table[position])
             best = max(range(V), key=lambda token: (p[token], -token))
-            if best != before[place] and p[best] >= p[before[place]]:
-                rewritten.append((-p[best], place, best))
+            if best != before[position] and p[best] >= p[before[position]]:
+                rewritten.append((-p[best], position, best))
         if edits.threshold is not None:
             rewritten = [one for one in rewritten if -one[0] >= edits.threshold]
         else:
-            n = sum(after[place] != MASK for place in inside)
+            n = sum(after[position] != MASK for position in inside)
             rewritten = sorted(rewritten)[: max(0, allowed(n, spent, edits.ratio))]
         expected = list(before)
-        for _, place, token in rewritten:
-            expected[place] = token
-        fresh = [place for place in inside if before[place] == MASK and after[place] != MASK]
-        for place in fresh:
-            expected[place] = after[place]
+        for _, position, token in rewritten:
+            expected[position] = token
+        fresh = [position for position in inside if before[position] == MASK and after[position] != MASK]
+        for position in fresh:
+            expected[position] = after[position]
         assert after == expected
         spent += len(rewritten)
         total += len(rewritten)
@@ -305,7 +307,7 @@ def test_the_rule_on_plain_lists(seed, length, steps, name, block_length, rule, 
         mine = [table[row] for table in tables]
         n_edits = follow_row(rows, mine, editable[row].tolist(), blocks[row], edits, ends)
         assert n_edits == int(output.edits[row])
-        # What holds at the end: no [MASK], the given tokens, and for each place the last step that wrote it.
+        # What holds at the end: no [MASK], the given tokens, and for each position the last step that wrote it.
         for i in range(length):
             writes = [n for n in range(len(rows) - 1) if rows[n][i] != rows[n + 1][i]]
             assert output.committed[row, i] == max(writes, default=-1)
@@ -318,8 +320,8 @@ def test_the_rule_on_plain_lists(seed, length, steps, name, block_length, rule, 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("block_length", [None, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_without_anything_to_spend_it_is_the_masked_sampler(name, block_length, temperature):
-    """To the draw and the forward, early stop included."""
+def test_without_budget_it_is_the_masked_sampler(name, block_length, temperature):
+    """They use the same draws and forward passes, with early stop too."""
     x = torch.randint(0, MASK, (4, 8), generator=torch.Generator().manual_seed(2))
     editable = torch.ones_like(x, dtype=torch.bool)
     editable[:, 0] = editable[2, 4] = False
@@ -343,7 +345,7 @@ def test_without_anything_to_spend_it_is_the_masked_sampler(name, block_length, 
     edits=st.sampled_from([Edits(0.5), Edits(0.3, steps=2), Edits(threshold=0.12), Edits(threshold=0.2, steps=3)]),
     eos_ids=st.sampled_from([(), (2,)]),
 )
-def test_rows_of_different_lengths_give_what_each_gives_alone(seed, name, block_length, edits, eos_ids):
+def test_rows_of_different_lengths_equal_each_row_alone(seed, name, block_length, edits, eos_ids):
     x, editable, parts = ragged(seed, 0.8)
     own = {"remask_cap": 0.3} if name == "remdm" else {}
     options = {"denoiser": relative, "name": name, "steps": 12, "block_length": block_length, "edits": edits, **own}
@@ -364,8 +366,8 @@ def restless(z, select):
     return torch.nn.functional.one_hot(wanted, V).float().mul(20.0)[select]
 
 
-def test_further_steps_end():
-    """Three of them after each block's last mask, then the next block; or as soon as nothing changes."""
+def test_edit_steps_end():
+    """Three of them after each block's last mask, or fewer once nothing changes."""
     x = torch.zeros(1, 4, dtype=torch.int64)
     options = {"denoiser": restless, "steps": 2, "name": "low_confidence", "config": GREEDY, "block_length": 2}
     output, frames = frames_of(x, x == 0, edits=Edits(threshold=0.5, steps=3), **options)
@@ -383,7 +385,7 @@ def test_further_steps_end():
     assert spent.sample_nfe.tolist() == [4]
 
 
-def test_draws_of_rows_do_not_collide_in_further_steps():
+def test_random_numbers_of_rows_do_not_collide_in_edit_steps():
     x = torch.zeros(3, 2, dtype=torch.int64)
     options = {"editable": x == 0, "mask_id": MASK, "steps": 4, "seed": 5}
     _, plain = start(x, **options)
@@ -404,17 +406,17 @@ def test_draws_of_rows_do_not_collide_in_further_steps():
     assert state.step > 4 and state.row_step.tolist() == [4, 4, 4]
 
 
-def test_an_end_that_is_edited_away_leaves_the_text_open():
-    """In the second step the end is committed at place 1, in the third it is rewritten; the text goes on to its edge.
+def test_editing_an_eos_away_reopens_the_text():
+    """In the second step EOS is committed at position 1, in the third it is edited, and the text fills the canvas.
 
-    And an edit that writes an end completes the text at once.
+    An edit to EOS completes the text at once.
     """
 
     def changing(z, select, first=END, then=5):
         logits = torch.nn.functional.one_hot(torch.full_like(z, 2), V).float()
-        for place, token in ((1, first), (1, then)) if int((z != MASK).sum()) > 1 else ((1, first),):
-            logits[:, place] = 0.0
-            logits[:, place, token] = 1.0
+        for position, token in ((1, first), (1, then)) if int((z != MASK).sum()) > 1 else ((1, first),):
+            logits[:, position] = 0.0
+            logits[:, position, token] = 1.0
         return 20.0 * logits[select]
 
     class From(LeftToRight):
@@ -456,7 +458,7 @@ def test_an_end_that_is_edited_away_leaves_the_text_open():
     assert run(x, x == 0, denoiser=closing, **more, **options).sequences.tolist() == [[2, END, 2, 2]]
 
 
-def test_steps_by_hand_need_the_plan_of_the_edits():
+def test_denoising_step_needs_a_plan_with_its_edit_steps():
     x = torch.zeros(1, 3, dtype=torch.int64)
     state, plan = start(x, editable=x == 0, mask_id=MASK, steps=3)
     with pytest.raises(ValueError, match="edit_steps=2"):
@@ -481,7 +483,7 @@ def test_steps_by_hand_need_the_plan_of_the_edits():
         ),
     ],
 )
-def test_values_that_do_not_fit(keys, words):
+def test_invalid_values(keys, words):
     with pytest.raises(ValueError, match=words):
         Edits(*keys)
     ratio, threshold, steps = keys
@@ -489,7 +491,7 @@ def test_values_that_do_not_fit(keys, words):
         SamplingSettings(edit_ratio=ratio, edit_threshold=threshold, edit_steps=steps)
 
 
-def test_what_the_keys_default_to():
+def test_defaults_of_the_keys():
     assert edits_of(None, None, 0, default=0.0) == Edits() == SamplingSettings().edits()
     assert SamplingSettings().edits(0.1) == Edits(0.1)
     assert SamplingSettings(edit_ratio=0.0).edits(0.1) == Edits(0.0)
@@ -504,7 +506,7 @@ def test_what_the_keys_default_to():
 
 @pytest.mark.parametrize("ratio", [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95])
 def test_the_allowance_is_that_of_exact_arithmetic(ratio):
-    """Decimals are no binary numbers: 7 masks at 0.3 allow 3 edits, where floating point says 2.9999…"""
+    """7 masks at a ratio of 0.3 allow 3 edits, where floating point gives 2.9999…"""
     from types import SimpleNamespace
 
     decided = torch.ones(400, 400).tril().bool()

@@ -30,7 +30,7 @@ def test_names_of_yaml_keys():
         ({"temperature": 0, "logits_temp": 0}, "temperature and logits_temp"),
     ],
 )
-def test_what_is_no_setting_or_given_twice(keywords, words):
+def test_unknown_keys_and_keys_set_twice(keywords, words):
     with pytest.raises(TypeError, match=words):
         with_keywords(START, keywords)
 
@@ -41,7 +41,7 @@ def test_a_key_that_nothing_reads_is_an_error():
     assert with_keywords(START, {"remask_cap": 0.5, "denoising_strategy": "remdm"}).remask_cap == 0.5
 
 
-def test_a_former_name_of_a_value_leads_to_the_new_one():
+def test_the_former_name_of_a_value_is_an_error_with_the_new_name():
     with pytest.raises(ValueError, match="set length_predictor: eos_cdf"):
         with_keywords(START, {"early_stop": "predict", "length_predictor": "belief"})
 

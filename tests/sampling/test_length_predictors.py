@@ -18,16 +18,16 @@ from llamafactory_ddm.sampling.length_predictors import (
 MASK, END, PAD, VOCAB = 5, 0, 1, 6
 
 
-def test_the_probability_of_an_end_or_a_pad():
+def test_eos_probability_against_the_softmax():
     """Against the softmax written out, [MASK] left out of it."""
     editable = torch.tensor([[False, True, True], [True, False, True]])
     scores = torch.randn(2, 3, VOCAB, generator=torch.Generator().manual_seed(0))
     seen = []
 
-    def denoiser(z, place):
+    def denoiser(z, position):
         seen.append(z)
-        yield scores.flatten(0, 1)[place[:1]]  # in parts, as a model gives them
-        yield scores.flatten(0, 1)[place[1:]]
+        yield scores.flatten(0, 1)[position[:1]]  # in parts, as a model gives them
+        yield scores.flatten(0, 1)[position[1:]]
 
     found = eos_probability(denoiser, torch.full((2, 3), 3), editable=editable, mask_id=MASK, eos_ids=[END, PAD])
     assert seen[0].tolist() == [[3, MASK, MASK], [MASK, 3, MASK]]
@@ -38,11 +38,11 @@ def test_the_probability_of_an_end_or_a_pad():
             assert float(found[row, column]) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_what_is_penalised_or_suppressed_is_less_probable():
+def test_eos_probability_with_penalty_and_suppression():
     """Against the softmax of logits that were changed by hand."""
     scores = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
     found = eos_probability(
-        lambda z, place: scores[place],
+        lambda z, position: scores[position],
         torch.zeros(1, 2, dtype=torch.int64),
         editable=torch.ones(1, 2, dtype=torch.bool),
         mask_id=MASK,
@@ -57,7 +57,7 @@ def test_what_is_penalised_or_suppressed_is_less_probable():
 
 
 def step(p_eos, expected_length=None, p_ended=None):
-    """A text of one given token and four positions."""
+    """A text of one fixed token and four positions to generate."""
     editable = torch.tensor([[False, True, True, True, True]])
     return FirstStep(
         editable,
@@ -87,15 +87,17 @@ def test_how_a_quantile_deviates_from_an_interpolated_one(share):
     """By the rank j of n: ours ends where j > q n, the published one where j > q (n - 1), so never later than ours."""
     for seed in range(20):
         ended = torch.rand(1, 17, generator=torch.Generator().manual_seed(seed))
-        places = int(PREDICTORS["eos_quantile"].lengths(FirstStep(torch.ones(1, 17, dtype=torch.bool), ended), share))
+        positions = int(
+            PREDICTORS["eos_quantile"].lengths(FirstStep(torch.ones(1, 17, dtype=torch.bool), ended), share)
+        )
         rank = ended[0].argsort().argsort()
         first = next((n + 1 for n in range(17) if rank[n] > share * 17), 17)
         published = next((n + 1 for n in range(17) if ended[0, n] > ended[0].quantile(share)), 17)
-        assert places == first >= published == next((n + 1 for n in range(17) if rank[n] > share * 16), 17)
+        assert positions == first >= published == next((n + 1 for n in range(17) if rank[n] > share * 16), 17)
 
 
 def test_lengths_by_a_quantile_of_the_row():
-    """An end is less probable at 1, 0, 3, 2 of the four places than at the 1st, 2nd, 3rd, 4th."""
+    """EOS is less probable at 1, 0, 3, 2 of the four positions than at the 1st, 2nd, 3rd, 4th."""
     seen = step([0.9, 0.2, 0.1, 0.8, 0.4])
     found = {
         threshold: PREDICTORS["eos_quantile"].lengths(seen, threshold).tolist()[0]
@@ -105,11 +107,11 @@ def test_lengths_by_a_quantile_of_the_row():
 
 
 def test_lengths_by_the_expected_length():
-    """Ended after 1, 2, 3, 4 places with 0.1, 0.1 (monotone), 0.8, 1: P(n) = 0.1, 0, 0.7, 0.2, so the mean is 3."""
+    """P(ended by 1, 2, 3, 4) = 0.1, 0.1 (running maximum), 0.8, 1, so P(n) = 0.1, 0, 0.7, 0.2, whose mean is 3."""
     seen = step([0.9, 0.1, 0.05, 0.8, 1.0])
     assert float(PREDICTORS["expected"].estimate(seen)) == pytest.approx(0.1 * 1 + 0.7 * 3 + 0.2 * 4)
     assert PREDICTORS["expected"].lengths(seen, 0.0).tolist() == [3]
-    assert PREDICTORS["expected"].lengths(seen, math.log(4.5 / 4.0)).tolist() == [4]  # 1 + places is 4, then 4.5
+    assert PREDICTORS["expected"].lengths(seen, math.log(4.5 / 4.0)).tolist() == [4]  # 1 + positions is 4, then 4.5
     assert PREDICTORS["expected"].lengths(seen, -math.inf).tolist() == [1]
 
 
@@ -134,15 +136,15 @@ texts = st.tuples(
 
 
 @given(text=texts, name=st.sampled_from(sorted(PREDICTORS)), more=st.floats(0.0, 2.0))
-def test_the_min_threshold_is_the_least_that_does(text, name, more):
-    """With it, and with any larger one, there are places enough; with a smaller one there are not."""
+def test_the_min_threshold_is_the_smallest_that_suffices(text, name, more):
+    """With it, and with any larger one, the length is at least `needed`; with a smaller one it is not."""
     values, needed = text
     seen = step(values, expected_length=1.0 + 3 * values[0], p_ended=values)
     predictor = PREDICTORS[name]
     least = float(predictor.min_threshold(seen, torch.tensor([needed])))
     assert int(predictor.lengths(seen, least)) >= needed
     assert int(predictor.lengths(seen, least + more)) >= int(predictor.lengths(seen, least))
-    if needed > 1:  # one place is always given
+    if needed > 1:  # one position is always given
         assert int(predictor.lengths(seen, least - 2e-3)) < needed
 
 
@@ -151,7 +153,7 @@ def test_the_min_threshold_is_the_least_that_does(text, name, more):
     coverage=st.sampled_from([0.1, 0.5, 0.9, 0.95, 1.0]),
 )
 def test_the_threshold_covers_by_brute_force(thresholds, coverage):
-    """The least candidate that covers ceil((n + 1) coverage) of n, or infinity if that is more than there are."""
+    """The smallest candidate that covers ceil((n + 1) coverage) of n, or infinity if that exceeds n."""
     n, asked = len(thresholds), round((len(thresholds) + 1) * coverage, 6)
     fitting = [m for m in thresholds if sum(other <= m for other in thresholds) >= asked]
     expected = min(fitting) if asked <= n else math.inf
@@ -159,7 +161,7 @@ def test_the_threshold_covers_by_brute_force(thresholds, coverage):
 
 
 def test_a_calibrated_threshold_covers_new_texts():
-    """Over many draws of 39 texts and a new one, exchangeable, the new one is covered 90 times in a hundred."""
+    """Over many draws of 39 texts and a new, exchangeable one, the new one is covered in 90 % of cases."""
     draws = torch.randn(4000, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     covered = [float(row[-1]) <= conformal_threshold(row[:-1], 0.9) for row in draws]
     assert sum(covered) / len(covered) == pytest.approx(0.9, abs=0.015)

@@ -68,7 +68,7 @@ def test_ids_at_editable_positions_do_not_matter():
     assert torch.equal(one, two)
 
 
-def test_nothing_to_edit_needs_no_forward():
+def test_nothing_to_generate_needs_no_forward_pass():
     x = torch.tensor([[1, 2, MASK]])
     output = run(x, torch.zeros_like(x, dtype=torch.bool))
     assert output.nfe == 0
@@ -84,7 +84,7 @@ def test_greedy_in_one_step_is_the_argmax():
 
 
 @pytest.mark.parametrize("name", ["random", "low_confidence", "margin", "entropy"])
-def test_steps_that_choose_nothing_need_no_forward(name):
+def test_steps_that_select_nothing_need_no_forward_pass(name):
     calls = []
 
     def counting(z, select):
@@ -98,7 +98,7 @@ def test_steps_that_choose_nothing_need_no_forward(name):
     assert output.nfe == len(calls) == len(output.committed.unique()) <= 3
 
 
-def test_a_row_with_nothing_to_edit_does_not_disturb_the_others():
+def test_a_row_with_nothing_to_generate_does_not_change_other_rows():
     x = torch.tensor([[1, 2, 3], [4, 5, 6]])
     editable = torch.tensor([[False] * 3, [True] * 3])
     for name in NAMES:
@@ -109,7 +109,7 @@ def test_a_row_with_nothing_to_edit_does_not_disturb_the_others():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_driven_by_hand_give_the_same_and_leave_the_old_state_alone(name):
+def test_denoising_steps_equal_sample_and_do_not_change_the_old_state(name):
     x = torch.randint(0, MASK, (3, 6), generator=torch.Generator().manual_seed(5))
     editable = torch.ones_like(x, dtype=torch.bool)
     editable[1, :4] = False
@@ -132,7 +132,7 @@ def test_steps_driven_by_hand_give_the_same_and_leave_the_old_state_alone(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sample_does_not_depend_on_the_length_behind_it(name):
+def test_a_sample_does_not_depend_on_fixed_positions_to_its_right(name):
     """Fixed positions to the right change neither the draws nor the order, if the model does not look at them."""
 
     def local(z, select):

@@ -105,7 +105,7 @@ def test_draws_by_rejection_have_the_distribution(top_p, temperature, vocab):
 
 @pytest.mark.parametrize("tries", [1, 2, 8])
 def test_the_last_number_always_finds_a_token_of_the_nucleus(tries):
-    """All other numbers point at the least probable token, which is never in the nucleus."""
+    """All other uniform numbers select the least probable token, which is never in the nucleus."""
     logits = torch.tensor([[3.0, 2.0, 1.0, -9.0]]).expand(50, 4)
     u = torch.full((50, tries), 1.0 - 2**-48, dtype=torch.float64)
     u[:, -1] = (torch.arange(50) + 0.5) / 50

@@ -15,7 +15,7 @@ CAPS = [0.0, 0.02, 0.3, 1.0]
 
 
 def chances(step, steps, schedule, cap):
-    """What a step does to a decided and to a masked token: sigma, and the chance to be revealed."""
+    """Return sigma and the reveal probability of a step."""
     sigma, more = remask_probability(torch.tensor([step]), torch.tensor([steps]), schedule, cap)
     return float(sigma[0]), reveal_probability(step, steps, schedule) + float(more[0])
 
@@ -23,7 +23,7 @@ def chances(step, steps, schedule, cap):
 @pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 40])
-def test_the_chances_are_those_of_the_posterior_and_keep_the_marginals(steps, name, cap):
+def test_remasking_probabilities_follow_the_posterior_and_keep_the_marginals(steps, name, cap):
     schedule, share = get_schedule(name), 0.0
     for step in range(steps):
         t, s = 1 - step / steps, 1 - (step + 1) / steps
@@ -39,8 +39,8 @@ def test_the_chances_are_those_of_the_posterior_and_keep_the_marginals(steps, na
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_the_share_that_is_kept_is_that_of_the_schedule(name):
-    """20,000 places in eight steps, cap 0.3: the share that is decided after each step, within five deviations."""
+def test_the_decoded_fraction_follows_the_schedule(name):
+    """20,000 positions in eight steps, cap 0.3: the decoded fraction after each step, within five deviations."""
     shares, moved = [], []
 
     def watch(step, z, fresh):
@@ -67,7 +67,7 @@ def test_the_share_that_is_kept_is_that_of_the_schedule(name):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("block_length", [None, 3])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_with_a_cap_of_nothing_it_is_random_order(schedule, block_length, temperature):
+def test_a_cap_of_0_is_random_order(schedule, block_length, temperature):
     x = torch.randint(0, MASK, (5, 9), generator=torch.Generator().manual_seed(4))
     editable = torch.ones_like(x, dtype=torch.bool)
     editable[:, 0] = editable[3, 5] = False
@@ -82,7 +82,7 @@ def test_with_a_cap_of_nothing_it_is_random_order(schedule, block_length, temper
 
 
 def test_an_exact_denoiser_of_independent_tokens_gives_their_distribution():
-    """Two places of three tokens; each of the nine texts as often as the product of the probabilities says."""
+    """Two positions of three tokens; each of the nine texts has the product of its tokens' probabilities."""
     p = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]], dtype=torch.float64)
 
     def exact(z, select):
@@ -105,13 +105,13 @@ def enumerated(joint, steps, cap):
         after = {}
         for state, weight in states.items():
             moves = []
-            for place, token in enumerate(state):
+            for position, token in enumerate(state):
                 if token is not None:
                     moves.append([(token, 1 - sigma), (None, sigma)])
                     continue
-                other = state[1 - place]
+                other = state[1 - position]
                 marginal = [
-                    sum(q for text, q in joint.items() if text[place] == v and other in (None, text[1 - place]))
+                    sum(q for text, q in joint.items() if text[position] == v and other in (None, text[1 - position]))
                     for v in range(3)
                 ]
                 moves.append([(None, 1 - reveal), *((v, reveal * q / sum(marginal)) for v, q in enumerate(marginal))])
@@ -123,19 +123,19 @@ def enumerated(joint, steps, cap):
 
 @pytest.mark.parametrize("cap", [0.02, 0.5])
 def test_paths_of_dependent_tokens_are_those_of_the_enumeration(cap):
-    """With two tokens that always agree few steps err; the sampler errs as often as the chain that is written out."""
+    """With two tokens that always agree, few steps err; the sampler errs as often as the enumerated chain."""
     joint = {(v, v): q for v, q in enumerate((0.5, 0.3, 0.2))}
     joint |= {(a, b): 1e-4 for a in range(3) for b in range(3) if a != b}
 
     def exact(z, select):
         table = torch.empty(len(z), 2, 3, dtype=torch.float64)
-        for place in range(2):
+        for position in range(2):
             for other in range(4):
                 values = [
-                    sum(q for text, q in joint.items() if text[place] == v and other in (3, text[1 - place]))
+                    sum(q for text, q in joint.items() if text[position] == v and other in (3, text[1 - position]))
                     for v in range(3)
                 ]
-                table[z[:, 1 - place] == other, place] = torch.tensor(values, dtype=torch.float64).log()
+                table[z[:, 1 - position] == other, position] = torch.tensor(values, dtype=torch.float64).log()
         return table.float()[select]
 
     n, steps = 20_000, 4
@@ -150,7 +150,7 @@ def test_paths_of_dependent_tokens_are_those_of_the_enumeration(cap):
 
 
 def test_blocks_take_their_steps_and_are_finished_before_the_next():
-    """Masked again are places of the current block alone; prompts and finished blocks stay, no [MASK] is left."""
+    """Only positions of the current block are remasked; prompts and finished blocks stay; no [MASK] is left."""
     x = torch.randint(0, MASK, (4, 11), generator=torch.Generator().manual_seed(8))
     editable = torch.ones_like(x, dtype=torch.bool)
     editable[:, :2] = editable[1, 6] = False
@@ -176,13 +176,13 @@ def test_blocks_take_their_steps_and_are_finished_before_the_next():
     assert output.steps == 18 and torch.equal(output.sequences[~editable], x[~editable])
     assert not (output.sequences[editable] == MASK).any() and output.edits.tolist() == [0] * 4
     for row in range(4):
-        for place in range(11):
-            last = max((n for n in range(18) if frames[n][row, place] != frames[n + 1][row, place]), default=-1)
-            assert output.committed[row, place] == last
+        for position in range(11):
+            last = max((n for n in range(18) if frames[n][row, position] != frames[n + 1][row, position]), default=-1)
+            assert output.committed[row, position] == last
 
 
-def test_a_complete_text_is_left_alone_and_its_rest_filled():
-    """Ends everywhere: a text is complete once its first place is written, and what was masked behind it is an end."""
+def test_a_complete_text_is_unchanged_and_its_rest_filled_with_eos():
+    """EOS everywhere: a text is complete once its first position is decoded; masked positions after it become EOS."""
     x = torch.zeros(30, 6, dtype=torch.int64)
     frames = []
     output = run(
@@ -202,12 +202,14 @@ def test_a_complete_text_is_left_alone_and_its_rest_filled():
     assert bool((output.committed < 0).any())
 
 
-def test_any_strategy_may_have_a_third_move():
-    """This one masks what it wrote two steps ago, once, and needs a further step for it."""
+def test_any_strategy_may_remask():
+    """This one remasks once what it committed two steps ago, and needs a further step for it."""
 
     class Regretful(LeftToRight):
         def remask(self, view):
-            return torch.ones_like(view.is_masked) & (view.step == 2)[:, None]  # what is no decided place is left out
+            return (
+                torch.ones_like(view.is_masked) & (view.step == 2)[:, None]
+            )  # what is no decided position is left out
 
         def stays(self, view):
             return torch.zeros_like(view.step, dtype=torch.bool)
@@ -230,7 +232,7 @@ def test_any_strategy_may_have_a_third_move():
     assert output.committed.tolist() == [[-1, 3, 4, 2, 5]] and output.sequences[0, 0] == 7
 
 
-def test_values_that_do_not_fit():
+def test_invalid_values():
     for cap in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="remask_cap"):
             get_strategy("remdm", remask_cap=cap)

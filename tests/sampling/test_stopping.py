@@ -12,7 +12,7 @@ NAMES = ["random", "topk", "low_confidence", "margin", "entropy", "confidence_th
 
 
 class Scripted:
-    """A model whose logits depend on the place and on what is decided already; it notes what it is given."""
+    """A model whose logits depend on the position and on the decoded tokens; it records its inputs."""
 
     def __init__(self, seed, length):
         generator = torch.Generator().manual_seed(seed)
@@ -20,10 +20,10 @@ class Scripted:
         self.mix = torch.randn(VOCAB, VOCAB, generator=generator)
         self.calls = []
 
-    def __call__(self, z, place):
-        self.calls.append(place.tolist())
+    def __call__(self, z, position):
+        self.calls.append(position.tolist())
         length = z.shape[1]
-        row, column = place // length, place % length
+        row, column = position // length, position % length
         seen = torch.nn.functional.one_hot(z, VOCAB).float().mean(dim=1) @ self.mix
         return self.table[column] + seen[row]
 
@@ -50,7 +50,7 @@ def run(name, seed, batch, editable, *, eos_ids, block=None, temperature=0.0, st
 
 
 def texts(output, editable):
-    """What stands before the first end, row by row."""
+    """Return the tokens before the first EOS of each row."""
     result = []
     for ids, own in zip(output.sequences.tolist(), editable.tolist(), strict=True):
         written = [token for token, is_own in zip(ids, own, strict=True) if is_own]
@@ -82,7 +82,7 @@ def test_the_text_is_the_one_of_the_full_run(seed, name, block, temperature):
 
 
 class Certain(Scripted):
-    """Writes 3 3 END 4 4 4 …, the surer the further left."""
+    """Predicts 3 3 END 4 4 4 …, with more confidence further left."""
 
     def __init__(self, length, end):
         super().__init__(0, length)
@@ -101,7 +101,7 @@ def certain(editable, end, *, eos_ids, steps):
     return output, model
 
 
-def test_a_row_that_is_finished_is_asked_for_no_more():
+def test_a_finished_row_needs_no_logits():
     editable = torch.ones(2, 8, dtype=torch.bool)
     editable[1, :5] = False  # three tokens to write, without an end
     output, model = certain(editable, 2, eos_ids=(END,), steps=8)
@@ -115,10 +115,10 @@ def test_a_row_that_is_finished_is_asked_for_no_more():
     assert len(model.calls) == 8
 
 
-def test_an_end_is_not_the_end_while_something_before_it_is_open():
+def test_an_eos_after_a_masked_position_does_not_stop_the_row():
     class Backwards(Certain):
-        def __call__(self, z, place):
-            return super().__call__(z, place) * (1 + place[:, None] % z.shape[1])
+        def __call__(self, z, position):
+            return super().__call__(z, position) * (1 + position[:, None] % z.shape[1])
 
     editable = torch.ones(1, 6, dtype=torch.bool)
     model = Backwards(6, 2)
@@ -132,14 +132,14 @@ def test_an_end_is_not_the_end_while_something_before_it_is_open():
 
 
 @pytest.mark.parametrize("given", [3, 5])
-def test_rows_with_given_tokens_behind_go_on(given):
+def test_rows_with_fixed_tokens_after_eos_do_not_stop(given):
     editable = torch.ones(1, 6, dtype=torch.bool)
     editable[0, given] = False
     output, _ = certain(editable, 1, eos_ids=(END,), steps=6)
     assert output.committed[0].ge(0).equal(editable[0])
 
 
-def test_a_given_end_is_none():
+def test_an_eos_in_the_prompt_does_not_stop_the_row():
     editable = torch.ones(1, 5, dtype=torch.bool)
     editable[0, 0] = False
     x = torch.zeros(1, 5, dtype=torch.int64)  # begins with the end-of-text token, as GPT-2's texts do
@@ -149,8 +149,8 @@ def test_a_given_end_is_none():
     assert output.sequences[0].tolist() == [END, 3, 3, END, END]
 
 
-def test_a_penalty_is_taken_from_the_ends_alone():
-    """Greedy, the end wins by 1 nat at one place: it goes to the next best once more than that is taken from it."""
+def test_eos_penalty_changes_eos_logits_only():
+    """Greedy, EOS wins by 1 nat at one position; a larger penalty gives the second best token."""
     table = torch.zeros(3, VOCAB)
     table[0, END], table[0, 5] = 3.0, 2.0
     table[1, 4], table[1, PAD] = 3.0, 2.5
@@ -158,7 +158,7 @@ def test_a_penalty_is_taken_from_the_ends_alone():
 
     def written(penalty):
         output = sample(
-            lambda z, place: table[place % 3],
+            lambda z, position: table[position % 3],
             torch.full((1, 3), 6),
             editable=torch.ones(1, 3, dtype=torch.bool),
             mask_id=MASK,
@@ -189,7 +189,7 @@ def test_a_penalty_makes_the_softmax_of_the_shifted_logits():
     expected = shifted.softmax(dim=1)[0]
     n = 20_000
     output = sample(
-        lambda z, place: logits.expand(len(place), -1),
+        lambda z, position: logits.expand(len(position), -1),
         torch.full((n, 1), 6),
         editable=torch.ones(n, 1, dtype=torch.bool),
         mask_id=MASK,
@@ -208,7 +208,7 @@ def test_a_penalty_makes_the_softmax_of_the_shifted_logits():
     block=st.sampled_from([None, 3]),
 )
 @settings(max_examples=100, deadline=None)
-def test_ends_come_last_where_they_are_to(seed, name, block):
+def test_eos_last_commits_eos_last(seed, name, block):
     """In each step an end is committed only if every other candidate of the block that the model sees is one too, or
     all of those are committed in the same step."""
     editable = torch.ones(1, 9, dtype=torch.bool)

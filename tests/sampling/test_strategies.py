@@ -24,7 +24,7 @@ def test_low_confidence_commits_the_most_confident_first():
     assert output.committed.tolist() == [[2, 0, 1, 1, 0, 2]]
 
 
-def test_random_projects_only_what_it_commits():
+def test_random_needs_logits_only_where_it_commits():
     projected = []
 
     def counting(z, select):
@@ -47,7 +47,7 @@ def test_low_confidence_follows_the_budget_and_breaks_ties_by_position():
 
 
 def test_low_confidence_ranks_by_the_models_own_confidence_under_greedy_filters():
-    """After a filter to one token each would be certain; the order must still be that of the model."""
+    """Filters leave one token of probability 1 at each position; the order is that of the model's probabilities."""
 
     def denoiser(z, select):
         table = torch.zeros(1, 3, V)
@@ -95,7 +95,7 @@ def test_parameters_of_a_strategy():
         get_strategy("margin", measure="entropy")
 
 
-def test_a_step_without_a_budget_asks_for_no_logits():
+def test_a_step_without_budget_needs_no_logits():
     """Cosine, four tokens in nine steps: five steps have nothing to commit."""
     x = torch.zeros(1, 4, dtype=torch.int64)
     schedule = get_schedule("cosine")
@@ -105,7 +105,7 @@ def test_a_step_without_a_budget_asks_for_no_logits():
 
 
 def certain(probabilities):
-    """A denoiser that gives token 2 the stated probability at each position, and shares the rest evenly."""
+    """A denoiser that gives token 2 the stated probability at each position, and other tokens equal ones."""
 
     def denoiser(z, select):
         p = torch.tensor(probabilities, dtype=torch.float64)[None, :, None].expand(len(z), -1, V).clone()
@@ -123,7 +123,7 @@ def committed(probabilities, *, editable=None, **options):
 
 
 def test_confidence_threshold_by_hand():
-    """All that reach 0.9 at once; then one at a time, the surest first."""
+    """All tokens that reach 0.9 at once; then one at a time, the most probable first."""
     output = committed([0.95, 0.5, 0.91, 0.7, 0.3], steps=10, name="confidence_threshold")
     assert output.committed.tolist() == [[0, 2, 0, 1, 3]]
     assert (output.steps, output.nfe) == (4, 4)
@@ -131,7 +131,7 @@ def test_confidence_threshold_by_hand():
     assert loose.committed.tolist() == [[0, 0, 0, 0, 1]]
 
 
-def test_a_threshold_never_outlasts_the_steps():
+def test_a_threshold_finishes_within_the_steps():
     output = committed([0.2, 0.3, 0.4, 0.5, 0.6, 0.7], steps=3, name="confidence_threshold")
     assert output.committed.tolist() == [[2, 2, 1, 1, 0, 0]]
 
@@ -195,7 +195,7 @@ def published_topk(n, steps, scores_at):
 
 @pytest.mark.parametrize(("n", "steps"), [(7, 3), (10, 10), (5, 1), (9, 4), (12, 5)])
 def test_topk_follows_the_published_decoding(n, steps):
-    """Scores that change from step to step, so that decided positions take places of the k lowest."""
+    """Scores that change from step to step, so that decoded positions are among the k lowest."""
     table = torch.rand(steps, n, generator=torch.Generator().manual_seed(n * steps)).double() * 0.8 + 0.1
     calls = []
 

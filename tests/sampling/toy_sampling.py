@@ -22,19 +22,19 @@ def toy(z, select):
 
 
 def relative(z, select):
-    """Logits that depend on the real tokens of a row and on the place among them, not on the padding (id 0)."""
+    """Logits that depend on the real tokens of a row and on the position among them, not on the padding (id 0)."""
     real = z != 0
-    place = real.cumsum(dim=1)
-    value = (z * place * real).sum(dim=1, keepdim=True) % 13
-    table = torch.sin(value[..., None] + place[..., None] * 2.3 + torch.arange(V) * 1.7)
+    position = real.cumsum(dim=1)
+    value = (z * position * real).sum(dim=1, keepdim=True) % 13
+    table = torch.sin(value[..., None] + position[..., None] * 2.3 + torch.arange(V) * 1.7)
     return table[select]
 
 
 def by_selection(denoiser):
-    """Make of a function of a boolean selection what the sampler calls, which gets flat places."""
+    """Make of a function of a boolean selection what the sampler calls, which gets flat positions."""
 
-    def call(z, place):
-        select = torch.zeros(z.numel(), dtype=torch.bool).index_fill(0, place, True).view_as(z)
+    def call(z, position):
+        select = torch.zeros(z.numel(), dtype=torch.bool).index_fill(0, position, True).view_as(z)
         return denoiser(z, select)
 
     return call
@@ -71,7 +71,7 @@ class LeftToRight:
 
 
 def ragged(seed, share):
-    """Return four rows, padded at the left, with a share of places to fill, and where in them each row is."""
+    """Return four rows, padded at the left, with a share of positions to fill, and where in them each row is."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 12, (4,), generator=generator).tolist()
     longest = max(lengths)
