@@ -113,7 +113,7 @@ class AdapterSetup:
         lacking = vocabulary.untrained(rows)
         if self.model_args.resize_vocab and num_embeddings(model) > rows:
             # LLaMA-Factory has initialised the embeddings it added, except those of [MASK] and padding.
-            ours = {vocabulary.mask.token, *vocabulary.pads}
+            ours = {vocabulary.mask.token, *vocabulary.pad_tokens}
             lacking = {token: i for token, i in lacking.items() if token in ours or i >= num_embeddings(model)}
         if lacking:
             logger.info_rank0(

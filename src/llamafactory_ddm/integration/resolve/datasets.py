@@ -84,7 +84,7 @@ def _load_rows(
 
 
 def _control_tokens(plan: RunPlan) -> list[str]:
-    return control_texts(plan.tokenizer, [plan.vocabulary.mask.token, *plan.vocabulary.pads])
+    return control_texts(plan.tokenizer, [plan.vocabulary.mask.token, *plan.vocabulary.pad_tokens])
 
 
 def _check_loaded(

@@ -62,13 +62,13 @@ class Vocabulary:
 
     Attributes:
         mask: the mask token.
-        pads: spellings of the padding tokens of the variable-length format.
+        pad_tokens: spellings of the padding tokens of the variable-length format.
         additions: the tokens that the run has added.
         role_ids: id of each token with a role: mask, padding, EOS and BOS. Each needs an embedding.
     """
 
     mask: ResolvedMaskToken
-    pads: tuple[str, ...]
+    pad_tokens: tuple[str, ...]
     additions: Additions
     role_ids: dict[str, int]
 
@@ -86,7 +86,7 @@ class Vocabulary:
 
     def alternative(self, tokens: Iterable[str]) -> str:
         """Return the alternative to adding new tokens, for messages."""
-        is_pad = not {*self.pads}.isdisjoint(tokens)
+        is_pad = not {*self.pad_tokens}.isdisjoint(tokens)
         return "use existing tokens" + ("; variable_length: eos_eos needs no padding token" if is_pad else "")
 
 
@@ -153,14 +153,14 @@ def resolve_vocabulary(
     add_mask_token(tokenizer, mask)
     additions.record(tokenizer, "mask_token")
     stored = None if config is None else config.variable_length
-    pads = () if stored is None else stored.pad_tokens
+    pad_tokens = () if stored is None else stored.pad_tokens
     if lengths is not None:
-        pads = pad_names(tokenizer, lengths.format, lengths.colors, stored)
-    add_pad_tokens(tokenizer, pads)
+        pad_tokens = pad_names(tokenizer, lengths.format, lengths.colors, stored)
+    add_pad_tokens(tokenizer, pad_tokens)
     additions.record(tokenizer, "variable_length")
     roles = {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token} - {None}
-    role_ids = {str(token): int(tokenizer.convert_tokens_to_ids(token)) for token in sorted({*pads, *roles})}
-    return Vocabulary(mask, pads, additions, {mask.token: mask.id, **role_ids})
+    role_ids = {str(token): int(tokenizer.convert_tokens_to_ids(token)) for token in sorted({*pad_tokens, *roles})}
+    return Vocabulary(mask, pad_tokens, additions, {mask.token: mask.id, **role_ids})
 
 
 def check_new_tokens(
