@@ -1,7 +1,7 @@
-"""What PyTorch's entry-point autoload calls at the end of `import torch`; it must never break that import.
+"""Activation of the plugin by PyTorch's entry points at the end of `import torch`; it must never break that import.
 
-Nothing is imported here but the standard library: `activate` leaves one finder behind, which acts when
-LLaMA-Factory's own modules load. Modules that are loaded already are patched at once.
+Only the standard library is imported here. `activate` installs an import finder, which runs a hook after each of the
+modules in `HOOKS` is loaded; modules that are loaded already are patched at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from . import _errors
 
-# Module of LLaMA-Factory -> function of ours, as module:name, that is called with it once it is loaded.
+# LLaMA-Factory's module -> the function, as module:name, that is called with it after it is loaded.
 HOOKS = {
     "llamafactory.hparams.parser": "llamafactory_ddm.integration.patches.table:after_parser",
     "llamafactory.train.tuner": "llamafactory_ddm.integration.patches.table:after_tuner",
@@ -25,11 +25,11 @@ HOOKS = {
     "llamafactory.v1.launcher": "llamafactory_ddm.integration.patches.table:after_v1_launcher",
 }
 DISABLE = "LLAMAFACTORY_DDM_DISABLE"
-_said: set[str] = set()
+_printed: set[str] = set()
 
 
 def activate() -> None:
-    """Watch for LLaMA-Factory's modules. Never raises; a failure is one line on stderr."""
+    """Install the import finder. Never raises; a failure is one line on stderr."""
     try:
         if disabled() or any(isinstance(f, _Finder) for f in sys.meta_path):
             return
@@ -40,7 +40,7 @@ def activate() -> None:
             if module is None:
                 continue
             if getattr(getattr(module, "__spec__", None), "_initializing", False):
-                # Its loader is at work already, so nothing would tell when it is done.
+                # It is being loaded without the finder, so no hook would run after it.
                 not_active(f"{name} was imported before torch; import torch first")
             else:
                 _call_hook(module)
@@ -49,15 +49,15 @@ def activate() -> None:
 
 
 def disabled() -> bool:
-    """Tell whether the user has switched the plugin off."""
+    """Tell whether the user has disabled the plugin."""
     return os.environ.get(DISABLE, "").lower() in ("1", "true", "yes")
 
 
 def not_active(reason: object) -> None:
-    """Say in one line, once, why the plugin does nothing."""
+    """Print once, in one line, why the plugin is not active."""
     line = f"[llamafactory_ddm] NOT ACTIVE: {' '.join(str(reason).split()) or type(reason).__name__}"
-    if line not in _said:
-        _said.add(line)
+    if line not in _printed:
+        _printed.add(line)
         print(line, file=sys.stderr)
 
 
@@ -70,7 +70,7 @@ def _call_hook(module: ModuleType) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the watched modules by the other finders, and has its loader report when they are loaded."""
+    """Finds the modules in `HOOKS` through the other finders, and wraps their loaders in `_Loader`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -88,7 +88,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The real loader, and then the hook."""
+    """Loads a module with its real loader, then calls its hook."""
 
     def __init__(self, real: Any) -> None:
         self._real = real

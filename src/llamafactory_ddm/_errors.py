@@ -1,7 +1,7 @@
-"""How a command ends on a mistake of its user: one line, the traceback behind an environment variable.
+"""Errors of users' input on the command line: one line, with the traceback on request (an environment variable).
 
-Standard library only: the hook is set while `import torch` runs. It is `sys.excepthook`, which sees what nobody has
-caught, and is set in LLaMA-Factory's commands and torchrun alone; whoever calls `run_exp` gets the exception.
+`sys.excepthook` is replaced, which handles uncaught exceptions, in LLaMA-Factory's commands and torchrun only; a
+Python caller of `run_exp` gets the exception. Only the standard library is imported, as `import torch` runs this code.
 """
 
 from __future__ import annotations
@@ -15,71 +15,71 @@ from types import TracebackType
 
 TRACEBACK = "LLAMAFACTORY_DDM_TRACEBACK"
 _COMMANDS = ("llamafactory-cli", "lmf", "llamafactory-ddm", "torchrun")
-_MODULES = ("cli", "launcher", "_launcher")  # of python -m llamafactory.cli, and what torchrun's children run
-# Where an error is about what the user wrote: below them, in torch say, a ValueError is a fault of the program.
-_ABOUT_INPUT = (
+_MODULES = ("cli", "launcher", "_launcher")  # python -m llamafactory.cli, and the scripts that torchrun starts
+# Packages whose ValueErrors concern the user's input; in others, such as torch, they are faults of the program.
+_INPUT_PACKAGES = (
     *("llamafactory_ddm", "llamafactory", "transformers", "datasets", "peft", "accelerate", "huggingface_hub"),
     *("omegaconf", "yaml", "argparse", "json", "pathlib"),
 )
-_OF_LAUNCHER = ("ChildFailedError", "SignalException")  # torchrun's, of what its children have said already
-_PATIENCE = 10.0  # seconds in which the launcher ends the other processes once one has failed
+_LAUNCHER_ERRORS = ("ChildFailedError", "SignalException")  # of torchrun, whose processes have reported the cause
+_GRACE_SECONDS = 10.0  # within which the launcher ends the other processes after one has failed
 
 Hook = Callable[[type[BaseException], BaseException, "TracebackType | None"], None]
-_before: Hook | None = None
-_how_to_go_on: Callable[[], str] | None = None
+_original_hook: Hook | None = None
+_resume_hint: Callable[[], str] | None = None
 
 
 def install() -> None:
-    """Have this process, if it is one of the commands, end in one line; doing so again changes nothing."""
-    global _before
-    if _before is None and _is_command(sys.argv):
-        _before, sys.excepthook = sys.excepthook, _end
+    """Replace `sys.excepthook` if this process is one of the commands; a second call changes nothing."""
+    global _original_hook
+    if _original_hook is None and _is_command(sys.argv):
+        _original_hook, sys.excepthook = sys.excepthook, _report
 
 
 def uninstall() -> None:
-    """Put back what handled uncaught exceptions before."""
-    global _before
-    if _before is not None:
-        sys.excepthook, _before = _before, None
+    """Restore the original `sys.excepthook`."""
+    global _original_hook
+    if _original_hook is not None:
+        sys.excepthook, _original_hook = _original_hook, None
 
 
-def when_interrupted(say: Callable[[], str] | None) -> None:
-    """Set what a run that is interrupted from the keyboard says about going on."""
-    global _how_to_go_on
-    _how_to_go_on = say
+def when_interrupted(resume_hint: Callable[[], str] | None) -> None:
+    """Set the function that returns, for a run interrupted from the keyboard, how to resume it."""
+    global _resume_hint
+    _resume_hint = resume_hint
 
 
 def message(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> str | None:
-    """Return the one line for an exception that nobody caught, or None where the traceback is to be shown."""
+    """Return the line that reports an uncaught exception, or None if the traceback is to be shown."""
     if os.environ.get(TRACEBACK, "").lower() in ("1", "true", "yes"):
         return None
-    names = {one.__name__ for one in kind.__mro__}
-    ours = _of_a_diffusion_run()
+    names = {base.__name__ for base in kind.__mro__}
+    is_diffusion_run = _is_diffusion_run()
     if issubclass(kind, KeyboardInterrupt):
-        return f"interrupted. {_how_to_go_on() if _how_to_go_on else ''}".rstrip() if ours else None
-    if names & set(_OF_LAUNCHER) or "CalledProcessError" in names:
-        return "the run ended with an error, which is said above" if ours else None
+        return f"interrupted. {_resume_hint() if _resume_hint else ''}".rstrip() if is_diffusion_run else None
+    if names & set(_LAUNCHER_ERRORS) or "CalledProcessError" in names:
+        return "the run ended with the error above" if is_diffusion_run else None
     about_input = issubclass(kind, (ValueError, OSError)) or names & {
         *("NotBidirectionalError", "YAMLError", "OmegaConfBaseException", "ImportError"),
     }
     package = _package(frames)
-    if not about_input or not (package == "llamafactory_ddm" or (ours and _is_about_input(kind, package))):
+    if not about_input or not (package == "llamafactory_ddm" or (is_diffusion_run and _is_about_input(kind, package))):
         return None
     text = " ".join(str(error).split()) or kind.__name__
     return f"{text}  [{TRACEBACK}=1 shows where]"
 
 
-def _end(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
+def _report(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
     try:
         line = message(kind, error, frames)
-    except Exception:  # noqa: BLE001 - whatever goes wrong in explaining, the error itself is shown
+    except Exception:  # noqa: BLE001 - the error itself is shown, whatever fails in reporting it
         line = None
     if line is None:
-        (_before or sys.__excepthook__)(kind, error, frames)
+        (_original_hook or sys.__excepthook__)(kind, error, frames)
         return
     if os.environ.get("RANK", "0") != "0":
-        # A mistake that all processes find is said by the first, and the launcher ends the others.
-        time.sleep(_PATIENCE)
+        # The first process reports an error that all processes have, and the launcher ends the others.
+        time.sleep(_GRACE_SECONDS)
     if Path(sys.argv[0]).stem != "torchrun":
         sys.stderr.write(f"\n{line}\n" if issubclass(kind, KeyboardInterrupt) else f"\nerror: {line}\n")
 
@@ -90,14 +90,14 @@ def _is_command(argv: list[str]) -> bool:
     return name in _COMMANDS or (name in _MODULES and program.parent.name in ("llamafactory", "llamafactory_ddm"))
 
 
-def _of_a_diffusion_run() -> bool:
+def _is_diffusion_run() -> bool:
     from .integration.patches.wrappers import names_our_stage
 
-    return _how_to_go_on is not None or names_our_stage(sys.argv[1:])
+    return _resume_hint is not None or names_our_stage(sys.argv[1:])
 
 
 def _is_about_input(kind: type[BaseException], package: str) -> bool:
-    return issubclass(kind, (OSError, ImportError)) or package in _ABOUT_INPUT
+    return issubclass(kind, (OSError, ImportError)) or package in _INPUT_PACKAGES
 
 
 def _package(frames: TracebackType | None) -> str:

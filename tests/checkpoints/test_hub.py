@@ -1,4 +1,4 @@
-"""A diffusion model or adapter on a hub becomes the folder it is downloaded to, and anything else is left alone."""
+"""A diffusion model or adapter on the Hub becomes its downloaded folder, and any other name is unchanged."""
 
 import os
 import subprocess
@@ -16,9 +16,9 @@ from support.published import in_hub, write_dream, write_llada
 
 @pytest.fixture
 def downloads(monkeypatch):
-    """What is asked of the hub, without asking it."""
+    """The downloads that are requested from the Hub; none is made."""
     calls = []
-    monkeypatch.setattr(hub, "snapshot_download", lambda *words, **keys: calls.append(words))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: calls.append(args))
     return calls
 
 
@@ -36,7 +36,7 @@ def test_folders_and_other_models_stay_as_they_are(tmp_path, downloads):
 
 def test_only_what_looks_like_a_name_is_looked_up(tmp_path, monkeypatch):
     names = []
-    monkeypatch.setattr(hub, "cached_file", lambda name, *words, **keys: names.append(name))
+    monkeypatch.setattr(hub, "cached_file", lambda name, *args, **kwargs: names.append(name))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for name in ("./x", "/x", "~/x", "a/b/c", "data/x", "gpt2", "owner/model"):
@@ -52,13 +52,13 @@ def test_a_published_family_is_found_by_its_config(write, tmp_path):
 
 
 def test_a_download_in_the_usual_cache_goes_by_its_name(tmp_path, monkeypatch):
-    """A model that is trained from it names the hub, unless a run would look for it elsewhere."""
+    """An adapter records the Hub name, unless the download is not in the usual cache."""
     (tmp_path / "diffusion_config.json").write_text("{}")
-    cache, snapshot = in_hub(tmp_path / "hub", "owner/ours", [tmp_path / "diffusion_config.json"])
-    assert local_folder("owner/ours", download_dir=str(cache)) == str(snapshot)
+    cache, snapshot = in_hub(tmp_path / "hub", "owner/model", [tmp_path / "diffusion_config.json"])
+    assert local_folder("owner/model", download_dir=str(cache)) == str(snapshot)
     assert origin_of(snapshot) == str(snapshot)  # not the usual cache
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(cache))
-    assert origin_of(snapshot) == "owner/ours"
+    assert origin_of(snapshot) == "owner/model"
     older = snapshot.with_name("another")
     older.mkdir()
     assert origin_of(older) == str(older)
@@ -66,53 +66,53 @@ def test_a_download_in_the_usual_cache_goes_by_its_name(tmp_path, monkeypatch):
 
 
 def test_its_own_folder_alone_is_downloaded(tmp_path, monkeypatch):
-    """Neither checkpoints within it, nor code, nor both kinds of weights."""
+    """Neither checkpoints in subfolders, nor code, nor both kinds of weights."""
     (tmp_path / "diffusion_config.json").write_text("{}")
-    cache, snapshot = in_hub(tmp_path / "hub", "owner/ours", [tmp_path / "diffusion_config.json"])
+    cache, snapshot = in_hub(tmp_path / "hub", "owner/model", [tmp_path / "diffusion_config.json"])
     listed = ["diffusion_config.json", "merges.txt", "vocab.json", "chat_template.jinja", "model.safetensors"]
-    wanted = [*listed]
+    needed = [*listed]
     listed += ["README.md", "modeling_llada.py", "pytorch_model.bin", "training_args.bin"]
     listed += ["checkpoint-5/model.safetensors", "checkpoint-5/optimizer.bin", "checkpoint-5/config.json"]
-    fetched, where = [], {}
+    downloaded, options = [], {}
 
-    def download(name, *, allow_patterns, ignore_patterns, **keys):
-        where.update(keys)
+    def download(name, *, allow_patterns, ignore_patterns, **kwargs):
+        options.update(kwargs)
         files = list(filter_repo_objects(listed, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
-        fetched.append(files)
+        downloaded.append(files)
         for file in files:
             (snapshot / file).touch()
         return str(snapshot)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    local_folder("owner/ours", revision="main", download_dir=str(cache), token="secret")
-    assert fetched == [wanted]
-    assert where == {"revision": "main", "cache_dir": str(cache), "token": "secret"}
-    fetched.clear()
+    local_folder("owner/model", revision="main", download_dir=str(cache), token="secret")
+    assert downloaded == [needed]
+    assert options == {"revision": "main", "cache_dir": str(cache), "token": "secret"}
+    downloaded.clear()
     listed.remove("model.safetensors")
     (snapshot / "model.safetensors").unlink()
-    local_folder("owner/ours", download_dir=str(cache))
-    assert fetched[1:] == [["pytorch_model.bin"]]
+    local_folder("owner/model", download_dir=str(cache))
+    assert downloaded[1:] == [["pytorch_model.bin"]]
 
 
 def test_a_download_that_fails_is_an_error(tmp_path, monkeypatch):
     published = write_llada(tmp_path / "LLaDA-mini")
     cache, _ = in_hub(tmp_path / "hub", "owner/LLaDA-mini", [published / "config.json"])
-    monkeypatch.setattr(hub, "snapshot_download", lambda *words, **keys: (_ for _ in ()).throw(OSError("no line")))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no line")))
     with pytest.raises(ValueError, match=r"owner/LLaDA-mini .*\(no line\)"):
         local_folder("owner/LLaDA-mini", download_dir=str(cache))
 
 
 @pytest.mark.slow
 def test_by_name_from_the_shell(tmp_path):
-    """HF_HOME says where the hub's files lie."""
+    """HF_HOME is the folder of the Hub's cache."""
     published = write_llada(tmp_path / "LLaDA-mini")
     files = [path for path in published.iterdir() if path.suffix != ".py"]
     in_hub(tmp_path / "home" / "hub", "owner/LLaDA-mini", files)
     before = {path: path.stat().st_mtime_ns for path in Path(tmp_path / "home").rglob("*")}
     env = {key: value for key, value in os.environ.items() if key != "HF_HUB_CACHE"}
-    words = ["generate", "owner/LLaDA-mini", "--max-new-tokens", "3", "--steps", "3"]
+    argv = ["generate", "owner/LLaDA-mini", "--max-new-tokens", "3", "--steps", "3"]
     done = subprocess.run(
-        [sys.executable, "-m", "llamafactory_ddm.cli.main", *words],
+        [sys.executable, "-m", "llamafactory_ddm.cli.main", *argv],
         env={**env, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -121,5 +121,5 @@ def test_by_name_from_the_shell(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "custom code" not in done.stdout + done.stderr
-    written = {path for path in Path(tmp_path / "home").rglob("*") if path.is_file()} - before.keys()
-    assert not [path for path in written if path.suffix == ".safetensors"]  # no second copy
+    new_files = {path for path in Path(tmp_path / "home").rglob("*") if path.is_file()} - before.keys()
+    assert not [path for path in new_files if path.suffix == ".safetensors"]  # no second copy

@@ -59,7 +59,7 @@ def test_a_variable_shows_the_traceback(diffusion_command, monkeypatch):
 
 def test_errors_of_other_stages_are_unchanged(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/bin/llamafactory-cli", "stage=sft"])
-    monkeypatch.setattr(_errors, "_how_to_go_on", None)
+    monkeypatch.setattr(_errors, "_resume_hint", None)
     assert message_of(raise_in("llamafactory", ValueError("x"))) is None
     assert message_of(raise_in("builtins", KeyboardInterrupt())) is None
     # An error that this package raises in another stage is a mistake, too.
@@ -84,7 +84,7 @@ def test_errors_of_other_stages_are_unchanged(monkeypatch):
 def test_the_hook_is_for_the_commands_only(program, is_hooked, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program])
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    monkeypatch.setattr(_errors, "_before", None)
+    monkeypatch.setattr(_errors, "_original_hook", None)
     _errors.install()
     assert (sys.excepthook is not sys.__excepthook__) == is_hooked
     _errors.uninstall()

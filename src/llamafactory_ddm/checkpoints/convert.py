@@ -1,4 +1,4 @@
-"""Conversion of published checkpoints to ordinary Hugging Face folders with diffusion_config.json, and back."""
+"""Conversion of published checkpoints to plain Hugging Face folders with diffusion_config.json, and back."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def convert(
     pad_token: str | None = None,
     shift: bool = True,
 ) -> None:
-    """Convert `source` to the new folder `target`, which appears when it is complete.
+    """Convert `source` to the new folder `target`, which appears only once it is complete.
 
     Args:
-        source: a published checkpoint, or with `to_published` an ordinary one; a model or a LoRA adapter.
-        target: folder of the result; it must not exist or be empty.
-        base: folder or name of the base model, for a config or tokenizer that `source` lacks.
+        source: a published checkpoint, or with `to_published` a plain one; a model or a LoRA adapter.
+        target: folder of the result; it must be absent or empty.
+        base: folder or name of the base model, whose config or tokenizer is used where `source` has none.
         to_published: write the published layout.
         mask_token: spelling or id of [MASK]; by default that of the published model.
-        sep_token: spelling or id of the token between prompt and response; the same default.
-        pad_token: spelling or id of padding; the same default.
+        sep_token: spelling or id of the token between prompt and response; by default as for `mask_token`.
+        pad_token: spelling or id of the padding token; by default as for `mask_token`.
         shift: whether logits at i predict token i + 1.
     Raises:
         ValueError: if a file is missing or broken, the weights do not fit the model, the mask token is unknown, or
-            `target` exists.
+            `target` is not empty.
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder; check the path (it is relative to {Path.cwd()})")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists already; name a folder that does not")
+        raise ValueError(f"{target} exists and is not an empty folder; name a new folder")
     verify_checkpoint(source)
     with new_folder(target) as scratch:
         if (source / ADAPTER_CONFIG).is_file():
@@ -78,11 +78,11 @@ def _convert_model(
     published = layout or family
     if to_published and published is not None:
         name = published.title if isinstance(published, type) else published.name
-        raise ValueError(f"{source} has the layout of {name} already")
+        raise ValueError(f"--published: {source} has the published layout of {name} already; leave it as it is")
     target_family = None
     if to_published and diffusion_config is not None:
         target_family = family_of_converted(config.model_type, diffusion_config.shift)
-    target_layout = _published_layout(config, target_family) if to_published else None
+    target_layout = _target_layout(config, target_family) if to_published else None
     num_embeddings = stored_num_embeddings(source, layout) or int(config.vocab_size)
     config.vocab_size = num_embeddings
     check_keys(source, layout, config)
@@ -97,14 +97,15 @@ def _convert_model(
     if diffusion_config is not None:
         check_options(diffusion_config, tokenizer, tokens, shift)
     else:
-        diffusion_config = described_by_table(config, num_embeddings, tokenizer, tokens, shift, layout)
+        diffusion_config = config_from_table(config, num_embeddings, tokenizer, tokens, shift, layout)
     if diffusion_config.mask_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"mask_token": diffusion_config.mask_token})
     mask_id = tokenizer.convert_tokens_to_ids(diffusion_config.mask_token)
     if mask_id != diffusion_config.mask_token_id:
         raise ValueError(
-            f"the tokenizer gives the mask token {diffusion_config.mask_token!r} the id {mask_id}, the weights were "
-            f"trained with {diffusion_config.mask_token_id}; name the model that they were trained from with --base"
+            f"the tokenizer gives the mask token {diffusion_config.mask_token!r} the id {mask_id}, but the weights "
+            f"were trained with id {diffusion_config.mask_token_id}; name the model that they were trained from with "
+            "--base"
         )
     tokenizer.save_pretrained(scratch)
     with_start_and_end(diffusion_config, tokenizer).save(scratch)
@@ -113,36 +114,39 @@ def _convert_model(
         (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def _published_layout(config: Any, family: type[ModelFamily] | None) -> AnyLayout | None:
-    """Return the published layout of such models; None if its names are those of the transformers model.
+def _target_layout(config: Any, family: type[ModelFamily] | None) -> AnyLayout | None:
+    """Return the published layout of a model; None if its weights have the names of the transformers model.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no such model was published.
     """
     if family is not None:
         return family.weight_names
     if config.model_type not in LAYOUTS:
-        raise ValueError(f"no {config.model_type} model was published in another layout; {', '.join(LAYOUTS)} were")
+        raise ValueError(
+            f"--published: model_type {config.model_type} has no published layout; it must be one of "
+            f"{', '.join(LAYOUTS)}, or of a registered family (name its module with --plugins)"
+        )
     return LAYOUTS[config.model_type]
 
 
 def _output_differs(source: Path, layout: AnyLayout | None) -> bool:
     """Tell whether the files hold an output embedding that differs from the input embedding."""
-    names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
+    input_names = {published.embedding + "weight" for published in LAYOUTS.values()}
     embeddings: dict[str, Tensor] = {}
     for path in weight_files(source):
         for key in keys_of(path):
             standard = key if layout is None else layout.to_standard(key)
-            if standard in names or standard == "lm_head.weight":
+            if standard in input_names or standard == "lm_head.weight":
                 embeddings["out" if standard == "lm_head.weight" else "in"] = read_weight(path, key)
     return len(embeddings) == 2 and not torch.equal(embeddings["in"], embeddings["out"])
 
 
 def source_config(source: Path, base: str | Path | None) -> Any:
-    """Return the config of an ordinary model: from `base` where that is given, unless `source` is of a family.
+    """Return the transformers config of `source`: that of its family, else from `base` if given, else its own.
 
     Raises:
-        ValueError: if there is none of a known model.
+        ValueError: if there is no config.json that transformers can load.
     """
     raw = raw_config(source)
     family = detect_family(raw)
@@ -153,13 +157,13 @@ def source_config(source: Path, base: str | Path | None) -> Any:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} has no config.json of a known model ({first_line(error)}); name the model that the weights "
-            "were trained from with --base, such as gpt2-medium or a folder"
+            f"{folder} has no config.json that transformers can load ({first_line(error)}); name the model that the "
+            "weights were trained from with --base, such as gpt2-medium or a folder"
         ) from error
 
 
 def source_tokenizer(source: Path, base: str | Path | None) -> Any:
-    """Return the tokenizer in `source`, or that of `base` where it has none.
+    """Return the tokenizer in `source`, or that of `base` if `source` has none.
 
     Raises:
         ValueError: if neither has one.
@@ -171,90 +175,92 @@ def source_tokenizer(source: Path, base: str | Path | None) -> Any:
 def _config_of_family(
     source: Path, family: type[ModelFamily], tokenizer: Any, tokens: dict[str, str | None]
 ) -> DiffusionConfig:
-    """Return the diffusion config of a published model; --mask-token counts where the tokenizer lacks its mask.
+    """Return the diffusion config of a published model; --mask-token is for a mask that the tokenizer lacks.
 
     Raises:
-        ValueError: if nothing names a mask token of the tokenizer.
+        ValueError: if neither config.json nor --mask-token names a token of the tokenizer.
     """
-    raw, option = raw_config(source), tokens["mask_token"]
+    raw, mask_token = raw_config(source), tokens["mask_token"]
     mask_id = raw.get("mask_token_id")
     is_known = mask_id is not None and tokenizer.convert_ids_to_tokens(int(mask_id)) is not None
-    if option is not None and not is_known:
-        raw["mask_token_id"] = resolve_token(tokenizer, "--mask-token", option)[1]
+    if mask_token is not None and not is_known:
+        raw["mask_token_id"] = resolve_token(tokenizer, "--mask-token", mask_token)[1]
     return family.diffusion_config(raw, tokenizer)
 
 
-def check_options(described: DiffusionConfig, tokenizer: Any, tokens: dict[str, str | None], shift: bool) -> None:
-    """Compare the options of a conversion with the checkpoint's own config, and set the padding token.
+def check_options(
+    diffusion_config: DiffusionConfig, tokenizer: Any, tokens: dict[str, str | None], shift: bool
+) -> None:
+    """Check the options of a conversion against the checkpoint's diffusion config, and set the padding token.
 
     Raises:
-        ValueError: if an option contradicts it, naming the option.
+        ValueError: if an option contradicts the config, naming the option.
     """
-    if not shift and described.shift:
+    if not shift and diffusion_config.shift:
         raise ValueError("--no-shift contradicts the checkpoint, whose logits at i predict token i + 1; remove it")
-    stored = {"mask": described.mask_token_id, "sep": described.sep_token_id}
+    stored = {"mask": diffusion_config.mask_token_id, "sep": diffusion_config.sep_token_id}
     for name, token_id in stored.items():
-        option, asked = f"--{name}-token", tokens[f"{name}_token"]
-        if asked is not None and resolve_token(tokenizer, option, asked)[1] != token_id:
-            raise ValueError(f"{option} {asked} contradicts the checkpoint, whose token has id {token_id}; remove it")
+        option, token = f"--{name}-token", tokens[f"{name}_token"]
+        if token is not None and resolve_token(tokenizer, option, token)[1] != token_id:
+            raise ValueError(f"{option} {token} contradicts the checkpoint, whose token has id {token_id}; remove it")
     if tokens["pad_token"] is not None:
         tokenizer.pad_token = resolve_token(tokenizer, "--pad-token", tokens["pad_token"])[0]
 
 
-def described_by_table(
+def config_from_table(
     config: Any,
-    rows: int,
+    num_embeddings: int,
     tokenizer: Any,
     tokens: dict[str, str | None],
     shift: bool,
     layout: AnyLayout | None,
 ) -> DiffusionConfig:
-    """Return the diffusion config from the table of published models and the user's tokens.
+    """Return the diffusion config of a model in the table of published models, changed by the user's options.
 
-    DiffuGPT is recognised by its layout. DiffuLLaMA was published in the layout of any Llama, so every Llama with as
-    many embeddings counts as DiffuLLaMA.
+    DiffuGPT is recognised by its layout. DiffuLLaMA was published in the layout of any Llama, so every Llama with the
+    same number of embeddings counts as DiffuLLaMA.
 
     Raises:
         ValueError: if the mask token is unknown.
     """
-    known = None
+    published = None
     if layout is not None or config.model_type == "llama":
-        known = published_config(config.model_type, rows, tokenizer)
-    if known is None and tokens["mask_token"] is None:
+        published = published_config(config.model_type, num_embeddings, tokenizer)
+    if published is None and tokens["mask_token"] is None:
         raise ValueError(
-            f"nothing says which token is the mask of this {config.model_type} model of {rows} embeddings; name it "
+            f"the mask token of this {config.model_type} model with {num_embeddings} embeddings is unknown; name it "
             "with --mask-token (and --sep-token)"
         )
-    mask: tuple[str, int] = ("", 0) if known is None else (known.mask_token, known.mask_token_id)
+    mask: tuple[str, int] = ("", 0) if published is None else (published.mask_token, published.mask_token_id)
     if tokens["mask_token"] is not None:
         mask = resolve_token(tokenizer, "--mask-token", tokens["mask_token"])
-    described = replace(
-        known or DiffusionConfig(mask[0], mask[1], shift, "masked", 0.0, "linear", 1.0),
+    diffusion_config = replace(
+        published or DiffusionConfig(mask[0], mask[1], shift, "masked", 0.0, "linear", 1.0),
         mask_token=mask[0],
         mask_token_id=mask[1],
         shift=shift,
     )
     if tokens["sep_token"] is not None:
         sep = resolve_token(tokenizer, "--sep-token", tokens["sep_token"])
-        described = replace(described, sep_token=sep[0], sep_token_id=sep[1])
+        diffusion_config = replace(diffusion_config, sep_token=sep[0], sep_token_id=sep[1])
     if tokens["pad_token"] is not None:
         tokenizer.pad_token = resolve_token(tokenizer, "--pad-token", tokens["pad_token"])[0]
-    elif known is not None:
-        set_published_padding(config.model_type, rows, tokenizer)
-    return described
+    elif published is not None:
+        set_published_padding(config.model_type, num_embeddings, tokenizer)
+    return diffusion_config
 
 
 def convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_published: bool) -> None:
     """Convert the adapter in the folder `source` to the folder `scratch`; the other arguments are those of `convert`.
 
     Raises:
-        ValueError: if its weights do not fit its settings, its diffusion config is unknown, or it has no published
-            layout.
+        ValueError: if its weights do not fit its adapter_config.json, its diffusion config is unknown, or it has no
+            published layout.
     """
     keys = [key for path in weight_files(source) for key in keys_of(path)]
     layout = layout_of(keys)
     if to_published and layout is not None:
-        raise ValueError(f"{source} has the layout of {layout.name} already")
+        raise ValueError(f"--published: {source} has the published layout of {layout.name} already; leave it as it is")
     settings = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if base is not None:
         settings["base_model_name_or_path"] = str(base)
@@ -264,24 +270,24 @@ def convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_pub
     rename = renamer(layout, _adapter_layout(keys) if to_published else None)
     write_weights(source, scratch, rename)
     (scratch / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    described = DiffusionConfig.find(source)
-    if described is None and base is not None:
-        described = DiffusionConfig.find(base)
-    if described is None:
+    diffusion_config = DiffusionConfig.find(source)
+    if diffusion_config is None and base is not None:
+        diffusion_config = DiffusionConfig.find(base)
+    if diffusion_config is None:
         raise ValueError(
-            "nothing says which diffusion model this adapter belongs to: convert that first, and name the result with "
-            "--base"
+            f"{source} holds no diffusion_config.json, and neither does --base; convert the model that the adapter "
+            "was trained on first, and name the result with --base"
         )
-    described.save(scratch)
+    diffusion_config.save(scratch)
     if (source / "tokenizer_config.json").is_file():
         source_tokenizer(source, None).save_pretrained(scratch)
 
 
 def _check_adapter_kind(source: Path, base: str, keys: list[str]) -> None:
-    """Refuse an adapter of LLaDA or Dream, which have no published layout for adapters.
+    """Check that an adapter does not belong to a family such as LLaDA or Dream, which published no adapters.
 
     Raises:
-        ValueError: if it is one, with what to do.
+        ValueError: if it does.
     """
     config = DiffusionConfig.find(source)
     raw = raw_config(base)
@@ -296,8 +302,11 @@ def _check_adapter_kind(source: Path, base: str, keys: list[str]) -> None:
 
 
 def _adapter_layout(keys: list[str]) -> Layout:
-    kinds = {"gpt2": "base_model.model.transformer.h.", "llama": "base_model.model.model.layers."}
-    for kind, prefix in kinds.items():
+    prefixes = {"gpt2": "base_model.model.transformer.h.", "llama": "base_model.model.model.layers."}
+    for model_type, prefix in prefixes.items():
         if any(key.startswith(prefix) for key in keys):
-            return LAYOUTS[kind]
-    raise ValueError("this adapter belongs to no kind of model that was published in another layout")
+            return LAYOUTS[model_type]
+    raise ValueError(
+        f"--published: {keys[0]} belongs to an adapter without a published layout; its base model must be one of "
+        f"{', '.join(prefixes)}"
+    )

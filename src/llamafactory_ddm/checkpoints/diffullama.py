@@ -1,8 +1,8 @@
 """The published layouts of DiffuGPT, DiffuLLaMA and its GSM8K adapter, and their special tokens.
 
 The published code wraps the decoder, so the names of weights start with `embed_tokens.`, `denoise_model.` or
-`lm_head.`. DiffuLLaMA itself was published with the names of any Llama. No published file names the mask token, so
-`TOKENS` does.
+`lm_head.`. DiffuLLaMA itself was published with the names of any Llama. The published files do not name the mask
+token; the table `TOKENS` does.
 
 Source: DiffuLLaMA (arXiv 2410.17891) and its code.
 """
@@ -47,20 +47,20 @@ class Layout:
         for published, standard in self._pairs():
             if bare.startswith(published):
                 return prefix + standard + bare.removeprefix(published)
-        raise ValueError(f"{key} is no name of the layout of {self.name}")
+        raise ValueError(f"{key} is not a name of the published layout of {self.name}")
 
     def to_published(self, key: str) -> str:
         """Return the published name for Hugging Face's name.
 
         Raises:
-            ValueError: if the name does not belong to this kind of model.
+            ValueError: if this layout has no such weight.
         """
         prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
         bare = key.removeprefix(prefix)
         for published, standard in self._pairs():
             if bare.startswith(standard):
                 return prefix + published + bare.removeprefix(standard)
-        raise ValueError(f"{key} has no name in the layout of {self.name}")
+        raise ValueError(f"{key} has no name in the published layout of {self.name}")
 
     def _pairs(self) -> tuple[tuple[str, str], ...]:
         """Return pairs of published and standard prefixes, the longer standard ones first."""
@@ -79,7 +79,7 @@ class PublishedTokens:
     Attributes:
         mask_id: id of [MASK].
         sep_id: id of the token between prompt and response in its finetuned models.
-        pad_id: id of padding; None means EOS.
+        pad_id: id of the padding token; None means EOS.
         new_mask: spelling of [MASK] if it is not in the base model's vocabulary.
     """
 
@@ -97,23 +97,23 @@ TOKENS = {
 }
 
 
-def set_published_padding(model_type: str, rows: int, tokenizer: Any) -> None:
-    """Set the tokenizer's padding token to that of the published model, if `TOKENS` has it."""
-    tokens = TOKENS.get((model_type, rows))
+def set_published_padding(model_type: str, num_embeddings: int, tokenizer: Any) -> None:
+    """Set the tokenizer's padding token to that of the published model, if `TOKENS` lists the model."""
+    tokens = TOKENS.get((model_type, num_embeddings))
     if tokens is not None:
-        pad = tokens.pad_id
-        tokenizer.pad_token = tokenizer.eos_token if pad is None else tokenizer.convert_ids_to_tokens(pad)
+        pad_id = tokens.pad_id
+        tokenizer.pad_token = tokenizer.eos_token if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)
 
 
-def published_config(model_type: str, rows: int, tokenizer: Any) -> DiffusionConfig | None:
-    """Return the diffusion config of a published model, or None if `TOKENS` does not have it.
+def published_config(model_type: str, num_embeddings: int, tokenizer: Any) -> DiffusionConfig | None:
+    """Return the diffusion config of a published model, or None if `TOKENS` does not list it.
 
     Args:
-        model_type: model_type of its config.
-        rows: number of its embeddings.
+        model_type: model_type in its config.json.
+        num_embeddings: number of its embeddings.
         tokenizer: its own tokenizer, or the base model's.
     """
-    tokens = TOKENS.get((model_type, rows))
+    tokens = TOKENS.get((model_type, num_embeddings))
     if tokens is None:
         return None
     mask = tokens.new_mask or tokenizer.convert_ids_to_tokens(tokens.mask_id)

@@ -1,4 +1,4 @@
-"""Diffusion models that a hub holds: their folder in Hugging Face's cache, and the name that it stands for."""
+"""Diffusion models on the Hub: the folder in Hugging Face's cache for a name, and the name for a folder."""
 
 from __future__ import annotations
 
@@ -13,66 +13,66 @@ from ..modeling.diffusion_config import FILE_NAME
 from .families import detect_family, raw_config
 from .weights import first_line
 
-# Weights, config and tokenizer; nothing else is downloaded, code least of all.
+# Weights, config and tokenizer; no code is downloaded.
 _FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt")
 _OLD_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
-_SUBFOLDERS = ("*/*",)  # such as the checkpoints of a training run
+_SUBFOLDERS = ("*/*",)  # such as the checkpoints of a training run; not downloaded
 
 
 def local_folder(
     name: str | Path, *, revision: str = "main", download_dir: str | None = None, token: str | None = None
 ) -> str:
-    """Return the folder that a diffusion model or adapter on a hub is downloaded to; any other name as it is.
+    """Download a diffusion model or adapter from the Hub and return its folder; return any other name unchanged.
 
-    The files beside its weights are needed as well: diffusion_config.json, or the config.json of a family such as
+    A repository counts as a diffusion model if it holds diffusion_config.json or the config.json of a family such as
     LLaDA.
 
     Args:
-        name: a folder, or a name on Hugging Face's hub.
-        revision: of the latter.
-        download_dir: where the hub's files are kept; by default where Hugging Face keeps them.
-        token: for the hub.
+        name: a folder, or a name on the Hub.
+        revision: revision of the repository.
+        download_dir: folder for downloads; by default Hugging Face's cache.
+        token: the Hub's access token.
     Raises:
         ValueError: if the files cannot be downloaded.
     """
     name = str(name)
-    if Path(name).is_dir() or not may_be_on_a_hub(name):
+    if Path(name).is_dir() or not may_be_on_hub(name):
         return name
-    where: dict[str, Any] = {"revision": revision, "cache_dir": download_dir, "token": token}
-    if not _is_diffusion_model(name, where):
+    download_args: dict[str, Any] = {"revision": revision, "cache_dir": download_dir, "token": token}
+    if not _is_diffusion_model(name, download_args):
         return name
     try:
-        folder = Path(_download(name, _FILES, where))
+        folder = Path(_download(name, _FILES, download_args))
         if not any(folder.glob("*.safetensors")):
-            _download(name, _OLD_WEIGHTS, where)
+            _download(name, _OLD_WEIGHTS, download_args)
         return str(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name} is a diffusion model, and its files could not be downloaded ({first_line(error)}); check the "
-            "connection, or download it and name its folder"
+            f"the files of the diffusion model {name} could not be downloaded ({first_line(error)}); check the "
+            "connection, or download them yourself and give their folder"
         ) from error
 
 
-def _is_diffusion_model(name: str, where: dict[str, Any]) -> bool:
+def _is_diffusion_model(name: str, download_args: dict[str, Any]) -> bool:
     """Tell whether a repository holds diffusion_config.json, or the config.json of a family."""
     try:
-        if cached_file(name, FILE_NAME, _raise_exceptions_for_missing_entries=False, **where) is not None:
+        if cached_file(name, FILE_NAME, _raise_exceptions_for_missing_entries=False, **download_args) is not None:
             return True
-        config = cached_file(name, "config.json", **where)
+        config = cached_file(name, "config.json", **download_args)
         return config is not None and detect_family(raw_config(Path(config).parent)) is not None
-    except (OSError, ValueError):  # upstream looks for it too, and reports the fault
+    except (OSError, ValueError):  # LLaMA-Factory then looks for the model, and reports the error
         return False
 
 
-def _download(name: str, files: tuple[str, ...], where: dict[str, Any]) -> str:
-    """Download the files of a repository's top folder that match, and return that folder."""
-    return snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(_SUBFOLDERS), **where)
+def _download(name: str, patterns: tuple[str, ...], download_args: dict[str, Any]) -> str:
+    """Download the matching files of a repository's top folder, and return that folder."""
+    return snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(_SUBFOLDERS), **download_args)
 
 
 def origin_of(folder: str | Path) -> str:
-    """Return the hub's name of a folder that is the newest download of a repository; any other folder as it is.
+    """Return the Hub name of a folder that is the newest download of a repository; any other folder unchanged.
 
-    This is what adapters name as their base model: another machine finds it.
+    Adapters record this name as their base model, since it is valid on another machine.
     """
     snapshot = Path(folder)
     name = repository_of(snapshot)
@@ -84,18 +84,18 @@ def origin_of(folder: str | Path) -> str:
 
 
 def repository_of(folder: str | Path) -> str | None:
-    """Return owner/name of a folder CACHE/models--owner--name/snapshots/REVISION, None for any other.
+    """Return owner/name for a path CACHE/models--owner--name/snapshots/REVISION, None for any other path.
 
-    The folder need not exist.
+    The path need not exist.
     """
     path = Path(folder)
-    kind, *words = path.parents[1].name.split("--") if path.parent.name == "snapshots" else [""]
-    return "/".join(words) if kind == "models" else None
+    kind, *name_parts = path.parents[1].name.split("--") if path.parent.name == "snapshots" else [""]
+    return "/".join(name_parts) if kind == "models" else None
 
 
-def may_be_on_a_hub(name: str) -> bool:
-    """Tell whether `name` looks like gpt2 or owner/name; any other path can only be a folder."""
-    owner, _, rest = name.partition("/")
-    if not rest:
+def may_be_on_hub(name: str) -> bool:
+    """Tell whether `name` has the form of a Hub name, such as gpt2 or owner/name, and is not in a local folder."""
+    owner, _, repository = name.partition("/")
+    if not repository:
         return True
-    return "/" not in rest and not name.startswith((".", "/", "~")) and not Path(owner).is_dir()
+    return "/" not in repository and not name.startswith((".", "/", "~")) and not Path(owner).is_dir()

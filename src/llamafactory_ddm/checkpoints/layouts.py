@@ -1,4 +1,4 @@
-"""Detection of the layout of a folder's weights: a published one, or Hugging Face's own."""
+"""Detection of the layout of a folder's weights: a published layout, or Hugging Face's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AnyLayout = Layout | WeightNames
 
 
 def layout_of(keys: Iterable[str]) -> AnyLayout | None:
-    """Return the published layout with these names of weights, or None for Hugging Face's own."""
+    """Return the published layout that has these names of weights, or None for Hugging Face's own."""
     bare = {key.removeprefix(_ADAPTER_PREFIX) for key in keys}
     if any(key.startswith("denoise_model.layers.") for key in bare):
         return WRAPPED_LLAMA
@@ -33,8 +33,8 @@ def layout_of_folder(folder: str | Path) -> AnyLayout | None:
 
 
 def stored_num_embeddings(folder: str | Path, layout: AnyLayout | None) -> int:
-    """Return the number of input embeddings in a folder's weights, 0 if they are not found."""
-    names = {kind.embedding + "weight" for kind in LAYOUTS.values()}
+    """Return the number of input embeddings in a folder's weights, 0 if the files hold none."""
+    names = {published.embedding + "weight" for published in LAYOUTS.values()}
     for path in weight_files(Path(folder)):
         for key, shape in shapes_of(path).items():
             if (key if layout is None else layout.to_standard(key)) in names:
@@ -43,12 +43,12 @@ def stored_num_embeddings(folder: str | Path, layout: AnyLayout | None) -> int:
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    """Tell whether Hugging Face's Auto classes can load the folder's model, with the families registered there."""
+    """Tell whether Hugging Face's Auto classes can load the folder's model; registered families count."""
     return (Path(folder) / "config.json").is_file() and unreadable_layout(folder) is None
 
 
 def unreadable_layout(folder: str | Path) -> AnyLayout | None:
-    """Return the layout of a folder's weights, if Hugging Face's Auto classes cannot load it."""
+    """Return the published layout of a folder's weights if Hugging Face's Auto classes cannot load it, else None."""
     layout = layout_of_folder(folder)
     family = detect_family(raw_config(folder))
     return None if family is not None and layout == family.weight_names else layout

@@ -1,4 +1,4 @@
-"""Loading of models and adapters with a check that no weight is missing, which would be initialised at random."""
+"""Loading of models and adapters, with a check that no weight is missing and so initialised at random."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .weights import read_weights, some, verify_checkpoint, weight_files
+from .weights import keys_of, some, verify_checkpoint, weight_files
 
 _logger = logging.getLogger(__name__)
 _ADAPTER_PREFIX = "base_model.model."
 _REPORT = "LOAD REPORT"  # transformers' table of loaded weights, replaced by one line
 
 
-def load_whole(kind: Any, **kwargs: Any) -> Any:
-    """Call `kind.from_pretrained`, and check that the files hold every weight of the model, in its shape.
+def load_whole(auto_class: Any, **kwargs: Any) -> Any:
+    """Call `auto_class.from_pretrained`, and check that the files hold every weight of the model, in its shape.
 
     Tied weights, and buffers that the model computes from its config, may be absent. Unexpected weights are logged in
     one line.
 
     Args:
-        kind: a class of transformers, such as AutoModelForCausalLM.
+        auto_class: a class of transformers, such as AutoModelForCausalLM.
         kwargs: arguments of from_pretrained, with pretrained_model_name_or_path.
     Raises:
         ValueError: if a weight is missing or of another shape, or a file is truncated, naming the folder.
@@ -31,23 +31,25 @@ def load_whole(kind: Any, **kwargs: Any) -> Any:
     if Path(name).is_dir() and not kwargs.get("subfolder"):
         verify_checkpoint(name)
     with _without_report():
-        model, found = kind.from_pretrained(**{"ignore_mismatched_sizes": True, **kwargs}, output_loading_info=True)
+        model, info = auto_class.from_pretrained(
+            **{"ignore_mismatched_sizes": True, **kwargs}, output_loading_info=True
+        )
     buffers = dict(model.named_buffers())
-    missing = sorted(key for key in found["missing_keys"] if not _follows_from_config(key, buffers.get(key)))
-    other = sorted(map(_shapes, found["mismatched_keys"]))
+    missing = sorted(key for key in info["missing_keys"] if not _follows_from_config(key, buffers.get(key)))
+    other = sorted(map(_shapes, info["mismatched_keys"]))
     if missing or other:
         faults = [f"missing: {some(missing)}"] if missing else []
         faults += [f"wrong shape: {some(other)}"] if other else []
         raise ValueError(
-            f"the weights in {name} do not fill the {type(model).__name__} of its config.json: {'; '.join(faults)}. "
-            "These would be random numbers; copy or save it again, with the config.json of these weights"
+            f"the weights in {name} do not fit the {type(model).__name__} of its config.json: {'; '.join(faults)}; "
+            "copy or save the model again, with the config.json of these weights"
         )
-    if found["unexpected_keys"]:
+    if info["unexpected_keys"]:
         _logger.warning(
-            "%s holds weights that its %s has no place for, which are not used: %s",
+            "%s holds weights that its %s does not have; they are not used: %s",
             name,
             type(model).__name__,
-            some(sorted(found["unexpected_keys"])),
+            some(sorted(info["unexpected_keys"])),
         )
     return model
 
@@ -60,49 +62,40 @@ def _shapes(mismatched: Any) -> str:
     return f"{key} {tuple(stored)} instead of {tuple(expected)}"
 
 
-def load_whole_adapter(kind: Any, model: Any, folder: str | Path, **kwargs: Any) -> Any:
-    """Call `kind.from_pretrained`, and check that the folder holds every weight of the adapter.
+def load_whole_adapter(peft_class: Any, model: Any, folder: str | Path, **kwargs: Any) -> Any:
+    """Call `peft_class.from_pretrained`, and check that the folder holds every weight of the adapter.
 
     Args:
-        kind: PEFT's PeftModel.
+        peft_class: PEFT's PeftModel.
         model: the base model.
-        folder: the adapter's folder; a name on a hub is loaded without the check.
+        folder: the adapter's folder; a Hub name is loaded without the check.
         kwargs: arguments of from_pretrained.
     Raises:
         ValueError: if a weight is missing, naming the folder and the weights.
     """
     from peft import get_peft_model_state_dict
 
-    inner = Path(folder) / (kwargs.get("subfolder") or "")
-    if not inner.is_dir():
-        return kind.from_pretrained(model, folder, **kwargs)
-    held = {key for path in weight_files(inner) for key in _names(path)}
+    adapter_folder = Path(folder) / (kwargs.get("subfolder") or "")
+    if not adapter_folder.is_dir():
+        return peft_class.from_pretrained(model, folder, **kwargs)
+    stored = {key for path in weight_files(adapter_folder) for key in keys_of(path)}
     try:
-        adapted = kind.from_pretrained(model, folder, **kwargs)
-    except KeyError as error:  # of modules that are saved in full, PEFT looks up each weight
-        if error.args[0] in held or not str(error.args[0]).startswith(_ADAPTER_PREFIX):
+        adapted = peft_class.from_pretrained(model, folder, **kwargs)
+    except KeyError as error:  # PEFT looks up each weight of modules_to_save
+        if error.args[0] in stored or not str(error.args[0]).startswith(_ADAPTER_PREFIX):
             raise
         missing = [str(error.args[0])]
     else:
-        wanted = get_peft_model_state_dict(
+        expected = get_peft_model_state_dict(
             adapted, adapter_name=kwargs.get("adapter_name", "default"), save_embedding_layers=False
         )
-        missing = sorted(wanted.keys() - held)
+        missing = sorted(expected.keys() - stored)
     if missing:
         raise ValueError(
-            f"the weights of the adapter {folder} lack {some(missing)}, which would be those of an untrained one; "
-            "copy or save it again, with the adapter_config.json of these weights"
+            f"the weights of the adapter {folder} lack {some(missing)}; copy or save the adapter again, with the "
+            "adapter_config.json of these weights"
         )
     return adapted
-
-
-def _names(path: Path) -> list[str]:
-    if path.suffix != ".safetensors":
-        return list(read_weights(path))
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
 
 
 def _follows_from_config(key: str, buffer: Any) -> bool:
@@ -114,12 +107,12 @@ def _follows_from_config(key: str, buffer: Any) -> bool:
 def _without_report() -> Iterator[None]:
     """Suppress transformers' table of missing and unexpected weights within the block."""
 
-    def shows(record: logging.LogRecord) -> bool:
+    def is_not_report(record: logging.LogRecord) -> bool:
         return _REPORT not in str(record.msg)
 
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(shows)
+    logger.addFilter(is_not_report)
     try:
         yield
     finally:
-        logger.removeFilter(shows)
+        logger.removeFilter(is_not_report)

@@ -17,16 +17,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .layouts import AnyLayout
 from .weights import first_line, read_weights, shapes_of, some, weight_files
 
-_AT_ONCE = 2**24  # bytes
+_CHUNK_BYTES = 2**24
 
 
 def write_renamed(source: Path, target: Path, rename: Callable[[str], str | None]) -> dict[str, int]:
     """Copy a safetensors file bit for bit with new names of weights, a few MB at a time.
 
     Args:
-        source: a file that has been verified.
+        source: a file that `verify_checkpoint` has checked.
         target: the file to write.
-        rename: returns the new name, or None to drop the weight.
+        rename: returns the new name of a weight, or None to drop the weight.
     Returns:
         The new names with their sizes in bytes.
     Source: the safetensors format, a JSON header followed by the weights.
@@ -35,7 +35,7 @@ def write_renamed(source: Path, target: Path, rename: Callable[[str], str | None
         (length,) = struct.unpack("<Q", old.read(8))
         header: dict[str, Any] = json.loads(old.read(length))
         header.pop("__metadata__", None)
-        data = 8 + length
+        data_start = 8 + length
         entries: dict[str, Any] = {}
         ranges: list[tuple[int, int]] = []
         offset = 0
@@ -45,11 +45,11 @@ def write_renamed(source: Path, target: Path, rename: Callable[[str], str | None
                 continue
             begin, end = entry["data_offsets"]
             entries[name] = {**entry, "data_offsets": [offset, offset + end - begin]}
-            ranges.append((data + begin, data + end))
+            ranges.append((data_start + begin, data_start + end))
             offset += end - begin
-        text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-        text += b" " * (-len(text) % 8)
-        new.write(struct.pack("<Q", len(text)) + text)
+        new_header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+        new_header += b" " * (-len(new_header) % 8)
+        new.write(struct.pack("<Q", len(new_header)) + new_header)
         for begin, end in ranges:
             _copy(old, new, begin, end)
     return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries.items()}
@@ -58,15 +58,15 @@ def write_renamed(source: Path, target: Path, rename: Callable[[str], str | None
 def _copy(old: BinaryIO, new: BinaryIO, begin: int, end: int) -> None:
     old.seek(begin)
     while begin < end:
-        part = old.read(min(_AT_ONCE, end - begin))
-        if not part:
-            raise ValueError(f"{old.name} is shorter than its header says; download it again")
-        new.write(part)
-        begin += len(part)
+        chunk = old.read(min(_CHUNK_BYTES, end - begin))
+        if not chunk:
+            raise ValueError(f"{old.name} is shorter than its header says; copy or download it again")
+        new.write(chunk)
+        begin += len(chunk)
 
 
 def renamer(layout: AnyLayout | None, published: AnyLayout | None) -> Callable[[str], str | None]:
-    """Return the function that renames keys of `layout` to the `published` layout, or to Hugging Face's if None."""
+    """Return the function that renames keys of `layout` to `published`; None stands for Hugging Face's layout."""
     if published is not None:
         return published.to_published
     return (lambda key: key) if layout is None else layout.to_standard
@@ -76,30 +76,30 @@ def write_weights(source: Path, scratch: Path, rename: Callable[[str], str | Non
     """Write each file of weights to `scratch` as safetensors with new names."""
     files = weight_files(source)
     index: dict[str, str] = {}
-    size = 0
+    total_size = 0
     for path in files:
         stem = path.name.replace("pytorch_model", "model") if path.suffix == ".bin" else path.name
         name = Path(stem).with_suffix(".safetensors").name
         if path.suffix == ".safetensors":
             sizes = write_renamed(path, scratch / name, rename)
         else:
-            kept = {key: value.contiguous().clone() for key, value in _kept(path, rename).items()}
-            save_file(kept, scratch / name, metadata={"format": "pt"})
-            sizes = {key: value.numel() * value.element_size() for key, value in kept.items()}
+            weights = {key: value.contiguous().clone() for key, value in _read_renamed(path, rename).items()}
+            save_file(weights, scratch / name, metadata={"format": "pt"})
+            sizes = {key: value.numel() * value.element_size() for key, value in weights.items()}
         index |= dict.fromkeys(sizes, name)
-        size += sum(sizes.values())
+        total_size += sum(sizes.values())
     if len(files) > 1:
-        table = {"metadata": {"total_size": size}, "weight_map": index}
+        table = {"metadata": {"total_size": total_size}, "weight_map": index}
         (scratch / "model.safetensors.index.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
-def _kept(path: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
+def _read_renamed(path: Path, rename: Callable[[str], str | None]) -> dict[str, Tensor]:
     renamed = {rename(key): value for key, value in read_weights(path).items()}
     return {key: value for key, value in renamed.items() if key is not None}
 
 
 def check_keys(source: Path, layout: AnyLayout | None, config: Any) -> None:
-    """Compare names and shapes in the files with those of the model.
+    """Check names and shapes in the files against those of the model.
 
     Raises:
         ValueError: if weights are missing, unexpected, duplicate, or of another shape, listing them.
@@ -108,42 +108,42 @@ def check_keys(source: Path, layout: AnyLayout | None, config: Any) -> None:
         model = AutoModelForCausalLM.from_config(config)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     tied = {"lm_head.weight"} if is_tied(config) else set()
-    _compare(source, layout, expected, optional=tied, what=config.model_type)
+    _check_shapes(source, layout, expected, optional=tied, model_name=config.model_type)
 
 
-def _compare(
+def _check_shapes(
     source: Path,
     layout: AnyLayout | None,
     expected: dict[str, tuple[int, ...]],
     *,
     optional: set[str],
-    what: str,
+    model_name: str,
 ) -> None:
-    found: dict[str, tuple[int, ...]] = {}
-    twice = []
+    stored: dict[str, tuple[int, ...]] = {}
+    repeated = []
     for path in weight_files(source):
         for key, shape in shapes_of(path).items():
             standard = key if layout is None else layout.to_standard(key)
             if standard is None:
                 continue
-            if standard in found:
-                twice.append(standard)
-            found[standard] = shape
-    missing = sorted(expected.keys() - found.keys() - optional)
-    unexpected = sorted(found.keys() - expected.keys())
+            if standard in stored:
+                repeated.append(standard)
+            stored[standard] = shape
+    missing = sorted(expected.keys() - stored.keys() - optional)
+    unexpected = sorted(stored.keys() - expected.keys())
     shapes = [
-        f"{key} {found[key]} instead of {expected[key]}"
-        for key in sorted(found.keys() & expected.keys())
-        if found[key] != expected[key]
+        f"{key} {stored[key]} instead of {expected[key]}"
+        for key in sorted(stored.keys() & expected.keys())
+        if stored[key] != expected[key]
     ]
-    faults = {"missing": missing, "unexpected": unexpected, "there twice": twice, "of another shape": shapes}
+    faults = {"missing": missing, "unexpected": unexpected, "repeated": repeated, "wrong shape": shapes}
     messages = [f"{fault} {some(names)}" for fault, names in faults.items() if names]
     if messages:
-        raise ValueError(f"the weights in {source} do not fit {what}: {'; '.join(messages)}")
+        raise ValueError(f"the weights in {source} do not fit {model_name}: {'; '.join(messages)}")
 
 
 def check_adapter_keys(source: Path, layout: AnyLayout | None, settings: dict[str, Any]) -> None:
-    """Compare names and shapes in the files with those that PEFT gives the adapter on its base model.
+    """Check names and shapes in the files against those that PEFT gives the adapter on its base model.
 
     Raises:
         ValueError: if the base has no config, or weights are missing, unexpected or of another shape, listing them.
@@ -156,16 +156,16 @@ def check_adapter_keys(source: Path, layout: AnyLayout | None, settings: dict[st
         config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{source} is an adapter of {base}, whose config.json cannot be loaded ({first_line(error)}); name the "
-            "model with --base"
+            f"{source} is an adapter of {base}, whose config.json cannot be loaded ({first_line(error)}); name its "
+            "base model with --base"
         ) from error
-    known = {field.name for field in fields(LoraConfig)}
-    lora = LoraConfig(**{key: value for key, value in settings.items() if key in known and key != "peft_type"})
+    lora_keys = {field.name for field in fields(LoraConfig)}
+    lora = LoraConfig(**{key: value for key, value in settings.items() if key in lora_keys and key != "peft_type"})
     with torch.device("meta"):
         model = get_peft_model(AutoModelForCausalLM.from_config(config), lora, low_cpu_mem_usage=True)
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected = {key: tuple(value.shape) for key, value in state.items()}
-    _compare(source, layout, expected, optional=set(), what=f"an adapter of {base}")
+    _check_shapes(source, layout, expected, optional=set(), model_name=f"an adapter of {base}")
 
 
 def is_tied(config: Any) -> bool:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of, merged_with_base, refuse_both
 from ..checkpoints.families import find_diffusion_config
-from ..checkpoints.hub import local_folder, may_be_on_a_hub
+from ..checkpoints.hub import local_folder, may_be_on_hub
 from ..checkpoints.layouts import unreadable_layout
 from ..checkpoints.load_model import load_whole
 from ..checkpoints.weights import verify_checkpoint
@@ -52,7 +52,7 @@ def load(
     if not folder.is_dir():
         hub = ", nor a model in the Hub's cache (without HF_HUB_OFFLINE it would be downloaded)"
         raise ValueError(
-            f"{path} is not a folder{hub if may_be_on_a_hub(str(path)) else ''}; check the path (it is relative to "
+            f"{path} is not a folder{hub if may_be_on_hub(str(path)) else ''}; check the path (it is relative to "
             f"{Path.cwd()})"
         )
     config = find_diffusion_config(folder)
@@ -73,7 +73,7 @@ def load(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         base = base_of(folder)
-        if not Path(base).is_dir() and not may_be_on_a_hub(base):
+        if not Path(base).is_dir() and not may_be_on_hub(base):
             raise ValueError(
                 f"{path} is an adapter of {base}, which is not a folder in {Path.cwd()}; change the folder that you "
                 f"start in, or base_model_name_or_path in {ADAPTER_CONFIG}"

@@ -1,4 +1,4 @@
-"""Atomic saving: a kill or a full disk at any moment leaves the old file or checkpoint, or the complete new one."""
+"""Atomic saving: after a kill or a full disk, either the old file or checkpoint is there, or the complete new one."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from safetensors import SafetensorError
 
 _PREFIX = ".unfinished-"
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-_OF_ADAPTER = re.compile(r"adapter_(config\.json|model\.(safetensors|bin))")
-_OF_MODEL = ("config.json", "generation_config.json")  # beside the weights
+_ADAPTER_FILE = re.compile(r"adapter_(config\.json|model\.(safetensors|bin))")
+_MODEL_CONFIGS = ("config.json", "generation_config.json")
 _CARD = "README.md"
 
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a new file that takes the place of `path` when it is complete and on disk; makes the folder if need be.
+    """Open a temporary file that replaces `path` when it is complete and on disk; create the folder if it is absent.
 
     Args:
-        path: the file, with the permissions of any new file (umask).
+        path: the file; it gets the permissions of a new file (umask).
         mode: "w" for UTF-8 text with line feeds, or "wb".
     Raises:
-        OSError: if writing fails (disk full, no permission), naming the file; the old file is untouched.
+        OSError: if writing fails (disk full, no permission), naming the file; the old file is unchanged.
     """
     path = Path(path)
     scratch = path.with_name(f"{path.name}.tmp")
@@ -41,7 +41,7 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
+        error.filename = error.filename or str(path)  # not set when the disk is full
         raise
     finally:
         with suppress(OSError):
@@ -50,15 +50,15 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target`, which is absent or empty, when all its files are on disk.
+    """Yield an empty folder that becomes `target` when all its files are on disk; `target` must be absent or empty.
 
     Raises:
-        OSError: if writing fails; `target` is as it was.
+        OSError: if writing fails; `target` is unchanged.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as private:
-        scratch = Path(private) / target.name
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as parent:
+        scratch = Path(parent) / target.name
         scratch.mkdir()  # with ordinary permissions
         yield scratch
         _flush(scratch)
@@ -68,7 +68,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
 
 
 def _rank(name: str, last: str) -> tuple[int, str]:
-    """Order of publication: weights first, then what describes them, `last` at the very end."""
+    """Sort key for moving files: weights first, then their index, then other files, `last` at the end."""
     if name == last:
         return (3, name)
     if name.endswith(".index.json"):
@@ -80,15 +80,15 @@ def _rank(name: str, last: str) -> tuple[int, str]:
 def published_together(folder: str | Path, *, last: str) -> Iterator[Path]:
     """Yield an empty folder inside `folder`; on success its files replace those of the same name in `folder`.
 
-    Every file is complete on disk before the first one is moved, each move is atomic, and what an earlier save left
-    that would make another model of the new one is deleted at the end: further weights, an adapter beside a model, a
-    model beside an adapter.
+    Every file is complete on disk before the first one is moved, and each move is atomic. At the end, files of an
+    earlier save that would be loaded together with the new ones are deleted: other weights, an adapter beside a new
+    model, a model beside a new adapter.
 
     Args:
-        folder: where the files end up; made if absent.
-        last: name of the file that is moved last, the mark of a complete save.
+        folder: destination of the files; created if absent.
+        last: name of the file that is moved last and so marks a complete save.
     Raises:
-        OSError: if writing fails (disk full, no permission), naming the folder; what was in `folder` is untouched.
+        OSError: if writing fails (disk full, no permission), naming the folder; the files in `folder` are unchanged.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -105,12 +105,12 @@ def published_together(folder: str | Path, *, last: str) -> Iterator[Path]:
 
 
 class CouldNotSave(OSError):
-    """A file could not be written; the message names the folder and the cure."""
+    """A file could not be written; the message names the folder and what to do."""
 
 
 @contextmanager
 def explain_disk_errors(folder: str | Path) -> Iterator[None]:
-    """Turn the errors of a full disk, of which torch and safetensors have their own, into one that says what to do.
+    """Turn the errors of a full disk, including those of torch and safetensors, into one that says what to do.
 
     Raises:
         CouldNotSave: naming `folder`.
@@ -123,8 +123,8 @@ def explain_disk_errors(folder: str | Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "file" not in str(error):
             raise
         raise CouldNotSave(
-            f"could not save to {folder}: {error}. Free some space or choose another output_dir; "
-            "checkpoints saved earlier are complete, and resume_from_checkpoint: true continues from the last of them."
+            f"could not save to {folder}: {error}; free disk space or choose another output_dir. Earlier checkpoints "
+            "are complete: resume_from_checkpoint: true continues from the last one"
         ) from error
 
 
@@ -142,17 +142,17 @@ def _move(scratch: Path, target: Path, last: str) -> None:
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(scratch / name, target / name)
-    misleading = {path.name for path in target.iterdir() if path.name not in names and _misleads(path.name, names)}
-    if any(map(_OF_ADAPTER.fullmatch, misleading)) and (target / _CARD).is_file():
-        misleading.add(_CARD)  # the adapter's, whose library PEFT is asked to write the next one
-    for name in misleading:
+    outdated = {path.name for path in target.iterdir() if path.name not in names and _is_outdated(path.name, names)}
+    if any(map(_ADAPTER_FILE.fullmatch, outdated)) and (target / _CARD).is_file():
+        outdated.add(_CARD)  # the card of the old adapter, which PEFT would update
+    for name in outdated:
         (target / name).unlink()
 
 
-def _misleads(name: str, saved: list[str]) -> bool:
-    """Tell whether a file of an earlier save would be taken for a part of the model or adapter that was saved now."""
-    if any(_WEIGHTS.fullmatch(one) for one in saved):
-        return bool(_WEIGHTS.fullmatch(name) or _OF_ADAPTER.fullmatch(name))
-    if any(_OF_ADAPTER.fullmatch(one) for one in saved):
-        return bool(_WEIGHTS.fullmatch(name) or _OF_ADAPTER.fullmatch(name)) or name in _OF_MODEL
+def _is_outdated(name: str, saved: list[str]) -> bool:
+    """Tell whether a file of an earlier save would be loaded as part of the model or adapter that was just saved."""
+    if any(_WEIGHTS.fullmatch(file) for file in saved):
+        return bool(_WEIGHTS.fullmatch(name) or _ADAPTER_FILE.fullmatch(name))
+    if any(_ADAPTER_FILE.fullmatch(file) for file in saved):
+        return bool(_WEIGHTS.fullmatch(name) or _ADAPTER_FILE.fullmatch(name)) or name in _MODEL_CONFIGS
     return False

@@ -1,7 +1,8 @@
-"""Keys: what a setting does and which values it takes, kept with the field of the dataclass that holds it."""
+"""Keys: the help text, type and bounds of a setting, stored in the metadata of its dataclass field."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from .registry import Registry, unknown_choice
 
-# token: a token or its id; tokens: several, separated by commas; path: of a folder; modules: see `plugins`.
+# token: a token or its id; tokens: several, separated by commas; path: a folder; modules: see `load_plugins`.
 Kind = Literal["integer", "number", "boolean", "text", "token", "tokens", "path", "modules", "mapping"]
 _KINDS: dict[type, Kind] = {bool: "boolean", int: "integer", float: "number", str: "text"}
 _ALLOWED = {
@@ -26,21 +27,21 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class Key:
-    """What a key takes.
+    """A setting of a user.
 
     Attributes:
-        default: None where it depends on something else, which `help` says, or is nothing.
-        help: what it does.
-        kind: of its values.
-        choices: its values where they are words.
-        renamed: former names of choices, with their names now.
-        low: the least number, None for no bound.
-        high: the greatest number, None for no bound.
-        above_low: whether `low` itself is too little.
-        below_high: whether `high` itself is too much.
-        needs: another key, and the values of it with which this one is read.
-        name: in YAML, where it differs from the field's.
-        is_upstream: whether LLaMA-Factory has a YAML key of this name, which is used in its place.
+        default: default value; None if there is none, or if it depends on other settings (`help` says on which).
+        help: what the key does.
+        kind: type of its values.
+        choices: the allowed values, if they are names.
+        renamed: former names of choices, with their present names.
+        low: lower bound of a number; None for no bound.
+        high: upper bound of a number; None for no bound.
+        above_low: whether `low` itself is not allowed.
+        below_high: whether `high` itself is not allowed.
+        needs: another key, and those of its values with which this key has an effect.
+        name: name in YAML, if it differs from the field's.
+        is_upstream: whether LLaMA-Factory has a YAML key of this name, which is used instead.
     """
 
     default: Any
@@ -57,13 +58,13 @@ class Key:
     renamed: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def checked(self, name: str, value: object) -> Any:
-        """Return a value in the type of the key, also of a text that spells it.
+        """Check a value and convert it to the type of the key; a string such as "0.5" is parsed.
 
         Args:
-            name: of the key, for messages.
-            value: None is the default where that is None.
+            name: name of the key in messages.
+            value: the value; None is allowed only if the default is None.
         Raises:
-            ValueError: naming the key, the value, and what is allowed.
+            ValueError: if the value is not allowed, naming the key, the value and what is allowed.
         """
         if value is None:
             if self.default is not None:
@@ -72,8 +73,8 @@ class Key:
         if self.choices is not None:
             if value in self.choices:
                 return value
-            if new := self.renamed.get(str(value)):
-                raise ValueError(f"{name}: {value} is now called {new}; set {name}: {new}")
+            if new_name := self.renamed.get(str(value)):
+                raise ValueError(f"{name}: {value} is now called {new_name}; set {name}: {new_name}")
             registry = self.choices if isinstance(self.choices, Registry) else None
             raise ValueError(registry.unknown(value) if registry else unknown_choice(name, value, self.choices))
         if self.kind == "integer":
@@ -91,21 +92,21 @@ class Key:
 
     def _number(self, name: str, value: object) -> float:
         low, high = (-math.inf if self.low is None else self.low), (math.inf if self.high is None else self.high)
-        found = number(name, value, low, high, within=self.interval)
-        if (self.above_low and found == low) or (self.below_high and found == high):
+        checked = number(name, value, low, high, interval=self.interval)
+        if (self.above_low and checked == low) or (self.below_high and checked == high):
             raise ValueError(f"{name} must lie in {self.interval}, got {value!r}")
-        return found
+        return checked
 
     @property
     def interval(self) -> str:
-        """The numbers allowed, such as "(0, 1]"."""
+        """The allowed numbers, such as "(0, 1]"."""
         low = "(-inf" if self.low is None else f"{'(' if self.above_low else '['}{self.low:g}"
         high = "inf)" if self.high is None else f"{self.high:g}{')' if self.below_high else ']'}"
         return f"{low}, {high}"
 
     @property
     def allowed(self) -> str:
-        """What the key takes, in Markdown."""
+        """The allowed values, in Markdown."""
         if self.choices is not None:
             return ", ".join(f"`{choice}`" for choice in self.choices)
         if self.kind == "integer":
@@ -115,79 +116,79 @@ class Key:
         return f"number in {self.interval}" if self.kind == "number" else _ALLOWED[self.kind]
 
 
-def key(default: Any, help: str, *, kind: Kind | None = None, **rest: Any) -> Any:
-    """Return the field of a dataclass for a key; see `Key`, whose kind is by default that of the default's type."""
+def key(default: Any, help: str, *, kind: Kind | None = None, **attributes: Any) -> Any:
+    """Return a dataclass field for a `Key` with these attributes; `kind` is by default that of the default's type."""
     if kind is None:
-        kind = "text" if rest.get("choices") else _KINDS[type(default)]
-    return field(default=default, metadata={"key": Key(default, help, kind, **rest)})
+        kind = "text" if attributes.get("choices") else _KINDS[type(default)]
+    return field(default=default, metadata={"key": Key(default, help, kind, **attributes)})
 
 
-def keys_of(holder: Any) -> dict[str, Key]:
-    """Return the keys among the fields of a dataclass, by the names of the fields."""
-    return {spec.name: spec.metadata["key"] for spec in fields(holder) if "key" in spec.metadata}
+def keys_of(settings: Any) -> dict[str, Key]:
+    """Return the keys of a dataclass, by the names of their fields."""
+    return {item.name: item.metadata["key"] for item in fields(settings) if "key" in item.metadata}
 
 
-def check_fields(holder: Any) -> None:
-    """Check the keys of a dataclass, and give its fields the values in the right types.
+def check_fields(settings: Any) -> None:
+    """Check the keys of a dataclass instance, and convert its fields to the types of the keys.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: if a value is not allowed, naming the field.
     """
-    for name, one in keys_of(holder).items():
-        if one.kind == "tokens":
-            continue  # ids by now, which a tokenizer has made of the text
-        object.__setattr__(holder, name, one.checked(name, getattr(holder, name)))
+    for name, spec in keys_of(settings).items():
+        if spec.kind == "tokens":
+            continue  # the field holds ids, which a tokenizer has made of the text
+        object.__setattr__(settings, name, spec.checked(name, getattr(settings, name)))
 
 
 def integer(name: str, value: object, low: int | None, high: int | None) -> int:
-    """Return a whole number, also of a string that spells one.
+    """Return a whole number, parsed if `value` is a string; a bound of None is no bound.
 
     Raises:
-        ValueError: naming the key and its bounds, None being no bound.
+        ValueError: if `value` is no whole number within the bounds, naming the key and its bounds.
     """
     try:
-        found = int(value)  # type: ignore[call-overload]
-        whole = not isinstance(value, bool) and (isinstance(value, int) or found == float(value))  # type: ignore[arg-type]
+        parsed = int(value)  # type: ignore[call-overload]
+        is_whole = not isinstance(value, bool) and (isinstance(value, int) or parsed == float(value))  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
+        is_whole = False
+    if not is_whole:
         raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if (low is not None and found < low) or (high is not None and found > high):
+    if (low is not None and parsed < low) or (high is not None and parsed > high):
         raise ValueError(
             f"{name} must be at least {low}{'' if high is None else f' and at most {high}'}, got {value!r}"
         )
-    return int(found)
+    return int(parsed)
 
 
-def number(name: str, value: object, least: float, most: float, *, within: str = "") -> float:
-    """Return a finite number between the bounds, also of a string that spells one.
+def number(name: str, value: object, low: float, high: float, *, interval: str = "") -> float:
+    """Return a finite number within the bounds, parsed if `value` is a string.
 
     Args:
-        name: of the key.
-        value: what was given.
-        least: inclusive.
-        most: inclusive.
-        within: how the message writes the interval; by default with both ends.
+        name: name of the key.
+        value: the user's value.
+        low: inclusive lower bound.
+        high: inclusive upper bound.
+        interval: the interval as the message shows it; by default closed at both ends.
     Raises:
-        ValueError: naming the key and the bounds.
+        ValueError: if `value` is no finite number within the bounds, naming the key and its bounds.
     """
     try:
-        found = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        parsed = float("nan") if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        found = float("nan")
-    if not (math.isfinite(found) and least <= found <= most):
-        allowed = f"lie in {within or f'[{least:g}, {most:g}]'}"
-        if most == math.inf:
-            allowed = "be a number" if least == -math.inf else f"be a number of at least {least:g}"
+        parsed = float("nan")
+    if not (math.isfinite(parsed) and low <= parsed <= high):
+        allowed = f"lie in {interval or f'[{low:g}, {high:g}]'}"
+        if high == math.inf:
+            allowed = "be a number" if low == -math.inf else f"be a number of at least {low:g}"
         raise ValueError(f"{name} must {allowed}, got {value!r}")
-    return found
+    return parsed
 
 
 def boolean(name: str, value: object) -> bool:
-    """Return true or false, also of a string that spells one.
+    """Return a boolean, parsed if `value` is a string.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: if `value` is neither true nor false, naming the key.
     """
     if isinstance(value, bool):
         return value
@@ -197,27 +198,25 @@ def boolean(name: str, value: object) -> bool:
 
 
 def mapping(name: str, value: object) -> dict[str, Any] | None:
-    """Return a mapping with words for keys, also of a text that spells one in JSON; None for an empty one.
+    """Return a mapping with strings as keys, parsed if `value` is JSON text; None if it is empty.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: if `value` is no such mapping, naming the key.
     """
-    found = value
+    parsed = value
     if isinstance(value, str):
-        try:
-            found = json.loads(value)
-        except ValueError:
-            found = value
-    if not (isinstance(found, Mapping) and all(isinstance(word, str) for word in found)):
+        with contextlib.suppress(ValueError):
+            parsed = json.loads(value)
+    if not (isinstance(parsed, Mapping) and all(isinstance(word, str) for word in parsed)):
         raise ValueError(f"{name} must be a mapping of names to values, such as {{window: 4}}, got {value!r}")
-    return dict(found) or None
+    return dict(parsed) or None
 
 
 def _check_text(name: str, value: object, kind: Kind) -> None:
-    """Check the type of a key that takes text; YAML makes others of what is not in quotes.
+    """Check the type of a key that takes text: YAML reads some text without quotes as another type.
 
     Raises:
-        ValueError: saying how to write it.
+        ValueError: if the type is wrong, naming the key and how to write the value.
     """
     is_path = kind == "path"
     if isinstance(value, str):
@@ -225,18 +224,16 @@ def _check_text(name: str, value: object, kind: Kind) -> None:
             raise ValueError(f"{name} is empty; write the path of a folder, or remove the key")
         return
     if not is_path and isinstance(value, (bool, int)):
-        return  # an id; a truth value gets its own message when the token is looked for
+        return  # an id; a boolean is refused when the token is resolved
     if kind == "tokens" and isinstance(value, list):
-        raise ValueError(f"{name}: {value!r} is a list; write tokens or ids in one text, separated by commas: '5,7'")
+        raise ValueError(f"{name}: {value!r} is a list; write tokens or ids as one text, separated by commas: '5,7'")
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         text = value[0]
         quoted = f"'[{text}]' or '{text}'" if text.isprintable() else json.dumps(text)
         raise ValueError(
-            f"{name}: {value!r} is a list, as YAML reads brackets; write {name}: {quoted}, with the quotes"
+            f"{name}: {value!r} is a list, as YAML reads brackets as one; write {name}: {quoted}, with the quotes"
         )
     if not is_path and isinstance(value, float) and value.is_integer():
-        raise ValueError(
-            f"{name}: {value!r} is a number with a fraction; write the id as a whole number: {int(value)}"
-        )
-    wanted = "the path of a folder" if is_path else "a token in quotes, or an id"
-    raise ValueError(f"{name}: {value!r} is of type {type(value).__name__}; write {wanted}")
+        raise ValueError(f"{name}: {value!r} is a decimal number; write the id as a whole number: {int(value)}")
+    expected = "the path of a folder" if is_path else "a token in quotes, or an id"
+    raise ValueError(f"{name}: {value!r} is of type {type(value).__name__}; write {expected}")

@@ -1,4 +1,4 @@
-"""Imports of users' plugins: modules and files that a run names, and installed packages with an entry point."""
+"""Imports of plugins: the modules and files that a run names, and installed packages with an entry point."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def load_plugins(plugins: object) -> tuple[str, ...]:
     """Import modules, each once in a process, and return their names.
 
     Args:
-        plugins: names of modules or paths of .py files: a list, or one text with commas between them; None is none.
+        plugins: names of modules or paths of .py files: a list, or one text with commas; None imports nothing.
     Raises:
-        ValueError: naming the one that does not exist or that fails.
+        ValueError: if a module does not exist or its import fails, naming it.
     """
     names = _names(plugins)
     for name in names:
@@ -41,11 +41,11 @@ def load_installed_plugins() -> None:
     """Import the entry points of installed packages in the group `llamafactory_ddm.plugins`, once.
 
     Raises:
-        ValueError: naming the entry point that fails.
+        ValueError: if the import of an entry point fails, naming it.
     """
     for point in metadata.entry_points(group=GROUP):
         if point.value not in _installed:
-            _installed.add(point.value)  # before it is imported, as it may ask a registry itself
+            _installed.add(point.value)  # before the import, which may look up a registry itself
             try:
                 _load(f"the installed plugin {point.name} ({point.value})", point.load)
             except ValueError:
@@ -74,7 +74,7 @@ def _run_file(name: str) -> None:
         return
     spec: Any = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their module up here
+    sys.modules[module_name] = module  # where dataclasses look up their module
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -82,14 +82,14 @@ def _run_file(name: str) -> None:
         raise
 
 
-def _load(what: str, load: Callable[[], object]) -> None:
-    """Import a plugin, whose own errors become one line that says where."""
+def _load(subject: str, load: Callable[[], object]) -> None:
+    """Import a plugin, and turn its errors into a ValueError of one line with file and line number."""
     try:
         load()
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(what):
+        if isinstance(error, ValueError) and str(error).startswith(subject):
             raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
-            f"{what} cannot be imported: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            f"{subject} cannot be imported: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
         ) from error

@@ -1,4 +1,4 @@
-"""One run at a time in one output_dir: a lock that dies with its process."""
+"""A lock that lets one run at a time use an output_dir, and is released when its process ends."""
 
 from __future__ import annotations
 
@@ -25,46 +25,48 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FILE_NAME = ".diffusion_run.lock"
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-# Descriptors of this process. The lock is of the open file, which a forked child has too, and may outlive us with.
+_LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# Descriptors of lock files. A forked child inherits them and would keep the lock after this process has ended.
 _descriptors: set[int] = set()
 
 
 @contextmanager
 def run_lock(folder: str | Path, *, rank: int = 0, world: int = 1) -> Iterator[None]:
-    """Hold `folder` for this run; the first process does so for all, and all fail if it cannot.
+    """Lock `folder` for this run; the first process locks it for all, and all fail if it cannot.
 
-    The file names its holder; that it is there says nothing, as a run that was killed leaves it. Where the file system
-    has no locks, the holder's process is looked up, and a holder on another host is believed.
+    The lock file names the process that holds the lock. A file without a lock means nothing, as a killed run leaves
+    one. If the file system does not support locks, the lock is held as long as that process exists; a process on
+    another host is assumed to exist.
 
     Args:
-        folder: made if absent, and removed at the end if it is still empty.
-        rank: of this process.
+        folder: created if absent, and removed at the end if it is still empty.
+        rank: rank of this process.
         world: number of processes of the run.
     Raises:
-        ValueError: if another run holds it, naming that run.
+        ValueError: if another run holds the lock, naming its process.
         OSError: if the file cannot be written.
     """
     lock: _Lock | None = None
-    problem: Exception | None = None
+    lock_error: Exception | None = None
     if rank == 0:
         try:
             with explain_disk_errors(folder):
-                lock = _take(Path(folder))
+                lock = _acquire(Path(folder))
         except (ValueError, OSError) as error:
-            problem = error
+            lock_error = error
     try:
-        _fail_together(problem, world)
+        _raise_in_all(lock_error, world)
         yield
     finally:
         if lock is not None:
             lock.release()
 
 
-def _fail_together(problem: Exception | None, world: int) -> None:
-    message = broadcast_from_first(None if problem is None else str(problem), world)
-    if problem is not None:
-        raise problem
+def _raise_in_all(error: Exception | None, world: int) -> None:
+    """Raise the first process's error in every process."""
+    message = broadcast_from_first(None if error is None else str(error), world)
+    if error is not None:
+        raise error
     if message is not None:
         raise ValueError(message)
 
@@ -73,11 +75,11 @@ def _fail_together(problem: Exception | None, world: int) -> None:
 class _Lock:
     path: Path
     descriptor: int
-    made: list[Path]
+    created: list[Path]
     pid: int
 
     def release(self) -> None:
-        """Remove the file, then let go of it, and leave no empty folder that was made for it."""
+        """Remove the file, release the lock, and remove the folders that were created for it and are empty."""
         if os.getpid() != self.pid:
             return
         with contextlib.suppress(OSError):
@@ -85,51 +87,51 @@ class _Lock:
         _descriptors.discard(self.descriptor)
         os.close(self.descriptor)
         with contextlib.suppress(OSError):
-            for folder in self.made:
+            for folder in self.created:
                 folder.rmdir()
 
 
-def _take(folder: Path) -> _Lock:
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+def _acquire(folder: Path) -> _Lock:
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / FILE_NAME
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            continue  # a run that is over has just removed the folder, which was empty
+            continue  # another run has just ended and removed the empty folder
         try:
             if not _lock(descriptor):
                 _check_holder(folder, _holder(descriptor))
             if _is_at(descriptor, path):
                 _write_holder(descriptor)
                 _descriptors.add(descriptor)
-                return _Lock(path, descriptor, made, os.getpid())
+                return _Lock(path, descriptor, created, os.getpid())
         except BlockingIOError as error:
-            held = ValueError(
-                f"output_dir: {folder} is in use by another run{_said(_holder(descriptor))}; wait for it, stop it, or "
-                "choose another output_dir"
+            in_use = ValueError(
+                f"output_dir: {folder} is in use by another run{_describe(_holder(descriptor))}; wait for it, stop "
+                "it, or choose another output_dir"
             )
             os.close(descriptor)
-            raise held from error
+            raise in_use from error
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder has removed the file in between
+        os.close(descriptor)  # the other run has removed the file in the meantime
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock the file; False where the file system cannot.
+    """Lock the file; return False if the file system does not support locks.
 
     Raises:
-        BlockingIOError: if somebody has it.
+        BlockingIOError: if another process holds the lock.
     """
     if fcntl is None:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _UNSUPPORTED:
+        if error.errno in _LOCKS_UNSUPPORTED:
             return False
         raise
     return True
@@ -143,45 +145,45 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _write_holder(descriptor: int) -> None:
-    me = {
+    holder = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         "process_start": psutil.Process().create_time(),
     }
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(me).encode() + b"\n", 0)
+    os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
-    """Return what the file says of its holder, nothing if that has not written it yet."""
+    """Return the process named in the lock file, or an empty dict if it is not written yet."""
     os.lseek(descriptor, 0, os.SEEK_SET)
     try:
-        said = json.loads(os.read(descriptor, 4096))
+        holder = json.loads(os.read(descriptor, 4096))
     except ValueError:
         return {}
-    return said if isinstance(said, dict) and {"host", "pid", "since"} <= said.keys() else {}
+    return holder if isinstance(holder, dict) and {"host", "pid", "since"} <= holder.keys() else {}
 
 
-def _said(holder: dict[str, Any]) -> str:
+def _describe(holder: dict[str, Any]) -> str:
     if not holder:
         return ""
     return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
 
 
 def _check_holder(folder: Path, holder: dict[str, Any]) -> None:
-    """Judge by the file alone.
+    """Check by the content of the lock file that no other run holds the lock.
 
     Raises:
-        BlockingIOError: if the holder is a living process of this host.
-        ValueError: if it is of another host.
+        BlockingIOError: if the process exists on this host.
+        ValueError: if the process is on another host.
     """
     if not holder:
         return
     if holder["host"] != socket.gethostname():
         raise ValueError(
-            f"output_dir: {folder} is in use by another run{_said(holder)}, or that run was killed, which cannot be "
-            f"told from {socket.gethostname()} on this file system; if it is over, remove {folder / FILE_NAME}"
+            f"output_dir: {folder} is in use by another run{_describe(holder)}, or that run was killed: on this file "
+            f"system {socket.gethostname()} cannot tell which; if it has ended, remove {folder / FILE_NAME}"
         )
     with contextlib.suppress(psutil.Error, TypeError, ValueError):
         if psutil.Process(int(holder["pid"])).create_time() == holder.get("process_start"):

@@ -1,8 +1,7 @@
-"""A family of diffusion models with code of its own, loaded as the transformers model that it is underneath.
+"""Families of diffusion models that were published with code of their own, loaded as plain transformers models.
 
 `register_family` makes transformers' Auto classes load the published files: the config is translated, the weights are
-renamed while they are read, and the result is the plain model of `ModelFamily.model_class`. The published code is not
-run.
+renamed while they are read, and the result is an instance of `ModelFamily.model_class`. The published code is not run.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ F = TypeVar("F", bound="type[ModelFamily]")
 
 @dataclass(frozen=True)
 class WeightNames:
-    """The published names of weights, and those of the transformers model.
+    """The published names of weights, and the names in the transformers model.
 
     Attributes:
-        name: of the family, for messages.
-        prefixes: pairs of a published prefix and the one that replaces it; `{n}` stands for the number of a layer.
+        name: name of the family in messages.
+        prefixes: pairs of a published prefix and transformers' prefix; `{n}` stands for the index of a layer.
     """
 
     name: str
     prefixes: tuple[tuple[str, str], ...]
 
     def to_standard(self, key: str) -> str:
-        """Return transformers' name for a published one.
+        """Return transformers' name for a published name.
 
         Raises:
             ValueError: if it is not a published name.
@@ -45,10 +44,10 @@ class WeightNames:
         return self._renamed(key, self.prefixes)
 
     def to_published(self, key: str) -> str:
-        """Return the published name for one of transformers'.
+        """Return the published name for transformers' name.
 
         Raises:
-            ValueError: if the model has no such name.
+            ValueError: if the model has no weight of that name.
         """
         return self._renamed(key, [(standard, published) for published, standard in self.prefixes])
 
@@ -57,9 +56,9 @@ class WeightNames:
         return {_pattern(old): new.replace("{n}", r"\1") for old, new in self.prefixes}
 
     def is_published(self, keys: Iterable[str]) -> bool:
-        """Tell whether one of the keys is a published name that the transformers model does not have."""
-        unlike = [_pattern(published) for published, standard in self.prefixes if published != standard]
-        return any(re.match(pattern, key) for key in keys for pattern in unlike)
+        """Tell whether one of the keys is a published name that the transformers model does not use."""
+        published_only = [_pattern(published) for published, standard in self.prefixes if published != standard]
+        return any(re.match(pattern, key) for key in keys for pattern in published_only)
 
     def _renamed(self, key: str, prefixes: Iterable[tuple[str, str]]) -> str:
         for old, new in prefixes:
@@ -67,7 +66,7 @@ class WeightNames:
             if match:
                 layer = match[1] if "{n}" in old else ""
                 return new.replace("{n}", layer) + key[match.end() :]
-        raise ValueError(f"{key} is no name of the layout of {self.name}")
+        raise ValueError(f"{key} is not a name of the published layout of {self.name}")
 
 
 def _pattern(prefix: str) -> str:
@@ -75,16 +74,16 @@ def _pattern(prefix: str) -> str:
 
 
 class ModelFamily:
-    """What a published family is underneath. A family is a subclass, with `register_family`.
+    """Base class of published families; decorate a subclass with `register_family`.
 
     Attributes:
         name: model_type in the published config.json.
         title: the family's name in messages.
-        model_class: the class of transformers that computes the same.
+        model_class: the class of transformers that computes the same function.
         shift: whether logits at i predict token i + 1.
         weight_names: the published names of weights; None if they are those of `model_class`.
-        tokenizer_class: a tokenizer of transformers, for a tokenizer_config.json that names a class of its own; None
-            otherwise.
+        tokenizer_class: the class of transformers to load the tokenizer with, if the published tokenizer_config.json
+            names a class of the published code; None otherwise.
     """
 
     name: ClassVar[str]
@@ -100,7 +99,7 @@ class ModelFamily:
 
         Raises:
             KeyError: if a setting is missing.
-            ValueError: if `model_class` cannot compute what a setting says.
+            ValueError: if `model_class` does not support a setting.
         """
         raise NotImplementedError
 
@@ -109,16 +108,16 @@ class ModelFamily:
         """Return the content of a published config.json, for `llamafactory-ddm convert --published`.
 
         Args:
-            config: of `model_class`.
+            config: config of `model_class`.
             mask_token_id: id of [MASK].
         Raises:
-            NotImplementedError: if the family's layout is only read.
+            NotImplementedError: if models cannot be converted back to the family's layout.
         """
         raise NotImplementedError
 
     @classmethod
     def checked_config(cls, raw: dict[str, Any]) -> PretrainedConfig:
-        """Return `standard_config`, with a message for a missing setting.
+        """Return `standard_config`, with a ValueError for a missing setting.
 
         Raises:
             ValueError: if a setting is missing or not supported.
@@ -126,17 +125,17 @@ class ModelFamily:
         try:
             return cls.standard_config(raw)
         except KeyError as error:
-            raise ValueError(f"config.json of this {cls.title} lacks {error}; download it again") from error
+            raise ValueError(f"config.json of this {cls.title} model lacks {error}; download it again") from error
 
     @classmethod
     def diffusion_config(cls, raw: dict[str, Any], tokenizer: Any) -> DiffusionConfig:
-        """Return what is known of the diffusion process of a published model.
+        """Return the diffusion config of a published model.
 
-        A document ends with the tokenizer's EOS, a turn with the token that the chat template puts behind it.
+        A document ends with the tokenizer's EOS, a turn with the end token of the chat template.
 
         Args:
             raw: content of config.json.
-            tokenizer: of the same folder.
+            tokenizer: tokenizer in the same folder.
         Raises:
             ValueError: if config.json names no mask token, or one that the tokenizer lacks.
         """
@@ -144,8 +143,8 @@ class ModelFamily:
         mask = None if mask_id is None else tokenizer.convert_ids_to_tokens(int(mask_id))
         if mask is None:
             raise ValueError(
-                f"config.json says that the mask of this {cls.title} has id {mask_id}, which is no token of the "
-                "tokenizer; name it with llamafactory-ddm convert IN OUT --mask-token"
+                f"mask_token_id in config.json of this {cls.title} model is {mask_id}, which must be the id of a "
+                "token of the tokenizer; name the mask token with llamafactory-ddm convert IN OUT --mask-token"
             )
         config = DiffusionConfig(mask, int(mask_id), cls.shift, "masked", 0.0, "linear", 1.0)
         return with_start_and_end(config, tokenizer)
@@ -166,22 +165,22 @@ def register_family(family: F) -> F:
 
 
 def detect_family(raw: dict[str, Any]) -> type[ModelFamily] | None:
-    """Return the family that a config.json is of, or None for a model of transformers."""
+    """Return the family named by model_type in a config.json, or None for a model of transformers."""
     name = raw.get("model_type")
     return MODEL_FAMILIES.get(name) if name in MODEL_FAMILIES else None
 
 
 def family_of_converted(model_type: str, shift: bool) -> type[ModelFamily] | None:
-    """Return the family whose layout a plain model can be written in, by its model_type and its shift."""
+    """Return the family to whose layout a plain model of this model_type and shift converts, or None."""
     for family in map(MODEL_FAMILIES.get, MODEL_FAMILIES):
-        is_written = family.published_config.__func__ is not ModelFamily.published_config.__func__  # type: ignore[attr-defined]
-        if is_written and (family.model_class.config_class.model_type, family.shift) == (model_type, shift):
+        can_write = family.published_config.__func__ is not ModelFamily.published_config.__func__  # type: ignore[attr-defined]
+        if can_write and (family.model_class.config_class.model_type, family.shift) == (model_type, shift):
             return family
     return None
 
 
 def raw_config(folder: str | Path) -> dict[str, Any]:
-    """Return the content of a folder's config.json, or nothing if there is none.
+    """Return the content of a folder's config.json, or an empty dict if there is none.
 
     Raises:
         ValueError: if it is not a JSON object.
@@ -194,12 +193,12 @@ def raw_config(folder: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(raw).__name__}; download it again")
+        raise ValueError(f"{path} must hold a JSON object, got {type(raw).__name__}; download it again")
     return raw
 
 
 def find_diffusion_config(folder: str | Path) -> DiffusionConfig | None:
-    """Return the config in diffusion_config.json, else what a published family says of itself; None for neither.
+    """Return the config in diffusion_config.json, else that of a published family, else None.
 
     Raises:
         ValueError: if a file is not readable, or names a mask token that the tokenizer lacks.
@@ -216,15 +215,15 @@ def load_tokenizer(folder: str | Path) -> Any:
     """Return the tokenizer of a folder.
 
     Raises:
-        ValueError: if it has none, or it cannot be read.
+        ValueError: if the folder has no readable tokenizer.
     """
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} has no tokenizer ({first_line(error)}); copy tokenizer.json and tokenizer_config.json of the "
-            "published model into it, or name the model that the weights were trained from: llamafactory-ddm convert "
-            "IN OUT --base"
+            f"{folder} has no readable tokenizer ({first_line(error)}); copy tokenizer.json and "
+            "tokenizer_config.json of the published model into it, or name the model that the weights were trained "
+            "from: llamafactory-ddm convert IN OUT --base"
         ) from error
 
 
@@ -232,12 +231,12 @@ _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # of LLaDA and of Dream
 
 
 def with_start_and_end(config: DiffusionConfig, tokenizer: Any) -> DiffusionConfig:
-    """Return a config with the start and end tokens of its tokenizer, if it has none."""
+    """Return `config` with the tokenizer's start and end tokens, unless it names end tokens already."""
     if config.end_tokens is not None:
         return config
     vocabulary = tokenizer.get_vocab()
-    chat = str(getattr(tokenizer, "chat_template", None) or "")
-    turn_ends = [token for token in _TURN_ENDS if token in vocabulary and token in chat]
+    chat_template = str(getattr(tokenizer, "chat_template", None) or "")
+    turn_ends = [token for token in _TURN_ENDS if token in vocabulary and token in chat_template]
     end_tokens = [str(token) for token in (tokenizer.eos_token, *turn_ends) if token is not None]
     end_tokens = list(dict.fromkeys(end_tokens))
     start = (tokenizer.bos_token or tokenizer.eos_token) if config.shift else None
@@ -251,13 +250,13 @@ def with_start_and_end(config: DiffusionConfig, tokenizer: Any) -> DiffusionConf
 
 
 def rope_theta(config: Any) -> float:
-    """Return the base of the rotary angles, which transformers 5 keeps in rope_parameters."""
+    """Return the base of the rotary embedding, which transformers 5 keeps in rope_parameters."""
     parameters = getattr(config, "rope_parameters", None)
     return float(parameters["rope_theta"] if parameters else config.rope_theta)
 
 
 def _register_auto_classes(family: type[ModelFamily]) -> None:
-    """Register a config, a model and where needed a tokenizer, which all load as those of `model_class`."""
+    """Register a config, a model and, if the family needs one, a tokenizer that load as those of `model_class`."""
     model_class = family.model_class
     config_class = model_class.config_class
     mapping = None if family.weight_names is None else family.weight_names.key_mapping()
@@ -271,11 +270,11 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
                 return super().from_dict(config_dict, **kwargs)
             config = family.checked_config(config_dict)
             config.dtype = _dtype(config_dict, kwargs.get("name_or_path"))
-            # Its model_type becomes an attribute of the instance, as LLaMA-Factory's patches go by it.
+            # to_dict() sets the plain model_type on the instance; LLaMA-Factory selects its patches by it.
             return super().from_dict(config.to_dict(), **kwargs)
 
-    def plain(config: Any) -> Any:
-        """Return the config as one of `config_class`, with every change that was made to it since it was read."""
+    def to_plain(config: Any) -> Any:
+        """Return the config as a `config_class`, with all changes that were made to it after loading."""
         if isinstance(config, PublishedConfig):
             config = copy.deepcopy(config)
             config.__class__ = config_class
@@ -286,19 +285,23 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
 
         @classmethod
         def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-            config = plain(PublishedConfig.from_pretrained(name) if config is None else config)
+            config = to_plain(PublishedConfig.from_pretrained(name) if config is None else config)
             if mapping is not None:
                 kwargs["key_mapping"] = mapping
             loaded = model_class.from_pretrained(name, *args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
-            conversions = getattr(model, "_weight_conversions", None)  # of transformers 5; the user's come first
+            conversions = getattr(
+                model, "_weight_conversions", None
+            )  # transformers 5; those of key_mapping come first
             if mapping is not None and conversions:
-                model._weight_conversions = conversions[len(mapping) :]  # else it saves under the published names
+                model._weight_conversions = conversions[
+                    len(mapping) :
+                ]  # else save_pretrained restores the published names
             return loaded
 
         @classmethod
         def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-            return model_class._from_config(plain(config), **kwargs)
+            return model_class._from_config(to_plain(config), **kwargs)
 
     for auto_class, title in ((PublishedConfig, "Config"), (PublishedModel, "ForCausalLM")):
         auto_class.__name__ = auto_class.__qualname__ = f"{family.title}{title}"
@@ -312,7 +315,7 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
         @classmethod
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
             tokenizer = tokenizer_class.from_pretrained(*args, **kwargs)
-            tokenizer.init_kwargs.pop("auto_map", None)  # else it is saved, and asks for the published code
+            tokenizer.init_kwargs.pop("auto_map", None)  # else it is saved, and loading asks for the published code
             return tokenizer
 
     PublishedTokenizer.__name__ = PublishedTokenizer.__qualname__ = f"{family.title}Tokenizer"
@@ -320,7 +323,7 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
 
 
 def _dtype(raw: dict[str, Any], name: Any) -> Any:
-    """Return the dtype of published weights: of the files where they are at hand, else what config.json says."""
+    """Return the dtype of published weights: that of local files, else that in config.json."""
     try:
         return stored_dtype(name)
     except (TypeError, OSError, BrokenCheckpointError):

@@ -1,4 +1,4 @@
-"""Dream: a Qwen2 that attends to all tokens, with weights under Qwen2's names.
+"""Dream: a Qwen2 with bidirectional attention, whose weights have Qwen2's names.
 
 Source: Dream (arXiv 2508.15487) and the configuration that it was published with.
 """
@@ -14,7 +14,7 @@ from .base import ModelFamily, register_family, rope_theta
 
 @register_family
 class Dream(ModelFamily):
-    """Logits at i predict token i + 1, as a Qwen2's do."""
+    """A family whose logits at i predict token i + 1, as in Qwen2."""
 
     name = "Dream"
     title = "Dream"
@@ -24,7 +24,7 @@ class Dream(ModelFamily):
 
     @classmethod
     def standard_config(cls, raw: dict[str, Any]) -> Qwen2Config:
-        """Return Qwen2's config: the published one, without what belongs to the published code."""
+        """Return Qwen2's config: the published config, without the keys of the published code."""
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "mask_token_id"):
             raw[key]
         dropped = ("model_type", "architectures", "auto_map", "mask_token_id", "transformers_version")

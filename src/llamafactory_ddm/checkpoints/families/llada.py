@@ -1,4 +1,4 @@
-"""LLaDA: a Llama without biases that attends to all tokens, with weights under names of its own.
+"""LLaDA: a Llama without biases and with bidirectional attention, whose weights have names of their own.
 
 Source: LLaDA (arXiv 2502.09992) and the configuration that it was published with.
 """
@@ -29,8 +29,8 @@ WEIGHT_NAMES = WeightNames(
         (_BLOCK + "ff_out.", _LAYER + "mlp.down_proj."),
     ),
 )
-# What makes a LLaDA a Llama; with another value it is neither.
-_AS_LLAMA: dict[str, Any] = {
+# Settings of LLaDA that Llama also has; Llama does not support other values.
+_REQUIRED: dict[str, Any] = {
     "activation_type": "silu",
     "alibi": False,
     "attention_layer_norm": False,
@@ -46,7 +46,7 @@ _AS_LLAMA: dict[str, Any] = {
 
 @register_family
 class Llada(ModelFamily):
-    """Logits at i predict token i."""
+    """A family whose logits at i predict token i."""
 
     name = "llada"
     title = "LLaDA"
@@ -57,11 +57,12 @@ class Llada(ModelFamily):
     @classmethod
     def standard_config(cls, raw: dict[str, Any]) -> LlamaConfig:
         """Return Llama's config for LLaDA's settings."""
-        unlike = {key: raw[key] for key, value in _AS_LLAMA.items() if raw.get(key, value) != value}
-        if unlike:
-            settings = ", ".join(f"{key}: {value!r}" for key, value in unlike.items())
+        unsupported = {key: raw[key] for key, value in _REQUIRED.items() if raw.get(key, value) != value}
+        if unsupported:
+            settings = ", ".join(f"{key}: {value!r}" for key, value in unsupported.items())
             raise ValueError(
-                f"config.json of this LLaDA says {settings}, which a Llama cannot compute; it cannot be loaded"
+                f"config.json of this LLaDA model has {settings}, which Llama does not support; "
+                f"it must be {', '.join(f'{key}: {_REQUIRED[key]!r}' for key in unsupported)}"
             )
         heads = int(raw["n_heads"])
         config_class: Any = LlamaConfig
@@ -91,7 +92,7 @@ class Llada(ModelFamily):
         names = ("AutoModel", "AutoModelForCausalLM")
         code = {"AutoConfig": "configuration_llada.LLaDAConfig", **dict.fromkeys(names, "modeling_llada.LLaDAModelLM")}
         return {
-            **_AS_LLAMA,
+            **_REQUIRED,
             "alibi_bias_max": 8.0,
             "architectures": ["LLaDAModelLM"],
             "attention_dropout": 0.0,

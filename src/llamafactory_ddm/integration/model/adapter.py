@@ -1,4 +1,4 @@
-"""Steps of a diffusion model before and after LLaMA-Factory adds or merges adapters."""
+"""What a diffusion model needs before and after LLaMA-Factory adds or merges adapters."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from ..logs import get_logger
 from ..resolve.vocabulary import Vocabulary, check_embeddings_trained
 
 logger = get_logger(__name__)
-_at_work: ContextVar[AdapterSetup | None] = ContextVar("at_work", default=None)
+_current_setup: ContextVar[AdapterSetup | None] = ContextVar("current_setup", default=None)
 
 
-def setup_at_work() -> AdapterSetup | None:
-    """Return the setup of the diffusion run that is loading a model; None outside of one."""
-    return _at_work.get()
+def current_setup() -> AdapterSetup | None:
+    """Return the setup of the diffusion run that is loading a model; None outside `loading_with`."""
+    return _current_setup.get()
 
 
 @contextmanager
 def loading_with(setup: AdapterSetup) -> Iterator[None]:
     """Within the block, have LLaMA-Factory's loader check every weight and apply `setup` around adapters."""
-    token = _at_work.set(setup)
+    token = _current_setup.set(setup)
     try:
         yield
     finally:
-        _at_work.reset(token)
+        _current_setup.reset(token)
 
 
 @dataclass
@@ -47,7 +47,7 @@ class AdapterSetup:
 
     Attributes:
         vocabulary: the tokens of the run.
-        rows: number of embeddings in the saved base model.
+        num_stored: number of embeddings in the saved base model.
         model_args: LLaMA-Factory's.
         finetuning_args: LLaMA-Factory's, with this package's keys.
         new_adapter: whether the run creates an adapter.
@@ -56,7 +56,7 @@ class AdapterSetup:
     """
 
     vocabulary: Vocabulary
-    rows: int
+    num_stored: int
     model_args: Any
     finetuning_args: Any
     new_adapter: bool
@@ -72,54 +72,55 @@ class AdapterSetup:
         """Resize the base model's embeddings, load the checkpoint's weights, and resolve LoRA's target modules.
 
         Raises:
-            ValueError: if an adapter could not hold a new token, a name matches no module, or weights do not fit.
+            ValueError: if an adapter cannot hold a new token, lora_target matches no module, or weights do not fit.
         """
         base = self.model_args.model_name_or_path
         origin = origin_of(base)
         if origin != base:
-            # An adapter records its base by this name, which must stay valid when the cache is gone.
+            # An adapter records its base by this name, which must stay valid without the cache.
             model.name_or_path = model.config._name_or_path = origin
         self._warn_of_other_base(base, origin)
         if self.new_adapter:
             resolve_lora_targets(model, self.finetuning_args)
-            self._tell_of_a_chain()
+            self._warn_of_stacked_adapters()
         checkpoint = self.finetuning_args.checkpoint_dir
         if checkpoint and not is_model_folder(checkpoint):
             # LLaMA-Factory converts trained weights to float32 later; they must not be rounded before.
             model.to(stored_dtype(checkpoint))
             layout = layout_of_folder(checkpoint)
-            self.rows = stored_num_embeddings(checkpoint, layout) or self.rows
-            resize_embeddings(model, self.rows)
+            self.num_stored = stored_num_embeddings(checkpoint, layout) or self.num_stored
+            resize_embeddings(model, self.num_stored)
             load_weights(model, checkpoint, rename=None if layout is None else layout.to_standard)
         for folder in self.adapters:
-            fit_embeddings(model, folder, own=self.rows)
-        self._make_room(model)
+            fit_embeddings(model, folder, num_stored=self.num_stored)
+        self._add_embeddings(model)
 
-    def _tell_of_a_chain(self) -> None:
-        """Warn that an adapter on top of others needs them, as its own folder records only the base model."""
+    def _warn_of_stacked_adapters(self) -> None:
+        """Warn that an adapter trained on top of others needs them: its folder records only the base model."""
         if self.adapters:
-            names = ",".join(self.adapters)
+            existing = ",".join(self.adapters)
             logger.warning_rank0(
-                f"The new adapter is trained on top of {names} and works only together with it: set "
-                f"adapter_name_or_path: {names},OUTPUT_DIR, or merge {names} first with llamafactory-cli export."
+                f"The new adapter is trained on top of {existing} and works only together with it: set "
+                f"adapter_name_or_path: {existing},OUTPUT_DIR, or merge {existing} first with llamafactory-cli export."
             )
 
-    def _make_room(self, model: Any) -> None:
-        """Add and initialise embeddings for the tokens that the model lacks, after checking that they are trained."""
+    def _add_embeddings(self, model: Any) -> None:
+        """Check that the embeddings of new tokens will be trained, then add and initialise them."""
         vocabulary = self.vocabulary
-        rows = num_embeddings(model) if self.adapters else self.rows
+        num_trained = num_embeddings(model) if self.adapters else self.num_stored
         if self.do_train and (self.new_adapter or self.finetuning_args.finetuning_type == "freeze"):
-            check_embeddings_trained(vocabulary, model, rows, self.model_args, self.finetuning_args)
-        lacking = vocabulary.untrained(rows)
-        if self.model_args.resize_vocab and num_embeddings(model) > rows:
+            check_embeddings_trained(vocabulary, model, num_trained, self.model_args, self.finetuning_args)
+        new_tokens = vocabulary.untrained(num_trained)
+        if self.model_args.resize_vocab and num_embeddings(model) > num_trained:
             # LLaMA-Factory has initialised the embeddings it added, except those of [MASK] and padding.
-            ours = {vocabulary.mask.token, *vocabulary.pad_tokens}
-            lacking = {token: i for token, i in lacking.items() if token in ours or i >= num_embeddings(model)}
-        if lacking:
+            initialised_here = {vocabulary.mask.token, *vocabulary.pad_tokens}
+            size = num_embeddings(model)
+            new_tokens = {t: i for t, i in new_tokens.items() if t in initialised_here or i >= size}
+        if new_tokens:
             logger.info_rank0(
-                f"{vocabulary.describe(lacking)}: new to the model; their embeddings begin as the mean of the others."
+                f"{vocabulary.describe(new_tokens)}: new to the model; their embeddings start as the mean of the rest."
             )
-        init_new_embeddings(model, lacking.values(), known=min(vocabulary.additions.n_before, rows))
+        init_new_embeddings(model, new_tokens.values(), known=min(vocabulary.additions.n_before, num_trained))
 
     def _warn_of_other_base(self, base: str, origin: str) -> None:
         """Warn of adapters that were trained on another base model."""
@@ -130,13 +131,13 @@ class AdapterSetup:
                 Path(origin).resolve(),
             ):
                 logger.warning_rank0(
-                    f"The adapter {folder} was trained on {trained_on}, and is put on {base}: that gives another "
-                    "model than was trained, unless the two are the same."
+                    f"The adapter {folder} was trained on {trained_on} and is loaded on {base}: unless the two are "
+                    "the same model, the result is not the model that was trained."
                 )
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Name the base model of an adapter whose shapes do not fit.
+    def explain_shape_mismatch(self) -> Iterator[None]:
+        """Turn PEFT's error for an adapter that does not fit into one that names its base model.
 
         Raises:
             ValueError: if the shapes of the adapter's weights are not those of the model.
@@ -147,32 +148,32 @@ class AdapterSetup:
             if not self.adapters or "size mismatch" not in str(error):
                 raise
             base = origin_of(self.model_args.model_name_or_path)
-            owners = ", ".join(
+            trained_on = ", ".join(
                 f"{folder} was trained on {base_of(folder)}" for folder in self.adapters if base_of(folder) != base
             )
             shapes = re.findall(r"size mismatch for (\S+): .*?(\[[^]]*\]).*?(\[[^]]*\])", str(error))
-            said = "; ".join(f"{name} {theirs} against the model's {ours}" for name, theirs, ours in shapes[:2])
-            owners = owners or "the model is not as it was when the adapter was trained"
+            mismatches = "; ".join(f"{name} {stored} instead of {expected}" for name, stored, expected in shapes[:2])
+            trained_on = trained_on or "the model has changed since the adapter was trained"
             raise ValueError(
-                f"adapter_name_or_path: the shapes of its weights are not those of model_name_or_path: {base}"
-                f"{f' ({said})' if said else ''}; {owners}"
+                f"adapter_name_or_path: the shapes of its weights do not fit model_name_or_path: {base}"
+                f"{f' ({mismatches})' if mismatches else ''}; {trained_on}; name the base model it was trained on"
             ) from error
 
     def finish(self, model: Any) -> None:
         """Tie embeddings again that PEFT untied, and make attention bidirectional.
 
         Raises:
-            ValueError: if the adapter's copy of an embedding has a precision that the model cannot be run in.
+            ValueError: if trained weights in float32 need mixed precision, which is off.
         """
         tie_again(model)
-        own = {p.dtype for name, p in model.named_parameters() if "lora_" not in name and p.is_floating_point()}
+        dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" not in name and p.is_floating_point()}
         targets = self.finetuning_args.additional_target
         freezes = self.finetuning_args.finetuning_type == "freeze"
-        if self.do_train and (targets or freezes) and len(own) > 1 and not self.autocast:
-            what = "what finetuning_type: freeze leaves" if freezes else f"additional_target: {', '.join(targets)}"
+        if self.do_train and (targets or freezes) and len(dtypes) > 1 and not self.autocast:
+            key = "finetuning_type: freeze" if freezes else f"additional_target: {', '.join(targets)}"
             raise ValueError(
-                f"{what} is trained in float32 beside "
-                f"a model in {', '.join(str(d).removeprefix('torch.') for d in own - {torch.float32})}, which needs "
-                "mixed precision: set bf16: true, or start from a model that is stored in float32"
+                f"{key} trains weights in float32 while the other weights of the model are in "
+                f"{', '.join(str(d).removeprefix('torch.') for d in dtypes - {torch.float32})}, which needs mixed "
+                "precision; set bf16: true, or start from a model that is stored in float32"
             )
         make_bidirectional(model)

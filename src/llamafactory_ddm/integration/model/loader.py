@@ -1,4 +1,4 @@
-"""Loading of a run's tokenizer and model through LLaMA-Factory, and of their diffusion config."""
+"""Loading of a run's tokenizer, model and diffusion config through LLaMA-Factory."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ..resolve.vocabulary import Additions, RunTokenizer, Vocabulary, restore_st
 from .adapter import AdapterSetup, loading_with
 
 logger = get_logger(__name__)
-_ADDED = ("add_tokens", "add_special_tokens")
+_TOKEN_KEYS = ("add_tokens", "add_special_tokens")
 
 
 def find_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> DiffusionConfig | None:
-    """Return the diffusion config of the newest of adapter, checkpoint and base model; None if none has one.
+    """Return the diffusion config of the adapter, else of the checkpoint, else of the base model, else None.
 
     Raises:
         ValueError: if two of them disagree, naming both.
     """
-    found: list[tuple[str, DiffusionConfig]] = []
+    configs: list[tuple[str, DiffusionConfig]] = []
     for folder in sources(model_args, checkpoint_dir):
         config = find_config(folder)
         if config is not None:
-            found.append((folder, config))
-    check_agreement(found)
-    return found[0][1] if found else None
+            configs.append((folder, config))
+    check_agreement(configs)
+    return configs[0][1] if configs else None
 
 
 def sources(model_args: Any, checkpoint_dir: str | None) -> list[str]:
@@ -58,13 +58,12 @@ def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_arg
     tokenizer = module["tokenizer"]
     additions = Additions.start(tokenizer)
     if config is None:
-        config = _of_published(model_args, finetuning_args, tokenizer)
+        config = _published_config(model_args, finetuning_args, tokenizer)
     if config is None and not training_args.do_train and finetuning_args.mask_token is None:
         raise ValueError(
-            f"{folder} holds no {FILE_NAME}, so nothing says that it is a diffusion model, and this run trains "
-            "nothing. Point model_name_or_path (or checkpoint_dir) at a checkpoint of stage: ddm; make an ordinary "
-            "folder of a published one, such as DiffuLLaMA, with llamafactory-ddm convert; if it is a diffusion model "
-            "from elsewhere, say so with mask_token and shift"
+            f"{folder} holds no {FILE_NAME}, which a run without training needs; set model_name_or_path (or "
+            "checkpoint_dir) to a checkpoint of stage: ddm, convert a published checkpoint such as DiffuLLaMA with "
+            "llamafactory-ddm convert, or set mask_token and shift for a diffusion model from elsewhere"
         )
     mask = None if config is None else _stored_mask(tokenizer, config, folder, finetuning_args, training_args)
     if config is not None and mask is not None:
@@ -78,50 +77,48 @@ def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_arg
 def _stored_mask(
     tokenizer: Any, config: DiffusionConfig, folder: str, finetuning_args: Any, training_args: Any
 ) -> ResolvedMaskToken:
-    """Return the mask token of a checkpoint, and check that the YAML's diffusion keys agree with its config.
+    """Check that the YAML's diffusion keys agree with a checkpoint's config, and return its mask token.
 
     Raises:
-        ValueError: if a key does not agree, naming it.
+        ValueError: if a key differs, naming it.
     """
     config.check_against(shift=finetuning_args.shift, noise_schedule=finetuning_args.noise_schedule)
     if getattr(training_args, "do_predict", False) and not training_args.do_train:
-        # Evaluation may use other noise, but whether a model can edit depends on its training noise.
+        # do_eval may use another noise process, but whether a model can edit depends on that of its training.
         config.check_against(noise_process=finetuning_args.noise_process, uniform_ratio=finetuning_args.uniform_ratio)
     stored = (config.mask_token, config.mask_token_id)
     mask = resolve_mask_token(tokenizer, finetuning_args.mask_token, config_mask=stored)
     if mask.id != config.mask_token_id:
         raise ValueError(
-            f"mask_token: {finetuning_args.mask_token!r} has id {mask.id}, but {Path(folder) / FILE_NAME} says the "
-            f"model was trained with {config.mask_token!r}, id {config.mask_token_id}; remove the key from the YAML"
+            f"mask_token: {finetuning_args.mask_token!r} has id {mask.id}, but the model was trained with "
+            f"{config.mask_token!r}, id {config.mask_token_id} ({Path(folder) / FILE_NAME}); remove the key"
         )
     return mask
 
 
-def _of_published(model_args: Any, finetuning_args: Any, tokenizer: Any) -> DiffusionConfig | None:
-    """Return the diffusion config of a checkpoint_dir in a published layout, and set its padding token.
+def _published_config(model_args: Any, finetuning_args: Any, tokenizer: Any) -> DiffusionConfig | None:
+    """Return the diffusion config of a checkpoint_dir in a published layout, and set the padding token.
 
-    The YAML's mask_token has precedence, as other models use the same layout.
+    The YAML's mask_token takes precedence, as other models use the same layout.
     """
     folder = finetuning_args.checkpoint_dir
     layout = None if folder is None else layout_of_folder(folder)
     if layout is None:
         return None
-    kind, rows = load_config(model_args).model_type, stored_num_embeddings(folder, layout)
-    known = published_config(kind, rows, tokenizer)
-    asked = finetuning_args.mask_token
-    if known is not None:
-        set_published_padding(kind, rows, tokenizer)
-    if asked is None:
-        return known
-    mask = resolve_mask_token(
-        tokenizer, asked, config_mask=None if known is None else (known.mask_token, known.mask_token_id)
-    )
-    described = known or DiffusionConfig(mask.token, mask.id, True, "masked", 0.0, "linear", 1.0)
-    return replace(described, mask_token=mask.token, mask_token_id=mask.id)
+    model_type, num_embeddings = load_config(model_args).model_type, stored_num_embeddings(folder, layout)
+    published = published_config(model_type, num_embeddings, tokenizer)
+    if published is not None:
+        set_published_padding(model_type, num_embeddings, tokenizer)
+    if finetuning_args.mask_token is None:
+        return published
+    published_mask = None if published is None else (published.mask_token, published.mask_token_id)
+    mask = resolve_mask_token(tokenizer, finetuning_args.mask_token, config_mask=published_mask)
+    config = published or DiffusionConfig(mask.token, mask.id, True, "masked", 0.0, "linear", 1.0)
+    return replace(config, mask_token=mask.token, mask_token_id=mask.id)
 
 
 def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[str, Any]:
-    """Load the tokenizer of the newest folder that has one; a checkpoint that is a whole model replaces the base.
+    """Load the tokenizer of the first of `sources` that has one; a checkpoint that is a whole model replaces the base.
 
     The tokenizer is returned as saved; `patch_tokenizer` adds the tokens of add_tokens and add_special_tokens later.
 
@@ -132,14 +129,14 @@ def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[s
     folders = sources(model_args, checkpoint_dir)
     newest = next((Path(f) for f in folders[:-1] if (Path(f) / "tokenizer_config.json").is_file()), None)
     # LLaMA-Factory also needs a model in the folder, which an adapter's folder does not hold.
-    is_with_model = newest is not None and (newest / "config.json").is_file()
-    model_args.model_name_or_path = str(newest) if is_with_model else base
-    added = {key: getattr(model_args, key) for key in _ADDED}
-    for key in _ADDED:
+    has_model = newest is not None and (newest / "config.json").is_file()
+    model_args.model_name_or_path = str(newest) if has_model else base
+    token_args = {key: getattr(model_args, key) for key in _TOKEN_KEYS}
+    for key in _TOKEN_KEYS:
         setattr(model_args, key, None)
     try:
         tokenizer_module: dict[str, Any] = load_tokenizer(model_args)
-        if newest is not None and not is_with_model:
+        if newest is not None and not has_model:
             tokenizer = AutoTokenizer.from_pretrained(
                 newest,
                 use_fast=model_args.use_fast_tokenizer,
@@ -149,11 +146,11 @@ def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[s
             tokenizer_module["tokenizer"] = tokenizer
     except OSError as error:
         raise ValueError(
-            f"model_name_or_path: {base} has no tokenizer that could be loaded ({error.__cause__ or error}); "
-            "give a folder with a model and its tokenizer, or the name of one that can be downloaded"
+            f"model_name_or_path: {base} has no tokenizer that can be loaded ({error.__cause__ or error}); "
+            "give a folder with a model and its tokenizer, or a Hub name that can be downloaded"
         ) from error
     finally:
-        for key, value in added.items():
+        for key, value in token_args.items():
             setattr(model_args, key, value)
         is_whole = checkpoint_dir is not None and is_model_folder(checkpoint_dir)
         model_args.model_name_or_path = checkpoint_dir if is_whole else base

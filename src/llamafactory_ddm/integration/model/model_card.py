@@ -1,4 +1,4 @@
-"""The model card (README.md) of a diffusion model: what it is, how to generate, how it was trained."""
+"""The model card (README.md) of a diffusion model: its origin, its usage, its training."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import yaml
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from ..._version import __version__
-from ...checkpoints.hub import may_be_on_a_hub
+from ...checkpoints.hub import may_be_on_hub
 from ...modeling.diffusion_config import DiffusionConfig
 from ...utils.files import replacing
 from ..logs import get_logger
 
 logger = get_logger(__name__)
 FILE_NAME = "README.md"
-_HOW = {"ddm": "adapted by continual pre-training", "ddm-sft": "finetuned on prompts and answers"}
+_TRAINING = {"ddm": "adapted by continual pre-training", "ddm-sft": "finetuned on prompts and responses"}
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Origin:
         base: folder or name of the base model; None if the model was trained from random weights.
         stage: `ddm` or `ddm-sft`; None for an export.
         finetuning_type: LLaMA-Factory's.
-        datasets: names of the data sets.
-        adapters: adapters that an export has merged into `base`.
+        datasets: names of the training data sets.
+        adapters: adapters that an export merged into `base`.
     """
 
     base: str | None
@@ -40,25 +40,26 @@ class Origin:
 
 
 def write_trained(trainer: Any, origin: Origin, name: str | None = None) -> None:
-    """Write the card of the model that a trainer has saved; a failure to write only gives a warning.
+    """Write the card of the model that a trainer has saved; if writing fails, log a warning.
 
     Args:
         trainer: a DiffusionTrainer after training.
         origin: where the model comes from.
-        name: title of the card, by default that of output_dir.
+        name: title of the card; by default the name on the Hub or of output_dir.
     """
-    folder, hub = Path(trainer.args.output_dir), trainer.args.hub_model_id if trainer.args.push_to_hub else None
+    folder = Path(trainer.args.output_dir)
+    hub_name = trainer.args.hub_model_id if trainer.args.push_to_hub else None
     config = replace(trainer.diffusion_config, attention_ratio=trainer.reached_ratio())
     training = {**extract_hyperparameters_from_trainer(trainer), "steps": trainer.trained_steps()}
     results: dict[str, float] = {}
-    is_over = False
+    training_ended = False
     for log in trainer.state.log_history:
-        is_over |= "train_runtime" in log  # what follows is of the weights that are saved
-        if is_over or log.get("step") == trainer.trained_steps():
+        training_ended |= "train_runtime" in log  # later results belong to the saved weights
+        if training_ended or log.get("step") == trainer.trained_steps():
             results |= {key: log[key] for key in log if key.startswith("eval_") and key.endswith("loss")}
     text = card(
-        name or (hub or folder.resolve().name).rpartition("/")[2],
-        hub or str(folder),
+        name or (hub_name or folder.resolve().name).rpartition("/")[2],
+        hub_name or str(folder),
         config,
         origin,
         training=training,
@@ -68,7 +69,7 @@ def write_trained(trainer: Any, origin: Origin, name: str | None = None) -> None
 
 
 def write(folder: str | Path, text: str) -> None:
-    """Write README.md; a failure gives a warning, as the weights are already saved."""
+    """Write README.md; if writing fails, log a warning, as the weights are already saved."""
     try:
         with replacing(Path(folder) / FILE_NAME) as file:
             file.write(text)
@@ -85,22 +86,22 @@ def card(
     training: dict[str, Any] | None = None,
     results: dict[str, float] | None = None,
 ) -> str:
-    """Return the text of a model card, with its metadata for Hugging Face's hub.
+    """Return the text of a model card, with its metadata for the Hub.
 
     Args:
-        name: its title.
-        path: folder or hub name under which the model is loaded.
+        name: title of the card.
+        path: folder or Hub name from which the model is loaded.
         config: the diffusion config.
         origin: where the model comes from.
         training: hyperparameters by name.
         results: evaluation losses by name.
     """
-    head = yaml.safe_dump(_metadata(config, origin), sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{head}---\n\n# {name}\n", _summary(origin), _usage(path, origin), _process(config)]
+    metadata = yaml.safe_dump(_metadata(config, origin), sort_keys=False, allow_unicode=True)
+    sections = [f"---\n{metadata}---\n\n# {name}\n", _summary(origin), _usage(path, origin), _process(config)]
     for title, values in (("Evaluation", results), ("Training", training)):
         if values:
-            parts.append(f"## {title}\n\n" + "".join(f"- {key}: {value}\n" for key, value in values.items()))
-    return "\n".join(parts)
+            sections.append(f"## {title}\n\n" + "".join(f"- {key}: {value}\n" for key, value in values.items()))
+    return "\n".join(sections)
 
 
 def _is_adapter(origin: Origin) -> bool:
@@ -116,33 +117,35 @@ def _metadata(config: DiffusionConfig, origin: Origin) -> dict[str, Any]:
         "license": "other",
         "tags": [*tags, origin.finetuning_type],
     }
-    # The hub accepts only names of its own models.
-    if origin.base is not None and may_be_on_a_hub(origin.base) and not Path(origin.base).exists():
+    # The Hub accepts only names of its own models.
+    if origin.base is not None and may_be_on_hub(origin.base) and not Path(origin.base).exists():
         data |= {"base_model": origin.base, "base_model_relation": "adapter" if _is_adapter(origin) else "finetune"}
     return data
 
 
 def _summary(origin: Origin) -> str:
     return (
-        f"{_what(origin)}\n\n"
+        f"{_origin_sentence(origin)}\n\n"
         "It fills all positions in parallel, starting from a masked sequence. Generation token by token "
         "(`model.generate` of transformers, vLLM, Ollama) gives no usable text.\n"
     )
 
 
-def _what(origin: Origin) -> str:
+def _origin_sentence(origin: Origin) -> str:
     if origin.stage is None:
         merged = f", with {' and '.join(origin.adapters)} merged into it" if origin.adapters else ""
         return f"A diffusion language model, exported from {origin.base}{merged} by llamafactory-ddm {__version__}."
-    what, trained = "A diffusion language model", _HOW[origin.stage]
+    subject, method = "A diffusion language model", _TRAINING[origin.stage]
     if _is_adapter(origin):
-        what = f"A LoRA adapter that makes a diffusion language model of {origin.base}"
+        subject = f"A LoRA adapter that turns {origin.base} into a diffusion language model"
     elif origin.base is None:
-        trained = "trained from random weights"
+        method = "trained from random weights"
     else:
-        trained += f" from {origin.base} ({origin.finetuning_type})"
+        method += f" from {origin.base} ({origin.finetuning_type})"
     data = f" Data: {', '.join(origin.datasets)}." if origin.datasets else ""
-    return f"{what}, {trained}, with LLaMA-Factory (`stage: {origin.stage}`) and llamafactory-ddm {__version__}.{data}"
+    return (
+        f"{subject}, {method}, with LLaMA-Factory (`stage: {origin.stage}`) and llamafactory-ddm {__version__}.{data}"
+    )
 
 
 def _usage(path: str, origin: Origin) -> str:
@@ -158,7 +161,7 @@ def _usage(path: str, origin: Origin) -> str:
 
 
 def _process(config: DiffusionConfig) -> str:
-    rows = {
+    properties = {
         "mask token": f"`{config.mask_token}` (id {config.mask_token_id})",
         "logits at position i predict": "token i + 1 (shift: true)" if config.shift else "token i (shift: false)",
         "noise": config.noise_process + (f", uniform_ratio {config.uniform_ratio}" if config.uniform_ratio else ""),
@@ -168,9 +171,9 @@ def _process(config: DiffusionConfig) -> str:
         else f"annealed to {config.attention_ratio:.3f}, unfinished",
     }
     if config.variable_length is not None:
-        ends = config.variable_length
-        rows["ends of texts"] = f"{ends.format}, canvas of {ends.canvas} tokens"
+        variable_length = config.variable_length
+        properties["variable length"] = f"{variable_length.format}, canvas of {variable_length.canvas} tokens"
     if config.sep_token is not None:
-        rows["between prompt and response"] = f"`{config.sep_token}` (id {config.sep_token_id})"
-    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+        properties["between prompt and response"] = f"`{config.sep_token}` (id {config.sep_token_id})"
+    table = "".join(f"| {key} | {value} |\n" for key, value in properties.items())
     return f"## Diffusion process\n\n| | |\n|---|---|\n{table}"

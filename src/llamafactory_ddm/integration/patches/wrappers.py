@@ -189,13 +189,13 @@ def diffusion_init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
-        from ..model.adapter import setup_at_work
+        from ..model.adapter import current_setup
 
-        setup = setup_at_work()
+        setup = current_setup()
         if setup is None:
             return original(config, model, model_args, finetuning_args, is_trainable)
         setup.prepare_base(model)
-        with setup.explained():
+        with setup.explain_shape_mismatch():
             model = original(config, model, model_args, finetuning_args, is_trainable)
         setup.finish(model)
         return model
@@ -210,9 +210,9 @@ def checked_model_class(original: Any) -> Any:
         @classmethod
         def from_pretrained(cls, **kwargs: Any) -> Any:  # as upstream's loader calls it
             from ...checkpoints.load_model import load_whole
-            from ..model.adapter import setup_at_work
+            from ..model.adapter import current_setup
 
-            return original.from_pretrained(**kwargs) if setup_at_work() is None else load_whole(original, **kwargs)
+            return original.from_pretrained(**kwargs) if current_setup() is None else load_whole(original, **kwargs)
 
     Checked.__name__ = Checked.__qualname__ = original.__name__
     return Checked
@@ -225,9 +225,9 @@ def checked_peft_model(original: Any) -> Any:
         @classmethod
         def from_pretrained(cls, model: Any, model_id: Any, **kwargs: Any) -> Any:
             from ...checkpoints.load_model import load_whole_adapter
-            from ..model.adapter import setup_at_work
+            from ..model.adapter import current_setup
 
-            if setup_at_work() is not None:
+            if current_setup() is not None:
                 return load_whole_adapter(original, model, model_id, **kwargs)
             return original.from_pretrained(model, model_id, **kwargs)
 

@@ -10,7 +10,7 @@ from llamafactory.extras.misc import try_download_model_from_other_hub
 from transformers.utils.hub import cached_file
 
 from ...checkpoints.families import detect_family, raw_config
-from ...checkpoints.hub import may_be_on_a_hub
+from ...checkpoints.hub import may_be_on_hub
 from ...modeling.diffusion_config import FILE_NAME
 from ..hparams.stages import STAGES
 from ..logs import get_logger
@@ -94,7 +94,7 @@ def _find_evidence(name: str, model_args: Any) -> str | None:
 
 def _find_file(name: str, file_name: str, model_args: Any) -> Path | None:
     """Return a file of a folder, or of a model on Hugging Face's hub; None if there is no such file."""
-    if Path(name).is_dir() or not may_be_on_a_hub(name):
+    if Path(name).is_dir() or not may_be_on_hub(name):
         path = Path(name) / file_name
         return path if path.is_file() else None
     try:

@@ -9,7 +9,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ...checkpoints.adapters import ADAPTER_CONFIG, check_adapter, refuse_both
 from ...checkpoints.families import detect_family, raw_config
-from ...checkpoints.hub import may_be_on_a_hub
+from ...checkpoints.hub import may_be_on_hub
 from ...checkpoints.layouts import is_model_folder, unreadable_layout
 from ...checkpoints.weights import verify_checkpoint
 from ...modeling.model_info import max_positions
@@ -63,9 +63,9 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_arg
                     f"with llamafactory-ddm convert {folder} OUT"
                     + (", or name it as checkpoint_dir, with its base as model_name_or_path" if not adapters else "")
                 )
-        elif key != "model_name_or_path" or not may_be_on_a_hub(folder):
+        elif key != "model_name_or_path" or not may_be_on_hub(folder):
             nor_on_hub = ""
-            if key == "adapter_name_or_path" and may_be_on_a_hub(folder):
+            if key == "adapter_name_or_path" and may_be_on_hub(folder):
                 nor_on_hub = f", nor a diffusion adapter on the hub at model_revision: {model_args.model_revision}"
             raise ValueError(
                 f"{key}: {folder} is not a folder{nor_on_hub}; check the path, which is relative to {Path.cwd()}"
