@@ -27,8 +27,8 @@ STRATEGY = {"denoising_strategy": "left_to_right", "early_stop": "none", "diffus
 
 
 @contextlib.contextmanager
-def own_registries():
-    """Forget afterwards what was registered."""
+def restored_registries():
+    """Restore the registries at the end of the block."""
     with pytest.MonkeyPatch.context() as patch:
         for registry in (STRATEGIES, SCHEDULES, OBJECTIVES, MODEL_FAMILIES):
             patch.setattr(registry, "_entries", dict(registry._entries))
@@ -44,8 +44,8 @@ def plugin(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plugged(plugin, train_small, tmp_path_factory):
-    """A checkpoint of a YAML run with all three, and the registries as they were before and after."""
-    with own_registries():
+    """A checkpoint of a YAML run with the plugin; the registries are restored afterwards."""
+    with restored_registries():
         folder = tmp_path_factory.mktemp("plugged") / "out"
         keys = {"do_eval": True, "eval_strategy": "steps", "eval_steps": 3}
         yield train_small(folder, plugins=[plugin], **CHOSEN, **keys)
@@ -65,9 +65,9 @@ def test_without_the_plugin_the_names_are_unknown(train_small, tmp_path):
 def test_training_and_evaluation(plugged, checkpoint):
     assert DiffusionConfig.load(plugged).noise_schedule == "quadratic"
     assert DiffusionConfig.load(plugged).noise_process == "clipped"
-    found = evaluations(plugged)[-1]
+    metrics = evaluations(plugged)[-1]
     assert history(plugged)[0]["loss"] != history(checkpoint)[0]["loss"]
-    assert found["eval_loss"] > 0 and "eval_nll" in found
+    assert metrics["eval_loss"] > 0 and "eval_nll" in metrics
 
 
 def test_sampling_from_a_yaml(plugged, plugin, generate, tmp_path):
@@ -83,26 +83,26 @@ def test_sampling_from_a_yaml(plugged, plugin, generate, tmp_path):
 
 
 def test_sampling_from_shell_and_python(plugged, plugin, capsys):
-    words = ["--plugins", plugin, "--strategy", "left_to_right", "--max-new-tokens", "8"]
-    words += ["--strategy-args", '{"per_step": 4}', "--temperature", "0"]
-    assert main([str(plugged), "--prompt", "Tom saw", *words]) == 0
+    options = ["--plugins", plugin, "--strategy", "left_to_right", "--max-new-tokens", "8"]
+    options += ["--strategy-args", '{"per_step": 4}', "--temperature", "0"]
+    assert main([str(plugged), "--prompt", "Tom saw", *options]) == 0
     shell = capsys.readouterr().out.strip()
-    (found,) = load(plugged, plugins=[plugin], device="cpu").generate(
+    (generated,) = load(plugged, plugins=[plugin], device="cpu").generate(
         "Tom saw", max_new_tokens=8, denoising_strategy="left_to_right", strategy_args={"per_step": 4}, temperature=0
     )
-    assert shell and shell == str(getattr(found, "predict", found)).strip()
+    assert shell and shell == str(getattr(generated, "predict", generated)).strip()
 
 
 def test_converting_a_checkpoint_of_a_plugin(plugged, plugin, tmp_path, capsys):
-    words = [str(plugged), str(tmp_path / "out"), "--published"]
-    with own_registries():
+    arguments = [str(plugged), str(tmp_path / "out"), "--published"]
+    with restored_registries():
         for registry in (STRATEGIES, SCHEDULES, OBJECTIVES, MODEL_FAMILIES):
             for name in (*CHOSEN.values(), "left_to_right", "my_diffusion"):
                 registry._entries.pop(name, None)
-        assert convert(words) == 1 and "plugins" in capsys.readouterr().err
+        assert convert(arguments) == 1 and "plugins" in capsys.readouterr().err
         with pytest.MonkeyPatch.context() as patch:
             patch.delitem(sys.modules, f"{GROUP}:{plugin}", raising=False)
-            assert convert([*words, "--plugins", plugin]) == 0, capsys.readouterr().err
+            assert convert([*arguments, "--plugins", plugin]) == 0, capsys.readouterr().err
 
 
 def test_a_checkpoint_names_what_it_needs(plugged, monkeypatch):
@@ -114,7 +114,7 @@ def test_a_checkpoint_names_what_it_needs(plugged, monkeypatch):
 
 
 def test_a_model_family(plugged, plugin, checkpoint, train_small, tmp_path):
-    """The shared checkpoint, published under other names."""
+    """The shared checkpoint, published with other names of weights and settings."""
     published = shutil.copytree(checkpoint, tmp_path / "published")
     weights = load_file(published / "model.safetensors")
     names = {key: key.replace("transformer.h.", "net.blocks.").replace("transformer.", "net.") for key in weights}

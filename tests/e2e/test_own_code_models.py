@@ -1,4 +1,4 @@
-"""Miniatures of LLaDA and Dream, named as they were published: trained, generating, merged and converted back."""
+"""Miniatures of LLaDA and Dream in their published layouts: training, generation, merging, conversion back."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ CORPUS = {"stage": "ddm", "dataset": "tiny_corpus_train", "template": ABSENT, "t
 
 
 class Kind:
-    """A miniature in its own layout, with what is known of it without our code."""
+    """A miniature in its published layout, with its properties written out here."""
 
     def __init__(self, name, folder, data):
         self.name, self.data = name, data
@@ -45,8 +45,8 @@ class Kind:
         self.shift, self.mask = {"llada": (False, "<|mdm_mask|>"), "dream": (True, "<|mask|>")}[name]
 
     def train(self, out, **keys):
-        given = {"model_name_or_path": self.folder, "dataset_dir": self.data, **SMALL, **keys}
-        train_here(f"{self.name}_lora_ddm_sft.yaml", output_dir=out, **given)
+        run_keys = {"model_name_or_path": self.folder, "dataset_dir": self.data, **SMALL, **keys}
+        train_here(f"{self.name}_lora_ddm_sft.yaml", output_dir=out, **run_keys)
         return out
 
     def predict(self, out, **keys):
@@ -66,13 +66,13 @@ def kind(request, tmp_path_factory, small_data):
 
 @pytest.fixture(scope="module")
 def trained(kind, tmp_path_factory):
-    """In full, on documents."""
+    """Full training on documents."""
     return kind.train(tmp_path_factory.mktemp("trained") / "out", **FULL, **CORPUS)
 
 
 @pytest.fixture(scope="module")
 def adapter(kind, tmp_path_factory):
-    """An adapter, on questions and answers under the kind's own template."""
+    """An adapter, trained on questions and answers with the family's template."""
     return kind.train(tmp_path_factory.mktemp("adapter") / "out")
 
 
@@ -93,7 +93,7 @@ def bidirectional(folder):
 
 
 @pytest.mark.slow
-def test_training_in_full_knows_what_the_kind_is(kind, trained):
+def test_full_training_takes_shift_and_mask_from_the_family(kind, trained):
     config = DiffusionConfig.load(trained)
     assert (config.shift, config.mask_token, config.mask_token_id) == (kind.shift, kind.mask, MASK_ID)
     assert [log["attention_ratio"] for log in history(trained)] == [1.0] * 3  # nothing is annealed
@@ -107,7 +107,7 @@ def test_training_in_full_knows_what_the_kind_is(kind, trained):
 
 
 @pytest.mark.slow
-def test_what_was_trained_goes_back_into_its_layout(kind, trained, tmp_path):
+def test_a_trained_model_converts_back_to_its_published_layout(kind, trained, tmp_path):
     back = tmp_path / "back"
     assert main(["convert", str(trained), str(back), "--published"]) == 0
     weights = all_weights(back)
@@ -116,15 +116,15 @@ def test_what_was_trained_goes_back_into_its_layout(kind, trained, tmp_path):
     torch.testing.assert_close(kind.formula(weights, IDS), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(kind.formula(all_weights(kind.folder), IDS), expected, atol=1e-2)
     raw, published = (json.loads((folder / "config.json").read_text()) for folder in (back, kind.folder))
-    ours = {"auto_map", "bos_token_id"}  # the tokenizer's, which Dream's config does not name
-    assert {key: raw[key] for key in published.keys() - ours} == {
-        key: published[key] for key in published.keys() - ours
+    differing = {"auto_map", "bos_token_id"}  # the latter is the tokenizer's and not in Dream's config
+    assert {key: raw[key] for key in published.keys() - differing} == {
+        key: published[key] for key in published.keys() - differing
     }
     torch.testing.assert_close(logits(load(back).model), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_finetuning_in_full_and_going_on(kind, trained, tmp_path):
+def test_full_finetuning_continues_from_training(kind, trained, tmp_path):
     out = kind.train(tmp_path / "out", **FULL, model_name_or_path=trained, max_steps=2)
     config = DiffusionConfig.load(out)
     assert (config.shift, config.mask_token_id, config.train_on_padding) == (kind.shift, MASK_ID, True)
@@ -144,7 +144,7 @@ def test_generating_from_noise_and_from_prompts(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_adapter_names_what_was_published(kind, adapter, tmp_path, caplog):
+def test_an_adapter_records_the_published_folder(kind, adapter, tmp_path, caplog):
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(kind.folder)
     assert set(settings["target_modules"]) == LINEAR
@@ -153,24 +153,24 @@ def test_an_adapter_names_what_was_published(kind, adapter, tmp_path, caplog):
     assert losses(adapter)[-1] != losses(adapter)[0]
     keys = {"adapter_name_or_path": str(adapter), "finetuning_type": "lora"}
     assert len(kind.predict(tmp_path / "answers", **keys)) == 2
-    more = kind.train(tmp_path / "more", adapter_name_or_path=str(adapter), max_steps=1)
-    assert json.loads((more / "adapter_config.json").read_text())["base_model_name_or_path"] == str(kind.folder)
+    continued = kind.train(tmp_path / "continued", adapter_name_or_path=str(adapter), max_steps=1)
+    assert json.loads((continued / "adapter_config.json").read_text())["base_model_name_or_path"] == str(kind.folder)
     assert "was trained on" not in caplog.text  # the adapter and its base belong together
 
 
 @pytest.mark.slow
 def test_an_adapter_is_merged(kind, adapter, tmp_path):
     model = load(adapter).model
-    words = {"model_name_or_path": kind.folder, "adapter_name_or_path": adapter, "finetuning_type": "lora"}
-    words |= {"template": kind.name, "export_dir": tmp_path / "merged", "infer_dtype": "float32"}
-    run("export", *(word for key, value in words.items() for word in (f"--{key}", str(value))))
+    keys = {"model_name_or_path": kind.folder, "adapter_name_or_path": adapter, "finetuning_type": "lora"}
+    keys |= {"template": kind.name, "export_dir": tmp_path / "merged", "infer_dtype": "float32"}
+    run("export", *(word for key, value in keys.items() for word in (f"--{key}", str(value))))
     assert DiffusionConfig.load(tmp_path / "merged") == DiffusionConfig.load(adapter)
     torch.testing.assert_close(logits(bidirectional(tmp_path / "merged")), logits(model), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(load(kind.folder).model), logits(model), atol=1e-3)
 
 
 @pytest.mark.slow
-def test_a_base_that_is_gone(kind, adapter, tmp_path):
+def test_a_missing_base_model_is_an_error(kind, adapter, tmp_path):
     moved = tmp_path / "adapter"
     shutil.copytree(adapter, moved)
     settings = json.loads((moved / "adapter_config.json").read_text())
@@ -180,23 +180,23 @@ def test_a_base_that_is_gone(kind, adapter, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_find_it_by_its_name_on_the_hub(small_data, tmp_path):
+def test_two_processes_find_it_by_its_hub_name(small_data, tmp_path):
     published = write_llada(tmp_path / "LLaDA-mini")
     hub, snapshot = in_hub(tmp_path / "hub", "owner/LLaDA-mini", published.iterdir())
     keys = {"model_name_or_path": "owner/LLaDA-mini", "cache_dir": hub, "dataset_dir": small_data, "use_cpu": "true"}
     keys |= {**SMALL, "output_dir": tmp_path / "out", "max_steps": 1, "save_strategy": "steps"}
-    words = [f"{key}={value}" for key, value in keys.items()]
+    arguments = [f"{key}={value}" for key, value in keys.items()]
     done = run(
         "train",
         "examples/llada_lora_ddm_sft.yaml",
-        *words,
+        *arguments,
         "trust_remote_code=true",
         env={"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
     )
     printed = done.stdout + done.stderr
     assert f"owner/LLaDA-mini is used from {snapshot}" in printed
-    assert printed.count("loaded as a plain LlamaForCausalLM") == 1  # its code, which fails, is not run
-    # Not its name, which would be looked for elsewhere than in cache_dir.
+    assert printed.count("loaded as a plain LlamaForCausalLM") == 1  # the published code, which fails, is not run
+    # Not the Hub name, which would not be looked up in cache_dir.
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(snapshot)
 

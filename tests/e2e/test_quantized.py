@@ -1,4 +1,4 @@
-"""QLoRA: the base in 4 bits, its adapter trained, evaluated, generated from and merged."""
+"""QLoRA: a base model in 4 bits; its adapter is trained, evaluated, used for generation and merged."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_it_trains_near_the_run_in_full_precision(quantized, finetune, tmp_path)
 
 @pytest.mark.slow
 def test_evaluation_leaves_training_alone(quantized, finetune, tmp_path):
-    """bitsandbytes packs a layer that is evaluated on the CPU so that it cannot be trained any more."""
+    """On the CPU, bitsandbytes packs a layer in evaluation mode so that it cannot be trained afterwards."""
     without = finetune(tmp_path / "without", recipe=LORA, quantization_bit=4, max_steps=4)
     assert [log["loss"] for log in history(quantized)] == [log["loss"] for log in history(without)]
     for key, value in adapter(without).items():
@@ -53,11 +53,13 @@ def test_mixed_noise_in_four_bits(finetune, tmp_path):
 
 @pytest.mark.slow
 def test_it_generates_and_merges(quantized, checkpoint, tmp_path):
-    words = {"model_name_or_path": checkpoint, "adapter_name_or_path": quantized, "finetuning_type": "lora"}
+    model_keys = {"model_name_or_path": checkpoint, "adapter_name_or_path": quantized, "finetuning_type": "lora"}
     small = {"max_samples": 2, "diffusion_steps": 2, "cutoff_len": 64, "overwrite_cache": True}
-    train_here("tiny_gpt2_sft_inference.yaml", output_dir=tmp_path / "solved", quantization_bit=4, **words, **small)
+    train_here(
+        "tiny_gpt2_sft_inference.yaml", output_dir=tmp_path / "solved", quantization_bit=4, **model_keys, **small
+    )
     assert len(predictions(tmp_path / "solved")) == 2
-    keys = {**words, "template": "diffullama", "export_dir": tmp_path / "merged", "infer_dtype": "float32"}
+    keys = {**model_keys, "template": "diffullama", "export_dir": tmp_path / "merged", "infer_dtype": "float32"}
     run("export", *(word for key, value in keys.items() for word in (f"--{key}", str(value))))
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

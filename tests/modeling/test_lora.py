@@ -149,7 +149,7 @@ def test_a_trained_embedding_goes_through_training_saving_and_merging(build, emb
 def test_an_adapter_whose_base_is_gone(tmp_path):
     get_peft_model(gpt2(), LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     described = DiffusionConfig("x", 3, True, "masked", 0.0, "linear", 1.0)
-    with pytest.raises(ValueError, match="is an adapter of nowhere, which cannot be loaded"):
+    with pytest.raises(ValueError, match=r" nowhere, .*base_model_name_or_path"):
         merged_with_base(tmp_path, described, base="nowhere", dtype=torch.float32)
 
 
@@ -165,7 +165,7 @@ def test_an_adapter_and_a_base_of_another_process(tmp_path):
         ("noise_schedule: linear", DiffusionConfig("x", 3, True, "masked", 0.0, "cosine", 1.0)),
     ):
         theirs.save(tmp_path / "base")
-        with pytest.raises(ValueError, match=f"was trained with {key}, but .*base says"):
+        with pytest.raises(ValueError, match=f"/a .*{key}, .*/base "):
             merged_with_base(tmp_path / "a", ours, base=str(tmp_path / "base"), dtype=torch.float32)
     DiffusionConfig("x", 3, True, "masked", 0.0, "linear", 0.5).save(tmp_path / "base")
     merged_with_base(tmp_path / "a", ours, base=str(tmp_path / "base"), dtype=torch.float32)
@@ -176,7 +176,7 @@ def test_an_adapter_and_a_base_of_another_process(tmp_path):
     [
         ("a", True, None),
         ("a", "pissa", None),
-        ("a", "pissa_niter_16", r"PEFT draws again when it loads the adapter.*train with pissa_convert: true"),
+        ("a", "pissa_niter_16", r"pissa_iter.*pissa_convert: true"),
         ("pissa_backup", True, "pissa_convert: true"),
         ("pissa_init", True, "pissa_convert: true"),
         ("pissa_converted", True, None),

@@ -1,4 +1,4 @@
-"""One run at a time in one output_dir."""
+"""A lock lets one run at a time use an output_dir."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ def held_by(pid):
     return HELD.format(pid=pid, host=socket.gethostname().replace(".", r"\."))
 
 
-def test_the_second_is_told_who_holds_it(folder):
+def test_a_second_run_is_refused_and_the_first_is_named(folder):
     with run_lock(folder):
         with pytest.raises(ValueError, match=held_by(os.getpid())), run_lock(folder):
             pass
@@ -44,7 +44,7 @@ def test_the_second_is_told_who_holds_it(folder):
         pass
 
 
-def test_nothing_is_left(folder):
+def test_the_file_and_empty_folders_are_removed(folder):
     with run_lock(folder):
         pass
     assert not folder.parent.exists()
@@ -58,7 +58,7 @@ def test_nothing_is_left(folder):
 
 
 def test_a_killed_run_holds_nothing(folder):
-    """Nor do the workers that it forked, which may live on."""
+    """Nor do its forked workers, which may outlive it."""
     locks = module.fcntl.flock.__module__ == "fcntl"
     hold = """
         import os, sys, time
@@ -70,8 +70,8 @@ def test_a_killed_run_holds_nothing(folder):
                 print("held", flush=True)
             time.sleep(600)
     """.replace("\n        ", "\n")
-    words = [sys.executable, "-c", hold, str(folder), str(locks)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as holder:
+    command = [sys.executable, "-c", hold, str(folder), str(locks)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as holder:
         try:
             assert holder.stdout.readline() == "held\n"
             with pytest.raises(ValueError, match=held_by(holder.pid)), run_lock(folder):
@@ -86,21 +86,21 @@ def test_a_killed_run_holds_nothing(folder):
     assert not (folder / FILE_NAME).exists()
 
 
-def test_another_host_is_believed_where_there_are_no_locks(folder):
+def test_a_holder_on_another_host_counts_without_locks(folder):
     folder.mkdir(parents=True)
-    there = {"host": "far", "pid": 7, "since": "2026-01-01 00:00:00+00:00", "process_start": 1.0}
-    (folder / FILE_NAME).write_text(json.dumps(there))
+    holder = {"host": "far", "pid": 7, "since": "2026-01-01 00:00:00+00:00", "process_start": 1.0}
+    (folder / FILE_NAME).write_text(json.dumps(holder))
     if module.fcntl.flock.__module__ == "fcntl":
         with run_lock(folder):
             pass
         return
-    said = r"output_dir.* 7 .*far.*2026-01-01.*\.lock"
-    with pytest.raises(ValueError, match=said), run_lock(folder):
+    pattern = r"output_dir.* 7 .*far.*2026-01-01.*\.lock"
+    with pytest.raises(ValueError, match=pattern), run_lock(folder):
         pass
-    assert json.loads((folder / FILE_NAME).read_text()) == there
+    assert json.loads((folder / FILE_NAME).read_text()) == holder
 
 
-def test_a_file_that_names_nobody_is_not_in_the_way(folder):
+def test_a_file_without_a_living_holder_is_ignored(folder):
     folder.mkdir(parents=True)
     for text in ("", "{", "[1]", json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "since": "x"})):
         (folder / FILE_NAME).write_text(text)
@@ -108,16 +108,16 @@ def test_a_file_that_names_nobody_is_not_in_the_way(folder):
             pass
 
 
-def test_of_many_at_once_one_gets_it(tmp_path):
-    """Also while others remove the file."""
-    inside, most = [], []
+def test_one_of_several_concurrent_runs_gets_the_lock(tmp_path):
+    """Also while the others remove the file."""
+    inside, counts = [], []
 
     def run():
         for _ in range(30):
             try:
                 with run_lock(tmp_path / "out"):
                     inside.append(1)
-                    most.append(len(inside))
+                    counts.append(len(inside))
                     inside.pop()
             except ValueError:
                 pass
@@ -127,17 +127,19 @@ def test_of_many_at_once_one_gets_it(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(most) == {1}
+    assert set(counts) == {1}
 
 
 def test_all_processes_of_a_run_fail_with_the_first(tmp_path, monkeypatch):
     sent = []
-    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda said, src: sent.append(list(said)))
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda values, src: sent.append(list(values)))
     with run_lock(tmp_path), pytest.raises(ValueError, match="output_dir"), run_lock(tmp_path, rank=0, world=2):
         pass
-    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda said, src: said.__setitem__(0, sent[0][0]))
+    monkeypatch.setattr(
+        "torch.distributed.broadcast_object_list", lambda values, src: values.__setitem__(0, sent[0][0])
+    )
     with pytest.raises(ValueError, match="output_dir"), run_lock(tmp_path, rank=1, world=2):
         pass
-    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda said, src: None)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda values, src: None)
     with run_lock(tmp_path), run_lock(tmp_path, rank=1, world=2):  # the other process of the run that holds it
         pass

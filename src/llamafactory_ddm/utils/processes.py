@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other; `world` is their number, and one process alone tells nobody."""
+"""Communication between the processes of a run; with `world`, their number, 1 nothing is sent."""
 
 from __future__ import annotations
 
