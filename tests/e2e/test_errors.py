@@ -127,7 +127,7 @@ def test_generating_with_an_autoregressive_model(generate, tmp_path, caplog):
 def test_annealing_under_flash_attention(train_small, tmp_path, monkeypatch):
     from llamafactory_ddm.modeling import bidirectional
 
-    monkeypatch.setattr(bidirectional, "_implementation", lambda model: "flash_attention_2")
+    monkeypatch.setattr(bidirectional, "implementation", lambda model: "flash_attention_2")
     expect(train_small, tmp_path / "out", "^anneal_steps .*attention", anneal_steps=10)
 
 
