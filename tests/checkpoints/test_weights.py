@@ -26,7 +26,7 @@ CONFIG = DiffusionConfig("<|mask|>", 39, True, "masked", 0.0, "linear", 1.0)
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint as training leaves it."""
+    """A checkpoint as training saves it."""
     path = tmp_path / "checkpoint-4"
     tiny_model().save_pretrained(path)
     CONFIG.save(path)
@@ -107,7 +107,7 @@ def test_shards_that_are_incomplete(folder):
 
 
 def read(folder):
-    """Return the weights in memory of their own, so that the file may be written over."""
+    """Return copies of the weights, so that the file can be overwritten."""
     return {key: value.clone() for key, value in load_file(folder / "model.safetensors").items()}
 
 
@@ -155,27 +155,27 @@ def test_weights_are_loaded_exactly(folder, kind):
         (folder / "model.safetensors").unlink()
     model = tiny_model(seed=5)
     load_weights(model, folder)
-    for one, two in zip(model.state_dict().values(), tiny_model().state_dict().values(), strict=True):
-        assert torch.equal(one, two)
+    for actual, expected in zip(model.state_dict().values(), tiny_model().state_dict().values(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "pattern"),
     [
         (lambda w: w.pop("transformer.h.0.ln_1.weight"), r"transformer\.h\.0\.ln_1\.weight"),
         (lambda w: w.update(extra=torch.zeros(2)), r"\bextra\b"),
         (lambda w: w.update({"transformer.ln_f.bias": torch.zeros(3)}), r"ln_f\.bias \(3,\).*\(32,\)"),
     ],
 )
-def test_weights_that_do_not_fit_change_nothing(folder, change, words):
+def test_weights_that_do_not_fit_change_nothing(folder, change, pattern):
     weights = read(folder)
     change(weights)
     save_file(weights, folder / "model.safetensors")
     model = tiny_model(seed=5)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=pattern):
         load_weights(model, folder)
-    for one, two in zip(model.parameters(), tiny_model(seed=5).parameters(), strict=True):
-        assert torch.equal(one, two)
+    for actual, expected in zip(model.parameters(), tiny_model(seed=5).parameters(), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_a_pickle_is_not_run(folder):
@@ -189,22 +189,22 @@ def test_a_pickle_is_not_run(folder):
         load_weights(tiny_model(), folder)
 
 
-WRITTEN = ("config.json", "model.safetensors", "diffusion_config.json", "optimizer.pt", "scheduler.pt")
-WRITTEN += ("rng_state.pth", "trainer_state.json")
+SAVE_ORDER = ("config.json", "model.safetensors", "diffusion_config.json", "optimizer.pt", "scheduler.pt")
+SAVE_ORDER += ("rng_state.pth", "trainer_state.json")
 
 
-@pytest.mark.parametrize("count", range(len(WRITTEN)))
+@pytest.mark.parametrize("count", range(len(SAVE_ORDER)))
 def test_a_save_killed_at_any_file_is_passed_over(folder, count):
-    """The trainer writes in this order; a kill leaves the first ones whole, the next one cut, the others absent."""
-    dead = folder.parent / "checkpoint-10"
-    dead.mkdir()
-    for name in WRITTEN[: count + 1]:
-        shutil.copy(folder / name, dead / name)
+    """Files are saved in this order; a kill leaves the first ones complete, the next truncated, the others absent."""
+    killed = folder.parent / "checkpoint-10"
+    killed.mkdir()
+    for name in SAVE_ORDER[: count + 1]:
+        shutil.copy(folder / name, killed / name)
     if count > 0:
-        cut(dead / WRITTEN[count], 0.7)
+        cut(killed / SAVE_ORDER[count], 0.7)
     best, skipped = last_complete_checkpoint(folder.parent)
     assert best == folder
-    assert [path for path, _ in skipped] == [dead]
+    assert [path for path, _ in skipped] == [killed]
 
 
 def test_the_newest_is_that_of_the_highest_step(folder):
@@ -222,7 +222,7 @@ def test_no_complete_checkpoint(folder):
     assert best is None and "model.safetensors" in skipped[0][1]
 
 
-def test_resuming_without_an_optimizer_would_not_be_resuming(folder):
+def test_resuming_needs_the_optimizer(folder):
     (folder / "optimizer.pt").unlink()
     verify_checkpoint(folder)
     with pytest.raises(BrokenCheckpointError, match=r"optimizer\.pt.*save_only_model.*model_name_or_path"):
@@ -277,7 +277,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_an_index_names_files_of_its_own_folder_only(folder, name):
-    """Files that are there, so that nothing but the name can be wrong."""
+    """The files exist, so that only the name can be the error."""
     shard(folder)
     index = folder / "model.safetensors.index.json"
     table = json.loads(index.read_text())["weight_map"]
@@ -292,14 +292,14 @@ def test_an_index_names_files_of_its_own_folder_only(folder, name):
 
 
 def last_weights(folder):
-    """Ask as a run does that is to be resumed."""
+    """Read the weights as a resuming run does."""
     faults = last_complete_checkpoint(folder.parent)[1]
     raise BrokenCheckpointError(faults[0][1])
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", 5, "gone.safetensors"])
 def test_a_config_names_weights_of_its_own_folder_only(folder, name):
-    """Transformers reads the file of that name, and not the one that has been checked."""
+    """Transformers would read that file, which has not been checked."""
     (folder / "config.json").write_text(json.dumps({"transformers_weights": name}))
     with pytest.raises(BrokenCheckpointError, match=rf"config\.json .*{re.escape(str(name))}"):
         verify_checkpoint(folder)
@@ -312,7 +312,7 @@ def test_a_config_that_names_its_weights(folder):
     verify_checkpoint(folder)
 
 
-def test_files_of_a_hubs_cache_are_links_to_elsewhere(folder):
+def test_files_of_the_hubs_cache_may_be_links(folder):
     shard(folder)
     blobs = folder.parent / "blobs"
     blobs.mkdir()
@@ -323,7 +323,7 @@ def test_files_of_a_hubs_cache_are_links_to_elsewhere(folder):
     assert {path.name for path in weight_files(folder)} == {"a.safetensors", "b.safetensors"}
 
 
-def test_of_several_the_file_is_checked_that_transformers_reads(folder):
+def test_of_several_files_the_one_that_transformers_reads_is_checked(folder):
     shard(folder)
     (folder / "pytorch_model.bin").write_bytes(b"old")
     verify_checkpoint(folder)
@@ -369,7 +369,7 @@ def test_the_end_of_a_zip_alone_is_no_zip(folder):
 
 
 def test_weights_in_the_format_of_old_pytorch(folder):
-    """Models on the hub from before 2020 have no zip; what is cut off shows only in loading them."""
+    """Models on the Hub from before 2020 are not zip files; a truncated one is detected only when it is loaded."""
     as_bin(folder, read(folder), _use_new_zipfile_serialization=False)
     verify_checkpoint(folder)
     model = tiny_model(seed=5)
@@ -387,7 +387,7 @@ def test_a_bin_of_something_else(folder, state):
         load_weights(tiny_model(), folder)
 
 
-def test_tied_weights_may_be_there_twice_but_not_differ(folder):
+def test_tied_weights_may_be_stored_twice_but_must_be_equal(folder):
     weights = read(folder)
     assert "lm_head.weight" not in weights  # saved once
     weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
@@ -421,13 +421,13 @@ def test_the_model_keeps_its_own_dtype(folder):
     assert torch.equal(model.transformer.wte.weight, tiny_model().transformer.wte.weight.bfloat16())
 
 
-def test_a_model_without_memory_is_an_error(folder):
+def test_a_model_on_the_meta_device_is_an_error(folder):
     with pytest.raises(ValueError, match="meta"):
         load_weights(tiny_model().to("meta"), folder)
 
 
 def test_empty_weights_are_not_tied_to_each_other(tmp_path):
-    """Tensors of no elements all lie at the same address, none."""
+    """Empty tensors all have the address 0."""
     model = torch.nn.ParameterDict({"a": torch.empty(0), "b": torch.empty(0)})
     save_file({"a": torch.empty(0)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="missing b"):

@@ -1,4 +1,4 @@
-"""One table: however the rows of a step are spread over processes, finetuning is the same."""
+"""Finetuning gives the same result however the examples of a step are distributed over processes."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ SMALL = (
     "learning_rate=1.0e-3",
     "overwrite_cache=true",
 )
-# Without a GPU there is no device to send the first rank's weights from.
+# Without a GPU the weights of the first rank cannot be broadcast.
 FSDP = {
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {
@@ -40,7 +40,7 @@ FSDP = {
         "cpu_ram_efficient_loading": False,
     },
 }
-# How -> further keys, whether in two processes, and how far a loss may be off.
+# Name -> further keys, whether two processes run, and the relative tolerance of a loss.
 WAYS = {
     "accumulation": (("per_device_train_batch_size=2", "gradient_accumulation_steps=4", "use_cpu=true"), False, 1e-5),
     "ddp": (("per_device_train_batch_size=4", "use_cpu=true"), True, 1e-5),
@@ -54,27 +54,27 @@ RECIPES = {"full": "tiny_gpt2_full_ddm_sft.yaml", "lora": "tiny_gpt2_lora_ddm_sf
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, checkpoint, small_data):
-    """Return a function that runs a way, or None for one process with all rows at once; the same run once."""
+    """Return a function that runs a way once and returns its folder; None is one process with all examples at once."""
 
     @functools.cache
-    def get(way, recipe, *more):
+    def get(way, recipe, *overrides):
         folder = tmp_path_factory.mktemp("trained") / "out"
         if way is None:
-            start(recipe, folder, checkpoint, small_data, *ONE_PROCESS, *more)
+            start(recipe, folder, checkpoint, small_data, *ONE_PROCESS, *overrides)
         else:
-            spread(way, recipe, folder, checkpoint, small_data, *more)
+            run_way(way, recipe, folder, checkpoint, small_data, *overrides)
         return folder
 
     return get
 
 
-def start(recipe, folder, checkpoint, data, *more, in_two=False, yaml=None, env=None):
-    words = (f"model_name_or_path={checkpoint}", f"dataset_dir={data}", f"output_dir={folder}")
-    words = (yaml or f"examples/{RECIPES[recipe]}", *SMALL, *words, *more)
+def start(recipe, folder, checkpoint, data, *overrides, in_two=False, yaml=None, env=None):
+    arguments = (f"model_name_or_path={checkpoint}", f"dataset_dir={data}", f"output_dir={folder}")
+    arguments = (yaml or f"examples/{RECIPES[recipe]}", *SMALL, *arguments, *overrides)
     if in_two and env is None:
-        train_in_processes(2, *words, env={"DS_ACCELERATOR": "cpu"})
+        train_in_processes(2, *arguments, env={"DS_ACCELERATOR": "cpu"})
     else:
-        run("train", *words, env=env)
+        run("train", *arguments, env=env)
 
 
 def weights(folder, recipe):
@@ -82,7 +82,7 @@ def weights(folder, recipe):
     return load_file(folder / name)
 
 
-def spread(way, recipe, folder, checkpoint, data, *more, env=None):
+def run_way(way, recipe, folder, checkpoint, data, *overrides, env=None):
     keys, in_two, _ = WAYS[way]
     if way.startswith("zero"):
         pytest.importorskip("deepspeed")
@@ -92,7 +92,7 @@ def spread(way, recipe, folder, checkpoint, data, *more, env=None):
         yaml = folder.parent / "fsdp.yaml"
         lines = (ROOT / "examples" / RECIPES[recipe]).read_text()
         yaml.write_text(lines + "".join(f"{key}: {json.dumps(value)}\n" for key, value in FSDP.items()))
-    start(recipe, folder, checkpoint, data, *keys, *more, in_two=in_two, yaml=yaml, env=env)
+    start(recipe, folder, checkpoint, data, *keys, *overrides, in_two=in_two, yaml=yaml, env=env)
 
 
 @pytest.mark.slow
@@ -104,34 +104,35 @@ def test_each_way_is_the_run_of_one_process(way, recipe, trained):
         for key in ("loss", "nll", "masked_fraction", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=tolerance), key
     assert DiffusionConfig.load(out) == DiffusionConfig.load(reference)
-    expected, found = weights(reference, recipe), weights(out, recipe)
-    # FSDP writes the tied output embedding too, which loading ties again.
-    assert found.keys() - expected.keys() <= {"lm_head.weight"}
+    expected, actual = weights(reference, recipe), weights(out, recipe)
+    # FSDP writes the tied output embedding too, which is tied again on loading.
+    assert actual.keys() - expected.keys() <= {"lm_head.weight"}
     for key, value in expected.items():
-        torch.testing.assert_close(found[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
+        torch.testing.assert_close(actual[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
     if recipe == "full":
         assert AutoModelForCausalLM.from_pretrained(out)(torch.arange(9)[None]).logits.isfinite().all()
 
 
 @pytest.mark.slow
 def test_as_torchrun_starts_it(trained, checkpoint, small_data, tmp_path):
-    """And to the end of the interpreter, which the other tests leave out."""
+    """Including the exit of the interpreter, which the other tests leave out."""
     env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
-    spread("fsdp", "full", tmp_path / "out", checkpoint, small_data, env=env)
+    run_way("fsdp", "full", tmp_path / "out", checkpoint, small_data, env=env)
     losses = [[log["loss"] for log in history(folder)] for folder in (trained(None, "full"), tmp_path / "out")]
     assert losses[1] == pytest.approx(losses[0], rel=WAYS["fsdp"][2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["accumulation", "ddp", "zero2"])
-def test_mixed_noise_is_the_same_however_rows_are_spread(way, trained):
-    reference, out = (trained(one, "full", "noise_process=mixed", "uniform_ratio=0.3") for one in (None, way))
+def test_mixed_noise_is_the_same_in_each_way(way, trained):
+    overrides = ("noise_process=mixed", "uniform_ratio=0.3")
+    reference, out = trained(None, "full", *overrides), trained(way, "full", *overrides)
     for a, b in zip(history(reference), history(out), strict=True):
         for key in ("loss", "kl", "masked_fraction", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=WAYS[way][2]), key
-    found = weights(out, "full")
+    actual = weights(out, "full")
     for key, value in weights(reference, "full").items():
-        torch.testing.assert_close(found[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
+        torch.testing.assert_close(actual[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
 
 
 @pytest.fixture(scope="module")
@@ -153,36 +154,36 @@ def one_word(tmp_path_factory, small_data):
     """Examples whose response is one token."""
     folder = tmp_path_factory.mktemp("one_word") / "data"
     shutil.copytree(small_data, folder)
-    rows = [{"instruction": f"Tom has {n} apples.", "output": str(n)} for n in range(2, 10)]
-    (folder / "tiny_problems_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = [{"instruction": f"Tom has {n} apples.", "output": str(n)} for n in range(2, 10)]
+    (folder / "tiny_problems_train.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
     return folder
 
 
 @pytest.fixture(scope="module")
-def one_row_a_process(tmp_path_factory, untied, one_word):
-    """One process with both rows of a step, two tokens each, without gradient checkpointing."""
+def one_process_reference(tmp_path_factory, untied, one_word):
+    """One process with both examples of a step, two tokens each, without gradient checkpointing."""
     folder = tmp_path_factory.mktemp("rows") / "out"
-    more = ("per_device_train_batch_size=2", "use_cpu=true", "disable_gradient_checkpointing=true")
-    start("full", folder, untied, one_word, "train_on_padding=false", *more)
+    overrides = ("per_device_train_batch_size=2", "use_cpu=true", "disable_gradient_checkpointing=true")
+    start("full", folder, untied, one_word, "train_on_padding=false", *overrides)
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp"])
-def test_a_process_without_a_masked_token(way, one_row_a_process, untied, one_word, tmp_path):
+def test_a_process_without_a_masked_token(way, one_process_reference, untied, one_word, tmp_path):
     """With untied embeddings and gradient checkpointing: a process with nothing to project still takes part."""
-    reference, out = one_row_a_process, tmp_path / "out"
+    reference, out = one_process_reference, tmp_path / "out"
     masked = [round(log["masked_fraction"] * 4) for log in history(reference)]
     assert min(masked) < 2, "every process has a masked token; take another seed"
-    more = ("per_device_train_batch_size=1", "train_on_padding=false", "disable_gradient_checkpointing=false")
-    spread(way, "full", out, untied, one_word, *more)
+    overrides = ("per_device_train_batch_size=1", "train_on_padding=false", "disable_gradient_checkpointing=false")
+    run_way(way, "full", out, untied, one_word, *overrides)
     for a, b in zip(history(reference), history(out), strict=True):
         for key in ("loss", "nll", "masked_fraction", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=WAYS[way][2], abs=1e-6), key
-    expected, found = weights(reference, "full"), weights(out, "full")
-    assert expected.keys() == found.keys() and "lm_head.weight" in found
+    expected, actual = weights(reference, "full"), weights(out, "full")
+    assert expected.keys() == actual.keys() and "lm_head.weight" in actual
     for key, value in expected.items():
-        torch.testing.assert_close(found[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
+        torch.testing.assert_close(actual[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
 
 
 @pytest.mark.slow
@@ -191,27 +192,27 @@ def test_each_way_resumes(way, trained, checkpoint, small_data, tmp_path):
     whole, half = trained(way, "full"), tmp_path / "half"
     half.mkdir()
     shutil.copytree(whole / "checkpoint-2", half / "checkpoint-2")
-    spread(way, "full", half, checkpoint, small_data, f"resume_from_checkpoint={half / 'checkpoint-2'}")
+    run_way(way, "full", half, checkpoint, small_data, f"resume_from_checkpoint={half / 'checkpoint-2'}")
     assert [log["loss"] for log in history(half)] == pytest.approx([log["loss"] for log in history(whole)], rel=1e-6)
 
 
 @pytest.mark.slow
 def test_a_diverged_run_stops_in_all_processes(checkpoint, small_data, tmp_path):
     folder = tmp_path / "out"
-    more = (*WAYS["ddp"][0], "learning_rate=1.0e+38", "max_steps=8", "save_steps=1", "max_grad_norm=0")
+    overrides = (*WAYS["ddp"][0], "learning_rate=1.0e+38", "max_steps=8", "save_steps=1", "max_grad_norm=0")
     with pytest.raises(AssertionError) as ended:
-        start("full", folder, checkpoint, small_data, *more, in_two=True)
-    said = str(ended.value)
+        start("full", folder, checkpoint, small_data, *overrides, in_two=True)
+    report = str(ended.value)
     for rank in (0, 1):
-        part = said.partition(f"rank {rank} ended with ")[2].partition("rank 1 ended")[0]
+        part = report.partition(f"rank {rank} ended with ")[2].partition("rank 1 ended")[0]
         assert "the loss was NaN or infinite in steps 2 to 3" in part
     assert not (folder / "model.safetensors").exists()
     assert not list(folder.glob("checkpoint-*"))
 
 
 @pytest.mark.slow
-def test_published_weights_are_renamed_under_zero3_too(small_data, tmp_path):
-    """LLaDA in full: published names are read into a model that is split, and plain names are saved."""
+def test_published_weights_are_renamed_under_zero3(small_data, tmp_path):
+    """Full training of LLaDA: published names load into a sharded model, and plain names are saved."""
     pytest.importorskip("deepspeed")
     published = write_llada(tmp_path / "llada")
     lora = ("lora_rank:", "lora_alpha:", "lora_target:", "finetuning_type:")
@@ -221,13 +222,13 @@ def test_published_weights_are_renamed_under_zero3_too(small_data, tmp_path):
     keys = (tmp_path / "full.yaml", *SMALL, f"model_name_or_path={published}", f"dataset_dir={small_data}")
     keys += ("dataset=tiny_problems_train", "gradient_accumulation_steps=1", "bf16=false", "cutoff_len=128")
     keys += ("max_steps=2", "save_strategy=no")
-    one, split = tmp_path / "one", tmp_path / "split"
-    run("train", *keys, f"output_dir={one}", *ONE_PROCESS)
-    more, _, tolerance = WAYS["zero3"]
-    train_in_processes(2, *keys, f"output_dir={split}", *more, env={"DS_ACCELERATOR": "cpu"})
-    for a, b in zip(history(one), history(split), strict=True):
+    reference, split = tmp_path / "reference", tmp_path / "split"
+    run("train", *keys, f"output_dir={reference}", *ONE_PROCESS)
+    overrides, _, tolerance = WAYS["zero3"]
+    train_in_processes(2, *keys, f"output_dir={split}", *overrides, env={"DS_ACCELERATOR": "cpu"})
+    for a, b in zip(history(reference), history(split), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=tolerance)
-    expected, trained = weights(one, "full"), weights(split, "full")
+    expected, trained = weights(reference, "full"), weights(split, "full")
     assert trained.keys() == expected.keys() and "model.embed_tokens.weight" in trained
     for key, value in expected.items():
         torch.testing.assert_close(trained[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)

@@ -33,7 +33,7 @@ def test_a_new_file_takes_the_place_of_the_old_one_and_has_ordinary_permissions(
         with replacing(path, kind) as file:
             file.write(text)
         assert path.read_bytes() == (text if kind == "wb" else text.encode())
-        path.with_name("a.json.tmp").write_text("what a killed write left, longer than the text")
+        path.with_name("a.json.tmp").write_text("left by a killed write, longer than the text")
     assert mode(path) == 0o640
 
 
@@ -66,7 +66,7 @@ def test_a_new_folder_appears_when_it_is_complete_and_has_ordinary_permissions(t
         assert [path.name for path in target.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_folder_that_fails_is_not_there(tmp_path):
+def test_a_folder_that_fails_does_not_appear(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "absent"):
         with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / name) as scratch:
@@ -87,10 +87,10 @@ def texts_of_files(folder):
     return {p.name: p.read_text() for p in folder.iterdir() if p.is_file()}
 
 
-def test_an_error_changes_nothing_and_names_the_cure(tmp_path):
+def test_an_error_changes_nothing_and_says_what_to_do(tmp_path):
     fill(tmp_path, model__safetensors="old")
-    words = rf"{tmp_path}: no space.*resume_from_checkpoint: true"
-    with pytest.raises(CouldNotSave, match=words), published_together(tmp_path, last="z.json") as scratch:
+    pattern = rf"{tmp_path}: no space.*resume_from_checkpoint: true"
+    with pytest.raises(CouldNotSave, match=pattern), published_together(tmp_path, last="z.json") as scratch:
         fill(scratch, model__safetensors="half")
         raise OSError("no space left on device")
     assert texts(tmp_path) == {"model.safetensors": "old"}
@@ -114,7 +114,7 @@ def test_weights_of_an_earlier_save_in_another_layout_are_removed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.txt", "model.safetensors"]
 
 
-def test_what_a_killed_save_left_is_cleared(tmp_path):
+def test_files_of_a_killed_save_are_removed(tmp_path):
     (tmp_path / ".unfinished-abc").mkdir()
     (tmp_path / ".unfinished-abc" / "model.safetensors").write_text("half")
     with published_together(tmp_path, last="z.json") as scratch:
@@ -130,5 +130,5 @@ def test_a_model_and_an_adapter_do_not_mix(tmp_path, saved):
     with published_together(tmp_path, last="z.json") as scratch:
         (scratch / saved).write_text("new")
         (scratch / ("config.json" if saved.startswith("model") else "adapter_config.json")).write_text("new")
-    kept = {"config.json"} if saved.startswith("model") else {"adapter_config.json"}
-    assert {p.name for p in tmp_path.iterdir()} == {saved, "notes.txt", *kept}
+    remaining = {"config.json"} if saved.startswith("model") else {"adapter_config.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {saved, "notes.txt", *remaining}

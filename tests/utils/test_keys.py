@@ -1,4 +1,4 @@
-"""Values of keys: what they are read as, and what is refused."""
+"""Values of keys: how they are parsed, and which are refused."""
 
 from dataclasses import dataclass
 
@@ -20,14 +20,14 @@ class Settings:
         check_fields(self)
 
 
-def test_values_are_read_as_what_they_spell():
+def test_strings_are_parsed():
     assert Settings(share="0.25", coats=2.0, wet="True") == Settings("red", 0.25, 2, True)
     assert Settings(coats=2**64 - 1).coats == 2**64 - 1  # more than a float holds
     assert list(keys_of(Settings)) == ["colour", "share", "coats", "wet"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "pattern"),
     [
         ({"colour": "gren"}, "colour .*red, green.*'gren'.*'green'"),
         ({"colour": None}, "colour .*red"),
@@ -38,12 +38,12 @@ def test_values_are_read_as_what_they_spell():
         ({"wet": "maybe"}, "wet .*true.*false.*'maybe'"),
     ],
 )
-def test_values_that_are_not_allowed(changes, words):
-    with pytest.raises(ValueError, match=words):
+def test_values_that_are_not_allowed(changes, pattern):
+    with pytest.raises(ValueError, match=pattern):
         Settings(**changes)
 
 
-def test_a_registry_is_asked_when_a_value_is_checked():
+def test_a_registry_is_read_when_a_value_is_checked():
     registry = Registry("colour")
     colours = Key(None, "", "text", choices=registry)
     with pytest.raises(ValueError, match=r"colour .*'blue'"):

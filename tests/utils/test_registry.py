@@ -1,4 +1,4 @@
-"""Names of a kind, and the plugins that add to them."""
+"""Registries, and the plugins that add to them."""
 
 import sys
 from importlib import metadata
@@ -38,7 +38,7 @@ def test_a_taken_name_is_an_error(colours):
 
 
 @pytest.mark.parametrize("name", ["gren", "GREEN", None, 3])
-def test_an_unknown_name_names_the_known(colours, name):
+def test_an_unknown_name_lists_the_known_names(colours, name):
     hint = "'green'" if isinstance(name, str) else ""
     with pytest.raises(ValueError, match=f"colour .*red, green.*{name}.*{hint}.*plugins"):
         colours.get(name)
@@ -67,7 +67,7 @@ def test_a_file_and_a_module_are_imported_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("plugin", "words"),
+    ("plugin", "pattern"),
     [
         ("no_such_module", "plugins: no_such_module "),
         ("no_such.module", r"plugins: no_such\.module "),
@@ -76,8 +76,8 @@ def test_a_file_and_a_module_are_imported_once(tmp_path, monkeypatch):
         (3, "plugins .*3"),
     ],
 )
-def test_a_plugin_that_is_not_there(plugin, words):
-    with pytest.raises(ValueError, match=words):
+def test_a_plugin_that_does_not_exist(plugin, pattern):
+    with pytest.raises(ValueError, match=pattern):
         load_plugins(plugin)
 
 
@@ -85,9 +85,9 @@ def test_a_plugin_that_is_not_there(plugin, words):
 def test_a_plugin_that_fails_says_where(tmp_path, text):
     path = write(tmp_path, "broken.py", text)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"plugins: .*broken\.py .*broken\.py, line 2\)") as e:
+        with pytest.raises(ValueError, match=r"plugins: .*broken\.py .*broken\.py, line 2\)") as caught:
             load_plugins(path)
-        assert "\n" not in str(e.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_an_installed_plugin_is_imported_when_a_name_is_not_known(colours, monkeypatch, tmp_path):
