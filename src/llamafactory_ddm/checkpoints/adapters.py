@@ -36,7 +36,7 @@ def holds_model(folder: str | Path) -> bool:
     return any(any(Path(folder).glob(pattern)) for pattern in patterns)
 
 
-def refuse_both(folder: str | Path) -> None:
+def check_model_or_adapter(folder: str | Path) -> None:
     """Check that a folder does not hold both a model and an adapter: programs differ in which one they load.
 
     Raises:

@@ -31,7 +31,7 @@ def local_folder(
         name: a folder, or a name on the Hub.
         revision: revision of the repository.
         download_dir: folder for downloads; by default Hugging Face's cache.
-        token: the Hub's access token.
+        token: access token for the Hub.
     Raises:
         ValueError: if the files cannot be downloaded.
     """

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .weights import keys_of, some, verify_checkpoint, weight_files
+from .weights import abbreviated, keys_of, verify_checkpoint, weight_files
 
 _logger = logging.getLogger(__name__)
 _ADAPTER_PREFIX = "base_model.model."
@@ -36,10 +36,10 @@ def load_whole(auto_class: Any, **kwargs: Any) -> Any:
         )
     buffers = dict(model.named_buffers())
     missing = sorted(key for key in info["missing_keys"] if not _follows_from_config(key, buffers.get(key)))
-    other = sorted(map(_shapes, info["mismatched_keys"]))
-    if missing or other:
-        faults = [f"missing: {some(missing)}"] if missing else []
-        faults += [f"wrong shape: {some(other)}"] if other else []
+    mismatched = sorted(map(_describe_mismatch, info["mismatched_keys"]))
+    if missing or mismatched:
+        faults = [f"missing: {abbreviated(missing)}"] if missing else []
+        faults += [f"wrong shape: {abbreviated(mismatched)}"] if mismatched else []
         raise ValueError(
             f"the weights in {name} do not fit the {type(model).__name__} of its config.json: {'; '.join(faults)}; "
             "copy or save the model again, with the config.json of these weights"
@@ -49,16 +49,16 @@ def load_whole(auto_class: Any, **kwargs: Any) -> Any:
             "%s holds weights that its %s does not have; they are not used: %s",
             name,
             type(model).__name__,
-            some(sorted(info["unexpected_keys"])),
+            abbreviated(sorted(info["unexpected_keys"])),
         )
     return model
 
 
-def _shapes(mismatched: Any) -> str:
+def _describe_mismatch(entry: Any) -> str:
     """Describe an entry of mismatched_keys: a key with two shapes, or under transformers 4 the key alone."""
-    if isinstance(mismatched, str):
-        return mismatched
-    key, stored, expected = mismatched
+    if isinstance(entry, str):
+        return entry
+    key, stored, expected = entry
     return f"{key} {tuple(stored)} instead of {tuple(expected)}"
 
 
@@ -92,8 +92,8 @@ def load_whole_adapter(peft_class: Any, model: Any, folder: str | Path, **kwargs
         missing = sorted(expected.keys() - stored)
     if missing:
         raise ValueError(
-            f"the weights of the adapter {folder} lack {some(missing)}; copy or save the adapter again, with the "
-            "adapter_config.json of these weights"
+            f"the weights of the adapter {folder} lack {abbreviated(missing)}; copy or save the adapter again, with "
+            "the adapter_config.json of these weights"
         )
     return adapted
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .layouts import AnyLayout
-from .weights import first_line, read_weights, shapes_of, some, weight_files
+from .weights import abbreviated, first_line, read_weights, shapes_of, weight_files
 
 _CHUNK_BYTES = 2**24
 
@@ -137,7 +137,7 @@ def _check_shapes(
         if stored[key] != expected[key]
     ]
     faults = {"missing": missing, "unexpected": unexpected, "repeated": repeated, "wrong shape": shapes}
-    messages = [f"{fault} {some(names)}" for fault, names in faults.items() if names]
+    messages = [f"{fault} {abbreviated(names)}" for fault, names in faults.items() if names]
     if messages:
         raise ValueError(f"the weights in {source} do not fit {model_name}: {'; '.join(messages)}")
 

@@ -204,7 +204,7 @@ def _verify_safetensors(path: Path, keys: set[str]) -> None:
     missing = sorted(keys - header.keys())
     if missing:
         raise BrokenCheckpointError(
-            f"{path} lacks {some(missing)}, which the index lists for it; copy or save both again"
+            f"{path} lacks {abbreviated(missing)}, which the index lists for it; copy or save both again"
         )
 
 
@@ -286,7 +286,9 @@ def load_weights(model: nn.Module, folder: str | Path, *, rename: Callable[[str]
             shard = {name: value for key, value in shard.items() if (name := rename(key)) is not None}
         repeated = sorted(state.keys() & shard.keys())
         if repeated:
-            raise BrokenCheckpointError(f"{path} repeats {some(repeated)} of another shard; copy or save them again")
+            raise BrokenCheckpointError(
+                f"{path} repeats {abbreviated(repeated)} of another shard; copy or save them again"
+            )
         state.update(shard)
     model_state = model.state_dict()
     if any(value.is_meta for value in model_state.values()):
@@ -300,12 +302,12 @@ def load_weights(model: nn.Module, folder: str | Path, *, rename: Callable[[str]
         for key in state
         if key in model_state and state[key].shape != model_state[key].shape
     ]
-    faults = [f"missing {some(missing)}"] if missing else []
-    faults += [f"unexpected {some(unexpected)}"] if unexpected else []
-    faults += [f"wrong shape {some(shapes)}"] if shapes else []
+    faults = [f"missing {abbreviated(missing)}"] if missing else []
+    faults += [f"unexpected {abbreviated(unexpected)}"] if unexpected else []
+    faults += [f"wrong shape {abbreviated(shapes)}"] if shapes else []
     if not faults:
         untied = _untied(model_state, state)
-        faults += [f"tied in the model but different in the files: {some(untied)}"] if untied else []
+        faults += [f"tied in the model but different in the files: {abbreviated(untied)}"] if untied else []
     if faults:
         raise ValueError(
             f"the weights in {folder} do not fit {type(model).__name__}: {'; '.join(faults)}; "
@@ -365,13 +367,13 @@ def _untied(model_state: dict[str, Tensor], state: dict[str, Tensor]) -> list[st
     return untied
 
 
-def _are_tied(one: Tensor, other: Tensor) -> bool:
+def _are_tied(first: Tensor, second: Tensor) -> bool:
     """Tell whether two tensors share memory, as tied weights do; empty tensors have no memory."""
-    return one.data_ptr() == other.data_ptr() != 0 and one.shape == other.shape and one.device == other.device
+    return first.data_ptr() == second.data_ptr() != 0 and first.shape == second.shape and first.device == second.device
 
 
-def some(names: list[str]) -> str:
-    """Return the first few names as text, with the number of the others."""
+def abbreviated(names: list[str]) -> str:
+    """Return the first names as text, with the number of the others."""
     return ", ".join(names[:_MAX_LISTED]) + (
         f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     )

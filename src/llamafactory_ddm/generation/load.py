@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..checkpoints.adapters import ADAPTER_CONFIG, base_of, merged_with_base, refuse_both
+from ..checkpoints.adapters import ADAPTER_CONFIG, base_of, check_model_or_adapter, merged_with_base
 from ..checkpoints.families import find_diffusion_config
 from ..checkpoints.hub import local_folder, may_be_on_hub
 from ..checkpoints.layouts import unreadable_layout
@@ -60,7 +60,7 @@ def load(
         raise ValueError(
             f"{path} holds no {FILE_NAME}, so it is no diffusion model of this package; train it with stage: ddm first"
         )
-    refuse_both(folder)
+    check_model_or_adapter(folder)
     verify_checkpoint(folder)
     layout = unreadable_layout(folder)
     if layout is not None:

@@ -68,7 +68,9 @@ class Registry(Generic[T]):
 
     def unknown(self, name: object) -> str:
         """Return the error message for a name that is not registered."""
-        return f"{unknown_choice(self.key, name, self)}; name the module that registers it under plugins"
+        return (
+            f"{unknown_choice(self.key, name, self)}; to add a name, list the module that registers it under plugins"
+        )
 
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):

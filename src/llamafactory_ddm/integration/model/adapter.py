@@ -156,7 +156,8 @@ class AdapterSetup:
             trained_on = trained_on or "the model has changed since the adapter was trained"
             raise ValueError(
                 f"adapter_name_or_path: the shapes of its weights do not fit model_name_or_path: {base}"
-                f"{f' ({mismatches})' if mismatches else ''}; {trained_on}; name the base model it was trained on"
+                f"{f' ({mismatches})' if mismatches else ''}; {trained_on}; "
+                "set model_name_or_path to the model that the adapter was trained on"
             ) from error
 
     def finish(self, model: Any) -> None:

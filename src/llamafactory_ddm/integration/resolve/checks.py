@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ...checkpoints.adapters import ADAPTER_CONFIG, check_adapter, refuse_both
+from ...checkpoints.adapters import ADAPTER_CONFIG, check_adapter, check_model_or_adapter
 from ...checkpoints.families import detect_family, raw_config
 from ...checkpoints.hub import may_be_on_hub
 from ...checkpoints.layouts import is_model_folder, unreadable_layout
@@ -81,7 +81,7 @@ def _check_model_or_adapter(key: str, path: Path) -> None:
         raise ValueError(
             f"{key}: {path} holds no {ADAPTER_CONFIG}, so it is not an adapter; name a model as model_name_or_path"
         )
-    refuse_both(path)
+    check_model_or_adapter(path)
     if key == "model_name_or_path" and is_adapter and not (path / "config.json").is_file():
         raise ValueError(
             f"{key}: {path} is an adapter; name it as adapter_name_or_path, with finetuning_type: lora, and as "
