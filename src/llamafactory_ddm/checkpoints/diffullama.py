@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..modeling.diffusion_config import DiffusionConfig
+from .weights import ADAPTER_PREFIX
 
-_ADAPTER_PREFIX = "base_model.model."
 # Buffers of old GPT-2 files, and the autoregressive model that DiffuGPT's .bin files also hold.
 _IGNORED = re.compile(r"(denoise_model|transformer)\.h\.\d+\.attn\.(bias|masked_bias)|model\..*")
 
@@ -40,7 +40,7 @@ class Layout:
         Raises:
             ValueError: if the name does not belong to this layout.
         """
-        prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
+        prefix = ADAPTER_PREFIX if key.startswith(ADAPTER_PREFIX) else ""
         bare = key.removeprefix(prefix)
         if not prefix and _IGNORED.fullmatch(bare):
             return None
@@ -55,7 +55,7 @@ class Layout:
         Raises:
             ValueError: if this layout has no such weight.
         """
-        prefix = _ADAPTER_PREFIX if key.startswith(_ADAPTER_PREFIX) else ""
+        prefix = ADAPTER_PREFIX if key.startswith(ADAPTER_PREFIX) else ""
         bare = key.removeprefix(prefix)
         for published, standard in self._pairs():
             if bare.startswith(standard):

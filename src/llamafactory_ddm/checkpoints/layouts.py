@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from .diffullama import _ADAPTER_PREFIX, DIFFUGPT, LAYOUTS, WRAPPED_LLAMA, Layout
+from .diffullama import DIFFUGPT, LAYOUTS, WRAPPED_LLAMA, Layout
 from .families import MODEL_FAMILIES, WeightNames, detect_family, raw_config
-from .weights import keys_of, shapes_of, weight_files
+from .weights import ADAPTER_PREFIX, keys_of, shapes_of, weight_files
 
 AnyLayout = Layout | WeightNames
 
 
 def layout_of(keys: Iterable[str]) -> AnyLayout | None:
     """Return the published layout that has these names of weights, or None for Hugging Face's own."""
-    bare = {key.removeprefix(_ADAPTER_PREFIX) for key in keys}
+    bare = {key.removeprefix(ADAPTER_PREFIX) for key in keys}
     if any(key.startswith("denoise_model.layers.") for key in bare):
         return WRAPPED_LLAMA
     if any(key.startswith("denoise_model.") for key in bare):

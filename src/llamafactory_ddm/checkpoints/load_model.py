@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .weights import abbreviated, keys_of, verify_checkpoint, weight_files
+from .weights import ADAPTER_PREFIX, abbreviated, keys_of, verify_checkpoint, weight_files
 
 _logger = logging.getLogger(__name__)
-_ADAPTER_PREFIX = "base_model.model."
 _REPORT = "LOAD REPORT"  # transformers' table of loaded weights, replaced by one line
 
 
@@ -82,7 +81,7 @@ def load_whole_adapter(peft_class: Any, model: Any, folder: str | Path, **kwargs
     try:
         adapted = peft_class.from_pretrained(model, folder, **kwargs)
     except KeyError as error:  # PEFT looks up each weight of modules_to_save
-        if error.args[0] in stored or not str(error.args[0]).startswith(_ADAPTER_PREFIX):
+        if error.args[0] in stored or not str(error.args[0]).startswith(ADAPTER_PREFIX):
             raise
         missing = [str(error.args[0])]
     else:

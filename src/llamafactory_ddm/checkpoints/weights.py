@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..modeling.diffusion_config import FILE_NAME, DiffusionConfig
 
+ADAPTER_PREFIX = "base_model.model."  # of the names of an adapter's weights, as PEFT saves them
 # In the order in which transformers searches for them.
 _MODEL_FILES = (
     "model.safetensors",

@@ -81,7 +81,7 @@ def find_diffusion_models(model_args: Any, extra_models: Iterable[str] = ()) -> 
 
 
 def _find_evidence(name: str, model_args: Any) -> str | None:
-    """Return why a folder, or a model on the hub, counts as a diffusion model; None if it does not."""
+    """Return why a folder, or a model on the Hub, counts as a diffusion model; None if it does not."""
     if _find_file(name, FILE_NAME, model_args) is not None:
         return f"it holds {FILE_NAME}"
     config = _find_file(name, "config.json", model_args)
@@ -93,7 +93,7 @@ def _find_evidence(name: str, model_args: Any) -> str | None:
 
 
 def _find_file(name: str, file_name: str, model_args: Any) -> Path | None:
-    """Return a file of a folder, or of a model on Hugging Face's hub; None if there is no such file."""
+    """Return a file of a folder, or of a model on Hugging Face's Hub; None if there is no such file."""
     if Path(name).is_dir() or not may_be_on_hub(name):
         path = Path(name) / file_name
         return path if path.is_file() else None

@@ -66,7 +66,7 @@ def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_arg
         elif key != "model_name_or_path" or not may_be_on_hub(folder):
             nor_on_hub = ""
             if key == "adapter_name_or_path" and may_be_on_hub(folder):
-                nor_on_hub = f", nor a diffusion adapter on the hub at model_revision: {model_args.model_revision}"
+                nor_on_hub = f", nor a diffusion adapter on the Hub at model_revision: {model_args.model_revision}"
             raise ValueError(
                 f"{key}: {folder} is not a folder{nor_on_hub}; check the path, which is relative to {Path.cwd()}"
             )

@@ -1,4 +1,4 @@
-"""Diffusion models that a run names by the hub: their folder is named instead, and published code is not run."""
+"""Diffusion models that a run names by their Hub name: their local folder is used, and published code is not run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = get_logger(__name__)
 
 
 def resolve_model_names(model_args: Any) -> None:
-    """Have `model_name_or_path` and `adapter_name_or_path` name folders where they name diffusion models on a hub.
+    """Replace Hub names of diffusion models in `model_name_or_path` and `adapter_name_or_path` by local folders.
 
     Of a LLaDA or Dream the published code is not run, whatever `trust_remote_code` says.
 
