@@ -48,7 +48,7 @@ def test_a_key_that_contradicts_the_checkpoint(train_small, checkpoint, tmp_path
     out, base = tmp_path / "out", {"model_name_or_path": checkpoint}
     expect(train_small, out, "^shift: False .*checkpoint", shift=False, **base)
     expect(train_small, out, "^noise_schedule: cosine ", noise_schedule="cosine", **base)
-    expect(train_small, out, "^mask_token: 5 .*diffusion_config.json", mask_token=5, **base)
+    expect(train_small, out, f"^mask_token: 5 .*{checkpoint}", mask_token=5, **base)
     train_small(out, mask_token="<|mask|>", noise_schedule="linear", shift=True, max_steps=1, **base)
 
 

@@ -256,7 +256,7 @@ def test_calibration_holds_only_for_the_fitted_canvas_and_settings(monkeypatch):
     assert len(made.sizer.sized(batch, settings)) == 2
     for name, other, reason in (
         ("regressor", canvas(3, 20), "cutoff_len: 31.* 21 tokens"),
-        ("token_classifier", canvas(3), "this model has none"),
+        ("token_classifier", canvas(3), "no calibration"),
     ):
         with pytest.raises(ValueError, match=f"length_predictor: {name} .*{reason}"):
             made.sizer.sized([other], predicting(name))

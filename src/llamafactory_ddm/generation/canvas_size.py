@@ -105,14 +105,16 @@ class CanvasSizer:
     def why_uncalibrated(self, settings: SamplingSettings, canvas: Canvas) -> str | None:
         """Return why there is no calibration for a canvas under these settings, or None if there is."""
         if self.lengths is None or settings.length_predictor not in self.lengths.min_thresholds:
-            return "this model has none"
+            return "the model has no calibration"
         whole = len(canvas) + canvas.room
         if whole != self.lengths.canvas:
-            return f"the model's was made with cutoff_len: {self.lengths.canvas}, and this canvas has {whole} tokens"
+            return (
+                f"its calibration was made with cutoff_len: {self.lengths.canvas}, and this canvas has {whole} tokens"
+            )
         if settings.logits.eos_penalty:
-            return f"the model's was made without eos_penalty, which is {settings.logits.eos_penalty:g}"
+            return f"its calibration was made without eos_penalty, which is {settings.logits.eos_penalty:g}"
         if set(settings.logits.suppress) & set(self.eos_ids):
-            return "the model's was made with all EOS and padding tokens allowed, and suppress_tokens names one"
+            return "its calibration was made without suppress_tokens, which names EOS or padding"
         return None
 
     def check(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:

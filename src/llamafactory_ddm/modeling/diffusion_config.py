@@ -183,7 +183,7 @@ class DiffusionConfig:
             stored = getattr(self, key)
             if value is not None and value != stored:
                 raise ValueError(
-                    f"{key}: {value} contradicts the checkpoint, whose {FILE_NAME} says {key}: {stored}; "
+                    f"{key}: {value} contradicts the checkpoint, which was trained with {key}: {stored}; "
                     f"remove {key} from the YAML, or start from another checkpoint"
                 )
 

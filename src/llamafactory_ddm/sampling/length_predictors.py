@@ -244,7 +244,7 @@ def uncalibrated_threshold(name: str, coverage: float, reason: str) -> float:
     check_coverage(coverage)
     if name not in UNCALIBRATED:
         raise ValueError(
-            f"length_predictor: {name} needs calibration, and {reason}; run llamafactory-ddm fit-length, or set "
+            f"length_predictor: {name} needs calibration, but {reason}; run llamafactory-ddm fit-length, or set "
             f"length_predictor: {' or '.join(UNCALIBRATED)}"
         )
     return coverage

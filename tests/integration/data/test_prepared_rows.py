@@ -14,7 +14,7 @@ from support.tiny import tiny_tokenizer
 
 EOS, A, CAT, DOG, MASK = 0, 40, 258, 260, 262  # of the tiny tokenizer; the last is new
 TRAINS = SimpleNamespace(do_train=True, do_eval=False, do_predict=False)
-ANSWERS = AnswerMarks(full_length=4, n_added=0, closing_id=EOS, n_after_closing=0, n_before_prompt=None)
+ANSWERS = AnswerMarks(full_length=4, n_added=0, closing_id=EOS, n_after_closing=0, n_besides_prompt=None)
 
 
 def rules(**changes):
@@ -106,12 +106,12 @@ def test_truncated_answers_in_packed_rows():
 
 def test_truncated_answers_of_templates_that_end_with_the_next_turn_or_truncate_prompts_first():
     """EOS follows a truncated answer, too."""
-    ends = AnswerMarks(full_length=4, n_added=1, closing_id=DOG, n_after_closing=1, n_before_prompt=None)
+    ends = AnswerMarks(full_length=4, n_added=1, closing_id=DOG, n_after_closing=1, n_besides_prompt=None)
     cut, whole = ([A, CAT, CAT, EOS], 1), ([A, CAT, DOG, EOS], 1)
     refused("cutoff_len: 4 .* 1 of 1 ", answers(cut), stage="ddm-sft", answer_marks=ends)
     check(answers(cut, whole), stage="ddm-sft", answer_marks=ends)
     refused("1 of 1 .* 1 of them", answers(([A, A, A, EOS], 3)), stage="ddm-sft", answer_marks=ends)
-    left = AnswerMarks(full_length=4, n_added=1, closing_id=None, n_after_closing=0, n_before_prompt=2)
+    left = AnswerMarks(full_length=4, n_added=1, closing_id=None, n_after_closing=0, n_besides_prompt=2)
     refused("cutoff_len: 4 .* 1 of 1 ", answers(([EOS, A, CAT, EOS], 2)), stage="ddm-sft", answer_marks=left)
     check(answers(([EOS, A, CAT, EOS], 2), ([EOS, A, A, CAT, EOS], 3)), stage="ddm-sft", answer_marks=left)
 
@@ -131,7 +131,7 @@ def test_what_tells_whole_answers_from_truncated_ones():
         ("diffullama", (1, None, 0, 2)),
     ):
         marks = AnswerMarks.of(TEMPLATES[name], tokenizer, cutoff_len=9, packed=True)
-        assert (marks.n_added, marks.closing_id, marks.n_after_closing, marks.n_before_prompt) == expected, name
+        assert (marks.n_added, marks.closing_id, marks.n_after_closing, marks.n_besides_prompt) == expected, name
         assert marks.full_length == (8 if name == "diffullama" else 9)
 
 

@@ -48,7 +48,16 @@ def test_a_name_on_another_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(model_names, "try_download_model_from_other_hub", lambda args: str(folder))
     args = arguments("owner/dream", trust_remote_code=True)
     resolve_model_names(args)
-    assert args.trust_remote_code is False  # the folder's config.json was read
+    assert args.model_name_or_path == str(folder)
+    assert args.trust_remote_code is False
+
+
+def test_a_published_folder_is_named_from_any_working_directory(tmp_path, monkeypatch):
+    folder = write_dream(tmp_path / "dream")
+    monkeypatch.chdir(tmp_path)
+    args = arguments("dream")
+    resolve_model_names(args)
+    assert args.model_name_or_path == str(folder)
 
 
 def test_revision_token_and_folder_reach_the_hub(monkeypatch):

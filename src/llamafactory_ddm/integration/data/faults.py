@@ -170,7 +170,8 @@ def _check_alpaca(row: dict[str, Any], attr: Any, *, check_dropped: bool) -> Non
         value = row.get(getattr(attr, key)) if getattr(attr, key) else None
         if value is not None and not isinstance(value, str):
             raise DataFault(
-                f"has {_describe(value)} in column {getattr(attr, key)!r}, expected a string; put it in quotes"
+                f"has {_describe(value)} in column {getattr(attr, key)!r}, expected a string; write it as one, or "
+                "remove the example"
             )
     turns = row.get(attr.history) if attr.history else None
     for turn in turns or ():
@@ -231,8 +232,8 @@ def _check_message(message: Any, attr: Any, where: str) -> None:
     calls = attr.formatting == "openai" and message.get("tool_calls")
     if not isinstance(content, str) and not calls:
         raise DataFault(
-            f"has {_describe(content)} as content {where} (role {role!r}), expected a string; put it in quotes, or "
-            "remove the example"
+            f"has {_describe(content)} as content {where} (role {role!r}), expected a string; write it as one, "
+            "or remove the example"
         )
 
 

@@ -19,15 +19,15 @@ class AnswerMarks:
         n_added: labelled tokens that the template adds to an answer, and that remain if the whole answer is cut off.
         closing_id: the token that ends every whole answer, except for `n_after_closing` more; None if there is none.
         n_after_closing: tokens after `closing_id`.
-        n_before_prompt: tokens of a row before its prompt, for a template that truncates an answer only after dropping
-            the whole prompt; None for other templates.
+        n_besides_prompt: tokens before an answer that are not its prompt, such as [bos] and [sep], for a template that
+            truncates an answer only after dropping the whole prompt; None for other templates.
     """
 
     full_length: int
     n_added: int
     closing_id: int | None
     n_after_closing: int
-    n_before_prompt: int | None
+    n_besides_prompt: int | None
 
     @classmethod
     def of(cls, template: Any, tokenizer: Any, *, cutoff_len: int, packed: bool) -> AnswerMarks:
@@ -56,10 +56,10 @@ class AnswerMarks:
         is_full = is_answer & (lengths >= self.full_length)
         is_empty = is_full & (n_labels <= self.n_added)
         is_truncated = is_empty.copy()
-        if self.n_before_prompt is not None:
+        if self.n_besides_prompt is not None:
             label_index = np.where(is_label, np.arange(len(ids)), len(ids))
             first_label = np.minimum.reduceat(label_index, starts) - starts
-            is_truncated |= is_full & (first_label <= self.n_before_prompt)
+            is_truncated |= is_full & (first_label <= self.n_besides_prompt)
         elif self.closing_id is not None:
             closing_index = np.maximum(starts + lengths - 1 - self.n_after_closing, starts)
             is_truncated |= is_full & (ids[closing_index] != self.closing_id)

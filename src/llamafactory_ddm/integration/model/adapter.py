@@ -107,11 +107,11 @@ class AdapterSetup:
     def _add_embeddings(self, model: Any) -> None:
         """Check that the embeddings of new tokens will be trained, then add and initialise them."""
         vocabulary = self.vocabulary
-        num_trained = num_embeddings(model) if self.adapters else self.num_stored
+        num_stored = num_embeddings(model) if self.adapters else self.num_stored
         if self.do_train and (self.new_adapter or self.finetuning_args.finetuning_type == "freeze"):
-            check_embeddings_trained(vocabulary, model, num_trained, self.model_args, self.finetuning_args)
-        new_tokens = vocabulary.untrained(num_trained)
-        if self.model_args.resize_vocab and num_embeddings(model) > num_trained:
+            check_embeddings_trained(vocabulary, model, num_stored, self.model_args, self.finetuning_args)
+        new_tokens = vocabulary.untrained(num_stored)
+        if self.model_args.resize_vocab and num_embeddings(model) > num_stored:
             # LLaMA-Factory has initialised the embeddings it added, except those of [MASK] and padding.
             initialised_here = {vocabulary.mask.token, *vocabulary.pad_tokens}
             size = num_embeddings(model)
@@ -120,7 +120,7 @@ class AdapterSetup:
             logger.info_rank0(
                 f"{vocabulary.describe(new_tokens)}: new to the model; their embeddings start as the mean of the rest."
             )
-        init_new_embeddings(model, new_tokens.values(), known=min(vocabulary.additions.n_before, num_trained))
+        init_new_embeddings(model, new_tokens.values(), known=min(vocabulary.additions.n_before, num_stored))
 
     def _warn_of_other_base(self, base: str, origin: str) -> None:
         """Warn of adapters that were trained on another base model."""

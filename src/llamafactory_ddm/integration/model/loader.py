@@ -91,7 +91,7 @@ def _stored_mask(
     if mask.id != config.mask_token_id:
         raise ValueError(
             f"mask_token: {finetuning_args.mask_token!r} has id {mask.id}, but the model was trained with "
-            f"{config.mask_token!r}, id {config.mask_token_id} ({Path(folder) / FILE_NAME}); remove the key"
+            f"{config.mask_token!r}, id {config.mask_token_id} ({folder}); remove the key"
         )
     return mask
 

@@ -200,10 +200,14 @@ def build_example_requests(
 
 
 def _check_turns(example: Any) -> None:
-    if len(example["_prompt"]) % 2 != 1 or len(example["_response"]) != 1:
+    if len(example["_prompt"]) % 2 != 1:
         raise ValueError(
             f"it has {len(example['_prompt'])} turns before the response, where turns must start with the user's and "
             "alternate; correct the example, or remove it"
+        )
+    if len(example["_response"]) != 1:
+        raise ValueError(
+            f"it has {len(example['_response'])} responses, expected 1; correct the example, or remove it"
         )
 
 

@@ -70,8 +70,8 @@ def generate_all(
     is_random = settings.denoising_strategy in ("random", "remdm")
     if settings.diffusion_steps > most_tokens and not is_random:
         logger.info_rank0(
-            f"diffusion_steps: {settings.diffusion_steps} is more than the {most_tokens} tokens to generate; no text "
-            f"takes more than {most_tokens} steps."
+            f"diffusion_steps: {settings.diffusion_steps} is more than the {most_tokens} tokens to generate; "
+            f"decoding takes at most {most_tokens} steps."
         )
     # The first process decides, as saving a model changes its config on that process only.
     fingerprint = broadcast_from_first(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
@@ -167,7 +167,7 @@ def _predict_canvas_lengths(
         reasons = {generator.sizer.why_uncalibrated(settings, requests[index].canvas) for index in pending} - {None}
         for reason in sorted(map(str, reasons)):
             logger.info_rank0(
-                f"length_predictor: {settings.length_predictor} is not calibrated, as {reason}; its threshold is "
+                f"length_predictor: {settings.length_predictor} is not calibrated: {reason}; its threshold is "
                 f"length_coverage: {settings.length_coverage}."
             )
     for start in range(0, len(pending), batch_size):

@@ -122,6 +122,6 @@ def _check_output_dir(training_args: Any, stage: str) -> None:
     for config in (folder / FILE_NAME, *sorted(folder.glob(f"checkpoint-*/{FILE_NAME}"))):
         if config.is_file():
             raise ValueError(
-                f"output_dir: {config} would mark the autoregressive weights of {stage} as a diffusion model; set "
-                f"another output_dir, or remove {config.parent}"
+                f"output_dir: {folder} holds {config}, which would mark the autoregressive weights of {stage} as a "
+                f"diffusion model; set another output_dir, or remove {config.parent}"
             )

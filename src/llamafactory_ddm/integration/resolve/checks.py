@@ -115,12 +115,12 @@ _AUTOREGRESSIVE_KEYS = {
 }
 
 
-def check_predict(training_args: Any, given: frozenset[str]) -> None:
+def check_predict(training_args: Any, user_keys: frozenset[str]) -> None:
     """Refuse settings that generation does not support.
 
     Args:
         training_args: LLaMA-Factory's.
-        given: keys that the YAML sets.
+        user_keys: keys that the YAML sets.
     Raises:
         ValueError: for sharded parameters, and for keys of autoregressive generation.
     """
@@ -131,7 +131,7 @@ def check_predict(training_args: Any, given: frozenset[str]) -> None:
             "do_predict: true needs the whole model in every process, but DeepSpeed ZeRO-3 and FSDP shard it; "
             "generate in a separate run without deepspeed and fsdp"
         )
-    refused = [key for key in _AUTOREGRESSIVE_KEYS if key in given]
+    refused = [key for key in _AUTOREGRESSIVE_KEYS if key in user_keys]
     if refused:
         raise ValueError(
             f"{', '.join(refused)}: {_AUTOREGRESSIVE_KEYS[refused[0]]}; remove the key. Diffusion sampling takes "

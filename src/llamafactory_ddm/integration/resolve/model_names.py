@@ -20,18 +20,22 @@ def resolve_model_names(model_args: Any) -> None:
     Of a LLaDA or Dream the published code is not run, whatever `trust_remote_code` says.
 
     Raises:
-        ValueError: if the files cannot be downloaded.
+        ValueError: if the files cannot be downloaded, or a config.json is not readable.
     """
+    name = model_args.model_name_or_path
     # As upstream is about to do: the name of a model on ModelScope becomes its folder.
-    name = try_download_model_from_other_hub(model_args)
-    folder = _folder(name, model_args)
+    folder = _folder(try_download_model_from_other_hub(model_args), model_args)
     if folder != name:
         logger.info_rank0(f"{name} is used from {folder}.")
         model_args.model_name_or_path = folder
     if model_args.adapter_name_or_path and not model_args.adapter_folder:
         model_args.adapter_name_or_path = [_folder(name, model_args) for name in model_args.adapter_name_or_path]
     family = detect_family(raw_config(folder)) if Path(folder).is_dir() else None
-    if family is not None and model_args.trust_remote_code:
+    if family is None:
+        return
+    # Adapters record it as their base, to be found from any folder.
+    model_args.model_name_or_path = str(Path(folder).absolute())
+    if model_args.trust_remote_code:
         logger.info_rank0(f"{name} is loaded as a plain {family.model_class.__name__}; its own code is not run.")
         model_args.trust_remote_code = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ...modeling.diffusion_config import DiffusionConfig
 from ...objectives import OBJECTIVES
 from ..logs import get_logger
 
@@ -52,7 +52,7 @@ def _process_and_ratio(config: DiffusionConfig | None, process: str | None, rati
             f"uniform_ratio: {ratio} has no effect without noise_process: mixed; set it, or remove uniform_ratio"
         )
     raise ValueError(
-        f"uniform_ratio: {ratio} contradicts the checkpoint, whose {FILE_NAME} has noise_process: {stored_process}, "
+        f"uniform_ratio: {ratio} contradicts the checkpoint, which was trained with noise_process: {stored_process}, "
         f"uniform_ratio: {stored_ratio}; remove uniform_ratio, or set noise_process: mixed to change the noise"
     )
 

@@ -101,9 +101,14 @@ def check_resumed(config: DiffusionConfig, folder: str) -> None:
     for key in _FIXED_KEYS:
         value, stored = getattr(config, key), getattr(stored_config, key)
         if value != stored and (stored is not None or key not in _FINETUNING_KEYS):
+            keys = (
+                "variable_length, cutoff_len and the pad_* keys"
+                if key == "variable_length"
+                else key.removesuffix("_id")
+            )
             raise ValueError(
                 f"{key}: {value} contradicts the checkpoint to resume from, {folder}, which has {key}: {stored}; set "
-                f"{key}: {stored}, or another output_dir"
+                f"{keys} as in its run, or set another output_dir"
             )
 
 

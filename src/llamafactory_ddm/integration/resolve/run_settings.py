@@ -96,8 +96,8 @@ def check_run_settings(settings: dict[str, Any], folder: str) -> None:
     refused = [key for key in changed if key not in _CHANGEABLE_KEYS]
     if refused == ["training rows"]:
         raise ValueError(
-            f"the files of the data set have changed since {folder} was trained on them; restore them, or start a new "
-            "run from its weights"
+            f"the training rows differ from those of {folder}, but the keys of the data set are the same, so the files "
+            "of the data set have changed; restore them, or start a new run with model_name_or_path"
         )
     if refused:
         contradictions = "; ".join(
@@ -107,7 +107,7 @@ def check_run_settings(settings: dict[str, Any], folder: str) -> None:
         )
         raise ValueError(
             f"{folder} cannot be resumed with other settings: {contradictions}. Restore these settings, or start a "
-            "new run from its weights"
+            "new run with model_name_or_path"
         )
     if changed:
         changes = ", ".join(f"{key}: {_format(settings[key])} (was {_format(stored[key])})" for key in changed)

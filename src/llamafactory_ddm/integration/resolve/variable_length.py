@@ -80,7 +80,8 @@ def _check_effects(name: str, stored: VariableLength | None, finetuning_args: An
             or (needed == "pad_mask_ratio" and finetuning_args.pad_mask_ratio is None)
             or (needed == "eos_window_ratio" and not finetuning_args.eos_window_ratio)
         ):
-            raise ValueError(f"{key}: has no effect without {needed}; set {needed}, or remove {key}")
+            value = " above 0" if needed == "eos_window_ratio" else ""
+            raise ValueError(f"{key}: has no effect without {needed}; set {needed}{value}, or remove {key}")
 
 
 def _check_conflicts(
