@@ -109,7 +109,9 @@ class RandomOrder:
 
 @dataclass(frozen=True)
 class Budgeted:
-    """Predict every masked token and keep those with the highest score, as many as the step's budget.
+    """`low_confidence`, `margin`, `entropy`: predict every masked token and keep those with the highest score.
+
+    As many are kept as the step's budget says.
 
     Args:
         name: in YAML.

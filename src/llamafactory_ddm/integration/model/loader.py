@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ...checkpoints.adapters import check_agreement
 from ...checkpoints.diffullama import published_config, set_published_padding
-from ...checkpoints.families import find_diffusion_config as find_config
+from ...checkpoints.families import find_diffusion_config
 from ...checkpoints.layouts import is_model_folder, layout_of_folder, stored_num_embeddings
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 _TOKEN_KEYS = ("add_tokens", "add_special_tokens")
 
 
-def find_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> DiffusionConfig | None:
+def _newest_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> DiffusionConfig | None:
     """Return the diffusion config of the adapter, else of the checkpoint, else of the base model, else None.
 
     Raises:
@@ -33,7 +33,7 @@ def find_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> Diffus
     """
     configs: list[tuple[str, DiffusionConfig]] = []
     for folder in sources(model_args, checkpoint_dir):
-        config = find_config(folder)
+        config = find_diffusion_config(folder)
         if config is not None:
             configs.append((folder, config))
     check_agreement(configs)
@@ -53,7 +53,7 @@ def load_diffusion_tokenizer(model_args: Any, finetuning_args: Any, training_arg
         ValueError: if the YAML contradicts the checkpoint, or a run that does not train has no diffusion config.
     """
     folder = finetuning_args.checkpoint_dir or model_args.model_name_or_path
-    config = find_diffusion_config(model_args, finetuning_args.checkpoint_dir)
+    config = _newest_diffusion_config(model_args, finetuning_args.checkpoint_dir)
     module = load_newest_tokenizer(model_args, finetuning_args.checkpoint_dir)
     tokenizer = module["tokenizer"]
     additions = Additions.start(tokenizer)

@@ -96,8 +96,8 @@ def check_run_settings(settings: dict[str, Any], folder: str) -> None:
     refused = [key for key in changed if key not in _CHANGEABLE_KEYS]
     if refused == ["training rows"]:
         raise ValueError(
-            f"the training rows differ from those of {folder}, but the keys of the data set do not, so the files of the "
-            "data set have changed; restore them, or start a new run with model_name_or_path"
+            f"the training rows differ from those of {folder}, but the keys of the data set do not, so the files "
+            "of the data set have changed; restore them, or start a new run with model_name_or_path"
         )
     if refused:
         contradictions = "; ".join(
