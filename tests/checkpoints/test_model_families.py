@@ -1,6 +1,7 @@
 """Published families load through transformers' Auto classes as plain models, and what does not fit is an error."""
 
 import json
+import pickle
 import re
 import shutil
 
@@ -10,11 +11,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from llamafactory_ddm import load
 from llamafactory_ddm.checkpoints.convert import convert
-from llamafactory_ddm.checkpoints.families import detect_family, family_of_converted, find_diffusion_config
+from llamafactory_ddm.checkpoints.families import (
+    WeightNames,
+    detect_family,
+    family_of_converted,
+    find_diffusion_config,
+)
 from llamafactory_ddm.checkpoints.families.llada import WEIGHT_NAMES
 from llamafactory_ddm.checkpoints.layouts import is_model_folder, unreadable_layout
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.utils import registry
 from support.published import (
     MASK_ID,
     all_weights,
@@ -174,3 +181,37 @@ def test_what_does_not_fit_is_an_error(tmp_path, spoil, pattern):
     spoil(folder)
     with pytest.raises(ValueError, match=pattern):
         load(folder)
+
+
+def test_a_config_can_be_saved_and_pickled(kind, tmp_path):
+    write, _, model_class = kind
+    config = AutoConfig.from_pretrained(write(tmp_path / "published"))
+    config.save_pretrained(tmp_path / "saved")
+    saved = AutoConfig.from_pretrained(tmp_path / "saved")
+    assert type(saved) is model_class.config_class and saved.vocab_size == config.vocab_size
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
+
+
+def test_a_generation_config_of_the_published_code_is_not_kept(tmp_path):
+    folder = write_dream(tmp_path / "published")
+    (folder / "generation_config.json").write_text('{"temperature": 0.0, "alg": "origin"}')
+    auto_model(folder).save_pretrained(tmp_path / "saved")  # which refuses a temperature of 0
+
+
+def test_further_weights_make_it_another_model(tmp_path):
+    extra = {"model.transformer.blocks.0.q_norm.weight": torch.ones(8)}
+    with pytest.raises(ValueError, match=r"q_norm\.weight"):
+        load(write_llada(tmp_path / "published", {**llada_weights(), **extra}))
+
+
+def test_names_that_would_be_renamed_twice_are_refused():
+    with pytest.raises(ValueError, match=r"weight_names of X: 'net\.'"):
+        WeightNames("X", (("net.", "model."), ("model.embed_tokens.", "other.")))
+
+
+def test_a_model_of_transformers_needs_no_plugins(monkeypatch):
+    """A plugin that cannot be imported does not stop an ordinary model."""
+    monkeypatch.setattr(registry, "load_installed_plugins", lambda: pytest.fail("plugins were imported"))
+    assert detect_family({"model_type": "gpt2"}) is None and detect_family({"model_type": "llada"}) is not None
+    monkeypatch.undo()
+    assert detect_family({"model_type": "unheard_of"}) is None

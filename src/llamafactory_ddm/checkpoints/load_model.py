@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .families import detect_family, raw_config
 from .weights import ADAPTER_PREFIX, abbreviated, keys_of, verify_checkpoint, weight_files
 
 _logger = logging.getLogger(__name__)
@@ -42,6 +43,12 @@ def load_whole(auto_class: Any, **kwargs: Any) -> Any:
         raise ValueError(
             f"the weights in {name} do not fit the {type(model).__name__} of its config.json: {'; '.join(faults)}; "
             "copy or save the model again, with the config.json of these weights"
+        )
+    family = detect_family(raw_config(name))
+    if info["unexpected_keys"] and family is not None:
+        raise ValueError(
+            f"{name} holds weights that no {family.title} has: {abbreviated(sorted(info['unexpected_keys']))}; it is "
+            "another model, which this package does not know"
         )
     if info["unexpected_keys"]:
         _logger.warning(

@@ -135,7 +135,7 @@ def filtered_log_probs(logits: Tensor, config: LogitsConfig, *, suppress: tuple[
 
 
 def filtered_scores(values: Tensor, config: LogitsConfig) -> Tensor:
-    """Return new float32 logits minus the highest allowed one of each row, [n, vocab], and that highest one, [n].
+    """Return [n, vocab] float32 logits after temperature, top-k and nucleus: 0 the highest, -inf where filtered out.
 
     A temperature of 0 counts as 1.
 

@@ -24,6 +24,8 @@ _CARD = "README.md"
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file that replaces `path` when it is complete and on disk; create the folder if it is absent.
 
+    One process at a time may write a path.
+
     Args:
         path: the file; it gets the permissions of a new file (umask).
         mode: "w" for UTF-8 text with line feeds, or "wb".
@@ -41,7 +43,8 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # not set when the disk is full
+        if error.errno is not None:
+            error.filename = error.filename or str(path)  # not set when the disk is full
         raise
     finally:
         with suppress(OSError):

@@ -1,7 +1,7 @@
 """Families of diffusion models that were published with code of their own, loaded as plain transformers models.
 
 `register_family` makes transformers' Auto classes load the published files: the config is translated, the weights are
-renamed while they are read, and the result is an instance of `ModelFamily.model_class`. The published code is not run.
+renamed while they are read, and the result is an instance of `ModelFamily.model_class`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ...modeling.diffusion_config import DiffusionConfig
 from ...utils.registry import Registry
@@ -34,6 +35,21 @@ class WeightNames:
 
     name: str
     prefixes: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        """Refuse pairs of which one would rename the result of another, as transformers applies them in turn.
+
+        Raises:
+            ValueError: naming both.
+        """
+        renaming = [pair for pair in self.prefixes if pair[0] != pair[1]]
+        for published, standard in renaming:
+            for other, _ in renaming:
+                if other != published and (other.startswith(standard) or standard.startswith(other)):
+                    raise ValueError(
+                        f"weight_names of {self.name}: {published!r} becomes {standard!r}, which {other!r} would "
+                        "rename again; choose longer prefixes"
+                    )
 
     def to_standard(self, key: str) -> str:
         """Return transformers' name for a published name.
@@ -156,6 +172,8 @@ MODEL_FAMILIES: Registry[type[ModelFamily]] = Registry("model_type")
 def register_family(family: F) -> F:
     """Add a family, and have transformers' Auto classes load its published files.
 
+    Without `trust_remote_code` these do not run the published code; runs of this package never do.
+
     Raises:
         ValueError: if the name is taken.
     """
@@ -167,6 +185,8 @@ def register_family(family: F) -> F:
 def detect_family(raw: dict[str, Any]) -> type[ModelFamily] | None:
     """Return the family named by model_type in a config.json, or None for a model of transformers."""
     name = raw.get("model_type")
+    if name in CONFIG_MAPPING_NAMES and name not in tuple(MODEL_FAMILIES):
+        return None  # without importing installed plugins in search of it
     return MODEL_FAMILIES.get(name) if name in MODEL_FAMILIES else None
 
 
@@ -264,6 +284,9 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
     class PublishedConfig(config_class):  # type: ignore[misc,valid-type]
         model_type = family.name
 
+        def to_dict(self) -> dict[str, Any]:
+            return {**super().to_dict(), "model_type": config_class.model_type}  # as its other settings are
+
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
             if config_dict.get("model_type") != family.name:
@@ -290,13 +313,12 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
                 kwargs["key_mapping"] = mapping
             loaded = model_class.from_pretrained(name, *args, config=config, **kwargs)
             model = loaded[0] if isinstance(loaded, tuple) else loaded
-            conversions = getattr(
-                model, "_weight_conversions", None
-            )  # transformers 5; those of key_mapping come first
+            # transformers 5 saves under the published names otherwise; the entries of key_mapping come first.
+            conversions = getattr(model, "_weight_conversions", None)
             if mapping is not None and conversions:
-                model._weight_conversions = conversions[
-                    len(mapping) :
-                ]  # else save_pretrained restores the published names
+                model._weight_conversions = conversions[len(mapping) :]
+            # A published generation_config.json belongs to the published code.
+            model.generation_config = GenerationConfig.from_model_config(model.config)
             return loaded
 
         @classmethod
@@ -305,6 +327,7 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
 
     for auto_class, title in ((PublishedConfig, "Config"), (PublishedModel, "ForCausalLM")):
         auto_class.__name__ = auto_class.__qualname__ = f"{family.title}{title}"
+        globals()[auto_class.__name__] = auto_class  # where pickle looks for it
     AutoConfig.register(family.name, PublishedConfig, exist_ok=True)
     AutoModelForCausalLM.register(PublishedConfig, PublishedModel, exist_ok=True)
     tokenizer_class = family.tokenizer_class
@@ -323,8 +346,11 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
 
 
 def _dtype(raw: dict[str, Any], name: Any) -> Any:
-    """Return the dtype of published weights: that of local files, else that in config.json."""
+    """Return the dtype of published weights: that in config.json, else that of local files; None if unknown."""
+    declared = raw.get("dtype") or raw.get("torch_dtype")
+    if declared is not None:
+        return declared
     try:
         return stored_dtype(name)
     except (TypeError, OSError, BrokenCheckpointError):
-        return raw.get("dtype") or raw.get("torch_dtype")
+        return None

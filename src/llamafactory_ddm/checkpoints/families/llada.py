@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .base import ModelFamily, WeightNames, register_family, rope_theta
 
@@ -53,6 +53,7 @@ class Llada(ModelFamily):
     model_class = LlamaForCausalLM
     shift = False
     weight_names = WEIGHT_NAMES
+    tokenizer_class = PreTrainedTokenizerFast
 
     @classmethod
     def standard_config(cls, raw: dict[str, Any]) -> LlamaConfig:
@@ -84,6 +85,7 @@ class Llada(ModelFamily):
             eos_token_id=raw["eos_token_id"],
             pad_token_id=raw.get("pad_token_id"),
             architectures=["LlamaForCausalLM"],
+            **{key: raw[key] for key in ("quantization_config",) if key in raw},
         )
 
     @classmethod

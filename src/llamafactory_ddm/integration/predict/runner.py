@@ -71,7 +71,7 @@ def generate_all(
     if settings.diffusion_steps > most_tokens and not is_random:
         logger.info_rank0(
             f"diffusion_steps: {settings.diffusion_steps} is more than the {most_tokens} tokens to generate; "
-            f"decoding takes at most {most_tokens} steps."
+            "fewer steps suffice."
         )
     # The first process decides, as saving a model changes its config on that process only.
     fingerprint = broadcast_from_first(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
