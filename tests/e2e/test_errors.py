@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from llamafactory_ddm.integration import workflow
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
 from support.published import write_dream, write_llada
 
@@ -213,6 +214,12 @@ def test_keys_of_generation_that_do_not_fit(generate, tmp_path, keys, pattern):
     with pytest.raises(ValueError, match=pattern):
         generate(tmp_path / "out", **keys)
     assert not (tmp_path / "out" / "generated_predictions.jsonl").exists()
+
+
+def test_suppress_tokens_is_checked_before_the_model_is_loaded(generate, tmp_path, monkeypatch):
+    monkeypatch.setattr(workflow, "load_diffusion_model", lambda *words: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=r"^suppress_tokens: 'nonsuch' "):
+        generate(tmp_path / "out", suppress_tokens="nonsuch")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from llamafactory_ddm.integration.predict.fit_length import fit_from_command_lin
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.length_heads import FILE_NAME, REPORT_NAME, LengthPredictors
 from llamafactory_ddm.sampling.length_predictors import PREDICTORS
+from llamafactory_ddm.utils.run_lock import run_lock
 from support.cli import ROOT, predictions, run, train_here
 
 RECIPE = "examples/varlen_fit_length.yaml"
@@ -65,6 +66,14 @@ def test_a_model_in_the_hubs_cache_is_refused(trained, words, tmp_path, monkeypa
     shutil.copytree(trained, folder)
     monkeypatch.setattr(sys, "argv", sys.argv)  # which the command replaces
     with pytest.raises(ValueError, match=r"owner/ours .*model_name_or_path"):
+        fit_from_command_line([RECIPE, *words(folder)])
+    assert not (folder / FILE_NAME).exists()
+
+
+def test_a_folder_in_use_is_refused(trained, words, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", sys.argv)  # which the command replaces
+    with run_lock(folder), pytest.raises(ValueError, match=re.escape(str(folder))):
         fit_from_command_line([RECIPE, *words(folder)])
     assert not (folder / FILE_NAME).exists()
 

@@ -102,7 +102,7 @@ class SamplingArguments(SettingsKeys):
         """
         values = {**self._changed_settings(), "seed": seed}
         if self.suppress_tokens is not None:
-            values["suppress_tokens"] = _token_ids(self.suppress_tokens, tokenizer)
+            values["suppress_tokens"] = self.suppressed_ids(tokenizer)
         for upstream_key, our_key in UPSTREAM_KEYS.items():
             if upstream_key == "max_new_tokens" or upstream_key not in user_keys:
                 continue
@@ -115,6 +115,14 @@ class SamplingArguments(SettingsKeys):
             values.pop(our_key or upstream_key, None)
             values[upstream_key] = value
         return with_keywords(SamplingSettings(), values)
+
+    def suppressed_ids(self, tokenizer: Any) -> tuple[int, ...]:
+        """Return the ids of `suppress_tokens`.
+
+        Raises:
+            ValueError: if one is not in the vocabulary.
+        """
+        return () if self.suppress_tokens is None else _token_ids(self.suppress_tokens, tokenizer)
 
 
 def _token_ids(tokens: str, tokenizer: Any) -> tuple[int, ...]:

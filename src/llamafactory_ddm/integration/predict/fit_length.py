@@ -25,6 +25,8 @@ from ...generation.canvas_size import CanvasSizer
 from ...generation.generator import TextGenerator
 from ...modeling.length_heads import REPORT_NAME, Examples, LengthPredictors, fit_heads, mean_hidden
 from ...sampling.length_predictors import FirstStep
+from ...utils.files import replacing
+from ...utils.run_lock import run_lock
 from ..logs import get_logger
 from ..model.loader import load_diffusion_model, load_diffusion_tokenizer, sources
 from ..resolve.checks import check_checkpoint_folders
@@ -87,7 +89,7 @@ def fit(
         training_args: LLaMA-Factory's, without do_train, do_eval and do_predict.
         finetuning_args: LLaMA-Factory's, with this package's keys.
     Raises:
-        ValueError: naming the key that is missing or not allowed, and what to do.
+        ValueError: naming the key that is missing or not allowed, and what to do; or if another run uses the folder.
         OSError: if the file cannot be written.
     """
     resolve_model_names(model_args)
@@ -99,6 +101,14 @@ def fit(
             f"{repository_of(folder) or folder} is not a local folder, and the length predictors are saved beside the "
             "weights; download it, and set model_name_or_path (checkpoint_dir, adapter_name_or_path) to its folder"
         )
+    with run_lock(folder):
+        return _fit(folder, model_args, data_args, training_args, finetuning_args)
+
+
+def _fit(
+    folder: Path, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
+) -> tuple[Path, dict[str, dict[str, float]]]:
+    """Fit and save as `fit` does; the caller holds the lock of `folder`."""
     data_args.train_on_prompt = False  # the length of the last answer is predicted
     tokenizer = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
     plan = resolve_run(tokenizer, model_args, data_args, training_args, finetuning_args)
@@ -131,7 +141,8 @@ def fit(
     metrics = length_metrics(steps, needed, finetuning_args.length_coverage, n_fixed=fixed, block=sizer.block)
     path = LengthPredictors(heads, min_thresholds(steps, needed), collator.canvas).save(folder)
     report = {"length_coverage": finetuning_args.length_coverage, "held_out": sum(map(len, needed)), **metrics}
-    (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / REPORT_NAME) as file:
+        file.write(json.dumps(report, indent=2) + "\n")
     return path, metrics
 
 

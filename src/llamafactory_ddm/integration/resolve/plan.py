@@ -105,6 +105,8 @@ def resolve_run(
         config = with_finetuning(config, template, tokenizer, data_args, finetuning_args)
     if resume is not None:
         check_resumed(config, resume)
+    if training_args.do_predict:
+        finetuning_args.suppressed_ids(tokenizer)  # fails before the model is loaded
     return RunPlan(
         stage=finetuning_args.diffusion_stage,
         user_keys=finetuning_args.parsed.user_keys,
