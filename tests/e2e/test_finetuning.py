@@ -377,7 +377,7 @@ def test_mistakes_name_the_key(keys, words, finetune, tmp_path):
 
 def test_keys_that_contradict_the_checkpoint(finetuned, finetune, tmp_path):
     for keys, words in (
-        ({"train_on_padding": False}, "train_on_padding: False .*diffusion_config.json"),
+        ({"train_on_padding": False}, "train_on_padding: False .*train_on_padding: True"),
         ({"sep_token": "!"}, "sep_token: '!' .*checkpoint"),
         ({"packing": True}, "train_on_padding: true of the checkpoint .*packing: true"),
     ):
