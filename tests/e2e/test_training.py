@@ -112,42 +112,35 @@ def test_two_ranks_give_the_gradient_of_one_big_batch(program, small_data, tmp_p
         assert len(predictions(other)) == 3
 
 
-@pytest.mark.slow
-def test_preparing_data_keeps_rows_without_room_and_gives_no_warning(small_data, tmp_path, caplog):
-    """A later run drops them by its own cutoff_len; there are no texts or metrics to warn of."""
-    keys = {"variable_length": "eos_pad", "drop_overlong": False, "packing": False, "cutoff_len": 8}
+def prepare(folder, data, **keys):
+    """Tokenise the built-in corpus into folder/rows."""
     train_here(
         "gpt2_preprocess.yaml",
         **keys,
         mask_token="<|mask|>",
         model_name_or_path="data/tiny_gpt2",
         dataset="tiny_corpus_train",
-        dataset_dir=small_data,
+        dataset_dir=data,
         val_size=0,
         preprocessing_num_workers=1,
         overwrite_cache=True,
-        tokenized_path=tmp_path / "rows",
-        output_dir=tmp_path / "unused",
+        tokenized_path=folder / "rows",
+        output_dir=folder / "unused",
     )
+
+
+@pytest.mark.slow
+def test_preparing_data_keeps_rows_without_room_and_gives_no_warning(small_data, tmp_path, told):
+    """A later run drops them by its own cutoff_len; there are no texts or metrics to warn of."""
+    keys = {"variable_length": "eos_pad", "drop_overlong": False, "packing": False, "cutoff_len": 8}
+    prepare(tmp_path, small_data, **keys)
     assert (tmp_path / "rows" / "dataset_dict.json").is_file()
-    assert "The data set is prepared" in caplog.text and "meaningless" not in caplog.text
+    assert "The data set is prepared" in told.text and "meaningless" not in told.text
 
 
 def test_streaming_and_a_tokenised_path_give_the_same_rows(small_data, tmp_path, train_small):
     plain = train_small(tmp_path / "plain", disable_shuffling=True)
-    train_here(
-        "gpt2_preprocess.yaml",
-        mask_token="<|mask|>",
-        model_name_or_path="data/tiny_gpt2",
-        dataset="tiny_corpus_train",
-        dataset_dir=small_data,
-        cutoff_len=32,
-        val_size=0,
-        preprocessing_num_workers=1,
-        overwrite_cache=True,
-        tokenized_path=tmp_path / "rows",
-        output_dir=tmp_path / "unused",
-    )
+    prepare(tmp_path, small_data, cutoff_len=32)
     assert not (tmp_path / "unused").exists()
     prepared = train_small(
         tmp_path / "prepared", disable_shuffling=True, tokenized_path=tmp_path / "rows", eval_dataset=None

@@ -1,7 +1,5 @@
 """A training run in memory, and upstream's parser as the plugin leaves it."""
 
-import logging
-
 import pytest
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
@@ -9,15 +7,6 @@ from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.objectives.masked import MaskedObjective
 from llamafactory_ddm.objectives.mixed import MixedObjective
 from support.tiny import MASK_ID, VOCABULARY, Rows, stack, tiny_model
-
-
-@pytest.fixture
-def told(caplog):
-    """What LLaMA-Factory's logger, and with it this package's, is told."""
-    logger = logging.getLogger("llamafactory")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

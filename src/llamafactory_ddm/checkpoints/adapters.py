@@ -112,7 +112,7 @@ def check_adapter(folder: str | Path) -> None:
     if str(_adapter_settings(folder).get("init_lora_weights")).startswith("pissa_niter"):
         raise ValueError(
             f"{folder} was trained with pissa_init and an approximate decomposition (pissa_iter), which PEFT computes "
-            f"anew when it loads the adapter, with another result than in training; {remedy}, or train with "
+            f"again when it loads the adapter, with another result than in training; {remedy}, or train with "
             "pissa_iter: -1"
         )
 

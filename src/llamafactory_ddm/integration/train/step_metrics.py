@@ -44,7 +44,7 @@ class StepMetrics:
     def take(
         self, sum_over_ranks: Callable[[Tensor], Tensor], term: str, device: torch.device, attention_ratio: float
     ) -> dict[str, float]:
-        """Return the metrics since the last call, and start anew; empty without a step. Waits for the device.
+        """Return the metrics since the last call, and reset them; empty without a step. Waits for the device.
 
         Args:
             sum_over_ranks: called twice on every rank.

@@ -129,7 +129,7 @@ def _complete_pissa_adapter(trainer: DiffusionTrainer, finetuning_args: Any) -> 
         replace(trainer.diffusion_config, attention_ratio=trainer.reached_ratio()).save(folder)
     elif finetuning_args.pissa_init and finetuning_args.pissa_iter != -1:
         logger.warning_rank0(
-            f"pissa_iter: {finetuning_args.pissa_iter}: PEFT draws the approximate decomposition of pissa_init anew "
+            f"pissa_iter: {finetuning_args.pissa_iter}: PEFT draws the approximate decomposition of pissa_init again "
             "whenever it loads the adapter, so the loaded model differs from the trained one; set pissa_convert: true "
             "or pissa_iter: -1."
         )
