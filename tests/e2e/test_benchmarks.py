@@ -1,0 +1,59 @@
+"""The commands in benchmarks/ run on small shapes and report every claim; the figures mean nothing then."""
+
+import pytest
+
+from support.cli import run
+
+
+@pytest.mark.slow
+def test_the_sampling_benchmark_runs(checkpoint):
+    words = [
+        "--rounds",
+        "1",
+        "--length",
+        "16",
+        "--steps",
+        "4",
+        "--layers",
+        "1",
+        "--width",
+        "64",
+        "--vocabulary",
+        "300",
+    ]
+    path = "benchmarks/sampling.py"
+    for more, count in (([], 10), (["--memory"], 2)):
+        done = run(*words, *more, program=path, check=False)
+        assert done.returncode in (0, 1), done.stderr[-2000:]
+        assert done.stdout.count("claimed <=") == count, done.stdout + done.stderr[-2000:]
+    table = run(*words, "--table", program=path).stdout
+    assert table.count("\n| ") == 13
+    quality = run("--quality", checkpoint, "--samples", "2", program=path).stdout
+    assert quality.count("| confidence_threshold: ") == 4
+    revising = run(*words, "--revising", checkpoint, "--samples", "2", program=path).stdout
+    assert revising.count("`edit_threshold: ") == 6 and revising.count("`denoising_strategy: remdm`") == 2
+
+
+@pytest.mark.slow
+def test_the_conversion_benchmark_runs(tmp_path):
+    for kind in ("llada", "dream"):
+        words = ("--kind", kind, "--gigabytes", "0.001", "--shards", "2", "--folder", tmp_path)
+        done = run(*words, program="benchmarks/convert_memory.py")
+        assert done.stdout.count("claimed <=") == done.stdout.count("  held") == 2, done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_early_stop_benchmark_runs(finetuned):
+    words = ("--model", finetuned, "--questions", "2", "--rounds", "1")
+    table = run(*words, program="benchmarks/early_stop.py").stdout
+    assert table.count("| none") == 2 and table.count("| grow") == 2 and table.count("| predict") == 3
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs():
+    """Small shapes: the ratios mean nothing then, only that the command works and reports every claim."""
+    words = ["--rounds", "1", "--batch", "1", "--length", "16", "--layers", "1", "--width", "64", "--memory"]
+    done = run(*words, program="benchmarks/train_step.py", check=False)
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    assert done.stdout.count("claimed <=") == 8, done.stdout + done.stderr[-2000:]

@@ -1,0 +1,56 @@
+"""The scripts that make tables and plots for README and docs/ run, on models of a few steps."""
+
+import re
+
+import pytest
+
+from support.cli import run
+
+
+@pytest.mark.slow
+def test_the_scripts_of_docs_run(checkpoint, tmp_path):
+    done = run(checkpoint, "--length", "8", "--steps", "4", "--show", "2", program="docs/make_trace.py")
+    assert [line[:8] for line in done.stdout.splitlines()] == ["step   1", "step   4"]
+    words = (
+        "--steps",
+        "1",
+        "--seeds",
+        "1",
+        "--variants",
+        "1",
+        "--work",
+        tmp_path / "w",
+        "--out",
+        tmp_path / "page.md",
+    )
+    run(*words, "--override", "cutoff_len=16", program="docs/make_adaptation_table.py")
+    assert "| autoregressive | yes | yes |" in (tmp_path / "page.md").read_text()
+    small = ("--steps", "2", "--questions", "2", "--only", "none", "rainbow-annealed-window", "--model", checkpoint)
+    folders = ("--work", tmp_path / "ends", "--out", tmp_path)
+    run(*small, *folders, program="docs/make_ends_table.py")
+    assert (tmp_path / "ends_table.md").read_text().count("| rainbow | yes | yes |") == 1
+    small = ("--steps", "1", "--every", "1", "--problems", "2", "--starts", "1", "--model", checkpoint)
+    folders = ("--work", tmp_path / "finetuning", "--out", tmp_path / "docs")
+    run(*small, *folders, program="docs/make_finetuning_plot.py")
+    assert "| adapted weights, full | " in (tmp_path / "docs" / "finetuning_table.md").read_text()
+    assert (tmp_path / "docs" / "finetuning.png").stat().st_size > 5000
+    small = ("--continue-steps", "1", "--seeds", "1", "--denoising-steps", "2", "--questions", "2", "--texts", "2")
+    folders = ("--model", checkpoint, "--work", tmp_path / "mixed", "--out", tmp_path / "docs")
+    run(*small, *folders, program="docs/make_mixed_table.py")
+    assert (tmp_path / "docs" / "mixed_table.md").read_text().count("| mixed, with edits | ") == 3
+    assert (tmp_path / "docs" / "mixed.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_figures_of_readme_are_measured(tmp_path):
+    """One step of each recipe, and a second call that repeats nothing and writes the same page."""
+    words = ("--threads", "1", "--seeds", "7", "--steps", "1", "--samples", "2", "--work", tmp_path / "work")
+    pages = []
+    for name in ("first.md", "again.md"):
+        run(*words, "--out", tmp_path / name, program="docs/make_readme_figures.py")
+        pages.append((tmp_path / name).read_text())
+    (row,) = re.findall(r"^\| 1 \| 7 \| (.*) \|$", pages[0], re.M)
+    cells = row.split(" | ")
+    assert len(cells) == 7 and 4 < float(cells[0]) < 20
+    assert all(0 <= float(cell.removesuffix(" %")) <= 100 for cell in cells[1:4])
+    assert pages[0] == pages[1]
