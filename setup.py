@@ -47,8 +47,8 @@ setup(
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
         # Earlier ones cannot quantise without a GPU.
         "qlora": ["bitsandbytes>=0.49,<0.51"],
-        # ROUGE of generated texts.
-        "eval": ["rouge-score>=0.1.2"],
+        # ROUGE of generated texts, and lm-evaluation-harness.
+        "eval": ["rouge-score>=0.1.2", "lm-eval>=0.4.13,<0.5"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -60,6 +60,7 @@ setup(
             "tensorboard>=2.15",
             "build>=1.2",
             "rouge-score>=0.1.2",
+            "lm-eval>=0.4.13,<0.5",
         ],
     },
     classifiers=[

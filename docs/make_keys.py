@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llamafactory_ddm.harness.keys import EvalKeys
 from llamafactory_ddm.integration.hparams.diffusion import KEYS
 from llamafactory_ddm.integration.hparams.length import LengthKeys
 from llamafactory_ddm.integration.hparams.sampling import SamplingArguments
 from llamafactory_ddm.integration.hparams.sft import FinetuningKeys
-from llamafactory_ddm.utils.keys import Key
+from llamafactory_ddm.utils.keys import Key, keys_of
 
 PAGE = Path(__file__).with_name("keys.md")
 HEAD = """# Keys
 
-Every YAML key that the plugin adds to LLaMA-Factory's own, under `stage: ddm` and `stage: ddm-sft`.
+Every YAML key that the plugin adds to LLaMA-Factory's own, under `stage: ddm` and `stage: ddm-sft`, and those of
+`llamafactory-ddm eval`.
 Written by `python docs/make_keys.py` from the code; a test compares.
 
 - A key without a default takes what its text says, mostly what the checkpoint's `diffusion_config.json` holds.
@@ -41,6 +43,13 @@ STRATEGIES = """| strategy | a step commits | from |
 | `entropy_bound` | the largest set of bounded joint uncertainty; several a step | Ben-Hamu et al. 2025 |
 | `remdm` | as `random`, and remasks committed tokens with a small probability | ReMDM |
 """
+EVALUATION = """## Evaluation
+
+`llamafactory-ddm eval x.yaml` reads these and the keys of generation; see [evaluation.md](evaluation.md).
+
+| key | default | allowed | meaning |
+|---|---|---|---|
+"""
 
 
 def page() -> str:
@@ -62,7 +71,8 @@ def page() -> str:
     for title, (text, _) in sections.items():
         rows = "\n".join(_row(name, KEYS[name]) for name in own[title])
         parts.append(f"## {title}\n\n{text}\n\n| key | default | allowed | meaning |\n|---|---|---|---|\n{rows}\n")
-    return "\n".join([HEAD, *parts, STRATEGIES])
+    evaluation = "\n".join(_row(name, key) for name, key in keys_of(EvalKeys).items())
+    return "\n".join([HEAD, *parts, STRATEGIES, EVALUATION + evaluation + "\n"])
 
 
 def _row(name: str, key: Key) -> str:

@@ -17,12 +17,14 @@ from typing import Any
 
 from . import _errors
 
-# LLaMA-Factory's module -> the function, as module:name, that is called with it after it is loaded.
+# Module of LLaMA-Factory or lm-evaluation-harness -> the function, as module:name, that is called with it after it is
+# loaded.
 HOOKS = {
     "llamafactory.hparams.parser": "llamafactory_ddm.integration.patches.table:after_parser",
     "llamafactory.train.tuner": "llamafactory_ddm.integration.patches.table:after_tuner",
     "llamafactory.extras.env": "llamafactory_ddm.integration.patches.table:after_env",
     "llamafactory.v1.launcher": "llamafactory_ddm.integration.patches.table:after_v1_launcher",
+    "lm_eval.models": "llamafactory_ddm.harness.register:after_models",
 }
 DISABLE = "LLAMAFACTORY_DDM_DISABLE"
 _printed: set[str] = set()

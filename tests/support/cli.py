@@ -58,10 +58,16 @@ def verify(done):
 
 def train_in_processes(count, *words, env=None, timeout=LIMIT):
     """Run `llamafactory-cli train` on `count` processes, started as torchrun starts them; returns them finished."""
+    return in_processes(
+        count, importlib.util.find_spec("llamafactory.launcher").origin, *words, env=env, timeout=timeout
+    )
+
+
+def in_processes(count, *words, env=None, timeout=LIMIT):
+    """Run a program on `count` processes, started as torchrun starts them; returns them finished."""
     ranks = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     everything = {**os.environ, **QUIET, **ranks, **(env or {})}
-    command = [importlib.util.find_spec("llamafactory.launcher").origin, *map(str, words)]
-    rest = {"words": command, "cwd": str(ROOT)}
+    rest = {"words": [*map(str, words)], "cwd": str(ROOT)}
     jobs = [
         {**rest, "env": {key: str(value) for key, value in (everything | of_rank).items()}}
         for of_rank in ({"RANK": rank, "LOCAL_RANK": rank} for rank in range(count))

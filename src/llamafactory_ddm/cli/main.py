@@ -15,7 +15,12 @@ from .._autoload import disabled
 from .._version import __version__
 from ..utils.registry import did_you_mean
 
-_MODULES = {"generate": ".generate", "convert": ".convert", "fit-length": ".fit_length"}  # of commands
+_MODULES = {
+    "generate": ".generate",
+    "convert": ".convert",
+    "fit-length": ".fit_length",
+    "eval": ".eval",
+}  # of commands
 _FORWARDED = ("train", "chat", "api", "export", "webchat", "webui", "env", "version")
 _COMMANDS = ("doctor", *_MODULES, *_FORWARDED)
 # A console script does not have the current folder on its path; `python -c` does.

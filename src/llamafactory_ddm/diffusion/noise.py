@@ -33,6 +33,8 @@ class Stream(IntEnum):
     EVALUATION_REVEAL = 13
     EVALUATION_CUT = 14
     LENGTH_FIT = 15
+    ANSWER = 16
+    ANSWER_LEVEL = 17
 
 
 @dataclass(frozen=True)
@@ -174,11 +176,11 @@ def k_smallest_mask(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
     """Return True at the `count` smallest scores of each row, taken from the positions where `among` is True.
 
     Args:
-        score: [batch, length] float below 2; ties go to the earlier position.
+        score: [batch, length] float, finite; ties go to the earlier position.
         among: [batch, length] bool.
         count: [batch] int64; all of `among` if it is larger.
     Returns:
         [batch, length] bool.
     """
-    rank = score.masked_fill(~among, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
+    rank = score.masked_fill(~among, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     return (rank < count[:, None]) & among

@@ -1,0 +1,1 @@
+"""Evaluation on lm-evaluation-harness: its model type, tasks, tables and plots."""

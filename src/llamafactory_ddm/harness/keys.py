@@ -1,0 +1,76 @@
+"""The keys of `llamafactory-ddm eval`, under LLaMA-Factory's names where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..sampling.keywords import ALIASES
+from ..sampling.settings import KEYS as SAMPLING_KEYS
+from ..utils.keys import check_fields, key
+from ..utils.registry import did_you_mean
+
+
+@dataclass
+class EvalKeys:
+    """The keys of an evaluation, beside those of generation."""
+
+    model_name_or_path: str | None = key(None, "Folder or Hub name of a diffusion model.", kind="path")
+    adapter_name_or_path: str | None = key(
+        None, "Folder of an adapter, in place of model_name_or_path: it names its model.", kind="path"
+    )
+    task: str | None = key(None, "Tasks of lm-evaluation-harness, separated by commas.", kind="text")
+    task_dir: str | None = key(None, "Folder with the YAMLs of your own tasks.", kind="path")
+    n_shot: int | None = key(None, "Examples in each prompt. Defaults to the task's.", kind="integer", low=0)
+    max_samples: int | None = key(
+        None, "Evaluate only the first documents of each task, so many. Defaults to all.", kind="integer", low=1
+    )
+    batch_size: int = key(16, "Rows in a forward pass. It does not change results.", low=1)
+    save_dir: str | None = key(
+        None,
+        "Folder of the results. Finished requests are kept there: the same command goes on where it was interrupted.",
+        kind="path",
+    )
+    template: str | None = key(
+        None,
+        "LLaMA-Factory's template, in which each prompt is a user's turn. Defaults to none: the prompt as it is.",
+        kind="text",
+    )
+    infer_dtype: str = key(
+        "auto",
+        "Type of the weights. auto: float32 on a CPU, else the type that they are stored in.",
+        choices=("auto", "float16", "bfloat16", "float32"),
+    )
+    max_new_tokens: int | None = key(
+        None, "Tokens to generate. Defaults to the task's (max_gen_toks), then to 256.", kind="integer", low=1
+    )
+    likelihood_samples: int = key(
+        32, "Masks from which the likelihood of an answer is estimated; where it has no more, all are computed.", low=8
+    )
+    run_generated_code: bool = key(False, "Allow tasks that run code which the model wrote.")
+    plugins: str | None = key(None, "Your own modules or .py files to import first.", kind="modules")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.task is None:
+            raise ValueError("task is missing; name tasks of lm-evaluation-harness, such as task: lambada_openai")
+        if (self.model_name_or_path is None) == (self.adapter_name_or_path is None):
+            raise ValueError(
+                "model_name_or_path and adapter_name_or_path: set one of them; an adapter names its own model"
+            )
+
+
+def read_keys(values: Mapping[str, Any]) -> tuple[EvalKeys, dict[str, Any]]:
+    """Return the keys of an evaluation, and those of generation.
+
+    Raises:
+        ValueError: for an unknown key or a value that is not allowed.
+    """
+    names = {field.name for field in fields(EvalKeys)}
+    known = {*names, *SAMPLING_KEYS, *ALIASES}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{name} is not a key of llamafactory-ddm eval{did_you_mean(name, known)}")
+    keys = EvalKeys(**{name: value for name, value in values.items() if name in names})
+    return keys, {name: value for name, value in values.items() if name not in names}

@@ -1,0 +1,203 @@
+"""Likelihoods of answers: the evidence bound of each, with its standard error, batched over questions and choices.
+
+Rows that are equal after masking are computed once: the choices of a question are masked at the same positions, so
+they become equal wherever all that distinguishes them is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..data.canvas import Canvas
+from ..diffusion.answer_bound import MaskSet, balanced_masks, bound_and_error, every_mask
+from ..generation.generator import TextGenerator
+
+# Rows that are planned at once; it bounds the memory, and equal rows are found within it.
+_ROWS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text to score.
+
+    Attributes:
+        context: ids before it, the start token included.
+        ids: its own ids, at least one.
+        question: index of the question. Choices of one question share their noise.
+    """
+
+    context: tuple[int, ...]
+    ids: tuple[int, ...]
+    question: int
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """The likelihood of an answer.
+
+    Attributes:
+        log_likelihood: minus the evidence bound, in nats: a lower bound of log p(answer | context), up to the error.
+        standard_error: of `log_likelihood`, in nats; 0 if every mask was computed.
+        passes: forward passes, those shared with other answers included.
+    """
+
+    log_likelihood: float
+    standard_error: float
+    passes: int
+
+
+@dataclass
+class _Rows:
+    """Distinct masked rows, and which token of which answer each of their logits scores.
+
+    Attributes:
+        canvases: the rows; masked positions are editable.
+        index: number of each row by its ids.
+        wanted: (row, position in the row, target, answer, pass, token) of each cross-entropy.
+    """
+
+    canvases: list[Canvas] = field(default_factory=list)
+    index: dict[bytes, int] = field(default_factory=dict)
+    wanted: list[Tensor] = field(default_factory=list)
+
+    def add(self, number: int, answer: Answer, masks: MaskSet, mask_id: int) -> None:
+        """Add the rows of an answer, the `number`-th."""
+        n_context, ids = len(answer.context), torch.tensor(answer.context + answer.ids)
+        z = ids.repeat(len(masks.is_masked), 1)
+        z[:, n_context:] = torch.where(masks.is_masked, mask_id, z[:, n_context:])
+        fixed = (False,) * n_context
+        rows = []
+        for row, is_masked in zip(z, masks.is_masked, strict=True):
+            key = row.numpy().tobytes()
+            if key not in self.index:
+                self.index[key] = len(self.canvases)
+                self.canvases.append(Canvas(tuple(row.tolist()), (*fixed, *is_masked.tolist())))
+            rows.append(self.index[key])
+        at, token = masks.is_masked.nonzero().unbind(dim=1)
+        row = torch.tensor(rows)[at]
+        columns = (row, token + n_context, ids[token + n_context], torch.full_like(at, number), at, token)
+        self.wanted.append(torch.stack(columns, dim=1))
+
+
+class AnswerScorer:
+    """Scores answers with a diffusion model."""
+
+    def __init__(self, generator: TextGenerator, *, samples: int = 32, seed: int = 0, batch_size: int = 32) -> None:
+        """Score with a model.
+
+        Args:
+            generator: the model.
+            samples: masks of an answer; all its masks are computed instead where they are no more.
+            seed: of the masks.
+            batch_size: rows in a forward pass.
+        """
+        self.generator = generator
+        self.samples, self.seed, self.batch_size = samples, seed, batch_size
+        self.forward_rows = 0
+
+    def masks(self, answers: Sequence[Answer]) -> list[MaskSet]:
+        """Return the masks of each answer."""
+        lengths = {len(answer.ids) for answer in answers}
+        drawn: dict[tuple[int, int], MaskSet] = {}
+        for n in lengths:
+            if self._is_exact(n):
+                continue
+            questions = sorted({answer.question for answer in answers if len(answer.ids) == n})
+            sets = balanced_masks(n, self.samples, seed=self.seed, sample_index=torch.tensor(questions))
+            drawn.update(zip(((n, question) for question in questions), sets, strict=True))
+        exact = {n: every_mask(n) for n in lengths if self._is_exact(n)}
+        return [exact.get(len(answer.ids)) or drawn[len(answer.ids), answer.question] for answer in answers]
+
+    def _is_exact(self, n: int) -> bool:
+        return bool(2**n - 1 <= self.samples)
+
+    def score(self, answers: Sequence[Answer]) -> Iterator[AnswerScore]:
+        """Yield the score of each answer, in their order; answers of a question should follow each other."""
+        for part in self._parts(answers):
+            rows, plans = _Rows(), self.masks(part)
+            for number, (answer, plan) in enumerate(zip(part, plans, strict=True)):
+                rows.add(number, answer, plan, self.generator.config.mask_token_id)
+            costs = [torch.zeros(plan.is_masked.shape, dtype=torch.float64) for plan in plans]
+            for numbers, passes, tokens, nll in self._cross_entropies(rows):
+                for each in set(numbers.tolist()):
+                    of_it = numbers == each
+                    costs[each][passes[of_it], tokens[of_it]] = nll[of_it]
+            for plan, cost in zip(plans, costs, strict=True):
+                bound, error = bound_and_error(cost, plan)
+                yield AnswerScore(-bound, error, len(plan.is_masked))
+
+    def is_greedy(self, answer: Answer) -> tuple[bool, int]:
+        """Tell whether greedy decoding generates an answer, given its length, and in how many forward passes.
+
+        As `low_confidence` at temperature 0 does with one token a step, each pass commits the most probable token of
+        all masked positions. It ends at the first that differs from the answer.
+        """
+        n_context, length = len(answer.context), len(answer.context) + len(answer.ids)
+        editable = [False] * n_context + [True] * len(answer.ids)
+        device = self.generator.model.device
+        for passes in range(1, len(answer.ids) + 1):
+            canvas = Canvas(answer.context + answer.ids, tuple(editable))
+            positions = torch.tensor([position for position in range(length) if editable[position]])
+            best, offset = (-torch.inf, 0, 0), 0
+            with self.generator.sizer.denoiser([canvas]) as (batch, denoiser):
+                z = batch.x.masked_fill(batch.editable, self.generator.config.mask_token_id).to(device)
+                for logits in denoiser(z, positions.to(device)):
+                    values = logits.float()
+                    top, token = (values - values.logsumexp(dim=1, keepdim=True)).max(dim=1)
+                    row = int(top.argmax())
+                    best = max(best, (float(top[row]), -int(positions[offset + row]), int(token[row])))
+                    offset += len(logits)
+            self.forward_rows += 1
+            position = -best[1]
+            if best[2] != answer.ids[position - n_context]:
+                return False, passes
+            editable[position] = False
+        return True, len(answer.ids)
+
+    def _parts(self, answers: Sequence[Answer]) -> Iterator[Sequence[Answer]]:
+        """Yield answers in parts of bounded size; a question is in one part."""
+        begin, n_rows = 0, 0
+        for number, answer in enumerate(answers):
+            is_new = number and answer.question != answers[number - 1].question
+            if is_new and n_rows >= _ROWS_AT_ONCE:
+                yield answers[begin:number]
+                begin, n_rows = number, 0
+            n_rows += min(self.samples, 2 ** len(answer.ids))
+        yield answers[begin:]
+
+    def _cross_entropies(self, rows: _Rows) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield (answer, pass, token, nats), [n] each, of all cross-entropies, batch by batch."""
+        wanted = torch.cat(rows.wanted)
+        wanted = wanted[wanted[:, 0].argsort(stable=True)]
+        order = sorted(range(len(rows.canvases)), key=lambda row: len(rows.canvases[row]))
+        first = torch.searchsorted(wanted[:, 0].contiguous(), torch.arange(len(rows.canvases) + 1)).tolist()
+        for low in range(0, len(order), self.batch_size):
+            numbers = order[low : low + self.batch_size]
+            part = torch.cat([wanted[first[row] : first[row + 1]] for row in numbers])
+            counts = torch.tensor([first[row + 1] - first[row] for row in numbers])
+            canvases = [rows.canvases[row] for row in numbers]
+            self.forward_rows += len(canvases)
+            length = len(canvases[-1])
+            begin = torch.tensor([length - len(canvas) for canvas in canvases])
+            flat = (torch.arange(len(numbers)) * length + begin).repeat_interleave(counts) + part[:, 1]
+            yield part[:, 3], part[:, 4], part[:, 5], self._nll(canvases, flat, part[:, 2])
+
+    def _nll(self, canvases: Sequence[Canvas], flat_index: Tensor, targets: Tensor) -> Tensor:
+        """Return -log p(target) at positions of a batch of rows, [n] float64, on the CPU."""
+        device = self.generator.model.device
+        positions, at = torch.unique(flat_index, return_inverse=True)
+        with self.generator.sizer.denoiser(canvases) as (batch, denoiser):
+            mask_id = self.generator.config.mask_token_id
+            z = batch.x.masked_fill(batch.editable, mask_id).to(device)
+            nll, offset = torch.empty(len(targets), dtype=torch.float64), 0
+            for logits in denoiser(z, positions.to(device)):
+                here = (at >= offset) & (at < offset + len(logits))
+                index, target = (at[here] - offset).to(device), targets[here].to(device)
+                values = logits.float()
+                nll[here] = (values.logsumexp(dim=1)[index] - values[index, target]).double().cpu()
+                offset += len(logits)
+        return nll
