@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm",
         description="Diffusion language models for LLaMA-Factory.",
-        epilog=f"Options of generate, convert and fit-length: --help after the command. {' | '.join(_FORWARDED)}: as "
+        epilog=f"Options of generate, convert, fit-length and eval: --help after the command. {' | '.join(_FORWARDED)}: as "
         "llamafactory-cli, but with the plugin even if TORCH_DEVICE_BACKEND_AUTOLOAD=0.",
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         choices=_COMMANDS,
         help="doctor: check whether the plugin is active; generate: generate texts; convert: convert published "
-        "checkpoints; fit-length: fit length predictors",
+        "checkpoints; fit-length: fit length predictors; eval: evaluate on lm-evaluation-harness",
     )
     return parser
 
