@@ -56,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm",
         description="Diffusion language models for LLaMA-Factory.",
-        epilog=f"Options of generate, convert, fit-length and eval: --help after the command. {' | '.join(_FORWARDED)}: as "
-        "llamafactory-cli, but with the plugin even if TORCH_DEVICE_BACKEND_AUTOLOAD=0.",
+        epilog=f"Options of a command: --help after it. {' | '.join(_FORWARDED)}: as llamafactory-cli, but with the "
+        "plugin even if TORCH_DEVICE_BACKEND_AUTOLOAD=0.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
