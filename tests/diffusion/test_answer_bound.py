@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from llamafactory_ddm.diffusion.answer_bound import balanced_masks, bound_and_error, every_mask
+from llamafactory_ddm.diffusion.answer_bound import (
+    balanced_masks,
+    bound_and_error,
+    diffullama_masks,
+    every_mask,
+    llada_masks,
+)
 
 
 def costs_of(n, seed=0):
@@ -47,7 +53,7 @@ def test_balanced_masks_are_unbiased_and_their_error_is_honest(n, samples):
     costs = costs_of(n)
     exact, errors, stated = by_definition(costs), [], []
     for masks in balanced_masks(n, samples, seed=3, sample_index=torch.arange(200)):
-        assert masks.is_masked.shape == (samples, n) and not masks.is_exact
+        assert masks.is_masked.shape == (samples, n) and masks.kind == "balanced"
         bound, error = bound_and_error(read(costs, masks), masks)
         errors.append(bound - exact)
         stated.append(error)
@@ -95,3 +101,33 @@ def test_each_mask_alone_is_a_uniform_subset(n):
     pairs = masks[:, 2].double().T @ masks[:, 2].double() / 3000
     off = pairs[~torch.eye(n, dtype=torch.bool)]
     assert float((off - off.mean()).abs().max()) < 5 * math.sqrt(float(off.mean()) / 3000)
+
+
+def test_lladas_masks_estimate_the_bound_and_state_their_error():
+    n, costs = 6, costs_of(6)
+    exact, found = by_definition(costs), []
+    for masks in llada_masks(n, 128, seed=0, sample_index=torch.arange(400)):
+        found.append(bound_and_error(read(costs, masks), masks))
+        assert torch.bincount(masks.is_masked.sum(dim=1), minlength=n + 1)[1:].tolist() == pytest.approx(
+            [128 / n] * n, abs=1.01
+        )
+    value, error = torch.tensor(found, dtype=torch.float64).T
+    assert abs(float(value.mean()) - exact) < 4 * float(value.std()) / 20
+    assert ((value - exact).abs() <= 1.96 * error).double().mean() >= 0.93
+
+
+def test_diffullamas_value_is_the_mean_cross_entropy_at_each_rate():
+    """Against the expectation over independent masks; a mask of no token counts as 0."""
+    n, rates, costs = 4, 32, costs_of(4)
+    expected = 0.0
+    for t in range(1, rates + 1):
+        for bits in itertools.product([0, 1], repeat=n):
+            k, code = sum(bits), sum(bit << i for i, bit in enumerate(bits))
+            chance = (t / rates) ** k * (1 - t / rates) ** (n - k)
+            expected += chance * float((costs[code] * torch.tensor(bits)).sum()) / max(k, 1) / rates
+    found = []
+    for masks in diffullama_masks(n, rates, seed=0, sample_index=torch.arange(600)):
+        assert masks.is_masked[-1].all()  # t = T masks everything
+        found.append(bound_and_error(read(costs, masks), masks)[0])
+    value = torch.tensor(found)
+    assert abs(float(value.mean()) - expected) < 4 * float(value.std()) / math.sqrt(600)

@@ -81,6 +81,8 @@ def test_each_key_changes_the_evaluation(checkpoint, adapter, finetuned, tmp_pat
     stories = {"task": "tiny_stories"}
     few, more = (results_of(checkpoint, **stories, likelihood_samples=n)["results"]["tiny_stories"] for n in (8, 16))
     assert few != more
+    published = results_of(checkpoint, **stories, scoring="llada")["results"]["tiny_stories"]
+    assert published not in (few, more)
     problems = {"task": "tiny_problems", "sampling": {"diffusion_steps": 2}}
     passes = [
         results_of(checkpoint, **problems, **more)["config"]["forward_passes"]["tiny_problems"]
@@ -123,6 +125,7 @@ def test_generated_code_runs_with_the_switch_alone(checkpoint, tmp_path):
         ({"task": "x", "model_name_or_path": "a", "n_shots": 3}, "n_shots.*n_shot"),
         ({"task": "x", "model_name_or_path": "a", "batch_size": 0}, "batch_size"),
         ({"task": "x", "model_name_or_path": "a", "infer_dtype": "int8"}, "infer_dtype"),
+        ({"task": "x", "model_name_or_path": "a", "scoring": "lada"}, "scoring.*llada"),
         ({"task": "x", "model_name_or_path": "a", "likelihood_samples": 4}, "likelihood_samples"),
     ],
 )

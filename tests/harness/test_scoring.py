@@ -132,3 +132,19 @@ def test_greedy_is_what_the_sampler_writes(generator):
         assert scorer.is_greedy(Answer(context_ids, ids, 0)) == (True, n)
         wrong = (*ids[:-1], (ids[-1] + 1) % 50)
         assert scorer.is_greedy(Answer(context_ids, wrong, 0))[0] is False
+
+
+@pytest.mark.parametrize("scoring", ["llada", "diffullama"])
+def test_the_published_ways_draw_each_choice_on_its_own(generator, scoring):
+    scorer = AnswerScorer(generator, scoring=scoring)
+    one, other, again = answers_of(generator, (0, "dog", "abcdef"), (0, "dog", "abcdeg"), (0, "dog", "abcdef"))
+    first, second, third = scorer.masks([one, other, again])
+    assert torch.equal(first.is_masked, third.is_masked) and not torch.equal(first.is_masked, second.is_masked)
+    assert len(first.is_masked) == {"llada": 128, "diffullama": 32}[scoring]
+    (score,) = scorer.score([one])
+    assert score.standard_error > 0
+    exact = -bound(generator, one)
+    if scoring == "llada":
+        assert abs(score.log_likelihood - exact) < 4 * score.standard_error
+    else:  # per token, and no bound
+        assert exact < score.log_likelihood < 0

@@ -2,12 +2,14 @@
 
 A `MaskSet` says which tokens are masked in each forward pass, and how the cross-entropies add up to the bound.
 `every_mask` is exact, `balanced_masks` an unbiased estimate; `bound_and_error` takes the cross-entropies.
+`llada_masks` and `diffullama_masks` are those of the published evaluations.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,12 +35,12 @@ class MaskSet:
     Attributes:
         is_masked: [m, n] bool.
         weight: [m] float64.
-        is_exact: whether the sum is the bound itself, not an estimate.
+        kind: "every" if the sum is the bound itself; "balanced" or "independent" if it is an estimate.
     """
 
     is_masked: Tensor
     weight: Tensor
-    is_exact: bool
+    kind: Literal["every", "balanced", "independent"]
 
 
 def every_mask(n: int) -> MaskSet:
@@ -49,7 +51,7 @@ def every_mask(n: int) -> MaskSet:
     codes = torch.arange(1, 2**n)
     is_masked = ((codes[:, None] >> torch.arange(n)) & 1).bool()
     k = is_masked.sum(dim=1)
-    return MaskSet(is_masked, 1.0 / (k * torch.bincount(k)[k].double()), is_exact=True)
+    return MaskSet(is_masked, 1.0 / (k * torch.bincount(k)[k].double()), "every")
 
 
 def balanced_masks(n: int, samples: int, *, seed: int, sample_index: Tensor) -> list[MaskSet]:
@@ -74,13 +76,49 @@ def balanced_masks(n: int, samples: int, *, seed: int, sample_index: Tensor) -> 
     Source: ours. LLaDA (arXiv 2502.09992), appendix B.5, draws k evenly and tokens independently.
     """
     masks = _draw(n, samples, seed, sample_index)
-    return [MaskSet(each, n / (samples * each.sum(dim=1).double()), is_exact=False) for each in masks]
+    return [MaskSet(each, n / (samples * each.sum(dim=1).double()), "balanced") for each in masks]
+
+
+def llada_masks(n: int, samples: int, *, seed: int, sample_index: Tensor) -> list[MaskSet]:
+    """Return masks as LLaDA's evaluation draws them; the arguments are those of `balanced_masks`.
+
+    Mask j has ((k_0 + round(j n / samples)) mod n) + 1 tokens, k_0 uniform, chosen independently in each mask.
+
+    Source: LLaDA (arXiv 2502.09992), appendix B.5.
+    """
+    first = (keyed_uniform(seed, Stream.ANSWER_LEVEL, sample_index, 1).double() * n).floor().long()
+    sizes = (first + (torch.arange(samples) * n / samples).round().long()) % n + 1
+    masks = _independent(n, samples, seed, sample_index, sizes)
+    return [MaskSet(each, n / (samples * each.sum(dim=1).double()), "independent") for each in masks]
+
+
+def diffullama_masks(n: int, samples: int, *, seed: int, sample_index: Tensor) -> list[MaskSet]:
+    """Return masks as DiffuLLaMA's evaluation draws them; the arguments are those of `balanced_masks`.
+
+    For t = 1..samples each token is masked with probability t / samples, independently. The value is the mean over t
+    of the mean cross-entropy of the masked tokens, in nats per token. It is no bound. A mask of no token counts as 0.
+
+    Source: DiffuLLaMA (arXiv 2410.17891), its evaluation script.
+    """
+    index = sample_index[:, None] * samples + torch.arange(samples)
+    u = keyed_uniform(seed, Stream.ANSWER, index.flatten(), n).view(len(sample_index), samples, n)
+    masks = u < (torch.arange(1, samples + 1) / samples)[:, None]
+    return [MaskSet(each, 1.0 / (samples * each.sum(dim=1).clamp(min=1).double()), "independent") for each in masks]
+
+
+def _independent(n: int, samples: int, seed: int, sample_index: Tensor, sizes: Tensor) -> Tensor:
+    """Return [batch, samples, n] bool, uniformly random subsets of the given sizes."""
+    index = (sample_index[:, None] * samples + torch.arange(samples)).flatten()
+    u = keyed_uniform(seed, Stream.ANSWER, index, n)
+    masks = k_smallest_mask(u, torch.ones_like(u, dtype=torch.bool), sizes.flatten())
+    return masks.view(len(sample_index), samples, n)
 
 
 def bound_and_error(nll: Tensor, masks: MaskSet) -> tuple[float, float]:
-    """Return the bound of a text in nats, and its standard error; the error of exact masks is 0.
+    """Return the bound of a text in nats, and its standard error.
 
-    The error of balanced masks has two parts. With w_ij the weight of token i in draw j, and kappa_j = k_j / n:
+    If every mask was computed, the error is 0; that of independent masks follows from the spread of their terms. The
+    error of balanced masks has two parts. With w_ij the weight of token i in draw j, and kappa_j = k_j / n:
 
         y_ij = a_i + b_i kappa_j + e_ij                              least squares for each token i
         error^2 = Var[ sum_ij w_ij (a_i + b_i kappa_j) ]  +  sum_j ( sum_i w_ij e_ij )^2
@@ -95,9 +133,11 @@ def bound_and_error(nll: Tensor, masks: MaskSet) -> tuple[float, float]:
     is_masked, weight = masks.is_masked, masks.weight[:, None]
     y = torch.where(is_masked, nll.double(), 0.0)
     bound = float((weight * y).sum())
-    if masks.is_exact:
-        return bound, 0.0
     samples, n = is_masked.shape
+    if masks.kind == "every":
+        return bound, 0.0
+    if masks.kind == "independent":
+        return bound, float((weight * y).sum(dim=1).std()) * samples**0.5
     use = is_masked.double()
     level = use.sum(dim=1) / n
     count = use.sum(dim=0)

@@ -10,6 +10,7 @@ from ..sampling.keywords import ALIASES
 from ..sampling.settings import KEYS as SAMPLING_KEYS
 from ..utils.keys import check_fields, key
 from ..utils.registry import did_you_mean
+from .scoring import SAMPLES
 
 
 @dataclass
@@ -45,8 +46,17 @@ class EvalKeys:
     max_new_tokens: int | None = key(
         None, "Tokens to generate. Defaults to the task's (max_gen_toks), then to 256.", kind="integer", low=1
     )
-    likelihood_samples: int = key(
-        32, "Masks from which the likelihood of an answer is estimated; where it has no more, all are computed.", low=8
+    scoring: str = key(
+        "bound",
+        "How answers are scored. bound: by the evidence bound. llada and diffullama: as in the published evaluations.",
+        choices=tuple(SAMPLES),
+    )
+    likelihood_samples: int | None = key(
+        None,
+        "Masks from which the likelihood of an answer is estimated. With scoring: bound, all masks are computed where "
+        "there are no more. Defaults to 32, with scoring: llada to 128.",
+        kind="integer",
+        low=8,
     )
     run_generated_code: bool = key(False, "Allow tasks that run code which the model wrote.")
     plugins: str | None = key(None, "Your own modules or .py files to import first.", kind="modules")

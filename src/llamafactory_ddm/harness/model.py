@@ -23,9 +23,9 @@ from ..modeling.model_info import max_positions
 from ..sampling import SamplingSettings
 from ..sampling.keywords import ALIASES
 from ..sampling.settings import KEYS
-from ..utils.registry import did_you_mean
+from ..utils.registry import did_you_mean, unknown_choice
 from .result_log import ResultLog, digest
-from .scoring import Answer, AnswerScorer
+from .scoring import SAMPLES, Answer, AnswerScorer, Scoring
 
 logger = logging.getLogger(__name__)
 _MAX_NEW_TOKENS = 256
@@ -49,7 +49,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
         dtype: str | None = None,
         batch_size: int | str = 16,
         max_batch_size: int | None = None,
-        likelihood_samples: int = 32,
+        scoring: Scoring = "bound",
+        likelihood_samples: int | None = None,
         max_new_tokens: int | None = None,
         template: str | None = None,
         plugins: str | None = None,
@@ -64,7 +65,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
             dtype: of the weights; see `load`.
             batch_size: rows in a forward pass. It does not change results.
             max_batch_size: not used.
-            likelihood_samples: masks of an answer, at least 8; all its masks are computed where they are no more.
+            scoring: how answers are scored; see `AnswerScorer`.
+            likelihood_samples: masks of an answer, at least 8; see `AnswerScorer`.
             max_new_tokens: tokens to generate; by default what the task says (max_gen_toks), else 256.
             template: name of the template that prompts are put into, as a single user's turn; None for no template.
             plugins: see `load`.
@@ -77,7 +79,9 @@ class DiffusionLM(LM):  # type: ignore[misc]
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size: {batch_size} must be an integer from 1")
-        if likelihood_samples < 8:
+        if scoring not in SAMPLES:
+            raise ValueError(unknown_choice("scoring", scoring, SAMPLES))
+        if likelihood_samples is not None and likelihood_samples < 8:
             raise ValueError(f"likelihood_samples: {likelihood_samples} must be at least 8, to state an error")
         if device is not None and str(device).startswith("cuda") and not torch.cuda.is_available():
             logger.warning("device: %s is not available; the CPU is used", device)
@@ -91,7 +95,9 @@ class DiffusionLM(LM):  # type: ignore[misc]
         self.max_new_tokens = max_new_tokens
         self.sampling = dict(sampling)
         self.settings = self.generator.settings(SamplingSettings(), **sampling)
-        self.scorer = AnswerScorer(self.generator, samples=likelihood_samples, batch_size=self.batch_size)
+        self.scorer = AnswerScorer(
+            self.generator, scoring=scoring, samples=likelihood_samples, batch_size=self.batch_size
+        )
         self.path = pretrained
         self._template = None if template is None else self.generator.config.template
         self._template_applied = self._template is not None
@@ -387,6 +393,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
             "weights": _weights_digest(self.generator.model),
             "dtype": str(self.generator.model.dtype),
             "template": None if self._template is None else self._template.name,
+            "scoring": self.scorer.scoring,
             "likelihood_samples": self.scorer.samples,
             "likelihood_seed": self.scorer.seed,
             "max_new_tokens": self.max_new_tokens,

@@ -46,6 +46,7 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
         str(keys.model_name_or_path or keys.adapter_name_or_path),
         dtype=None if keys.infer_dtype == "auto" else keys.infer_dtype,
         batch_size=keys.batch_size,
+        scoring=keys.scoring,  # type: ignore[arg-type]
         likelihood_samples=keys.likelihood_samples,
         max_new_tokens=keys.max_new_tokens,
         template=keys.template,

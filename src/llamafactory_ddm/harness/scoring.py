@@ -6,16 +6,28 @@ they become equal wherever all that distinguishes them is masked.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..data.canvas import Canvas
-from ..diffusion.answer_bound import MaskSet, balanced_masks, bound_and_error, every_mask
+from ..diffusion.answer_bound import (
+    MaskSet,
+    balanced_masks,
+    bound_and_error,
+    diffullama_masks,
+    every_mask,
+    llada_masks,
+)
 from ..generation.generator import TextGenerator
 
+Scoring = Literal["bound", "llada", "diffullama"]
+SAMPLES: dict[Scoring, int] = {"bound": 32, "llada": 128, "diffullama": 32}
+_DRAW = {"bound": balanced_masks, "llada": llada_masks, "diffullama": diffullama_masks}
 # Rows that are planned at once; it bounds the memory, and equal rows are found within it.
 _ROWS_AT_ONCE = 8192
 
@@ -86,34 +98,48 @@ class _Rows:
 class AnswerScorer:
     """Scores answers with a diffusion model."""
 
-    def __init__(self, generator: TextGenerator, *, samples: int = 32, seed: int = 0, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        generator: TextGenerator,
+        *,
+        scoring: Scoring = "bound",
+        samples: int | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> None:
         """Score with a model.
 
         Args:
             generator: the model.
-            samples: masks of an answer; all its masks are computed instead where they are no more.
+            scoring: "bound" is the evidence bound; "llada" and "diffullama" draw and weigh masks as published.
+            samples: masks of an answer; by default those of `SAMPLES`. For "bound", an answer with no more masks than
+                that is scored by all of them.
             seed: of the masks.
             batch_size: rows in a forward pass.
         """
         self.generator = generator
-        self.samples, self.seed, self.batch_size = samples, seed, batch_size
+        self.scoring, self.seed, self.batch_size = scoring, seed, batch_size
+        self.samples = SAMPLES[scoring] if samples is None else samples
         self.forward_rows = 0
 
     def masks(self, answers: Sequence[Answer]) -> list[MaskSet]:
         """Return the masks of each answer."""
-        lengths = {len(answer.ids) for answer in answers}
-        drawn: dict[tuple[int, int], MaskSet] = {}
-        for n in lengths:
-            if self._is_exact(n):
-                continue
-            questions = sorted({answer.question for answer in answers if len(answer.ids) == n})
-            sets = balanced_masks(n, self.samples, seed=self.seed, sample_index=torch.tensor(questions))
-            drawn.update(zip(((n, question) for question in questions), sets, strict=True))
-        exact = {n: every_mask(n) for n in lengths if self._is_exact(n)}
-        return [exact.get(len(answer.ids)) or drawn[len(answer.ids), answer.question] for answer in answers]
+        sets: dict[tuple[int, int], MaskSet] = {}
+        keys = [(len(answer.ids), self._index(answer)) for answer in answers]
+        for n in {n for n, _ in keys}:
+            indices = sorted({index for length, index in keys if length == n})
+            if self.scoring == "bound" and 2**n - 1 <= self.samples:
+                drawn = [every_mask(n)] * len(indices)
+            else:
+                drawn = _DRAW[self.scoring](n, self.samples, seed=self.seed, sample_index=torch.tensor(indices))
+            sets.update(zip(((n, index) for index in indices), drawn, strict=True))
+        return [sets[key] for key in keys]
 
-    def _is_exact(self, n: int) -> bool:
-        return bool(2**n - 1 <= self.samples)
+    def _index(self, answer: Answer) -> int:
+        """Return the index of an answer's random numbers; the published ways draw them anew for each choice."""
+        if self.scoring == "bound":
+            return answer.question
+        return zlib.crc32(repr((answer.question, answer.ids)).encode())
 
     def score(self, answers: Sequence[Answer]) -> Iterator[AnswerScore]:
         """Yield the score of each answer, in their order; answers of a question should follow each other."""
