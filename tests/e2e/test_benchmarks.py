@@ -57,3 +57,24 @@ def test_the_benchmark_runs():
     done = run(*words, program="benchmarks/train_step.py", check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert done.stdout.count("claimed <=") == 8, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_evaluation_benchmark_runs(checkpoint):
+    words = (
+        "--model",
+        checkpoint,
+        "--questions",
+        "1",
+        "--rounds",
+        "1",
+        "--passes",
+        "2",
+        "--only",
+        "built-in",
+        "--draws",
+        "2",
+    )
+    done = run(*words, program="benchmarks/evaluation.py", check=False)
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    assert done.stdout.count("claimed <=") == 1 and "passes a choice" in done.stdout

@@ -13,7 +13,7 @@ from support.cli import ROOT, SCRIPTS, in_processes, run
 
 RECIPES = sorted((ROOT / "examples" / "eval").glob("*.yaml"))
 PERPLEXITY = "perplexity,none"
-SMALL = {"task_dir": str(ROOT / "examples" / "eval" / "tasks"), "max_samples": 4, "likelihood_samples": 8}
+SMALL = {"task_dir": str(ROOT / "examples" / "eval" / "tasks"), "max_samples": 4, "likelihood_samples": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +33,17 @@ def results_of(model, sampling=None, **keys):
     return evaluate(*read_keys({name: value for name, value in values.items() if value is not None}))
 
 
+def samples(folder):
+    """Return the texts and likelihoods of an evaluation by task and document."""
+    lines = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+    return {(line["task"], line["doc_id"]): line["resps"] for line in lines}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_the_recipe_runs(recipe, checkpoint, finetuned, tmp_path):
     model = finetuned if "ddm_sft" in recipe.read_text() else checkpoint
-    small = ("max_samples=3", "likelihood_samples=8", f"model_name_or_path={model}", f"save_dir={tmp_path}")
+    small = ("max_samples=3", "likelihood_samples=16", f"model_name_or_path={model}", f"save_dir={tmp_path}")
     done = run("eval", recipe, *small, program="llamafactory-ddm")
     assert "forward passes" in done.stdout and "| Tasks" in done.stdout.replace("|    Tasks", "| Tasks")
     record = json.loads((tmp_path / "results.json").read_text())
@@ -49,7 +55,7 @@ def test_the_recipe_runs(recipe, checkpoint, finetuned, tmp_path):
 
 @pytest.mark.slow
 def test_the_harnesss_own_command_knows_the_model(checkpoint):
-    words = ("--model", "llamafactory_ddm", "--model_args", f"pretrained={checkpoint},likelihood_samples=8")
+    words = ("--model", "llamafactory_ddm", "--model_args", f"pretrained={checkpoint},likelihood_samples=16")
     tasks = ("--tasks", "tiny_last_word", "--include_path", SMALL["task_dir"], "--limit", "2")
     done = run("run", *words, *tasks, program="lm_eval", cwd=str(ROOT))
     assert "tiny_last_word" in done.stdout and "llamafactory_ddm" in done.stdout
@@ -57,11 +63,14 @@ def test_the_harnesss_own_command_knows_the_model(checkpoint):
 
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(checkpoint, tmp_path):
-    words = ["eval", RECIPES[-1], f"model_name_or_path={checkpoint}", "max_samples=5", "likelihood_samples=8"]
+    """Likelihoods, greedy decoding and sampled texts of an odd number of documents."""
+    words = ["eval", RECIPES[-1], f"model_name_or_path={checkpoint}", "max_samples=5", "likelihood_samples=16"]
+    words += ["task=tiny_last_word,tiny_stories,tiny_problems", "temperature=1", "diffusion_steps=4"]
     one, two = tmp_path / "one", tmp_path / "two"
     run(*words, f"save_dir={one}", program="llamafactory-ddm")
     in_processes(2, SCRIPTS / "llamafactory-ddm", *words, f"save_dir={two}")
     assert (one / "table.md").read_text() == (two / "table.md").read_text()
+    assert samples(one) == samples(two)
     assert {path.name for path in two.glob("requests-*")} == {"requests-0.jsonl", "requests-1.jsonl"}
 
 
@@ -79,7 +88,7 @@ def test_each_key_changes_the_evaluation(checkpoint, adapter, finetuned, tmp_pat
     assert values(results_of(None, adapter_name_or_path=str(adapter))) != values(base)
     assert values(results_of(finetuned, template="diffullama")) != values(results_of(finetuned))
     stories = {"task": "tiny_stories"}
-    few, more = (results_of(checkpoint, **stories, likelihood_samples=n)["results"]["tiny_stories"] for n in (8, 16))
+    few, more = (results_of(checkpoint, **stories, likelihood_samples=n)["results"]["tiny_stories"] for n in (16, 32))
     assert few != more
     published = results_of(checkpoint, **stories, scoring="llada")["results"]["tiny_stories"]
     assert published not in (few, more)
@@ -120,8 +129,10 @@ def test_generated_code_runs_with_the_switch_alone(checkpoint, tmp_path):
     ("keys", "error"),
     [
         ({}, "task is missing"),
-        ({"task": "x"}, "set one of them"),
-        ({"task": "x", "model_name_or_path": "a", "adapter_name_or_path": "b"}, "set one of them"),
+        ({"task": "x"}, "model_name_or_path"),
+        ({"task": ["x"], "model_name_or_path": "a", "template": ["b"]}, "template"),
+        ({"task": "x", "model_name_or_path": "a", "task_dir": "/absent"}, "task_dir.*/absent"),
+        ({"task": "x", "model_name_or_path": "a", "save_dir": "README.md"}, "save_dir.*README"),
         ({"task": "x", "model_name_or_path": "a", "n_shots": 3}, "n_shots.*n_shot"),
         ({"task": "x", "model_name_or_path": "a", "batch_size": 0}, "batch_size"),
         ({"task": "x", "model_name_or_path": "a", "infer_dtype": "int8"}, "infer_dtype"),
@@ -148,11 +159,42 @@ def test_a_task_that_cannot_run(task, error, tmp_path):
         evaluate(EvalKeys(model_name_or_path="absent", task=task, task_dir=str(tmp_path / "tasks")), {})
 
 
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (("doc_to_text", 'doc_to_text: "{{ text"'), "task: broken"),
+        (("metric_list", "nokey: 3\nmetric_list"), "task: broken.*nokey"),
+        (("test_split: test", "test_split: absent"), "task: broken.*absent"),
+        (("output_type: loglikelihood", "output_type: multiple_choice\ndoc_to_choice: [a, b]"), None),
+    ],
+)
+def test_a_task_with_a_fault(change, error, tmp_path):
+    text = (ROOT / "examples" / "eval" / "tasks" / "tiny_last_word.yaml").read_text()
+    text = text.replace("task: tiny_last_word", "task: broken").replace("metric: perplexity", "metric: exact_match")
+    text = text.replace("    aggregation: perplexity\n", "    aggregation: mean\n")
+    text = "".join(
+        change[1] + "\n" if line.startswith("doc_to_text") and "doc_to_text" in change else line
+        for line in text.splitlines(keepends=True)
+    ).replace(*change)
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(ValueError, match=error or "task: broken.*exact_match"):
+        evaluate(EvalKeys(model_name_or_path="absent", task="broken", task_dir=str(tmp_path)), {})
+
+
+def test_an_adapter_is_one_and_names_its_model(tmp_path):
+    keys = {"task": "tiny_stories", "task_dir": SMALL["task_dir"]}
+    with pytest.raises(ValueError, match=r"adapter_name_or_path.*adapter_config"):
+        evaluate(EvalKeys(adapter_name_or_path=str(tmp_path), **keys), {})
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "saves/mine"}')
+    with pytest.raises(ValueError, match=r"model_name_or_path: other.*saves/mine"):
+        evaluate(EvalKeys(model_name_or_path="other", adapter_name_or_path=str(tmp_path), **keys), {})
+
+
 def test_the_command_without_a_yaml():
     done = run("eval", program="llamafactory-ddm", check=False)
     assert done.returncode == 2 and "x.yaml" in done.stderr
     done = run("eval", "--help", program="llamafactory-ddm")
-    assert "docs/evaluation.md" in done.stdout
+    assert "docs/keys.md" in done.stdout
     done = run("eval", str(RECIPES[0]), "task=absent", program="llamafactory-ddm", check=False)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
         "llamafactory-ddm eval: task: absent"

@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from llamafactory_ddm import LogitsConfig, SamplingSettings, load
-from llamafactory_ddm.harness.model import DiffusionLM, _in_turn
+from llamafactory_ddm.harness.model import DiffusionLM, _in_turn, read_generation_keys
 from llamafactory_ddm.harness.scoring import Answer, AnswerScorer
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
@@ -66,12 +66,12 @@ DOCUMENTS = (("dog cat", " dog", " cat", " a long answer"), ("cat", " dog"), ("a
 
 
 def test_likelihoods_are_those_of_the_scorer(folder):
-    model = DiffusionLM(str(folder), likelihood_samples=8)
+    model = DiffusionLM(str(folder), likelihood_samples=16)
     generator = load(folder)
     found = model.loglikelihood(likelihoods(*DOCUMENTS))
     assert len(found) == 6
     encode = generator.codec.encode
-    (score,) = AnswerScorer(generator, samples=8).score(
+    (score,) = AnswerScorer(generator, samples=16).score(
         [Answer((generator.start_id, *encode("cat")), tuple(encode(" dog")), 0)]
     )
     assert found[3][0] == pytest.approx(score.log_likelihood, abs=1e-4)  # one token: exact
@@ -81,12 +81,12 @@ def test_likelihoods_are_those_of_the_scorer(folder):
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_results_do_not_depend_on_batch_order_or_company(folder, batch_size):
     requests = likelihoods(*DOCUMENTS)
-    expected = DiffusionLM(str(folder), likelihood_samples=8).loglikelihood(requests)
-    model = DiffusionLM(str(folder), likelihood_samples=8, batch_size=batch_size)
+    expected = DiffusionLM(str(folder), likelihood_samples=16).loglikelihood(requests)
+    model = DiffusionLM(str(folder), likelihood_samples=16, batch_size=batch_size)
     backwards = model.loglikelihood(requests[::-1])[::-1]
     for one, other in zip(expected, backwards, strict=True):
         assert one == (pytest.approx(other[0], abs=2e-4), other[1])
-    few = DiffusionLM(str(folder), likelihood_samples=8).loglikelihood(requests[4:])
+    few = DiffusionLM(str(folder), likelihood_samples=16).loglikelihood(requests[4:])
     assert [value for value, _ in few] == pytest.approx([value for value, _ in expected[4:]], abs=2e-4)
 
 
@@ -97,16 +97,47 @@ def test_a_repeated_request_is_one_choice(folder, monkeypatch):
     found = model.loglikelihood(likelihoods(("dog", " cat")) * 2)
     assert [flag for _, flag in found] == [True, True] and len(asked) == 1
     assert model.get_model_info()["forward_passes"] == {"task": 2 ** len(asked[0].ids) - 1 + 3}
+    asked.clear()
+    model.loglikelihood(likelihoods(("dog", " dog", " a")))
+    assert not asked
+
+
+def test_documents_of_equal_content_are_two_documents(folder, monkeypatch):
+    """With other examples before them, the twins have two prompts; each is asked as if it were alone."""
+    model = DiffusionLM(str(folder))
+    monkeypatch.setattr(model.scorer, "is_greedy", lambda answer: (True, 1))
+    twins = [
+        Instance("loglikelihood", {"text": "x"}, (context, " cat"), 0, ("task", row, 1))
+        for row, context in enumerate(("dog", "a dog"))
+    ]
+    assert [flag for _, flag in model.loglikelihood(twins)] == [True, True]
+
+
+def joined(model, context, continuation):
+    answer = model._answer(likelihoods((context, continuation))[0])
+    return list(answer.context), list(answer.ids)
 
 
 def test_spaces_between_belong_to_the_continuation(folder):
     model = DiffusionLM(str(folder))
-    assert model._encode_pair("dog ", "dog") == model._encode_pair("dog", " dog")
-    assert model._encode_pair("", "dog") == ([], model.generator.codec.encode("dog"))
+    encode, start = model.generator.codec.encode, model.generator.start_id
+    assert joined(model, "dog ", "dog") == joined(model, "dog", " dog") == ([start, *encode("dog")], encode(" dog"))
+    assert joined(model, "", "dog") == ([start], encode("dog"))
+
+
+def test_a_token_that_reaches_over_both_belongs_to_the_continuation(folder):
+    """Alone, "do" is a token and "g" follows; together they are the token "dog"."""
+    model = DiffusionLM(str(folder))
+    encode, start = model.generator.codec.encode, model.generator.start_id
+    assert encode("a do") == encode("a")[:1] + encode(" do")
+    assert joined(model, "ado", "g") == ([start, *encode("a")], encode("dog"))
+    for context, continuation in (("dog", ""), ("", "")):
+        with pytest.raises(ValueError, match="task: task, document 0"):
+            joined(model, context, continuation)
 
 
 def test_rolling_likelihoods_cover_every_token_once(folder, monkeypatch):
-    model = DiffusionLM(str(folder), likelihood_samples=8)
+    model = DiffusionLM(str(folder), likelihood_samples=16)
     asked = []
     score = model.scorer.score
     monkeypatch.setattr(model.scorer, "score", lambda answers: (asked.extend(answers), score(answers))[1])
@@ -117,6 +148,9 @@ def test_rolling_likelihoods_cover_every_token_once(folder, monkeypatch):
     assert [token for answer in asked for token in answer.ids] == ids and len(asked) > 1
     assert all(len(answer.context) + len(answer.ids) <= 48 for answer in asked)
     assert value < 0
+    errors = [score.standard_error for score in score(asked)]
+    stated = model.get_model_info()["likelihood_standard_error"]["task"]
+    assert stated == pytest.approx(sum(error**2 for error in errors) ** 0.5, rel=1e-3)
 
 
 def test_texts_are_those_of_the_generator(folder):
@@ -136,8 +170,62 @@ def test_the_users_keys_come_before_those_of_the_task(folder):
     assert by_user.generate_until(asked) == by_task.generate_until(texts("dog", max_gen_toks=4, until=[]))
 
 
+def test_keys_under_both_names(folder):
+    """A task's keys and the user's may name one setting differently."""
+    model = DiffusionLM(str(folder), diffusion_steps=4, logits_temp=2.0)
+    other = DiffusionLM(str(folder), diffusion_steps=4, temperature=2.0)
+    asked = texts("dog", max_gen_toks=6, do_sample=False, top_p=0.5)
+    assert model.generate_until(asked) == other.generate_until(asked)
+
+
+def test_what_a_task_may_say(folder):
+    """temperature alone samples, as in the harness; other decoders' keys are not used."""
+    assert read_generation_keys({"temperature": 0.8, "max_tokens": 7}) == (7, [], {"logits_temp": 0.8})
+    assert read_generation_keys({"until": None, "num_beams": 4}) == (256, [], {"logits_temp": 0.0})
+    assert read_generation_keys({"until": "x", "do_sample": False, "temperature": 2})[1:] == (
+        ["x"],
+        {"logits_temp": 0},
+    )
+    for wrong, error in (
+        ({"do_sample": "false"}, "do_sample"),
+        ({"max_gen_toks": "a"}, "max_gen_toks"),
+        ({"max_gen_toks": 0}, "max_gen_toks"),
+        ({"diffusion_stps": 3}, "diffusion_stps.*diffusion_steps"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            read_generation_keys(wrong)
+
+
+def test_an_empty_prompt_is_a_text_from_noise(folder):
+    model = DiffusionLM(str(folder), diffusion_steps=4)
+    assert model.generate_until(texts("", max_gen_toks=5))[0]
+
+
+def test_the_seed_reaches_likelihoods_and_texts(folder):
+    one, other = (DiffusionLM(str(folder), likelihood_samples=16, seed=seed, diffusion_steps=4) for seed in (0, 1))
+    asked = likelihoods(("dog", " a long answer"))
+    assert one.loglikelihood(asked) != other.loglikelihood(asked)
+    sampled = texts("dog", max_gen_toks=8, do_sample=True, temperature=2.0)
+    assert one.generate_until(sampled) != other.generate_until(sampled)
+
+
+def test_logits_that_are_not_finite_are_an_error(folder):
+    model = DiffusionLM(str(folder))
+    with torch.no_grad():
+        model.generator.model.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="infer_dtype"):
+        model.loglikelihood(likelihoods(("dog", " cat")))
+
+
+def test_what_is_added_for_equal_numbers_is_no_further_sample(folder):
+    (request,) = texts("dog", max_gen_toks=8, do_sample=True, temperature=2.0)
+    first, added = DiffusionLM(str(folder), diffusion_steps=4).generate_until([request, request])
+    assert first == added
+
+
 def test_repeats_are_further_samples_and_the_same_in_any_batch(folder):
     request = texts("dog", max_gen_toks=8, do_sample=True, temperature=2.0)
+    request[0].repeats = 3
     three = DiffusionLM(str(folder), diffusion_steps=4).generate_until(request * 3)
     assert len(set(three)) == 3
     assert DiffusionLM(str(folder), diffusion_steps=4, batch_size=1).generate_until(request * 3) == three
@@ -146,7 +234,7 @@ def test_repeats_are_further_samples_and_the_same_in_any_batch(folder):
 def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
     """The second run computes what is missing alone, also after a line that was cut; other settings share nothing."""
     requests = likelihoods(*DOCUMENTS)
-    kept = {"likelihood_samples": 8, "results_folder": str(tmp_path)}
+    kept = {"likelihood_samples": 16, "results_folder": str(tmp_path)}
     first = DiffusionLM(str(folder), **kept).loglikelihood(requests)
     path = tmp_path / "requests-0.jsonl"
     lines = path.read_text().splitlines()
@@ -156,11 +244,20 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
     score, n_scored = model.scorer.score, []
     monkeypatch.setattr(model.scorer, "score", lambda answers: (n_scored.append(len(answers)), score(answers))[1])
     assert model.loglikelihood(requests) == first and n_scored == [3]
-    other = DiffusionLM(str(folder), **{**kept, "likelihood_samples": 9})
+    other = DiffusionLM(str(folder), **{**kept, "likelihood_samples": 17})
     other.loglikelihood(requests)
     settings = {json.loads(line)["settings"] for line in path.read_text().splitlines() if line.endswith("}")}
     assert len(settings) == 2
     assert DiffusionLM(str(folder), **kept).loglikelihood(requests) == first
+
+
+def test_results_of_a_model_with_another_config_are_not_read(tmp_path):
+    folder, kept = save(tmp_path / "model"), str(tmp_path / "kept")
+    asked = likelihoods(("dog", " cat"))
+    first = DiffusionLM(str(folder), results_folder=kept).loglikelihood(asked)
+    config = json.loads((folder / "diffusion_config.json").read_text())
+    (folder / "diffusion_config.json").write_text(json.dumps({**config, "shift": False}))
+    assert DiffusionLM(str(folder), results_folder=kept).loglikelihood(asked) != first
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_and_a_choice_is_never_cut(folder, caplog):
@@ -184,14 +281,22 @@ def test_the_template_is_applied_or_missed(tmp_path, caplog):
     assert any("template: mine" in record.getMessage() for record in caplog.records)
     model = DiffusionLM(str(folder), template="mine")
     encode = model.generator.codec.encode
-    assert model._encode_pair("a", " b") == (encode("dog a cat"), encode("b"))
+    assert joined(model, "a", " b") == (encode("dog a cat"), encode("b"))
+    context, ids = joined(model, "xyz" * 30, " b")
+    opening, closing = encode("dog "), encode(" cat")
+    assert len(context) + len(ids) == 48
+    assert context[: len(opening)] == opening and context[-len(closing) :] == closing
 
 
 @pytest.mark.parametrize(
     ("keys", "error"),
     [
-        ({"batch_size": "auto"}, "batch_size: auto"),
-        ({"likelihood_samples": 4}, "likelihood_samples: 4"),
+        ({"batch_size": "auto"}, "batch_size"),
+        ({"likelihood_samples": 4}, "likelihood_samples"),
+        ({"likelihood_samples": "x"}, "likelihood_samples"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"dtype": "fp99"}, "dtype"),
+        ({"scoring": "lada"}, "scoring.*llada"),
         ({"diffusion_stps": 4}, "diffusion_stps.*diffusion_steps"),
         ({"diffusion_steps": 0}, "diffusion_steps"),
     ],
@@ -202,8 +307,8 @@ def test_wrong_keys(folder, keys, error):
 
 
 def test_a_key_of_a_task_that_has_no_effect_is_an_error(folder):
-    with pytest.raises(ValueError, match="generation_kwargs: num_beams"):
-        DiffusionLM(str(folder)).generate_until(texts("dog", max_gen_toks=4, num_beams=4))
+    with pytest.raises(ValueError, match="task: task: generation_kwargs: no_such_key"):
+        DiffusionLM(str(folder)).generate_until(texts("dog", max_gen_toks=4, no_such_key=4))
 
 
 def test_an_autoregressive_model_is_refused():

@@ -114,7 +114,7 @@ def test_equal_rows_are_computed_once(generator):
 
 
 def test_parts_keep_a_question_together(generator, monkeypatch):
-    monkeypatch.setattr("llamafactory_ddm.harness.scoring._ROWS_AT_ONCE", 8)
+    monkeypatch.setattr("llamafactory_ddm.harness.scoring._TOKENS_AT_ONCE", 60)
     answers = answers_of(generator, *((question, "dog", text) for question in range(5) for text in ("abc", "abd")))
     parts = list(AnswerScorer(generator)._parts(answers))
     assert len(parts) > 1 and [answer for part in parts for answer in part] == answers

@@ -8,8 +8,8 @@ from typing import Any
 
 USAGE = """usage: llamafactory-ddm eval x.yaml [key=value ...]
 
-Evaluate a diffusion model on tasks of lm-evaluation-harness and print a table. The keys are in docs/evaluation.md.
-Example: examples/eval/lambada.yaml
+Evaluate a diffusion model on tasks of lm-evaluation-harness and print a table. The keys are in docs/keys.md.
+Example: examples/eval/tiny_gpt2_stories.yaml
 """
 
 
@@ -22,8 +22,6 @@ def main(argv: list[str]) -> int:
         print(USAGE, end="", file=sys.stderr)
         return 2
     try:
-        from omegaconf import OmegaConf
-
         from ..harness.keys import read_keys
         from ..harness.run import evaluate, save, table
     except ModuleNotFoundError as error:
@@ -32,8 +30,7 @@ def main(argv: list[str]) -> int:
         print('llamafactory-ddm eval: lm-eval is not installed: pip install "llamafactory-ddm[eval]"', file=sys.stderr)
         return 1
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(argv[0]), OmegaConf.from_cli(argv[1:])))
-        keys, sampling = read_keys(values)
+        keys, sampling = read_keys(_read(argv))
         results = evaluate(keys, sampling)
         if results is not None:
             if keys.save_dir is not None:
@@ -43,3 +40,25 @@ def main(argv: list[str]) -> int:
         print(f"llamafactory-ddm eval: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _read(argv: list[str]) -> dict[str, Any]:
+    """Return the keys of the YAML, with those of the command line in place of its own.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(argv[0]).is_file():
+        raise ValueError(f"{argv[0]} does not exist; the path is relative to {Path.cwd()}")
+    try:
+        read: Any = OmegaConf.load(argv[0])
+        values: Any = OmegaConf.to_container(OmegaConf.merge(read, OmegaConf.from_cli(argv[1:])), resolve=True)
+    except (YAMLError, OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"{argv[0]} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{argv[0]} holds no keys; write one `key: value` a line")
+    return values

@@ -87,7 +87,7 @@ def llada_masks(n: int, samples: int, *, seed: int, sample_index: Tensor) -> lis
     Source: LLaDA (arXiv 2502.09992), appendix B.5.
     """
     first = (keyed_uniform(seed, Stream.ANSWER_LEVEL, sample_index, 1).double() * n).floor().long()
-    sizes = (first + (torch.arange(samples) * n / samples).round().long()) % n + 1
+    sizes = ((first + (torch.arange(samples) * n / samples).round().long()) % n + 1).sort(dim=1).values
     masks = _independent(n, samples, seed, sample_index, sizes)
     return [MaskSet(each, n / (samples * each.sum(dim=1).double()), "independent") for each in masks]
 
@@ -117,8 +117,9 @@ def _independent(n: int, samples: int, seed: int, sample_index: Tensor, sizes: T
 def bound_and_error(nll: Tensor, masks: MaskSet) -> tuple[float, float]:
     """Return the bound of a text in nats, and its standard error.
 
-    If every mask was computed, the error is 0; that of independent masks follows from the spread of their terms. The
-    error of balanced masks has two parts. With w_ij the weight of token i in draw j, and kappa_j = k_j / n:
+    If every mask was computed, the error is 0. That of m independent masks is sqrt(m / 2) times the root mean square
+    of the differences between successive terms, which stand in the order of their noise. The error of balanced masks
+    has two parts. With w_ij the weight of token i in draw j, and kappa_j = k_j / n:
 
         y_ij = a_i + b_i kappa_j + e_ij                              least squares for each token i
         error^2 = Var[ sum_ij w_ij (a_i + b_i kappa_j) ]  +  sum_j ( sum_i w_ij e_ij )^2
@@ -137,7 +138,8 @@ def bound_and_error(nll: Tensor, masks: MaskSet) -> tuple[float, float]:
     if masks.kind == "every":
         return bound, 0.0
     if masks.kind == "independent":
-        return bound, float((weight * y).sum(dim=1).std()) * samples**0.5
+        step = (weight * y).sum(dim=1).diff()
+        return bound, float((step.square().mean() / 2 * samples).sqrt())
     use = is_masked.double()
     level = use.sum(dim=1) / n
     count = use.sum(dim=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ..sampling.keywords import ALIASES
@@ -19,13 +20,13 @@ class EvalKeys:
 
     model_name_or_path: str | None = key(None, "Folder or Hub name of a diffusion model.", kind="path")
     adapter_name_or_path: str | None = key(
-        None, "Folder of an adapter, in place of model_name_or_path: it names its model.", kind="path"
+        None, "Folder of an adapter. It names its model, so model_name_or_path may be left out.", kind="path"
     )
     task: str | None = key(None, "Tasks of lm-evaluation-harness, separated by commas.", kind="text")
     task_dir: str | None = key(None, "Folder with the YAMLs of your own tasks.", kind="path")
-    n_shot: int | None = key(None, "Examples in each prompt. Defaults to the task's.", kind="integer", low=0)
+    n_shot: int | None = key(None, "Number of examples in each prompt. Defaults to the task's.", kind="integer", low=0)
     max_samples: int | None = key(
-        None, "Evaluate only the first documents of each task, so many. Defaults to all.", kind="integer", low=1
+        None, "Number of documents of each task, from the first. Defaults to all.", kind="integer", low=1
     )
     batch_size: int = key(16, "Rows in a forward pass. It does not change results.", low=1)
     save_dir: str | None = key(
@@ -56,19 +57,31 @@ class EvalKeys:
         "Masks from which the likelihood of an answer is estimated. With scoring: bound, all masks are computed where "
         "there are no more. Defaults to 32, with scoring: llada to 128.",
         kind="integer",
-        low=8,
+        low=16,
     )
     run_generated_code: bool = key(False, "Allow tasks that run code which the model wrote.")
     plugins: str | None = key(None, "Your own modules or .py files to import first.", kind="modules")
 
     def __post_init__(self) -> None:
+        if isinstance(self.task, list | tuple):
+            self.task = ",".join(map(str, self.task))
+        for name in ("task", "template"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be text")
         check_fields(self)
-        if self.task is None:
+        if not self.tasks:
             raise ValueError("task is missing; name tasks of lm-evaluation-harness, such as task: lambada_openai")
-        if (self.model_name_or_path is None) == (self.adapter_name_or_path is None):
-            raise ValueError(
-                "model_name_or_path and adapter_name_or_path: set one of them; an adapter names its own model"
-            )
+        if self.model_name_or_path is None and self.adapter_name_or_path is None:
+            raise ValueError("model_name_or_path is missing; set it, or adapter_name_or_path")
+        for name in ("task_dir", "save_dir"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_dir() and (name == "task_dir" or Path(path).exists()):
+                raise ValueError(f"{name}: {path} is not a folder")
+
+    @property
+    def tasks(self) -> list[str]:
+        """Return the names of the tasks."""
+        return [name.strip() for name in (self.task or "").split(",") if name.strip()]
 
 
 def read_keys(values: Mapping[str, Any]) -> tuple[EvalKeys, dict[str, Any]]:

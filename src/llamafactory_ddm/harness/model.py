@@ -7,38 +7,46 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from .._version import __version__
 from ..data.canvas import Canvas
 from ..generation.generator import Generated, TextGenerator
 from ..generation.load import load
 from ..modeling.model_info import max_positions
 from ..sampling import SamplingSettings
 from ..sampling.keywords import ALIASES
-from ..sampling.settings import KEYS
-from ..utils.registry import did_you_mean, unknown_choice
+from ..sampling.settings import KEYS as SAMPLING_KEYS
+from ..utils.keys import keys_of
+from ..utils.registry import did_you_mean
+from .keys import EvalKeys
 from .result_log import ResultLog, digest
-from .scoring import SAMPLES, Answer, AnswerScorer, Scoring
+from .scoring import Answer, AnswerScorer
 
 logger = logging.getLogger(__name__)
-_MAX_NEW_TOKENS = 256
-# Finished requests are written to disk after so many.
-_REQUESTS_AT_ONCE = 512
-_TASK_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty")
+_KEYS = keys_of(EvalKeys)
+# Keys of other decoders in tasks; they have no meaning for a diffusion model.
+_WITHOUT_MEANING = ("num_beams", "early_stopping", "length_penalty", "num_return_sequences", "use_cache")
+# The slowest process of an evaluation may need long.
+_TIMEOUT = timedelta(days=7)
+# Compute -> (key of the request, its result), as soon as each is finished.
+_Results = Iterator[tuple[str, dict[str, Any]]]
 
 
 class DiffusionLM(LM):  # type: ignore[misc]
     """Likelihoods and texts of a diffusion model, for lm-evaluation-harness.
 
     A result depends on the model, the settings and the request alone: its noise is keyed by task and document, not by
-    batch, order or rank.
+    batch, order or process.
     """
 
     def __init__(
@@ -46,10 +54,10 @@ class DiffusionLM(LM):  # type: ignore[misc]
         pretrained: str,
         *,
         device: str | None = None,
-        dtype: str | None = None,
+        dtype: str = "auto",
         batch_size: int | str = 16,
         max_batch_size: int | None = None,
-        scoring: Scoring = "bound",
+        scoring: str = "bound",
         likelihood_samples: int | None = None,
         max_new_tokens: int | None = None,
         template: str | None = None,
@@ -62,51 +70,56 @@ class DiffusionLM(LM):  # type: ignore[misc]
         Args:
             pretrained: folder or Hub name of a diffusion model, or folder of an adapter.
             device: see `load`; a GPU that does not exist is replaced by the CPU.
-            dtype: of the weights; see `load`.
+            dtype: of the weights, one of those of `EvalKeys.infer_dtype`.
             batch_size: rows in a forward pass. It does not change results.
             max_batch_size: not used.
             scoring: how answers are scored; see `AnswerScorer`.
-            likelihood_samples: masks of an answer, at least 8; see `AnswerScorer`.
-            max_new_tokens: tokens to generate; by default what the task says (max_gen_toks), else 256.
+            likelihood_samples: masks of an answer; see `AnswerScorer`.
+            max_new_tokens: tokens to generate; by default what the task says, else 256.
             template: name of the template that prompts are put into, as a single user's turn; None for no template.
             plugins: see `load`.
             results_folder: where finished requests are kept, so that an interrupted evaluation goes on.
-            sampling: keys of generation, by YAML key; they count before those of a task.
+            sampling: keys of generation, by YAML key; they take precedence over those of a task.
         Raises:
             TypeError: for an unknown key.
             ValueError: if a value is not allowed, or the model cannot be loaded.
+            OSError: if the folder of results cannot be written.
         """
         super().__init__()
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size: {batch_size} must be an integer from 1")
-        if scoring not in SAMPLES:
-            raise ValueError(unknown_choice("scoring", scoring, SAMPLES))
-        if likelihood_samples is not None and likelihood_samples < 8:
-            raise ValueError(f"likelihood_samples: {likelihood_samples} must be at least 8, to state an error")
+        self.batch_size = int(_KEYS["batch_size"].checked("batch_size", batch_size))
+        self.max_new_tokens = _KEYS["max_new_tokens"].checked("max_new_tokens", max_new_tokens)
+        dtype = _KEYS["infer_dtype"].checked("dtype", dtype)
+        scoring = _KEYS["scoring"].checked("scoring", scoring)
+        likelihood_samples = _KEYS["likelihood_samples"].checked("likelihood_samples", likelihood_samples)
         if device is not None and str(device).startswith("cuda") and not torch.cuda.is_available():
             logger.warning("device: %s is not available; the CPU is used", device)
             device = "cpu"
         _join_processes()
+        self._log = ResultLog(None if results_folder is None else Path(results_folder), rank=self.rank)
         self.generator: TextGenerator = load(
-            pretrained, device=device, dtype=dtype and getattr(torch, str(dtype), dtype), template=template,
+            pretrained,
+            device=device,
+            dtype=None if dtype == "auto" else getattr(torch, dtype),
+            template=template,
             plugins=plugins,
-        )  # fmt: skip
-        self.batch_size = int(batch_size)
-        self.max_new_tokens = max_new_tokens
-        self.sampling = dict(sampling)
+        )
+        self.path, self.plugins = pretrained, plugins
+        self.sampling = {ALIASES.get(name, name): value for name, value in sampling.items()}
         self.settings = self.generator.settings(SamplingSettings(), **sampling)
         self.scorer = AnswerScorer(
-            self.generator, scoring=scoring, samples=likelihood_samples, batch_size=self.batch_size
+            self.generator,
+            scoring=scoring,
+            samples=likelihood_samples,
+            seed=self.settings.seed,
+            batch_size=self.batch_size,
         )
-        self.path = pretrained
         self._template = None if template is None else self.generator.config.template
         self._template_applied = self._template is not None
-        self._results_folder = Path(results_folder) if results_folder else None
-        self._log: ResultLog | None = None
+        self._log.use(self._fingerprint())
         self._counted: set[str] = set()
         self._passes: Counter[str] = Counter()
         self._squared_errors: Counter[str] = Counter()
-        self._n_requests: Counter[str] = Counter()
+        self._n_likelihoods: Counter[str] = Counter()
         self._totals: tuple[Counter[str], ...] = ()
 
     # What the harness asks for, beside results.
@@ -141,7 +154,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     def barrier(self) -> None:
         """Wait for all processes, and add up what they counted."""
-        parts = _gathered((self._passes, self._squared_errors, self._n_requests))
+        parts = _gathered((self._passes, self._squared_errors, self._n_likelihoods))
         self._totals = tuple(Counter() for _ in parts[0])
         for part in parts:
             for total, count in zip(self._totals, part, strict=True):
@@ -153,20 +166,20 @@ class DiffusionLM(LM):  # type: ignore[misc]
         return str(self.path).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return the chat template, for the harness's record.
+        """Return the tokenizer's chat template, for the harness's record.
 
         Raises:
-            ValueError: if the model has none.
+            ValueError: if it has none.
         """
         if not chat_template:
             return ""
         text = getattr(self.generator.tokenizer, "chat_template", None)
         if not text:
-            raise ValueError(f"{self.path} has no chat template; drop --apply_chat_template")
+            raise ValueError(f"{self.path} has no chat template; set template in place of --apply_chat_template")
         return str(text)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation under the model's chat template."""
+        """Return a conversation under the tokenizer's chat template."""
         self._template_applied = True
         text: str = self.generator.tokenizer.apply_chat_template(
             chat_history,
@@ -178,14 +191,13 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what is needed to repeat the results, with forward passes and standard errors by task."""
-        self._totals = self._totals if _is_distributed() else (self._passes, self._squared_errors, self._n_requests)
+        if not _is_distributed():
+            self._totals = (self._passes, self._squared_errors, self._n_likelihoods)
         passes, squared, count = self._totals
         return {
             "model_settings": self._fingerprint(),
             "forward_passes": dict(sorted(passes.items())),
-            "likelihood_standard_error": {
-                task: (total / count[task]) ** 0.5 for task, total in sorted(squared.items())
-            },
+            "likelihood_standard_error": {task: (squared[task] / n) ** 0.5 for task, n in sorted(count.items())},
         }
 
     # Requests.
@@ -193,36 +205,40 @@ class DiffusionLM(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation in nats, and whether greedy decoding generates it.
 
-        The second value costs forward passes; it is computed where a document has a single request, and else False.
+        The second value costs forward passes. It is computed where a document has a single request, and else False.
         """
         self._warn_of_template()
-        choices = {(self._key("loglikelihood", request), _document(request)) for request in requests}
+        choices = {(self._key("", request), _document(request)) for request in requests}
         n_choices = Counter(document for _, document in choices)
-        answers = {}
+        keys, answers = [], {}
         for request in requests:
-            key = self._key("loglikelihood", request)
-            if key not in answers:
-                context, ids = self._encode_pair(*request.args)
-                answers[key] = (request, self._answer(request, context, ids), n_choices[_document(request)] == 1)
-        found = self._finish(answers, self._score, hide_progress=disable_tqdm)
-        return [tuple(found[self._key("loglikelihood", request)]["value"]) for request in requests]
+            needs_greedy = n_choices[_document(request)] == 1
+            keys.append(self._key("greedy" if needs_greedy else "likelihood", request))
+            if keys[-1] not in answers:
+                answers[keys[-1]] = (self._answer(request), needs_greedy)
+        found = self._finish(answers, self._score, disable_tqdm)
+        for request, key in zip(requests, keys, strict=True):
+            self._count(request, key, [found[key]])
+        return [(found[key]["value"], found[key]["greedy"]) for key in keys]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text in nats: the sum over windows of the model's positions."""
-        limit = (max_positions(self.generator.model.config) or 2**30) - (self.generator.start_id is not None)
+        has_start = self.generator.start_id is not None
+        limit = (max_positions(self.generator.model.config) or 2**30) - has_start
         keys, answers = [], {}
         for request in requests:
             (text,) = request.args
-            windows = get_rolling_token_windows(self.generator.codec.encode(text), -1, limit, 1)
-            parts = []
-            for number, window in enumerate(windows):
+            parts: list[str] = []
+            for window in get_rolling_token_windows(self.generator.codec.encode(text), -1, limit - 1, 1):
                 context, ids = make_disjoint_window(window)
-                answer = self._answer(request, [token for token in context if token >= 0], ids)
-                parts.append(f"{self._key('rolling', request)}-{number}")
-                answers[parts[-1]] = (request, answer, False)
+                parts.append(f"{self._key('rolling', request)}-{len(parts)}")
+                context = self._started([token for token in context if token >= 0])
+                answers[parts[-1]] = (Answer(tuple(context), tuple(ids), _number(_document(request))), False)
             keys.append(parts)
-        found = self._finish(answers, self._score, hide_progress=disable_tqdm)
-        return [sum(found[part]["value"][0] for part in parts) for parts in keys]
+        found = self._finish(answers, self._score, disable_tqdm)
+        for request, parts in zip(requests, keys, strict=True):
+            self._count(request, self._key("rolling", request), [found[part] for part in parts])
+        return [sum(found[part]["value"] for part in parts) for parts in keys]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the text that follows each context, up to the first of its `until`."""
@@ -231,182 +247,240 @@ class DiffusionLM(LM):  # type: ignore[misc]
         keys, wanted = [], {}
         for request in requests:
             base = self._key("generate", request)
-            key = f"{base}-{seen[base]}"  # repeats of a request are further samples
+            # Repeats are further samples; what the harness adds to give all processes as many is none.
+            keys.append(f"{base}-{seen[base] % (request.repeats or 1)}")
             seen[base] += 1
-            keys.append(key)
-            wanted[key] = request
-        found = self._finish(wanted, self._generate, hide_progress=disable_tqdm)
+            wanted[keys[-1]] = request
+        found = self._finish(wanted, self._generate, disable_tqdm)
+        for key, request in wanted.items():
+            self._count(request, key, [found[key]])
         return [found[key]["value"] for key in keys]
 
     def _finish(
-        self,
-        wanted: Mapping[str, Any],
-        compute: Callable[[Mapping[str, Any]], Iterator[dict[str, Any]]],
-        *,
-        hide_progress: bool = False,
+        self, wanted: Mapping[str, Any], compute: Callable[[Mapping[str, Any]], _Results], hide_progress: bool
     ) -> dict[str, Any]:
         """Return the results of requests by key; those of an earlier run are read, the others computed and kept."""
-        if self._log is None:
-            self._log = ResultLog(self._results_folder, self._fingerprint(), rank=self.rank)
         rest = {key: value for key, value in wanted.items() if key not in self._log.found}
-        names = list(rest)
-        with tqdm(total=len(names), desc="requests", disable=hide_progress or self.rank > 0) as progress:
-            for low in range(0, len(names), _REQUESTS_AT_ONCE):
-                part = {name: rest[name] for name in names[low : low + _REQUESTS_AT_ONCE]}
-                self._log.add(dict(zip(part, compute(part), strict=True)))
-                progress.update(len(part))
-        for key in wanted:
-            if key in self._counted:
-                continue
-            self._counted.add(key)
-            result = self._log.found[key]
-            self._passes[result["task"]] += result["passes"]
-            self._n_requests[result["task"]] += 1
-            if "error" in result:
-                self._squared_errors[result["task"]] += result["error"] ** 2
+        with tqdm(total=len(rest), desc="requests", disable=hide_progress or self.rank > 0) as progress:
+            for key, result in compute(rest):
+                self._log.add(key, result)
+                progress.update()
         return self._log.found
 
-    def _score(self, part: Mapping[str, tuple[Instance, Answer, bool]]) -> Iterator[dict[str, Any]]:
-        scored = self.scorer.score([answer for _, answer, _ in part.values()])
-        for (request, answer, needs_greedy), score in zip(part.values(), scored, strict=True):
-            is_greedy, passes = False, score.passes
-            if needs_greedy:
-                is_greedy, more = self.scorer.is_greedy(answer)
-                passes += more
-            value = [round(score.log_likelihood, 4), is_greedy]
-            yield {
-                "task": str(request.task_name),
-                "value": value,
-                "error": round(score.standard_error, 4),
-                "passes": passes,
-            }
+    def _count(self, request: Instance, key: str, results: Sequence[Mapping[str, Any]]) -> None:
+        """Count the forward passes of a request once, and the squared error of its likelihood."""
+        if key in self._counted:
+            return
+        self._counted.add(key)
+        task = str(request.task_name)
+        self._passes[task] += sum(result["passes"] for result in results)
+        if all("error" in result for result in results):
+            self._squared_errors[task] += sum(result["error"] ** 2 for result in results)
+            self._n_likelihoods[task] += 1
 
-    def _generate(self, part: Mapping[str, Instance]) -> Iterator[dict[str, Any]]:
-        jobs: dict[str, list[tuple[str, Canvas]]] = defaultdict(list)
+    def _score(self, wanted: Mapping[str, tuple[Answer, bool]]) -> _Results:
+        scored = self.scorer.score([answer for answer, _ in wanted.values()])
+        for (key, (answer, needs_greedy)), score in zip(wanted.items(), scored, strict=True):
+            is_greedy, passes = self.scorer.is_greedy(answer) if needs_greedy else (False, 0)
+            yield (
+                key,
+                {
+                    "value": round(score.log_likelihood, 4),
+                    "error": round(score.standard_error, 4),
+                    "greedy": is_greedy,
+                    "passes": score.passes + passes,
+                },
+            )
+
+    def _generate(self, wanted: Mapping[str, Instance]) -> _Results:
+        jobs: dict[str, list[tuple[str, Canvas, list[str]]]] = defaultdict(list)
         settings_of: dict[str, SamplingSettings] = {}
-        untils: dict[str, list[str]] = {}
-        for key, request in part.items():
+        for key, request in wanted.items():
             context, options = request.args
-            settings, n_tokens, untils[key] = self._task_settings(dict(options))
-            ids = self._fitting(request, self._context_ids(context), n_tokens)
+            settings, n_tokens, until = self._task_settings(request, options)
+            ids = self._context(request, context, n_tokens)
             job = digest(asdict(settings))
             settings_of[job] = settings
-            canvas = self.generator.from_prompt(ids, n_tokens, start=self._template is None)
-            jobs[job].append((key, canvas))
-        texts: dict[str, Generated] = {}
+            jobs[job].append((key, self._canvas(ids, n_tokens), until))
         for job, canvases in jobs.items():
             settings = settings_of[job]
-            self.generator.check([canvas for _, canvas in canvases], settings)
+            self.generator.check([canvas for _, canvas, _ in canvases], settings)
             canvases.sort(key=lambda job: len(job[1]))
             for low in range(0, len(canvases), self.batch_size):
-                keys, batch = zip(*canvases[low : low + self.batch_size], strict=True)
+                keys, batch, untils = zip(*canvases[low : low + self.batch_size], strict=True)
                 sized = [each.canvas for each in self.generator.sized(batch, settings)]
                 indices = [_number(key) for key in keys]
-                texts.update(
-                    zip(keys, self.generator.sample_batch(sized, settings, sample_indices=indices), strict=True)
-                )
-        for key, request in part.items():
-            text = texts[key].predict
-            for stop in untils[key]:
-                text = text.partition(stop)[0] if stop else text
-            yield {"task": str(request.task_name), "value": text, "passes": texts[key].num_forward_passes}
+                texts: list[Generated] = self.generator.sample_batch(sized, settings, sample_indices=indices)
+                for key, text, until in zip(keys, texts, untils, strict=True):
+                    yield key, {"value": _before(text.predict, until), "passes": text.num_forward_passes}
 
-    def _task_settings(self, options: dict[str, Any]) -> tuple[SamplingSettings, int, list[str]]:
-        """Return settings, tokens to generate and stop strings of a request; the user's own keys come first."""
-        until = options.pop("until", [])
-        n_tokens = options.pop("max_gen_toks", _MAX_NEW_TOKENS)
-        if not options.pop("do_sample", False):
-            options["temperature"] = 0.0
-        unknown = [name for name in options if name not in (*_TASK_KEYS, *KEYS, *ALIASES)]
-        if unknown:
-            hint = did_you_mean(unknown[0], (*_TASK_KEYS, *KEYS))
-            raise ValueError(f"generation_kwargs: {unknown[0]} is not a key of generation{hint}")
-        settings = self.generator.settings(SamplingSettings(), **{**options, **self.sampling})
-        return settings, self.max_new_tokens or int(n_tokens), [until] if isinstance(until, str) else list(until)
+    def _canvas(self, ids: Sequence[int], n_tokens: int) -> Canvas:
+        if not ids:
+            return self.generator.from_noise(n_tokens + (self.generator.start_id is not None))
+        return self.generator.from_prompt(ids, n_tokens, start=self._template is None)
 
-    def _context_ids(self, text: str) -> list[int]:
-        """Return the ids of a context, under the template if there is one."""
-        encode = self.generator.codec.encode
-        if self._template is None:
-            return encode(text)
-        return self._template.ids(text, encode=encode, token_id=self.generator.tokenizer.convert_tokens_to_ids)
+    def _task_settings(self, request: Instance, options: Mapping[str, Any]) -> tuple[SamplingSettings, int, list[str]]:
+        """Return settings, tokens to generate and stop strings of a request; the user's own keys take precedence.
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the ids of a context and of its continuation.
-
-        They are those of the joined text, and the spaces between belong to the continuation. Under a template the
-        continuation is an answer of its own, without a space before it, as in training.
+        Raises:
+            ValueError: for a key without effect or a value that is not allowed, naming the task.
         """
+        try:
+            n_tokens, until, of_task = read_generation_keys(options)
+            settings = self.generator.settings(SamplingSettings(), **{**of_task, **self.sampling})
+        except ValueError as error:
+            raise ValueError(f"task: {request.task_name}: generation_kwargs: {error}") from error
+        return settings, self.max_new_tokens or n_tokens, until
+
+    def _answer(self, request: Instance) -> Answer:
+        """Return a continuation with its context.
+
+        Their ids are those of the joined text, and the spaces between belong to the continuation, as does a token
+        that reaches over both. Under a template the continuation is an answer of its own, without a space before it,
+        as in training.
+
+        Raises:
+            ValueError: if the continuation is empty, or too long for the model.
+        """
+        context, continuation = request.args
         encode = self.generator.codec.encode
         if self._template is not None:
-            return self._context_ids(context), encode(continuation.lstrip())
-        stripped = context.rstrip()
-        before, whole = encode(stripped), encode(context + continuation)
-        return before, whole[len(before) :]
+            ids = encode(continuation.lstrip())
+            before = self._context(request, context, len(ids))
+        else:
+            before, whole = encode(context.rstrip()), encode(context + continuation)
+            n_common = next((i for i, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]), None)
+            n_common = min(len(before), len(whole)) if n_common is None else n_common
+            ids = whole[n_common:]
+            before = self._cut(request, before[:n_common], len(ids))
+        if not ids:
+            raise ValueError(f"task: {request.task_name}, document {request.doc_id}: the continuation is empty")
+        return Answer(tuple(self._started(before)), tuple(ids), _number(_document(request)))
 
-    def _answer(self, request: Instance, context: Sequence[int], ids: Sequence[int]) -> Answer:
-        context = self._fitting(request, context, len(ids))
+    def _started(self, context: list[int]) -> list[int]:
+        """Return a context with the start token if the model needs one."""
         start = self.generator.start_id
-        if start is not None and (not context or (self._template is None and context[0] != start)):
-            context = [start, *context]
-        return Answer(tuple(context), tuple(ids), _number(_document(request)))
+        needs = start is not None and (not context or (self._template is None and context[0] != start))
+        return [int(start or 0), *context] if needs else context
 
-    def _fitting(self, request: Instance, context: Sequence[int], n_tokens: int) -> list[int]:
-        """Return the context, without its beginning if it is too long for `n_tokens` more.
+    def _context(self, request: Instance, text: str, n_tokens: int) -> list[int]:
+        """Return the ids of a context under the template, if there is one; what is too long loses its beginning."""
+        encode = self.generator.codec.encode
+        if self._template is None:
+            return self._cut(request, encode(text), n_tokens)
+        token_id = self.generator.tokenizer.convert_tokens_to_ids
+        whole = self._template.ids(text, encode=encode, token_id=token_id)
+        while excess := len(whole) - len(self._cut(request, whole, n_tokens)):
+            shorter = self.generator.codec.decode(encode(text)[excess:], follows=False)
+            if len(shorter) >= len(text):
+                raise ValueError(self._too_long(request, n_tokens))
+            text = shorter
+            whole = self._template.ids(text, encode=encode, token_id=token_id)
+        return whole
+
+    def _cut(self, request: Instance, context: list[int], n_tokens: int) -> list[int]:
+        """Return a context without its beginning if it is too long for `n_tokens` more.
 
         Raises:
             ValueError: if these alone are too many.
         """
         limit = max_positions(self.generator.model.config)
         if limit is None:
-            return list(context)
-        excess = len(context) + n_tokens + (self.generator.start_id is not None) - limit
+            return context
+        needs_start = self.generator.start_id is not None and self._template is None
+        excess = len(context) + n_tokens + needs_start - limit
         if excess <= 0:
-            return list(context)
+            return context
         if excess > len(context):
-            raise ValueError(
-                f"{request.task_name}, document {request.doc_id}: {n_tokens} tokens exceed the model's {limit} "
-                "positions; lower max_new_tokens, or take a model with more positions"
-            )
+            raise ValueError(self._too_long(request, n_tokens))
         logger.warning(
-            "%s, document %s: the first %d tokens of the context are left out, as the model has %d positions",
+            "task: %s, document %s: the first %d tokens of the context are left out, as the model has %d positions",
             request.task_name,
             request.doc_id,
             excess,
             limit,
         )
-        return list(context)[excess:]
+        return context[excess:]
+
+    def _too_long(self, request: Instance, n_tokens: int) -> str:
+        return (
+            f"task: {request.task_name}, document {request.doc_id}: {n_tokens} tokens exceed the model's "
+            f"{max_positions(self.generator.model.config)} positions; lower max_new_tokens, or take a model with more"
+        )
 
     def _warn_of_template(self) -> None:
-        if self.generator.config.template is not None and not self._template_applied:
+        template = self.generator.config.template
+        if template is not None and not self._template_applied:
             self._template_applied = True  # once
             logger.warning(
                 "%s was finetuned with the template %s, and prompts come without it; set template: %s",
                 self.path,
-                self.generator.config.template.name,
-                self.generator.config.template.name,
+                template.name,
+                template.name,
             )
 
     def _fingerprint(self) -> dict[str, Any]:
+        """Return all that results depend on."""
+        generator, lengths = self.generator, self.generator.sizer.lengths
+        tokenizer = getattr(generator.tokenizer, "backend_tokenizer", None)
+        vocabulary = generator.tokenizer.get_vocab() if tokenizer is None else tokenizer.to_str()
         return {
             "pretrained": str(self.path),
-            "weights": _weights_digest(self.generator.model),
-            "dtype": str(self.generator.model.dtype),
+            "weights": _weights_digest(generator.model),
+            "dtype": str(generator.model.dtype),
+            "tokenizer": digest(vocabulary),
+            "diffusion_config": digest(asdict(generator.config)),
+            "lengths": None if lengths is None else digest(lengths.min_thresholds),
+            "plugins": _plugins_digest(self.plugins),
+            "version": __version__,
             "template": None if self._template is None else self._template.name,
             "scoring": self.scorer.scoring,
             "likelihood_samples": self.scorer.samples,
-            "likelihood_seed": self.scorer.seed,
             "max_new_tokens": self.max_new_tokens,
             "sampling": asdict(self.settings),
+            "sampling_keys": sorted(self.sampling),
         }
 
     def _key(self, kind: str, request: Instance) -> str:
         return digest([kind, _document(request), list(request.args)])
 
 
+def read_generation_keys(options: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
+    """Return the tokens to generate, the stop strings and the keys of generation of a task's generation_kwargs.
+
+    Raises:
+        ValueError: for a key that has no effect, with the nearest one, or a value of another type.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if not isinstance(options.get("do_sample", False), bool):
+        raise ValueError(f"do_sample: {options['do_sample']!r} must be true or false")
+    try:
+        known: dict[str, Any] = dict(normalize_gen_kwargs(options, _KEYS["max_new_tokens"].default or 256))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"temperature and max_gen_toks must be numbers ({error})") from error
+    n_tokens, until = known.pop("max_gen_toks"), known.pop("until", [])
+    if n_tokens < 1:
+        raise ValueError(f"max_gen_toks: {n_tokens} must be at least 1")
+    if not known.pop("do_sample"):
+        known["temperature"] = 0.0
+    for name in _WITHOUT_MEANING:
+        if known.pop(name, None) not in (None, 1, False):
+            logger.warning("generation_kwargs: %s has no meaning for a diffusion model, and is not used", name)
+    keys = {ALIASES.get(name, name): value for name, value in known.items()}
+    for name in keys:
+        if name not in SAMPLING_KEYS:
+            raise ValueError(f"{name} is not a key of generation{did_you_mean(name, SAMPLING_KEYS)}")
+    return n_tokens, [stop for stop in until if stop], keys
+
+
+def _before(text: str, until: Sequence[str]) -> str:
+    """Return the text before the first of the stop strings."""
+    return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
+
+
 def _document(request: Instance) -> str:
-    """Return what identifies a request's document: the task and its content."""
-    return digest([request.task_name, request.doc])
+    """Return what identifies a request's document: its task, number and content."""
+    return digest([request.task_name, request.doc_id, request.doc])
 
 
 def _number(key: str) -> int:
@@ -415,10 +489,20 @@ def _number(key: str) -> int:
 
 
 def _weights_digest(model: Any) -> str:
-    """Return a digest of the weights: of each one's name, shape and sum."""
-    return digest(
-        [[name, list(value.shape), float(value.detach().double().sum())] for name, value in model.named_parameters()]
-    )
+    """Return a digest of the weights: of each one's name, shape, sum and sum of squares."""
+    parts = []
+    for name, value in model.named_parameters():
+        exact = value.detach().double()
+        parts.append([name, list(value.shape), float(exact.sum()), float(exact.square().sum())])
+    return digest(parts)
+
+
+def _plugins_digest(plugins: str | Sequence[str] | None) -> str | None:
+    """Return a digest of the plugins' names, and of the files among them."""
+    if not plugins:
+        return None
+    names = plugins.split(",") if isinstance(plugins, str) else list(plugins)
+    return digest([[name, Path(name).read_text(encoding="utf-8") if name.endswith(".py") else ""] for name in names])
 
 
 def _is_distributed() -> bool:
@@ -430,7 +514,7 @@ def _join_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _is_distributed():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class ResultLog:
@@ -17,46 +16,43 @@ class ResultLog:
     never read. Each process appends to a file of its own and reads those of all.
     """
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, Any], *, rank: int = 0) -> None:
-        """Read the results that are in `folder` for these settings; None keeps none."""
-        self.fingerprint = digest(settings)
+    def __init__(self, folder: Path | None, *, rank: int = 0) -> None:
+        """Open the log in `folder` for writing; None keeps results in memory alone.
+
+        Raises:
+            OSError: if the folder cannot be written.
+        """
         self.found: dict[str, Any] = {}
-        self._path: Path | None = None
-        if folder is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"requests-{rank}.jsonl"
-        for path in sorted(folder.glob("requests-*.jsonl")):
+        self.fingerprint = ""
+        self._folder = folder
+        self._file: IO[str] | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"requests-{rank}.jsonl"
+            is_cut = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+            self._file = path.open("a", encoding="utf-8")
+            if is_cut:  # a process was killed while it wrote this line
+                self._file.write("\n")
+
+    def use(self, settings: Mapping[str, Any]) -> None:
+        """Read the results that earlier runs kept for these settings."""
+        self.fingerprint = digest(settings)
+        for path in sorted(self._folder.glob("requests-*.jsonl")) if self._folder is not None else ():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)
                 except ValueError:
-                    continue  # the process was killed while it wrote this line
+                    continue  # a line that was cut
                 if entry["settings"] == self.fingerprint:
                     self.found[entry["request"]] = entry["result"]
-        self._end_last_line()
 
-    def add(self, results: Mapping[str, Any]) -> None:
-        """Append results by the keys of their requests."""
-        self.found.update(results)
-        if self._path is None or not results:
-            return
-        lines = (
-            json.dumps({"settings": self.fingerprint, "request": key, "result": result}) + "\n"
-            for key, result in results.items()
-        )
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _end_last_line(self) -> None:
-        """End a line that was cut, so that the next one is not joined to it."""
-        if self._path is not None and self._path.is_file():
-            content = self._path.read_bytes()
-            if content and not content.endswith(b"\n"):
-                with self._path.open("ab") as file:
-                    file.write(b"\n")
+    def add(self, request: str, result: Any) -> None:
+        """Keep the result of a request."""
+        self.found[request] = result
+        if self._file is not None:
+            entry = {"settings": self.fingerprint, "request": request, "result": result}
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
 
 
 def digest(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -10,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+from datasets.exceptions import DatasetGenerationError
+from jinja2 import TemplateError, UndefinedError
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
+from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
 from ..utils.files import replacing
+from ..utils.plugins import load_plugins
 from ..utils.registry import did_you_mean
 from .keys import EvalKeys
-from .model import DiffusionLM
+from .model import DiffusionLM, read_generation_keys
 
 _PACKAGES = ("llamafactory-ddm", "llamafactory", "lm_eval", "transformers", "torch")
 
@@ -25,28 +30,25 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
     """Return the harness's results with the record of the run; None on all processes but the first.
 
     Raises:
-        ValueError: if a task does not exist, or the model cannot be loaded.
+        ValueError: if a task or the model cannot be loaded, or a task does not fit the keys.
     """
-    manager = TaskManager(include_path=keys.task_dir)
-    tasks = [name.strip() for name in str(keys.task).split(",") if name.strip()]
-    for name in tasks:
-        if not manager.match_tasks([name]):
-            raise ValueError(f"task: {name} does not exist{did_you_mean(name, manager.all_tasks)}")
-        try:
-            loaded = manager.load([name])["tasks"]
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"task: {name}: its data set cannot be read ({reason}); run once with network access, or copy the "
-                "task's YAML into task_dir, with dataset_path: json and data_files that name a local copy"
-            ) from error
-        if not keys.run_generated_code and any(getattr(task, "UNSAFE_CODE", False) for task in loaded.values()):
-            raise ValueError(f"task: {name} runs code that the model wrote; allow it with run_generated_code: true")
+    load_plugins(keys.plugins)
+    if keys.run_generated_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    manager = _task_manager(keys)
+    names: list[str] = []
+    for pattern in keys.tasks:
+        matches = manager.match_tasks([pattern])
+        if not matches:
+            raise ValueError(f"task: {pattern} does not exist{did_you_mean(pattern, manager.all_tasks)}")
+        names += matches
+    for name in names:
+        _check_task(name, manager, keys)
     model = DiffusionLM(
-        str(keys.model_name_or_path or keys.adapter_name_or_path),
-        dtype=None if keys.infer_dtype == "auto" else keys.infer_dtype,
+        _path(keys),
+        dtype=keys.infer_dtype,
         batch_size=keys.batch_size,
-        scoring=keys.scoring,  # type: ignore[arg-type]
+        scoring=keys.scoring,
         likelihood_samples=keys.likelihood_samples,
         max_new_tokens=keys.max_new_tokens,
         template=keys.template,
@@ -54,16 +56,19 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
         results_folder=keys.save_dir,
         **sampling,
     )
-    results = lm_eval.simple_evaluate(
-        model=model,
-        tasks=manager.match_tasks(tasks),
-        num_fewshot=keys.n_shot,
-        limit=keys.max_samples,
-        batch_size=keys.batch_size,
-        task_manager=manager,
-        confirm_run_unsafe_code=keys.run_generated_code,
-        bootstrap_iters=1000,
-    )
+    try:
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=names,
+            num_fewshot=keys.n_shot,
+            limit=keys.max_samples,
+            batch_size=keys.batch_size,
+            task_manager=manager,
+            confirm_run_unsafe_code=keys.run_generated_code,
+            bootstrap_iters=1000,
+        )
+    except (TemplateError, UndefinedError) as error:
+        raise ValueError(f"task: {keys.task}: a template of a task does not fit its documents ({error})") from error
     if results is None:
         return None
     results["versions_of_packages"] = {name: metadata.version(name) for name in _PACKAGES}
@@ -71,8 +76,72 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
     return dict(results)
 
 
+def _task_manager(keys: EvalKeys) -> TaskManager:
+    """Return what finds tasks; if all are the user's own, without the harness's thousands, which take seconds."""
+    if keys.task_dir is not None:
+        own = TaskManager(include_path=keys.task_dir, include_defaults=False)
+        if set(keys.tasks) <= set(own.all_subtasks):
+            return own
+    return TaskManager(include_path=keys.task_dir)
+
+
+def _path(keys: EvalKeys) -> str:
+    """Return what to load: the adapter, which names its model, or the model.
+
+    Raises:
+        ValueError: if the adapter is none, or names another model.
+    """
+    if keys.adapter_name_or_path is None:
+        return str(keys.model_name_or_path)
+    adapter = Path(keys.adapter_name_or_path)
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"adapter_name_or_path: {adapter} holds no {ADAPTER_CONFIG}, so it is no adapter")
+    base, given = base_of(adapter), keys.model_name_or_path
+    if given is not None and given != base and Path(given).resolve() != Path(base).resolve():
+        raise ValueError(
+            f"model_name_or_path: {given} is not the model of the adapter {adapter}, which is {base}; remove "
+            "model_name_or_path, or name that"
+        )
+    return str(adapter)
+
+
+def _check_task(name: str, manager: TaskManager, keys: EvalKeys) -> None:
+    """Check a task before the model is loaded.
+
+    Raises:
+        ValueError: if its data or code cannot be read, or it needs what the keys do not allow.
+    """
+    try:
+        loaded = manager.load([name])["tasks"]
+    except ModuleNotFoundError as error:
+        raise ValueError(f"task: {name} needs a package: pip install {error.name}") from error
+    except (OSError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"task: {name}: its data set cannot be read ({_first_line(error)}); run once with network access, or copy "
+            "the task's YAML into task_dir, with dataset_path: json and data_files that name a local copy"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"task: {name} cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
+    for task in loaded.values():
+        if getattr(task, "UNSAFE_CODE", False) and not keys.run_generated_code:
+            raise ValueError(f"task: {name} runs code that the model wrote; allow it with run_generated_code: true")
+        config = task.config
+        try:
+            if task.OUTPUT_TYPE == "generate_until":
+                read_generation_keys(config.generation_kwargs or {})
+        except ValueError as error:
+            raise ValueError(f"task: {name}: generation_kwargs: {error}") from error
+        metrics = [metric.get("metric") for metric in config.metric_list or ()]
+        if task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in metrics:
+            raise ValueError(f"task: {name}: exact_match of a multiple choice is not computed; use acc")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def save(results: Mapping[str, Any], folder: Path) -> None:
-    """Write `results.json` and `table.md` into a folder."""
+    """Write `results.json`, `samples.jsonl` and `table.md` into a folder."""
     record = {name: value for name, value in results.items() if name != "samples"}
     with replacing(folder / "results.json") as file:
         file.write(json.dumps(record, indent=2, default=handle_non_serializable) + "\n")

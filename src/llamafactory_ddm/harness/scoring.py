@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +24,11 @@ from ..diffusion.answer_bound import (
 )
 from ..generation.generator import TextGenerator
 
-Scoring = Literal["bound", "llada", "diffullama"]
-SAMPLES: dict[Scoring, int] = {"bound": 32, "llada": 128, "diffullama": 32}
+# How answers are scored -> masks of an answer, unless the user sets another number.
+SAMPLES = {"bound": 32, "llada": 128, "diffullama": 32}
 _DRAW = {"bound": balanced_masks, "llada": llada_masks, "diffullama": diffullama_masks}
-# Rows that are planned at once; it bounds the memory, and equal rows are found within it.
-_ROWS_AT_ONCE = 8192
+# Tokens of the rows that are planned at once; it bounds the memory, and equal rows are found within it.
+_TOKENS_AT_ONCE = 2**19
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class AnswerScorer:
         self,
         generator: TextGenerator,
         *,
-        scoring: Scoring = "bound",
+        scoring: str = "bound",
         samples: int | None = None,
         seed: int = 0,
         batch_size: int = 32,
@@ -174,6 +173,7 @@ class AnswerScorer:
                 for logits in denoiser(z, positions.to(device)):
                     values = logits.float()
                     top, token = (values - values.logsumexp(dim=1, keepdim=True)).max(dim=1)
+                    _check_finite(top)
                     row = int(top.argmax())
                     best = max(best, (float(top[row]), -int(positions[offset + row]), int(token[row])))
                     offset += len(logits)
@@ -186,14 +186,15 @@ class AnswerScorer:
 
     def _parts(self, answers: Sequence[Answer]) -> Iterator[Sequence[Answer]]:
         """Yield answers in parts of bounded size; a question is in one part."""
-        begin, n_rows = 0, 0
+        begin, n_tokens = 0, 0
         for number, answer in enumerate(answers):
             is_new = number and answer.question != answers[number - 1].question
-            if is_new and n_rows >= _ROWS_AT_ONCE:
+            if is_new and n_tokens >= _TOKENS_AT_ONCE:
                 yield answers[begin:number]
-                begin, n_rows = number, 0
-            n_rows += min(self.samples, 2 ** len(answer.ids))
-        yield answers[begin:]
+                begin, n_tokens = number, 0
+            n_tokens += min(self.samples, 2 ** len(answer.ids)) * (len(answer.context) + len(answer.ids))
+        if answers:
+            yield answers[begin:]
 
     def _cross_entropies(self, rows: _Rows) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yield (answer, pass, token, nats), [n] each, of all cross-entropies, batch by batch."""
@@ -226,4 +227,13 @@ class AnswerScorer:
                 values = logits.float()
                 nll[here] = (values.logsumexp(dim=1)[index] - values[index, target]).double().cpu()
                 offset += len(logits)
+        _check_finite(nll)
         return nll
+
+
+def _check_finite(values: Tensor) -> None:
+    """Raise ValueError if a log-probability is NaN or infinite."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            "the model's logits are NaN or infinite; check its weights, or set infer_dtype: bfloat16 or float32"
+        )
