@@ -45,7 +45,9 @@ STRATEGIES = """| strategy | a step commits | from |
 """
 EVALUATION = """## Evaluation
 
-`llamafactory-ddm eval x.yaml` reads these and the keys of generation; see [evaluation.md](evaluation.md).
+`llamafactory-ddm eval x.yaml` reads these and the keys of generation, which take precedence over a task's
+`generation_kwargs`. Temperature is 0 unless the task samples (`do_sample: true`) or you set it.
+[evaluation.md](evaluation.md) explains the method.
 
 | key | default | allowed | meaning |
 |---|---|---|---|

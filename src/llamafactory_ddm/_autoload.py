@@ -24,7 +24,7 @@ HOOKS = {
     "llamafactory.train.tuner": "llamafactory_ddm.integration.patches.table:after_tuner",
     "llamafactory.extras.env": "llamafactory_ddm.integration.patches.table:after_env",
     "llamafactory.v1.launcher": "llamafactory_ddm.integration.patches.table:after_v1_launcher",
-    "lm_eval.models": "llamafactory_ddm.harness.register:after_models",
+    "lm_eval.models": "llamafactory_ddm.harness.register:register_model",
 }
 DISABLE = "LLAMAFACTORY_DDM_DISABLE"
 _printed: set[str] = set()

@@ -7,6 +7,7 @@ Python caller of `run_exp` gets the exception. Only the standard library is impo
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def message(kind: type[BaseException], error: BaseException, frames: TracebackTy
         return None
     names = {base.__name__ for base in kind.__mro__}
     is_diffusion_run = _is_diffusion_run()
-    if issubclass(kind, KeyboardInterrupt):
+    if _is_interruption(error):
         return f"interrupted. {_resume_hint() if _resume_hint else ''}".rstrip() if is_diffusion_run else None
     if names & set(_LAUNCHER_ERRORS) or "CalledProcessError" in names:
         return "the run ended with the error above" if is_diffusion_run else None
@@ -80,8 +81,25 @@ def _report(kind: type[BaseException], error: BaseException, frames: TracebackTy
     if os.environ.get("RANK", "0") != "0":
         # The first process reports an error that all processes have, and the launcher ends the others.
         time.sleep(_GRACE_SECONDS)
+    is_interruption = _is_interruption(error)
     if Path(sys.argv[0]).stem != "torchrun":
-        sys.stderr.write(f"\n{line}\n" if issubclass(kind, KeyboardInterrupt) else f"\nerror: {line}\n")
+        sys.stderr.write(f"\n{line}\n" if is_interruption else f"\nerror: {line}\n")
+    if is_interruption and not issubclass(kind, KeyboardInterrupt):
+        # Python ends a process with SIGINT only where the interruption is the exception itself.
+        sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def _is_interruption(error: BaseException | None) -> bool:
+    """Tell whether an exception is Ctrl-C, or was raised because of it, as a library's writer of files may do."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _is_command(argv: list[str]) -> bool:

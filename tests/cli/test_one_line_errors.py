@@ -52,6 +52,37 @@ def test_a_bug_keeps_its_traceback(diffusion_command, package, error):
     assert message_of(raise_in(package, error)) is None
 
 
+def test_an_interruption_that_a_library_turned_into_its_own_error(diffusion_command):
+    """As where Ctrl-C arrives while weights are written."""
+
+    def save():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise_in("torch", RuntimeError("unexpected pos"))()
+
+    assert message_of(save).startswith("interrupted")
+
+
+ENDS = """
+import sys
+from llamafactory_ddm import _errors
+sys.argv = ["/bin/llamafactory-cli", "stage=ddm"]
+_errors.install()
+try:
+    raise KeyboardInterrupt
+except KeyboardInterrupt:
+    raise RuntimeError("unexpected pos")
+"""
+
+
+def test_it_ends_the_process_as_an_interruption_does():
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", ENDS], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert done.stderr.strip() == "interrupted."
+
+
 def test_a_variable_shows_the_traceback(diffusion_command, monkeypatch):
     monkeypatch.setenv(_errors.TRACEBACK, "1")
     assert message_of(raise_in("llamafactory_ddm", ValueError("x"))) is None
@@ -140,6 +171,6 @@ def test_an_interrupted_run_prints_how_to_resume(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=400)
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode == -signal.SIGINT, error[-3000:]
     assert "Traceback" not in error
     assert re.search(f"resume_from_checkpoint=true .*{out}", error)

@@ -150,7 +150,11 @@ def test_wrong_keys(keys, error):
 
 @pytest.mark.parametrize(
     ("task", "error"),
-    [("tiny_last_wrd", "task: tiny_last_wrd.*tiny_last_word"), ("absent", r"task: absent.*data\b.*task_dir")],
+    [
+        # Reads the names of all tasks of the harness.
+        pytest.param("tiny_last_wrd", "task: tiny_last_wrd.*tiny_last_word", marks=pytest.mark.slow),
+        ("absent", r"task: absent.*data\b.*task_dir"),
+    ],
 )
 def test_a_task_that_cannot_run(task, error, tmp_path):
     """Before the model is loaded, which does not exist here."""
@@ -193,12 +197,13 @@ def test_an_adapter_is_one_and_names_its_model(tmp_path):
         evaluate(EvalKeys(model_name_or_path="other", adapter_name_or_path=str(tmp_path), **keys), {})
 
 
-def test_the_command_without_a_yaml():
+@pytest.mark.slow
+def test_the_command_line():
     done = run("eval", program="llamafactory-ddm", check=False)
     assert done.returncode == 2 and "x.yaml" in done.stderr
     done = run("eval", "--help", program="llamafactory-ddm")
     assert "docs/keys.md" in done.stdout
-    done = run("eval", str(RECIPES[0]), "task=absent", program="llamafactory-ddm", check=False)
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
-        "llamafactory-ddm eval: task: absent"
-    )
+    for words, error in (((RECIPES[0], "task=absent"), "task: absent"), (("absent.yaml",), "absent.yaml")):
+        done = run("eval", *words, program="llamafactory-ddm", check=False)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and last.startswith(f"llamafactory-ddm eval: {error}")

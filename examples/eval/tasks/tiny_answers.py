@@ -1,4 +1,4 @@
-"""The documents of tiny_is_animal.yaml."""
+"""Selects the documents of tiny_is_animal.yaml."""
 
 
 def yes_or_no(documents):

@@ -17,7 +17,7 @@ from torch import Tensor
 from .noise import Stream, k_smallest_mask
 from .rng import keyed_uniform
 
-# Plans that are drawn again to measure how much their randomness moves the bound; their indices are no text's.
+# Number and first index of further mask sets, from which the variance due to random masks is estimated.
 _REDRAWN, _REDRAWN_FROM = 64, 2**40
 # Pairs are balanced among so many tokens at most, as their number grows with the square.
 _LARGEST_PAIRED = 64
@@ -28,14 +28,14 @@ _TIE = 1e-6
 
 @dataclass(frozen=True)
 class MaskSet:
-    """The masks of a text of n tokens, and their weights in its bound,
+    """The masks of a text x of n tokens, and their weights in its score, the bound or DiffuLLaMA's value,
 
-        bound = sum over j of weight[j] * sum over i masked in j of -log p(x_0[i] | z_j).
+        score = sum over j of weight[j] * sum over i masked in j of -log p(x[i] | tokens not masked in j).
 
     Attributes:
         is_masked: [m, n] bool.
         weight: [m] float64.
-        kind: "every" if the sum is the bound itself; "balanced" or "independent" if it is an estimate.
+        kind: "every": all masks, no error; "balanced" or "independent": random masks.
     """
 
     is_masked: Tensor
@@ -57,16 +57,16 @@ def every_mask(n: int) -> MaskSet:
 def balanced_masks(n: int, samples: int, *, seed: int, sample_index: Tensor) -> list[MaskSet]:
     """Return, for each index, `samples` random masks of n tokens in which tokens and pairs of tokens are balanced.
 
-    Mask j has k = floor(n (j + u_j) / samples) + 1 tokens, u_j uniform in [0, 1). They are chosen one after another:
-    the next is the token i with the least
+    Mask j has k = floor(n (j + u_j) / samples) + 1 tokens, u_j uniform in [0, 1). Its tokens are chosen one after
+    another: the next is the token i with the least
 
         share_i + 0.2 * sum over the tokens l chosen before it of together_il
 
     where share_i is the sum of 1 / k over the earlier masks with i, and together_il that of 1 / (k (k - 1)) over those
-    with i and l; ties are broken at random. So all tokens have nearly the same weight in the bound, and every token is
-    predicted with varied others. No rule but chance distinguishes the positions, so each mask is a uniformly random
-    subset of its size and the bound is unbiased. Texts with the same index draw the same numbers: the choices of a
-    question, which share one, then share most of the error.
+    with i and l; ties are broken at random. So all tokens have nearly the same weight in the bound, and each is
+    masked together with many different others. The rule treats all positions alike, so each mask is a uniformly random
+    subset of its size and the estimate is unbiased. Texts with the same index and length draw the same masks: choices
+    of a question share an index, and with it most of the error.
 
     Args:
         n: number of tokens; pairs are balanced up to 64.
@@ -115,16 +115,17 @@ def _independent(n: int, samples: int, seed: int, sample_index: Tensor, sizes: T
 
 
 def bound_and_error(nll: Tensor, masks: MaskSet) -> tuple[float, float]:
-    """Return the bound of a text in nats, and its standard error.
+    """Return the score of a text (see `MaskSet`) and its standard error, in nats.
 
     If every mask was computed, the error is 0. That of m independent masks is sqrt(m / 2) times the root mean square
-    of the differences between successive terms, which stand in the order of their noise. The error of balanced masks
-    has two parts. With w_ij the weight of token i in draw j, and kappa_j = k_j / n:
+    of the differences between the terms of successive masks, which are in the order of their noise. The error of
+    balanced masks has two parts. With y_ij the cross-entropy of token i under mask j, w_ij its weight,
+    kappa_j = k_j / n, a line a_i + b_i kappa for each token, and residuals e_ij:
 
         y_ij = a_i + b_i kappa_j + e_ij                              least squares for each token i
         error^2 = Var[ sum_ij w_ij (a_i + b_i kappa_j) ]  +  sum_j ( sum_i w_ij e_ij )^2
 
-    The variance is over plans that are drawn again. The second part allows for tokens of one pass that err together;
+    The variance is over 64 other mask sets. The second part allows for correlated residuals of one mask;
     e_ij is scaled by sqrt(N_i / (N_i - 2)) for the N_i passes in which token i is masked.
 
     Args:
@@ -138,22 +139,22 @@ def bound_and_error(nll: Tensor, masks: MaskSet) -> tuple[float, float]:
     if masks.kind == "every":
         return bound, 0.0
     if masks.kind == "independent":
-        step = (weight * y).sum(dim=1).diff()
-        return bound, float((step.square().mean() / 2 * samples).sqrt())
-    use = is_masked.double()
-    level = use.sum(dim=1) / n
-    count = use.sum(dim=0)
+        difference = (weight * y).sum(dim=1).diff()
+        return bound, float((difference.square().mean() / 2 * samples).sqrt())
+    masked = is_masked.double()
+    level = masked.sum(dim=1) / n
+    count = masked.sum(dim=0)
     basis = torch.stack([torch.ones_like(level), level], dim=1)
-    gram = torch.einsum("ji,ja,jb->iab", use, basis, basis) + 1e-9 * torch.eye(2, dtype=torch.float64)
-    surface = torch.linalg.solve(gram, torch.einsum("ji,ja->ia", y, basis))
-    error = (y - basis @ surface.T) * use * (count / (count - 2).clamp(min=1)).sqrt()
-    redrawn = torch.einsum("bia,ia->b", _redrawn_sums(n, samples), surface)
-    return bound, float((redrawn.var() + (weight * error).sum(dim=1).square().sum()).sqrt())
+    gram = torch.einsum("ji,ja,jb->iab", masked, basis, basis) + 1e-9 * torch.eye(2, dtype=torch.float64)
+    lines = torch.linalg.solve(gram, torch.einsum("ji,ja->ia", y, basis))
+    residual = (y - basis @ lines.T) * masked * (count / (count - 2).clamp(min=1)).sqrt()
+    redrawn = torch.einsum("bia,ia->b", _redrawn_sums(n, samples), lines)
+    return bound, float((redrawn.var() + (weight * residual).sum(dim=1).square().sum()).sqrt())
 
 
 @functools.lru_cache(maxsize=256)
 def _redrawn_sums(n: int, samples: int) -> Tensor:
-    """Return [64, n, 2] float64, the sums over draws of w_ij and of w_ij kappa_j in plans that are drawn again."""
+    """Return [64, n, 2] float64, sums over j of w_ij and of w_ij kappa_j, for 64 mask sets with other numbers."""
     masks = _draw(n, samples, 0, torch.arange(_REDRAWN_FROM, _REDRAWN_FROM + _REDRAWN)).double()
     k = masks.sum(dim=2, keepdim=True)
     return torch.stack([(masks * n / k).sum(dim=1), masks.sum(dim=1)], dim=2) / samples

@@ -1,1 +1,1 @@
-"""Evaluation on lm-evaluation-harness: its model type, tasks, tables and plots."""
+"""Evaluation on lm-evaluation-harness: keys, model type, scoring, results on disk, table."""

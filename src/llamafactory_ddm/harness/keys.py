@@ -1,4 +1,4 @@
-"""The keys of `llamafactory-ddm eval`, under LLaMA-Factory's names where it has one."""
+"""The keys of `llamafactory-ddm eval`; a key that LLaMA-Factory also has keeps its name."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ class EvalKeys:
     adapter_name_or_path: str | None = key(
         None, "Folder of an adapter. It names its model, so model_name_or_path may be left out.", kind="path"
     )
-    task: str | None = key(None, "Tasks of lm-evaluation-harness, separated by commas.", kind="text")
+    task: str | None = key(None, "Required. Tasks of lm-evaluation-harness, separated by commas.", kind="text")
     task_dir: str | None = key(None, "Folder with the YAMLs of your own tasks.", kind="path")
     n_shot: int | None = key(None, "Number of examples in each prompt. Defaults to the task's.", kind="integer", low=0)
     max_samples: int | None = key(
         None, "Number of documents of each task, from the first. Defaults to all.", kind="integer", low=1
     )
-    batch_size: int = key(16, "Rows in a forward pass. It does not change results.", low=1)
+    batch_size: int = key(16, "Rows in a forward pass. Results agree for every value, up to rounding.", low=1)
     save_dir: str | None = key(
         None,
-        "Folder of the results. Finished requests are kept there: the same command goes on where it was interrupted.",
+        "Folder of the results; without it they are only printed. Finished requests are kept there, and the same "
+        "command goes on where it was interrupted.",
         kind="path",
     )
     template: str | None = key(
@@ -54,8 +55,8 @@ class EvalKeys:
     )
     likelihood_samples: int | None = key(
         None,
-        "Masks from which the likelihood of an answer is estimated. With scoring: bound, all masks are computed where "
-        "there are no more. Defaults to 32, with scoring: llada to 128.",
+        "Number of random masks from which the likelihood of an answer is estimated. With scoring: bound, an answer "
+        "with at most that many masks gets all of them. Defaults to 32, with scoring: llada to 128.",
         kind="integer",
         low=16,
     )

@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 _KEYS = keys_of(EvalKeys)
 # Keys of other decoders in tasks; they have no meaning for a diffusion model.
 _WITHOUT_MEANING = ("num_beams", "early_stopping", "length_penalty", "num_return_sequences", "use_cache")
-# The slowest process of an evaluation may need long.
+# How long a process waits for the slowest one.
 _TIMEOUT = timedelta(days=7)
-# Compute -> (key of the request, its result), as soon as each is finished.
+# What a computation yields for each finished request: its key and its result.
 _Results = Iterator[tuple[str, dict[str, Any]]]
 
 
@@ -69,9 +69,9 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
         Args:
             pretrained: folder or Hub name of a diffusion model, or folder of an adapter.
-            device: see `load`; a GPU that does not exist is replaced by the CPU.
+            device: see `load`; without CUDA, a cuda device is replaced by the CPU.
             dtype: of the weights, one of those of `EvalKeys.infer_dtype`.
-            batch_size: rows in a forward pass. It does not change results.
+            batch_size: rows in a forward pass; results agree for every value, up to rounding.
             max_batch_size: not used.
             scoring: how answers are scored; see `AnswerScorer`.
             likelihood_samples: masks of an answer; see `AnswerScorer`.
@@ -114,8 +114,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
             batch_size=self.batch_size,
         )
         self._template = None if template is None else self.generator.config.template
-        self._template_applied = self._template is not None
-        self._log.use(self._fingerprint())
+        self._template_settled = self._template is not None
+        self._log.read_earlier(self._result_settings())
         self._counted: set[str] = set()
         self._passes: Counter[str] = Counter()
         self._squared_errors: Counter[str] = Counter()
@@ -146,8 +146,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """Return the objects of all processes on process `dst`, None on the others.
 
-        The harness deals documents out in turn and joins the lists that it gathers. They are returned in the
-        documents' order, so that what depends on it, such as a bootstrapped error, is that of one process.
+        Process r of R has documents r, r + R, ..., and the harness concatenates the lists that it gathers. Here they
+        are interleaved into the documents' order, so that a bootstrapped error is the same as with one process.
         """
         everything = _gathered(obj)
         return _in_turn(everything) if self.rank == dst else None
@@ -180,7 +180,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation under the tokenizer's chat template."""
-        self._template_applied = True
+        self._template_settled = True
         text: str = self.generator.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -195,7 +195,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
             self._totals = (self._passes, self._squared_errors, self._n_likelihoods)
         passes, squared, count = self._totals
         return {
-            "model_settings": self._fingerprint(),
+            "model_settings": self._result_settings(),
             "forward_passes": dict(sorted(passes.items())),
             "likelihood_standard_error": {task: (squared[task] / n) ** 0.5 for task, n in sorted(count.items())},
         }
@@ -208,11 +208,11 @@ class DiffusionLM(LM):  # type: ignore[misc]
         The second value costs forward passes. It is computed where a document has a single request, and else False.
         """
         self._warn_of_template()
-        choices = {(self._key("", request), _document(request)) for request in requests}
+        choices = {(self._key("", request), _document_id(request)) for request in requests}
         n_choices = Counter(document for _, document in choices)
         keys, answers = [], {}
         for request in requests:
-            needs_greedy = n_choices[_document(request)] == 1
+            needs_greedy = n_choices[_document_id(request)] == 1
             keys.append(self._key("greedy" if needs_greedy else "likelihood", request))
             if keys[-1] not in answers:
                 answers[keys[-1]] = (self._answer(request), needs_greedy)
@@ -232,8 +232,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
             for window in get_rolling_token_windows(self.generator.codec.encode(text), -1, limit - 1, 1):
                 context, ids = make_disjoint_window(window)
                 parts.append(f"{self._key('rolling', request)}-{len(parts)}")
-                context = self._started([token for token in context if token >= 0])
-                answers[parts[-1]] = (Answer(tuple(context), tuple(ids), _number(_document(request))), False)
+                context = self._with_start([token for token in context if token >= 0])
+                answers[parts[-1]] = (Answer(tuple(context), tuple(ids), _noise_index(_document_id(request))), False)
             keys.append(parts)
         found = self._finish(answers, self._score, disable_tqdm)
         for request, parts in zip(requests, keys, strict=True):
@@ -247,7 +247,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
         keys, wanted = [], {}
         for request in requests:
             base = self._key("generate", request)
-            # Repeats are further samples; what the harness adds to give all processes as many is none.
+            # The first `repeats` copies of a request are separate samples. Later copies are the harness's padding,
+            # which gives all processes as many requests; they reuse a result.
             keys.append(f"{base}-{seen[base] % (request.repeats or 1)}")
             seen[base] += 1
             wanted[keys[-1]] = request
@@ -260,12 +261,12 @@ class DiffusionLM(LM):  # type: ignore[misc]
         self, wanted: Mapping[str, Any], compute: Callable[[Mapping[str, Any]], _Results], hide_progress: bool
     ) -> dict[str, Any]:
         """Return the results of requests by key; those of an earlier run are read, the others computed and kept."""
-        rest = {key: value for key, value in wanted.items() if key not in self._log.found}
+        rest = {key: value for key, value in wanted.items() if key not in self._log.results}
         with tqdm(total=len(rest), desc="requests", disable=hide_progress or self.rank > 0) as progress:
             for key, result in compute(rest):
                 self._log.add(key, result)
                 progress.update()
-        return self._log.found
+        return self._log.results
 
     def _count(self, request: Instance, key: str, results: Sequence[Mapping[str, Any]]) -> None:
         """Count the forward passes of a request once, and the squared error of its likelihood."""
@@ -309,10 +310,10 @@ class DiffusionLM(LM):  # type: ignore[misc]
             for low in range(0, len(canvases), self.batch_size):
                 keys, batch, untils = zip(*canvases[low : low + self.batch_size], strict=True)
                 sized = [each.canvas for each in self.generator.sized(batch, settings)]
-                indices = [_number(key) for key in keys]
+                indices = [_noise_index(key) for key in keys]
                 texts: list[Generated] = self.generator.sample_batch(sized, settings, sample_indices=indices)
                 for key, text, until in zip(keys, texts, untils, strict=True):
-                    yield key, {"value": _before(text.predict, until), "passes": text.num_forward_passes}
+                    yield key, {"value": _cut_at_stop(text.predict, until), "passes": text.num_forward_passes}
 
     def _canvas(self, ids: Sequence[int], n_tokens: int) -> Canvas:
         if not ids:
@@ -335,9 +336,9 @@ class DiffusionLM(LM):  # type: ignore[misc]
     def _answer(self, request: Instance) -> Answer:
         """Return a continuation with its context.
 
-        Their ids are those of the joined text, and the spaces between belong to the continuation, as does a token
-        that reaches over both. Under a template the continuation is an answer of its own, without a space before it,
-        as in training.
+        Without a template the joined text is tokenised. The continuation begins at the first token that differs from
+        those of the context without its trailing spaces, so it includes the spaces between, and a token that spans
+        both. With a template the continuation is tokenised alone, without leading spaces, as in training.
 
         Raises:
             ValueError: if the continuation is empty, or too long for the model.
@@ -354,10 +355,13 @@ class DiffusionLM(LM):  # type: ignore[misc]
             ids = whole[n_common:]
             before = self._cut(request, before[:n_common], len(ids))
         if not ids:
-            raise ValueError(f"task: {request.task_name}, document {request.doc_id}: the continuation is empty")
-        return Answer(tuple(self._started(before)), tuple(ids), _number(_document(request)))
+            raise ValueError(
+                f"task: {request.task_name}, document {request.doc_id}: the answer {continuation!r} has no tokens; "
+                "correct doc_to_target or doc_to_choice in the task's YAML"
+            )
+        return Answer(tuple(self._with_start(before)), tuple(ids), _noise_index(_document_id(request)))
 
-    def _started(self, context: list[int]) -> list[int]:
+    def _with_start(self, context: list[int]) -> list[int]:
         """Return a context with the start token if the model needs one."""
         start = self.generator.start_id
         needs = start is not None and (not context or (self._template is None and context[0] != start))
@@ -404,14 +408,15 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     def _too_long(self, request: Instance, n_tokens: int) -> str:
         return (
-            f"task: {request.task_name}, document {request.doc_id}: {n_tokens} tokens exceed the model's "
-            f"{max_positions(self.generator.model.config)} positions; lower max_new_tokens, or take a model with more"
+            f"task: {request.task_name}, document {request.doc_id}: {n_tokens} tokens, with the start token or "
+            f"template before them, do not fit the model's {max_positions(self.generator.model.config)} positions; "
+            "lower max_new_tokens for a generated text, or leave the task out"
         )
 
     def _warn_of_template(self) -> None:
         template = self.generator.config.template
-        if template is not None and not self._template_applied:
-            self._template_applied = True  # once
+        if template is not None and not self._template_settled:
+            self._template_settled = True  # warn once
             logger.warning(
                 "%s was finetuned with the template %s, and prompts come without it; set template: %s",
                 self.path,
@@ -419,8 +424,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
                 template.name,
             )
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """Return all that results depend on."""
+    def _result_settings(self) -> dict[str, Any]:
+        """Return the settings that kept results must agree with: those of the model, the tokenizer and the keys."""
         generator, lengths = self.generator, self.generator.sizer.lengths
         tokenizer = getattr(generator.tokenizer, "backend_tokenizer", None)
         vocabulary = generator.tokenizer.get_vocab() if tokenizer is None else tokenizer.to_str()
@@ -442,7 +447,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
         }
 
     def _key(self, kind: str, request: Instance) -> str:
-        return digest([kind, _document(request), list(request.args)])
+        """Return the key of a request's result: a digest of kind, document and arguments."""
+        return digest([kind, _document_id(request), list(request.args)])
 
 
 def read_generation_keys(options: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
@@ -457,7 +463,8 @@ def read_generation_keys(options: Mapping[str, Any]) -> tuple[int, list[str], di
     try:
         known: dict[str, Any] = dict(normalize_gen_kwargs(options, _KEYS["max_new_tokens"].default or 256))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"temperature and max_gen_toks must be numbers ({error})") from error
+        given = {name: options.get(name) for name in ("temperature", "max_gen_toks")}
+        raise ValueError(f"temperature and max_gen_toks must be numbers, got {given}") from error
     n_tokens, until = known.pop("max_gen_toks"), known.pop("until", [])
     if n_tokens < 1:
         raise ValueError(f"max_gen_toks: {n_tokens} must be at least 1")
@@ -473,18 +480,18 @@ def read_generation_keys(options: Mapping[str, Any]) -> tuple[int, list[str], di
     return n_tokens, [stop for stop in until if stop], keys
 
 
-def _before(text: str, until: Sequence[str]) -> str:
+def _cut_at_stop(text: str, until: Sequence[str]) -> str:
     """Return the text before the first of the stop strings."""
     return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
 
 
-def _document(request: Instance) -> str:
+def _document_id(request: Instance) -> str:
     """Return what identifies a request's document: its task, number and content."""
     return digest([request.task_name, request.doc_id, request.doc])
 
 
-def _number(key: str) -> int:
-    """Return a number of 31 bits for a key."""
+def _noise_index(key: str) -> int:
+    """Return a number of 31 bits that keys the noise of a request."""
     return int(digest(key)[:8], 16) >> 1
 
 
@@ -527,7 +534,7 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def _in_turn(parts: Sequence[Any]) -> list[Any]:
-    """Return the lists in `parts`, which hold the items of rank 0, 1, ... in turn, as those of one process.
+    """Interleave the lists of all ranks into the order of one process.
 
     Args:
         parts: of each rank, a list or a mapping of such values.

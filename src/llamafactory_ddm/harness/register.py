@@ -7,8 +7,8 @@ from types import ModuleType
 NAME = "llamafactory_ddm"
 
 
-def after_models(module: ModuleType) -> None:
-    """Register the model type after `lm_eval.models` is loaded; its class is imported when a run asks for it."""
+def register_model(module: ModuleType) -> None:
+    """Register the model type once `lm_eval.models` is imported; its class is imported when a run asks for it."""
     from lm_eval.api.registry import model_registry
 
     if NAME not in model_registry:

@@ -22,7 +22,7 @@ class ResultLog:
         Raises:
             OSError: if the folder cannot be written.
         """
-        self.found: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
         self.fingerprint = ""
         self._folder = folder
         self._file: IO[str] | None = None
@@ -34,7 +34,7 @@ class ResultLog:
             if is_cut:  # a process was killed while it wrote this line
                 self._file.write("\n")
 
-    def use(self, settings: Mapping[str, Any]) -> None:
+    def read_earlier(self, settings: Mapping[str, Any]) -> None:
         """Read the results that earlier runs kept for these settings."""
         self.fingerprint = digest(settings)
         for path in sorted(self._folder.glob("requests-*.jsonl")) if self._folder is not None else ():
@@ -44,11 +44,11 @@ class ResultLog:
                 except ValueError:
                     continue  # a line that was cut
                 if entry["settings"] == self.fingerprint:
-                    self.found[entry["request"]] = entry["result"]
+                    self.results[entry["request"]] = entry["result"]
 
     def add(self, request: str, result: Any) -> None:
         """Keep the result of a request."""
-        self.found[request] = result
+        self.results[request] = result
         if self._file is not None:
             entry = {"settings": self.fingerprint, "request": request, "result": result}
             self._file.write(json.dumps(entry) + "\n")

@@ -45,7 +45,7 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
     for name in names:
         _check_task(name, manager, keys)
     model = DiffusionLM(
-        _path(keys),
+        _model_or_adapter(keys),
         dtype=keys.infer_dtype,
         batch_size=keys.batch_size,
         scoring=keys.scoring,
@@ -68,7 +68,10 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
             bootstrap_iters=1000,
         )
     except (TemplateError, UndefinedError) as error:
-        raise ValueError(f"task: {keys.task}: a template of a task does not fit its documents ({error})") from error
+        raise ValueError(
+            f"task: {keys.task}: a Jinja expression (doc_to_text, doc_to_target, doc_to_choice) "
+            f"fails on the documents ({error}); correct the task's YAML"
+        ) from error
     if results is None:
         return None
     results["versions_of_packages"] = {name: metadata.version(name) for name in _PACKAGES}
@@ -77,7 +80,7 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
 
 
 def _task_manager(keys: EvalKeys) -> TaskManager:
-    """Return what finds tasks; if all are the user's own, without the harness's thousands, which take seconds."""
+    """Return the task manager; if task_dir holds all tasks, the harness's own are not indexed, which takes seconds."""
     if keys.task_dir is not None:
         own = TaskManager(include_path=keys.task_dir, include_defaults=False)
         if set(keys.tasks) <= set(own.all_subtasks):
@@ -85,22 +88,22 @@ def _task_manager(keys: EvalKeys) -> TaskManager:
     return TaskManager(include_path=keys.task_dir)
 
 
-def _path(keys: EvalKeys) -> str:
+def _model_or_adapter(keys: EvalKeys) -> str:
     """Return what to load: the adapter, which names its model, or the model.
 
     Raises:
-        ValueError: if the adapter is none, or names another model.
+        ValueError: if the folder holds no adapter, or the adapter names another model.
     """
     if keys.adapter_name_or_path is None:
         return str(keys.model_name_or_path)
     adapter = Path(keys.adapter_name_or_path)
     if not (adapter / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"adapter_name_or_path: {adapter} holds no {ADAPTER_CONFIG}, so it is no adapter")
+        raise ValueError(f"adapter_name_or_path: {adapter} holds no {ADAPTER_CONFIG}; name the folder of an adapter")
     base, given = base_of(adapter), keys.model_name_or_path
     if given is not None and given != base and Path(given).resolve() != Path(base).resolve():
         raise ValueError(
             f"model_name_or_path: {given} is not the model of the adapter {adapter}, which is {base}; remove "
-            "model_name_or_path, or name that"
+            f"model_name_or_path, or set it to {base}"
         )
     return str(adapter)
 
@@ -114,11 +117,14 @@ def _check_task(name: str, manager: TaskManager, keys: EvalKeys) -> None:
     try:
         loaded = manager.load([name])["tasks"]
     except ModuleNotFoundError as error:
-        raise ValueError(f"task: {name} needs a package: pip install {error.name}") from error
+        raise ValueError(
+            f"task: {name} needs the Python module {error.name}: install the package that has it"
+        ) from error
     except (OSError, DatasetGenerationError) as error:
         raise ValueError(
-            f"task: {name}: its data set cannot be read ({_first_line(error)}); run once with network access, or copy "
-            "the task's YAML into task_dir, with dataset_path: json and data_files that name a local copy"
+            f"task: {name}: its data set cannot be read ({_first_line(error)}). Paths of data_files are relative to "
+            f"{Path.cwd()}. For a data set on the Hub, run once with network access, or copy the task's YAML into "
+            "task_dir, with dataset_path: json and data_files that name a local copy"
         ) from error
     except Exception as error:
         raise ValueError(f"task: {name} cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
@@ -133,7 +139,9 @@ def _check_task(name: str, manager: TaskManager, keys: EvalKeys) -> None:
             raise ValueError(f"task: {name}: generation_kwargs: {error}") from error
         metrics = [metric.get("metric") for metric in config.metric_list or ()]
         if task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in metrics:
-            raise ValueError(f"task: {name}: exact_match of a multiple choice is not computed; use acc")
+            raise ValueError(
+                f"task: {name}: exact_match is not computed for multiple choice; use acc in a copy of its YAML"
+            )
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """Likelihoods of answers: the evidence bound of each, with its standard error, batched over questions and choices.
 
-Rows that are equal after masking are computed once: the choices of a question are masked at the same positions, so
-they become equal wherever all that distinguishes them is masked.
+Rows that are equal after masking are computed once. Choices of a question that have the same number of tokens are
+masked at the same positions, so their rows are equal where every token that differs is masked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..generation.generator import TextGenerator
 # How answers are scored -> masks of an answer, unless the user sets another number.
 SAMPLES = {"bound": 32, "llada": 128, "diffullama": 32}
 _DRAW = {"bound": balanced_masks, "llada": llada_masks, "diffullama": diffullama_masks}
-# Tokens of the rows that are planned at once; it bounds the memory, and equal rows are found within it.
+# Limit on the tokens of the masked rows that are built together. It bounds memory; equal rows are found among these.
 _TOKENS_AT_ONCE = 2**19
 
 
@@ -53,7 +53,7 @@ class AnswerScore:
     Attributes:
         log_likelihood: minus the evidence bound, in nats: a lower bound of log p(answer | context), up to the error.
         standard_error: of `log_likelihood`, in nats; 0 if every mask was computed.
-        passes: forward passes, those shared with other answers included.
+        passes: number of masks; a row that is shared with other answers counts for each.
     """
 
     log_likelihood: float
