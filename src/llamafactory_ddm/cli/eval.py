@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .yaml_command import usage_status
+
 USAGE = """usage: llamafactory-ddm eval x.yaml [key=value ...]
 
 Evaluate a diffusion model on tasks of lm-evaluation-harness and print a table. The keys are in docs/keys.md.
@@ -15,12 +17,9 @@ Example: examples/eval/tiny_gpt2_stories.yaml
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
-    if argv and argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    if not argv or not argv[0].endswith((".yaml", ".yml", ".json")):
-        print(USAGE, end="", file=sys.stderr)
-        return 2
+    status = usage_status(argv, USAGE)
+    if status is not None:
+        return status
     try:
         from ..harness.keys import read_keys
         from ..harness.run import evaluate, save, table

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from .yaml_command import usage_status
+
 USAGE = """usage: llamafactory-ddm fit-length x.yaml [key=value ...]
 
 Train the length predictors of a model on `dataset`, calibrate their thresholds on `eval_dataset`, report the quality
@@ -15,12 +17,9 @@ learning_rate, num_train_epochs and length_coverage apply to the predictors. Exa
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
-    if argv and argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    if not argv or not argv[0].endswith((".yaml", ".yml", ".json")):
-        print(USAGE, end="", file=sys.stderr)
-        return 2
+    status = usage_status(argv, USAGE)
+    if status is not None:
+        return status
     from .._autoload import activate
 
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # upstream refuses one process with several devices

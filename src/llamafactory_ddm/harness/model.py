@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter, defaultdict
@@ -350,8 +351,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
             before = self._context(request, context, len(ids))
         else:
             before, whole = encode(context.rstrip()), encode(context + continuation)
-            n_common = next((i for i, pair in enumerate(zip(before, whole, strict=False)) if pair[0] != pair[1]), None)
-            n_common = min(len(before), len(whole)) if n_common is None else n_common
+            pairs = zip(before, whole, strict=False)  # the joined text may have fewer tokens
+            n_common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             ids = whole[n_common:]
             before = self._cut(request, before[:n_common], len(ids))
         if not ids:

@@ -126,7 +126,7 @@ def _check_task(name: str, manager: TaskManager, keys: EvalKeys) -> None:
             f"{Path.cwd()}. For a data set on the Hub, run once with network access, or copy the task's YAML into "
             "task_dir, with dataset_path: json and data_files that name a local copy"
         ) from error
-    except Exception as error:
+    except Exception as error:  # any: a task is YAML, Jinja and Python of its author
         raise ValueError(f"task: {name} cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
     for task in loaded.values():
         if getattr(task, "UNSAFE_CODE", False) and not keys.run_generated_code:

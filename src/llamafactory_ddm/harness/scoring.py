@@ -135,7 +135,7 @@ class AnswerScorer:
         return [sets[key] for key in keys]
 
     def _index(self, answer: Answer) -> int:
-        """Return the index of an answer's random numbers; the published ways draw them anew for each choice."""
+        """Return the index of an answer's random numbers; the published methods draw new ones for each choice."""
         if self.scoring == "bound":
             return answer.question
         return zlib.crc32(repr((answer.question, answer.ids)).encode())
