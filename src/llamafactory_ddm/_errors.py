@@ -6,9 +6,11 @@ Python caller of `run_exp` gets the exception. Only the standard library is impo
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,11 +86,24 @@ def _report(kind: type[BaseException], error: BaseException, frames: TracebackTy
     is_interruption = _is_interruption(error)
     if Path(sys.argv[0]).stem != "torchrun":
         sys.stderr.write(f"\n{line}\n" if is_interruption else f"\nerror: {line}\n")
-    if is_interruption and not issubclass(kind, KeyboardInterrupt):
-        # Python ends a process with SIGINT only where the interruption is the exception itself.
-        sys.stderr.flush()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+    if is_interruption:
+        _end_by_sigint()
+
+
+def _end_by_sigint() -> None:
+    """End the process as Ctrl-C does, so that a shell script stops with it.
+
+    Python does so by itself only where KeyboardInterrupt is the exception itself, and not even there if a string is
+    evaluated afterwards, as in defining a namedtuple at exit: the status is 1 then.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _is_interruption(error: BaseException | None) -> bool:

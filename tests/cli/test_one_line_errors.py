@@ -64,23 +64,36 @@ def test_an_interruption_that_a_library_turned_into_its_own_error(diffusion_comm
     assert message_of(save).startswith("interrupted")
 
 
-ENDS = """
-import sys
+START = """
+import atexit, sys
 from llamafactory_ddm import _errors
 sys.argv = ["/bin/llamafactory-cli", "stage=ddm"]
 _errors.install()
+"""
+INTERRUPTIONS = {
+    "as it is": "raise KeyboardInterrupt",
+    "turned into an error of a library": """
 try:
     raise KeyboardInterrupt
 except KeyboardInterrupt:
     raise RuntimeError("unexpected pos")
-"""
+""",
+    # Python forgets then that the process is to end by SIGINT, and ends it with status 1.
+    "and a string is evaluated at exit": """
+atexit.register(lambda: exec("1"))
+raise KeyboardInterrupt
+""",
+}
 
 
-def test_it_ends_the_process_as_an_interruption_does():
+@pytest.mark.parametrize("name", INTERRUPTIONS)
+def test_it_ends_the_process_by_sigint_after_the_exit_handlers(name):
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", ENDS], env=env, capture_output=True, text=True, check=False)
+    code = START + "atexit.register(print, 'exit handlers', end='')\n" + INTERRUPTIONS[name]
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGINT, done.stderr
     assert done.stderr.strip() == "interrupted."
+    assert done.stdout == "exit handlers"
 
 
 def test_a_variable_shows_the_traceback(diffusion_command, monkeypatch):
