@@ -93,7 +93,9 @@ def test_results_do_not_depend_on_batch_order_or_company(folder, batch_size):
 def test_a_repeated_request_is_one_choice(folder, monkeypatch):
     """The harness repeats a request to give all processes as many; greedy decoding is still computed for it, once."""
     model, asked = DiffusionLM(str(folder)), []
-    monkeypatch.setattr(model.scorer, "is_greedy", lambda answer: (asked.append(answer), (True, 3))[1])
+    monkeypatch.setattr(
+        model.scorer, "are_greedy", lambda answers: asked.extend(answers) or [(True, 3)] * len(answers)
+    )
     found = model.loglikelihood(likelihoods(("dog", " cat")) * 2)
     assert [flag for _, flag in found] == [True, True] and len(asked) == 1
     assert model.get_model_info()["forward_passes"] == {"task": 2 ** len(asked[0].ids) - 1 + 3}
@@ -105,7 +107,7 @@ def test_a_repeated_request_is_one_choice(folder, monkeypatch):
 def test_documents_of_equal_content_are_two_documents(folder, monkeypatch):
     """With other examples before them, the twins have two prompts; each is asked as if it were alone."""
     model = DiffusionLM(str(folder))
-    monkeypatch.setattr(model.scorer, "is_greedy", lambda answer: (True, 1))
+    monkeypatch.setattr(model.scorer, "are_greedy", lambda answers: [(True, 1)] * len(answers))
     twins = [
         Instance("loglikelihood", {"text": "x"}, (context, " cat"), 0, ("task", row, 1))
         for row, context in enumerate(("dog", "a dog"))

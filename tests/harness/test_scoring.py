@@ -121,17 +121,23 @@ def test_parts_keep_a_question_together(generator, monkeypatch):
     assert all(len(part) % 2 == 0 for part in parts)
 
 
-def test_greedy_is_what_the_sampler_writes(generator):
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_greedy_is_what_the_sampler_writes(generator, batch_size):
+    right, wrong = [], []
     for context, n in (("dog", 1), ("dog", 3), ("a cat", 5)):
         canvas = generator.from_prompt(context, n)
         settings = SamplingSettings(diffusion_steps=n, logits=LogitsConfig(0.0), early_stop="none")
         filled = generator.writer.write([canvas], settings, sample_indices=[0])[0]
         ids = tuple(filled.ids[-n:])
         context_ids = tuple(canvas.ids[:-n])
-        scorer = AnswerScorer(generator)
-        assert scorer.is_greedy(Answer(context_ids, ids, 0)) == (True, n)
-        wrong = (*ids[:-1], (ids[-1] + 1) % 50)
-        assert scorer.is_greedy(Answer(context_ids, wrong, 0))[0] is False
+        right.append(Answer(context_ids, ids, 0))
+        wrong.append(Answer(context_ids, (*ids[:-1], (ids[-1] + 1) % 50), 0))
+    scorer = AnswerScorer(generator, batch_size=batch_size)
+    found = scorer.are_greedy([*right, *wrong])
+    assert found[:3] == [(True, 1), (True, 3), (True, 5)]
+    assert [is_right for is_right, _ in found[3:]] == [False] * 3
+    assert scorer.forward_rows == sum(passes for _, passes in found)
+    assert scorer.are_greedy([]) == []
 
 
 @pytest.mark.parametrize("scoring", ["llada", "diffullama"])

@@ -39,6 +39,8 @@ _KEYS = keys_of(EvalKeys)
 _WITHOUT_MEANING = ("num_beams", "early_stopping", "length_penalty", "num_return_sequences", "use_cache")
 # How long a process waits for the slowest one.
 _TIMEOUT = timedelta(days=7)
+# Answers that are decoded together, in batches: as some end, the others fill the batches.
+_GREEDY_BATCHES = 8
 # What a computation yields for each finished request: its key and its result.
 _Results = Iterator[tuple[str, dict[str, Any]]]
 
@@ -281,18 +283,21 @@ class DiffusionLM(LM):  # type: ignore[misc]
             self._n_likelihoods[task] += 1
 
     def _score(self, wanted: Mapping[str, tuple[Answer, bool]]) -> _Results:
-        scored = self.scorer.score([answer for answer, _ in wanted.values()])
-        for (key, (answer, needs_greedy)), score in zip(wanted.items(), scored, strict=True):
-            is_greedy, passes = self.scorer.is_greedy(answer) if needs_greedy else (False, 0)
-            yield (
-                key,
-                {
-                    "value": round(score.log_likelihood, 4),
-                    "error": round(score.standard_error, 4),
-                    "greedy": is_greedy,
-                    "passes": score.passes + passes,
-                },
-            )
+        scored = zip(wanted.items(), self.scorer.score([answer for answer, _ in wanted.values()]), strict=True)
+        while part := list(itertools.islice(scored, _GREEDY_BATCHES * self.batch_size)):
+            keys = [key for (key, (_, needs_greedy)), _ in part if needs_greedy]
+            greedy = dict(zip(keys, self.scorer.are_greedy([wanted[key][0] for key in keys]), strict=True))
+            for (key, _), score in part:
+                is_greedy, passes = greedy.get(key, (False, 0))
+                yield (
+                    key,
+                    {
+                        "value": round(score.log_likelihood, 4),
+                        "error": round(score.standard_error, 4),
+                        "greedy": is_greedy,
+                        "passes": score.passes + passes,
+                    },
+                )
 
     def _generate(self, wanted: Mapping[str, Instance]) -> _Results:
         jobs: dict[str, list[tuple[str, Canvas, list[str]]]] = defaultdict(list)

@@ -155,34 +155,55 @@ class AnswerScorer:
                 bound, error = bound_and_error(cost, plan)
                 yield AnswerScore(-bound, error, len(plan.is_masked))
 
-    def is_greedy(self, answer: Answer) -> tuple[bool, int]:
-        """Tell whether greedy decoding generates an answer, given its length, and in how many forward passes.
+    def are_greedy(self, answers: Sequence[Answer]) -> list[tuple[bool, int]]:
+        """Tell for each answer whether greedy decoding generates it, given its length, and in how many forward passes.
 
         As `low_confidence` at temperature 0 does with one token a step, each pass commits the most probable token of
         all masked positions. It ends at the first that differs from the answer.
         """
-        n_context, length = len(answer.context), len(answer.context) + len(answer.ids)
-        editable = [False] * n_context + [True] * len(answer.ids)
-        device = self.generator.model.device
-        for passes in range(1, len(answer.ids) + 1):
-            canvas = Canvas(answer.context + answer.ids, tuple(editable))
-            positions = torch.tensor([position for position in range(length) if editable[position]])
-            best, offset = (-torch.inf, 0, 0), 0
-            with self.generator.sizer.denoiser([canvas]) as (batch, denoiser):
-                z = batch.x.masked_fill(batch.editable, self.generator.config.mask_token_id).to(device)
-                for logits in denoiser(z, positions.to(device)):
-                    values = logits.float()
-                    top, token = (values - values.logsumexp(dim=1, keepdim=True)).max(dim=1)
-                    _check_finite(top)
-                    row = int(top.argmax())
-                    best = max(best, (float(top[row]), -int(positions[offset + row]), int(token[row])))
-                    offset += len(logits)
-            self.forward_rows += 1
-            position = -best[1]
-            if best[2] != answer.ids[position - n_context]:
-                return False, passes
-            editable[position] = False
-        return True, len(answer.ids)
+        masked = [set(range(len(answer.ids))) for answer in answers]
+        passes = [0] * len(answers)
+        is_right = [True] * len(answers)
+        order = sorted(range(len(answers)), key=lambda row: len(answers[row].context + answers[row].ids))
+        while order:
+            for low in range(0, len(order), self.batch_size):
+                rows = order[low : low + self.batch_size]
+                found = self._most_probable([answers[row] for row in rows], [masked[row] for row in rows])
+                for row, (token, token_id) in zip(rows, found, strict=True):
+                    passes[row] += 1
+                    masked[row].remove(token)
+                    is_right[row] = token_id == answers[row].ids[token]
+            order = [row for row in order if is_right[row] and masked[row]]
+        return list(zip(is_right, passes, strict=True))
+
+    def _most_probable(self, answers: Sequence[Answer], masked: Sequence[set[int]]) -> list[tuple[int, int]]:
+        """Return, for each answer, the masked token with the most probable prediction, and the predicted id.
+
+        Of equal probabilities the first token counts.
+        """
+        canvases = []
+        for answer, tokens in zip(answers, masked, strict=True):
+            n_context = len(answer.context)
+            editable = [False] * n_context + [token in tokens for token in range(len(answer.ids))]
+            canvases.append(Canvas(answer.context + answer.ids, tuple(editable)))
+        self.forward_rows += len(canvases)
+        tops, ids = [], []
+        with self.generator.sizer.denoiser(canvases) as (batch, denoiser):
+            z = batch.x.masked_fill(batch.editable, self.generator.config.mask_token_id)
+            positions = batch.editable.flatten().nonzero()[:, 0]
+            for logits in denoiser(z.to(self.generator.model.device), positions.to(self.generator.model.device)):
+                values = logits.float()
+                top, token_id = (values - values.logsumexp(dim=1, keepdim=True)).max(dim=1)
+                tops.append(top.cpu())
+                ids.append(token_id.cpu())
+        top, token_id = torch.cat(tops), torch.cat(ids)
+        _check_finite(top)
+        results, first = [], 0
+        for tokens in masked:
+            best = int(top[first : first + len(tokens)].argmax())
+            results.append((sorted(tokens)[best], int(token_id[first + best])))
+            first += len(tokens)
+        return results
 
     def _parts(self, answers: Sequence[Answer]) -> Iterator[Sequence[Answer]]:
         """Yield answers in parts of bounded size; a question is in one part."""
