@@ -1,12 +1,17 @@
-"""What a multiple-choice question costs, against a plain loop with the same standard error.
+"""What evaluation costs, against plain loops: a multiple-choice question, and texts of `generate_until`.
 
     python benchmarks/evaluation.py [--model saves/tiny_gpt2/full/ddm] [--questions 8] [--rounds 2]
 
-The plain loop computes one forward pass for each mask and choice, with logits at every position. Its masks are those
-of `scoring: llada`. A few of its passes are timed. How many it needs for the standard error of `scoring: bound`
-follows from the real errors of both: the spread over repeated draws for the same answers. A question is a held-out
-story; its choices are the last 12 tokens, and three copies with one token changed. Seconds are CPU time, measured in
-turn. `small` is a GPT-2 small with random weights; it is charged the passes that the trained model needs.
+For a question the standard error is the same in both ways. The plain loop computes a forward pass for each mask and
+choice, with logits at every position. Its masks are those of `scoring: llada`. A few of its passes are timed. How many
+it needs for the error of `scoring: bound` follows from the real errors of both: the spread over repeated draws
+for the same answers. A question is a held-out story; its choices are the last 12 tokens, and three copies with one
+token changed. Seconds are CPU time, measured in turn. `small` is a GPT-2 small with random weights; it is charged the
+passes that the trained model needs.
+
+Texts are greedy `low_confidence` continuations of held-out stories, with the same number of steps in both ways: one
+text at a time with logits at every position, against batches. A last word in the style of LAMBADA has 3 tokens in 3
+steps; a solution in the style of GSM8K 64 tokens in 32. On a GPU wall time is measured.
 """
 
 from __future__ import annotations
@@ -22,13 +27,17 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llamafactory_ddm import TextGenerator, load
+from llamafactory_ddm.data.canvas import Canvas
 from llamafactory_ddm.harness.scoring import SAMPLES, Answer, AnswerScorer
 from llamafactory_ddm.modeling.bidirectional import full_attention_mask, make_bidirectional
 from llamafactory_ddm.modeling.model_info import dtype_of
+from llamafactory_ddm.sampling import SamplingSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, CHOICES = 12, 4
 CLAIMED = 0.25
+TEXTS = {"last word": (3, 3, 0.9), "solution": (64, 32, 1.0)}  # tokens, steps, claimed ratio
+BATCH = 32
 
 
 def questions(model: TextGenerator, count: int) -> list[Answer]:
@@ -79,12 +88,73 @@ def plain_seconds(model: TextGenerator, answers: list[Answer], passes: int) -> f
     return (time.process_time() - begin) / passes
 
 
+def now(model: TextGenerator) -> float:
+    """Return CPU seconds, or on a GPU the time when all kernels have finished."""
+    if model.model.device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+@torch.inference_mode()
+def plain_text(model: TextGenerator, canvas: Canvas, steps: int) -> list[int]:
+    """Return the ids of one text, a forward pass with logits at every position for each step."""
+    z = torch.tensor([canvas.ids], device=model.model.device)
+    is_masked = torch.tensor(canvas.editable, device=z.device)
+    z[0, is_masked] = model.config.mask_token_id
+    mask = full_attention_mask(
+        model.model,
+        batch=1,
+        length=z.shape[1],
+        is_padding=None,
+        visible=None,
+        dtype=dtype_of(model.model),
+        device=z.device,
+    )
+    n = int(is_masked.sum())
+    for step in range(1, steps + 1):
+        logits = model.model(input_ids=z, attention_mask=mask, use_cache=False).logits[0].float()
+        if model.config.shift:
+            logits = torch.cat([logits[:1], logits[:-1]])
+        logits[:, model.config.mask_token_id] = -torch.inf
+        confidence, tokens = logits.softmax(dim=1).max(dim=1)
+        k = int(is_masked.sum()) - n * (steps - step) // steps
+        chosen = confidence.masked_fill(~is_masked, -1.0).topk(k).indices
+        z[0, chosen] = tokens[chosen]
+        is_masked[chosen] = False
+    return [int(token) for token in z[0]]
+
+
+def text_ratios(model: TextGenerator, prompts: list[list[int]], tokens: int, steps: int, rounds: int) -> list[float]:
+    """Return, for each round, the time of batches over the time of the plain loop; its time is that of 4 texts."""
+    keys = {"diffusion_steps": steps, "denoising_strategy": "low_confidence", "temperature": 0.0, "early_stop": "none"}
+    settings = model.settings(SamplingSettings(), **keys)
+    canvases = [model.from_prompt(prompt, tokens) for prompt in prompts]
+    ratios = []
+    for _ in range(rounds):
+        begin = now(model)
+        for canvas in canvases[:4]:
+            plain_text(model, canvas, steps)
+        plain = (now(model) - begin) / 4
+        begin = now(model)
+        model.writer.write(canvases, settings, sample_indices=list(range(len(canvases))))
+        ratios.append((now(model) - begin) / len(canvases) / plain)
+    return ratios
+
+
 def small(model: TextGenerator) -> TextGenerator:
     """Return a GPT-2 small with random weights and the tokenizer of `model`."""
     torch.manual_seed(0)
     network = GPT2LMHeadModel(GPT2Config(vocab_size=50258)).eval()
     make_bidirectional(network)
     return TextGenerator(network, model.tokenizer, model.config)
+
+
+def story_prompts(model: TextGenerator, count: int) -> list[list[int]]:
+    """Return the first 60 tokens of `count` held-out stories."""
+    texts = [json.loads(line)["text"] for line in (ROOT / "data" / "tiny_stories_eval.jsonl").open(encoding="utf-8")]
+    ids = [model.codec.encode(text)[:60] for text in texts]
+    return [ids[number % len(ids)] for number in range(count)]
 
 
 def main() -> int:
@@ -95,6 +165,7 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=16, help="repeated draws that measure the errors")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", choices=("built-in", "small"), help="measure one model")
+    parser.add_argument("--texts", type=int, default=BATCH, help="generated texts, in one batch")
     parser.add_argument("--passes", type=int, default=16, help="timed passes of the plain loop in a round")
     arguments = parser.parse_args()
     trained = load(arguments.model)
@@ -121,6 +192,12 @@ def main() -> int:
         held &= ratio <= CLAIMED
         verdict = "held" if ratio <= CLAIMED else "NOT HELD"
         print(f"{name}: CPU seconds, bound / plain loop  {ratio:.3f}  claimed <= {CLAIMED}  {verdict}")
+        prompts = story_prompts(model, arguments.texts)
+        for kind, (tokens, steps, claimed) in TEXTS.items():
+            ratio = statistics.median(text_ratios(model, prompts, tokens, steps, arguments.rounds))
+            held &= ratio <= claimed
+            verdict = "held" if ratio <= claimed else "NOT HELD"
+            print(f"{name}, {kind}: batches / plain loop  {ratio:.3f}  claimed <= {claimed}  {verdict}")
     return 0 if held else 1
 
 

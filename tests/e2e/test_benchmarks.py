@@ -74,7 +74,9 @@ def test_the_evaluation_benchmark_runs(checkpoint):
         "built-in",
         "--draws",
         "2",
+        "--texts",
+        "2",
     )
     done = run(*words, program="benchmarks/evaluation.py", check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]
-    assert done.stdout.count("claimed <=") == 1 and "passes a choice" in done.stdout
+    assert done.stdout.count("claimed <=") == 3 and "passes a choice" in done.stdout
