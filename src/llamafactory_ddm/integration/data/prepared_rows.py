@@ -86,7 +86,7 @@ def check_rows(dataset_module: dict[str, Any], rules: RowRules, data_args: Any, 
                 logger.warning_rank0(
                     f"{counts.n_with_control} of {counts.n_decoded} rows ({rules.source}, {name}) spell out "
                     f"{' or '.join(map(repr, rules.control_tokens))}, which is encoded there as ordinary text, not as "
-                    "the mask or a padding token."
+                    "the mask token or a padding token."
                 )
 
 
