@@ -170,6 +170,7 @@ def memory(shape: Shape) -> bool:
     for kind in ("trunk", "low_confidence"):
         words = [sys.executable, __file__, "--peak", kind, "--batch", str(shape.batch), "--layers", str(shape.layers)]
         words += ["--width", str(shape.width), "--vocabulary", str(shape.vocabulary), "--length", str(shape.length)]
+        words += ["--threads", str(torch.get_num_threads())]
         done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
         peaks[kind] = float(done.stdout.strip().splitlines()[-1])
     logits = shape.batch * (shape.length - 1) * shape.vocabulary * 4 / 2**20
@@ -270,13 +271,14 @@ def main() -> int:
     parser.add_argument("--quality", metavar="CHECKPOINT")
     parser.add_argument("--revising", metavar="CHECKPOINT")
     parser.add_argument("--samples", type=int, default=64, help="texts for --quality and --revising")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--strategies", default=",".join(TIME_CLAIMS))
     parser.add_argument("--batches", default="1,4")
     for name, value in Shape().__dict__.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     shape = Shape(**{name: getattr(arguments, name) for name in Shape().__dict__})
     if arguments.peak:
         report_memory(shape, arguments.peak)

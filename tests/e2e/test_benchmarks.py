@@ -7,20 +7,9 @@ from support.cli import run
 
 @pytest.mark.slow
 def test_the_sampling_benchmark_runs(checkpoint):
-    words = [
-        "--rounds",
-        "1",
-        "--length",
-        "16",
-        "--steps",
-        "4",
-        "--layers",
-        "1",
-        "--width",
-        "64",
-        "--vocabulary",
-        "300",
-    ]
+    threads = ("--threads", "1")  # two would wait for each other where tests take all cores
+    words = ["--rounds", "1", "--length", "16", "--steps", "4", "--layers", "1", "--width", "64"]
+    words += ["--vocabulary", "300", *threads]
     path = "benchmarks/sampling.py"
     for more, count in (([], 10), (["--memory"], 2)):
         done = run(*words, *more, program=path, check=False)
@@ -28,9 +17,9 @@ def test_the_sampling_benchmark_runs(checkpoint):
         assert done.stdout.count("claimed <=") == count, done.stdout + done.stderr[-2000:]
     table = run(*words, "--table", program=path).stdout
     assert table.count("\n| ") == 13
-    quality = run("--quality", checkpoint, "--samples", "2", program=path).stdout
+    quality = run("--quality", checkpoint, "--samples", "1", *threads, program=path).stdout
     assert quality.count("| confidence_threshold: ") == 4
-    revising = run(*words, "--revising", checkpoint, "--samples", "2", program=path).stdout
+    revising = run(*words, "--revising", checkpoint, "--samples", "1", program=path).stdout
     assert revising.count("`edit_threshold: ") == 6 and revising.count("`denoising_strategy: remdm`") == 2
 
 
@@ -54,6 +43,7 @@ def test_the_early_stop_benchmark_runs(finetuned):
 def test_the_benchmark_runs():
     """Small shapes: the ratios mean nothing then, only that the command works and reports every claim."""
     words = ["--rounds", "1", "--batch", "1", "--length", "16", "--layers", "1", "--width", "64", "--memory"]
+    words += ["--threads", "1"]
     done = run(*words, program="benchmarks/train_step.py", check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert done.stdout.count("claimed <=") == 8, done.stdout + done.stderr[-2000:]

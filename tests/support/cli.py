@@ -42,7 +42,14 @@ def run(*words, check=True, env=None, program="llamafactory-cli", timeout=LIMIT,
         (done,) = run_warm([{"words": words, "cwd": str(cwd), "env": everything}], timeout)
     else:
         done = subprocess.run(
-            words, cwd=cwd, env=everything, capture_output=True, text=True, timeout=timeout, check=False, **rest
+            [sys.executable, *words] if is_file else words,
+            cwd=cwd,
+            env=everything,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            **rest,
         )
     if check:
         verify(done)

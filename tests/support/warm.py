@@ -26,21 +26,6 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-PRELOADED = (
-    "torch",  # first, as its import activates the plugin
-    "datasets",
-    "llamafactory.cli",
-    "llamafactory.launcher",
-    "llamafactory.train.tuner",
-    "llamafactory_ddm.cli.generate",
-    "peft",
-    "torch.distributed.fsdp",
-    "transformers.models.gpt2.modeling_gpt2",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen2.modeling_qwen2",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.trainer",
-)
 GRACE = 20  # seconds that the others get once one has failed
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -67,7 +52,7 @@ def run_warm(jobs, timeout):
         subprocess.TimeoutExpired: if one did not end in time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["support.preloaded"])
     path = [one for one in sys.path if Path(one) not in OF_PYTEST and not Path(one).is_relative_to(TESTS)]
     with tempfile.TemporaryDirectory() as folder:
         logs = [{kind: Path(folder, f"{n}.{kind}") for kind in ("stdout", "stderr")} for n in range(len(jobs))]
@@ -76,8 +61,9 @@ def run_warm(jobs, timeout):
         ]
         # Without a __main__ that a child would import; the server takes its environment from here.
         no_main = mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")})
+        of_server = {**QUIET, "PYTHONPATH": f"{TESTS}{os.pathsep}{QUIET['PYTHONPATH']}"}
         try:
-            with no_main, mock.patch.dict(os.environ, QUIET):
+            with no_main, mock.patch.dict(os.environ, of_server):
                 for process in processes:
                     process.start()
             is_over = _wait(processes, timeout)
