@@ -24,6 +24,13 @@ class EvalKeys:
     )
     task: str | None = key(None, "Required. Tasks of lm-evaluation-harness, separated by commas.", kind="text")
     task_dir: str | None = key(None, "Folder with the YAMLs of your own tasks.", kind="path")
+    task_data: dict[str, str] | None = key(
+        None,
+        "Local copies of data sets: a folder for each name of a task, or of a data set on the Hub. It holds a snapshot "
+        "from the Hub, or files train, validation and test (.jsonl, .parquet, .csv), in a subfolder for each "
+        "configuration if there are several.",
+        kind="mapping",
+    )
     n_shot: int | None = key(None, "Number of examples in each prompt. Defaults to the task's.", kind="integer", low=0)
     max_samples: int | None = key(
         None, "Number of documents of each task, from the first. Defaults to all.", kind="integer", low=1
@@ -78,6 +85,10 @@ class EvalKeys:
             path = getattr(self, name)
             if path is not None and not Path(path).is_dir() and (name == "task_dir" or Path(path).exists()):
                 raise ValueError(f"{name}: {path} is not a folder")
+
+        for name, path in (self.task_data or {}).items():
+            if not isinstance(path, str) or not Path(path).is_dir():
+                raise ValueError(f"task_data: {name}: {path} is not a folder; name the folder with its train, test ... files")
 
     @property
     def tasks(self) -> list[str]:

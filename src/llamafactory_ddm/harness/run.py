@@ -13,7 +13,6 @@ from typing import Any
 import lm_eval
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError, UndefinedError
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
@@ -21,6 +20,7 @@ from ..utils.files import replacing
 from ..utils.plugins import load_plugins
 from ..utils.registry import did_you_mean
 from .keys import EvalKeys
+from .local_data import LocalTaskManager
 from .model import DiffusionLM, read_generation_keys
 
 _PACKAGES = ("llamafactory-ddm", "llamafactory", "lm_eval", "transformers", "torch")
@@ -42,8 +42,8 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
         if not matches:
             raise ValueError(f"task: {pattern} does not exist{did_you_mean(pattern, manager.all_tasks)}")
         names += matches
-    for name in names:
-        _check_task(name, manager, keys)
+    tasks = [task for name in dict.fromkeys(names) for task in _load_task(name, manager, keys)]
+    manager.check_used()
     model = DiffusionLM(
         _model_or_adapter(keys),
         dtype=keys.infer_dtype,
@@ -59,7 +59,7 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
     try:
         results = lm_eval.simple_evaluate(
             model=model,
-            tasks=names,
+            tasks=tasks,
             num_fewshot=keys.n_shot,
             limit=keys.max_samples,
             batch_size=keys.batch_size,
@@ -79,13 +79,13 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
     return dict(results)
 
 
-def _task_manager(keys: EvalKeys) -> TaskManager:
+def _task_manager(keys: EvalKeys) -> LocalTaskManager:
     """Return the task manager; if task_dir holds all tasks, the harness's own are not indexed, which takes seconds."""
     if keys.task_dir is not None:
-        own = TaskManager(include_path=keys.task_dir, include_defaults=False)
-        if set(keys.tasks) <= set(own.all_subtasks):
+        own = LocalTaskManager(keys.task_data, include_path=keys.task_dir, include_defaults=False)
+        if set(keys.tasks) <= {*own.all_subtasks, *own.all_groups}:
             return own
-    return TaskManager(include_path=keys.task_dir)
+    return LocalTaskManager(keys.task_data, include_path=keys.task_dir)
 
 
 def _model_or_adapter(keys: EvalKeys) -> str:
@@ -108,14 +108,14 @@ def _model_or_adapter(keys: EvalKeys) -> str:
     return str(adapter)
 
 
-def _check_task(name: str, manager: TaskManager, keys: EvalKeys) -> None:
-    """Check a task before the model is loaded.
+def _load_task(name: str, manager: LocalTaskManager, keys: EvalKeys) -> list[Any]:
+    """Return a task, a group or the tasks of a tag, checked before the model is loaded.
 
     Raises:
         ValueError: if its data or code cannot be read, or it needs what the keys do not allow.
     """
     try:
-        loaded = manager.load([name])["tasks"]
+        loaded = manager.load([name])
     except ModuleNotFoundError as error:
         raise ValueError(
             f"task: {name} needs the Python module {error.name}: install the package that has it"
@@ -123,12 +123,12 @@ def _check_task(name: str, manager: TaskManager, keys: EvalKeys) -> None:
     except (OSError, DatasetGenerationError) as error:
         raise ValueError(
             f"task: {name}: its data set cannot be read ({_first_line(error)}). Paths of data_files are relative to "
-            f"{Path.cwd()}. For a data set on the Hub, run once with network access, or copy the task's YAML into "
-            "task_dir, with dataset_path: json and data_files that name a local copy"
+            f"{Path.cwd()}. Run once with network access, or name a local copy: "
+            f"task_data={{{manager.last_data_set}: FOLDER}}"
         ) from error
     except Exception as error:  # any: a task is YAML, Jinja and Python of its author
         raise ValueError(f"task: {name} cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
-    for task in loaded.values():
+    for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) and not keys.run_generated_code:
             raise ValueError(f"task: {name} runs code that the model wrote; allow it with run_generated_code: true")
         config = task.config
@@ -142,6 +142,8 @@ def _check_task(name: str, manager: TaskManager, keys: EvalKeys) -> None:
             raise ValueError(
                 f"task: {name}: exact_match is not computed for multiple choice; use acc in a copy of its YAML"
             )
+    group = loaded.get("groups", {}).get(name)
+    return list(loaded["tasks"].values()) if group is None else [group]
 
 
 def _first_line(error: BaseException) -> str:
