@@ -11,6 +11,7 @@ from ..sampling.keywords import ALIASES
 from ..sampling.settings import KEYS as SAMPLING_KEYS
 from ..utils.keys import check_fields, key
 from ..utils.registry import did_you_mean
+from .local_data import check_task_data
 from .scoring import SAMPLES
 
 
@@ -24,12 +25,13 @@ class EvalKeys:
     )
     task: str | None = key(None, "Required. Tasks of lm-evaluation-harness, separated by commas.", kind="text")
     task_dir: str | None = key(None, "Folder with the YAMLs of your own tasks.", kind="path")
-    task_data: dict[str, str] | None = key(
+    task_data: Any = key(
         None,
-        "Local copies of data sets: a folder for each name of a task, or of a data set on the Hub. It holds a snapshot "
-        "from the Hub, or files train, validation and test (.jsonl, .parquet, .csv), in a subfolder for each "
-        "configuration if there are several.",
-        kind="mapping",
+        "Local copies of data sets. Either a folder that holds a folder for each data set, named as on the Hub "
+        "(`FOLDER/openai/gsm8k`), or a mapping of tasks or data sets to their folders (`{openai/gsm8k: FOLDER}`). The "
+        "folder of a data set holds files such as `test.jsonl` (or `.json`, `.csv`, `.parquet`), in a subfolder for "
+        "each configuration if there are several, or a snapshot from the Hub.",
+        kind="text",
     )
     n_shot: int | None = key(None, "Number of examples in each prompt. Defaults to the task's.", kind="integer", low=0)
     max_samples: int | None = key(
@@ -86,9 +88,7 @@ class EvalKeys:
             if path is not None and not Path(path).is_dir() and (name == "task_dir" or Path(path).exists()):
                 raise ValueError(f"{name}: {path} is not a folder")
 
-        for name, path in (self.task_data or {}).items():
-            if not isinstance(path, str) or not Path(path).is_dir():
-                raise ValueError(f"task_data: {name}: {path} is not a folder; name the folder with its train, test ... files")
+        check_task_data(self.task_data)
 
     @property
     def tasks(self) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,39 @@ from lm_eval.tasks._factory import TaskFactory
 
 from ..utils.registry import did_you_mean
 
+# Suffix of a file -> the loader of `datasets` that reads it.
+_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def check_task_data(task_data: object) -> None:
+    """Check that `task_data` is None, a folder, or a mapping of names to folders.
+
+    Raises:
+        ValueError: naming the value that is not.
+    """
+    if task_data is None:
+        return
+    if isinstance(task_data, Mapping):
+        named = {f"task_data: {name}": path for name, path in task_data.items()}
+    else:
+        named = {"task_data": task_data}
+    for name, path in named.items():
+        if not isinstance(path, str) or not Path(path).is_dir():
+            raise ValueError(f"{name}: {path} is not a folder; name a folder of data sets, or {{DATA_SET: FOLDER}}")
+
 
 class LocalTaskManager(TaskManager):  # type: ignore[misc]
-    """The harness's tasks, with folders in place of the data sets that `task_data` names."""
+    """The harness's tasks, with local copies of the data sets that `task_data` names."""
 
-    def __init__(self, task_data: Mapping[str, str] | None, **options: Any) -> None:
+    def __init__(self, task_data: str | Mapping[str, str] | None, **options: Any) -> None:
         """Index the tasks.
 
         Args:
-            task_data: folders by task, or by data set on the Hub; see `EvalKeys.task_data`.
+            task_data: see `EvalKeys.task_data`.
             options: of the harness's task manager.
         """
         super().__init__(**options)
-        self._factory = self._local = _LocalFactory(task_data or {})
+        self._factory = self._local = _LocalFactory(task_data)
 
     @property
     def last_data_set(self) -> str:
@@ -31,14 +52,14 @@ class LocalTaskManager(TaskManager):  # type: ignore[misc]
         return self._local.last_data_set
 
     def check_used(self) -> None:
-        """Check that every folder of `task_data` took the place of a data set.
+        """Check that every name of a mapping is that of a task or data set which was loaded.
 
         Raises:
-            ValueError: naming the first that did not, with the data sets of the loaded tasks.
+            ValueError: naming the first that is not, with those that were loaded.
         """
-        for name in self._local.task_data:
-            if name not in self._local.used:
-                seen = sorted(self._local.seen)
+        seen = sorted(self._local.seen)
+        for name in self._local.task_data if isinstance(self._local.task_data, Mapping) else ():
+            if name not in seen:
                 raise ValueError(
                     f"task_data: {name} is no task or data set of this evaluation, which has {', '.join(seen)}"
                     f"{did_you_mean(name, seen)}"
@@ -46,26 +67,29 @@ class LocalTaskManager(TaskManager):  # type: ignore[misc]
 
 
 class _LocalFactory(TaskFactory):  # type: ignore[misc]
-    """Builds tasks whose data sets may be local folders."""
+    """Builds tasks whose data sets may be local."""
 
-    def __init__(self, task_data: Mapping[str, str]) -> None:
+    def __init__(self, task_data: str | Mapping[str, str] | None) -> None:
         super().__init__()
         self.task_data = task_data
-        self.used: set[str] = set()
         self.seen: set[str] = set()
         self.last_data_set = ""
 
     def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the configuration of a task, as the harness reads it, with the local folder if there is one."""
+        """Return the configuration of a task as the harness reads it, with its local data set if there is one."""
         config: dict[str, Any] = super()._load_full_config(entry, overrides)
-        names = [str(config[key]) for key in ("task", "dataset_path") if isinstance(config.get(key), str)]
+        names = [config[key] for key in ("task", "dataset_path") if isinstance(config.get(key), str)]
         self.seen.update(names)
         self.last_data_set = names[-1] if names else ""
-        for name in names:
-            if name in self.task_data:
-                self.used.add(name)
-                return {**config, **local_data_set(Path(self.task_data[name]), config.get("dataset_name"))}
-        return config
+        folder = self._folder(names)
+        return config if folder is None else {**config, **local_data_set(folder, config.get("dataset_name"))}
+
+    def _folder(self, names: Sequence[str]) -> Path | None:
+        """Return the folder of the first name that has one."""
+        if isinstance(self.task_data, Mapping):
+            return next((Path(self.task_data[name]) for name in names if name in self.task_data), None)
+        root = None if self.task_data is None else Path(self.task_data)
+        return next((root / name for name in names if (root / name).is_dir()), None) if root is not None else None
 
 
 def local_data_set(folder: Path, name: str | None) -> dict[str, Any]:
@@ -75,8 +99,20 @@ def local_data_set(folder: Path, name: str | None) -> dict[str, Any]:
         folder: a snapshot of a data set from the Hub, whose README.md lists the configurations; or a folder with files
             of its splits, or with a subfolder of such files for each configuration.
         name: the configuration, or None.
+    Raises:
+        FileNotFoundError: if there is no file of a split.
     """
-    if not (folder / "README.md").is_file():
-        subfolder = folder / str(name)
-        folder, name = (subfolder if subfolder.is_dir() else folder), None
-    return {"dataset_path": str(folder.resolve()), "dataset_name": name, "dataset_kwargs": None}
+    if (folder / "README.md").is_file():
+        return {"dataset_path": str(folder.resolve()), "dataset_name": name, "dataset_kwargs": None}
+    if name is not None and (folder / name).is_dir():
+        folder = folder / name
+    files = defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _LOADERS:
+            files[path.stem.partition("-")[0]].append(str(path.resolve()))  # test-00000-of-00002.parquet
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no file of a split, such as test.jsonl; allowed are {', '.join(_LOADERS)}"
+        )
+    loader = _LOADERS[Path(next(iter(files.values()))[0]).suffix]
+    return {"dataset_path": loader, "dataset_name": None, "dataset_kwargs": {"data_files": dict(files)}}

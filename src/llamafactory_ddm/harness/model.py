@@ -20,8 +20,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from .._version import __version__
-from ..data.canvas import Canvas
-from ..generation.generator import Generated, TextGenerator
+from ..data.canvas import Canvas, canvas_of
+from ..generation.generator import Generated, TextGenerator, error_prefix
 from ..generation.load import load
 from ..modeling.model_info import max_positions
 from ..sampling import SamplingSettings
@@ -29,6 +29,7 @@ from ..sampling.keywords import ALIASES
 from ..sampling.settings import KEYS as SAMPLING_KEYS
 from ..utils.keys import keys_of
 from ..utils.registry import did_you_mean
+from .infilling import check_no_template, reference_length, split_at_gap, take_infill
 from .keys import EvalKeys
 from .result_log import ResultLog, digest
 from .scoring import Answer, AnswerScorer
@@ -244,7 +245,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         return [sum(found[part]["value"] for part in parts) for parts in keys]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the text that follows each context, up to the first of its `until`."""
+        """Return the text that follows each context, or fills its gap, up to the first of its `until`."""
         self._warn_of_template()
         seen: Counter[str] = Counter()
         keys, wanted = [], {}
@@ -304,11 +305,15 @@ class DiffusionLM(LM):  # type: ignore[misc]
         settings_of: dict[str, SamplingSettings] = {}
         for key, request in wanted.items():
             context, options = request.args
+            infill, _ = take_infill(options)
             settings, n_tokens, until = self._task_settings(request, options)
-            ids = self._context(request, context, n_tokens)
+            if infill:
+                canvas = self._canvas_with_gap(request, context, infill, n_tokens)
+            else:
+                canvas = self._canvas(self._context(request, context, n_tokens), n_tokens)
             job = digest(asdict(settings))
             settings_of[job] = settings
-            jobs[job].append((key, self._canvas(ids, n_tokens), until))
+            jobs[job].append((key, canvas, until))
         for job, canvases in jobs.items():
             settings = settings_of[job]
             self.generator.check([canvas for _, canvas, _ in canvases], settings)
@@ -325,6 +330,26 @@ class DiffusionLM(LM):  # type: ignore[misc]
         if not ids:
             return self.generator.from_noise(n_tokens + (self.generator.start_id is not None))
         return self.generator.from_prompt(ids, n_tokens, start=self._template is None)
+
+    def _canvas_with_gap(self, request: Instance, context: str, infill: bool | str, n_tokens: int) -> Canvas:
+        """Return the canvas of a context with a gap; what is too long loses its beginning.
+
+        The gap's length is that of its marker, else the user's max_new_tokens, else that of the task's reference.
+
+        Raises:
+            ValueError: if there is not one gap, it is empty or too long, or the context is to be put into a template.
+        """
+        codec = self.generator.codec
+        with error_prefix(f"task: {request.task_name}, document {request.doc_id}"):
+            check_no_template(None if self._template is None else self._template.name)
+            before, marked, after = split_at_gap(context)
+            length = marked or self.max_new_tokens or reference_length(infill, request.doc, codec)
+            length = n_tokens if length is None else length
+            if length < 1:
+                raise ValueError("the gap is empty; the task's infill must be a reference with at least one token")
+        suffix = codec.encode_after(after) if after else []
+        prefix = self._cut(request, codec.encode(before), length + len(suffix))
+        return canvas_of([prefix, length, suffix], start_id=self.generator.start_id)
 
     def _task_settings(self, request: Instance, options: Mapping[str, Any]) -> tuple[SamplingSettings, int, list[str]]:
         """Return settings, tokens to generate and stop strings of a request; the user's own keys take precedence.
@@ -463,7 +488,7 @@ def read_generation_keys(options: Mapping[str, Any]) -> tuple[int, list[str], di
     Raises:
         ValueError: for a key that has no effect, with the nearest one, or a value of another type.
     """
-    options = {name: value for name, value in options.items() if value is not None}
+    _, options = take_infill({name: value for name, value in options.items() if value is not None})
     if not isinstance(options.get("do_sample", False), bool):
         raise ValueError(f"do_sample: {options['do_sample']!r} must be true or false")
     try:

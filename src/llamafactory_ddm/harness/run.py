@@ -19,6 +19,7 @@ from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
 from ..utils.files import replacing
 from ..utils.plugins import load_plugins
 from ..utils.registry import did_you_mean
+from .infilling import check_no_template, take_infill
 from .keys import EvalKeys
 from .local_data import LocalTaskManager
 from .model import DiffusionLM, read_generation_keys
@@ -135,6 +136,8 @@ def _load_task(name: str, manager: LocalTaskManager, keys: EvalKeys) -> list[Any
         try:
             if task.OUTPUT_TYPE == "generate_until":
                 read_generation_keys(config.generation_kwargs or {})
+                if take_infill(config.generation_kwargs or {})[0]:
+                    check_no_template(keys.template)
         except ValueError as error:
             raise ValueError(f"task: {name}: generation_kwargs: {error}") from error
         metrics = [metric.get("metric") for metric in config.metric_list or ()]
