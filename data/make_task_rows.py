@@ -17,11 +17,11 @@ THINGS = ("apples", "books", "coins", "drums", "eggs", "forks")
 Rows = list[dict[str, Any]]
 
 
-def word_problems(n: int = 6) -> list[tuple[str, int, int, int]]:
-    """Return n problems as text, two numbers and their sum."""
+def word_problems() -> list[tuple[str, int, int, int]]:
+    """Return nine problems as text, two numbers and their sum."""
+    told = "{0} has {1} {2} and gets {3} more. How many {2} does {0} have?"
     return [
-        (f"{name} has {a} {thing} and gets {a + 2} more. How many {thing} does {name} have?", a, a + 2, 2 * a + 2)
-        for a, name, thing in zip(range(3, 3 + n), NAMES, THINGS, strict=False)
+        (told.format(NAMES[a % 6], a, THINGS[a % 6], a + 2), a, a + 2, 2 * a + 2) for a in range(3, 12)
     ]
 
 
@@ -209,10 +209,11 @@ def data_sets() -> dict[str, Rows]:
         "hails/agieval-sat-math/test": sat,
     }
     for name, rows in {"openai/gsm8k/main": gsm8k, "MU-NLPC/Calc-mawps": mawps}.items():
-        found |= {f"{name}/train": rows, f"{name}/test": rows[:3]}
+        found |= {f"{name}/train": rows[3:], f"{name}/test": rows[:3]}
     subjects = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra")
     for subject in (*subjects, "number_theory", "prealgebra", "precalculus"):
-        found |= {f"EleutherAI/hendrycks_math/{subject}/{split}": math for split in ("train", "test")}
+        name = f"EleutherAI/hendrycks_math/{subject}"
+        found |= {f"{name}/train": math[3:], f"{name}/test": math[:3]}
     choices = {"Rowan/hellaswag": hellaswag, "lighteval/siqa": siqa, "baber/piqa": piqa}
     for name, rows in {**choices, "allenai/winogrande/winogrande_xl": winogrande}.items():
         found |= {f"{name}/{split}": rows for split in ("train", "validation")}

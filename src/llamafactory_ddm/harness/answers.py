@@ -69,12 +69,13 @@ def majority(responses: _Responses, documents: Any) -> list[list[str]]:
 
 def accuracy(references: Sequence[str], predictions: Sequence[str | Sequence[str]]) -> float:
     """Return 1.0 if the answer equals the reference, both normalised; of several answers one suffices (hit@k)."""
-    return float(normalized(references[0]) in [normalized(answer) for answer in _answers(predictions[0])])
+    return float(normalized(references[0]) in [normalized(answer) for answer in _answers(predictions[0]) if answer])
 
 
 def contained(references: Sequence[str], predictions: Sequence[str | Sequence[str]]) -> float:
     """Return 1.0 if an answer contains the reference, both normalised, as DiffuLLaMA judges TriviaQA."""
-    return float(any(normalized(references[0]) in normalized(answer) for answer in _answers(predictions[0])))
+    reference = normalized(references[0])
+    return float(reference != "" and any(reference in normalized(answer) for answer in _answers(predictions[0])))
 
 
 def equivalent(references: Sequence[str], predictions: Sequence[str | Sequence[str]]) -> float:
@@ -103,7 +104,7 @@ def normalized(text: str) -> str:
     """Return a text as it is compared.
 
     A number has one spelling: 1,200.50, $1200.5 and 1200.5 are the same. Other text is in lower case without punctuation
-    and the articles a, an and the.
+    and, unless it has no other words, the articles a, an and the.
 
     Source: Rajpurkar et al. 2016, SQuAD, and Joshi et al. 2017, TriviaQA, for the words.
     """
@@ -112,7 +113,7 @@ def normalized(text: str) -> str:
         value = Decimal(plain)
     except InvalidOperation:
         words = "".join(char for char in text.lower() if char not in string.punctuation).split()
-        return " ".join(word for word in words if word not in ("a", "an", "the"))
+        return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
     return f"{value.normalize() + 0:f}" if value.is_finite() else plain.lower()
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Kind
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from ..utils.registry import did_you_mean
 
@@ -46,6 +50,16 @@ class LocalTaskManager(TaskManager):  # type: ignore[misc]
         super().__init__(**options)
         self._factory = self._local = _LocalFactory(task_data)
 
+    def is_complete(self, name: str) -> bool:
+        """Tell whether a task, or a group with all its members, is in the index."""
+        entry = self.task_index.get(name)
+        if entry is None or entry.kind == Kind.TAG:
+            return False
+        if entry.kind != Kind.GROUP:
+            return True
+        members = load_yaml(entry.yaml_path, resolve_func=False)["task"] if entry.yaml_path else [{}]
+        return all(isinstance(member, str) and self.is_complete(member) for member in members)
+
     @property
     def last_data_set(self) -> str:
         """Return the name of the data set of the task that was loaded last."""
@@ -64,6 +78,27 @@ class LocalTaskManager(TaskManager):  # type: ignore[misc]
                     f"task_data: {name} is no task or data set of this evaluation, which has {', '.join(seen)}"
                     f"{did_you_mean(name, seen)}"
                 )
+
+
+def task_manager(names: Sequence[str], task_dir: str | None, task_data: str | Mapping[str, str] | None) -> LocalTaskManager:
+    """Return a task manager that has these tasks.
+
+    To index all tasks of the harness takes many seconds, so only the folders that define these are, if that suffices.
+    """
+    own = [] if task_dir is None else [task_dir]
+    for folders in ([], _harness_folders(names)):
+        manager = LocalTaskManager(task_data, include_path=[*folders, *own], include_defaults=False)
+        if all(manager.is_complete(name) for name in names):
+            return manager
+    return LocalTaskManager(task_data, include_path=task_dir)
+
+
+def _harness_folders(names: Iterable[str]) -> list[str]:
+    """Return the folders of the harness that define tasks or groups of these names."""
+    either = "|".join(map(re.escape, names)).encode()
+    defines = re.compile(rb"^(?:task|group):\s*[\"']?(?:" + either + rb")[\"']?\s*$", re.MULTILINE)
+    root = Path(lm_eval.tasks.__file__).parent
+    return sorted({str(path.parent) for path in root.rglob("*.yaml") if defines.search(path.read_bytes())})
 
 
 class _LocalFactory(TaskFactory):  # type: ignore[misc]

@@ -121,6 +121,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         self._template_settled = self._template is not None
         self._log.read_earlier(self._result_settings())
         self._counted: set[str] = set()
+        self._cut_documents: set[tuple[Any, Any]] = set()  # those that were warned of
         self._passes: Counter[str] = Counter()
         self._squared_errors: Counter[str] = Counter()
         self._n_likelihoods: Counter[str] = Counter()
@@ -428,6 +429,10 @@ class DiffusionLM(LM):  # type: ignore[misc]
             return context
         if excess > len(context):
             raise ValueError(self._too_long(request, n_tokens))
+        document = (request.task_name, request.doc_id)
+        if document in self._cut_documents:
+            return context[excess:]
+        self._cut_documents.add(document)
         logger.warning(
             "task: %s, document %s: the first %d tokens of the context are left out, as the model has %d positions",
             request.task_name,

@@ -21,7 +21,7 @@ from ..utils.plugins import load_plugins
 from ..utils.registry import did_you_mean
 from .infilling import check_no_template, take_infill
 from .keys import EvalKeys
-from .local_data import LocalTaskManager
+from .local_data import LocalTaskManager, task_manager
 from .model import DiffusionLM, read_generation_keys
 
 _PACKAGES = ("llamafactory-ddm", "llamafactory", "lm_eval", "transformers", "torch")
@@ -36,7 +36,7 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
     load_plugins(keys.plugins)
     if keys.run_generated_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    manager = _task_manager(keys)
+    manager = task_manager(keys.tasks, keys.task_dir, keys.task_data)
     names: list[str] = []
     for pattern in keys.tasks:
         matches = manager.match_tasks([pattern])
@@ -78,15 +78,6 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
     results["versions_of_packages"] = {name: metadata.version(name) for name in _PACKAGES}
     results["machine"] = {"device": str(model.device), "platform": platform.platform()}
     return dict(results)
-
-
-def _task_manager(keys: EvalKeys) -> LocalTaskManager:
-    """Return the task manager; if task_dir holds all tasks, the harness's own are not indexed, which takes seconds."""
-    if keys.task_dir is not None:
-        own = LocalTaskManager(keys.task_data, include_path=keys.task_dir, include_defaults=False)
-        if set(keys.tasks) <= {*own.all_subtasks, *own.all_groups}:
-            return own
-    return LocalTaskManager(keys.task_data, include_path=keys.task_dir)
 
 
 def _model_or_adapter(keys: EvalKeys) -> str:
