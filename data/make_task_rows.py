@@ -1,8 +1,8 @@
 """Make a few rows in the format of each data set of the evaluation: python data/make_task_rows.py FOLDER
 
-Writes FOLDER/DATA_SET/CONFIGURATION/SPLIT.jsonl, for `llamafactory-ddm eval ... task_data=FOLDER`. The rows have the columns
-and types of the real data sets, and their content is made up here, from fixed lists and numbers: they show that a task
-runs, and measure nothing.
+Writes FOLDER/DATA_SET/CONFIGURATION/SPLIT.jsonl, for `llamafactory-ddm eval ... task_data=FOLDER`. The rows have the
+columns and types of the real data sets, and their content is made up here, from fixed lists and numbers: they show that
+a task runs, and measure nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ Rows = list[dict[str, Any]]
 def word_problems() -> list[tuple[str, int, int, int]]:
     """Return nine problems as text, two numbers and their sum."""
     told = "{0} has {1} {2} and gets {3} more. How many {2} does {0} have?"
-    return [
-        (told.format(NAMES[a % 6], a, THINGS[a % 6], a + 2), a, a + 2, 2 * a + 2) for a in range(3, 12)
-    ]
+    return [(told.format(NAMES[a % 6], a, THINGS[a % 6], a + 2), a, a + 2, 2 * a + 2) for a in range(3, 12)]
 
 
 def trivia() -> Rows:
@@ -32,7 +30,14 @@ def trivia() -> Rows:
             "question_id": f"made_up_{row}",
             "question_source": "made up",
             "entity_pages": {"doc_source": [], "filename": [], "title": [], "wiki_context": []},
-            "search_results": {"description": [], "filename": [], "rank": [], "title": [], "url": [], "search_context": []},
+            "search_results": {
+                "description": [],
+                "filename": [],
+                "rank": [],
+                "title": [],
+                "url": [],
+                "search_context": [],
+            },
             "answer": {
                 "aliases": [thing.capitalize(), f"The {thing}"],
                 "normalized_aliases": [thing],
@@ -87,7 +92,8 @@ def data_sets() -> dict[str, Rows]:
     """Return the rows by DATA_SET/CONFIGURATION/SPLIT."""
     problems, made = word_problems(), programs()
     gsm8k = [
-        {"question": text, "answer": f"There are {a} + {b} = <<{a}+{b}={c}>>{c}.\n#### {c}"} for text, a, b, c in problems
+        {"question": text, "answer": f"There are {a} + {b} = <<{a}+{b}={c}>>{c}.\n#### {c}"}
+        for text, a, b, c in problems
     ]
     mawps = [
         {
@@ -154,7 +160,12 @@ def data_sets() -> dict[str, Rows]:
         for name, thing in zip(NAMES[:3], THINGS, strict=False)
     ]
     piqa = [
-        {"goal": f"Carry many {thing}.", "sol1": f"Put the {thing} in a bag.", "sol2": f"Throw the {thing} away.", "label": 0}
+        {
+            "goal": f"Carry many {thing}.",
+            "sol1": f"Put the {thing} in a bag.",
+            "sol2": f"Throw the {thing} away.",
+            "label": 0,
+        }
         for thing in THINGS[:3]
     ]
     humaneval = [

@@ -1,4 +1,4 @@
-"""The tasks of docs/evaluation_tasks.md on made-up rows in their formats: what a right and a wrong answer score, and every
+"""The tasks of docs/evaluation_tasks.md on made-up rows in their formats: what right and wrong answers score, and every
 recipe on a small diffusion model."""
 
 import json
@@ -7,7 +7,8 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
-lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval")
+import lm_eval
 from lm_eval.api.model import LM
 
 from llamafactory_ddm.cli.eval import main
@@ -112,7 +113,11 @@ def test_right_and_wrong_answers(name, loaded):
     right, wrong, metric = ANSWERS[name]
     best = 100 if metric == "rouge-avg" else 1
     for answer, expected in ((right, best), (wrong, 0)):
-        found = {key: value for key, value in scores(loaded[name], Writer(answer, wrong)).items() if key.startswith(f"{metric},")}
+        found = {
+            key: value
+            for key, value in scores(loaded[name], Writer(answer, wrong)).items()
+            if key.startswith(f"{metric},")
+        }
         assert found and all(value == pytest.approx(expected) for value in found.values()), found
 
 
@@ -149,7 +154,13 @@ def test_the_recipe_runs(recipe, rows, tmp_path, request, capsys):
     keys = OmegaConf.to_container(OmegaConf.load(recipe))
     model = request.getfixturevalue("finetuned") if "template" in keys else random_model(tmp_path / "model", 512)
     tasks = keys["task"].replace(",bbh", ",bbh_cot_fewshot_boolean_expressions")
-    words = [f"model_name_or_path={model}", f"task={tasks}", f"save_dir={tmp_path / 'out'}", "block_length=null", *SMALL]
+    words = [
+        f"model_name_or_path={model}",
+        f"task={tasks}",
+        f"save_dir={tmp_path / 'out'}",
+        "block_length=null",
+        *SMALL,
+    ]
     if isinstance(keys.get("task_data"), dict):
         words += [f"task_data.{name}={rows / name}" for name in keys["task_data"]]
         words += [f"task_data.loubnabnl/humaneval_infilling={rows / 'loubnabnl' / 'humaneval_infilling'}"]
@@ -182,9 +193,24 @@ def test_tasks_of_the_harness_run_on_made_up_rows(rows, tmp_path):
     ("keys", "error"),
     [
         ({"task": "mbpp_sandbox"}, "run_generated_code"),
-        ({"task": "rocstories_infilling", "template": "diffullama"}, "task: rocstories_infilling.*template: diffullama"),
+        (
+            {"task": "rocstories_infilling", "template": "diffullama"},
+            "task: rocstories_infilling.*template: diffullama",
+        ),
     ],
 )
 def test_what_a_task_needs_is_known_before_the_model_is_loaded(keys, error, rows):
     with pytest.raises(ValueError, match=error):
         evaluate(EvalKeys(model_name_or_path="absent", task_dir=str(TASKS), task_data=str(rows), **keys), {})
+
+
+def test_the_page_lists_every_task_and_its_times_follow_from_its_numbers():
+    page = (ROOT / "docs" / "evaluation_tasks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert {name for name, *_ in rows} >= set(ANSWERS)
+    for name, documents, passes, tokens, billions, minutes in rows:
+        flops = 2 * float(billions) * 1e9 * int(documents) * int(passes) * int(tokens)
+        assert float(minutes) == pytest.approx(flops / (0.4 * 989e12) / 60, abs=0.05), name
+    for recipe in RECIPES:
+        named = OmegaConf.load(recipe)["task"].split(",")
+        assert recipe.name in page and set(named) <= {name for name, *_ in rows}

@@ -28,7 +28,7 @@ def test_the_gap_of_a_context():
     assert split_at_gap("a <|infill|> b") == ("a ", None, " b")
     assert split_at_gap("<|infill:8|>b") == ("", 8, "b") and split_at_gap("a<|infill|>") == ("a", None, "")
     for wrong in ("a", "a<|infill|>b<|infill:3|>"):
-        with pytest.raises(ValueError, match="gaps in place of one.*num_fewshot"):
+        with pytest.raises(ValueError, match=r"gaps in place of one.*num_fewshot"):
             split_at_gap(wrong)
     for wrong in ("<|infill:0|>", "<|infill:-2|>", "<|infill|>< infill>"):
         with pytest.raises(ValueError, match="infill"):
@@ -45,7 +45,7 @@ def test_the_key_of_a_task():
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_gaps_are_filled_as_the_generator_fills_them(folder, batch_size):
-    """The published DiffuLLaMA tokenises the text before the gap, the gap and the text after it apart; so do we."""
+    """The text before the gap and that after it are tokenised apart, as in DiffuLLaMA's evaluation."""
     model = DiffusionLM(str(folder), diffusion_steps=3, batch_size=batch_size)
     contexts = ("a cat<|infill:5|> and a dog", "<|infill:3|> dog")
     settings = SamplingSettings(diffusion_steps=3, logits=LogitsConfig(0.0))
@@ -57,7 +57,9 @@ def test_gaps_are_filled_as_the_generator_fills_them(folder, batch_size):
 
 
 def test_what_follows_changes_the_gap(folder):
-    one, other = DiffusionLM(str(folder), diffusion_steps=2).generate_until(asked("a<|infill:6|> dog", "a<|infill:6|> cat"))
+    one, other = DiffusionLM(str(folder), diffusion_steps=2).generate_until(
+        asked("a<|infill:6|> dog", "a<|infill:6|> cat")
+    )
     assert one != other
 
 

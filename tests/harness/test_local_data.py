@@ -46,7 +46,11 @@ def test_a_snapshot_of_the_hub(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "data set", "task"])
 def test_ways_to_name_it(kind, tmp_path):
     folder = data(tmp_path / "openai" / "gsm8k", "main/test.jsonl")
-    given = {"folder": str(tmp_path), "data set": {"openai/gsm8k": str(folder)}, "task": {"gsm8k_finetuned": str(folder)}}
+    given = {
+        "folder": str(tmp_path),
+        "data set": {"openai/gsm8k": str(folder)},
+        "task": {"gsm8k_finetuned": str(folder)},
+    }
     manager = task_manager(["gsm8k_finetuned"], TASKS, given[kind])
     (task,) = manager.load(["gsm8k_finetuned"])["tasks"].values()
     assert list(task.test_docs()) == [ROW]
@@ -63,7 +67,11 @@ def test_a_value_that_is_no_folder(value):
     ("files", "name", "error"),
     [
         (["test.jsonl"], "openai/gsm", r"task_data: openai/gsm is no.*openai/gsm8k"),
-        (["notes.txt"], "openai/gsm8k", r"task: gsm8k_finetuned.*no file of a split.*task_data={openai/gsm8k: FOLDER}"),
+        (
+            ["notes.txt"],
+            "openai/gsm8k",
+            r"task: gsm8k_finetuned.*no file of a split.*task_data={openai/gsm8k: FOLDER}",
+        ),
         (["train.jsonl"], "openai/gsm8k", r"task: gsm8k_finetuned.*'test'"),
         (["train.jsonl"], "gsm8k_finetuned", r"task: gsm8k_finetuned.*'test'"),
     ],

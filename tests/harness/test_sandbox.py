@@ -61,7 +61,9 @@ def test_verdicts(program, error, monkeypatch):
         assert not verdict.has_passed
 
 
-@pytest.mark.parametrize("program", ["while True:\n    pass", "while True:\n    try:\n        1 / 0\n    except:\n        pass"])
+@pytest.mark.parametrize(
+    "program", ["while True:\n    pass", "while True:\n    try:\n        1 / 0\n    except:\n        pass"]
+)
 def test_an_endless_loop_is_out_of_time_of_the_processor(program):
     verdict = run_program(program, QUICK)
     assert verdict.status == "timed out" and "1 seconds of the processor" in verdict.error
@@ -92,7 +94,7 @@ def test_files_outside_the_folder_are_left_alone(tmp_path):
 
 
 def test_the_report_cannot_be_made_up_by_printing():
-    program = "import os\nfor n in range(3, 20):\n    try:\n        os.write(n, b'{\"token\": \"\", \"error\": \"\"}\\n')\n"
+    program = 'import os\nfor n in range(3, 20):\n    try:\n        os.write(n, b\'{"token": "", "error": ""}\\n\')\n'
     program += "    except OSError:\n        pass\nassert False"
     assert run_program(program, QUICK).status == "failed"
 

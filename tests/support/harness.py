@@ -1,4 +1,4 @@
-"""A small diffusion model with random weights for lm-evaluation-harness, and made-up rows of the data sets of its tasks."""
+"""A small diffusion model with random weights, and made-up rows, for tasks of lm-evaluation-harness."""
 
 import importlib.util
 

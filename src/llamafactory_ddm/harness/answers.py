@@ -33,7 +33,7 @@ def numbers(responses: _Responses, documents: Any) -> list[list[str]]:
 def letters(responses: _Responses, documents: Any) -> list[list[str]]:
     """Return the choice A to E in each response, "" if there is none.
 
-    It is the first capital letter that stands alone, as in (B), after the last "answer is", else in the whole response.
+    It is the first capital letter that stands alone, as in (B), after the last "answer is", else in the response.
     """
     found = []
     for texts in responses:
@@ -103,8 +103,8 @@ def boxed_answer(document: Mapping[str, Any]) -> str:
 def normalized(text: str) -> str:
     """Return a text as it is compared.
 
-    A number has one spelling: 1,200.50, $1200.5 and 1200.5 are the same. Other text is in lower case without punctuation
-    and, unless it has no other words, the articles a, an and the.
+    A number has one spelling: 1,200.50, $1200.5 and 1200.5 are the same. Other text is in lower case without
+    punctuation and, unless it has no other words, the articles a, an and the.
 
     Source: Rajpurkar et al. 2016, SQuAD, and Joshi et al. 2017, TriviaQA, for the words.
     """

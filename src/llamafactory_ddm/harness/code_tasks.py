@@ -1,4 +1,4 @@
-"""Metrics of tasks whose generated programs run: pass@1 in the sandbox, instead of the metric that the harness loads."""
+"""Metrics of tasks whose generated programs run: pass@1 in the sandbox, not by the metric that the harness loads."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Infilling tasks: contexts with a gap, which is generated with a view of what follows it.
 
 The `generation_kwargs` of such a task have the key `infill`, and its `doc_to_text` marks the gap: <|infill|>, or
-<|infill:8|> for 8 tokens. `infill` is a Jinja template of a reference, such as "{{canonical_solution}}", whose number of
-tokens is the length of the gap; or `true`, for max_gen_toks.
+<|infill:8|> for 8 tokens. `infill` is a Jinja template of a reference, such as "{{canonical_solution}}", whose number
+of tokens is the length of the gap; or `true`, for max_gen_toks.
 """
 
 from __future__ import annotations

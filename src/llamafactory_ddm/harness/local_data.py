@@ -80,7 +80,9 @@ class LocalTaskManager(TaskManager):  # type: ignore[misc]
                 )
 
 
-def task_manager(names: Sequence[str], task_dir: str | None, task_data: str | Mapping[str, str] | None) -> LocalTaskManager:
+def task_manager(
+    names: Sequence[str], task_dir: str | None, task_data: str | Mapping[str, str] | None
+) -> LocalTaskManager:
     """Return a task manager that has these tasks.
 
     To index all tasks of the harness takes many seconds, so only the folders that define these are, if that suffices.

@@ -7,8 +7,8 @@ Guarded, so that a faulty program harms neither the run nor the machine:
   enforce that of memory);
 - files: the program starts in an empty temporary folder, which is deleted afterwards. Opening a file for writing, and
   removing, renaming or linking, outside this folder is a PermissionError;
-- network, other processes (fork, exec, signals), sqlite3 and ctypes: a PermissionError. Linux also gives the program a network of
-  its own without interfaces, where the kernel permits that;
+- network, other processes (fork, exec, signals), sqlite3 and ctypes: a PermissionError. Linux also gives the program a
+  network of its own without interfaces, where the kernel permits that;
 - input is empty, output is discarded, and the environment holds no variable of the user.
 
 Not guarded: reading files; what native code of an installed extension module does, as Python's audit events do not see
@@ -134,8 +134,8 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-# The program's process. It reads its order, keeps standard output to itself for the report, takes the limits upon itself,
-# and runs the program as a module. Nothing but the report ends it with the token.
+# The program's process. It reads its order, keeps standard output to itself for the report, sets its own limits, and
+# runs the program as a module. The token in the report tells it from what the program writes.
 _CHILD = r"""
 import json, math, os, resource, sys, traceback, types
 
@@ -188,7 +188,8 @@ def leave_network():
         system = ctypes.CDLL(None, use_errno=True)
         user, group = os.getuid(), os.getgid()
         if system.unshare(0x10000000 | 0x40000000) == 0:  # CLONE_NEWUSER | CLONE_NEWNET
-            for name, text in (("setgroups", "deny"), ("gid_map", f"{group} {group} 1"), ("uid_map", f"{user} {user} 1")):
+            maps = {"setgroups": "deny", "gid_map": f"{group} {group} 1", "uid_map": f"{user} {user} 1"}
+            for name, text in maps.items():
                 with open("/proc/self/" + name, "w") as file:
                     file.write(text)
     except (OSError, AttributeError):
@@ -198,8 +199,8 @@ def guard(folder):
     inside = folder + os.sep
     harmless = (os.devnull,)
     realpath, fspath, fsdecode = os.path.realpath, os.fspath, os.fsdecode
-    paths = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.truncate": 1, "os.chmod": 1, "os.chown": 1, "os.utime": 1}
-    paths |= {"os.rename": 2, "os.link": 2, "os.symlink": 2, "os.setxattr": 1, "os.removexattr": 1, "shutil.rmtree": 1}
+    one = ("remove", "rmdir", "mkdir", "truncate", "chmod", "chown", "utime", "setxattr", "removexattr")
+    paths = {f"os.{name}": 1 for name in one} | {f"os.{name}": 2 for name in ("rename", "link", "symlink")}
     refused = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill")
     refused += ("os.startfile", "pty.", "ctypes.", "resource.", "signal.pthread_kill", "syslog.", "sqlite3.")
     allowed = ("socket.gethostname",)
