@@ -1,8 +1,8 @@
 """Make a few rows in the format of each data set of the evaluation: python data/make_task_rows.py FOLDER
 
 Writes FOLDER/DATA_SET/CONFIGURATION/SPLIT.jsonl, for `llamafactory-ddm eval ... task_data=FOLDER`. The rows have the
-columns and types of the real data sets, and their content is made up here, from fixed lists and numbers: they show that
-a task runs, and measure nothing.
+columns and types of the real data sets, and their content is made up here, from fixed lists and numbers: they show
+that a task runs, and measure nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The tasks of docs/evaluation_tasks.md on made-up rows in their formats: what right and wrong answers score, and every
-recipe on a small diffusion model."""
+"""The tasks of docs/evaluation_tasks.md on made-up rows in their formats: what right and wrong answers score, and all
+recipes on a small diffusion model."""
 
 import json
 import re
@@ -46,19 +46,19 @@ SMALL = ["max_samples=1", "likelihood_samples=16", "diffusion_steps=2", "max_new
 
 
 class Writer(LM):
-    """Answers each document with a text that is made from it; every second sample is wrong if `mixed`."""
+    """Answers each document with the text that `choose` selects of the right and the wrong one; `choose` gets a count."""
 
-    def __init__(self, right, wrong, *, mixed=False):
+    def __init__(self, choose):
         super().__init__()
-        self.right, self.wrong, self.mixed = right, wrong, mixed
-        self.contexts = []
+        self.choose, self.contexts = choose, {}
 
     def generate_until(self, requests, disable_tqdm=False):
-        self.contexts += [request.args[0] for request in requests]
-        return [
-            (self.wrong if self.mixed and number % 2 == 0 else self.right)(request.doc)
-            for number, request in enumerate(requests)
-        ]
+        texts = []
+        for number, request in enumerate(requests):
+            name = re.sub("^math_cot_.*", "math_cot", request.task_name)
+            self.contexts.setdefault(name, request.args[0])
+            texts.append(ANSWERS[name][self.choose(number)](request.doc))
+        return texts
 
     def loglikelihood(self, requests):
         raise NotImplementedError
@@ -86,19 +86,27 @@ def in_root(monkeypatch):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
 
 
-def scores(task, writer):
-    """Return the scores by metric and filter of a task, on its made-up rows."""
+def scores(tasks, writer):
+    """Return the scores by metric and filter of each task, on its made-up rows."""
     done = lm_eval.simple_evaluate(
         model=writer,
-        tasks=[task],
+        tasks=tasks,
         task_manager=task_manager([], None, None),
         limit=2,
         confirm_run_unsafe_code=True,
         bootstrap_iters=0,
         log_samples=False,
     )
-    values = [done["groups"] if "groups" in done else done["results"]]
-    return {key: value for results in values for each in results.values() for key, value in each.items()}
+    return {**done["results"], **done.get("groups", {})}
+
+
+@pytest.fixture(scope="module")
+def written(loaded):
+    """The scores of right answers and of wrong ones, with the prompts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+        writers = [Writer(lambda _: 0), Writer(lambda _: 1)]
+        return [scores(list(loaded.values()), writer) for writer in writers], writers[0].contexts
 
 
 def test_every_task_is_here():
@@ -109,22 +117,17 @@ def test_every_task_is_here():
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_right_and_wrong_answers(name, loaded):
-    right, wrong, metric = ANSWERS[name]
+def test_right_and_wrong_answers(name, written):
+    metric = ANSWERS[name][2]
     best = 100 if metric == "rouge-avg" else 1
-    for answer, expected in ((right, best), (wrong, 0)):
-        found = {
-            key: value
-            for key, value in scores(loaded[name], Writer(answer, wrong)).items()
-            if key.startswith(f"{metric},")
-        }
+    for results, expected in zip(written[0], (best, 0), strict=True):
+        found = {key: value for key, value in results[name].items() if key.startswith(f"{metric},")}
         assert found and all(value == pytest.approx(expected) for value in found.values()), found
 
 
 def test_half_of_the_samples(loaded):
     """Of eight samples, four are wrong in the same way, the first among them; any right one is a hit."""
-    right, wrong, _ = NUMBER
-    found = scores(loaded["mawps_sampled"], Writer(right, wrong, mixed=True))
+    found = scores([loaded["mawps_sampled"]], Writer(lambda number: 1 - number % 2))["mawps_sampled"]
     assert {key: found[f"accuracy,{key}"] for key in ("first", "majority@8", "hit@8")} == {
         "first": 0.0,
         "majority@8": 0.0,
@@ -132,17 +135,14 @@ def test_half_of_the_samples(loaded):
     }
 
 
-def test_prompts_show_what_they_should(loaded):
-    def prompt(name):
-        writer = Writer(*ANSWERS[name][:2])
-        scores(loaded[name], writer)
-        return writer.contexts[0]
-
-    assert prompt("mawps").count("Question:") == 1 and prompt("mawps_few_shot").count("Question:") == 5
-    assert prompt("mawps_cot").count("The answer is") == 4
-    assert prompt("sat_math_cot").endswith("one letter.") and prompt("sat_math_few_shot").count("the answer is A") == 4
-    assert prompt("math_cot").count("\\boxed") == 4 and prompt("mbpp_sandbox").count("[DONE]") == 3
-    assert prompt("rocstories_infilling") == (
+def test_prompts_show_what_they_should(written):
+    prompts = written[1]
+    assert prompts["mawps"].count("Question:") == 1 and prompts["mawps_few_shot"].count("Question:") == 5
+    assert prompts["mawps_cot"].count("The answer is") == 4
+    assert prompts["sat_math_cot"].endswith("one letter.")
+    assert prompts["sat_math_few_shot"].count("the answer is A") == 4
+    assert prompts["math_cot"].count("\\boxed") == 4 and prompts["mbpp_sandbox"].count("[DONE]") == 3
+    assert prompts["rocstories_infilling"] == (
         "Anna wanted some apples. Anna went to the market.<|infill|> Anna bought three of them. Anna was happy."
     )
 

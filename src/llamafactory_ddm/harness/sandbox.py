@@ -11,9 +11,10 @@ Guarded, so that a faulty program harms neither the run nor the machine:
   network of its own without interfaces, where the kernel permits that;
 - input is empty, output is discarded, and the environment holds no variable of the user.
 
-Not guarded: reading files; what native code of an installed extension module does, as Python's audit events do not see
-it; the processor's caches. This is no security boundary: a program that was written to break out can. Evaluate models
-that you do not trust in a container or a virtual machine.
+Not guarded: reading files; files named relative to the descriptor of a folder (dir_fd); what native code of an
+installed extension module does, as Python's audit events do not see it; the processor's caches. This is no security
+boundary: a program that was written to break out can. Evaluate models that you do not trust in a container or a
+virtual machine.
 """
 
 from __future__ import annotations
@@ -201,6 +202,7 @@ def guard(folder):
     realpath, fspath, fsdecode = os.path.realpath, os.fspath, os.fsdecode
     one = ("remove", "rmdir", "mkdir", "truncate", "chmod", "chown", "utime", "setxattr", "removexattr")
     paths = {f"os.{name}": 1 for name in one} | {f"os.{name}": 2 for name in ("rename", "link", "symlink")}
+    paths["shutil.rmtree"] = 1  # which removes relative to descriptors of folders
     refused = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill")
     refused += ("os.startfile", "pty.", "ctypes.", "resource.", "signal.pthread_kill", "syslog.", "sqlite3.")
     allowed = ("socket.gethostname",)
