@@ -153,7 +153,7 @@ def test_wrong_keys(keys, error):
     [
         # Reads the names of all tasks of the harness.
         pytest.param("tiny_last_wrd", "task: tiny_last_wrd.*tiny_last_word", marks=pytest.mark.slow),
-        ("absent", r"task: absent.*data\b.*task_dir"),
+        ("absent", r"task: absent.*data\b.*task_data={absent: FOLDER}"),
     ],
 )
 def test_a_task_that_cannot_run(task, error, tmp_path):

@@ -46,7 +46,7 @@ SMALL = ["max_samples=1", "likelihood_samples=16", "diffusion_steps=2", "max_new
 
 
 class Writer(LM):
-    """Answers each document with the text that `choose` selects of the right and the wrong one; `choose` gets a count."""
+    """Answers each document with its right or wrong text: number `choose(count)` of its `ANSWERS`."""
 
     def __init__(self, choose):
         super().__init__()

@@ -62,7 +62,7 @@ class LocalTaskManager(TaskManager):  # type: ignore[misc]
 
     @property
     def last_data_set(self) -> str:
-        """Return the name of the data set of the task that was loaded last."""
+        """Return the name by which `task_data` can name the data of the task that was loaded last."""
         return self._local.last_data_set
 
     def check_used(self) -> None:
@@ -117,7 +117,7 @@ class _LocalFactory(TaskFactory):  # type: ignore[misc]
         config: dict[str, Any] = super()._load_full_config(entry, overrides)
         names = [config[key] for key in ("task", "dataset_path") if isinstance(config.get(key), str)]
         self.seen.update(names)
-        self.last_data_set = names[-1] if names else ""
+        self.last_data_set = next((name for name in names[::-1] if name not in _LOADERS.values()), "")
         folder = self._folder(names)
         return config if folder is None else {**config, **local_data_set(folder, config.get("dataset_name"))}
 
