@@ -55,7 +55,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | TextGenerator,
         *,
         device: str | None = None,
         dtype: str = "auto",
@@ -72,7 +72,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
         """Load a model.
 
         Args:
-            pretrained: folder or Hub name of a diffusion model, or folder of an adapter.
+            pretrained: folder or Hub name of a diffusion model, or folder of an adapter; or a loaded model, such as one
+                that is being trained, which stays on its device and in its type.
             device: see `load`; without CUDA, a cuda device is replaced by the CPU.
             dtype: of the weights, one of those of `EvalKeys.infer_dtype`.
             batch_size: rows in a forward pass; results agree for every value, up to rounding.
@@ -80,7 +81,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
             scoring: how answers are scored; see `AnswerScorer`.
             likelihood_samples: masks of an answer; see `AnswerScorer`.
             max_new_tokens: tokens to generate; by default what the task says, else 256.
-            template: name of the template that prompts are put into, as a single user's turn; None for no template.
+            template: name of the template that prompts are put into, as a single user's turn; None for no template. A
+                loaded model has its template already.
             plugins: see `load`.
             results_folder: where finished requests are kept, so that an interrupted evaluation goes on.
             sampling: keys of generation, by YAML key; they take precedence over those of a task.
@@ -100,14 +102,19 @@ class DiffusionLM(LM):  # type: ignore[misc]
             device = "cpu"
         _join_processes()
         self._log = ResultLog(None if results_folder is None else Path(results_folder), rank=self.rank)
-        self.generator: TextGenerator = load(
-            pretrained,
-            device=device,
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
-            template=template,
-            plugins=plugins,
+        self._is_loaded_here = not isinstance(pretrained, TextGenerator)
+        self.generator: TextGenerator = (
+            pretrained
+            if isinstance(pretrained, TextGenerator)
+            else load(
+                pretrained,
+                device=device,
+                dtype=None if dtype == "auto" else getattr(torch, dtype),
+                template=template,
+                plugins=plugins,
+            )
         )
-        self.path, self.plugins = pretrained, plugins
+        self.path, self.plugins = str(pretrained), plugins
         self.sampling = {ALIASES.get(name, name): value for name, value in sampling.items()}
         self.settings = self.generator.settings(SamplingSettings(), **sampling)
         self.scorer = AnswerScorer(
@@ -467,7 +474,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
         vocabulary = generator.tokenizer.get_vocab() if tokenizer is None else tokenizer.to_str()
         return {
             "pretrained": str(self.path),
-            "weights": _weights_digest(generator.model),
+            # A model in training is evaluated often, its memory is short, and its results are not kept by weights.
+            "weights": _weights_digest(generator.model) if self._is_loaded_here else None,
             "dtype": str(generator.model.dtype),
             "tokenizer": digest(vocabulary),
             "diffusion_config": digest(asdict(generator.config)),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import lm_eval
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError, UndefinedError
+from lm_eval.api.group import Group
 from lm_eval.utils import handle_non_serializable, make_table
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
@@ -34,17 +36,13 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
         ValueError: if a task or the model cannot be loaded, or a task does not fit the keys.
     """
     load_plugins(keys.plugins)
-    if keys.run_generated_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    manager = task_manager(keys.tasks, keys.task_dir, keys.task_data)
-    names: list[str] = []
-    for pattern in keys.tasks:
-        matches = manager.match_tasks([pattern])
-        if not matches:
-            raise ValueError(f"task: {pattern} does not exist{did_you_mean(pattern, manager.all_tasks)}")
-        names += matches
-    tasks = [task for name in dict.fromkeys(names) for task in _load_task(name, manager, keys)]
-    manager.check_used()
+    tasks = load_tasks(
+        keys.tasks,
+        folder=keys.task_dir,
+        data=keys.task_data,
+        template=keys.template,
+        run_generated_code=keys.run_generated_code,
+    )
     model = DiffusionLM(
         _model_or_adapter(keys),
         dtype=keys.infer_dtype,
@@ -57,27 +55,152 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
         results_folder=keys.save_dir,
         **sampling,
     )
-    try:
-        results = lm_eval.simple_evaluate(
-            model=model,
-            tasks=tasks,
-            num_fewshot=keys.n_shot,
-            limit=keys.max_samples,
-            batch_size=keys.batch_size,
-            task_manager=manager,
-            confirm_run_unsafe_code=keys.run_generated_code,
-            bootstrap_iters=1000,
-        )
-    except (TemplateError, UndefinedError) as error:
-        raise ValueError(
-            f"task: {keys.task}: a Jinja expression (doc_to_text, doc_to_target, doc_to_choice) "
-            f"fails on the documents ({error}); correct the task's YAML"
-        ) from error
+    results = tasks.run(model, n_shot=keys.n_shot, max_samples=keys.max_samples)
     if results is None:
         return None
     results["versions_of_packages"] = {name: metadata.version(name) for name in _PACKAGES}
     results["machine"] = {"device": str(model.device), "platform": platform.platform()}
     return dict(results)
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks that are loaded and checked, to be run on a model as often as needed.
+
+    Attributes:
+        names: the names of the tasks, groups and tags that were asked for.
+        items: the harness's tasks and groups.
+        manager: the harness's.
+        key: the user's key that named them, for messages.
+        runs_code: whether tasks may run code that the model wrote.
+    """
+
+    names: list[str]
+    items: list[Any]
+    manager: LocalTaskManager
+    key: str
+    runs_code: bool
+
+    def run(
+        self, model: DiffusionLM, *, n_shot: int | None = None, max_samples: int | None = None
+    ) -> dict[str, Any] | None:
+        """Return the harness's results; None on all processes but the first.
+
+        It sets the seeds of Python, NumPy and torch.
+
+        Args:
+            model: the model.
+            n_shot: examples in each prompt; None for the task's number.
+            max_samples: documents of each task, from the first; None for all.
+        Raises:
+            ValueError: if a task does not fit the model or its documents.
+        """
+        try:
+            results = lm_eval.simple_evaluate(
+                model=model,
+                tasks=self.items,
+                num_fewshot=n_shot,
+                limit=max_samples,
+                batch_size=model.batch_size,
+                task_manager=self.manager,
+                confirm_run_unsafe_code=self.runs_code,
+                bootstrap_iters=1000,
+            )
+        except (TemplateError, UndefinedError) as error:
+            raise ValueError(
+                f"{self.key}: {', '.join(self.names)}: a Jinja expression (doc_to_text, doc_to_target, doc_to_choice) "
+                f"fails on the documents ({error}); correct the task's YAML"
+            ) from error
+        return None if results is None else dict(results)
+
+    def reported(self) -> dict[str, Any]:
+        """Return what has metrics of its own, by name: tasks, and groups in place of the tasks that they average."""
+        found: dict[str, Any] = {}
+        for item in self.items:
+            if not isinstance(item, Group):
+                found[item.task_name] = item
+            elif item.has_aggregation:
+                found[item.name] = item
+            else:
+                found.update({task.task_name: task for task in item.get_all_tasks()})
+        return found
+
+    def metrics(self, results: Mapping[str, Any]) -> dict[str, float]:
+        """Return the numbers of `results` by TASK_METRIC, their errors over documents by TASK_METRIC_stderr.
+
+        Where a task has several filters, the filter's name follows that of the metric.
+        """
+        found: dict[str, float] = {}
+        for name in self.reported():
+            row = results["results"][name]
+            filters = {key.partition(",")[2] for key in row if "," in key}
+            for key, value in row.items():
+                metric, comma, filter_name = key.partition(",")
+                if comma and isinstance(value, int | float):
+                    is_error = metric.endswith("_stderr")
+                    full = _metric_name(name, metric.removesuffix("_stderr"), filter_name, len(filters))
+                    found[f"{full}_stderr" if is_error else full] = float(value)
+        return found
+
+    def higher_is_better(self) -> dict[str, bool | None]:
+        """Return for each metric, by the name that `metrics` gives it, whether a higher value is better, if known."""
+        found: dict[str, bool | None] = {}
+        for name, item in self.reported().items():
+            tasks = item.get_all_tasks() if isinstance(item, Group) else [item]
+            filters = list(dict.fromkeys(each.name for task in tasks for each in task._filters))
+            directions = {metric: value for task in tasks for metric, value in task.higher_is_better().items()}
+            metrics = [metric for task in tasks for metric in task.aggregation()]
+            if isinstance(item, Group):
+                metrics = [metric.metric for metric in item.aggregate_metric_list or ()]
+            for metric in metrics:
+                for filter_name in filters:
+                    found[_metric_name(name, metric, filter_name, len(filters))] = directions.get(metric)
+        return found
+
+
+def _metric_name(task: str, metric: str, filter_name: str, n_filters: int) -> str:
+    return f"{task}_{metric}_{filter_name}" if n_filters > 1 else f"{task}_{metric}"
+
+
+def load_tasks(
+    patterns: Sequence[str],
+    *,
+    folder: str | None,
+    data: str | Mapping[str, str] | None = None,
+    template: str | None = None,
+    run_generated_code: bool,
+    key: str = "task",
+) -> TaskSet:
+    """Load and check tasks, which needs no model.
+
+    Args:
+        patterns: names of tasks, groups and tags, with wildcards.
+        folder: folder of the user's own tasks, or None.
+        data: local copies of data sets; see `EvalKeys.task_data`.
+        template: name of the template that prompts are put into, or None.
+        run_generated_code: whether tasks may run code that the model wrote.
+        key: the user's key that names the tasks.
+    Raises:
+        ValueError: for an unknown task, with the nearest one, or a task that cannot be read or is not allowed.
+    """
+    if run_generated_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    manager = task_manager(patterns, folder, data)
+    names: list[str] = []
+    for pattern in patterns:
+        matches = manager.match_tasks([pattern])
+        if not matches:
+            raise ValueError(f"{key}: {pattern} does not exist{did_you_mean(pattern, manager.all_tasks)}")
+        names += [name for name in matches if name not in names]
+    items: list[Any] = []
+    for name in names:
+        items += _load_task(name, manager, template=template, run_generated_code=run_generated_code, key=key)
+    manager.check_used()
+    try:
+        manager.load(items)
+    except ValueError as error:  # a task by itself and within a group
+        raise ValueError(f"{key}: {', '.join(names)}: {_first_line(error)}; name it once") from error
+    return TaskSet(names, items, manager, key, run_generated_code)
 
 
 def _model_or_adapter(keys: EvalKeys) -> str:
@@ -100,8 +223,10 @@ def _model_or_adapter(keys: EvalKeys) -> str:
     return str(adapter)
 
 
-def _load_task(name: str, manager: LocalTaskManager, keys: EvalKeys) -> list[Any]:
-    """Return a task, a group or the tasks of a tag, checked before the model is loaded.
+def _load_task(
+    name: str, manager: LocalTaskManager, *, template: str | None, run_generated_code: bool, key: str
+) -> list[Any]:
+    """Load and check a task; returns the harness's objects: a task, a group, or the tasks of a tag.
 
     Raises:
         ValueError: if its data or code cannot be read, or it needs what the keys do not allow.
@@ -110,31 +235,33 @@ def _load_task(name: str, manager: LocalTaskManager, keys: EvalKeys) -> list[Any
         loaded = manager.load([name])
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"task: {name} needs the Python module {error.name}: install the package that has it"
+            f"{key}: {name} needs the Python module {error.name}: install the package that has it"
         ) from error
     except (OSError, DatasetGenerationError) as error:
+        cure = f"name a local copy: task_data={{{manager.last_data_set}: FOLDER}}"
+        if key != "task":
+            cure = f"copy the task's YAML into {key[:-1]}_dir, with data_files that name a local copy"
         raise ValueError(
-            f"task: {name}: its data set cannot be read ({_first_line(error)}). Paths of data_files are relative to "
-            f"{Path.cwd()}. Run once with network access, or name a local copy: "
-            f"task_data={{{manager.last_data_set}: FOLDER}}"
+            f"{key}: {name}: its data set cannot be read ({_first_line(error)}). Paths of data_files are relative to "
+            f"{Path.cwd()}. Run once with network access, or {cure}"
         ) from error
     except Exception as error:  # any: a task is YAML, Jinja and Python of its author
-        raise ValueError(f"task: {name} cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
+        raise ValueError(f"{key}: {name} cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
     for task in loaded["tasks"].values():
-        if getattr(task, "UNSAFE_CODE", False) and not keys.run_generated_code:
-            raise ValueError(f"task: {name} runs code that the model wrote; allow it with run_generated_code: true")
+        if getattr(task, "UNSAFE_CODE", False) and not run_generated_code:
+            raise ValueError(f"{key}: {name} runs code that the model wrote; allow it with run_generated_code: true")
         config = task.config
         try:
             if task.OUTPUT_TYPE == "generate_until":
                 read_generation_keys(config.generation_kwargs or {})
                 if take_infill(config.generation_kwargs or {})[0]:
-                    check_no_template(keys.template)
+                    check_no_template(template)
         except ValueError as error:
-            raise ValueError(f"task: {name}: generation_kwargs: {error}") from error
+            raise ValueError(f"{key}: {name}: generation_kwargs: {error}") from error
         metrics = [metric.get("metric") for metric in config.metric_list or ()]
         if task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in metrics:
             raise ValueError(
-                f"task: {name}: exact_match is not computed for multiple choice; use acc in a copy of its YAML"
+                f"{key}: {name}: exact_match is not computed for multiple choice; use acc in a copy of its YAML"
             )
     group = loaded.get("groups", {}).get(name)
     return list(loaded["tasks"].values()) if group is None else [group]

@@ -18,6 +18,8 @@ from .resolve.model_names import resolve_model_names
 from .resolve.plan import resolve_run
 from .resolve.resume import resume_hint
 from .resolve.run_settings import check_run_settings
+from .train.monitoring import add_monitoring
+from .train.tasks import load_eval_tasks
 from .train.training import build_trainer, evaluate, train
 
 logger = get_logger(__name__)
@@ -54,6 +56,7 @@ def run(
                 return
             if plan.resume is not None:
                 check_run_settings(data.run_settings, plan.resume)
+            tasks = load_eval_tasks(training_args, finetuning_args)
             model = load_diffusion_model(plan.tokenizer, plan.vocabulary, model_args, finetuning_args, training_args)
             requests = None  # built before training, which a mistake in them would waste
             if training_args.do_predict:
@@ -63,6 +66,7 @@ def run(
             trainer = build_trainer(
                 plan, model, data, model_args, data_args, training_args, finetuning_args, callbacks
             )
+            add_monitoring(trainer, plan, data, tasks, data_args, finetuning_args, generating_args)
             if training_args.do_train:
                 check_not_empty(trainer.train_dataset, data_args)
                 train(trainer, plan, finetuning_args)

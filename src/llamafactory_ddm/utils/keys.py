@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 from .registry import Registry, unknown_choice
 
-# token: a token or its id; tokens: several, separated by commas; path: a folder; modules: see `load_plugins`.
-Kind = Literal["integer", "number", "boolean", "text", "token", "tokens", "path", "modules", "mapping"]
+# token: a token or its id; tokens: several, separated by commas; path: a folder; modules: see `load_plugins`; names:
+# separated by commas, or a list; texts: one, or a list.
+Kind = Literal[
+    "integer", "number", "boolean", "text", "token", "tokens", "path", "modules", "mapping", "names", "texts"
+]
 _KINDS: dict[type, Kind] = {bool: "boolean", int: "integer", float: "number", str: "text"}
 _ALLOWED = {
     "boolean": "`true`, `false`",
@@ -22,6 +25,8 @@ _ALLOWED = {
     "path": "folder",
     "modules": "list of modules or `.py` files",
     "mapping": "mapping",
+    "names": "list of names",
+    "texts": "text or list of texts",
 }
 
 
@@ -86,6 +91,10 @@ class Key:
             return boolean(name, value)
         if self.kind == "mapping":
             return mapping(name, value)
+        if self.kind == "names":
+            return ",".join(part for text in texts(name, value) for part in map(str.strip, text.split(",")) if part)
+        if self.kind == "texts":
+            return texts(name, value)
         if self.kind in ("token", "tokens", "path"):
             _check_text(name, value, self.kind)
         return value
@@ -210,6 +219,22 @@ def mapping(name: str, value: object) -> dict[str, Any] | None:
     if not (isinstance(parsed, Mapping) and all(isinstance(word, str) for word in parsed)):
         raise ValueError(f"{name} must be a mapping of names to values, such as {{window: 4}}, got {value!r}")
     return dict(parsed) or None
+
+
+def texts(name: str, value: object) -> list[str]:
+    """Return a list of texts; one text is a list of one, unless it is a JSON list, as on a command line.
+
+    Raises:
+        ValueError: if `value` is neither, or a text is empty, naming the key.
+    """
+    parsed = value
+    if isinstance(value, str):
+        parsed = [value]
+        with contextlib.suppress(ValueError):
+            parsed = loaded if isinstance(loaded := json.loads(value), list) else parsed
+    if not (isinstance(parsed, list | tuple) and parsed and all(isinstance(text, str) and text for text in parsed)):
+        raise ValueError(f"{name} must be a text or a list of texts, none of them empty, got {value!r}")
+    return list(parsed)
 
 
 def _check_text(name: str, value: object, kind: Kind) -> None:

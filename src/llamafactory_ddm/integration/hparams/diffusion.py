@@ -11,12 +11,13 @@ from ...objectives import OBJECTIVES
 from ...utils.keys import Key, key, keys_of
 from ...utils.plugins import load_plugins
 from .length import LengthKeys
+from .monitoring import MonitoringKeys
 from .sampling import SamplingArguments
 from .sft import FinetuningKeys
 
 
 @dataclass
-class DiffusionArguments(FinetuningKeys, LengthKeys, SamplingArguments):
+class DiffusionArguments(FinetuningKeys, LengthKeys, MonitoringKeys, SamplingArguments):
     """Keys of the diffusion stages; a key that is None takes its value from the checkpoint's diffusion_config.json."""
 
     # A YAML may give a list; upstream's command-line parser allows one type in the annotation.
@@ -119,6 +120,7 @@ class DiffusionArguments(FinetuningKeys, LengthKeys, SamplingArguments):
         for name, spec in KEYS.items():
             setattr(self, name, spec.checked(name, getattr(self, name)))
         self.check_sampling()
+        self.check_monitoring()
 
     def changed_keys(self) -> list[str]:
         """Return the keys that differ from their defaults, in the order of the dataclass, without `plugins`."""

@@ -17,7 +17,7 @@ UPSTREAM_KEYS: dict[str, str | None] = {
     **{alias: name for alias, name in ALIASES.items() if alias in ("temperature", "top_p")},
     **dict.fromkeys(("top_k", "repetition_penalty", "max_new_tokens")),
 }
-_SETTINGS_KEYS = {name: spec for name, spec in KEYS.items() if not spec.is_upstream}
+SETTINGS_KEYS = {name: spec for name, spec in KEYS.items() if not spec.is_upstream}
 _TYPES = {"integer": int, "number": float, "boolean": bool}
 
 
@@ -27,7 +27,7 @@ def _yaml_field(name: str, spec: Key) -> tuple[str, Any, Any]:
     return name, hint if spec.default is not None else hint | None, field(default=spec.default, metadata={"key": spec})
 
 
-SettingsKeys: Any = make_dataclass("SettingsKeys", [_yaml_field(name, spec) for name, spec in _SETTINGS_KEYS.items()])
+SettingsKeys: Any = make_dataclass("SettingsKeys", [_yaml_field(name, spec) for name, spec in SETTINGS_KEYS.items()])
 SettingsKeys.__module__ = __name__
 
 
@@ -80,7 +80,7 @@ class SamplingArguments(SettingsKeys):
 
     def _changed_settings(self) -> dict[str, Any]:
         """Return the keys of `SamplingSettings` that differ from their defaults."""
-        return {name: value for name, spec in _SETTINGS_KEYS.items() if (value := getattr(self, name)) != spec.default}
+        return {name: value for name, spec in SETTINGS_KEYS.items() if (value := getattr(self, name)) != spec.default}
 
     def generation_source(self) -> str:
         """Return `generate_from`, or the default of the stage."""

@@ -47,6 +47,8 @@ _IGNORED_PREFIXES = (
     "adam_",
     "save_",
     "eval_st",
+    "eval_task",
+    "sample_",
     "logging_",
     "eos_window_",
     "pad_mask_",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def check_inputs(model_args: Any, training_args: Any, finetuning_args: Any, *, p
     check_checkpoint_folders(model_args, finetuning_args, training_args)
     check_predict(training_args, finetuning_args.parsed.user_keys)
     if not prepares:
+        check_monitoring(training_args, finetuning_args)
         check_output_folder(model_args, training_args, finetuning_args)
 
 
@@ -115,6 +117,40 @@ _AUTOREGRESSIVE_KEYS = {
 }
 
 
+def check_monitoring(training_args: Any, finetuning_args: Any) -> None:
+    """Refuse keys of sample_steps and eval_tasks that the run cannot follow.
+
+    Raises:
+        ValueError: for sharded parameters, tasks without evaluations or without lm-eval, and for keys of
+            autoregressive generation.
+    """
+    tasks = finetuning_args.eval_tasks
+    samples = finetuning_args.sample_steps if training_args.do_train else 0
+    for key, value in (("sample_steps", samples), ("eval_tasks", tasks)):
+        if value and _is_sharded(training_args):
+            raise ValueError(
+                f"{key}: {value} needs the whole model in every process, but DeepSpeed ZeRO-3 and FSDP shard it; remove "
+                f"{key}, or train with DDP or ZeRO-2"
+            )
+        if value:
+            _check_not_autoregressive(finetuning_args.parsed.user_keys)
+    if not tasks:
+        return
+    if not training_args.do_eval:
+        raise ValueError(
+            f"eval_tasks: {tasks} is run by each evaluation, but eval_strategy is no; set eval_strategy: steps or "
+            "epoch, or do_eval: true for one evaluation at the end"
+        )
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            f'eval_tasks: {tasks} needs lm-eval, which is not installed: pip install "llamafactory-ddm[eval]"'
+        )
+
+
+def _is_sharded(training_args: Any) -> bool:
+    return bool(is_deepspeed_zero3_enabled() or training_args.fsdp)
+
+
 def check_predict(training_args: Any, user_keys: frozenset[str]) -> None:
     """Refuse settings that generation does not support.
 
@@ -126,11 +162,15 @@ def check_predict(training_args: Any, user_keys: frozenset[str]) -> None:
     """
     if not training_args.do_predict:
         return
-    if is_deepspeed_zero3_enabled() or training_args.fsdp:
+    if _is_sharded(training_args):
         raise ValueError(
             "do_predict: true needs the whole model in every process, but DeepSpeed ZeRO-3 and FSDP shard it; "
             "generate in a separate run without deepspeed and fsdp"
         )
+    _check_not_autoregressive(user_keys)
+
+
+def _check_not_autoregressive(user_keys: frozenset[str]) -> None:
     refused = [key for key in _AUTOREGRESSIVE_KEYS if key in user_keys]
     if refused:
         raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +28,13 @@ from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.quantization import evaluation_mode
 from ...objectives.base import Objective
 from ...utils.files import explain_disk_errors, published_together
+from ...utils.random_state import unchanged_random_state
 from ..logs import get_logger
 from ..model.model_card import Origin, write_trained
 from ..resolve.run_settings import write_run_settings
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from .step_metrics import StepMetrics
+from .tasks import TaskEvaluation
 
 logger = get_logger(__name__)
 
@@ -74,6 +78,8 @@ class DiffusionTrainer(CustomTrainer):
         self.eval_time_samples = eval_time_samples
         self.origin: Origin | None = None  # for the model card
         self.run_settings: dict[str, Any] | None = None  # saved with checkpoints, and checked when resuming
+        self.tasks: TaskEvaluation | None = None
+        self._task_metrics: dict[str, float] = {}  # of the evaluation in progress
         # The denominator covers the whole optimiser step, so LLaMA-Factory must not average over micro-batches again.
         self.model_accepts_loss_kwargs = True
         self._head = RowSelectingHead(self.model)
@@ -269,11 +275,30 @@ class DiffusionTrainer(CustomTrainer):
     # ---- evaluation ----
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as LLaMA-Factory does, and keep the metrics for `last_evaluation`."""
+        """Evaluate as LLaMA-Factory does, on `tasks` too, and keep the metrics for `last_evaluation`."""
+        is_whole = not args and kwargs.get("eval_dataset") is None  # the whole evaluation data
+        if is_whole and self.tasks is not None:
+            with self.beside_training():
+                start = time.perf_counter()
+                self._task_metrics = self.tasks.metrics(self.args.world_size)
+                self._task_metrics["eval_tasks_runtime"] = round(time.perf_counter() - start, 4)
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        if not args and kwargs.get("eval_dataset") is None:  # the whole evaluation data
+        if is_whole:
             self._last_metrics = metrics
         return metrics
+
+    @contextmanager
+    def beside_training(self) -> Iterator[None]:
+        """Let the block use the model in evaluation mode; nothing that training draws, measures or sets changes."""
+        if not self.is_in_train:
+            self.model.to(self.args.device)
+        with (
+            self._step_metrics.pause(),
+            unchanged_random_state(),
+            evaluation_mode(self.model),
+            self.accelerator.autocast(),
+        ):
+            yield
 
     def last_evaluation(self) -> dict[str, float]:
         """Return the metrics of the present weights, evaluated now unless the training loop has done so."""
@@ -309,6 +334,8 @@ class DiffusionTrainer(CustomTrainer):
                 total += gathered.cpu().double().sum(dim=0)
                 n_rows += len(gathered)
         metrics = bound_metrics(total.tolist(), prefix=metric_key_prefix, term=self.objective.term)
+        # One log line and one call of the callbacks have all metrics; of several data sets those of the first.
+        metrics, self._task_metrics = metrics | self._task_metrics, {}
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=n_rows)
 
     def evaluation_batches(
