@@ -73,7 +73,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
         Args:
             pretrained: folder or Hub name of a diffusion model, or folder of an adapter; or a loaded model, such as one
-                that is being trained, which stays on its device and in its type.
+                in training, which keeps its device and type.
             device: see `load`; without CUDA, a cuda device is replaced by the CPU.
             dtype: of the weights, one of those of `EvalKeys.infer_dtype`.
             batch_size: rows in a forward pass; results agree for every value, up to rounding.

@@ -15,7 +15,7 @@ from .registry import Registry, unknown_choice
 # separated by commas, or a list; texts: one, or a list.
 Kind = Literal[
     "integer", "number", "boolean", "text", "token", "tokens", "path", "modules", "mapping", "names", "texts"
-]
+]  # fmt: skip
 _KINDS: dict[type, Kind] = {bool: "boolean", int: "integer", float: "number", str: "text"}
 _ALLOWED = {
     "boolean": "`true`, `false`",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...utils.keys import key, keys_of
+from ...utils.keys import key
 
 # Key -> the key without which it has no effect.
 NEEDS = {
@@ -32,7 +32,7 @@ class MonitoringKeys:
     )
     sample_count: int | None = key(
         None,
-        "Number of these texts. Defaults to 4, with sample_prompts to their number.",
+        "Number of these texts. Defaults to 4, or one for each of sample_prompts.",
         kind="integer",
         low=1,
         high=64,
@@ -61,9 +61,8 @@ class MonitoringKeys:
         Raises:
             ValueError: naming both keys.
         """
-        specs = keys_of(MonitoringKeys)
         for name, needed in NEEDS.items():
-            if getattr(self, name) != specs[name].default and not getattr(self, needed):
+            if getattr(self, name) != getattr(MonitoringKeys, name) and not getattr(self, needed):
                 raise ValueError(f"{name}: has no effect without {needed}; set {needed}, or remove {name}")
         if self.sample_prompts is not None and self.sample_count is not None:
             raise ValueError(

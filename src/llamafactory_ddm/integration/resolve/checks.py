@@ -129,8 +129,8 @@ def check_monitoring(training_args: Any, finetuning_args: Any) -> None:
     for key, value in (("sample_steps", samples), ("eval_tasks", tasks)):
         if value and _is_sharded(training_args):
             raise ValueError(
-                f"{key}: {value} needs the whole model in every process, but DeepSpeed ZeRO-3 and FSDP shard it; remove "
-                f"{key}, or train with DDP or ZeRO-2"
+                f"{key}: {value} needs the whole model in every process, but DeepSpeed ZeRO-3 and FSDP shard it; "
+                f"remove {key}, or train with DDP or ZeRO-2"
             )
         if value:
             _check_not_autoregressive(finetuning_args.parsed.user_keys)

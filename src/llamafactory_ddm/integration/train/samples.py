@@ -72,8 +72,8 @@ def build_sample_requests(
         requests.append(Request(canvas, generator.tokenizer.decode(ids), label))
     if not requests:
         raise ValueError(
-            f"sample_steps: the first {_MAX_ROWS} rows have no prompt before a response, as with train_on_prompt: true; "
-            "set sample_prompts"
+            f"sample_steps: the first {_MAX_ROWS} rows have no prompt before a response, as with train_on_prompt: "
+            "true; set sample_prompts"
         )
     return requests
 
@@ -176,9 +176,8 @@ class TrainingSamples(TrainerCallback):
         logger.info_rank0(f"Samples at step {step}:\n{texts}")
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                markdown = "\n".join(
-                    f"{result['index'] + 1}. {_in_one_line(result, ' **>>>** ')}" for result in results
-                )
+                numbered = (f"{result['index']}. {_in_one_line(result, ' **>>>** ')}" for result in results)
+                markdown = "\n".join(numbered)
                 callback.tb_writer.add_text("samples", markdown, step)
 
     def _generate(self, args: Any) -> tuple[list[dict[str, Any]], str | None]:
