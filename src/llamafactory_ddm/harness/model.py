@@ -72,8 +72,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
         """Load a model.
 
         Args:
-            pretrained: folder or Hub name of a diffusion model, or folder of an adapter; or a loaded model, such as one
-                in training, which keeps its device and type.
+            pretrained: folder or Hub name of a diffusion model, or folder of an adapter; or a loaded model, with its
+                device and type.
             device: see `load`; without CUDA, a cuda device is replaced by the CPU.
             dtype: of the weights, one of those of `EvalKeys.infer_dtype`.
             batch_size: rows in a forward pass; results agree for every value, up to rounding.
