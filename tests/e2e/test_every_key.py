@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
 from llamafactory_ddm.integration.hparams.length import LengthKeys
+from llamafactory_ddm.integration.hparams.monitoring import MonitoringKeys
 from llamafactory_ddm.integration.hparams.sampling import UPSTREAM_KEYS
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import evaluations, history
@@ -74,6 +75,8 @@ ELSEWHERE = {
     "train_on_padding",
     "sep_token",
     "split_digits",
+    # tests/e2e/test_during_training.py, tests/integration/train/test_samples.py
+    *(field.name for field in dataclasses.fields(MonitoringKeys)),
     # tests/e2e/test_variable_length_runs.py
     *(field.name for field in dataclasses.fields(LengthKeys)),
 }

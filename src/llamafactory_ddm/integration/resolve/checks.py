@@ -141,6 +141,9 @@ def check_monitoring(training_args: Any, finetuning_args: Any) -> None:
             f"eval_tasks: {tasks} is run by each evaluation, but eval_strategy is no; set eval_strategy: steps or "
             "epoch, or do_eval: true for one evaluation at the end"
         )
+    folder = finetuning_args.eval_task_dir
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"eval_task_dir: {folder} is not a folder; check the path, which is relative to {Path.cwd()}")
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             f'eval_tasks: {tasks} needs lm-eval, which is not installed: pip install "llamafactory-ddm[eval]"'

@@ -1,0 +1,90 @@
+"""Tasks that are loaded once, and the names and directions of their metrics."""
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from llamafactory_ddm.harness.run import load_tasks
+from support.cli import ROOT
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: data/tiny_problems_eval.jsonl}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{instruction}}}}"
+doc_to_target: "{{{{output}}}}"
+generation_kwargs: {{max_gen_toks: 4}}
+filter_list:
+  - name: strict
+    filter: [{{function: take_first}}]
+  - name: loose
+    filter: [{{function: take_first}}]
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+GROUP = """
+group: {name}
+task: [one, two]
+"""
+MEANS = """aggregate_metric_list:
+  - {metric: exact_match, aggregation: mean, weight_by_size: true}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name))
+    (tmp_path / "mean.yaml").write_text(GROUP.format(name="mean") + MEANS)
+    (tmp_path / "plain.yaml").write_text(GROUP.format(name="plain"))
+    return tmp_path
+
+
+def tasks_of(folder, *names):
+    return load_tasks(names, folder=str(folder), run_generated_code=False)
+
+
+def rows(value):
+    """A row of the harness's results."""
+    return {
+        **{f"exact_match,{name}": value for name in ("strict", "loose")},
+        **{f"exact_match_stderr,{name}": "N/A" if value > 1 else value / 10 for name in ("strict", "loose")},
+        "alias": "x",
+        "sample_len": 3,
+    }
+
+
+def test_metrics_are_named_by_task_metric_and_filter(folder):
+    results = {"results": {"one": rows(0.5), "two": rows(2), "mean": rows(0.75)}}
+    assert tasks_of(folder, "one").metrics(results) == {
+        "one_exact_match_strict": 0.5,
+        "one_exact_match_loose": 0.5,
+        "one_exact_match_strict_stderr": 0.05,
+        "one_exact_match_loose_stderr": 0.05,
+    }
+    assert set(tasks_of(folder, "mean").metrics(results)) == {
+        f"mean_exact_match_{name}{end}" for name in ("strict", "loose") for end in ("", "_stderr")
+    }
+    plain = tasks_of(folder, "plain")
+    names = {f"{task}_exact_match_{name}" for task in ("one", "two") for name in ("strict", "loose")}
+    assert names <= set(plain.metrics(results)) and "two_exact_match_strict_stderr" not in plain.metrics(results)
+    assert plain.higher_is_better() == dict.fromkeys(names, True)
+    assert list(tasks_of(folder, "mean").higher_is_better()) == ["mean_exact_match_strict", "mean_exact_match_loose"]
+
+
+def test_directions_are_those_of_the_tasks(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tasks = tasks_of(ROOT / "examples" / "eval" / "tasks", "tiny_last_word", "tiny_stories")
+    assert tasks.higher_is_better() == {
+        "tiny_last_word_acc": True,
+        "tiny_last_word_perplexity": False,
+        "tiny_stories_bits_per_byte": False,
+    }
+
+
+def test_a_task_by_itself_and_in_a_group(folder):
+    with pytest.raises(ValueError, match=r"task: one, mean: .*once"):
+        tasks_of(folder, "one", "mean")
