@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional
+from transformers import TrainerCallback
 
 from llamafactory_ddm.data.collators import ResponseCollator
 from llamafactory_ddm.diffusion.noise import draw_time, mask_tokens, mix_tokens
@@ -490,6 +491,48 @@ def test_an_evaluation_of_the_same_weights_is_not_repeated(make_trainer):
     other.train()
     assert other.last_evaluation()["eval_loss"] == other.evaluate()["eval_loss"] != logged[0]["eval_loss"]
     assert [log["step"] for log in other.state.log_history if "eval_loss" in log] == [2, 3, 3]
+
+
+class CountedTasks:
+    """Tasks whose metric is the number of times that they were run, and which draw random numbers."""
+
+    def __init__(self, model):
+        self.model, self.count = model, 0
+
+    def metrics(self, world):
+        assert not self.model.training
+        torch.manual_seed(0)
+        self.count += 1
+        return {"eval_mine_acc": float(self.count)}
+
+
+def test_tasks_are_part_of_an_evaluation(make_trainer):
+    """In one log line; of several data sets with the first, and once; callbacks see them."""
+    keys = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_time_samples": 1}
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen.append(metrics.get("eval_mine_acc"))
+
+    plain = make_trainer(evaluation=Rows(4, seed=1), folder="plain", **keys)
+    trainer = make_trainer(evaluation=Rows(4, seed=1), **keys)
+    trainer.tasks = CountedTasks(trainer.model)
+    trainer.add_callback(Watch())
+    for each in (plain, trainer):
+        torch.manual_seed(4)
+        each.train()
+        each.drawn = torch.rand(())
+    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert [log["eval_mine_acc"] for log in logs] == seen == [1.0, 2.0]
+    assert trainer.last_evaluation()["eval_mine_acc"] == 2.0 and logs[0]["eval_tasks_runtime"] >= 0
+    assert trainer.drawn == plain.drawn
+    parts = {"one": Rows(4, seed=1), "two": Rows(4, seed=2)}
+    several = make_trainer(evaluation=parts, max_steps=1)
+    several.tasks = CountedTasks(several.model)
+    metrics = several.evaluate()
+    assert metrics["eval_mine_acc"] == 1.0 and {"eval_one_loss", "eval_two_loss"} <= metrics.keys()
+    assert "eval_mine_acc" not in several.evaluate(eval_dataset=parts["two"])
 
 
 @pytest.mark.parametrize("steps", [3, 4, 8])
