@@ -191,11 +191,12 @@ def test_generated_code_runs_with_the_switch_alone(train_small, tmp_path):
     assert "eval_tiny_unsafe_acc" in evaluations(out)[0]
 
 
+NO_SAMPLES = {"sample_steps": ABSENT, "sample_length": ABSENT}  # the recipe has both
 WRONG = [
     ({"sample_steps": -1}, "sample_steps.*-1"),
-    ({"sample_prompts": ["a"]}, "sample_prompts: .*sample_steps"),
-    ({"sample_count": 3}, "sample_count: .*sample_steps"),
-    ({"sample_length": 3}, "sample_length: .*sample_steps"),
+    ({**NO_SAMPLES, **{"sample_prompts": ["a"]}}, "sample_prompts: .*sample_steps"),
+    ({**NO_SAMPLES, **{"sample_count": 3}}, "sample_count: .*sample_steps"),
+    ({**NO_SAMPLES, "sample_length": 3}, "sample_length: .*sample_steps"),
     ({"sample_steps": 1, "sample_count": 0}, "sample_count.*0"),
     ({"sample_steps": 1, "sample_prompts": []}, r"sample_prompts.*\[\]"),
     ({"sample_steps": 1, "sample_prompts": [3]}, r"sample_prompts.*\[3\]"),
@@ -244,7 +245,10 @@ def test_without_lm_eval(train_small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "error"),
     [
-        ({"sample_steps": 1, "sample_prompts": "Tom " * 40}, "sample_prompts: text 0: .*cutoff_len: 32"),
+        (
+            {"sample_steps": 1, "sample_length": ABSENT, "sample_prompts": "Tom " * 40},
+            "sample_prompts: text 0: .*cutoff_len: 32",
+        ),
         ({"sample_steps": 1, "sample_length": 999}, "sample_length: 999: .*256"),
         # Reads the names of all tasks of the harness.
         pytest.param(

@@ -62,3 +62,14 @@ def test_a_registry_is_read_when_a_value_is_checked():
 )
 def test_intervals(limits, allowed):
     assert Key(0.5, "", "number", **limits).allowed == allowed
+
+
+def test_lists_of_texts_and_of_names():
+    texts, names = Key(None, "", "texts"), Key(None, "", "names")
+    assert texts.checked("x", "a, b") == ["a, b"]
+    assert texts.checked("x", ["a, b", "[c]"]) == ["a, b", "[c]"] == texts.checked("x", '["a, b", "[c]"]')
+    assert names.checked("x", "a, b") == names.checked("x", ["a", "b"]) == "a,b"
+    assert texts.checked("x", None) is None
+    for wrong in ([], [""], "", [3], 3, {"a": "b"}):
+        with pytest.raises(ValueError, match="x must be a text"):
+            texts.checked("x", wrong)

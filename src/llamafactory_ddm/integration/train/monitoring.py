@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...generation.generator import TextGenerator
+from ...generation.generator import TextGenerator, error_prefix
 from ...modeling.quantization import evaluation_mode
 from ...utils.random_state import unchanged_random_state
 from ..resolve.datasets import RunData
@@ -54,7 +54,8 @@ def add_monitoring(
                 n_tokens=finetuning_args.sample_length or max_new_tokens,
                 cutoff_len=data_args.cutoff_len,
             )
-            generator.check([request.canvas for request in requests], settings)
+            with error_prefix(f"sample_steps: {steps}"):
+                generator.check([request.canvas for request in requests], settings)
             trainer.add_callback(TrainingSamples(trainer, generator, requests, settings, steps))
     if tasks is not None:
         trainer.tasks = TaskEvaluation(
