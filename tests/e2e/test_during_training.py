@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llamafactory_ddm.integration import workflow
 from llamafactory_ddm.integration.resolve import checks
 from support.cli import ABSENT, ROOT, evaluations, history, run, train_in_processes
 
@@ -250,18 +251,23 @@ def test_without_lm_eval(train_small, tmp_path, monkeypatch):
             "sample_prompts: text 0: .*cutoff_len: 32",
         ),
         ({"sample_steps": 1, "sample_length": 999}, "sample_length: 999: .*256"),
-        # Reads the names of all tasks of the harness.
-        pytest.param(
-            {**TASKS, **EVALUATIONS, "eval_tasks": "tiny_last_wrd"},
-            "eval_tasks: tiny_last_wrd .*tiny_last_word",
-            marks=pytest.mark.slow,
-        ),
     ],
 )
 def test_mistakes_are_found_before_training(keys, error, train_small, tmp_path):
     with pytest.raises(ValueError, match=error):
         train_small(tmp_path / "out", **keys)
     assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.slow
+def test_a_task_that_cannot_be_read_is_found_before_the_model_is_loaded(train_small, tmp_path, monkeypatch):
+    monkeypatch.setattr(workflow, "load_diffusion_model", lambda *args: pytest.fail("the model was loaded"))
+    (tmp_path / "tasks").mkdir()
+    text = UNSAFE.replace("data/tiny_stories_eval.jsonl", "data/absent.jsonl")
+    (tmp_path / "tasks" / "unsafe.yaml").write_text(text)
+    keys = {**EVALUATIONS, "eval_tasks": "tiny_unsafe", "eval_task_dir": tmp_path / "tasks"}
+    with pytest.raises(ValueError, match=r"eval_tasks: tiny_unsafe: .*data.* eval_task_dir"):
+        train_small(tmp_path / "out", **keys)
 
 
 @pytest.mark.slow

@@ -95,3 +95,8 @@ def test_directions_are_those_of_the_tasks(monkeypatch):
 def test_a_task_by_itself_and_in_a_group(folder):
     with pytest.raises(ValueError, match=r"task: one, mean: .*once"):
         tasks_of(folder, "one", "mean")
+
+
+def test_messages_name_the_users_key(folder):
+    with pytest.raises(ValueError, match=r"eval_tasks: onne does not exist.*'one'"):
+        load_tasks(["onne"], folder=str(folder), run_generated_code=False, key="eval_tasks")
