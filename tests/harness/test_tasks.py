@@ -4,9 +4,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from lm_eval.tasks import TaskManager
 
-from llamafactory_ddm.harness import run
 from llamafactory_ddm.harness.run import load_tasks
 from support.cli import ROOT
 
@@ -39,10 +37,6 @@ MEANS = """aggregate_metric_list:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    # A group may hold tasks of the harness, whose names take seconds to read.
-    monkeypatch.setattr(
-        run, "_task_manager", lambda names, path: TaskManager(include_path=path, include_defaults=False)
-    )
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name))
     (tmp_path / "mean.yaml").write_text(GROUP.format(name="mean") + MEANS)
