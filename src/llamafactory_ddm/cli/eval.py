@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
-from .yaml_command import usage_status
+from .yaml_command import read_yaml, usage_status
 
 USAGE = """usage: llamafactory-ddm eval x.yaml [key=value ...]
 
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> int:
         print('llamafactory-ddm eval: lm-eval is not installed: pip install "llamafactory-ddm[eval]"', file=sys.stderr)
         return 1
     try:
-        keys, sampling = read_keys(_read(argv))
+        keys, sampling = read_keys(read_yaml(argv))
         results = evaluate(keys, sampling)
         if results is not None:
             if keys.save_dir is not None:
@@ -39,25 +38,3 @@ def main(argv: list[str]) -> int:
         print(f"llamafactory-ddm eval: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _read(argv: list[str]) -> dict[str, Any]:
-    """Return the keys of the YAML, with those of the command line in place of its own.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if not Path(argv[0]).is_file():
-        raise ValueError(f"{argv[0]} does not exist; the path is relative to {Path.cwd()}")
-    try:
-        read: Any = OmegaConf.load(argv[0])
-        values: Any = OmegaConf.to_container(OmegaConf.merge(read, OmegaConf.from_cli(argv[1:])), resolve=True)
-    except (YAMLError, OmegaConfBaseException, TypeError) as error:
-        raise ValueError(f"{argv[0]} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{argv[0]} holds no keys; write one `key: value` a line")
-    return values

@@ -20,6 +20,8 @@ _MODULES = {
     "convert": ".convert",
     "fit-length": ".fit_length",
     "eval": ".eval",
+    "quality": ".quality",
+    "plot-loss": ".plot_loss",
 }  # of commands
 _FORWARDED = ("train", "chat", "api", "export", "webchat", "webui", "env", "version")
 _COMMANDS = ("doctor", *_MODULES, *_FORWARDED)
@@ -64,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         choices=_COMMANDS,
         help="doctor: check whether the plugin is active; generate: generate texts; convert: convert published "
-        "checkpoints; fit-length: fit length predictors; eval: evaluate on lm-evaluation-harness",
+        "checkpoints; fit-length: fit length predictors; eval: evaluate on lm-evaluation-harness; quality: measure "
+        "generated texts; plot-loss: plot the losses of several runs",
     )
     return parser
 

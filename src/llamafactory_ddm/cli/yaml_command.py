@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 
 def usage_status(argv: list[str], usage: str) -> int | None:
@@ -14,3 +16,25 @@ def usage_status(argv: list[str], usage: str) -> int | None:
         print(usage, end="", file=sys.stderr)
         return 2
     return None
+
+
+def read_yaml(argv: list[str]) -> dict[str, Any]:
+    """Return the keys of the YAML, with those of the command line in place of its own.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(argv[0]).is_file():
+        raise ValueError(f"{argv[0]} does not exist; the path is relative to {Path.cwd()}")
+    try:
+        read: Any = OmegaConf.load(argv[0])
+        values: Any = OmegaConf.to_container(OmegaConf.merge(read, OmegaConf.from_cli(argv[1:])), resolve=True)
+    except (YAMLError, OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"{argv[0]} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{argv[0]} holds no keys; write one `key: value` a line")
+    return values

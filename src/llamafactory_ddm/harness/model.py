@@ -23,15 +23,15 @@ from .._version import __version__
 from ..data.canvas import Canvas, canvas_of
 from ..generation.generator import Generated, TextGenerator, error_prefix
 from ..generation.load import load
-from ..modeling.model_info import max_positions
+from ..modeling.model_info import max_positions, weights_digest
 from ..sampling import SamplingSettings
 from ..sampling.keywords import ALIASES
 from ..sampling.settings import KEYS as SAMPLING_KEYS
 from ..utils.keys import keys_of
 from ..utils.registry import did_you_mean
+from ..utils.result_log import ResultLog, digest
 from .infilling import check_no_template, reference_length, split_at_gap, take_infill
 from .keys import EvalKeys
-from .result_log import ResultLog, digest
 from .scoring import Answer, AnswerScorer
 
 logger = logging.getLogger(__name__)
@@ -475,7 +475,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         return {
             "pretrained": str(self.path),
             # A model in training is evaluated often, its memory is short, and its results are not kept by weights.
-            "weights": _weights_digest(generator.model) if self._is_loaded_here else None,
+            "weights": weights_digest(generator.model) if self._is_loaded_here else None,
             "dtype": str(generator.model.dtype),
             "tokenizer": digest(vocabulary),
             "diffusion_config": digest(asdict(generator.config)),
@@ -537,15 +537,6 @@ def _document_id(request: Instance) -> str:
 def _noise_index(key: str) -> int:
     """Return a number of 31 bits that keys the noise of a request."""
     return int(digest(key)[:8], 16) >> 1
-
-
-def _weights_digest(model: Any) -> str:
-    """Return a digest of the weights: of each one's name, shape, sum and sum of squares."""
-    parts = []
-    for name, value in model.named_parameters():
-        exact = value.detach().double()
-        parts.append([name, list(value.shape), float(exact.sum()), float(exact.square().sum())])
-    return digest(parts)
 
 
 def _plugins_digest(plugins: str | Sequence[str] | None) -> str | None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..utils.result_log import digest
+
 
 def text_config(model: nn.Module) -> Any:
     """Return the part of the config that describes the decoder."""
@@ -52,3 +54,12 @@ def max_positions(config: Any) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def weights_digest(model: Any) -> str:
+    """Return a digest of the weights: of each one's name, shape, sum and sum of squares."""
+    parts = []
+    for name, value in model.named_parameters():
+        exact = value.detach().double()
+        parts.append([name, list(value.shape), float(exact.sum()), float(exact.square().sum())])
+    return digest(parts)
