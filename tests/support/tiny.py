@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 
 VOCABULARY, MASK_ID, LENGTH = 40, 39, 16
 
@@ -56,3 +57,34 @@ def tiny_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+
+def save_pair(folder, positions=48):
+    """Save a causal GPT-2 in `folder`/ar and a diffusion model in `folder`/ddm, and return both folders."""
+    for name in ("ar", "ddm"):
+        tokenizer = tiny_tokenizer()
+        if name == "ddm":
+            tokenizer.add_tokens(["<|mask|>"], special_tokens=True)
+        torch.manual_seed(len(name))
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=positions,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            initializer_range=0.4,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        GPT2LMHeadModel(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    DiffusionConfig(
+        mask_token="<|mask|>",
+        mask_token_id=len(tokenizer) - 1,
+        shift=True,
+        noise_process="masked",
+        uniform_ratio=0.0,
+        noise_schedule="linear",
+        attention_ratio=1.0,
+    ).save(folder / "ddm")
+    return folder / "ar", folder / "ddm"

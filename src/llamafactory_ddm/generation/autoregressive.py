@@ -146,7 +146,7 @@ def load_autoregressive(path: str, *, device: str | None = None, dtype: Any = No
             from peft import PeftModel
 
             model = load_whole_adapter(PeftModel, model, path).merge_and_unload()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be loaded: {first_line(error)}") from error
     model.to(place)
     model.config.pad_token_id = None  # without padding no warning of it is wanted
