@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llamafactory_ddm.generation.quality_keys import QualityKeys
 from llamafactory_ddm.harness.keys import EvalKeys
 from llamafactory_ddm.integration.hparams.diffusion import KEYS
 from llamafactory_ddm.integration.hparams.length import LengthKeys
@@ -16,7 +17,7 @@ PAGE = Path(__file__).with_name("keys.md")
 HEAD = """# Keys
 
 Every YAML key that the plugin adds to LLaMA-Factory's own, under `stage: ddm` and `stage: ddm-sft`, and those of
-`llamafactory-ddm eval`.
+`llamafactory-ddm eval` and `llamafactory-ddm quality`.
 Written by `python docs/make_keys.py` from the code; a test compares.
 
 - A key without a default takes what its text says, mostly what the checkpoint's `diffusion_config.json` holds.
@@ -53,6 +54,15 @@ EVALUATION = """## Evaluation
 | key | default | allowed | meaning |
 |---|---|---|---|
 """
+QUALITY = """## Quality of texts
+
+`llamafactory-ddm quality x.yaml` reads these and the keys of generation. Of the latter `denoising_strategy`,
+`diffusion_steps` and `seed` may be lists, and every combination is a setting. Keys that only one strategy reads count
+for that strategy. [generation_quality.md](generation_quality.md) explains the numbers.
+
+| key | default | allowed | meaning |
+|---|---|---|---|
+"""
 
 
 def page() -> str:
@@ -79,7 +89,8 @@ def page() -> str:
         rows = "\n".join(_row(name, KEYS[name]) for name in own[title])
         parts.append(f"## {title}\n\n{text}\n\n| key | default | allowed | meaning |\n|---|---|---|---|\n{rows}\n")
     evaluation = "\n".join(_row(name, key) for name, key in keys_of(EvalKeys).items())
-    return "\n".join([HEAD, *parts, STRATEGIES, EVALUATION + evaluation + "\n"])
+    quality = "\n".join(_row(name, key) for name, key in keys_of(QualityKeys).items())
+    return "\n".join([HEAD, *parts, STRATEGIES, EVALUATION + evaluation + "\n", QUALITY + quality + "\n"])
 
 
 def _row(name: str, key: Key) -> str:

@@ -70,3 +70,11 @@ def test_the_evaluation_benchmark_runs(checkpoint):
     done = run(*words, program="benchmarks/evaluation.py", check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert done.stdout.count("claimed <=") == 3 and "passes a choice" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_decoding_time_benchmark_runs(tmp_path):
+    words = ("--lengths", "4", "8", "--steps", "2", "8", "--rounds", "1", "--out", tmp_path / "x.png")
+    done = run(*words, program="benchmarks/decoding_time.py")
+    assert done.stdout.count("| autoregressive |") == 2 and done.stdout.count(" to ") == 3
+    assert (tmp_path / "x.png").stat().st_size > 5000

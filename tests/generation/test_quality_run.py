@@ -174,7 +174,7 @@ def test_several_seeds_are_shown_as_a_range(base):
     found = spread(ddm, "entropy")
     assert (found.low, found.high, found.is_range) == (min(values), max(values), True)
     assert found.value == pytest.approx(sum(values) / 2)
-    assert f" {found.low:.3g} to {found.high:.3g} " in table(outcomes)
+    assert f" {found.low:.2f} to {found.high:.2f} " in table(outcomes)
     record = {"keys": {"n_texts": 3, "length": 8}, "judge": {"judge_model": "judge"}}
     assert "2 seeds" in page(outcomes, record)
 
@@ -182,8 +182,8 @@ def test_several_seeds_are_shown_as_a_range(base):
 def test_a_number_with_its_error():
     numbers = {"entropy": Estimate(2.0, 0.25), "perplexity": None, "tokens": Estimate(4.0, None)}
     one = quality_run.Outcome("ar", "ar", None, None, 0, (), (), numbers)
-    assert str(spread([one], "entropy")) == "2 ± 0.25"
-    assert str(spread([one], "tokens")) == "4"
+    assert f"{spread([one], 'entropy'):.2f}" == "2.00 ± 0.25"
+    assert f"{spread([one], 'tokens'):.3g}" == "4"
     assert spread([one], "perplexity") is None
 
 

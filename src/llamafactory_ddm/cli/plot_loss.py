@@ -15,7 +15,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="name in the legend, and output_dir of a run")
     parser.add_argument("--out", required=True, type=Path, help="the picture: .png, .pdf or .svg")
     parser.add_argument("--keys", default="loss", help="what to plot, separated by commas (default: loss)")
-    parser.add_argument("--smooth", type=int, default=1, help="draw the mean of so many logged values (default: 1)")
+    parser.add_argument(
+        "--smooth", type=int, default=1, help="draw the mean of so many neighbouring values (default: 1)"
+    )
     arguments = parser.parse_args(argv)
     from ..integration.train.loss_curves import FORMATS, plot_runs
 

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .quality_run import Outcome
 
+# Number -> head of its column, and format.
 _COLUMNS = {
-    "perplexity": "perplexity",
-    "nats_per_byte": "nats / byte",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "entropy": "entropy",
-    "repetition_4": "rep-4",
-    "tokens": "tokens",
+    "perplexity": ("perplexity", ".3g"),
+    "nats_per_byte": ("nats / byte", ".2f"),
+    "distinct_1": ("distinct-1", ".3f"),
+    "distinct_2": ("distinct-2", ".3f"),
+    "entropy": ("entropy", ".2f"),
+    "repetition_4": ("rep-4", ".3f"),
+    "tokens": ("tokens", ".1f"),
 }
 _PANELS = {
     "perplexity": "generative perplexity",
@@ -42,11 +43,12 @@ class Spread:
     high: float
     is_range: bool
 
-    def __str__(self) -> str:
-        """Return value and error, or the range."""
+    def __format__(self, numbers: str) -> str:
+        """Return value and error, or the range, with `numbers` the format of each."""
+        low, value, high = (format(number, numbers) for number in (self.low, self.value, self.high))
         if self.is_range:
-            return f"{self.low:.3g} to {self.high:.3g}"
-        return f"{self.value:.3g}" + (f" ± {self.high - self.value:.2g}" if self.high > self.value else "")
+            return low if low == high else f"{low} to {high}"
+        return value if self.low == self.high else f"{value} ± {self.high - self.value:{numbers}}"
 
 
 def grouped(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
@@ -71,14 +73,17 @@ def spread(group: Sequence[Outcome], name: str) -> Spread | None:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """Return the numbers as a Markdown table, a row for each model, strategy and number of steps."""
-    head = ["model", "strategy", "steps", *_COLUMNS.values(), "passes"]
-    rows = [head, ["---"] * len(head)]
+    head = ["model", "strategy", "steps", *(name for name, _ in _COLUMNS.values()), "passes"]
+    rows = [head]
     for group in grouped(outcomes):
         first = group[0]
-        cells = [first.model, first.strategy or "autoregressive", "" if first.steps is None else str(first.steps)]
-        cells += ["" if found is None else str(found) for found in (spread(group, name) for name in _COLUMNS)]
+        cells = [first.model, first.strategy or "", "" if first.steps is None else str(first.steps)]
+        for name, (_, numbers) in _COLUMNS.items():
+            found = spread(group, name)
+            cells.append("" if found is None else format(found, numbers))
         rows.append([*cells, f"{statistics.fmean(outcome.forwards for outcome in group):.1f}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def page(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
@@ -120,7 +125,7 @@ def figure(outcomes: Sequence[Outcome]) -> Any:
         curves.setdefault((group[0].model, group[0].strategy), []).append(group)
     n_models = len({model for (model, strategy) in curves if strategy is not None})
     steps = sorted({group[0].steps for group in groups if group[0].steps is not None})
-    drawing = Figure(figsize=(10.5, 3.6), layout="constrained")
+    drawing = Figure(figsize=(10.5, 3.5), layout="constrained")
     panels = drawing.subplots(1, len(_PANELS))
     for axes, (name, title) in zip(panels, _PANELS.items(), strict=True):
         for number, ((model, strategy), of_curve) in enumerate(curves.items()):

@@ -318,7 +318,7 @@ def save(outcomes: Sequence[Outcome], record: Mapping[str, Any], folder: Path) -
     with replacing(folder / "quality.md") as file:
         file.write(page(outcomes, record))
     with replacing(folder / "quality.png", "wb") as file:
-        figure(outcomes).savefig(file, format="png", dpi=100)
+        figure(outcomes).savefig(file, format="png", dpi=80, pil_kwargs={"optimize": True})
 
 
 def _setting_of(outcome: Outcome) -> dict[str, Any]:

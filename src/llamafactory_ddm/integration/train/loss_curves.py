@@ -15,6 +15,7 @@ STATE, LOG = "trainer_state.json", "trainer_log.jsonl"
 _RENAMED = {"lr": "learning_rate"}
 _NO_METRICS = {"step", "epoch", "percentage", "total_steps", "current_steps"}
 FORMATS = ("png", "pdf", "svg")
+MIN_SMOOTHED = 20  # fewer values are not smoothed
 
 # key -> values by step, ascending
 Curves = dict[str, dict[int, float]]
@@ -82,8 +83,9 @@ def _by_key(entries: Iterable[Any]) -> Curves:
 
 
 def moving_average(values: Sequence[float], n: int) -> list[float]:
-    """Return the mean of each value and those before it, n in all; at the beginning there are fewer."""
-    windows = [values[max(0, at + 1 - n) : at + 1] for at in range(len(values))]
+    """Return the mean of each value and its neighbours on both sides, n in all; at the ends there are fewer."""
+    before, after = (n - 1) // 2, n // 2
+    windows = [values[max(0, at - before) : at + after + 1] for at in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 
@@ -94,7 +96,8 @@ def plot_runs(runs: Mapping[str, Path], keys: Sequence[str], out: Path, smooth: 
         runs: output folders by the name in the legend.
         keys: what to plot.
         out: the picture.
-        smooth: the number of logged values whose mean is drawn; the values themselves are then drawn faintly.
+        smooth: the number of logged values whose mean is drawn, the values themselves being drawn faintly; curves of
+            fewer than `MIN_SMOOTHED` values are not smoothed.
     Returns:
         What a reader should know: the runs that did not log a key.
     Raises:
@@ -115,8 +118,8 @@ def plot_runs(runs: Mapping[str, Path], keys: Sequence[str], out: Path, smooth: 
         for number, name in enumerate(runs):
             points = curves[name].get(key, {})
             steps, values = list(points), list(points.values())
-            style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "o" if len(points) < 20 else None}
-            if smooth > 1 and points:
+            style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "o" if len(points) < MIN_SMOOTHED else None}
+            if smooth > 1 and len(points) >= MIN_SMOOTHED:
                 axes.plot(steps, values, color=style["color"], alpha=0.25)
                 values = moving_average(values, smooth)
             if points:

@@ -9,9 +9,9 @@ from typing import Any
 from llamafactory.extras.ploting import smooth
 
 from ..logs import get_logger
+from .loss_curves import MIN_SMOOTHED
 
 logger = get_logger(__name__)
-_MIN_SMOOTHED = 20  # fewer values are not smoothed
 
 
 def plot_logs(folder: str | Path, log_history: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def build_figure(points: Sequence[tuple[int, float]], key: str, title: str) -> A
     steps, values = [step for step, _ in points], [value for _, value in points]
     figure = Figure()
     axes = figure.add_subplot()
-    if len(points) < _MIN_SMOOTHED:
+    if len(points) < MIN_SMOOTHED:
         axes.plot(steps, values, color="#1f77b4", marker="o")
     else:
         axes.plot(steps, values, color="#1f77b4", alpha=0.4, label="measured")
