@@ -26,7 +26,7 @@ RUN, TEST = commands(README)
 COMMANDS = [line for page in sorted(DOCS) for line in commands(DOCS[page])]
 (EXPORT,) = (line for line in COMMANDS if line.startswith("llamafactory-cli export"))
 SHELL = [line for line in COMMANDS if line.startswith("llamafactory-ddm generate")]
-(PLOT,) = (line for line in COMMANDS if line.startswith("llamafactory-ddm plot-loss"))  # runs in test_quality.py
+(PLOT,) = (line for line in COMMANDS if line.startswith("llamafactory-ddm plot-loss"))  # runs in test_text_quality.py
 RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
 
 
@@ -59,7 +59,7 @@ def test_the_commands_are_those_that_are_exercised():
         program, command, *words = shlex.split(line)
         if line not in (EXPORT, *SHELL, PLOT):
             assert len(words) == 1, line
-            # They run in test_evaluation.py and test_quality.py.
+            # They run in test_evaluation.py and test_text_quality.py.
             if (program, command) in (("llamafactory-ddm", "eval"), ("llamafactory-ddm", "quality")):
                 assert (ROOT / "examples" / "eval" / words[0].removeprefix("examples/eval/")).is_file(), line
                 continue
