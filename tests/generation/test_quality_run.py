@@ -72,7 +72,7 @@ def test_every_setting_has_its_texts_and_numbers(base, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "texts.jsonl").read_text().splitlines()]
     assert len(rows) == 15 and [row["index"] for row in rows[:3]] == [0, 1, 2]
     saved = json.loads((tmp_path / "out" / "quality.json").read_text())
-    assert saved["judge"]["shares_tokenizer_with"] == ["ar"]  # the other tokenizer has a mask token
+    assert saved["judge"]["shares_tokenizer_with"] == ["ddm", "ar"]  # but for the mask token
     assert saved["models"]["ddm"]["weights"] != saved["models"]["ar"]["weights"] == saved["judge"]["weights"]
     for result in saved["results"]:
         own = [row for row in rows if all(row[name] == result[name] for name in ("model", "strategy", "steps"))]
@@ -193,6 +193,7 @@ def test_a_number_with_its_error():
         ({"judge_model": None}, "judge_model is missing"),
         ({"judge_model": "DDM"}, "judge_model: .*diffusion model"),
         ({"judge_model": "./absent"}, "judge_model: ./absent is not a folder"),
+        ({"judge_model": "EMPTY"}, "judge_model: the config of .* cannot be read"),
         ({"save_dir": None}, "save_dir is missing"),
         ({"save_dir": "FILE"}, "save_dir: .* is not a folder"),
         ({"models": None}, "model_name_or_path is missing.*models"),
@@ -234,7 +235,13 @@ def test_what_a_user_can_get_wrong(base, change, error, folders, tmp_path, monke
         if isinstance(value, dict):
             return {name: given(entry) for name, entry in value.items()}
         (tmp_path / "FILE").touch()
-        places = {"AR": str(folders[0]), "DDM": str(folders[1]), "FILE": str(tmp_path / "FILE")}
+        (tmp_path / "EMPTY").mkdir(exist_ok=True)
+        places = {
+            "EMPTY": str(tmp_path / "EMPTY"),
+            "AR": str(folders[0]),
+            "DDM": str(folders[1]),
+            "FILE": str(tmp_path / "FILE"),
+        }
         return places.get(value, value) if isinstance(value, str) else value
 
     values = {**base, **given(change)}

@@ -188,14 +188,13 @@ def _positions(path: str) -> int | None:
     base = base_of(path) if (Path(path) / ADAPTER_CONFIG).is_file() else path
     try:
         return max_positions(AutoConfig.from_pretrained(local_folder(base)))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"the config of {base} cannot be read: {first_line(error)}") from error
 
 
-def _identity(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Return digests of weights and tokenizer, and the type of the weights."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = tokenizer.get_vocab() if backend is None else sorted(tokenizer.get_vocab().items())
+def _identity(model: Any, tokenizer: Any, mask_token: str | None = None) -> dict[str, Any]:
+    """Return digests of weights and tokenizer, without its mask token, and the type of the weights."""
+    vocabulary = sorted(item for item in tokenizer.get_vocab().items() if item[0] != mask_token)
     return {"weights": weights_digest(model), "tokenizer": digest(vocabulary), "dtype": str(model.dtype)}
 
 
@@ -208,8 +207,11 @@ class _DiffusionWriter:
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the model."""
-        config = {"diffusion_config": digest(asdict(self.generator.config))}
-        return {**_identity(self.generator.model, self.generator.tokenizer), **config}
+        generator = self.generator
+        return {
+            **_identity(generator.model, generator.tokenizer, generator.config.mask_token),
+            "diffusion_config": digest(asdict(generator.config)),
+        }
 
     def settings(self, setting: Mapping[str, Any]) -> SamplingSettings:
         """Return the checked settings of generation."""
