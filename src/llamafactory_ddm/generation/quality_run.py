@@ -85,7 +85,10 @@ def compare(keys: QualityKeys, sampling: Sampling) -> tuple[list[Outcome], dict[
         ValueError: if a model cannot be loaded, or keys and models do not fit.
         OSError: if save_dir cannot be written.
     """
-    load_plugins(keys.plugins)
+    plugins = {
+        name: Path(name).read_text(encoding="utf-8") if name.endswith(".py") else ""
+        for name in load_plugins(keys.plugins)
+    }
     sources = keys.sources()
     for source in sources:
         check_source(source, keys, sampling)
@@ -103,15 +106,16 @@ def compare(keys: QualityKeys, sampling: Sampling) -> tuple[list[Outcome], dict[
         for source in sources:
             with error_prefix(source.key):
                 writer = _writer(source, keys, dtype)
-                models[source.name] = {**asdict(source), **writer.identity()}
+                identity = writer.identity()
+                models[source.name] = {**asdict(source), **identity}
                 for setting in sampling.settings(source.kind):
-                    texts = _texts(writer, setting, keys, log, models[source.name], progress)
+                    texts = _texts(writer, setting, keys, log, [identity, plugins], progress)
                     generated.append((source, setting, texts))
             del writer
     with error_prefix("judge_model"):
         loaded = load_autoregressive(judge_path, dtype=dtype)
     judge = Judge(loaded.model, loaded.tokenizer, batch_size=keys.batch_size)
-    identity = {**_identity(loaded.model, loaded.tokenizer), "bos_token": loaded.tokenizer.bos_token}
+    identity = _identity(loaded.model, loaded.tokenizer)
     different = list(dict.fromkeys(text.text for _, _, each in generated for text in each))
     judged = dict(zip(different, judge.score(different), strict=True))
     outcomes = [_outcome(source, setting, each, judged) for source, setting, each in generated]
@@ -121,6 +125,7 @@ def compare(keys: QualityKeys, sampling: Sampling) -> tuple[list[Outcome], dict[
         "judge": {
             "judge_model": judge_path,
             **identity,
+            "bos_token": loaded.tokenizer.bos_token,
             "positions": judge.max_positions,
             "tokens": "the judge's, of the decoded text",
             "shares_tokenizer_with": [
@@ -201,16 +206,19 @@ def _identity(model: Any, tokenizer: Any, mask_token: str | None = None) -> dict
 class _DiffusionWriter:
     """Texts of a diffusion model."""
 
+    kind = "diffusion"
+
     def __init__(self, generator: TextGenerator, length: int) -> None:
         self.generator, self.length = generator, length
         self.canvas = generator.from_noise(length + (generator.start_id is not None))
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the model."""
-        generator = self.generator
+        generator, lengths = self.generator, self.generator.sizer.lengths
         return {
             **_identity(generator.model, generator.tokenizer, generator.config.mask_token),
             "diffusion_config": digest(asdict(generator.config)),
+            "lengths": None if lengths is None else digest(lengths.min_thresholds),
         }
 
     def settings(self, setting: Mapping[str, Any]) -> SamplingSettings:
@@ -228,6 +236,8 @@ class _DiffusionWriter:
 
 class _AutoregressiveWriter:
     """Texts of an autoregressive model."""
+
+    kind = "ar"
 
     def __init__(self, model: AutoregressiveModel, length: int) -> None:
         self.model, self.length = model, length
@@ -257,16 +267,12 @@ def _texts(
     setting: Mapping[str, Any],
     keys: QualityKeys,
     log: ResultLog,
-    model: Mapping[str, Any],
+    identity: Sequence[Any],
     progress: Any,
 ) -> tuple[Text, ...]:
     """Return the texts of a setting; those of an earlier run are read, the others generated and kept."""
     settings = writer.settings(setting)
-    identity = {name: value for name, value in model.items() if name not in ("name", "key", "model", "adapter")}
-    plugins = [
-        Path(name).read_text(encoding="utf-8") for name in str(keys.plugins or "").split(",") if name.endswith(".py")
-    ]
-    job = digest([identity, asdict(settings), keys.length, keys.plugins, plugins])
+    job = digest([writer.kind, *identity, asdict(settings), keys.length])
     names = [f"{job}-{index}" for index in range(keys.n_texts)]
     todo = [index for index, name in enumerate(names) if name not in log.results]
     progress.update(keys.n_texts - len(todo))
