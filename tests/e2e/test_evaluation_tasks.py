@@ -15,7 +15,7 @@ from llamafactory_ddm.cli.eval import main
 from llamafactory_ddm.harness.keys import EvalKeys
 from llamafactory_ddm.harness.local_data import task_manager
 from llamafactory_ddm.harness.run import evaluate
-from support.cli import ROOT
+from support.cli import ROOT, run
 from support.harness import made_up_rows, random_model
 
 TASKS = ROOT / "examples" / "eval" / "tasks"
@@ -171,6 +171,19 @@ def test_the_recipe_runs(recipe, rows, tmp_path, request, capsys):
     assert all(name in table for name in tasks.split(","))
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert record["config"]["model_settings"]["weights"]
+
+
+def test_the_commands_of_the_page(rows, tmp_path):
+    """The second is a recipe, which `test_the_recipe_runs` runs with the same keys."""
+    page = (ROOT / "docs" / "evaluation_tasks.md").read_text(encoding="utf-8")
+    write, evaluate_them = re.search(r"```bash\n(.*?)```", page, re.S)[1].splitlines()
+    assert write == "python data/make_task_rows.py saves/task_rows"
+    run(tmp_path / "rows", program="data/make_task_rows.py")
+    files = sorted(path.relative_to(rows) for path in rows.rglob("*") if path.is_file())
+    assert files and all((tmp_path / "rows" / file).read_bytes() == (rows / file).read_bytes() for file in files)
+    program, command, recipe, *words = evaluate_them.split()
+    assert (program, command) == ("llamafactory-ddm", "eval") and ROOT / recipe in RECIPES
+    assert words == ["model_name_or_path=saves/tiny_gpt2/full/ddm", "task_data=saves/task_rows"]
 
 
 @pytest.mark.slow

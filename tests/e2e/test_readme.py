@@ -27,6 +27,7 @@ COMMANDS = [line for page in sorted(DOCS) for line in commands(DOCS[page])]
 (EXPORT,) = (line for line in COMMANDS if line.startswith("llamafactory-cli export"))
 SHELL = [line for line in COMMANDS if line.startswith("llamafactory-ddm generate")]
 (PLOT,) = (line for line in COMMANDS if line.startswith("llamafactory-ddm plot-loss"))  # runs in test_text_quality.py
+TASKS = commands(DOCS["evaluation_tasks"])  # run in test_evaluation_tasks.py
 RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
 
 
@@ -57,7 +58,7 @@ def test_the_commands_are_those_that_are_exercised():
     assert len(SHELL) == 2 and "--show" in SHELL[0] and "--infill" in SHELL[1]
     for line in COMMANDS:
         program, command, *words = shlex.split(line)
-        if line not in (EXPORT, *SHELL, PLOT):
+        if line not in (EXPORT, *SHELL, PLOT, *TASKS):
             assert len(words) == 1, line
             # They run in test_evaluation.py and test_text_quality.py.
             if (program, command) in (("llamafactory-ddm", "eval"), ("llamafactory-ddm", "quality")):
