@@ -10,22 +10,28 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
-from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string, remove_boxed
+from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
 from ..evaluation.text import ANSWER_MARK, gsm8k_answer, rouge
 
 _Responses = Iterable[Sequence[str]]
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-_ANNOUNCED = re.compile(r"answer(?:\s+is)?\s*:?\s*", re.IGNORECASE)
+# A minus after a digit, a letter or a bracket subtracts or joins; commas and underscores stand between thousands.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:[,_]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+_LEFT_SIDES = re.compile(r"(?:[\s\d.,$+*/×()-]*=)*")
+_ANNOUNCED = re.compile(r"\banswer\**(?:\s+is\b|\s*[:=])\s*:?\s*", re.IGNORECASE)
+# A before a word is the article, but for these.
+_LETTER = re.compile(r"\b(?:[B-E]\b|A\b(?!\s+(?!(?:is|because|since|as)\b)[a-z]))")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed ")
 
 
 def numbers(responses: _Responses, documents: Any) -> list[list[str]]:
     """Return the number that answers in each response, "" if there is none.
 
-    It is the first number after the last "####", else the first after the last "answer is", else the last number.
+    It is the first number after the last "####", else the first after the last "answer is" or "answer:", else the last
+    number. Where an equation of numbers stands first, the number after its "=" counts.
     """
     return [[_number(text) for text in texts] for texts in responses]
 
@@ -33,14 +39,10 @@ def numbers(responses: _Responses, documents: Any) -> list[list[str]]:
 def letters(responses: _Responses, documents: Any) -> list[list[str]]:
     """Return the choice A to E in each response, "" if there is none.
 
-    It is the first capital letter that stands alone, as in (B), after the last "answer is", else in the response.
+    It is the first capital letter that stands alone, as in (B), after the last "answer is" or "answer:", else in the
+    response. The article A, before a word, is no choice.
     """
-    found = []
-    for texts in responses:
-        tails = ((_after_announcement(text) or text, text) for text in texts)
-        matches = [re.search(r"\b[A-E]\b", tail) or re.search(r"\b[A-E]\b", text) for tail, text in tails]
-        found.append([match[0] if match else "" for match in matches])
-    return found
+    return [[_letter(text) for text in texts] for texts in responses]
 
 
 def first_lines(responses: _Responses, documents: Any) -> list[list[str]]:
@@ -55,7 +57,7 @@ def after_mark(responses: _Responses, documents: Any) -> list[list[str]]:
 
 def boxed(responses: _Responses, documents: Any) -> list[list[str]]:
     """Return the content of the last \\boxed of each response, else what follows the last "answer is", else ""."""
-    return [[_boxed(text) or _after_announcement(text) or "" for text in texts] for texts in responses]
+    return [[_boxed(text) or (_after_announcement(text) or "").strip(" $.") for text in texts] for texts in responses]
 
 
 def majority(responses: _Responses, documents: Any) -> list[list[str]]:
@@ -80,7 +82,7 @@ def contained(references: Sequence[str], predictions: Sequence[str | Sequence[st
 
 def equivalent(references: Sequence[str], predictions: Sequence[str | Sequence[str]]) -> float:
     """Return 1.0 if an answer is the reference as LaTeX, after the string normalisation of Hendrycks et al. 2021."""
-    return float(any(bool(is_equiv(answer, references[0])) for answer in _answers(predictions[0])))
+    return float(any(answer != "" and bool(is_equiv(answer, references[0])) for answer in _answers(predictions[0])))
 
 
 def story_rouge(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -110,11 +112,13 @@ def normalized(text: str) -> str:
     """
     plain = text.strip().rstrip(".").replace(",", "").replace("$", "")
     try:
-        value = Decimal(plain)
-    except InvalidOperation:
+        value = Decimal(plain).normalize()
+    except ArithmeticError:  # no number, or one beyond the range of Decimal
         words = "".join(char for char in text.lower() if char not in string.punctuation).split()
         return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
-    return f"{value.normalize() + 0:f}" if value.is_finite() else plain.lower()
+    if not value.is_finite() or abs(value.adjusted()) > 99:  # of the latter, the digits would fill the memory
+        return str(value).lower()
+    return f"{value + 0:f}"
 
 
 def _answers(prediction: str | Sequence[str]) -> Sequence[str]:
@@ -122,21 +126,39 @@ def _answers(prediction: str | Sequence[str]) -> Sequence[str]:
 
 
 def _number(text: str) -> str:
-    tail = text.rpartition(ANSWER_MARK)[2] if ANSWER_MARK in text else _after_announcement(text)
-    for part, index in ((tail, 0), (text, -1)):
-        found = _NUMBER.findall(part or "")
+    text = text.replace("\u2212", "-")
+    tail = text.rpartition(ANSWER_MARK)[2] if ANSWER_MARK in text else _after_announcement(text) or ""
+    left = _LEFT_SIDES.match(tail)
+    for part, index in ((tail[left.end() if left else 0 :], 0), (text, -1)):
+        found = _NUMBER.findall(part)
         if found:
             return normalized(found[index])
     return ""
 
 
+def _letter(text: str) -> str:
+    tail = _after_announcement(text) or ""
+    found = _LETTER.search(tail) or _LETTER.search(text) or re.search(r"\bA\b", text)
+    return found[0] if found else ""
+
+
 def _after_announcement(text: str) -> str | None:
-    """Return what follows the last "answer" or "answer is" on its line."""
+    """Return what follows the last "answer is" or "answer:" on its line."""
     announced = list(_ANNOUNCED.finditer(text))
     return text[announced[-1].end() :].partition("\n")[0].strip() if announced else None
 
 
 def _boxed(text: str) -> str | None:
-    """Return the content of the last \\boxed of a text that is closed."""
-    expression = last_boxed_only_string(text)
-    return None if expression is None or "\\fbox" in expression else str(remove_boxed(expression))
+    """Return the content of the last \\boxed or \\fbox that is closed, None if there is none.
+
+    Without braces it is what follows up to the next $ or the end of the line, as Hendrycks et al. 2021 read it.
+    """
+    for begin in reversed(list(_BOX.finditer(text))):
+        rest, depth = text[begin.end() :], 1
+        if not begin[0].endswith("{"):
+            return re.split(r"[$\n]", rest)[0].strip()
+        for at, char in enumerate(rest):
+            depth += (char == "{") - (char == "}")
+            if depth == 0:
+                return rest[:at]
+    return None
