@@ -7,8 +7,8 @@ Guarded, so that a faulty program harms neither the run nor the machine:
   enforce that of memory);
 - files: the program starts in an empty temporary folder, which is deleted afterwards. Opening a file for writing, and
   removing, renaming or linking, outside this folder is a PermissionError;
-- network, other processes (fork, exec, signals), sqlite3 and ctypes: a PermissionError. Linux also gives the program a
-  network of its own without interfaces, where the kernel permits that;
+- network, other processes (fork, exec, signals), shared memory, sqlite3 and ctypes: a PermissionError. Linux also
+  gives the program a network of its own without interfaces, where the kernel permits that;
 - input is empty, output is discarded, and the environment holds no variable of the user.
 
 Not guarded: reading files; files named relative to the descriptor of a folder (dir_fd); what native code of an
@@ -43,7 +43,7 @@ class Limits:
         wall_seconds: in all, for a program that waits.
         memory_mb: of address space, in MiB, the interpreter included.
         file_mb: size of a file that it writes, in MiB.
-        processes: of the user, for users other than root.
+        processes: and threads that may start beside those that run on the machine, for users other than root.
     """
 
     cpu_seconds: float = 5
@@ -126,6 +126,7 @@ def _environment(folder: str) -> dict[str, str]:
     """Return the environment of a program, the same for every user and run."""
     variables = {"HOME": folder, "TMPDIR": folder, "PATH": os.defpath, "LANG": "C.UTF-8"}
     variables |= {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    variables["MALLOC_ARENA_MAX"] = "1"  # glibc reserves address space for each thread otherwise
     libraries = os.environ.get("LD_LIBRARY_PATH")  # the interpreter may need it
     return variables if libraries is None else {**variables, "LD_LIBRARY_PATH": libraries}
 
@@ -149,7 +150,7 @@ def main():
     limits, folder = order["limits"], order["folder"]
     leave_network()
     cpu = math.ceil(limits["cpu_seconds"])
-    sizes = {"CPU": (cpu, cpu + 2), "CORE": (0, 0), "NPROC": (limits["processes"],) * 2}
+    sizes = {"CPU": (cpu, cpu + 2), "CORE": (0, 0), "NPROC": (limits["processes"] + count_running(),) * 2}
     sizes |= {"FSIZE": (limits["file_mb"] << 20,) * 2, "AS": (limits["memory_mb"] << 20,) * 2}
     for name, (soft, hard) in sizes.items():
         kind = getattr(resource, "RLIMIT_" + name)
@@ -196,6 +197,13 @@ def leave_network():
     except (OSError, AttributeError):
         pass  # the kernel does not permit it; the guard below holds
 
+def count_running():
+    try:
+        with open("/proc/loadavg") as file:
+            return int(file.read().split()[3].partition("/")[2])  # processes and threads of the machine
+    except OSError:
+        return 0  # macOS, where threads do not count
+
 def guard(folder):
     inside = folder + os.sep
     harmless = (os.devnull,)
@@ -223,9 +231,18 @@ def guard(folder):
         elif event in paths:
             for path in args[:paths[event]]:
                 check(path)
+        elif event == "socket.__new__" and args[1] == 1:
+            pass  # AF_UNIX, of which asyncio makes a pair; to connect or bind it is refused
         elif event.startswith(refused) and event not in allowed:
             raise PermissionError(f"the sandbox does not allow {event}")
 
+    def refuse(*args, **options):
+        raise PermissionError("the sandbox does not allow other processes, shared memory and special files")
+
+    # Python reports no event of these: how multiprocessing starts a process, shared memory, files without `open`.
+    import _posixshmem, _posixsubprocess
+    _posixsubprocess.fork_exec = _posixshmem.shm_open = os.mkfifo = os.mknod = refuse
+    sys.modules |= dict.fromkeys(("_gdbm", "_dbm"))  # which cannot be imported then: dbm has another way
     sys.addaudithook(hook)
 
 main()
