@@ -31,6 +31,21 @@ def test_files_of_splits(tmp_path):
     assert {split: len(paths) for split, paths in files.items()} == {"test": 1, "train": 2}
     data(tmp_path, "main/test.jsonl")
     assert local_data_set(tmp_path, "main")["dataset_kwargs"]["data_files"].keys() == {"test"}
+    (tmp_path / "README.md").write_text("Notes of the user.")  # no card of a data set, which lists configurations
+    assert local_data_set(tmp_path, "main")["dataset_path"] == "json"
+    (tmp_path / "main" / "train.csv").write_text("a,b")
+    with pytest.raises(ValueError, match="main has files of several formats"):
+        local_data_set(tmp_path, "main")
+
+
+def test_a_folder_without_any_of_the_data_sets(tmp_path):
+    """It is an error, since the data would come from the Hub in spite of the key."""
+    with pytest.raises(
+        ValueError, match="has no folder of a task or data set of this evaluation, which has json, tiny_p"
+    ):
+        evaluate(
+            EvalKeys(model_name_or_path="absent", task="tiny_problems", task_dir=TASKS, task_data=str(tmp_path)), {}
+        )
 
 
 def test_a_snapshot_of_the_hub(tmp_path):

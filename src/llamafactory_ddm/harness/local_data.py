@@ -66,13 +66,18 @@ class LocalTaskManager(TaskManager):  # type: ignore[misc]
         return self._local.last_data_set
 
     def check_used(self) -> None:
-        """Check that every name of a mapping is that of a task or data set which was loaded.
+        """Check that a folder has one of the data sets which were loaded, and that a mapping names no other.
 
         Raises:
-            ValueError: naming the first that is not, with those that were loaded.
+            ValueError: naming the folder, or the first name, with the tasks and data sets that were loaded.
         """
-        seen = sorted(self._local.seen)
-        for name in self._local.task_data if isinstance(self._local.task_data, Mapping) else ():
+        seen, given = sorted(self._local.seen), self._local.task_data
+        if isinstance(given, str) and not self._local.has_found:
+            raise ValueError(
+                f"task_data: {given} has no folder of a task or data set of this evaluation, which has "
+                f"{', '.join(seen)}; name the folder that holds one, such as FOLDER of FOLDER/openai/gsm8k"
+            )
+        for name in given if isinstance(given, Mapping) else ():
             if name not in seen:
                 raise ValueError(
                     f"task_data: {name} is no task or data set of this evaluation, which has {', '.join(seen)}"
@@ -111,6 +116,7 @@ class _LocalFactory(TaskFactory):  # type: ignore[misc]
         self.task_data = task_data
         self.seen: set[str] = set()
         self.last_data_set = ""
+        self.has_found = False
 
     def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the configuration of a task as the harness reads it, with its local data set if there is one."""
@@ -119,6 +125,7 @@ class _LocalFactory(TaskFactory):  # type: ignore[misc]
         self.seen.update(names)
         self.last_data_set = next((name for name in names[::-1] if name not in _LOADERS.values()), "")
         folder = self._folder(names)
+        self.has_found |= folder is not None
         return config if folder is None else {**config, **local_data_set(folder, config.get("dataset_name"))}
 
     def _folder(self, names: Sequence[str]) -> Path | None:
@@ -133,23 +140,25 @@ def local_data_set(folder: Path, name: str | None) -> dict[str, Any]:
     """Return the keys of a task that name a local data set.
 
     Args:
-        folder: a snapshot of a data set from the Hub, whose README.md lists the configurations; or a folder with files
-            of its splits, or with a subfolder of such files for each configuration.
+        folder: a snapshot of a data set from the Hub, which has a README.md that lists the configurations, or no files
+            of splits at its top; or a folder with files of its splits, or a subfolder of such files for each
+            configuration.
         name: the configuration, or None.
     Raises:
         FileNotFoundError: if there is no file of a split.
+        ValueError: if the files have several formats.
     """
-    if (folder / "README.md").is_file():
+    card = folder / "README.md"
+    own = folder / name if name is not None and (folder / name).is_dir() else folder
+    paths = sorted(path for path in own.iterdir() if path.suffix in _LOADERS)
+    if card.is_file() and (not paths or re.search("^configs:", card.read_text(encoding="utf-8"), re.MULTILINE)):
         return {"dataset_path": str(folder.resolve()), "dataset_name": name, "dataset_kwargs": None}
-    if name is not None and (folder / name).is_dir():
-        folder = folder / name
     files = defaultdict(list)
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _LOADERS:
-            files[path.stem.partition("-")[0]].append(str(path.resolve()))  # test-00000-of-00002.parquet
+    for path in paths:
+        files[path.stem.partition("-")[0]].append(str(path.resolve()))  # test-00000-of-00002.parquet
     if not files:
-        raise FileNotFoundError(
-            f"{folder} has no file of a split, such as test.jsonl; allowed are {', '.join(_LOADERS)}"
-        )
-    loader = _LOADERS[Path(next(iter(files.values()))[0]).suffix]
-    return {"dataset_path": loader, "dataset_name": None, "dataset_kwargs": {"data_files": dict(files)}}
+        raise FileNotFoundError(f"{own} has no file of a split, such as test.jsonl; allowed are {', '.join(_LOADERS)}")
+    loaders = {_LOADERS[path.suffix] for path in paths}
+    if len(loaders) > 1:
+        raise ValueError(f"{own} has files of several formats ({', '.join(sorted(loaders))}); keep those of one")
+    return {"dataset_path": loaders.pop(), "dataset_name": None, "dataset_kwargs": {"data_files": dict(files)}}

@@ -242,8 +242,8 @@ def _load_task(
         if key != "task":
             cure = f"copy the task's YAML into {key[:-1]}_dir, with data_files that name a local copy"
         raise ValueError(
-            f"{key}: {name}: its data set cannot be read ({_first_line(error)}). Paths of data_files are relative to "
-            f"{Path.cwd()}. Run once with network access, or {cure}"
+            f"{key}: {name}: its data set cannot be read ({_first_line(error.__cause__ or error)}). Paths of "
+            f"data_files are relative to {Path.cwd()}. Run once with network access, or {cure}"
         ) from error
     except Exception as error:  # any: a task is YAML, Jinja and Python of its author
         raise ValueError(f"{key}: {name} cannot be loaded ({type(error).__name__}: {_first_line(error)})") from error
