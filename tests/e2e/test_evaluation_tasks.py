@@ -116,6 +116,17 @@ def test_every_task_is_here():
     assert named - subjects == set(ANSWERS)
 
 
+def test_a_few_tasks_score_right_and_wrong_answers(rows):
+    """The others are slow to load."""
+    names = ("mawps_sampled", "humaneval_sandbox")
+    loaded = task_manager(list(names), str(TASKS), str(rows)).load(list(names))["tasks"].values()
+    for choice in (0, 1):
+        results = scores(list(loaded), Writer(lambda _, choice=choice: choice))
+        assert results["mawps_sampled"]["accuracy,majority@8"] == 1 - choice
+        assert results["humaneval_sandbox"]["pass@1,none"] == 1 - choice
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 def test_right_and_wrong_answers(name, written):
     metric = ANSWERS[name][2]
@@ -125,6 +136,7 @@ def test_right_and_wrong_answers(name, written):
         assert found and all(value == pytest.approx(expected) for value in found.values()), found
 
 
+@pytest.mark.slow
 def test_half_of_the_samples(loaded):
     """Of eight samples, four are wrong in the same way, the first among them; any right one is a hit."""
     found = scores([loaded["mawps_sampled"]], Writer(lambda number: 1 - number % 2))["mawps_sampled"]
@@ -135,6 +147,18 @@ def test_half_of_the_samples(loaded):
     }
 
 
+@pytest.mark.slow
+def test_examples_do_not_depend_on_the_number_of_processes(loaded):
+    task, prompts = loaded["sat_math_few_shot"], []
+    for rank, world_size in ((0, 1), (1, 2)):
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(rank=rank, world_size=world_size)
+        prompts.append({request.doc_id: request.args[0] for request in task.instances})
+        assert all(request.args[0].count(request.doc["query"]) == 1 for request in task.instances)
+    assert prompts[1] == {number: prompts[0][number] for number in range(1, 9, 2)}
+
+
+@pytest.mark.slow
 def test_prompts_show_what_they_should(written):
     prompts = written[1]
     assert prompts["mawps"].count("Question:") == 1 and prompts["mawps_few_shot"].count("Question:") == 5

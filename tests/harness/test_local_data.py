@@ -58,7 +58,9 @@ def test_a_snapshot_of_the_hub(tmp_path):
     assert list(task.test_docs()) == [ROW]
 
 
-@pytest.mark.parametrize("kind", ["folder", "data set", "task"])
+@pytest.mark.parametrize(
+    "kind", ["folder", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("data set", "task"))]
+)
 def test_ways_to_name_it(kind, tmp_path):
     folder = data(tmp_path / "openai" / "gsm8k", "main/test.jsonl")
     given = {
@@ -87,8 +89,7 @@ def test_a_value_that_is_no_folder(value):
             "openai/gsm8k",
             r"task: gsm8k_finetuned.*no file of a split.*task_data={openai/gsm8k: FOLDER}",
         ),
-        (["train.jsonl"], "openai/gsm8k", r"task: gsm8k_finetuned.*'test'"),
-        (["train.jsonl"], "gsm8k_finetuned", r"task: gsm8k_finetuned.*'test'"),
+        pytest.param(["train.jsonl"], "openai/gsm8k", r"task: gsm8k_finetuned.*'test'", marks=pytest.mark.slow),
     ],
 )
 def test_data_that_does_not_fit(files, name, error, tmp_path, monkeypatch):
@@ -101,12 +102,14 @@ def test_data_that_does_not_fit(files, name, error, tmp_path, monkeypatch):
         evaluate(keys, {})
 
 
+@pytest.mark.slow
 def test_a_data_set_that_is_not_there_is_named_with_the_cure(monkeypatch):
     keys = EvalKeys(model_name_or_path="absent", task="rocstories_infilling", task_dir=TASKS)
     with pytest.raises(ValueError, match=r"task: rocstories_infilling.*task_data={rocstories: FOLDER}"):
         evaluate(keys, {})
 
 
+@pytest.mark.slow
 def test_only_the_folders_of_the_tasks_are_indexed():
     """A group is complete if its members are; the harness's are found by name."""
     manager = task_manager(["math_cot"], TASKS, None)

@@ -20,7 +20,7 @@ from ..evaluation.text import ANSWER_MARK, gsm8k_answer, rouge
 _Responses = Iterable[Sequence[str]]
 # A minus after a digit, a letter or a bracket subtracts or joins; commas and underscores stand between thousands.
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:[,_]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-_LEFT_SIDES = re.compile(r"(?:[\s\d.,$+*/×()-]*=)*")
+_LEFT_SIDES = re.compile(r"(?:[\s\d.,$+*/x\u00d7()-]*=)*")
 _ANNOUNCED = re.compile(r"\banswer\**(?:\s+is\b|\s*[:=])\s*:?\s*", re.IGNORECASE)
 # A before a word is the article, but for these.
 _LETTER = re.compile(r"\b(?:[B-E]\b|A\b(?!\s+(?!(?:is|because|since|as)\b)[a-z]))")
