@@ -197,6 +197,7 @@ def test_the_recipe_runs(recipe, rows, tmp_path, request, capsys):
     assert record["config"]["model_settings"]["weights"]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page(rows, tmp_path):
     """The second is a recipe, which `test_the_recipe_runs` runs with the same keys."""
     page = (ROOT / "docs" / "evaluation_tasks.md").read_text(encoding="utf-8")
