@@ -31,7 +31,9 @@ def take_infill(options: Mapping[str, Any]) -> tuple[bool | str, dict[str, Any]]
 def check_no_template(template: str | None) -> None:
     """Raise ValueError if a task with gaps is to be put into a template."""
     if template is not None:
-        raise ValueError(f"template: {template} formats prompts to answer, and this task fills gaps; remove template")
+        raise ValueError(
+            f"template: {template} formats prompts to answer, and this task fills gaps; remove template, or leave the task out"
+        )
 
 
 def split_at_gap(context: str) -> tuple[str, int | None, str]:

@@ -62,3 +62,9 @@ def hide_harmless_messages(*, on_cpu: bool) -> Iterator[None]:
 
 def _drop_lines(beginnings: tuple[str, ...]) -> Any:
     return lambda record: not record.getMessage().startswith(beginnings)
+
+
+def describe(error: BaseException) -> str:
+    """Return the first line of an error's message, after its type unless it is a mistake of the user or the disk's."""
+    line = (str(error).strip() or "no message").splitlines()[0]
+    return line if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {line}"

@@ -56,7 +56,7 @@ def run(
                 return
             if plan.resume is not None:
                 check_run_settings(data.run_settings, plan.resume)
-            tasks = load_eval_tasks(training_args, finetuning_args)
+            tasks = load_eval_tasks(training_args, finetuning_args, plan.config.template)
             model = load_diffusion_model(plan.tokenizer, plan.vocabulary, model_args, finetuning_args, training_args)
             requests = None  # built before training, which a mistake in them would waste
             if training_args.do_predict:

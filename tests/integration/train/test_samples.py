@@ -1,6 +1,7 @@
 """`sample_steps` in memory: what is generated, when, where it is written, and that training does not notice."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llamafactory_ddm.data.collators import ResponseCollator
 from llamafactory_ddm.generation.generator import TextGenerator
+from llamafactory_ddm.integration.train import samples
 from llamafactory_ddm.integration.train.samples import FILE, TrainingSamples, build_sample_requests
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
@@ -206,6 +208,43 @@ def test_weights_that_are_not_finite_give_a_warning_and_no_text(make_trainer, ca
     with trainer.beside_training():
         callback.take()
     assert "No samples at step 0" in caplog.text and "NaN" in caplog.text
+
+
+def test_texts_that_cannot_be_made_or_written_do_not_lose_a_run(make_trainer, caplog, monkeypatch):
+    trainer = sampling(make_trainer, max_steps=2)
+    callback = trainer.callback_handler.callbacks[-1]
+    modes = [module.training for module in trainer.model.modules()]
+
+    def too_little_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callback.generator, "sample_batch", too_little_memory)
+        trainer.train()
+    assert "No samples at step 2: OutOfMemoryError: out of memory" in caplog.text and "and more" not in caplog.text
+    assert trainer.state.global_step == 2 and not (Path(trainer.args.output_dir) / FILE).exists()
+    assert [module.training for module in trainer.model.modules()] == modes
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(samples, "replacing", full)
+    trainer = sampling(make_trainer, max_steps=2, folder="full")
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "The samples at step 2 are not in samples.jsonl: " in caplog.text and "No space left" in caplog.text
+    assert "Samples at step 2:\n  0: " in caplog.text
+
+
+@pytest.mark.parametrize("content", ["no JSON", '{"task": "x"}', "[3]"])
+def test_a_file_of_another_program_is_not_overwritten(make_trainer, content):
+    trainer = sampling(make_trainer)
+    path = Path(trainer.args.output_dir) / FILE
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"sample_steps: .*samples\.jsonl .*output_dir"):
+        trainer.train()
+    assert path.read_text() == content and trainer.steps_taken == 0
 
 
 def test_the_log_and_tensorboard_show_them(make_trainer, caplog, monkeypatch, tmp_path):

@@ -535,6 +535,50 @@ def test_tasks_are_part_of_an_evaluation(make_trainer):
     assert "eval_mine_acc" not in several.evaluate(eval_dataset=parts["two"])
 
 
+class FailingTasks(CountedTasks):
+    """Tasks whose second run fails."""
+
+    def metrics(self, world):
+        found = super().metrics(world)
+        if self.count == 2:
+            raise ZeroDivisionError("no documents\nand more")
+        return found
+
+
+def test_tasks_that_fail_do_not_lose_a_run(make_trainer, caplog):
+    """The run goes on; that evaluation is not the best, and its callbacks and checkpoint are as ever."""
+    keys = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "eval_time_samples": 1}
+    keys |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = make_trainer(evaluation=Rows(4, seed=1), metric_for_best_model="mine_acc", **keys)
+    trainer.tasks = FailingTasks(trainer.model)
+    modes = [module.training for module in trainer.model.modules()]
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert [log.get("eval_mine_acc") for log in logs] == [1.0, None, 3.0]
+    assert "No metrics of eval_tasks at step 2: ZeroDivisionError: no documents" in caplog.text
+    assert "and more" not in caplog.text
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    assert [module.training for module in trainer.model.modules()] == modes
+    assert trainer.last_evaluation()["eval_mine_acc"] == 3.0
+
+
+def test_tasks_that_fail_at_the_end_are_an_error_after_it(make_trainer):
+    """Then the model is saved; before the first step nothing is lost either."""
+    keys = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_time_samples": 1}
+    trainer = make_trainer(evaluation=Rows(4, seed=1), **keys)
+    trainer.tasks = FailingTasks(trainer.model)
+    trainer.train()
+    trainer.tasks.count = 1
+    with pytest.raises(ZeroDivisionError):
+        trainer.last_evaluation()
+    first = make_trainer(evaluation=Rows(4, seed=1), eval_on_start=True, **keys)
+    first.tasks = FailingTasks(first.model)
+    first.tasks.count = 1
+    with pytest.raises(ZeroDivisionError):
+        first.train()
+    assert first.steps_taken == 0
+
+
 @pytest.mark.parametrize("steps", [3, 4, 8])
 def test_a_finished_run_takes_no_further_step(make_trainer, steps):
     """Within an epoch, at the end of one and of the last; nor does a run beyond its max_steps."""

@@ -18,7 +18,7 @@ from ...generation.generator import TextGenerator, error_prefix
 from ...sampling import SamplingSettings
 from ...utils.files import explain_disk_errors, replacing
 from ...utils.processes import gather
-from ..logs import get_logger
+from ..logs import describe, get_logger
 from ..predict.requests import Request
 from .trainer import DiffusionTrainer
 
@@ -152,10 +152,7 @@ class TrainingSamples(TrainerCallback):
     def take(self) -> None:
         """Generate the texts, shared out to all processes, and write them; called on every process.
 
-        If the logits are NaN or infinite, it says so in the log and writes nothing.
-
-        Raises:
-            OSError: if samples.jsonl cannot be written.
+        If they cannot be generated or written, the log says why and training goes on.
         """
         trainer = self.trainer
         args, step = trainer.args, trainer.state.global_step
@@ -171,7 +168,10 @@ class TrainingSamples(TrainerCallback):
         common = {"attention_ratio": ratio, "settings": asdict(self.settings)}
         lines = [json.dumps({"step": step, **result, **common}, ensure_ascii=False) for result in results]
         path = Path(args.output_dir) / FILE
-        _write(path, [*_lines_up_to(path, step - 1), *lines])
+        try:
+            _write(path, [*_lines_up_to(path, step - 1), *lines])
+        except (OSError, ValueError) as error:
+            logger.warning_rank0(f"The samples at step {step} are not in {FILE}: {describe(error)}")
         texts = "\n".join(f"  {result['index']}: {_in_one_line(result, ' >>> ')}" for result in results)
         logger.info_rank0(f"Samples at step {step}:\n{texts}")
         for callback in trainer.callback_handler.callbacks:
@@ -191,8 +191,8 @@ class TrainingSamples(TrainerCallback):
                 texts = self.generator.sample_batch(
                     [each.canvas for each in sized], self.settings, sample_indices=batch
                 )
-            except ValueError as error:  # settings and canvases are checked before training
-                return [], str(error)
+            except Exception as error:  # any, such as too little memory: texts are not worth losing a run
+                return [], describe(error)
             for index, text in zip(batch, texts, strict=True):
                 request = self.requests[index]
                 given = {"prompt": request.prompt, "text": text.predict, "label": request.label}
@@ -206,12 +206,22 @@ def _write(path: Path, lines: Sequence[str]) -> None:
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
-    """Return the lines of samples.jsonl, if there is one, of steps up to `step`."""
+    """Return the lines of samples.jsonl, if there is one, of steps up to `step`.
+
+    Raises:
+        ValueError: if another program wrote the file.
+    """
     if not path.is_file():
         return []
-    with open(path, encoding="utf-8") as file:  # not splitlines: a text may hold other line separators
-        lines = [line.rstrip("\n") for line in file]
-    return [line for line in lines if json.loads(line)["step"] <= step]
+    try:
+        with open(path, encoding="utf-8") as file:  # not splitlines: a text may hold other line separators
+            lines = [line.rstrip("\n") for line in file]
+        return [line for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"sample_steps: {path} is not a file of generated samples, and would be overwritten; move it, or choose "
+            "another output_dir"
+        ) from error
 
 
 def _in_one_line(result: Mapping[str, Any], separator: str) -> str:

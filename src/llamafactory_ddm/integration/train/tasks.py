@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...generation.generator import TextGenerator
+from ...modeling.prompt_template import PromptTemplate
 from ...utils.plugins import load_plugins
 from ...utils.processes import broadcast_from_first
 from ...utils.random_state import unchanged_random_state
@@ -14,12 +15,16 @@ from ...utils.registry import did_you_mean
 from ..hparams.sampling import SETTINGS_KEYS, UPSTREAM_KEYS
 
 
-def load_eval_tasks(training_args: Any, finetuning_args: Any) -> Any:
+def load_eval_tasks(training_args: Any, finetuning_args: Any, template: PromptTemplate | None) -> Any:
     """Return the `TaskSet` of eval_tasks, loaded before the model; None without eval_tasks.
 
     If metric_for_best_model is a metric of a task and the YAML does not set greater_is_better, it is set to what the
     task says.
 
+    Args:
+        training_args: LLaMA-Factory's.
+        finetuning_args: LLaMA-Factory's, with this package's keys.
+        template: what the run puts prompts into, or None.
     Raises:
         ValueError: if a task or the metric for the best model does not exist, or a task cannot be used.
     """
@@ -32,6 +37,7 @@ def load_eval_tasks(training_args: Any, finetuning_args: Any) -> Any:
         tasks = load_tasks(
             finetuning_args.eval_task_names,
             folder=finetuning_args.eval_task_dir,
+            template=_name(template),
             run_generated_code=finetuning_args.run_generated_code,
             key="eval_tasks",
         )
@@ -84,12 +90,11 @@ class TaskEvaluation:
         """
         from ...harness.model import DiffusionLM
 
-        template = self.generator.config.template
         model = DiffusionLM(
             self.generator,
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
-            template=None if template is None else template.name or "",
+            template=_name(self.generator.config.template),
             **self.sampling,
         )
         results = self.tasks.run(model, max_samples=self.max_samples)
@@ -97,6 +102,10 @@ class TaskEvaluation:
         metrics = {f"eval_{name}": value for name, value in found.items()}
         shared: dict[str, float] = broadcast_from_first(metrics, world)
         return shared
+
+
+def _name(template: PromptTemplate | None) -> str | None:
+    return None if template is None else template.name or ""
 
 
 def user_sampling(finetuning_args: Any, generating_args: Any, user_keys: frozenset[str]) -> dict[str, Any]:

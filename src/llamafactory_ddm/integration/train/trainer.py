@@ -29,7 +29,7 @@ from ...modeling.quantization import evaluation_mode
 from ...objectives.base import Objective
 from ...utils.files import explain_disk_errors, published_together
 from ...utils.random_state import unchanged_random_state
-from ..logs import get_logger
+from ..logs import describe, get_logger
 from ..model.model_card import Origin, write_trained
 from ..resolve.run_settings import write_run_settings
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
@@ -80,6 +80,7 @@ class DiffusionTrainer(CustomTrainer):
         self.run_settings: dict[str, Any] | None = None  # saved with checkpoints, and checked when resuming
         self.tasks: TaskEvaluation | None = None
         self._task_metrics: dict[str, float] = {}  # of the evaluation in progress
+        self._tasks_failed = False  # in the last evaluation
         # The denominator covers the whole optimiser step, so LLaMA-Factory must not average over micro-batches again.
         self.model_accepts_loss_kwargs = True
         self._head = RowSelectingHead(self.model)
@@ -277,15 +278,40 @@ class DiffusionTrainer(CustomTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as LLaMA-Factory does, on `tasks` too, and keep the metrics for `last_evaluation`."""
         is_whole = not args and kwargs.get("eval_dataset") is None  # the whole evaluation data
-        if is_whole and self.tasks is not None:
-            with self.beside_training():
-                start = time.perf_counter()
-                self._task_metrics = self.tasks.metrics(self.args.world_size)
-                self._task_metrics["eval_tasks_runtime"] = round(time.perf_counter() - start, 4)
+        if is_whole:
+            self._tasks_failed = False
+            self._task_metrics = {} if self.tasks is None else self._run_tasks(self.tasks)
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if is_whole:
-            self._last_metrics = metrics
+            self._last_metrics = None if self._tasks_failed else metrics
         return metrics
+
+    def _run_tasks(self, tasks: TaskEvaluation) -> dict[str, float]:
+        """Return the metrics of the tasks and the seconds that they took.
+
+        If they fail after a step of training, the run goes on without them, so that no training is lost;
+        `last_evaluation` runs them again after the model is saved. With several processes a failure is an error, as
+        the others wait for the one that failed.
+        """
+        start = time.perf_counter()
+        try:
+            with self.beside_training():
+                metrics = tasks.metrics(self.args.world_size)
+        except Exception as error:  # any: tasks have code and data of their authors
+            if not (self.is_in_train and self.steps_taken) or self.args.world_size > 1:
+                raise
+            self._tasks_failed = True
+            step = self.state.global_step
+            logger.warning_rank0(f"No metrics of eval_tasks at step {step}: {describe(error)}")
+            return {}
+        return metrics | {"eval_tasks_runtime": round(time.perf_counter() - start, 4)}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Tell whether the evaluation is the best so far, which it is not without the metric of a task that failed."""
+        name = self.args.metric_for_best_model
+        if name is not None and self._tasks_failed and f"eval_{name.removeprefix('eval_')}" not in metrics:
+            return False
+        return bool(super()._determine_best_metric(metrics, trial))
 
     @contextmanager
     def beside_training(self) -> Iterator[None]:
