@@ -1,5 +1,6 @@
 """`sample_steps` and `eval_tasks` in whole runs: what they write, that training does not notice, and their errors."""
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -34,6 +35,13 @@ def assert_same_training(one, two):
     assert [log["eval_loss"] for log in evaluations(one)] == [log["eval_loss"] for log in evaluations(two)]
     for name, value in weights(one).items():
         assert torch.equal(value, weights(two)[name]), name
+
+
+@pytest.fixture(autouse=True)
+def _no_record_of_the_machine(monkeypatch):
+    """Spare each evaluation the harness's record of the machine, for which it starts pip and other programs."""
+    if importlib.util.find_spec("lm_eval") is not None:
+        monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +174,29 @@ def test_the_command_line_takes_lists(checkpoint, small_data, tmp_path):
     done = run("train", "examples/tiny_gpt2_full_ddm.yaml", *words)
     assert [line["prompt"] for line in samples(tmp_path)] == ["Tom had", "One day, Mia"]
     assert "Samples at step 1:\n  0: Tom had >>> " in done.stdout + done.stderr
+
+
+INFILLING = """
+task: tiny_gaps
+dataset_path: json
+dataset_kwargs: {data_files: {test: data/tiny_stories_eval.jsonl}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text[:8]}}<|infill:3|>{{text[16:24]}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {infill: true, max_gen_toks: 3}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.mark.slow
+def test_a_task_with_gaps_under_a_template_is_refused_before_the_model_is_loaded(finetune, tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "gaps.yaml").write_text(INFILLING)
+    keys = {**EVALUATIONS, "eval_tasks": "tiny_gaps", "eval_task_dir": tmp_path / "tasks"}
+    monkeypatch.setattr(workflow, "load_diffusion_model", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=r"eval_tasks: tiny_gaps: .*template: diffullama"):
+        finetune(tmp_path / "out", **keys)
 
 
 UNSAFE = """

@@ -32,7 +32,8 @@ def check_no_template(template: str | None) -> None:
     """Raise ValueError if a task with gaps is to be put into a template."""
     if template is not None:
         raise ValueError(
-            f"template: {template} formats prompts to answer, and this task fills gaps; remove template, or leave the task out"
+            f"template: {template} formats prompts to answer, and this task fills gaps; remove template, or leave the "
+            "task out"
         )
 
 

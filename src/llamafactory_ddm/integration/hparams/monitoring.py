@@ -27,7 +27,7 @@ class MonitoringKeys:
     sample_prompts: str | None = key(
         None,
         "Prompts of these texts; each gives one text. Defaults to no prompt with stage: ddm, and with stage: ddm-sft "
-        "to the first prompts of the evaluation data, without which to those of the training data.",
+        "to the first prompts of the evaluation data, or of the training data if there is none.",
         kind="texts",
     )
     sample_count: int | None = key(

@@ -191,7 +191,7 @@ class TrainingSamples(TrainerCallback):
                 texts = self.generator.sample_batch(
                     [each.canvas for each in sized], self.settings, sample_indices=batch
                 )
-            except Exception as error:  # any, such as too little memory: texts are not worth losing a run
+            except Exception as error:  # noqa: BLE001 - any, such as too little memory: no text is worth a run
                 return [], describe(error)
             for index, text in zip(batch, texts, strict=True):
                 request = self.requests[index]
