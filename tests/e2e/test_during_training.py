@@ -126,18 +126,23 @@ def test_the_best_model_by_a_task(train_small, tmp_path):
         train_small(tmp_path / "wrong", **keys, **wrong, model_name_or_path="data/tiny_gpt2")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "zero2"])
-def test_two_processes_give_the_texts_and_metrics_of_one(way, train_small, checkpoint, small_data, tmp_path):
-    """Three texts and three documents, which two processes share unequally."""
-    if way == "zero2":
-        pytest.importorskip("deepspeed")
+@pytest.fixture(scope="module")
+def shared(train_small, checkpoint, tmp_path_factory):
+    """Three texts and three documents, which two processes share unequally: keys, and a run of one process."""
     keys = {
         **{**EVALUATIONS, **SAMPLES, **TASKS, "model_name_or_path": str(checkpoint), "learning_rate": 1e-6},
         **{"eval_tasks": "tiny_last_word,tiny_problems", "eval_task_samples": 3, "sample_count": 3, "max_steps": 1},
         **{"temperature": 1.0, "max_new_tokens": 4},
     }
-    one = train_small(tmp_path / "one", **keys)
+    return keys, train_small(tmp_path_factory.mktemp("shared") / "one", **keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "zero2"])
+def test_two_processes_give_the_texts_and_metrics_of_one(way, shared, small_data, tmp_path):
+    if way == "zero2":
+        pytest.importorskip("deepspeed")
+    keys, one = shared
     small = {
         **{"warmup_steps": 0, "logging_steps": 1, "per_device_train_batch_size": 2, "save_strategy": "no"},
         **{"plot_loss": False, "cutoff_len": 32, "packing": True, "overwrite_cache": True, "disable_tqdm": True},
@@ -157,7 +162,8 @@ def test_two_processes_give_the_texts_and_metrics_of_one(way, train_small, check
 
 @pytest.mark.slow
 def test_half_precision(train_small, tmp_path):
-    out = train_small(tmp_path / "out", **SAMPLES, **TASKS, **EVALUATIONS, bf16=True, max_steps=1)
+    few = {**SAMPLES, **TASKS, **EVALUATIONS, "sample_count": 1, "eval_task_samples": 1}
+    out = train_small(tmp_path / "out", **few, bf16=True, max_steps=1)
     assert samples(out) and evaluations(out)[0]["eval_tiny_last_word_perplexity"] > 1
 
 
