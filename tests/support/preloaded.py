@@ -10,6 +10,7 @@ MODULES = (
     "llamafactory.launcher",
     "llamafactory.train.tuner",
     "llamafactory_ddm.cli.generate",
+    "llamafactory_ddm.harness.run",
     "llamafactory_ddm.integration.workflow",
     "matplotlib.backends.backend_agg",
     "peft",
