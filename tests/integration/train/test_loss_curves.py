@@ -49,6 +49,26 @@ def test_the_newest_checkpoint_stands_in(tmp_path):
     assert read_curves(tmp_path) == {"loss": {10: 1.0}}
 
 
+def test_a_state_of_an_earlier_run_is_left_out(tmp_path):
+    """A run that started again in the folder appends to a new log, and writes its state at its end."""
+    write_state(tmp_path, (1, {"loss": 9.0}), (2, {"loss": 8.0}), (3, {"loss": 7.0, "nll": 3.0}))
+    write_log(tmp_path, (1, {"loss": 4.0}), (2, {"loss": 3.0}))
+    assert read_curves(tmp_path) == {"loss": {1: 4.0, 2: 3.0}}
+    write_log(tmp_path, (1, {"loss": 4.0}), (2, {"loss": 3.0}), (3, {"elapsed_time": "0:01"}))
+    assert read_curves(tmp_path) == {"loss": {1: 4.0, 2: 3.0, 3: 7.0}, "nll": {3: 3.0}}
+
+
+def test_names_with_signs_that_matplotlib_reads(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    run = write_log(tmp_path / "a", (1, {"loss": 1.0}), more="")
+    assert main([f"_x={run}", f"$x{{$={run}", "--out", str(tmp_path / "x.png")]) == 0
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert labels == [" _x", r"\$x{\$"]
+
+
 def test_the_moving_average():
     assert moving_average([1.0, 2.0, 6.0], 1) == [1.0, 2.0, 6.0]
     assert moving_average([1.0, 2.0, 6.0, 9.0], 3) == [1.5, 3.0, 17 / 3, 7.5]
@@ -88,7 +108,8 @@ def test_each_run_is_a_curve_and_each_key_a_panel(tmp_path, monkeypatch, capsys)
         (["a=RUN", "a=RUN"], "'a' is given twice"),
         (["a=absent"], "absent is not a folder"),
         (["a=EMPTY"], "trainer_state.json nor trainer_log.jsonl"),
-        (["a=BROKEN"], "trainer_log.jsonl is not valid JSON"),
+        (["a=BROKEN"], "line 2 of .*trainer_log.jsonl is not valid JSON"),
+        (["a=BINARY"], "trainer_log.jsonl is not UTF-8"),
         (["a=STATE"], "log_history"),
         (["a=RUN", "--keys", "loss,eval_los"], "eval_los;.*'eval_loss'"),
         (["a=RUN", "--keys", "zebra"], "zebra; logged: eval_loss, loss"),
@@ -103,6 +124,8 @@ def test_what_a_user_can_get_wrong(words, error, tmp_path, monkeypatch, capsys):
     write_log(tmp_path / "RUN", (1, {"loss": 1.0, "eval_loss": 1.0}), more="")
     write_log(tmp_path / "BROKEN", (1, {"loss": 1.0}), more="{\n")
     (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BINARY").mkdir()
+    (tmp_path / "BINARY" / "trainer_log.jsonl").write_bytes(b"\xff\n")
     write_state(tmp_path / "STATE")
     (tmp_path / "STATE" / "trainer_state.json").write_text("[]")
     assert main(["--out", "x.png", *words]) == 1

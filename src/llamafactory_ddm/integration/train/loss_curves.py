@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.files import replacing
+from ...utils.labels import legend_label
 from ...utils.registry import did_you_mean
 
 STATE, LOG = "trainer_state.json", "trainer_log.jsonl"
@@ -25,8 +26,9 @@ def read_curves(folder: Path) -> Curves:
     """Return all logged numbers of a run by key and step.
 
     Both files are read; where both have a value, that of trainer_log.jsonl counts, which a run appends to while it
-    trains. Without either, the newest checkpoint's trainer_state.json is read. When a resumed run repeats steps, the
-    later line counts, and lines of the abandoned steps after it are dropped.
+    trains. A trainer_state.json that is ahead of the log is of an earlier run in the same folder, and is left out.
+    Without trainer_state.json, the newest checkpoint's is read. When a resumed run repeats steps, the later line
+    counts, and lines of the abandoned steps after it are dropped.
 
     Raises:
         ValueError: if the folder has no log, or a file cannot be read.
@@ -38,16 +40,21 @@ def read_curves(folder: Path) -> Curves:
     if not states and not log.is_file():
         raise ValueError(f"{folder} has no log: neither {STATE} nor {LOG} is there; give the output_dir of a run")
     curves: Curves = {}
+    history: Any = []
     for state in states:
-        content = _parsed(state, state.read_text(encoding="utf-8"))
+        content = _parsed(str(state), _read(state))
         history = content.get("log_history") if isinstance(content, Mapping) else None
         if not isinstance(history, list):
             raise ValueError(f"{state} has no log_history; copy the run's folder again")
         curves = _by_key(history)
     if log.is_file():
-        lines = log.read_text(encoding="utf-8").split("\n")
+        lines = _read(log).split("\n")
         last = len(lines) - 1  # what follows the last line feed: nothing, or a line that is being written
-        entries = [_parsed(log, line) for line in lines[:last] if line.strip()]
+        entries = [
+            _parsed(f"line {number} of {log}", line) for number, line in enumerate(lines[:last], 1) if line.strip()
+        ]
+        if _last_step(history) > _last_step(entries) >= 0:
+            curves = {}
         for key, values in _by_key(entries).items():
             curves[key] = dict(sorted({**curves.get(key, {}), **values}.items()))
     return curves
@@ -59,19 +66,38 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.parent.name.split("-")[-1]))
 
 
-def _parsed(path: Path, text: str) -> Any:
+def _step(entry: Any) -> int | None:
+    step = entry.get("step", entry.get("current_steps")) if isinstance(entry, Mapping) else None
+    return step if isinstance(step, int) else None
+
+
+def _last_step(entries: Sequence[Any]) -> int:
+    """Return the step of the last entry that has one, or -1."""
+    return next((step for entry in reversed(entries) if (step := _step(entry)) is not None), -1)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); copy the run's folder again") from error
+
+
+def _parsed(subject: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy the run's folder again") from error
+        raise ValueError(
+            f"{subject} is not valid JSON ({error}); copy the run's folder again, or delete what a killed run left"
+        ) from error
 
 
 def _by_key(entries: Iterable[Any]) -> Curves:
     curves: Curves = {}
     last = -1
     for entry in entries:
-        step = entry.get("step", entry.get("current_steps")) if isinstance(entry, Mapping) else None
-        if not isinstance(step, int):
+        step = _step(entry)
+        if step is None:
             continue
         if step < last:  # a resumed run
             curves = {key: {at: y for at, y in values.items() if at < step} for key, values in curves.items()}
@@ -123,7 +149,7 @@ def plot_runs(runs: Mapping[str, Path], keys: Sequence[str], out: Path, smooth: 
                 axes.plot(steps, values, color=style["color"], alpha=0.25)
                 values = moving_average(values, smooth)
             if points:
-                axes.plot(steps, values, label=name, markersize=4, **style)
+                axes.plot(steps, values, label=legend_label(name), markersize=4, **style)
         axes.set(xlabel="step", ylabel=key)
         axes.grid(alpha=0.3)
         axes.legend()
