@@ -59,6 +59,29 @@ def test_bytes_are_those_of_utf_8(model):
     assert text.n_bytes == 5 and len(text.ids) == 5
 
 
+@pytest.mark.parametrize(
+    ("text", "scored"), [("ü猫", 4), ("猫", 2), ("\N{REPLACEMENT CHARACTER}a", 3), ("cat dog", 4), ("a", 0), ("", 0)]
+)
+def test_bytes_without_bos_leave_out_the_first_token_alone(model, text, scored):
+    """It may be a part of a character: here a token is a byte, but for words."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = None
+    (found,) = q.Judge(model, tokenizer).score([text])
+    assert found.n_bytes == scored
+
+
+def test_a_special_token_that_a_text_spells_is_text(model):
+    ids = q.Judge(model, tiny_tokenizer()).encode("cat<|endoftext|>dog")
+    assert 0 not in ids and tiny_tokenizer().decode(ids) == "cat<|endoftext|>dog"
+
+
+def test_a_token_without_an_embedding(model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    with pytest.raises(ValueError, match=rf"the id {len(tokenizer) - 1}, but the model {len(tokenizer) - 1} ids"):
+        q.Judge(model, tokenizer).score(["a zebra"])
+
+
 @pytest.mark.parametrize("length", [1, 2, 47, 48, 49, 95, 150])
 def test_a_long_text_is_scored_in_windows(model, length):
     """Each token once, with all tokens before it or at least half the positions."""
@@ -92,7 +115,7 @@ def test_a_large_vocabulary_makes_batches_smaller(model, monkeypatch):
 def test_a_judge_with_nan_weights(model):
     broken = GPT2LMHeadModel(model.config)
     broken.transformer.ln_f.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="judge_model"):
+    with pytest.raises(ValueError, match="its logits are NaN"):
         q.Judge(broken, tiny_tokenizer()).score(["cat"])
 
 

@@ -4,13 +4,14 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import BertConfig, BertLMHeadModel
 
 from llamafactory_ddm.diffusion.noise import Stream
 from llamafactory_ddm.diffusion.rng import keyed_uniform
 from llamafactory_ddm.generation.autoregressive import load_autoregressive
 from llamafactory_ddm.sampling.logits import LogitsConfig, penalise_repetition
 from llamafactory_ddm.sampling.tokens import draw_tokens
-from support.tiny import save_pair
+from support.tiny import save_pair, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,14 @@ def test_what_cannot_be_loaded(folders, tmp_path):
         load_autoregressive("./absent")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_autoregressive(str(tmp_path))
+    bert = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    BertLMHeadModel(bert).save_pretrained(tmp_path / "bert")
+    load_autoregressive(str(folders[0])).model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"bare (holds no tokenizer|cannot be loaded)"):
+        load_autoregressive(str(tmp_path / "bare"))
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="bidirectional"):
+        load_autoregressive(str(tmp_path / "bert"))
     with pytest.raises(ValueError, match="NaN"):
         broken = load_autoregressive(str(folders[0]))
         broken.model.transformer.ln_f.weight.data.fill_(torch.nan)

@@ -52,26 +52,41 @@ class Judge:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.bos_id: int | None = tokenizer.bos_token_id
         self.max_positions = max_positions(model.config)
+        self._vocab = int(model.config.get_text_config().vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        """Return the judge's tokens of a text, without special tokens."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        """Return the judge's tokens of a text; where it spells a special token, the tokens of the spelling.
+
+        Raises:
+            ValueError: if the model has no embedding of a token.
+        """
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if ids and max(ids) >= self._vocab:
+            raise ValueError(f"its tokenizer has the id {max(ids)}, but the model {self._vocab} ids; check both files")
         return ids
 
     def score(self, texts: Sequence[str]) -> list[JudgedText]:
         """Return the score of each text.
 
         Raises:
-            ValueError: if the judge's logits are NaN or infinite.
+            ValueError: if the judge's logits are NaN or infinite, or the model has no embedding of a token.
         """
         rows = [self.encode(text) for text in texts]
         judged = []
         for text, ids, nll in zip(texts, rows, self.token_nll(rows), strict=True):
             n_bytes = len(text.encode("utf-8", errors="replace"))
             if self.bos_id is None and ids:
-                n_bytes = max(0, n_bytes - len(self.tokenizer.decode(ids[:1]).encode("utf-8", errors="replace")))
+                n_bytes = max(0, n_bytes - self._n_bytes(ids[0]))
             judged.append(JudgedText(tuple(ids), math.fsum(nll.tolist()), len(nll), n_bytes))
         return judged
+
+    def _n_bytes(self, token_id: int) -> int:
+        """Return the UTF-8 bytes of a token, which may be a part of a character."""
+        text = self.tokenizer.decode([token_id])
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            return len(text.encode("utf-8"))
+        token = self.tokenizer.convert_ids_to_tokens(token_id)
+        return 1 if token.startswith("<0x") else len(token)  # byte fallback, or a letter for each byte
 
     @torch.inference_mode()
     def token_nll(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -105,7 +120,7 @@ class Judge:
             for row, (number, begin, end, first) in enumerate(batch):
                 scores[number][first - 1 : end - 1] = nll[row, first - begin - 1 : end - begin - 1]
         if not all(bool(score.isfinite().all()) for score in scores):
-            raise ValueError("judge_model: its logits are NaN or infinite; check its weights, or set another dtype")
+            raise ValueError("its logits are NaN or infinite; check its weights, or set another dtype")
         return scores
 
     def _nll(self, ids: Tensor) -> Tensor:
@@ -119,11 +134,10 @@ class Judge:
 
     def _batches(self, windows: Sequence[tuple[int, int, int, int]]) -> Iterator[Sequence[tuple[int, int, int, int]]]:
         """Yield windows, the shortest first, in batches of bounded memory."""
-        vocab = self.model.config.get_text_config().vocab_size
         batch: list[tuple[int, int, int, int]] = []
         for window in windows:
             width = window[2] - window[1]
-            if len(batch) == self.batch_size or (batch and (len(batch) + 1) * width * vocab > _LOGITS_AT_ONCE):
+            if len(batch) == self.batch_size or (batch and (len(batch) + 1) * width * self._vocab > _LOGITS_AT_ONCE):
                 yield batch
                 batch = []
             batch.append(window)

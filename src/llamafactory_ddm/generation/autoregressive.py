@@ -17,7 +17,7 @@ from ..checkpoints.load_model import load_whole, load_whole_adapter
 from ..checkpoints.weights import first_line
 from ..diffusion.noise import Stream
 from ..diffusion.rng import keyed_uniform
-from ..modeling.special_tokens import resolve_token
+from ..modeling.special_tokens import resolve_tokens
 from ..sampling.keywords import with_keywords
 from ..sampling.logits import LogitsConfig, penalise_repetition
 from ..sampling.settings import SamplingSettings
@@ -65,12 +65,8 @@ class AutoregressiveModel:
             ValueError: if a value is not allowed, or a token to suppress does not exist.
         """
         given = dict(keywords)
-        words = given.get("suppress_tokens")
-        if words is not None:
-            words = [word.strip() for word in words.split(",")] if isinstance(words, str) else words
-            given["suppress_tokens"] = tuple(
-                resolve_token(self.tokenizer, "suppress_tokens", word)[1] for word in words
-            )
+        if "suppress_tokens" in given:
+            given["suppress_tokens"] = resolve_tokens(self.tokenizer, "suppress_tokens", given["suppress_tokens"])
         return with_keywords(SamplingSettings(), given)
 
     @torch.inference_mode()
@@ -132,7 +128,7 @@ def load_autoregressive(path: str, *, device: str | None = None, dtype: Any = No
         device: by default the first GPU if there is one, else the CPU.
         dtype: of the weights; by default float32 on a CPU, else the one that they are stored in.
     Raises:
-        ValueError: if there is no such model, or it is a diffusion model.
+        ValueError: if there is no such model, it has no tokenizer, or its attention is bidirectional.
     """
     check_autoregressive(path)
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
@@ -148,9 +144,28 @@ def load_autoregressive(path: str, *, device: str | None = None, dtype: Any = No
             model = load_whole_adapter(PeftModel, model, path).merge_and_unload()
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be loaded: {first_line(error)}") from error
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise ValueError(f"{path} holds no tokenizer; save the model's tokenizer there")
     model.to(place)
     model.config.pad_token_id = None  # without padding no warning of it is wanted
+    _check_causal(model.eval(), path)
     return AutoregressiveModel(model, tokenizer)
+
+
+@torch.inference_mode()
+def _check_causal(model: Any, path: str) -> None:
+    """Check with a forward pass that the first logits do not depend on the second token.
+
+    Raises:
+        ValueError: if they do.
+    """
+    ids = torch.tensor([[0, 0], [0, 1]], device=model.device)
+    first, other = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
+    tolerance = 10 * torch.finfo(model.dtype).eps * float(first.abs().max())
+    if not torch.allclose(first, other, rtol=0.0, atol=tolerance, equal_nan=True):
+        raise ValueError(
+            f"{path} is no autoregressive model: its attention is bidirectional; name an autoregressive one"
+        )
 
 
 def check_autoregressive(path: str) -> None:

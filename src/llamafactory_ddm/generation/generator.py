@@ -25,7 +25,7 @@ from ..modeling.bidirectional import probe_bidirectional
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.length_heads import LengthPredictors
 from ..modeling.model_info import max_positions
-from ..modeling.special_tokens import resolve_token
+from ..modeling.special_tokens import resolve_tokens
 from ..sampling import Edits, SamplingSettings
 from ..sampling.budget import split_into_blocks, steps_of_blocks
 from ..sampling.keywords import with_keywords
@@ -186,9 +186,7 @@ class TextGenerator:
         if settings is None:
             settings = SamplingSettings()
         for key in {"suppress", "suppress_tokens"} & keywords.keys():
-            words = keywords[key]
-            words = [word.strip() for word in words.split(",")] if isinstance(words, str) else words
-            keywords[key] = tuple(resolve_token(self.tokenizer, key, word)[1] for word in words)
+            keywords[key] = resolve_tokens(self.tokenizer, key, keywords[key])
         return with_keywords(settings, keywords)
 
     def __repr__(self) -> str:

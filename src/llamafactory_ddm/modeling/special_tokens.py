@@ -118,6 +118,20 @@ def resolve_token(tokenizer: Any, key: str, value: str | int) -> tuple[str, int]
     )
 
 
+def resolve_tokens(tokenizer: Any, key: str, value: object) -> tuple[int, ...]:
+    """Return the ids of the tokens that the YAML key `key` names: one, several separated by commas, or a list.
+
+    Raises:
+        ValueError: if one of them is not one token of the vocabulary.
+    """
+    words: Any = [word.strip() for word in value.split(",")] if isinstance(value, str) else value
+    if isinstance(words, int):
+        words = [words]
+    if not isinstance(words, list | tuple):
+        raise ValueError(f"{key}: {value!r} is no token; write tokens or ids as one text, separated by commas: '5,7'")
+    return tuple(resolve_token(tokenizer, key, word)[1] for word in words)
+
+
 def escape_hint(key: str, value: object) -> str:
     r"""Return a hint on escapes such as \n, which YAML reads in double quotes only; empty if there is none."""
     if not isinstance(value, str) or not _ESCAPE.search(value):
