@@ -1,10 +1,14 @@
 """`llamafactory-ddm quality` on tiny models: results, keys, resuming, and what a user can get wrong."""
 
+import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from llamafactory_ddm.cli.quality import main
 from llamafactory_ddm.evaluation.quality import Estimate
@@ -179,6 +183,59 @@ def test_several_seeds_are_shown_as_a_range(base):
     assert "2 seeds" in page(outcomes, record)
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, 1.1, 4.9, 123.4])
+def test_seeds_of_equal_numbers_are_drawn(value):
+    """Their mean may differ from them by a rounding error, but a bar has no negative length."""
+    numbers = {name: Estimate(value, None) for name in ("perplexity", "distinct_2", "entropy")}
+    outcomes = [quality_run.Outcome("a", "diffusion", "random", 4, seed, (), (), numbers) for seed in range(3)]
+    assert spread(outcomes, "entropy").value == value
+    figure(outcomes)
+
+
+def test_names_with_signs_of_their_own_in_tables_and_plots():
+    numbers = {name: Estimate(1.0, None) for name in ("perplexity", "distinct_2", "entropy")}
+    numbers |= dict.fromkeys(("nats_per_byte", "distinct_1", "repetition_4", "tokens"))
+    text = (quality_run.Text("a", 1),)
+    names = ("_x", "a|b\nc", "$x{$")
+    outcomes = [quality_run.Outcome(name, "ar", None, None, 0, text, (), numbers) for name in names]
+    drawn = figure(outcomes)
+    drawn.draw_without_rendering()
+    assert [label.get_text() for label in drawn.legends[0].get_texts()] == [" _x", "a|b\nc", r"\$x{\$"]
+    rows = table(outcomes).splitlines()
+    assert len(rows) == 5 and rows[3].startswith(r"| a\|b c | ")
+
+
+def test_texts_of_another_config_or_end_are_not_used_again(base, folders, tmp_path):
+    keys = {**base, "models": None, "kind": "ar", "diffusion_steps": None, "denoising_strategy": None}
+    whole = outcomes_of(keys, model_name_or_path=str(folders[0]))[0]
+    shutil.copytree(folders[0], tmp_path / "heads")
+    config = json.loads((tmp_path / "heads" / "config.json").read_text())
+    (tmp_path / "heads" / "config.json").write_text(json.dumps({**config, "n_head": 4}))
+    assert outcomes_of(keys, model_name_or_path=str(tmp_path / "heads"))[0].texts != whole.texts
+    shutil.copytree(folders[0], tmp_path / "end")
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    letter = next(letter for text in whole.texts for letter in text.text if letter.isascii() and letter.isprintable())
+    tokenizer.eos_token = tokenizer.tokenize(letter)[0]
+    tokenizer.save_pretrained(tmp_path / "end")
+    ended = outcomes_of(keys, model_name_or_path=str(tmp_path / "end"))[0]
+    assert ended.texts != whole.texts and not any(letter in text.text for text in ended.texts)
+    shutil.copytree(folders[0], tmp_path / "copy")
+    size = (Path(base["save_dir"]) / "requests-0.jsonl").stat().st_size
+    assert outcomes_of(keys, model_name_or_path=str(tmp_path / "copy"))[0].texts == whole.texts
+    assert (Path(base["save_dir"]) / "requests-0.jsonl").stat().st_size == size
+
+
+def test_length_heads_fitted_again_are_other_predictors():
+    from llamafactory_ddm.modeling.length_heads import LengthHeads, LengthPredictors
+
+    thresholds = {"regressor": torch.arange(2000, dtype=torch.float64)}
+    one = LengthPredictors(LengthHeads(8), thresholds, 16)
+    changed = {"regressor": thresholds["regressor"] + (thresholds["regressor"] == 1000)}
+    assert quality_run._lengths_digest(one) == quality_run._lengths_digest(copy.deepcopy(one))
+    for other in (LengthPredictors(LengthHeads(8), thresholds, 16), LengthPredictors(one.heads, changed, 16)):
+        assert quality_run._lengths_digest(one) != quality_run._lengths_digest(other)
+
+
 def test_a_number_with_its_error():
     numbers = {"entropy": Estimate(2.0, 0.25), "perplexity": None, "tokens": Estimate(4.0, None)}
     one = quality_run.Outcome("ar", "ar", None, None, 0, (), (), numbers)
@@ -225,6 +282,9 @@ def test_a_number_with_its_error():
         ({"entropy_bound": 0.3}, "entropy_bound .*denoising_strategy: entropy_bound"),
         ({"grow_length": 3}, "grow_length.*early_stop"),
         ({"suppress_tokens": "zebra"}, "zebra"),
+        ({"suppress_tokens": 9999}, r"models\.ddm: suppress_tokens: 9999"),
+        ({"suppress_tokens": {"a": 1}}, r"models\.ddm: suppress_tokens: .*no token"),
+        ({"models": {"": "DDM"}}, "models: a name is empty"),
         ({"block_length": 1, "diffusion_steps": 4}, r"models\.ddm: .*block"),
         ({"infer_dtype": "int8"}, "infer_dtype"),
     ],
@@ -284,4 +344,6 @@ def test_the_command(base, tmp_path, capsys):
     assert first == again
     assert main([str(path), "lenght=3"]) == 1
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("llamafactory-ddm quality: lenght is not a key")
+    path.write_bytes(b"judge_model: \xff\n")
+    assert main([str(path)]) == 1 and f"{path} cannot be read" in capsys.readouterr().err
     assert main([]) == 2 and main(["--help"]) == 0

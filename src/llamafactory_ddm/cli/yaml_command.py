@@ -33,7 +33,7 @@ def read_yaml(argv: list[str]) -> dict[str, Any]:
     try:
         read: Any = OmegaConf.load(argv[0])
         values: Any = OmegaConf.to_container(OmegaConf.merge(read, OmegaConf.from_cli(argv[1:])), resolve=True)
-    except (YAMLError, OmegaConfBaseException, TypeError) as error:
+    except (YAMLError, OmegaConfBaseException, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{argv[0]} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{argv[0]} holds no keys; write one `key: value` a line")

@@ -123,6 +123,8 @@ def _source(name: str, entry: Any) -> Source:
     Raises:
         ValueError: if it is wrong, naming it.
     """
+    if not name.strip():
+        raise ValueError("models: a name is empty; give each model a name")
     subject = f"models.{name}"
     values = {"model_name_or_path": entry} if isinstance(entry, str) else entry
     if not isinstance(values, Mapping):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..utils.labels import legend_label, table_cell
+
 if TYPE_CHECKING:
     from .quality_run import Outcome
 
@@ -66,7 +68,8 @@ def spread(group: Sequence[Outcome], name: str) -> Spread | None:
     if len(values) < len(found):
         return None
     if len(values) > 1:
-        return Spread(statistics.fmean(values), min(values), max(values), True)
+        mean = sorted((min(values), statistics.fmean(values), max(values)))[1]  # rounding can move it out of the range
+        return Spread(mean, min(values), max(values), True)
     error = (found[0].error if found[0] is not None else None) or 0.0
     return Spread(values[0], values[0] - error, values[0] + error, False)
 
@@ -77,7 +80,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = [head]
     for group in grouped(outcomes):
         first = group[0]
-        cells = [first.model, first.strategy or "", "" if first.steps is None else str(first.steps)]
+        cells = [table_cell(first.model), first.strategy or "", "" if first.steps is None else str(first.steps)]
         for name, (_, numbers) in _COLUMNS.items():
             found = spread(group, name)
             cells.append("" if found is None else format(found, numbers))
@@ -106,6 +109,7 @@ def page(outcomes: Sequence[Outcome], record: Mapping[str, Any]) -> str:
     for group in grouped(outcomes):
         first = group[0]
         name = f"{first.model}, {first.strategy}, {first.steps} steps" if first.strategy else first.model
+        name = " ".join(name.split())
         lines += [f"- {name}:", "", *(f"      {line}" for line in first.texts[0].text.splitlines() or [""]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -138,10 +142,10 @@ def figure(outcomes: Sequence[Outcome]) -> Any:
             high = [each.high - each.value for _, each in points]
             values = [each.value for _, each in points]
             if strategy is None:
-                axes.axhline(values[0], color=color, linestyle="--", label=model)
+                axes.axhline(values[0], color=color, linestyle="--", label=legend_label(model))
                 axes.axhspan(values[0] - low[0], values[0] + high[0], color=color, alpha=0.15, linewidth=0)
                 continue
-            label = strategy if n_models == 1 else f"{model}, {strategy}"
+            label = strategy if n_models == 1 else legend_label(f"{model}, {strategy}")
             x = [step for step, _ in points]
             axes.errorbar(x, values, yerr=[low, high], color=color, marker="o", capsize=3, label=label)
         if steps:
