@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from llamafactory_ddm.diffusion.noise import Stream
 from llamafactory_ddm.diffusion.rng import keyed_uniform
-from llamafactory_ddm.generation.autoregressive import load_autoregressive
+from llamafactory_ddm.generation.autoregressive import AutoregressiveModel, load_autoregressive
 from llamafactory_ddm.sampling.logits import LogitsConfig, penalise_repetition
 from llamafactory_ddm.sampling.tokens import draw_tokens
 from support.tiny import save_pair, tiny_tokenizer
@@ -94,6 +94,14 @@ def test_the_first_token_has_the_models_distribution(model):
     for text, probability in expected.items():
         error = (probability * (1 - probability) / 4000) ** 0.5
         assert seen[text] / 4000 == pytest.approx(probability, abs=4.5 * error + 1e-3), text
+
+
+def test_a_model_without_a_cache_is_refused():
+    """Its tokens would not depend on those before the last."""
+    sizes = {"vocab_size": 300, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    model = AutoregressiveModel(OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes)), tiny_tokenizer())
+    with pytest.raises(ValueError, match="OpenAIGPTLMHeadModel has no KV cache"):
+        texts(model)
 
 
 def test_what_cannot_be_loaded(folders, tmp_path):

@@ -83,7 +83,7 @@ class AutoregressiveModel:
             seed: of every draw.
             sample_indices: index of each text.
         Raises:
-            ValueError: if logits are NaN or infinite, or allow no token.
+            ValueError: if logits are NaN or infinite or allow no token, or if the model has no KV cache.
         """
         device = self.model.device
         index = torch.tensor(sample_indices, dtype=torch.int64, device=device)
@@ -93,8 +93,9 @@ class AutoregressiveModel:
         has_ended = torch.zeros(len(index), dtype=torch.bool, device=device)
         tries = TRIES if config.top_p < 1.0 and config.top_k is None else 1
         for step in range(n_tokens):
-            output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
-            cache, logits = output.past_key_values, output.logits[:, -1, : self.n_ids]
+            past: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+            output = self.model(input_ids=inputs, use_cache=True, **past)
+            cache, logits = getattr(output, "past_key_values", None), output.logits[:, -1, : self.n_ids]
             if config.repetition_penalty != 1.0:
                 logits = penalise_repetition(logits, ids, config.repetition_penalty)
             if config.eos_penalty and len(eos):
@@ -110,6 +111,8 @@ class AutoregressiveModel:
             has_ended |= torch.isin(draws.ids, eos)
             if bool(has_ended.all()):
                 break
+            if cache is None:
+                raise ValueError(f"{type(self.model).__name__} has no KV cache; such a model is not supported")
             inputs = draws.ids[:, None]
         return [self._continuation(row) for row in ids.tolist()]
 
