@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import os
@@ -42,6 +43,8 @@ _WITHOUT_MEANING = ("num_beams", "early_stopping", "length_penalty", "num_return
 _TIMEOUT = timedelta(days=7)
 # Answers that are decoded together, in batches: as some end, the others fill the batches.
 _GREEDY_BATCHES = 8
+# Number of the form of kept results; 2: a generated text has `tokens`.
+_FORMAT = 2
 # What a computation yields for each finished request: its key and its result.
 _Results = Iterator[tuple[str, dict[str, Any]]]
 
@@ -101,7 +104,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
             logger.warning("device: %s is not available; the CPU is used", device)
             device = "cpu"
         _join_processes()
-        self._log = ResultLog(None if results_folder is None else Path(results_folder), rank=self.rank)
+        log = ResultLog(None if results_folder is None else Path(results_folder), rank=self.rank)
         self._is_loaded_here = not isinstance(pretrained, TextGenerator)
         self.generator: TextGenerator = (
             pretrained
@@ -115,23 +118,44 @@ class DiffusionLM(LM):  # type: ignore[misc]
             )
         )
         self.path, self.plugins = str(pretrained), plugins
+        self._template = None if template is None else self.generator.config.template
+        self._template_settled = self._template is not None
+        self._scoring, self._likelihood_samples = scoring, likelihood_samples
+        self._start(log, sampling)
+
+    def with_sampling(self, sampling: Mapping[str, Any], results_folder: str | None) -> DiffusionLM:
+        """Return the same model with other keys of generation and another folder of results; it is not loaded again.
+
+        Raises:
+            TypeError: for an unknown key.
+            ValueError: if a value is not allowed.
+            OSError: if the folder of results cannot be written.
+        """
+        other = copy.copy(self)
+        log = ResultLog(None if results_folder is None else Path(results_folder), rank=self.rank)
+        other._start(log, sampling)
+        return other
+
+    def _start(self, log: ResultLog, sampling: Mapping[str, Any]) -> None:
+        """Set what depends on the keys of generation, read the results that are kept, and count from zero."""
+        self._log = log
         self.sampling = {ALIASES.get(name, name): value for name, value in sampling.items()}
         self.settings = self.generator.settings(SamplingSettings(), **sampling)
         self.scorer = AnswerScorer(
             self.generator,
-            scoring=scoring,
-            samples=likelihood_samples,
+            scoring=self._scoring,
+            samples=self._likelihood_samples,
             seed=self.settings.seed,
             batch_size=self.batch_size,
         )
-        self._template = None if template is None else self.generator.config.template
-        self._template_settled = self._template is not None
         self._log.read_earlier(self._result_settings())
         self._counted: set[str] = set()
         self._cut_documents: set[tuple[Any, Any]] = set()  # those that were warned of
         self._passes: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
         self._squared_errors: Counter[str] = Counter()
         self._n_likelihoods: Counter[str] = Counter()
+        self._counters = (self._passes, self._tokens, self._squared_errors, self._n_likelihoods)
         self._totals: tuple[Counter[str], ...] = ()
 
     # What the harness asks for, beside results.
@@ -166,7 +190,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     def barrier(self) -> None:
         """Wait for all processes, and add up what they counted."""
-        parts = _gathered((self._passes, self._squared_errors, self._n_likelihoods))
+        parts = _gathered(self._counters)
         self._totals = tuple(Counter() for _ in parts[0])
         for part in parts:
             for total, count in zip(self._totals, part, strict=True):
@@ -203,12 +227,11 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what is needed to repeat the results, with forward passes and standard errors by task."""
-        if not _is_distributed():
-            self._totals = (self._passes, self._squared_errors, self._n_likelihoods)
-        passes, squared, count = self._totals
+        passes, tokens, squared, count = self._totals if _is_distributed() else self._counters
         return {
             "model_settings": self._result_settings(),
             "forward_passes": dict(sorted(passes.items())),
+            "generated_tokens": dict(sorted(tokens.items())),
             "likelihood_standard_error": {task: (squared[task] / n) ** 0.5 for task, n in sorted(count.items())},
         }
 
@@ -220,11 +243,11 @@ class DiffusionLM(LM):  # type: ignore[misc]
         The second value costs forward passes. It is computed where a document has a single request, and else False.
         """
         self._warn_of_template()
-        choices = {(self._key("", request), _document_id(request)) for request in requests}
+        choices = {(self._key("", request), document_id(request)) for request in requests}
         n_choices = Counter(document for _, document in choices)
         keys, answers = [], {}
         for request in requests:
-            needs_greedy = n_choices[_document_id(request)] == 1
+            needs_greedy = n_choices[document_id(request)] == 1
             keys.append(self._key("greedy" if needs_greedy else "likelihood", request))
             if keys[-1] not in answers:
                 answers[keys[-1]] = (self._answer(request), needs_greedy)
@@ -245,7 +268,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
                 context, ids = make_disjoint_window(window)
                 parts.append(f"{self._key('rolling', request)}-{len(parts)}")
                 context = self._with_start([token for token in context if token >= 0])
-                answers[parts[-1]] = (Answer(tuple(context), tuple(ids), _noise_index(_document_id(request))), False)
+                answers[parts[-1]] = (Answer(tuple(context), tuple(ids), _noise_index(document_id(request))), False)
             keys.append(parts)
         found = self._finish(answers, self._score, disable_tqdm)
         for request, parts in zip(requests, keys, strict=True):
@@ -281,12 +304,14 @@ class DiffusionLM(LM):  # type: ignore[misc]
         return self._log.results
 
     def _count(self, request: Instance, key: str, results: Sequence[Mapping[str, Any]]) -> None:
-        """Count the forward passes of a request once, and the squared error of its likelihood."""
+        """Count the forward passes and tokens of a request once, and the squared error of its likelihood."""
         if key in self._counted:
             return
         self._counted.add(key)
         task = str(request.task_name)
         self._passes[task] += sum(result["passes"] for result in results)
+        if all("tokens" in result for result in results):
+            self._tokens[task] += sum(result["tokens"] for result in results)
         if all("error" in result for result in results):
             self._squared_errors[task] += sum(result["error"] ** 2 for result in results)
             self._n_likelihoods[task] += 1
@@ -332,7 +357,20 @@ class DiffusionLM(LM):  # type: ignore[misc]
                 indices = [_noise_index(key) for key in keys]
                 texts: list[Generated] = self.generator.sample_batch(sized, settings, sample_indices=indices)
                 for key, text, until in zip(keys, texts, untils, strict=True):
-                    yield key, {"value": _cut_at_stop(text.predict, until), "passes": text.num_forward_passes}
+                    value, n_tokens = self._cut_at_stop(text, until)
+                    yield key, {"value": value, "tokens": n_tokens, "passes": text.num_forward_passes}
+
+    def _cut_at_stop(self, text: Generated, until: Sequence[str]) -> tuple[str, int]:
+        """Return a text before the first of the stop strings, and the number of its tokens.
+
+        Tokens count up to EOS or the stop string, as in the evaluations of Fast-dLLM and d3LLM: a text that is cut is
+        tokenised again.
+        """
+        end = min((at for at in map(text.predict.find, until) if at >= 0), default=None)
+        if end is None:
+            return text.predict, text.n_tokens
+        value = text.predict[:end]
+        return value, len(self.generator.codec.encode(value))
 
     def _canvas(self, ids: Sequence[int], n_tokens: int) -> Canvas:
         if not ids:
@@ -398,7 +436,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
                 f"task: {request.task_name}, document {request.doc_id}: the answer {continuation!r} has no tokens; "
                 "correct doc_to_target or doc_to_choice in the task's YAML"
             )
-        return Answer(tuple(self._with_start(before)), tuple(ids), _noise_index(_document_id(request)))
+        return Answer(tuple(self._with_start(before)), tuple(ids), _noise_index(document_id(request)))
 
     def _with_start(self, context: list[int]) -> list[int]:
         """Return a context with the start token if the model needs one."""
@@ -482,6 +520,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
             "lengths": None if lengths is None else digest(lengths.min_thresholds),
             "plugins": _plugins_digest(self.plugins),
             "version": __version__,
+            "format": _FORMAT,
             "template": None if self._template is None else self._template.name,
             "scoring": self.scorer.scoring,
             "likelihood_samples": self.scorer.samples,
@@ -492,7 +531,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     def _key(self, kind: str, request: Instance) -> str:
         """Return the key of a request's result: a digest of kind, document and arguments."""
-        return digest([kind, _document_id(request), list(request.args)])
+        return digest([kind, document_id(request), list(request.args)])
 
 
 def read_generation_keys(options: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
@@ -524,12 +563,7 @@ def read_generation_keys(options: Mapping[str, Any]) -> tuple[int, list[str], di
     return n_tokens, [stop for stop in until if stop], keys
 
 
-def _cut_at_stop(text: str, until: Sequence[str]) -> str:
-    """Return the text before the first of the stop strings."""
-    return text[: min((at for at in map(text.find, until) if at >= 0), default=len(text))]
-
-
-def _document_id(request: Instance) -> str:
+def document_id(request: Instance) -> str:
     """Return what identifies a request's document: its task, number and content."""
     return digest([request.task_name, request.doc_id, request.doc])
 

@@ -43,8 +43,17 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
         template=keys.template,
         run_generated_code=keys.run_generated_code,
     )
-    model = DiffusionLM(
-        _model_or_adapter(keys),
+    return run_tasks(tasks, load_model(keys, sampling), keys)
+
+
+def load_model(keys: EvalKeys, sampling: Mapping[str, Any]) -> DiffusionLM:
+    """Return the diffusion model that the keys name.
+
+    Raises:
+        ValueError: if it cannot be loaded, or a value is not allowed.
+    """
+    return DiffusionLM(
+        model_or_adapter(keys),
         dtype=keys.infer_dtype,
         batch_size=keys.batch_size,
         scoring=keys.scoring,
@@ -55,12 +64,24 @@ def evaluate(keys: EvalKeys, sampling: Mapping[str, Any]) -> dict[str, Any] | No
         results_folder=keys.save_dir,
         **sampling,
     )
+
+
+def run_tasks(tasks: TaskSet, model: Any, keys: EvalKeys) -> dict[str, Any] | None:
+    """Return the harness's results with the record of the run; None on all processes but the first.
+
+    Args:
+        tasks: from `load_tasks`.
+        model: a model of the harness.
+        keys: of the evaluation.
+    Raises:
+        ValueError: if a task does not fit the model or its documents.
+    """
     results = tasks.run(model, n_shot=keys.n_shot, max_samples=keys.max_samples)
     if results is None:
         return None
     results["versions_of_packages"] = {name: metadata.version(name) for name in _PACKAGES}
     results["machine"] = {"device": str(model.device), "platform": platform.platform()}
-    return dict(results)
+    return results
 
 
 @dataclass(frozen=True)
@@ -82,14 +103,14 @@ class TaskSet:
     runs_code: bool
 
     def run(
-        self, model: DiffusionLM, *, n_shot: int | None = None, max_samples: int | None = None
+        self, model: Any, *, n_shot: int | None = None, max_samples: int | None = None
     ) -> dict[str, Any] | None:
         """Return the harness's results; None on all processes but the first.
 
         It sets the seeds of Python, NumPy and torch.
 
         Args:
-            model: the model.
+            model: a model of the harness.
             n_shot: examples in each prompt; None for the task's number.
             max_samples: documents of each task, from the first; None for all.
         Raises:
@@ -112,6 +133,14 @@ class TaskSet:
                 f"fails on the documents ({error}); correct the task's YAML"
             ) from error
         return None if results is None else dict(results)
+
+    def single(self) -> dict[str, Any]:
+        """Return the tasks by name, those of groups included."""
+        found: dict[str, Any] = {}
+        for item in self.items:
+            tasks = item.get_all_tasks() if isinstance(item, Group) else [item]
+            found.update({task.task_name: task for task in tasks})
+        return found
 
     def reported(self) -> dict[str, Any]:
         """Return what has metrics of its own, by name: tasks, and groups in place of the tasks that they average."""
@@ -203,7 +232,7 @@ def load_tasks(
     return TaskSet(names, items, manager, key, run_generated_code)
 
 
-def _model_or_adapter(keys: EvalKeys) -> str:
+def model_or_adapter(keys: EvalKeys) -> str:
     """Return what to load: the adapter, which names its model, or the model.
 
     Raises:
@@ -272,24 +301,26 @@ def _first_line(error: BaseException) -> str:
 
 
 def save(results: Mapping[str, Any], folder: Path) -> None:
-    """Write `results.json`, `samples.jsonl` and `table.md` into a folder."""
+    """Write `samples.jsonl`, `table.md` and, when they are complete, `results.json` into a folder."""
     record = {name: value for name, value in results.items() if name != "samples"}
-    with replacing(folder / "results.json") as file:
-        file.write(json.dumps(record, indent=2, default=handle_non_serializable) + "\n")
     with replacing(folder / "samples.jsonl") as file:
         for task, samples in results.get("samples", {}).items():
             for sample in samples:
                 file.write(json.dumps({"task": task, **sample}, default=handle_non_serializable) + "\n")
     with replacing(folder / "table.md") as file:
         file.write(table(results) + "\n")
+    with replacing(folder / "results.json") as file:
+        file.write(json.dumps(record, indent=2, default=handle_non_serializable) + "\n")
 
 
 def table(results: Mapping[str, Any]) -> str:
     """Return the results as Markdown: the harness's table, and forward passes by task."""
     text = str(make_table(results)).rstrip()
-    for task, passes in results["config"]["forward_passes"].items():
-        error = results["config"]["likelihood_standard_error"].get(task)
-        text += f"\n{task}: {passes} forward passes" + (
-            f"; standard error of a likelihood {error:.3g} nats" if error is not None else ""
-        )
+    config = results["config"]
+    for task, passes in config["forward_passes"].items():
+        text += f"\n{task}: {passes} forward passes"
+        if (error := config["likelihood_standard_error"].get(task)) is not None:
+            text += f"; standard error of a likelihood {error:.3g} nats"
+        if (tokens := config["generated_tokens"].get(task)) is not None:
+            text += f"; {tokens} tokens, {tokens / passes:.2f} per forward pass"
     return text
