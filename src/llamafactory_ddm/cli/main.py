@@ -20,6 +20,7 @@ _MODULES = {
     "convert": ".convert",
     "fit-length": ".fit_length",
     "eval": ".eval",
+    "compare": ".compare",
     "quality": ".quality",
     "plot-loss": ".plot_loss",
 }  # of commands
@@ -66,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         choices=_COMMANDS,
         help="doctor: check whether the plugin is active; generate: generate texts; convert: convert published "
-        "checkpoints; fit-length: fit length predictors; eval: evaluate on lm-evaluation-harness; quality: measure "
-        "generated texts; plot-loss: plot the losses of several runs",
+        "checkpoints; fit-length: fit length predictors; eval: evaluate on lm-evaluation-harness; compare: evaluate "
+        "and compare several models; quality: measure generated texts; plot-loss: plot the losses of several runs",
     )
     return parser
 

@@ -518,7 +518,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
             "tokenizer": digest(vocabulary),
             "diffusion_config": digest(asdict(generator.config)),
             "lengths": None if lengths is None else digest(lengths.min_thresholds),
-            "plugins": _plugins_digest(self.plugins),
+            "plugins": plugins_digest(self.plugins),
             "version": __version__,
             "format": _FORMAT,
             "template": None if self._template is None else self._template.name,
@@ -573,7 +573,7 @@ def _noise_index(key: str) -> int:
     return int(digest(key)[:8], 16) >> 1
 
 
-def _plugins_digest(plugins: str | Sequence[str] | None) -> str | None:
+def plugins_digest(plugins: str | Sequence[str] | None) -> str | None:
     """Return a digest of the plugins' names, and of the files among them."""
     if not plugins:
         return None

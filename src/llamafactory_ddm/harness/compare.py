@@ -1,0 +1,566 @@
+"""A comparison of several models: the evaluations, their differences on the same documents, tables and plot."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.registry import get_aggregation
+
+from .._version import __version__
+from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
+from ..checkpoints.families import find_diffusion_config
+from ..checkpoints.hub import local_folder, may_be_on_hub
+from ..utils.files import replacing
+from ..utils.plugins import load_plugins
+from .autoregressive import AutoregressiveLM
+from .compare_keys import Comparison, Evaluation
+from .model import DiffusionLM, plugins_digest
+from .paired import Statistic, jackknife_error, matched, paired_difference, values_by_document
+from .parallelism import Curve, Point, accuracy_under_parallelism, plot
+from .result_log import digest
+from .run import Tasks, load_model, load_tasks, model_or_adapter, run_tasks, save
+
+# Files that determine what a model computes.
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.bin",
+    "*config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "length_predictors.json",
+    "*.py",
+)
+_FINISHED = "evaluation.json"
+_SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A finished evaluation.
+
+    Attributes:
+        evaluation: what was asked.
+        results: the harness's, without samples.
+        samples: the records of the documents by task.
+    """
+
+    evaluation: Evaluation
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+
+    def metrics(self, task: str) -> list[tuple[str, str]]:
+        """Return (metric, filter) of each metric of a task or group."""
+        names = [name.partition(",") for name in self.results["results"].get(task, {}) if "," in name]
+        return [(metric, filter_name) for metric, _, filter_name in names if not metric.endswith("_stderr")]
+
+    def value(self, task: str, metric: str, filter_name: str) -> tuple[float, float | None]:
+        """Return a metric and its standard error, None if the harness has none."""
+        row = self.results["results"][task]
+        error = row.get(f"{metric}_stderr,{filter_name}")
+        return float(row[f"{metric},{filter_name}"]), float(error) if isinstance(error, int | float) else None
+
+    def cost(self, task: str) -> tuple[int | None, float | None]:
+        """Return the forward passes of a task, and generated tokens per forward pass.
+
+        An autoregressive model generates one token a pass by construction; its passes are not counted.
+        """
+        config = self.results["config"]
+        passes, tokens = config["forward_passes"].get(task), config["generated_tokens"].get(task)
+        if self.evaluation.kind == "ar":
+            is_generated = self.results["configs"].get(task, {}).get("output_type") == "generate_until"
+            return None, 1.0 if is_generated else None
+        return passes, tokens / passes if tokens is not None and passes else None
+
+
+def compare(comparison: Comparison) -> dict[str, Any] | None:
+    """Run the evaluations that are not finished, and write and return the comparison; None on processes but the first.
+
+    Returns:
+        What `comparison.json` holds.
+    Raises:
+        ValueError: if a task or model cannot be loaded, or does not fit the keys.
+        OSError: if the results cannot be written.
+    """
+    for evaluation in comparison.evaluations:
+        load_plugins(evaluation.keys.plugins)
+        _check_kind(evaluation)
+    tasks = load_tasks(comparison.common)
+    if comparison.sweep is not None:
+        _check_swept_tasks(comparison.sweep, tasks)
+    fingerprints = _fingerprints(comparison, tasks)
+    _run_unfinished(comparison, tasks, fingerprints)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return None
+    outcomes = [_read(evaluation) for evaluation in comparison.evaluations]
+    record: dict[str, Any] = {
+        "tasks": comparison.common.tasks,
+        "sweep": comparison.sweep,
+        "results": [row for outcome in outcomes for row in _rows(outcome, tasks)],
+        "differences": list(_differences(outcomes, tasks)),
+        "parallelism": _parallelism(outcomes, tasks) if comparison.sweep is not None else [],
+        "evaluations": [_settings(outcome) for outcome in outcomes],
+    }
+    folder = comparison.save_dir
+    with replacing(folder / "comparison.json") as file:
+        file.write(json.dumps(record, indent=2, default=str) + "\n")
+    with replacing(folder / "comparison.md") as file:
+        file.write(as_markdown(record) + "\n")
+    if comparison.sweep is not None:
+        panels = [(panel["title"], [_curve(curve) for curve in panel["curves"]]) for panel in record["parallelism"]]
+        plot(panels, folder / "parallelism.png")
+    return record
+
+
+# Checks before a model is loaded.
+
+
+def _check_kind(evaluation: Evaluation) -> None:
+    """Check that a folder holds the kind of model that the user says.
+
+    Raises:
+        ValueError: naming `kind` if it holds the other.
+    """
+    about = f"models: {evaluation.model}: "
+    try:
+        name = model_or_adapter(evaluation.keys)
+        folder = Path(local_folder(name))
+        config = find_diffusion_config(folder) if folder.is_dir() else None
+    except ValueError as error:
+        raise ValueError(f"{about}{error}") from error
+    if not folder.is_dir() and not may_be_on_hub(name):
+        raise ValueError(f"{about}{name} is not a folder; check the path (it is relative to {Path.cwd()})")
+    if evaluation.kind == "diffusion" and config is None:
+        raise ValueError(
+            f"{about}{name} is no diffusion model (there is no diffusion_config.json); set kind: ar for an "
+            "autoregressive model"
+        )
+    if evaluation.kind == "ar" and config is not None:
+        raise ValueError(f"{about}{name} is a diffusion model; remove kind: ar")
+
+
+def _check_swept_tasks(sweep: str, tasks: Tasks) -> None:
+    """Check that all tasks generate, and have an accuracy.
+
+    Raises:
+        ValueError: naming the first task that does not.
+    """
+    for name, task in tasks.by_name.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            raise ValueError(
+                f"sweep: {sweep}: the task {name} scores likelihoods ({task.OUTPUT_TYPE}), which keys of generation "
+                "such as diffusion_steps do not change; leave the task out, or remove sweep"
+            )
+        if not _accuracies(task):
+            raise ValueError(
+                f"sweep: {sweep}: the task {name} has no accuracy, a metric that is a mean over documents and where "
+                "higher is better; leave the task out, or remove sweep"
+            )
+
+
+def _accuracies(task: Any) -> list[str]:
+    """Return the metrics of a task that are means over documents where higher is better."""
+    mean, higher = get_aggregation("mean"), task.higher_is_better()
+    return [name for name, aggregate in task.aggregation().items() if aggregate is mean and higher.get(name)]
+
+
+# Evaluations: run, kept, read.
+
+
+def _fingerprints(comparison: Comparison, tasks: Tasks) -> list[str]:
+    """Return a digest of each evaluation's settings, model files and documents."""
+    files: dict[str, str] = {}
+    task_digests: dict[int | None, str] = {}
+    found = []
+    for evaluation in comparison.evaluations:
+        keys = evaluation.keys
+        n_shot = keys.n_shot
+        if n_shot not in task_digests:
+            task_digests[n_shot] = digest({name: _task_content(task, n_shot) for name, task in tasks.by_name.items()})
+        name = model_or_adapter(keys)
+        if name not in files:
+            files[name] = _files_digest(name)
+        settings = {
+            word: value
+            for word, value in asdict(keys).items()
+            if word not in ("save_dir", "batch_size", "task_dir", "plugins")
+        }
+        versions = [__version__, metadata.version("lm_eval")]
+        plugins = plugins_digest(keys.plugins)
+        parts = [evaluation.kind, settings, dict(evaluation.sampling), plugins, files[name], versions]
+        found.append(digest([*parts, task_digests[n_shot]]))
+    return found
+
+
+def _task_content(task: Any, n_shot: int | None) -> list[Any]:
+    """Return what a task asks: its YAML, its documents and the examples that prompts may begin with."""
+    config = {word: value for word, value in task.config.to_dict().items() if not callable(value)}
+    documents = [list(task.eval_docs)]
+    if n_shot or task.config.num_fewshot:
+        documents.append(list(task.fewshot_docs() or ()))
+    return [config, documents]
+
+
+def _files_digest(name: str) -> str:
+    """Return a digest of a model's files, for an adapter with those of its base; for a Hub name, of the revision."""
+    folder = Path(local_folder(name))
+    if not folder.is_dir():
+        from transformers.utils.hub import cached_file
+
+        config = cached_file(name, "config.json")
+        return digest([name, Path(str(config)).parent.name])
+    parts = []
+    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            parts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+    base = _files_digest(base_of(folder)) if (folder / ADAPTER_CONFIG).is_file() else None
+    return digest([parts, base])
+
+
+def _run_unfinished(comparison: Comparison, tasks: Tasks, fingerprints: Sequence[str]) -> None:
+    """Run the evaluations that are not finished under these settings.
+
+    Raises:
+        ValueError: if an autoregressive model is to be evaluated in several processes.
+    """
+    unfinished = [
+        (evaluation, fingerprint)
+        for evaluation, fingerprint in zip(comparison.evaluations, fingerprints, strict=True)
+        if not _is_finished(Path(str(evaluation.keys.save_dir)), fingerprint)
+    ]
+    for evaluation, _ in unfinished:
+        if evaluation.kind == "ar" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"models: {evaluation.model}: kind: ar runs in one process; start without torchrun, or leave this "
+                "model out, or compare it alone first: finished evaluations are not repeated"
+            )
+    loaded: tuple[Any, DiffusionLM] | None = None
+    for evaluation, fingerprint in unfinished:
+        # A sweep loads a model once.
+        identity = [evaluation.model, {**asdict(evaluation.keys), "save_dir": None}]
+        if loaded is not None and loaded[0] == identity:
+            model: Any = loaded[1].with_sampling(evaluation.sampling, evaluation.keys.save_dir)
+        else:
+            loaded = None
+            _free()
+            if evaluation.kind == "ar":
+                model = _load_autoregressive(evaluation)
+            else:
+                model = load_model(evaluation.keys, evaluation.sampling)
+                loaded = (identity, model)
+        results = run_tasks(tasks, model, evaluation.keys)
+        del model
+        if results is not None:
+            folder = Path(str(evaluation.keys.save_dir))
+            save(results, folder)
+            with replacing(folder / _FINISHED) as file:
+                file.write(json.dumps({"fingerprint": fingerprint}) + "\n")
+
+
+def _free() -> None:
+    """Free the memory of the model before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_finished(folder: Path, fingerprint: str) -> bool:
+    """Tell whether the folder holds the results of this evaluation."""
+    try:
+        kept = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    files = ("results.json", "samples.jsonl")
+    return bool(kept.get("fingerprint") == fingerprint) and all((folder / name).is_file() for name in files)
+
+
+def _load_autoregressive(evaluation: Evaluation) -> AutoregressiveLM:
+    """Return the autoregressive model of an evaluation.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    keys = evaluation.keys
+    name = model_or_adapter(keys)
+    is_adapter = (Path(name) / ADAPTER_CONFIG).is_file()
+    try:
+        return AutoregressiveLM(
+            base_of(name) if is_adapter else name,
+            adapter=name if is_adapter else None,
+            dtype=keys.infer_dtype,
+            batch_size=keys.batch_size,
+            max_new_tokens=keys.max_new_tokens,
+            template=keys.template,
+            results_folder=keys.save_dir,
+            **evaluation.sampling,
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(f"models: {evaluation.model}: {' '.join(str(error).split())}") from error
+
+
+def _read(evaluation: Evaluation) -> _Outcome:
+    """Return a finished evaluation from its folder."""
+    folder = Path(str(evaluation.keys.save_dir))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    samples: dict[str, list[dict[str, Any]]] = {}
+    with (folder / "samples.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            sample = json.loads(line)
+            samples.setdefault(sample.pop("task"), []).append(sample)
+    return _Outcome(evaluation, results, samples)
+
+
+# What is written.
+
+
+def _rows(outcome: _Outcome, tasks: Tasks) -> Iterator[dict[str, Any]]:
+    """Yield a row for each metric of each task and group."""
+    for task in outcome.results["results"]:
+        passes, tokens_per_pass = outcome.cost(task)
+        for metric, filter_name in outcome.metrics(task):
+            value, error = outcome.value(task, metric, filter_name)
+            if error is None and task in tasks.by_name:  # the harness computes it for few metrics
+                values = list(values_by_document(outcome.samples[task], metric, filter_name).values())
+                statistic = _statistic(tasks.by_name[task], metric)
+                error = jackknife_error(values, statistic) if _is_of_values(statistic, values, value) else None
+            yield {
+                "task": task,
+                "metric": metric,
+                "filter": filter_name,
+                "higher_is_better": outcome.results.get("higher_is_better", {}).get(task, {}).get(metric),
+                "model": outcome.evaluation.model,
+                "sweep_value": outcome.evaluation.value,
+                "value": value,
+                "standard_error": error,
+                "forward_passes": passes,
+                "tokens_per_forward_pass": tokens_per_pass,
+            }
+
+
+def _pairs(outcomes: Sequence[_Outcome]) -> Iterator[tuple[_Outcome, _Outcome]]:
+    """Yield (baseline, other): each model and the first under the same value, and each value and a model's first."""
+    first_model = outcomes[0].evaluation.model
+    first_of: dict[str, _Outcome] = {}
+    for other in outcomes:
+        name, value = other.evaluation.model, other.evaluation.value
+        if name not in first_of:
+            first_of[name] = other
+        else:
+            yield first_of[name], other
+        if name != first_model:
+            for baseline in outcomes:
+                same = baseline.evaluation.value == value or None in (baseline.evaluation.value, value)
+                if baseline.evaluation.model == first_model and same:
+                    yield baseline, other
+
+
+def _differences(outcomes: Sequence[_Outcome], tasks: Tasks) -> Iterator[dict[str, Any]]:
+    """Yield the difference of each pair on each metric of each task.
+
+    A metric whose reported value is not the aggregate of the documents' values is left out.
+    """
+    for baseline, other in _pairs(outcomes):
+        labels = (_label(baseline.evaluation), _label(other.evaluation))
+        for name, task in tasks.by_name.items():
+            for metric, filter_name in other.metrics(name):
+                statistic = _statistic(task, metric)
+                values = [values_by_document(each.samples[name], metric, filter_name) for each in (baseline, other)]
+                first, second = matched(values[0], values[1], labels, f"task: {name}, {metric}")
+                if not _is_of_values(statistic, second, other.value(name, metric, filter_name)[0]):
+                    continue
+                difference, error = paired_difference(first, second, statistic)
+                yield {
+                    "task": name,
+                    "metric": metric,
+                    "filter": filter_name,
+                    "baseline": labels[0],
+                    "model": labels[1],
+                    "difference": difference,
+                    "standard_error": error,
+                    "documents": len(first),
+                }
+
+
+def _statistic(task: Any, metric: str) -> Statistic:
+    """Return how the harness makes one number of the documents' values."""
+    statistic: Statistic = task.aggregation().get(metric, get_aggregation("mean"))
+    return statistic
+
+
+def _is_of_values(statistic: Statistic, values: Sequence[Any], reported: float) -> bool:
+    """Tell whether the reported number is made of these values."""
+    return bool(values) and math.isclose(statistic(values), reported, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _parallelism(outcomes: Sequence[_Outcome], tasks: Tasks) -> list[dict[str, Any]]:
+    """Return for each accuracy of each task the points and AUP of each model."""
+    panels = []
+    for name, task in tasks.by_name.items():
+        accuracies = _accuracies(task)
+        for metric, filter_name in outcomes[0].metrics(name):
+            if metric not in accuracies:
+                continue
+            points: dict[str, list[Point]] = {}
+            for outcome in outcomes:
+                value, error = outcome.value(name, metric, filter_name)
+                _, tokens_per_pass = outcome.cost(name)
+                label = "" if outcome.evaluation.value is None else str(outcome.evaluation.value)
+                if tokens_per_pass is None or tokens_per_pass <= 0:
+                    continue  # no token was generated
+                point = Point(tokens_per_pass, 100 * value, None if error is None else 100 * error, label)
+                points.setdefault(outcome.evaluation.model, []).append(point)
+            best = max((point.accuracy for each in points.values() for point in each), default=0.0)
+            curves = [
+                Curve(model, tuple(each), accuracy_under_parallelism(each, best)) for model, each in points.items()
+            ]
+            title = f"{name}, {metric}" + (f" ({filter_name})" if filter_name != "none" else "")
+            panels.append({"title": title, "task": name, "best": best, "curves": [asdict(curve) for curve in curves]})
+    return panels
+
+
+def _curve(record: Mapping[str, Any]) -> Curve:
+    return Curve(record["name"], tuple(Point(**point) for point in record["points"]), record["score"])
+
+
+def _settings(outcome: _Outcome) -> dict[str, Any]:
+    """Return what is needed to repeat an evaluation."""
+    evaluation, results = outcome.evaluation, outcome.results
+    return {
+        "model": evaluation.model,
+        "kind": evaluation.kind,
+        "sweep_value": evaluation.value,
+        "folder": evaluation.keys.save_dir,
+        "keys": {**{word: value for word, value in asdict(evaluation.keys).items() if value is not None}},
+        "generation_keys": dict(evaluation.sampling),
+        "model_settings": results["config"]["model_settings"],
+        "machine": results["machine"],
+        "versions_of_packages": results["versions_of_packages"],
+        "versions_of_tasks": results.get("versions"),
+        "seeds": {name: results["config"].get(name) for name in _SEEDS},
+        "n_samples": results.get("n-samples"),
+    }
+
+
+def _label(evaluation: Evaluation) -> str:
+    return evaluation.model if evaluation.value is None else f"{evaluation.model}, {evaluation.value}"
+
+
+def as_markdown(record: Mapping[str, Any]) -> str:
+    """Return the tables of a comparison."""
+    lines = []
+    for heading, columns in _table_columns(record):
+        lines += [*heading, *_results_table(record["results"], columns), ""]
+    if record["differences"]:
+        lines += [
+            "## Differences on the same documents",
+            "",
+            "| task | metric | model | minus | difference | documents |",
+        ]
+        lines.append("|---|---|---|---|---|---|")
+        for row in record["differences"]:
+            names = (row["task"], _metric(row), row["model"], row["baseline"])
+            difference = _with_error(row["difference"], row["standard_error"], sign="+")
+            lines.append(f"| {' | '.join(map(_cell, names))} | {difference} | {row['documents']} |")
+        lines.append("")
+    if record["parallelism"]:
+        lines += ["## Accuracy under parallelism", "", "| task and metric | model | AUP |", "|---|---|---|"]
+        for panel in record["parallelism"]:
+            lines += [
+                f"| {panel['title']} | {_cell(curve['name'])} | {curve['score']:.2f} |" for curve in panel["curves"]
+            ]
+        lines.append("")
+    lines += ["## Settings", "", "| model | kind | weights | type | device | seed | template | generation |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for each in record["evaluations"]:
+        settings = each["model_settings"]
+        swept = "" if each["sweep_value"] is None else f", {each['sweep_value']}"
+        generation = "; ".join(f"{word}: {value}" for word, value in each["generation_keys"].items())
+        seed = settings["sampling"].get("seed", 0)
+        cells = (
+            f"{each['model']}{swept}",
+            each["kind"],
+            settings["weights"],
+            settings["dtype"].removeprefix("torch."),
+            each["machine"]["device"],
+            seed,
+            settings["template"] or "none",
+            generation or "defaults",
+        )
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    versions = record["evaluations"][0]["versions_of_packages"]
+    lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+    return "\n".join(lines)
+
+
+def _table_columns(record: Mapping[str, Any]) -> list[tuple[list[str], list[tuple[str, tuple[str, Any]]]]]:
+    """Return a heading, and (title, (model, value)) of each column, for each table of results."""
+    ids = [(each["model"], each["sweep_value"]) for each in record["evaluations"]]
+    if record["sweep"] is None:
+        return [([], [(model, (model, value)) for model, value in ids])]
+    tables = []
+    for model in dict.fromkeys(model for model, _ in ids):
+        columns = [
+            ("not swept" if value is None else f"{record['sweep']} {value}", (name, value))
+            for name, value in ids
+            if name == model
+        ]
+        tables.append(([f"## {model}", ""], columns))
+    return tables
+
+
+def _results_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, tuple[str, Any]]]) -> list[str]:
+    """Return a table with a row for each metric, and two for what each task took."""
+    cells: dict[tuple[str, str], dict[tuple[str, Any], str]] = {}
+    for row in rows:
+        column = (row["model"], row["sweep_value"])
+        cells.setdefault((row["task"], _metric(row)), {})[column] = _with_error(row["value"], row["standard_error"])
+    costs: dict[tuple[str, str], dict[tuple[str, Any], str]] = {}
+    for row in rows:
+        column = (row["model"], row["sweep_value"])
+        passes, tokens = row["forward_passes"], row["tokens_per_forward_pass"]
+        if passes is not None:
+            costs.setdefault((row["task"], "forward passes"), {})[column] = str(passes)
+        if tokens is not None:
+            costs.setdefault((row["task"], "tokens per forward pass"), {})[column] = f"{tokens:.2f}"
+    tasks = dict.fromkeys(task for task, _ in cells)
+    everything = [
+        (name, values) for task in tasks for part in (cells, costs) for name, values in part.items() if name[0] == task
+    ]
+    lines = ["| task | metric | " + " | ".join(_cell(title) for title, _ in columns) + " |"]
+    lines.append("|---|---|" + "---|" * len(columns))
+    for (task, metric), values in everything:
+        shown = [values.get(column, "") for _, column in columns]
+        if any(shown):
+            lines.append(f"| {_cell(task)} | {metric} | {' | '.join(shown)} |")
+    return lines
+
+
+def _metric(row: Mapping[str, Any]) -> str:
+    arrow = {True: " ↑", False: " ↓", None: ""}[row.get("higher_is_better")]
+    filter_name = "" if row["filter"] == "none" else f" ({row['filter']})"
+    return f"{row['metric']}{filter_name}{arrow}"
+
+
+def _with_error(value: float, error: float | None, *, sign: str = "") -> str:
+    return _number(value, sign) + ("" if error is None else f" ± {_number(error)}")
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if abs(value) < 10_000 else f"{value:{sign}.3e}"
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")
