@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.registry import get_aggregation
 
 from .._version import __version__
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
@@ -25,7 +24,7 @@ from ..utils.plugins import load_plugins
 from .autoregressive import AutoregressiveLM
 from .compare_keys import Comparison, Evaluation
 from .model import DiffusionLM, plugins_digest
-from .paired import Statistic, jackknife_error, matched, paired_difference, values_by_document
+from .paired import MEAN, Statistic, matched, paired_difference, standard_error, values_by_document
 from .parallelism import Curve, Point, accuracy_under_parallelism, plot
 from .result_log import digest
 from .run import Tasks, load_model, load_tasks, model_or_adapter, run_tasks, save
@@ -173,8 +172,8 @@ def _check_swept_tasks(sweep: str, tasks: Tasks) -> None:
 
 def _accuracies(task: Any) -> list[str]:
     """Return the metrics of a task that are means over documents where higher is better."""
-    mean, higher = get_aggregation("mean"), task.higher_is_better()
-    return [name for name, aggregate in task.aggregation().items() if aggregate is mean and higher.get(name)]
+    higher = task.higher_is_better()
+    return [name for name, aggregate in task.aggregation().items() if aggregate is MEAN and higher.get(name)]
 
 
 # Evaluations: run, kept, read.
@@ -335,7 +334,7 @@ def _rows(outcome: _Outcome, tasks: Tasks) -> Iterator[dict[str, Any]]:
             if error is None and task in tasks.by_name:  # the harness computes it for few metrics
                 values = list(values_by_document(outcome.samples[task], metric, filter_name).values())
                 statistic = _statistic(tasks.by_name[task], metric)
-                error = jackknife_error(values, statistic) if _is_of_values(statistic, values, value) else None
+                error = standard_error(values, statistic) if _is_of_values(statistic, values, value) else None
             yield {
                 "task": task,
                 "metric": metric,
@@ -396,7 +395,7 @@ def _differences(outcomes: Sequence[_Outcome], tasks: Tasks) -> Iterator[dict[st
 
 def _statistic(task: Any, metric: str) -> Statistic:
     """Return how the harness makes one number of the documents' values."""
-    statistic: Statistic = task.aggregation().get(metric, get_aggregation("mean"))
+    statistic: Statistic = task.aggregation().get(metric, MEAN)
     return statistic
 
 

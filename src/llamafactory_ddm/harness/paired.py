@@ -7,23 +7,30 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lm_eval.api.registry import get_aggregation
+
 Statistic = Callable[[Sequence[Any]], float]
+MEAN: Statistic = get_aggregation("mean")  # the harness's function
 # Groups of documents that the jackknife leaves out in turn. With no more documents than that, each is a group.
 _GROUPS = 1000
 
 
-def paired_difference(baseline: Sequence[Any], other: Sequence[Any], statistic: Statistic) -> tuple[float, float | None]:
+def paired_difference(
+    baseline: Sequence[Any], other: Sequence[Any], statistic: Statistic
+) -> tuple[float, float | None]:
     """Return statistic(other) - statistic(baseline) with its standard error over documents.
 
     The documents are a random sample, and both models answered each of them, so what makes a document easy or hard for
-    both cancels. The error is that of `jackknife_error`. For the mean it is, with d_i the difference on document i of n,
+    both cancels. With d_i the difference on document i of n, the error of a difference of means is
 
         error^2 = sum over i of (d_i - mean d)^2 / (n (n - 1))
+
+    For any other statistic it is that of `jackknife_error`, which for the mean is the same.
 
     Args:
         baseline: value of each document.
         other: value of each of the same documents, in the same order.
-        statistic: from the values to one number, such as the mean.
+        statistic: from the values to one number; `MEAN` for the mean.
     Returns:
         The difference, and its error; None for a single document.
     Raises:
@@ -33,6 +40,9 @@ def paired_difference(baseline: Sequence[Any], other: Sequence[Any], statistic: 
     if n != len(other) or n == 0:
         raise ValueError(f"{n} and {len(other)} documents; both models need values for the same documents")
     pairs = list(zip(baseline, other, strict=True))
+    if statistic is MEAN:
+        differences = [float(second) - float(first) for first, second in pairs]
+        return MEAN(differences), standard_error(differences, MEAN)
 
     def difference(part: Sequence[Any]) -> float:
         return statistic([second for _, second in part]) - statistic([first for first, _ in part])
@@ -40,11 +50,23 @@ def paired_difference(baseline: Sequence[Any], other: Sequence[Any], statistic: 
     return difference(pairs), jackknife_error(pairs, difference)
 
 
+def standard_error(values: Sequence[Any], statistic: Statistic) -> float | None:
+    """Return the standard error of a statistic over documents; None for a single document.
+
+    For the mean it is the sample's standard deviation over sqrt(n), else that of `jackknife_error`.
+    """
+    n = len(values)
+    if statistic is not MEAN or n < 2:
+        return jackknife_error(values, statistic)
+    mean = math.fsum(values) / n
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n * (n - 1)))
+
+
 def jackknife_error(values: Sequence[Any], statistic: Statistic, *, groups: int = _GROUPS) -> float | None:
     """Return the standard error of a statistic over documents, by leaving out documents.
 
-    With theta the statistic of all n values, theta_j the same without the m_j values of group j of g, h_j = n / m_j and
-    p_j = h_j theta - (h_j - 1) theta_j,
+    With theta the statistic of all n values, theta_j the same without the m_j values of group j of g, h_j = n / m_j
+    and p_j = h_j theta - (h_j - 1) theta_j,
 
         error^2 = (1 / g) sum_j (p_j - c)^2 / (h_j - 1), c = g theta - sum_j (1 - m_j / n) theta_j
 
