@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -23,11 +24,12 @@ from ..utils.files import replacing
 from ..utils.plugins import load_plugins
 from .autoregressive import AutoregressiveLM
 from .compare_keys import Comparison, Evaluation
+from .infilling import take_infill
 from .model import DiffusionLM, plugins_digest
 from .paired import MEAN, Statistic, matched, paired_difference, standard_error, values_by_document
 from .parallelism import Curve, Point, accuracy_under_parallelism, plot
 from .result_log import digest
-from .run import Tasks, load_model, load_tasks, model_or_adapter, run_tasks, save
+from .run import TaskSet, load_model, load_tasks, model_or_adapter, run_tasks, save
 
 # Files that determine what a model computes.
 _MODEL_FILES = (
@@ -97,7 +99,7 @@ def compare(comparison: Comparison) -> dict[str, Any] | None:
     for evaluation in comparison.evaluations:
         load_plugins(evaluation.keys.plugins)
         _check_kind(evaluation)
-    tasks = load_tasks(comparison.common)
+    tasks = _load_tasks(comparison)
     if comparison.sweep is not None:
         _check_swept_tasks(comparison.sweep, tasks)
     fingerprints = _fingerprints(comparison, tasks)
@@ -151,13 +153,37 @@ def _check_kind(evaluation: Evaluation) -> None:
         raise ValueError(f"{about}{name} is a diffusion model; remove kind: ar")
 
 
-def _check_swept_tasks(sweep: str, tasks: Tasks) -> None:
+def _load_tasks(comparison: Comparison) -> TaskSet:
+    """Load and check the tasks.
+
+    Raises:
+        ValueError: if one cannot be read, or does not fit a model.
+    """
+    common = comparison.common
+    templates = [each.keys.template for each in comparison.evaluations if each.keys.template is not None]
+    tasks = load_tasks(
+        common.tasks,
+        folder=common.task_dir,
+        data=common.task_data,
+        template=templates[0] if templates else None,
+        run_generated_code=common.run_generated_code,
+    )
+    autoregressive = [each.model for each in comparison.evaluations if each.kind == "ar"]
+    for name, task in tasks.single().items():
+        if autoregressive and take_infill(task.config.generation_kwargs or {})[0]:
+            raise ValueError(
+                f"models: {autoregressive[0]}: kind: ar cannot fill the gaps of the task {name}; leave one of them out"
+            )
+    return tasks
+
+
+def _check_swept_tasks(sweep: str, tasks: TaskSet) -> None:
     """Check that all tasks generate, and have an accuracy.
 
     Raises:
         ValueError: naming the first task that does not.
     """
-    for name, task in tasks.by_name.items():
+    for name, task in tasks.single().items():
         if task.OUTPUT_TYPE != "generate_until":
             raise ValueError(
                 f"sweep: {sweep}: the task {name} scores likelihoods ({task.OUTPUT_TYPE}), which keys of generation "
@@ -179,38 +205,49 @@ def _accuracies(task: Any) -> list[str]:
 # Evaluations: run, kept, read.
 
 
-def _fingerprints(comparison: Comparison, tasks: Tasks) -> list[str]:
+def _fingerprints(comparison: Comparison, tasks: TaskSet) -> list[str]:
     """Return a digest of each evaluation's settings, model files and documents."""
     files: dict[str, str] = {}
-    task_digests: dict[int | None, str] = {}
+    versions = [__version__, metadata.version("lm_eval")]
+    content = digest({name: _task_content(task) for name, task in tasks.single().items()})
     found = []
     for evaluation in comparison.evaluations:
         keys = evaluation.keys
-        n_shot = keys.n_shot
-        if n_shot not in task_digests:
-            task_digests[n_shot] = digest({name: _task_content(task, n_shot) for name, task in tasks.by_name.items()})
         name = model_or_adapter(keys)
         if name not in files:
             files[name] = _files_digest(name)
         settings = {
             word: value
             for word, value in asdict(keys).items()
-            if word not in ("save_dir", "batch_size", "task_dir", "plugins")
+            if word not in ("save_dir", "batch_size", "task_dir", "task_data", "plugins")
         }
-        versions = [__version__, metadata.version("lm_eval")]
         plugins = plugins_digest(keys.plugins)
-        parts = [evaluation.kind, settings, dict(evaluation.sampling), plugins, files[name], versions]
-        found.append(digest([*parts, task_digests[n_shot]]))
+        parts = [evaluation.kind, settings, dict(evaluation.sampling), plugins, files[name], versions, content]
+        found.append(digest(parts))
     return found
 
 
-def _task_content(task: Any, n_shot: int | None) -> list[Any]:
+def _task_content(task: Any) -> list[Any]:
     """Return what a task asks: its YAML, its documents and the examples that prompts may begin with."""
-    config = {word: value for word, value in task.config.to_dict().items() if not callable(value)}
-    documents = [list(task.eval_docs)]
-    if n_shot or task.config.num_fewshot:
-        documents.append(list(task.fewshot_docs() or ()))
-    return [config, documents]
+    config = task.config.to_dict()
+    config.pop("metadata", None)  # its version, and where the YAML lies
+    has_examples = task.config.fewshot_split is not None or task.config.training_split is not None
+    examples = list(task.fewshot_docs() or ()) if has_examples else []
+    return [task.VERSION, _without_addresses(config), list(task.eval_docs), examples]
+
+
+def _without_addresses(value: Any) -> Any:
+    """Return a value of a config with functions replaced by their source, which is the same in every process."""
+    if isinstance(value, Mapping):
+        return {word: _without_addresses(item) for word, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_addresses(item) for item in value]
+    if not callable(value):
+        return value
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):  # a built-in, or an object
+        return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _files_digest(name: str) -> str:
@@ -229,7 +266,7 @@ def _files_digest(name: str) -> str:
     return digest([parts, base])
 
 
-def _run_unfinished(comparison: Comparison, tasks: Tasks, fingerprints: Sequence[str]) -> None:
+def _run_unfinished(comparison: Comparison, tasks: TaskSet, fingerprints: Sequence[str]) -> None:
     """Run the evaluations that are not finished under these settings.
 
     Raises:
@@ -325,15 +362,16 @@ def _read(evaluation: Evaluation) -> _Outcome:
 # What is written.
 
 
-def _rows(outcome: _Outcome, tasks: Tasks) -> Iterator[dict[str, Any]]:
+def _rows(outcome: _Outcome, tasks: TaskSet) -> Iterator[dict[str, Any]]:
     """Yield a row for each metric of each task and group."""
+    single = tasks.single()
     for task in outcome.results["results"]:
         passes, tokens_per_pass = outcome.cost(task)
         for metric, filter_name in outcome.metrics(task):
             value, error = outcome.value(task, metric, filter_name)
-            if error is None and task in tasks.by_name:  # the harness computes it for few metrics
+            if error is None and task in single:  # the harness computes it for few metrics
                 values = list(values_by_document(outcome.samples[task], metric, filter_name).values())
-                statistic = _statistic(tasks.by_name[task], metric)
+                statistic = _statistic(single[task], metric)
                 error = standard_error(values, statistic) if _is_of_values(statistic, values, value) else None
             yield {
                 "task": task,
@@ -366,14 +404,14 @@ def _pairs(outcomes: Sequence[_Outcome]) -> Iterator[tuple[_Outcome, _Outcome]]:
                     yield baseline, other
 
 
-def _differences(outcomes: Sequence[_Outcome], tasks: Tasks) -> Iterator[dict[str, Any]]:
+def _differences(outcomes: Sequence[_Outcome], tasks: TaskSet) -> Iterator[dict[str, Any]]:
     """Yield the difference of each pair on each metric of each task.
 
     A metric whose reported value is not the aggregate of the documents' values is left out.
     """
     for baseline, other in _pairs(outcomes):
         labels = (_label(baseline.evaluation), _label(other.evaluation))
-        for name, task in tasks.by_name.items():
+        for name, task in tasks.single().items():
             for metric, filter_name in other.metrics(name):
                 statistic = _statistic(task, metric)
                 values = [values_by_document(each.samples[name], metric, filter_name) for each in (baseline, other)]
@@ -404,10 +442,10 @@ def _is_of_values(statistic: Statistic, values: Sequence[Any], reported: float) 
     return bool(values) and math.isclose(statistic(values), reported, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _parallelism(outcomes: Sequence[_Outcome], tasks: Tasks) -> list[dict[str, Any]]:
+def _parallelism(outcomes: Sequence[_Outcome], tasks: TaskSet) -> list[dict[str, Any]]:
     """Return for each accuracy of each task the points and AUP of each model."""
     panels = []
-    for name, task in tasks.by_name.items():
+    for name, task in tasks.single().items():
         accuracies = _accuracies(task)
         for metric, filter_name in outcomes[0].metrics(name):
             if metric not in accuracies:

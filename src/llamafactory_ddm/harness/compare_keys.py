@@ -19,8 +19,8 @@ from .keys import EvalKeys, read_keys
 # Names of LLaMA-Factory's and of transformers' keys of sampling that an autoregressive model has too.
 AR_SAMPLING_KEYS = ("logits_temp", "topp_temp", "top_k", "repetition_penalty", "seed")
 _DIFFUSION_ONLY = ("scoring", "likelihood_samples")
-# Keys that say which documents are answered, and where results go; they are the same for all models.
-_COMMON_ONLY = ("task", "task_dir", "task_data", "max_samples", "save_dir", "run_generated_code")
+# Keys that say which prompts are answered, and where results go; they are the same for all models.
+_COMMON_ONLY = ("task", "task_dir", "task_data", "n_shot", "max_samples", "save_dir", "run_generated_code")
 _EVAL_KEYS = tuple(field.name for field in fields(EvalKeys))
 FILES = ("comparison.json", "comparison.md", "parallelism.png")
 

@@ -96,6 +96,8 @@ def plot(panels: Sequence[tuple[str, Sequence[Curve]]], path: Path) -> None:
             for point in ordered:
                 place = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 7, "color": "dimgray"}
                 axes.annotate(point.label, (point.tokens_per_pass, point.accuracy), **place)
+        low, high = (pick(point.accuracy for each in curves for point in each.points) for pick in (min, max))
+        axes.set_ylim(max(low - 6, -3), min(high + 6, 103))
         axes.set(title=title, xlabel="tokens per forward pass", ylabel="accuracy (%)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -102,9 +102,7 @@ class TaskSet:
     key: str
     runs_code: bool
 
-    def run(
-        self, model: Any, *, n_shot: int | None = None, max_samples: int | None = None
-    ) -> dict[str, Any] | None:
+    def run(self, model: Any, *, n_shot: int | None = None, max_samples: int | None = None) -> dict[str, Any] | None:
         """Return the harness's results; None on all processes but the first.
 
         It sets the seeds of Python, NumPy and torch.
