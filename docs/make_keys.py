@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llamafactory_ddm.generation.quality_keys import QualityKeys
+from llamafactory_ddm.harness.compare_keys import CompareKeys, ModelKeys
 from llamafactory_ddm.harness.keys import EvalKeys
 from llamafactory_ddm.integration.hparams.diffusion import KEYS
 from llamafactory_ddm.integration.hparams.length import LengthKeys
@@ -17,7 +18,7 @@ PAGE = Path(__file__).with_name("keys.md")
 HEAD = """# Keys
 
 Every YAML key that the plugin adds to LLaMA-Factory's own, under `stage: ddm` and `stage: ddm-sft`, and those of
-`llamafactory-ddm eval` and `llamafactory-ddm quality`.
+`llamafactory-ddm eval`, `llamafactory-ddm compare` and `llamafactory-ddm quality`.
 Written by `python docs/make_keys.py` from the code; a test compares.
 
 - A key without a default takes what its text says, mostly what the checkpoint's `diffusion_config.json` holds.
@@ -50,6 +51,14 @@ EVALUATION = """## Evaluation
 `llamafactory-ddm eval x.yaml` reads these and the keys of generation, which take precedence over a task's
 `generation_kwargs`. Temperature is 0 unless the task samples (`do_sample: true`) or you set it.
 [evaluation.md](evaluation.md) explains the method.
+
+| key | default | allowed | meaning |
+|---|---|---|---|
+"""
+COMPARISON = """## Comparison
+
+`llamafactory-ddm compare x.yaml` reads these, and those of an evaluation and of generation as common keys.
+[comparing.md](comparing.md) explains the results.
 
 | key | default | allowed | meaning |
 |---|---|---|---|
@@ -89,8 +98,10 @@ def page() -> str:
         rows = "\n".join(_row(name, KEYS[name]) for name in own[title])
         parts.append(f"## {title}\n\n{text}\n\n| key | default | allowed | meaning |\n|---|---|---|---|\n{rows}\n")
     evaluation = "\n".join(_row(name, key) for name, key in keys_of(EvalKeys).items())
+    comparison = "\n".join(_row(name, key) for name, key in {**keys_of(CompareKeys), **keys_of(ModelKeys)}.items())
     quality = "\n".join(_row(name, key) for name, key in keys_of(QualityKeys).items())
-    return "\n".join([HEAD, *parts, STRATEGIES, EVALUATION + evaluation + "\n", QUALITY + quality + "\n"])
+    rows = (EVALUATION + evaluation, COMPARISON + comparison, QUALITY + quality)
+    return "\n".join([HEAD, *parts, STRATEGIES, *(f"{text}\n" for text in rows)])
 
 
 def _row(name: str, key: Key) -> str:

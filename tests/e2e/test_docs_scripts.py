@@ -8,6 +8,15 @@ from support.cli import run
 
 
 @pytest.mark.slow
+def test_the_comparisons_of_docs_are_made(checkpoint, finetuned, tmp_path):
+    models = ("--adapted", checkpoint, "--finetuned", finetuned, "--earlier", finetuned, "--samples", "2")
+    run(*models, "--work", tmp_path / "work", "--out", tmp_path / "docs", program="docs/make_comparison.py")
+    page = (tmp_path / "docs" / "comparison_table.md").read_text()
+    assert page.count("### Differences on the same documents") == 2 and "| AUP |" in page
+    assert (tmp_path / "docs" / "parallelism.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
 def test_the_scripts_of_docs_run(checkpoint, tmp_path):
     done = run(checkpoint, "--length", "8", "--steps", "4", "--show", "2", program="docs/make_trace.py")
     assert [line[:8] for line in done.stdout.splitlines()] == ["step   1", "step   4"]

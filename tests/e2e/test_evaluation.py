@@ -49,6 +49,7 @@ def test_the_recipe_runs(recipe, checkpoint, finetuned, tmp_path):
     model = finetuned if "ddm_sft" in recipe.read_text() else checkpoint
     small = ("max_samples=3", "likelihood_samples=16", f"model_name_or_path={model}", f"save_dir={tmp_path}")
     done = run("eval", recipe, *small, program="llamafactory-ddm")
+    assert ("tokens, " in done.stdout) == ("problems" in recipe.name)
     assert "forward passes" in done.stdout and "| Tasks" in done.stdout.replace("|    Tasks", "| Tasks")
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["config"]["model_settings"]["weights"] and record["versions_of_packages"]["lm_eval"]

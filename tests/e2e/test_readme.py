@@ -60,8 +60,8 @@ def test_the_commands_are_those_that_are_exercised():
         program, command, *words = shlex.split(line)
         if line not in (EXPORT, *SHELL, PLOT, *TASKS):
             assert len(words) == 1, line
-            # They run in test_evaluation.py and test_text_quality.py.
-            if (program, command) in (("llamafactory-ddm", "eval"), ("llamafactory-ddm", "quality")):
+            # They run in test_evaluation.py, test_comparisons.py and test_text_quality.py.
+            if program == "llamafactory-ddm" and command in ("eval", "compare", "quality"):
                 assert (ROOT / "examples" / "eval" / words[0].removeprefix("examples/eval/")).is_file(), line
                 continue
             assert (program, command) in (("llamafactory-cli", "train"), ("llamafactory-ddm", "fit-length")), line
