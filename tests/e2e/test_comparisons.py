@@ -1,4 +1,4 @@
-"""`llamafactory-ddm compare` as a user runs it: the recipes, several processes, and errors, on models of a few steps."""
+"""`llamafactory-ddm compare` as a user runs it: recipes, several processes, and errors, on models of a few steps."""
 
 import json
 

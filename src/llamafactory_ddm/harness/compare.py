@@ -301,9 +301,10 @@ def _run_unfinished(comparison: Comparison, tasks: TaskSet, fingerprints: Sequen
         del model
         if results is not None:
             folder = Path(str(evaluation.keys.save_dir))
+            (folder / _FINISHED).unlink(missing_ok=True)
             save(results, folder)
             with replacing(folder / _FINISHED) as file:
-                file.write(json.dumps({"fingerprint": fingerprint}) + "\n")
+                file.write(json.dumps({"settings": fingerprint, "results": _results_digest(folder)}) + "\n")
 
 
 def _free() -> None:
@@ -314,13 +315,17 @@ def _free() -> None:
 
 
 def _is_finished(folder: Path, fingerprint: str) -> bool:
-    """Tell whether the folder holds the results of this evaluation."""
+    """Tell whether the folder holds the results of this evaluation, and no later one's."""
     try:
         kept = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))
+        is_same = kept == {"settings": fingerprint, "results": _results_digest(folder)}
     except (OSError, ValueError):
         return False
-    files = ("results.json", "samples.jsonl")
-    return bool(kept.get("fingerprint") == fingerprint) and all((folder / name).is_file() for name in files)
+    return bool(is_same) and (folder / "samples.jsonl").is_file()
+
+
+def _results_digest(folder: Path) -> str:
+    return digest((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def _load_autoregressive(evaluation: Evaluation) -> AutoregressiveLM:
