@@ -48,7 +48,8 @@ def test_it_is_the_integral_of_the_weighted_heights():
 
 def test_points_that_have_no_area():
     assert area([(1, 0.0), (2, 0.0)], 0.0) == 0
-    for wrong in ([], [(0.0, 50)]):
+    assert area([(0, 0.0)], 0.0) == area([(0, 50.0)], 50) == 0  # texts of no token
+    for wrong in ([], [(-1.0, 50)]):
         with pytest.raises(ValueError, match="AUP"):
             area(wrong, 50)
 

@@ -460,11 +460,9 @@ def _parallelism(outcomes: Sequence[_Outcome], tasks: TaskSet) -> list[dict[str,
                 value, error = outcome.value(name, metric, filter_name)
                 _, tokens_per_pass = outcome.cost(name)
                 label = "" if outcome.evaluation.value is None else str(outcome.evaluation.value)
-                if tokens_per_pass is None or tokens_per_pass <= 0:
-                    continue  # no token was generated
-                point = Point(tokens_per_pass, 100 * value, None if error is None else 100 * error, label)
+                point = Point(tokens_per_pass or 0.0, 100 * value, None if error is None else 100 * error, label)
                 points.setdefault(outcome.evaluation.model, []).append(point)
-            best = max((point.accuracy for each in points.values() for point in each), default=0.0)
+            best = max(point.accuracy for each in points.values() for point in each)
             curves = [
                 Curve(model, tuple(each), accuracy_under_parallelism(each, best)) for model, each in points.items()
             ]

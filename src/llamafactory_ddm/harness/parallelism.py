@@ -21,7 +21,7 @@ class Point:
     """An evaluation under one value of the swept key.
 
     Attributes:
-        tokens_per_pass: generated tokens per forward pass, above 0.
+        tokens_per_pass: generated tokens per forward pass, at least 0.
         accuracy: in percent.
         error: standard error of the accuracy, in percent; None if unknown.
         label: the value.
@@ -55,12 +55,13 @@ def accuracy_under_parallelism(points: Sequence[Point], best: float) -> float:
         points: at least one; of equal r, the more accurate comes first.
         best: y_max, the highest accuracy of any model on the task, in percent. If it is 0, so is the area.
     Raises:
-        ValueError: if there are no points, or tokens per forward pass are not above 0.
+        ValueError: if there are no points, or tokens per forward pass are negative.
     Source: Qian et al. 2026, d3LLM (arXiv 2601.07568), and AUP_leaderboard of its code.
-    Deviates: its code stops if the last point is below y_1 - 5; here it is dropped, as the paper says.
+    Deviates: its code stops if the last point is below y_1 - 5; here it is dropped, as the paper says. r may be 0, if
+        every text is empty.
     """
-    if not points or min(point.tokens_per_pass for point in points) <= 0:
-        raise ValueError(f"AUP needs points with tokens per forward pass above 0, got {list(points)}")
+    if not points or min(point.tokens_per_pass for point in points) < 0:
+        raise ValueError(f"AUP needs points with tokens per forward pass of at least 0, got {list(points)}")
     if best <= 0:
         return 0.0
     ordered = sorted(points, key=lambda point: (point.tokens_per_pass, -point.accuracy))
