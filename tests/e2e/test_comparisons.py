@@ -39,7 +39,7 @@ def test_the_recipe_runs_and_runs_again(name, words, tmp_path):
     assert (tmp_path / "parallelism.png").is_file() == (name == "sweep_tiny.yaml")
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     again = run(*command, program="llamafactory-ddm")
-    assert again.stdout == done.stdout
+    assert done.stdout.endswith(again.stdout)  # the harness says more while it evaluates
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 

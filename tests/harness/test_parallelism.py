@@ -58,7 +58,7 @@ def test_the_plot_is_the_same_each_time(tmp_path):
     curve = Curve("mine", (Point(2, 70, 1.5, "8"), Point(1, 80, 1.0, "16")), 123.4)
     other = Curve("autoregressive", (Point(1, 85, None, ""),), 85.0)
     for name in ("one.png", "two.png"):
-        plot([("task, acc", [curve, other]), ("another, acc", [curve])], tmp_path / name)
+        plot([("task, acc", [curve, other]), ("another, acc", [curve])], "diffusion_steps", tmp_path / name)
     first = (tmp_path / "one.png").read_bytes()
     assert first.startswith(b"\x89PNG") and len(first) > 5000
     assert first == (tmp_path / "two.png").read_bytes()

@@ -122,7 +122,7 @@ def compare(comparison: Comparison) -> dict[str, Any] | None:
         file.write(as_markdown(record) + "\n")
     if comparison.sweep is not None:
         panels = [(panel["title"], [_curve(curve) for curve in panel["curves"]]) for panel in record["parallelism"]]
-        plot(panels, folder / "parallelism.png")
+        plot(panels, comparison.sweep, folder / "parallelism.png")
     return record
 
 
@@ -567,17 +567,21 @@ def _results_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[st
     for row in rows:
         column = (row["model"], row["sweep_value"])
         cells.setdefault((row["task"], _metric(row)), {})[column] = _with_error(row["value"], row["standard_error"])
-    costs: dict[tuple[str, str], dict[tuple[str, Any], str]] = {}
+    passes: dict[tuple[str, str], dict[tuple[str, Any], str]] = {}
+    tokens: dict[tuple[str, str], dict[tuple[str, Any], str]] = {}
     for row in rows:
         column = (row["model"], row["sweep_value"])
-        passes, tokens = row["forward_passes"], row["tokens_per_forward_pass"]
-        if passes is not None:
-            costs.setdefault((row["task"], "forward passes"), {})[column] = str(passes)
-        if tokens is not None:
-            costs.setdefault((row["task"], "tokens per forward pass"), {})[column] = f"{tokens:.2f}"
-    tasks = dict.fromkeys(task for task, _ in cells)
+        if row["forward_passes"] is not None:
+            passes.setdefault((row["task"], "forward passes"), {})[column] = str(row["forward_passes"])
+        if row["tokens_per_forward_pass"] is not None:
+            cell = f"{row['tokens_per_forward_pass']:.2f}"
+            tokens.setdefault((row["task"], "tokens per forward pass"), {})[column] = cell
     everything = [
-        (name, values) for task in tasks for part in (cells, costs) for name, values in part.items() if name[0] == task
+        (name, values)
+        for task in dict.fromkeys(task for task, _ in cells)
+        for part in (cells, passes, tokens)
+        for name, values in part.items()
+        if name[0] == task
     ]
     lines = ["| task | metric | " + " | ".join(_cell(title) for title, _ in columns) + " |"]
     lines.append("|---|---|" + "---|" * len(columns))

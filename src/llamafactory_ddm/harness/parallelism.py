@@ -80,11 +80,12 @@ def _weighted(accuracy: float, best: float) -> float:
     return accuracy * min(math.exp(-ALPHA * (1 - accuracy / best)), 1.0)
 
 
-def plot(panels: Sequence[tuple[str, Sequence[Curve]]], path: Path) -> None:
+def plot(panels: Sequence[tuple[str, Sequence[Curve]]], swept: str, path: Path) -> None:
     """Draw accuracy against tokens per forward pass: a panel a task, a line a model, with error bars.
 
     Args:
         panels: title and curves of each task.
+        swept: name of the key whose values label the points.
         path: the PNG.
     """
     figure = Figure(figsize=(6.4, 3.8 * len(panels)))
@@ -98,8 +99,8 @@ def plot(panels: Sequence[tuple[str, Sequence[Curve]]], path: Path) -> None:
                 place = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 7, "color": "dimgray"}
                 axes.annotate(point.label, (point.tokens_per_pass, point.accuracy), **place)
         low, high = (pick(point.accuracy for each in curves for point in each.points) for pick in (min, max))
-        axes.set_ylim(max(low - 6, -3), min(high + 6, 103))
-        axes.set(title=title, xlabel="tokens per forward pass", ylabel="accuracy (%)")
+        axes.set_ylim(max(low - 6, -3), min(high + 4, 103))
+        axes.set(title=title, xlabel=f"tokens per forward pass (points: {swept})", ylabel="accuracy (%)")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.tight_layout()
