@@ -14,9 +14,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from .._version import __version__
+from ..modeling.model_info import weights_digest
 from ..modeling.prompt_template import PromptTemplate
-from .model import document_id, weights_digest
-from .result_log import ResultLog, digest
+from ..utils.result_log import ResultLog, digest
+from .model import document_id
 
 # Keys of `AR_SAMPLING_KEYS` that have another name in transformers.
 _NAMES = {"logits_temp": "temperature", "topp_temp": "top_p"}

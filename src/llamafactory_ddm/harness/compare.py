@@ -22,13 +22,13 @@ from ..checkpoints.families import find_diffusion_config
 from ..checkpoints.hub import local_folder, may_be_on_hub
 from ..utils.files import replacing
 from ..utils.plugins import load_plugins
+from ..utils.result_log import digest
 from .autoregressive import AutoregressiveLM
 from .compare_keys import Comparison, Evaluation
 from .infilling import take_infill
 from .model import DiffusionLM, plugins_digest
 from .paired import MEAN, Statistic, matched, paired_difference, standard_error, values_by_document
 from .parallelism import Curve, Point, accuracy_under_parallelism, plot
-from .result_log import digest
 from .run import TaskSet, load_model, load_tasks, model_or_adapter, run_tasks, save
 
 # Files that determine what a model computes.
