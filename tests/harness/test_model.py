@@ -253,12 +253,16 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
     assert DiffusionLM(str(folder), **kept).loglikelihood(requests) == first
 
 
-def test_results_of_a_model_with_another_config_are_not_read(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "key", "value"), [("diffusion_config.json", "shift", False), ("config.json", "n_head", 1)]
+)
+def test_results_of_a_model_with_another_config_are_not_read(file, key, value, tmp_path):
     folder, kept = save(tmp_path / "model"), str(tmp_path / "kept")
     asked = likelihoods(("dog", " cat"))
     first = DiffusionLM(str(folder), results_folder=kept).loglikelihood(asked)
-    config = json.loads((folder / "diffusion_config.json").read_text())
-    (folder / "diffusion_config.json").write_text(json.dumps({**config, "shift": False}))
+    config = json.loads((folder / file).read_text())
+    assert config[key] != value
+    (folder / file).write_text(json.dumps({**config, key: value}))
     assert DiffusionLM(str(folder), results_folder=kept).loglikelihood(asked) != first
 
 

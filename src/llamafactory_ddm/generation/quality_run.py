@@ -21,8 +21,7 @@ from ..checkpoints.hub import local_folder, may_be_on_hub
 from ..checkpoints.weights import first_line
 from ..evaluation.quality import Estimate, Judge, JudgedText, quality
 from ..modeling.diffusion_config import FILE_NAME
-from ..modeling.length_heads import LengthPredictors
-from ..modeling.model_info import max_positions, weights_digest
+from ..modeling.model_info import max_positions
 from ..sampling.keywords import with_keywords
 from ..sampling.settings import SamplingSettings
 from ..utils.files import replacing
@@ -30,11 +29,10 @@ from ..utils.plugins import load_plugins
 from ..utils.result_log import ResultLog, digest
 from .autoregressive import AutoregressiveModel, check_autoregressive, load_autoregressive
 from .generator import TextGenerator, error_prefix
+from .identity import generator_identity, model_identity
 from .load import load
 from .quality_keys import QualityKeys, Sampling, Source
 
-# What a config says of its files.
-_NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version")
 _PACKAGES = ("llamafactory-ddm", "transformers", "torch")
 
 
@@ -120,7 +118,7 @@ def compare(keys: QualityKeys, sampling: Sampling) -> tuple[list[Outcome], dict[
         judge = Judge(loaded.model, loaded.tokenizer, batch_size=keys.batch_size)
         different = list(dict.fromkeys(text.text for _, _, each in generated for text in each))
         judged = dict(zip(different, judge.score(different), strict=True))
-    identity = _identity(loaded.model, loaded.tokenizer)
+    identity = model_identity(loaded.model, loaded.tokenizer)
     outcomes = [_outcome(source, setting, each, judged) for source, setting, each in generated]
     record = {
         "keys": {**asdict(keys), **sampling.rest, **sampling.lists},
@@ -200,32 +198,6 @@ def _positions(path: str) -> int | None:
         raise ValueError(f"the config of {base} cannot be read: {first_line(error)}") from error
 
 
-def _identity(model: Any, tokenizer: Any, mask_token: str | None = None) -> dict[str, Any]:
-    """Return the type of the weights and digests: of weights, config, vocabulary without mask token, and decoding."""
-    vocabulary = sorted(item for item in tokenizer.get_vocab().items() if item[0] != mask_token)
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoding = [
-        tokenizer.special_tokens_map,
-        sorted(tokenizer.all_special_ids),
-        getattr(tokenizer, "clean_up_tokenization_spaces", None),
-        None if backend is None else json.loads(backend.to_str())["decoder"],
-    ]
-    return {
-        "weights": weights_digest(model),
-        "config": digest(config),
-        "tokenizer": digest(vocabulary),
-        "decoding": digest(decoding),
-        "dtype": str(model.dtype),
-    }
-
-
-def _lengths_digest(lengths: LengthPredictors) -> str:
-    thresholds = {name: values.tolist() for name, values in lengths.min_thresholds.items()}
-    heads = {name: values.tolist() for name, values in lengths.heads.state_dict().items()}
-    return digest([lengths.canvas, thresholds, heads])
-
-
 class _DiffusionWriter:
     """Texts of a diffusion model."""
 
@@ -237,12 +209,7 @@ class _DiffusionWriter:
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the model."""
-        generator, lengths = self.generator, self.generator.sizer.lengths
-        return {
-            **_identity(generator.model, generator.tokenizer, generator.config.mask_token),
-            "diffusion_config": digest(asdict(generator.config)),
-            "lengths": None if lengths is None else _lengths_digest(lengths),
-        }
+        return generator_identity(self.generator)
 
     def settings(self, setting: Mapping[str, Any]) -> SamplingSettings:
         """Return the checked settings of generation."""
@@ -267,7 +234,7 @@ class _AutoregressiveWriter:
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the model."""
-        return _identity(self.model.model, self.model.tokenizer)
+        return model_identity(self.model.model, self.model.tokenizer)
 
     def settings(self, setting: Mapping[str, Any]) -> SamplingSettings:
         """Return the checked settings of generation."""

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from .._version import __version__
-from ..modeling.model_info import weights_digest
+from ..generation.identity import model_identity
 from ..modeling.prompt_template import PromptTemplate
 from ..utils.result_log import ResultLog, digest
 from .model import document_id
@@ -189,9 +189,7 @@ class AutoregressiveLM(HFLM):  # type: ignore[misc]
         return {
             "pretrained": self._path,
             "adapter": self._adapter,
-            "weights": weights_digest(self.model),
-            "dtype": str(next(self.model.parameters()).dtype),
-            "tokenizer": digest(self.tokenizer.get_vocab()),
+            **model_identity(self.model, self.tokenizer),
             "version": __version__,
             "template": None if self._prompt_template is None else self._prompt_template.name,
             "max_new_tokens": self._max_new_tokens,

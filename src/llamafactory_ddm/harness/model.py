@@ -23,8 +23,9 @@ from tqdm import tqdm
 from .._version import __version__
 from ..data.canvas import Canvas, canvas_of
 from ..generation.generator import Generated, TextGenerator, error_prefix
+from ..generation.identity import generator_identity
 from ..generation.load import load
-from ..modeling.model_info import max_positions, weights_digest
+from ..modeling.model_info import max_positions
 from ..sampling import SamplingSettings
 from ..sampling.keywords import ALIASES
 from ..sampling.settings import KEYS as SAMPLING_KEYS
@@ -507,17 +508,19 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     def _result_settings(self) -> dict[str, Any]:
         """Return the settings that kept results must agree with: those of the model, the tokenizer and the keys."""
-        generator, lengths = self.generator, self.generator.sizer.lengths
+        generator = self.generator
         tokenizer = getattr(generator.tokenizer, "backend_tokenizer", None)
-        vocabulary = generator.tokenizer.get_vocab() if tokenizer is None else tokenizer.to_str()
+        encoding = generator.tokenizer.get_vocab() if tokenizer is None else tokenizer.to_str()
+        # A model in training is evaluated often, its memory is short, and its results are not kept.
+        identity = (
+            generator_identity(generator)
+            if self._is_loaded_here
+            else {"weights": None, "dtype": str(generator.model.dtype)}
+        )
         return {
             "pretrained": str(self.path),
-            # A model in training is evaluated often, its memory is short, and its results are not kept by weights.
-            "weights": weights_digest(generator.model) if self._is_loaded_here else None,
-            "dtype": str(generator.model.dtype),
-            "tokenizer": digest(vocabulary),
-            "diffusion_config": digest(asdict(generator.config)),
-            "lengths": None if lengths is None else digest(lengths.min_thresholds),
+            **identity,
+            "encoding": digest(encoding),
             "plugins": plugins_digest(self.plugins),
             "version": __version__,
             "format": _FORMAT,
