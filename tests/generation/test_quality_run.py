@@ -1,13 +1,11 @@
 """`llamafactory-ddm quality` on tiny models: results, keys, resuming, and what a user can get wrong."""
 
-import copy
 import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from llamafactory_ddm.cli.quality import main
@@ -223,17 +221,6 @@ def test_texts_of_another_config_or_end_are_not_used_again(base, folders, tmp_pa
     size = (Path(base["save_dir"]) / "requests-0.jsonl").stat().st_size
     assert outcomes_of(keys, model_name_or_path=str(tmp_path / "copy"))[0].texts == whole.texts
     assert (Path(base["save_dir"]) / "requests-0.jsonl").stat().st_size == size
-
-
-def test_length_heads_fitted_again_are_other_predictors():
-    from llamafactory_ddm.modeling.length_heads import LengthHeads, LengthPredictors
-
-    thresholds = {"regressor": torch.arange(2000, dtype=torch.float64)}
-    one = LengthPredictors(LengthHeads(8), thresholds, 16)
-    changed = {"regressor": thresholds["regressor"] + (thresholds["regressor"] == 1000)}
-    assert quality_run._lengths_digest(one) == quality_run._lengths_digest(copy.deepcopy(one))
-    for other in (LengthPredictors(LengthHeads(8), thresholds, 16), LengthPredictors(one.heads, changed, 16)):
-        assert quality_run._lengths_digest(one) != quality_run._lengths_digest(other)
 
 
 def test_a_number_with_its_error():

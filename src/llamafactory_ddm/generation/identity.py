@@ -21,7 +21,7 @@ def generator_identity(generator: TextGenerator) -> dict[str, Any]:
     return {
         **model_identity(generator.model, generator.tokenizer, generator.config.mask_token),
         "diffusion_config": digest(asdict(generator.config)),
-        "lengths": None if lengths is None else _lengths_digest(lengths),
+        "lengths": None if lengths is None else lengths_digest(lengths),
     }
 
 
@@ -45,7 +45,8 @@ def model_identity(model: Any, tokenizer: Any, mask_token: str | None = None) ->
     }
 
 
-def _lengths_digest(lengths: LengthPredictors) -> str:
+def lengths_digest(lengths: LengthPredictors) -> str:
+    """Return a digest of fitted heads and of the calibration."""
     thresholds = {name: values.tolist() for name, values in lengths.min_thresholds.items()}
     heads = {name: values.tolist() for name, values in lengths.heads.state_dict().items()}
     return digest([lengths.canvas, thresholds, heads])
