@@ -174,6 +174,7 @@ def test_a_task_that_cannot_run(task, error, tmp_path):
         (("doc_to_text", 'doc_to_text: "{{ text"'), "task: broken"),
         (("metric_list", "nokey: 3\nmetric_list"), "task: broken.*nokey"),
         (("test_split: test", "test_split: absent"), "task: broken.*absent"),
+        (("metric: acc\n", "metric: acd\n"), "task: broken: acd .*'acc'.*metric_list"),
         (("output_type: loglikelihood", "output_type: multiple_choice\ndoc_to_choice: [a, b]"), None),
     ],
 )

@@ -4,9 +4,10 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-
+from llamafactory_ddm.harness.model import DiffusionLM
 from llamafactory_ddm.harness.run import load_tasks
 from support.cli import ROOT
+from support.harness import random_model
 
 TASK = """
 task: {name}
@@ -94,3 +95,12 @@ def test_a_task_by_itself_and_in_a_group(folder):
 def test_messages_name_the_users_key(folder):
     with pytest.raises(ValueError, match=r"eval_tasks: onne does not exist.*'one'"):
         load_tasks(["onne"], folder=str(folder), run_generated_code=False, key="eval_tasks")
+
+
+def test_a_task_of_which_no_metric_is_computed(folder, tmp_path):
+    text = TASK.format(name="one").replace("generate_until", "loglikelihood").split("generation_kwargs")[0]
+    text += "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
+    (folder / "one.yaml").write_text(text)
+    model = DiffusionLM(str(random_model(tmp_path / "model", 512)), likelihood_samples=16)
+    with pytest.raises(ValueError, match="task: one: .*exact_match.*output_type: loglikelihood.*metric_list"):
+        tasks_of(folder, "one").run(model, max_samples=1)

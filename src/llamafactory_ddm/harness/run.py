@@ -15,6 +15,7 @@ import lm_eval
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError, UndefinedError
 from lm_eval.api.group import Group
+from lm_eval.api.registry import metric_registry
 from lm_eval.utils import handle_non_serializable, make_table
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
@@ -130,7 +131,15 @@ class TaskSet:
                 f"{self.key}: {', '.join(self.names)}: a Jinja expression (doc_to_text, doc_to_target, doc_to_choice) "
                 f"fails on the documents ({error}); correct the task's YAML"
             ) from error
-        return None if results is None else dict(results)
+        if results is None:
+            return None
+        for name, task in self.single().items():
+            if not any("," in column for column in results["results"].get(name, {})):
+                raise ValueError(
+                    f"{self.key}: {name}: none of its metrics ({', '.join(task.aggregation())}) is computed for "
+                    f"output_type: {task.OUTPUT_TYPE}; correct metric_list in the task's YAML"
+                )
+        return dict(results)
 
     def single(self) -> dict[str, Any]:
         """Return the tasks by name, those of groups included."""
@@ -286,6 +295,12 @@ def _load_task(
         except ValueError as error:
             raise ValueError(f"{key}: {name}: generation_kwargs: {error}") from error
         metrics = [metric.get("metric") for metric in config.metric_list or ()]
+        for metric, function in task._metric_fn_list.items():
+            if function is None and config.process_results is None:
+                raise ValueError(
+                    f"{key}: {name}: {metric} is not a metric of the harness{did_you_mean(metric, metric_registry)}; "
+                    "correct metric_list in the task's YAML"
+                )
         if task.OUTPUT_TYPE == "multiple_choice" and "exact_match" in metrics:
             raise ValueError(
                 f"{key}: {name}: exact_match is not computed for multiple choice; use acc in a copy of its YAML"
