@@ -102,5 +102,5 @@ def test_a_task_of_which_no_metric_is_computed(folder, tmp_path):
     text += "metric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
     (folder / "one.yaml").write_text(text)
     model = DiffusionLM(str(random_model(tmp_path / "model", 512)), likelihood_samples=16)
-    with pytest.raises(ValueError, match="task: one: .*exact_match.*output_type: loglikelihood.*metric_list"):
+    with pytest.raises(ValueError, match=r"task: one: .*exact_match.*output_type: loglikelihood.*metric_list"):
         tasks_of(folder, "one").run(model, max_samples=1)
