@@ -177,7 +177,10 @@ def test_generating_uses_the_noise_of_training(mixed, generate, checkpoint, tmp_
 
 
 def test_a_model_without_masks_cannot_generate(train_small, generate, checkpoint, tmp_path):
-    model = train_small(tmp_path / "model", model_name_or_path=checkpoint, noise_process="mixed", uniform_ratio=1)
+    keys = {"model_name_or_path": checkpoint, "noise_process": "mixed", "uniform_ratio": 1}
+    with pytest.raises(ValueError, match="sample_steps: 400: uniform_ratio"):
+        train_small(tmp_path / "refused", **keys)
+    model = train_small(tmp_path / "model", sample_steps=0, **keys)
     with pytest.raises(ValueError, match="uniform_ratio"):
         generate(tmp_path / "out", model_name_or_path=model)
 

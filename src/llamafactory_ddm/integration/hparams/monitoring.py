@@ -17,10 +17,11 @@ NEEDS = {
 class MonitoringKeys:
     """Keys of texts and tasks during training."""
 
-    sample_steps: int = key(
-        0,
+    sample_steps: int | None = key(
+        None,
         "Every so many optimiser steps, generate texts with the present weights: into the log, samples.jsonl and "
-        "TensorBoard. 0 turns it off.",
+        "TensorBoard. 0, or leaving it out, turns it off.",
+        kind="integer",
         low=0,
     )
     # A YAML may give a list; upstream's command-line parser allows one type in the annotation.
@@ -62,7 +63,7 @@ class MonitoringKeys:
             ValueError: naming both keys.
         """
         for name, needed in NEEDS.items():
-            if getattr(self, name) != getattr(MonitoringKeys, name) and not getattr(self, needed):
+            if getattr(self, name) != getattr(MonitoringKeys, name) and getattr(self, needed) is None:
                 raise ValueError(f"{name}: has no effect without {needed}; set {needed}, or remove {name}")
         if self.sample_prompts is not None and self.sample_count is not None:
             raise ValueError(
