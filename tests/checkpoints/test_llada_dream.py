@@ -180,6 +180,7 @@ def test_renaming_changes_no_bit_of_the_weights(tmp_path):
     assert all(torch.equal(again[new], weights[old]) for old, new in names.items() if new is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_converting_takes_little_memory(tmp_path):
     """A checkpoint of 400 MB in two files, compared with the conversion of a small one."""

@@ -58,6 +58,7 @@ def test_help():
     assert "Diffusion: " in text and "ddm-sft" in text
 
 
+@pytest.mark.slow
 def test_doctor():
     done = run("doctor", program="llamafactory-ddm", fresh=True)
     assert re.search("^active: ", done.stdout, re.MULTILINE)
