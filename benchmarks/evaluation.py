@@ -62,6 +62,13 @@ def questions(model: TextGenerator, count: int) -> list[Answer]:
     return answers
 
 
+def attention(model: TextGenerator, z: torch.Tensor) -> torch.Tensor | None:
+    """Return the full attention mask of one row, [1, length]."""
+    network = model.model
+    rest = {"is_padding": None, "visible": None, "dtype": dtype_of(network), "device": z.device}
+    return full_attention_mask(network, batch=1, length=z.shape[1], **rest)
+
+
 @torch.inference_mode()
 def plain_seconds(model: TextGenerator, answers: list[Answer], passes: int) -> float:
     """Return the CPU seconds of one pass of the plain loop."""
@@ -73,15 +80,7 @@ def plain_seconds(model: TextGenerator, answers: list[Answer], passes: int) -> f
         is_masked[len(answer.context) + torch.randperm(LENGTH)[: number % LENGTH + 1]] = True
         targets = z[0, is_masked]
         z[0, is_masked] = model.config.mask_token_id
-        mask = full_attention_mask(
-            model.model,
-            batch=1,
-            length=z.shape[1],
-            is_padding=None,
-            visible=None,
-            dtype=dtype_of(model.model),
-            device=z.device,
-        )
+        mask = attention(model, z)
         logits = model.model(input_ids=z, attention_mask=mask, use_cache=False).logits[0].float()
         log_probs = logits.log_softmax(dim=1)[is_masked.nonzero()[:, 0] - int(model.config.shift)]
         log_probs.gather(1, targets[:, None]).sum().item()
@@ -102,15 +101,7 @@ def plain_text(model: TextGenerator, canvas: Canvas, steps: int) -> list[int]:
     z = torch.tensor([canvas.ids], device=model.model.device)
     is_masked = torch.tensor(canvas.editable, device=z.device)
     z[0, is_masked] = model.config.mask_token_id
-    mask = full_attention_mask(
-        model.model,
-        batch=1,
-        length=z.shape[1],
-        is_padding=None,
-        visible=None,
-        dtype=dtype_of(model.model),
-        device=z.device,
-    )
+    mask = attention(model, z)
     n = int(is_masked.sum())
     for step in range(1, steps + 1):
         logits = model.model(input_ids=z, attention_mask=mask, use_cache=False).logits[0].float()

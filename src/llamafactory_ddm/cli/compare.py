@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .yaml_command import read_yaml, usage_status
+from .yaml_command import read_yaml, report_missing_harness, usage_status
 
 USAGE = """usage: llamafactory-ddm compare x.yaml [key=value ...]
 
@@ -23,12 +23,7 @@ def main(argv: list[str]) -> int:
         from ..harness.compare import as_markdown, compare
         from ..harness.compare_keys import read_comparison
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        print(
-            'llamafactory-ddm compare: lm-eval is not installed: pip install "llamafactory-ddm[eval]"', file=sys.stderr
-        )
-        return 1
+        return report_missing_harness("compare", error)
     try:
         comparison = read_comparison(read_yaml(argv))
         record = compare(comparison)

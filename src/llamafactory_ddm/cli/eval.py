@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .yaml_command import read_yaml, usage_status
+from .yaml_command import read_yaml, report_missing_harness, usage_status
 
 USAGE = """usage: llamafactory-ddm eval x.yaml [key=value ...]
 
@@ -23,10 +23,7 @@ def main(argv: list[str]) -> int:
         from ..harness.keys import read_keys
         from ..harness.run import evaluate, save, table
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        print('llamafactory-ddm eval: lm-eval is not installed: pip install "llamafactory-ddm[eval]"', file=sys.stderr)
-        return 1
+        return report_missing_harness("eval", error)
     try:
         keys, sampling = read_keys(read_yaml(argv))
         results = evaluate(keys, sampling)

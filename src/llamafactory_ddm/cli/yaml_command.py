@@ -18,6 +18,19 @@ def usage_status(argv: list[str], usage: str) -> int | None:
     return None
 
 
+def report_missing_harness(command: str, error: ModuleNotFoundError) -> int:
+    """Print how to install lm-eval and return the exit status.
+
+    Raises:
+        ModuleNotFoundError: the error itself, if another module is missing.
+    """
+    if error.name != "lm_eval":
+        raise error
+    text = 'lm-eval is not installed: pip install "llamafactory-ddm[eval]"'
+    print(f"llamafactory-ddm {command}: {text}", file=sys.stderr)
+    return 1
+
+
 def read_yaml(argv: list[str]) -> dict[str, Any]:
     """Return the keys of the YAML, with those of the command line in place of its own.
 

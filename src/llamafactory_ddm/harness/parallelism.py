@@ -69,9 +69,7 @@ def accuracy_under_parallelism(points: Sequence[Point], best: float) -> float:
     kept = [point for point in ordered if point.accuracy >= first.accuracy - LARGEST_DROP]
     area = first.tokens_per_pass * first.accuracy
     for left, right in itertools.pairwise(kept):
-        heights = [
-            point.accuracy * min(math.exp(-ALPHA * (1 - point.accuracy / best)), 1.0) for point in (left, right)
-        ]
+        heights = [_weighted(point.accuracy, best) for point in (left, right)]
         area += (right.tokens_per_pass - left.tokens_per_pass) * sum(heights) / 2
     return area
 
