@@ -126,7 +126,7 @@ def text_ratios(model: TextGenerator, prompts: list[list[int]], tokens: int, ste
         begin = now(model)
         for canvas in canvases[:4]:
             plain_text(model, canvas, steps)
-        plain = (now(model) - begin) / 4
+        plain = (now(model) - begin) / len(canvases[:4])
         begin = now(model)
         model.writer.write(canvases, settings, sample_indices=list(range(len(canvases))))
         ratios.append((now(model) - begin) / len(canvases) / plain)
