@@ -46,6 +46,13 @@ def solve(folder, **keys):
     return predictions(folder)
 
 
+def test_the_tokenizer_of_a_finetuned_model_formats_its_prompts(checkpoint, finetuned):
+    assert AutoTokenizer.from_pretrained(checkpoint).chat_template is None
+    tokenizer = AutoTokenizer.from_pretrained(finetuned)
+    turn = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert tokenizer.apply_chat_template(turn, tokenize=False) == "<|endoftext|>Q\nA<|endoftext|>"
+
+
 def test_the_checkpoint_says_how_it_was_finetuned(finetuned, tmp_path):
     config, tokenizer = DiffusionConfig.load(finetuned), AutoTokenizer.from_pretrained(finetuned)
     assert config.train_on_padding is True

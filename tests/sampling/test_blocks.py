@@ -68,7 +68,7 @@ def test_budgets_of_blocks_by_hand():
     assert output.committed[0].tolist() == [0, 0, 1, 2, 3, 3, 4, 5, 6, 7]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(NAMES), block_length=st.none() | st.integers(1, 5))
 def test_rows_of_different_lengths_equal_each_row_alone(seed, name, block_length):
     """Left padding and editable positions anywhere; greedy and sampled."""

@@ -337,7 +337,7 @@ def test_without_budget_it_is_the_masked_sampler(name, block_length, temperature
         assert torch.equal(further.sequences, plain.sequences) and further.edits.tolist() == [0] * 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     name=st.sampled_from(NAMES),

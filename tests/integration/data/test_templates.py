@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from llamafactory.data.template import TEMPLATES
 
 from llamafactory_ddm.integration.data.templates import register_templates, without_truncation
@@ -45,6 +46,29 @@ def test_examples_that_do_not_fit_the_format():
         TEMPLATE.encode_multiturn(TOKENIZER, turn * 2)
     with pytest.raises(ValueError, match=r"template: diffullama .*sep_token"):
         TEMPLATES["diffullama"].encode_multiturn(TOKENIZER, turn)
+
+
+@pytest.mark.parametrize("system", ["", "do 'it'\\n"])
+def test_the_tokenizer_formats_prompts_as_training_does(system):
+    tokenizer = tiny_tokenizer()
+    replace(TEMPLATE, default_system=system).fix_jinja_template(tokenizer)
+    turn = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]
+    [(prompt, response)] = replace(TEMPLATE, default_system=system).encode_multiturn(tokenizer, turn)
+    ids = tokenizer.apply_chat_template(turn[:1], add_generation_prompt=True, return_dict=False)
+    assert ids == prompt
+    assert tokenizer.apply_chat_template(turn, return_dict=False) == prompt + response
+    spoken = [{"role": "system", "content": "a"}, *turn[:1]]
+    [(prompt, _)] = TEMPLATE.encode_multiturn(tokenizer, turn, system="a")
+    assert tokenizer.apply_chat_template(spoken, return_dict=False) == prompt
+    with pytest.raises(TemplateError, match="diffullama"):
+        tokenizer.apply_chat_template(turn * 2)
+
+
+def test_a_separator_that_no_text_is_read_as_leaves_the_tokenizer_without_a_chat_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    replace(TEMPLATE, sep_token="Å").fix_jinja_template(tokenizer)  # a byte that is no character of its own
+    assert tokenizer.chat_template is None
 
 
 def test_the_chats_of_llada_and_dream():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +54,36 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         sep = tokenizer.convert_tokens_to_ids(self.sep_token)
         return [[*bos, *prompt, sep], [*response, tokenizer.eos_token_id]]
+
+    def fix_jinja_template(self, tokenizer: Any) -> None:
+        """Store the format as the tokenizer's chat template, once sep_token is set.
+
+        If the text of [sep] is not read as its token, the tokenizer gets none, since it would format other prompts.
+        """
+        if self.sep_token is None:
+            return
+        tokenizer.chat_template = self._get_jinja_template(tokenizer)
+        turn = [{"role": "user", "content": "a"}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        untruncated = replace(self, cutoff_len=None)
+        expected, _ = untruncated.encode_oneturn(tokenizer, [*turn, {"role": "assistant", "content": "a"}])
+        if tokenizer.encode(text, add_special_tokens=False) != expected:
+            tokenizer.chat_template = None
+
+    def _get_jinja_template(self, tokenizer: Any) -> str:
+        """Return the chat template `[bos] system prompt [sep] response [eos]`; a second prompt is an error."""
+        bos = tokenizer.bos_token if tokenizer.bos_token_id is not None else ""
+        sep = tokenizer.decode([tokenizer.convert_tokens_to_ids(self.sep_token)])
+        bos, sep, eos, system = (json.dumps(text) for text in (bos, sep, tokenizer.eos_token, self.default_system))
+        error = json.dumps(f"template: {DIFFULLAMA} takes one prompt and one response")
+        return (
+            f"{{% if messages | selectattr('role', 'equalto', 'user') | list | length != 1 %}}"
+            f"{{{{ raise_exception({error}) }}}}{{% endif %}}{{{{ {bos} }}}}"
+            f"{{% if messages[0]['role'] != 'system' %}}{{{{ {system} }}}}{{% endif %}}"
+            "{% for message in messages %}{{ message['content'] }}"
+            f"{{% if message['role'] == 'user' %}}{{{{ {sep} }}}}"
+            f"{{% elif message['role'] == 'assistant' %}}{{{{ {eos} }}}}{{% endif %}}{{% endfor %}}"
+        )
 
 
 def without_truncation(template: Any) -> Any:

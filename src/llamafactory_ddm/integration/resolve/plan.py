@@ -81,7 +81,10 @@ def resolve_run(
     check_cutoff(model_config, data_args)
     if finetunes:
         resolve_template_name(stored, data_args)
+    chat_template = getattr(tokenizer, "chat_template", None)
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    if data_args.template is None:
+        tokenizer.chat_template = chat_template  # not that of `empty`, which a later finetuning would keep
     loaded.additions.record(tokenizer, f"template: {data_args.template}")
     if not finetunes:
         resolve_eos_token(stored, tokenizer, data_args, trains=trains)

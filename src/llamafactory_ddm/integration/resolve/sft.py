@@ -39,7 +39,7 @@ def resolve_template(
     mask_id: int,
     truncates: bool,
 ) -> Any:
-    """Return the template with sep_token and, with `truncates`, cutoff_len set.
+    """Return the template with sep_token and, with `truncates`, cutoff_len set; the tokenizer gets its chat template.
 
     Raises:
         ValueError: if sep_token is missing, not one token, the mask token, contradicts the checkpoint, or is set for
@@ -76,7 +76,9 @@ def resolve_template(
             f"cutoff_len: {data_args.cutoff_len + packed} leaves no room for a response and the {N_SPECIAL} special "
             f"tokens of template: {DIFFULLAMA}; set it to at least {N_SPECIAL + 1 + 2 * packed}"
         )
-    return replace(template, sep_token=sep, cutoff_len=max_length if truncates else None)
+    template = replace(template, sep_token=sep, cutoff_len=max_length if truncates else None)
+    template.fix_jinja_template(tokenizer)
+    return template
 
 
 def preparation_args(template: Any, data_args: Any) -> Any:
