@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
@@ -22,6 +24,9 @@ SEED = 20240817
 GIRLS = ("Anna", "Mia", "Lily", "Rosa", "Nora", "Ella", "Tara", "Zoe")
 BOYS = ("Tom", "Ben", "Max", "Leo", "Sam", "Finn", "Omar", "Jack")
 PLACES = ("park", "garden", "kitchen", "forest", "beach", "school", "market", "farm")
+# Written in place of the names that "in the" does not fit. Splits and token ids are those of the names in PLACES, so
+# everything that was measured before these places were renamed still holds.
+RENAMED = {"beach": "meadow", "school": "field", "farm": "cave"}
 THINGS = ("ball", "kite", "book", "hat", "drum", "boat", "lamp", "cup", "key", "bell")
 COLOURS = ("red", "blue", "green", "yellow", "white", "black")
 ANIMALS = ("dog", "cat", "bird", "rabbit", "duck", "frog", "pony")
@@ -218,6 +223,11 @@ def texts() -> list[str]:
     return list(seen)
 
 
+def rename(text: str, names: Mapping[str, str] = RENAMED) -> str:
+    """Return a text with the words in `names` replaced."""
+    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), text)
+
+
 def is_held_out(text: str) -> bool:
     """Tell which split a text is in; about one in twenty is held out."""
     return hashlib.sha256(text.encode()).digest()[0] < 13
@@ -230,7 +240,7 @@ def write(folder: Path) -> None:
     for text in texts():
         split = "eval" if is_held_out(text) else "train"
         if left[split] > 0:
-            lines[split].append(json.dumps({"text": text}))
+            lines[split].append(json.dumps({"text": rename(text)}))
             left[split] -= len(text)
     for split, rows in lines.items():
         (folder / f"tiny_corpus_{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")

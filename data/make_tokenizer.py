@@ -10,12 +10,33 @@ import argparse
 import json
 from pathlib import Path
 
+from make_corpus import RENAMED, rename
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 END = "<|endoftext|>"
 VOCABULARY = 1024
+# Merges that only the renamed places use, and those that take their ranks and ids.
+RENAMED_MERGES = {
+    ("a", "ch"): ("ad", "ow"),
+    ("Ġbe", "ach"): ("Ġme", "adow"),
+    ("Ġs", "ch"): ("e", "ld"),
+    ("oo", "l"): ("i", "eld"),
+    ("Ġsch", "ool"): ("Ġf", "ield"),
+    ("Ġf", "arm"): ("Ġc", "ave"),
+}
+
+
+def rename_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer trained on the first names of the places, with the tokens of their new ones."""
+    state = json.loads(tokenizer.to_str())
+    model = state["model"]
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    model["merges"] = [list(RENAMED_MERGES.get(pair, pair)) for pair in merges]
+    tokens = {"".join(first): "".join(new) for first, new in RENAMED_MERGES.items()}
+    model["vocab"] = {tokens.get(token, token): id_ for token, id_ in model["vocab"].items()}
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def main() -> None:
@@ -24,6 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "tiny_gpt2")
     out = parser.parse_args().out
     lines = (HERE / "tiny_corpus_train.jsonl").read_text(encoding="utf-8").splitlines()
+    first_names = {new: first for first, new in RENAMED.items()}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -35,9 +57,9 @@ def main() -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    tokenizer.train_from_iterator((rename(json.loads(line)["text"], first_names) for line in lines), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END, model_max_length=256
+        tokenizer_object=rename_tokens(tokenizer), bos_token=END, eos_token=END, unk_token=END, model_max_length=256
     )
     fast.save_pretrained(out)
     # transformers 5 writes a class name that transformers 4 does not know; both read this one.

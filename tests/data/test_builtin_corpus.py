@@ -63,6 +63,20 @@ def test_the_tokenizer_loses_nothing_and_splits_digits(texts):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("427", add_special_tokens=False)] == ["4", "2", "7"]
 
 
+def test_the_script_trains_the_committed_tokenizer(tmp_path, monkeypatch, texts):
+    """Also that a renamed place is one token, as the others are."""
+    monkeypatch.syspath_prepend(str(DATA))
+    monkeypatch.setattr(sys, "argv", ["make_tokenizer.py", "--out", str(tmp_path)])
+    importlib.import_module("make_tokenizer").main()
+    made, committed = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, DATA / "tiny_gpt2"))
+    assert made == committed
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tiny_gpt2")
+    corpus = importlib.import_module("make_corpus")
+    for place in {corpus.RENAMED.get(place, place) for place in corpus.PLACES}:
+        assert any(f" {place}" in text for text in texts["train"])
+        assert len(tokenizer.encode(f" {place}", add_special_tokens=False)) == 1
+
+
 def test_the_model_knows_the_corpus(texts):
     """Its loss on held-out text is near what data/README.md says; a model that knew word frequencies alone would "
     "have 4.9."""
