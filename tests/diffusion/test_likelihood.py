@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from llamafactory_ddm.diffusion.likelihood import bound_per_row, evaluation_times, mask_exactly
+from llamafactory_ddm.diffusion.likelihood import bound_per_row, evaluation_times, mask_exactly, share_of
 from llamafactory_ddm.diffusion.schedules import get_schedule
 
 
@@ -45,6 +45,47 @@ def test_every_subset_is_equally_likely():
     subsets = [sum(1 << i for i in pair) for pair in itertools.combinations(range(4), 2)]
     assert counts[subsets].sum() == 6000
     assert (counts[subsets] - 1000).abs().max() < 5 * math.sqrt(1000)
+
+
+def balanced(n, samples, copies, *, balance=True):
+    """Return the masks of `copies` rows of n tokens, [copies, samples, n]."""
+    rows, share, masks = torch.arange(copies), torch.zeros(copies, n, dtype=torch.float64), []
+    for sample, level in enumerate(evaluation_times(rows, samples).T):
+        draw = {"seed": 5, "sample_index": rows * samples + sample, "share": share if balance else None}
+        masks.append(mask_exactly(torch.ones(copies, n, dtype=torch.bool), level, **draw))
+        share = share + share_of(masks[-1])
+    return torch.stack(masks, dim=1)
+
+
+def test_draws_that_balance_the_tokens_are_unbiased_and_vary_less():
+    """Arbitrary costs of every mask of 5 tokens: the mean of 8 draws against the bound by enumeration."""
+    n, samples, copies = 5, 8, 4000
+    costs = torch.rand(2**n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    costs = costs + torch.arange(n) * 2  # tokens differ
+    exact = 0.0
+    for bits in itertools.product([0, 1], repeat=n):
+        k, code = sum(bits), sum(bit << i for i, bit in enumerate(bits))
+        if k:
+            exact += float((costs[code] * torch.tensor(bits)).sum()) / (k * math.comb(n, k))
+    spread = {}
+    for balance in (True, False):
+        masks = balanced(n, samples, copies, balance=balance)
+        cost = (costs[(masks.long() * 2 ** torch.arange(n)).sum(dim=2)] * masks).sum(dim=2)
+        estimate = (n / masks.sum(dim=2) * cost).mean(dim=1)
+        spread[balance] = float(estimate.std())
+        assert abs(float(estimate.mean()) - exact) < 4 * spread[balance] / copies**0.5
+    assert spread[True] < spread[False] / 4, spread
+
+
+def test_each_balanced_draw_alone_is_a_uniform_subset():
+    masks = balanced(4, 6, 12000)
+    code = (masks.long() * torch.tensor([1, 2, 4, 8])).sum(dim=2)
+    for sample in range(6):
+        for k in range(1, 5):
+            subsets = [sum(1 << i for i in some) for some in itertools.combinations(range(4), k)]
+            counts = torch.bincount(code[:, sample], minlength=16)[subsets].double()
+            if counts.sum():
+                assert (counts - counts.mean()).abs().max() < 5 * counts.mean().sqrt() + 1
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

@@ -55,7 +55,7 @@ USES = {
     "attention, step 3 of length 4": lambda _: attention.annealed_visibility(4, 0.5, seed=0, draw=3, device="cpu"),
     "attention, step 2 of length 6": lambda _: attention.annealed_visibility(6, 0.5, seed=0, draw=2, device="cpu"),
     "evaluation, masked": lambda _: likelihood.mask_exactly(ALL, torch.full((len(ROWS),), 0.5), **KEYS),
-    "evaluation, mixed": lambda _: MIXED.evaluation(CLEAN, torch.full((len(ROWS),), 0.5), **KEYS),
+    "evaluation, mixed": lambda _: list(MIXED.evaluations(CLEAN, torch.full((len(ROWS), 1), 0.5), **KEYS)),
     "evaluation, ends": measured,
     "length fit, training": lambda _: list(length_examples(DOCUMENTS, COLLATOR, 0, 0)),
     "length fit, held out": lambda _: list(length_examples(DOCUMENTS, COLLATOR, 0, 1)),

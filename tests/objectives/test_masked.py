@@ -93,8 +93,8 @@ def test_a_mask_token_in_the_text_is_like_an_unlabelled_token(kind, name):
             assert int(one.n_maskable) == int(expected.sum())
             scored = (expected & (one.z_t == MASK_ID)).sum() if kind == "masked" else expected.sum()
             assert len(one.head_index) == int(scored)
-    noised = ours.evaluation(
-        objective(kind).clean(batch), torch.full((6,), 0.99, dtype=torch.float64), seed=0, sample_index=ROWS
+    (noised,) = ours.evaluations(
+        objective(kind).clean(batch), torch.full((6, 1), 0.99, dtype=torch.float64), seed=0, sample_index=ROWS
     )
     assert torch.equal(noised.n_counted, expected.sum(dim=1))
     assert not bool((noised.is_scored & ~expected).any())
@@ -110,8 +110,8 @@ def test_a_row_of_masks_alone_is_not_in_the_likelihood_bound():
     for level in (0.25, 0.75):  # one of two tokens hidden, then both; which one is drawn below
         draws = []
         for seed in range(400):
-            noised = ours.evaluation(
-                clean, torch.full((2,), level, dtype=torch.float64), seed=seed, sample_index=torch.arange(2)
+            (noised,) = ours.evaluations(
+                clean, torch.full((2, 1), level, dtype=torch.float64), seed=seed, sample_index=torch.arange(2)
             )
             nll, bound = ours.evaluate(cost[noised.is_scored], clean, noised)
             assert noised.n_counted.tolist() == [2, 0] and len(nll) == round(2 * (level + 0.25))
@@ -152,7 +152,7 @@ def test_an_eos_label_on_the_next_turns_first_token_is_masked_as_eos_and_shown_a
         noised = torch.full((64, 12), -100)
         noised.view(-1)[batch.head_index + 1] = batch.scored["noised"]
         assert torch.equal(noised[:, 5] == EOS, hidden == 20)  # kept, for the loss
-    noised = ours.evaluation(clean, torch.full((64,), 0.3, dtype=torch.float64), seed=0, sample_index=rows)
+    (noised,) = ours.evaluations(clean, torch.full((64, 1), 0.3, dtype=torch.float64), seed=0, sample_index=rows)
     assert EOS in noised.z[:, 5]
     assert EOS not in clean.displayed(noised.z)[:, 5] and 20 in clean.displayed(noised.z)[:, 5]
 

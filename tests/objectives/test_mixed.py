@@ -62,7 +62,7 @@ def test_training_and_evaluation_estimate_the_same_bound():
 
     batch = ours.noise(clean, sample_index=rows, group_size=4 * copies)
     loss, terms = ours.loss(logits(batch.z_t), batch.scored, batch.denominator)
-    noised = ours.evaluation(clean, evaluation_times(rows, 1)[:, 0], seed=0, sample_index=rows)
+    (noised,) = ours.evaluations(clean, evaluation_times(rows, 1), seed=0, sample_index=rows)
     kl, bound = ours.evaluate(logits(noised.z), clean, noised)
     assert float(loss) == pytest.approx(float(bound.sum() / noised.n_counted.sum()), rel=0.04)
     weight = noised.weight[scored.nonzero()[:, 0]]

@@ -9,6 +9,8 @@ from .noise import Stream, k_smallest_mask
 from .rng import keyed_uniform
 
 _GOLDEN = 0.6180339887498949
+# Breaks ties between equal shares: of shares that differ, few differ by less.
+_TIE = 1e-6
 
 
 def evaluation_times(sample_index: Tensor, samples: int) -> Tensor:
@@ -32,25 +34,41 @@ def evaluation_times(sample_index: Tensor, samples: int) -> Tensor:
     return (torch.arange(samples, device=sample_index.device, dtype=torch.float64) + offset[:, None]) / samples
 
 
-def mask_exactly(maskable: Tensor, level: Tensor, *, seed: int, sample_index: Tensor) -> Tensor:
-    """Mask k = floor(level n) + 1 of each row's n maskable tokens, chosen uniformly.
+def mask_exactly(
+    maskable: Tensor, level: Tensor, *, seed: int, sample_index: Tensor, share: Tensor | None = None
+) -> Tensor:
+    """Mask k = floor(level n) + 1 of each row's n maskable tokens: those of least `share`, ties broken at random.
 
     With `level` uniform on [0, 1), k is uniform on 1..n, and n times the mean cross-entropy of the k masked tokens is
     an unbiased estimate of the row's evidence bound in nats, for every noise schedule. A fixed count has less variance
     than independent masking.
+
+    In the mean over several draws of a row, token i has the weight sum over its draws of n / k. Pass as `share` the
+    sum of 1 / k so far: the draws then give all tokens nearly the same weight. As no rule but chance distinguishes
+    the positions, each draw alone is still a uniformly random subset, and the mean remains unbiased.
 
     Args:
         maskable: [batch, length] bool.
         level: [batch] float64 in [0, 1).
         seed: the seed of the evaluation.
         sample_index: [batch] int64, index of each draw.
+        share: [batch, length] float64, see above; None for the first draw of each row.
     Returns:
         [batch, length] bool, True where masked; all False in a row without maskable tokens.
-    Source: Ou et al. 2024 (arXiv 2406.03736) and LLaDA (arXiv 2502.09992), eq. 6, for the (L / k) estimator.
+    Source: Ou et al. 2024 (arXiv 2406.03736) and LLaDA (arXiv 2502.09992), eq. 6, for the (L / k) estimator. The
+        balance is ours.
     """
     n = maskable.sum(dim=1)
     k = torch.minimum((level * n).floor().to(torch.int64) + 1, n)
-    return k_smallest_mask(keyed_uniform(seed, Stream.EVALUATION, sample_index, maskable.shape[1]), maskable, k)
+    score = keyed_uniform(seed, Stream.EVALUATION, sample_index, maskable.shape[1])
+    if share is not None:
+        score = share + score.double() * _TIE
+    return k_smallest_mask(score, maskable, k)
+
+
+def share_of(is_masked: Tensor) -> Tensor:
+    """Return 1 / k at each row's k masked tokens and 0 elsewhere, [batch, length] float64, for `mask_exactly`."""
+    return is_masked.double() / is_masked.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def bound_per_row(nll: Tensor, is_masked: Tensor, maskable: Tensor) -> Tensor:

@@ -36,10 +36,7 @@ def row_statistics(
     statistics = torch.zeros(len(clean.x_0), N_STATISTICS, dtype=torch.float64)
     levels = evaluation_times(sample_index, samples)
     placement = clean.placement()
-    for sample in range(samples):
-        noised = objective.evaluation(
-            clean, levels[:, sample], seed=EVALUATION_SEED, sample_index=sample_index * samples + sample
-        )
+    for noised in objective.evaluations(clean, levels, seed=EVALUATION_SEED, sample_index=sample_index):
         index = head_index(noised.is_scored, objective.shift)
         terms, bound = objective.evaluate(logits(clean.displayed(noised.z), index, placement), clean, noised)
         statistics[:, 0] += bound / samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -253,14 +253,16 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, sample_index: Tensor) -> EvaluationBatch:
-        """Noise a batch for evaluation.
+    def evaluations(
+        self, clean: CleanBatch, levels: Tensor, *, seed: int, sample_index: Tensor
+    ) -> Iterator[EvaluationBatch]:
+        """Noise a batch for evaluation, once for each of its levels.
 
         Args:
             clean: from `clean`.
-            level: [batch] float64, uniform in [0, 1), from `evaluation_times`.
+            levels: [batch, samples] float64, each uniform in [0, 1), from `evaluation_times`.
             seed: the seed of the evaluation.
-            sample_index: [batch] int64, index of each draw.
+            sample_index: [batch] int64, index of each row in the data set.
         """
 
     @abstractmethod
@@ -270,7 +272,7 @@ class Objective(ABC):
         Args:
             logits: [n_scored, vocab], logits of the scored tokens in row-major order.
             clean: the batch.
-            noised: the result of `evaluation` for this batch.
+            noised: one of the results of `evaluations` for this batch.
         """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.eos_noise import EosNoise, draw_masks
-from ..diffusion.likelihood import bound_per_row, mask_exactly
+from ..diffusion.likelihood import bound_per_row, mask_exactly, share_of
 from ..diffusion.loss_weights import denominator, token_weight
 from ..diffusion.losses import masked_cross_entropy
 from ..diffusion.noise import mask_tokens
@@ -93,11 +93,17 @@ class MaskedObjective(Objective):
         weighted = (nll * scored["weight"].view(torch.float32)).sum()
         return weighted / denominator.clamp(min=1), nll.detach().sum()
 
-    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, sample_index: Tensor) -> EvaluationBatch:
-        """Mask floor(level n) + 1 of each row's n tokens (`mask_exactly`); arguments as `Objective.evaluation`."""
-        is_masked = mask_exactly(clean.maskable, level, seed=seed, sample_index=sample_index)
-        z = clean.x_0.masked_fill(is_masked, self.mask_id)
-        return EvaluationBatch(z, is_masked, level, clean.maskable.sum(dim=1), torch.ones_like(level))
+    def evaluations(
+        self, clean: CleanBatch, levels: Tensor, *, seed: int, sample_index: Tensor
+    ) -> Iterator[EvaluationBatch]:
+        """Mask floor(level n) + 1 of each row's n tokens (`mask_exactly`); arguments as `Objective.evaluations`."""
+        share = torch.zeros(clean.x_0.shape, dtype=torch.float64)
+        draws = sample_index[:, None] * levels.shape[1] + torch.arange(levels.shape[1])
+        for level, draw in zip(levels.T, draws.T, strict=True):
+            is_masked = mask_exactly(clean.maskable, level, seed=seed, sample_index=draw, share=share)
+            share = share + share_of(is_masked)
+            z = clean.x_0.masked_fill(is_masked, self.mask_id)
+            yield EvaluationBatch(z, is_masked, level, clean.maskable.sum(dim=1), torch.ones_like(level))
 
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
         """Return cross-entropies and `bound_per_row`; the arguments are those of `Objective.evaluate`."""

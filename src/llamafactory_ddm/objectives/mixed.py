@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -91,16 +91,19 @@ class MixedObjective(Objective):
         weighted = (kl * scored["weight"].view(torch.float32)).sum()
         return weighted / denominator.clamp(min=1), kl.detach().sum()
 
-    def evaluation(self, clean: CleanBatch, level: Tensor, *, seed: int, sample_index: Tensor) -> EvaluationBatch:
-        """Noise each token with probability s = level^2; the arguments are those of `Objective.evaluation`.
+    def evaluations(
+        self, clean: CleanBatch, levels: Tensor, *, seed: int, sample_index: Tensor
+    ) -> Iterator[EvaluationBatch]:
+        """Noise each token with probability s = level^2; the arguments are those of `Objective.evaluations`.
 
         The weight of the bound is 1 / s, so the variance is largest at small s. With `level` uniform on [0, 1), s has
         the density 1 / (2 sqrt(s)), which draws more samples at small s. `weight` = 2 sqrt(s) corrects for it.
         """
-        level, maskable = level.square().clamp(min=_LEAST_LEVEL), clean.maskable
         streams = {"stream": Stream.EVALUATION, "uniform_stream": Stream.EVALUATION_UNIFORM}
-        z = self._mix(clean, level, seed=seed, sample_index=sample_index, **streams)
-        return EvaluationBatch(z, maskable, level, maskable.sum(dim=1), 2.0 * level.sqrt())
+        draws = sample_index[:, None] * levels.shape[1] + torch.arange(levels.shape[1])
+        for level, draw in zip(levels.T.square().clamp(min=_LEAST_LEVEL), draws.T, strict=True):
+            z = self._mix(clean, level, seed=seed, sample_index=draw, **streams)
+            yield EvaluationBatch(z, clean.maskable, level, clean.maskable.sum(dim=1), 2.0 * level.sqrt())
 
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
         """Return divergences and bounds; the arguments are those of `Objective.evaluate`.
