@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
-from .yaml_command import read_yaml, usage_status
+from .yaml_command import run_command
 
 USAGE = """usage: llamafactory-ddm quality x.yaml [key=value ...]
 
@@ -17,20 +17,16 @@ Example: examples/eval/tiny_gpt2_quality.yaml
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
-    status = usage_status(argv, USAGE)
-    if status is not None:
-        return status
+    return run_command("quality", USAGE, argv, _measure)
+
+
+def _measure(values: dict[str, Any]) -> None:
     from ..generation.quality_keys import read_keys
     from ..generation.quality_report import table
     from ..generation.quality_run import compare, save
 
-    try:
-        keys, sampling = read_keys(read_yaml(argv))
-        outcomes, record = compare(keys, sampling)
-        save(outcomes, record, Path(str(keys.save_dir)))
-    except (ValueError, TypeError, OSError) as error:
-        print(f"llamafactory-ddm quality: {error}", file=sys.stderr)
-        return 1
+    keys, sampling = read_keys(values)
+    outcomes, record = compare(keys, sampling)
+    save(outcomes, record, Path(str(keys.save_dir)))
     print(table(outcomes))
     print(f"saved: {keys.save_dir}/quality.md and quality.png")
-    return 0

@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def run_command(command: str, usage: str, argv: list[str], body: Callable[[dict[str, Any]], None]) -> int:
+    """Run a command on the keys of its YAML and return the exit status; errors of the user become one line.
+
+    Args:
+        command: its name.
+        usage: its help.
+        argv: its arguments.
+        body: what it does with the keys.
+    """
+    status = usage_status(argv, usage)
+    if status is not None:
+        return status
+    try:
+        body(read_yaml(argv))
+    except ModuleNotFoundError as error:
+        return report_missing_harness(command, error)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"llamafactory-ddm {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        text = "interrupted; what is finished is kept in save_dir, and the same command goes on"
+        print(f"llamafactory-ddm {command}: {text}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def usage_status(argv: list[str], usage: str) -> int | None:

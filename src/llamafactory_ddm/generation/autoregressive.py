@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
-from ..checkpoints.families import find_diffusion_config
-from ..checkpoints.hub import local_folder, may_be_on_hub
+from ..checkpoints.kind import check_kind
 from ..checkpoints.load_model import load_whole, load_whole_adapter
 from ..checkpoints.weights import first_line
 from ..diffusion.noise import Stream
@@ -133,7 +132,7 @@ def load_autoregressive(path: str, *, device: str | None = None, dtype: Any = No
     Raises:
         ValueError: if there is no such model, it has no tokenizer, or its attention is bidirectional.
     """
-    check_autoregressive(path)
+    check_kind(path, "ar")
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype if dtype is not None else torch.float32 if place.type == "cpu" else "auto"
     is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
@@ -169,16 +168,3 @@ def _check_causal(model: Any, path: str) -> None:
         raise ValueError(
             f"{path} is no autoregressive model: its attention is bidirectional; name an autoregressive one"
         )
-
-
-def check_autoregressive(path: str) -> None:
-    """Check that a path or Hub name may be an autoregressive model.
-
-    Raises:
-        ValueError: if it is no folder and no name, or a diffusion model.
-    """
-    folder = local_folder(path)
-    if not Path(folder).is_dir() and not may_be_on_hub(path):
-        raise ValueError(f"{path} is not a folder; check the path (it is relative to {Path.cwd()})")
-    if Path(folder).is_dir() and find_diffusion_config(folder) is not None:
-        raise ValueError(f"{path} is a diffusion model, whose attention is bidirectional; name an autoregressive one")

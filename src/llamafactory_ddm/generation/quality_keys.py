@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..sampling.keywords import ALIASES
+from ..checkpoints.kind import KINDS
+from ..sampling.keywords import ALIASES, split_keys, yaml_names
 from ..sampling.settings import KEYS as SAMPLING_KEYS
 from ..utils.keys import check_fields, key, keys_of
 from ..utils.registry import did_you_mean
 
-KINDS = ("diffusion", "ar")
 # Keys of generation that may be lists: every combination is a setting.
 LISTS = ("denoising_strategy", "diffusion_steps", "seed")
 # Keys of generation that an autoregressive model reads.
@@ -179,26 +179,15 @@ def read_keys(values: Mapping[str, Any]) -> tuple[QualityKeys, Sampling]:
     Raises:
         ValueError: for an unknown key or a value that is not allowed.
     """
-    names = {field.name for field in fields(QualityKeys)}
-    known = {*names, *SAMPLING_KEYS, *ALIASES}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{name} is not a key of llamafactory-ddm quality{did_you_mean(name, known)}")
-    keys = QualityKeys(**{name: value for name, value in values.items() if name in names})
-    given: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in names:
-            yaml_name = ALIASES.get(name, name)
-            if yaml_name in given:
-                raise ValueError(f"{name} sets {yaml_name}, which is set under its other name too; set one of them")
-            given[yaml_name] = value
+    own, generation = split_keys(values, [field.name for field in fields(QualityKeys)], "llamafactory-ddm quality")
+    keys, given = QualityKeys(**own), yaml_names(generation)
     lists = {name: _list(name, given.pop(name, SAMPLING_KEYS[name].default)) for name in LISTS}
     for name, value in given.items():
         if isinstance(value, list | tuple) and name != "suppress_tokens":
             raise ValueError(f"{name}: {value} is a list; only {', '.join(LISTS)} may be lists")
     if all(source.kind == "ar" for source in keys.sources()):
-        for name in values:
-            if name not in names and ALIASES.get(name, name) not in AR_KEYS:
+        for name in generation:
+            if ALIASES.get(name, name) not in AR_KEYS:
                 raise ValueError(f"{name} is read by diffusion models alone, and all models are kind: ar; remove it")
     for name in given:
         needs = SAMPLING_KEYS[name].needs

@@ -16,18 +16,17 @@ from transformers import AutoConfig
 
 from .._version import __version__
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
-from ..checkpoints.families import find_diffusion_config
-from ..checkpoints.hub import local_folder, may_be_on_hub
+from ..checkpoints.hub import local_folder
+from ..checkpoints.kind import check_kind, model_or_adapter
 from ..checkpoints.weights import first_line
 from ..evaluation.quality import Estimate, Judge, JudgedText, quality
-from ..modeling.diffusion_config import FILE_NAME
 from ..modeling.model_info import max_positions
 from ..sampling.keywords import with_keywords
 from ..sampling.settings import SamplingSettings
 from ..utils.files import replacing
 from ..utils.plugins import load_plugins
 from ..utils.result_log import ResultLog, digest
-from .autoregressive import AutoregressiveModel, check_autoregressive, load_autoregressive
+from .autoregressive import AutoregressiveModel, load_autoregressive
 from .generator import TextGenerator, error_prefix
 from .identity import generator_identity, model_identity
 from .load import load
@@ -95,7 +94,7 @@ def compare(keys: QualityKeys, sampling: Sampling) -> tuple[list[Outcome], dict[
         check_source(source, keys, sampling)
     judge_path = str(keys.judge_model)
     with error_prefix("judge_model"):
-        check_autoregressive(judge_path)
+        check_kind(judge_path, "ar")
         _positions(judge_path)
     log = ResultLog(Path(str(keys.save_dir)))
     log.read_earlier({"version": __version__})
@@ -147,25 +146,9 @@ def check_source(source: Source, keys: QualityKeys, sampling: Sampling) -> None:
             generation is wrong.
     """
     subject = source.key
-    if source.adapter is not None:
-        if not (Path(source.adapter) / ADAPTER_CONFIG).is_file():
-            raise ValueError(f"{subject}: {source.adapter} holds no {ADAPTER_CONFIG}; name the folder of an adapter")
-        base = base_of(source.adapter)
-        if source.model is not None and source.model != base and Path(source.model).resolve() != Path(base).resolve():
-            raise ValueError(
-                f"{subject}: {source.model} is not the model of the adapter {source.adapter}, which is {base}"
-            )
+    with error_prefix(subject):
+        config = check_kind(model_or_adapter(source.model, source.adapter), source.kind)
     folder = Path(local_folder(source.path))
-    if not folder.is_dir() and not may_be_on_hub(source.path):
-        raise ValueError(f"{subject}: {source.path} is not a folder; check the path (it is relative to {Path.cwd()})")
-    config = find_diffusion_config(folder) if folder.is_dir() else None
-    if source.kind == "diffusion" and config is None:
-        raise ValueError(
-            f"{subject}: {source.path} holds no {FILE_NAME}, so it is no diffusion model; set kind: ar if it is to "
-            "sample autoregressively"
-        )
-    if source.kind == "ar" and config is not None:
-        raise ValueError(f"{subject}: {source.path} is a diffusion model, which kind: ar cannot sample; remove kind")
     with error_prefix(subject):
         limit = _positions(str(folder) if folder.is_dir() else source.path)
     needed = keys.length + bool(config is not None and config.shift)

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -18,18 +19,23 @@ import torch
 
 from .._version import __version__
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
-from ..checkpoints.families import find_diffusion_config
-from ..checkpoints.hub import local_folder, may_be_on_hub
+from ..checkpoints.families import load_tokenizer
+from ..checkpoints.hub import local_folder
+from ..checkpoints.kind import check_kind, model_or_adapter
+from ..checkpoints.weights import first_line
+from ..generation.generator import error_prefix
+from ..modeling.special_tokens import resolve_tokens
 from ..utils.files import replacing
 from ..utils.plugins import load_plugins
 from ..utils.result_log import digest
-from .autoregressive import AutoregressiveLM
+from .autoregressive import AutoregressiveLM, load_template
 from .compare_keys import Comparison, Evaluation
 from .infilling import take_infill
+from .keys import EvalKeys
 from .model import DiffusionLM, plugins_digest
 from .paired import MEAN, Statistic, matched, paired_difference, standard_error, values_by_document
 from .parallelism import Curve, Point, accuracy_under_parallelism, plot
-from .run import TaskSet, load_model, load_tasks, model_or_adapter, run_tasks, save
+from .run import TaskSet, load_model, load_tasks, run_tasks, save
 
 # Files that determine what a model computes.
 _MODEL_FILES = (
@@ -98,7 +104,9 @@ def compare(comparison: Comparison) -> dict[str, Any] | None:
     """
     for evaluation in comparison.evaluations:
         load_plugins(evaluation.keys.plugins)
-        _check_kind(evaluation)
+        with error_prefix(f"models: {evaluation.model}"):
+            _check_model(evaluation)
+            _check_writable(evaluation.keys.save_dir)
     tasks = _load_tasks(comparison)
     if comparison.sweep is not None:
         _check_swept_tasks(comparison.sweep, tasks)
@@ -120,37 +128,52 @@ def compare(comparison: Comparison) -> dict[str, Any] | None:
         file.write(json.dumps(record, indent=2, default=str) + "\n")
     with replacing(folder / "comparison.md") as file:
         file.write(as_markdown(record) + "\n")
-    if comparison.sweep is not None:
-        panels = [(panel["title"], [_curve(curve) for curve in panel["curves"]]) for panel in record["parallelism"]]
-        plot(panels, comparison.sweep, folder / "parallelism.png")
+    panels = [(panel["title"], [_curve(curve) for curve in panel["curves"]]) for panel in record["parallelism"]]
+    if panels:
+        plot(panels, str(comparison.sweep), folder / "parallelism.png")
+    else:
+        (folder / "parallelism.png").unlink(missing_ok=True)  # of an earlier sweep
     return record
 
 
 # Checks before a model is loaded.
 
 
-def _check_kind(evaluation: Evaluation) -> None:
-    """Check that a folder holds the kind of model that the user says.
+def _check_model(evaluation: Evaluation) -> None:
+    """Check that a folder holds the kind of model that the user says, with the tokens that the keys name.
 
     Raises:
-        ValueError: naming `kind` if it holds the other.
+        ValueError: if it does not, or there is no such template.
     """
-    about = f"models: {evaluation.model}: "
+    path, suppressed = _path(evaluation.keys), evaluation.sampling.get("suppress_tokens")
+    config, template = check_kind(path, evaluation.kind), evaluation.keys.template
+    is_its_own = config is not None and config.template is not None and config.template.name == template
+    if suppressed is None and (template is None or is_its_own):
+        return
+    is_bare = evaluation.kind == "ar" and (Path(path) / ADAPTER_CONFIG).is_file()
+    tokenizer = load_tokenizer(local_folder(base_of(path) if is_bare else path))
+    if suppressed is not None:
+        resolve_tokens(tokenizer, "suppress_tokens", suppressed)
+    if template is not None and not is_its_own:
+        load_template(template, tokenizer)
+
+
+def _path(keys: EvalKeys) -> str:
+    return model_or_adapter(keys.model_name_or_path, keys.adapter_name_or_path)
+
+
+def _check_writable(save_dir: str | None) -> None:
+    """Check that the folder of an evaluation can be made and written.
+
+    Raises:
+        ValueError: naming save_dir.
+    """
     try:
-        name = model_or_adapter(evaluation.keys)
-        folder = Path(local_folder(name))
-        config = find_diffusion_config(folder) if folder.is_dir() else None
-    except ValueError as error:
-        raise ValueError(f"{about}{error}") from error
-    if not folder.is_dir() and not may_be_on_hub(name):
-        raise ValueError(f"{about}{name} is not a folder; check the path (it is relative to {Path.cwd()})")
-    if evaluation.kind == "diffusion" and config is None:
-        raise ValueError(
-            f"{about}{name} is no diffusion model (there is no diffusion_config.json); set kind: ar for an "
-            "autoregressive model"
-        )
-    if evaluation.kind == "ar" and config is not None:
-        raise ValueError(f"{about}{name} is a diffusion model; remove kind: ar")
+        Path(str(save_dir)).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"save_dir: {save_dir} cannot be written ({error.strerror}); name another folder") from error
 
 
 def _load_tasks(comparison: Comparison) -> TaskSet:
@@ -213,9 +236,10 @@ def _fingerprints(comparison: Comparison, tasks: TaskSet) -> list[str]:
     found = []
     for evaluation in comparison.evaluations:
         keys = evaluation.keys
-        name = model_or_adapter(keys)
+        name = _path(keys)
         if name not in files:
-            files[name] = _files_digest(name)
+            with error_prefix(f"models: {evaluation.model}"):
+                files[name] = _files_digest(name)
         settings = {
             word: value
             for word, value in asdict(keys).items()
@@ -251,17 +275,22 @@ def _without_addresses(value: Any) -> Any:
 
 
 def _files_digest(name: str) -> str:
-    """Return a digest of a model's files, for an adapter with those of its base; for a Hub name, of the revision."""
+    """Return a digest of a model's files, for an adapter with those of its base; for a Hub name, of the revision.
+
+    Raises:
+        ValueError: if a Hub name cannot be resolved.
+    """
     folder = Path(local_folder(name))
     if not folder.is_dir():
         from transformers.utils.hub import cached_file
 
-        config = cached_file(name, "config.json")
+        try:
+            config = cached_file(name, "config.json")
+        except OSError as error:
+            raise ValueError(f"{name} is no folder, and cannot be had from the Hub ({first_line(error)})") from error
         return digest([name, Path(str(config)).parent.name])
-    parts = []
-    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
-        with path.open("rb") as file:
-            parts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+    paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    parts = [[path.name, _file_digest(path)] for path in paths]
     base = _files_digest(base_of(folder)) if (folder / ADAPTER_CONFIG).is_file() else None
     return digest([parts, base])
 
@@ -287,18 +316,19 @@ def _run_unfinished(comparison: Comparison, tasks: TaskSet, fingerprints: Sequen
     for evaluation, fingerprint in unfinished:
         # A sweep loads a model once.
         identity = [evaluation.model, {**asdict(evaluation.keys), "save_dir": None}]
-        if loaded is not None and loaded[0] == identity:
-            model: Any = loaded[1].with_sampling(evaluation.sampling, evaluation.keys.save_dir)
-        else:
-            loaded = None
-            _free()
-            if evaluation.kind == "ar":
-                model = _load_autoregressive(evaluation)
+        with error_prefix(f"models: {evaluation.model}"):
+            if loaded is not None and loaded[0] == identity:
+                model: Any = loaded[1].with_sampling(evaluation.sampling, evaluation.keys.save_dir)
             else:
-                model = load_model(evaluation.keys, evaluation.sampling)
-                loaded = (identity, model)
-        results = run_tasks(tasks, model, evaluation.keys)
-        del model
+                loaded = None
+                _free()
+                if evaluation.kind == "ar":
+                    model = _load_autoregressive(evaluation)
+                else:
+                    model = load_model(evaluation.keys, evaluation.sampling)
+                    loaded = (identity, model)
+            results = run_tasks(tasks, model, evaluation.keys)
+            del model
         if results is not None:
             folder = Path(str(evaluation.keys.save_dir))
             (folder / _FINISHED).unlink(missing_ok=True)
@@ -315,17 +345,21 @@ def _free() -> None:
 
 
 def _is_finished(folder: Path, fingerprint: str) -> bool:
-    """Tell whether the folder holds the results of this evaluation, and no later one's."""
+    """Tell whether the folder holds the results of this evaluation as it wrote them."""
     try:
         kept = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))
-        is_same = kept == {"settings": fingerprint, "results": _results_digest(folder)}
+        return bool(kept == {"settings": fingerprint, "results": _results_digest(folder)})
     except (OSError, ValueError):
         return False
-    return bool(is_same) and (folder / "samples.jsonl").is_file()
 
 
 def _results_digest(folder: Path) -> str:
-    return digest((folder / "results.json").read_text(encoding="utf-8"))
+    return digest([_file_digest(folder / name) for name in ("results.json", "samples.jsonl")])
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_autoregressive(evaluation: Evaluation) -> AutoregressiveLM:
@@ -335,7 +369,7 @@ def _load_autoregressive(evaluation: Evaluation) -> AutoregressiveLM:
         ValueError: if it cannot be loaded.
     """
     keys = evaluation.keys
-    name = model_or_adapter(keys)
+    name = _path(keys)
     is_adapter = (Path(name) / ADAPTER_CONFIG).is_file()
     try:
         return AutoregressiveLM(
@@ -348,8 +382,8 @@ def _load_autoregressive(evaluation: Evaluation) -> AutoregressiveLM:
             results_folder=keys.save_dir,
             **evaluation.sampling,
         )
-    except (ValueError, OSError) as error:
-        raise ValueError(f"models: {evaluation.model}: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be loaded: {first_line(error)}") from error
 
 
 def _read(evaluation: Evaluation) -> _Outcome:
@@ -462,6 +496,8 @@ def _parallelism(outcomes: Sequence[_Outcome], tasks: TaskSet) -> list[dict[str,
                 label = "" if outcome.evaluation.value is None else str(outcome.evaluation.value)
                 point = Point(tokens_per_pass or 0.0, 100 * value, None if error is None else 100 * error, label)
                 points.setdefault(outcome.evaluation.model, []).append(point)
+            if not all(0 <= point.accuracy <= 100 for each in points.values() for point in each):
+                continue  # a score of another range
             best = max(point.accuracy for each in points.values() for point in each)
             curves = [
                 Curve(model, tuple(each), accuracy_under_parallelism(each, best)) for model, each in points.items()
@@ -518,9 +554,8 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     if record["parallelism"]:
         lines += ["## Accuracy under parallelism", "", "| task and metric | model | AUP |", "|---|---|---|"]
         for panel in record["parallelism"]:
-            lines += [
-                f"| {panel['title']} | {_cell(curve['name'])} | {curve['score']:.2f} |" for curve in panel["curves"]
-            ]
+            title = _cell(panel["title"])
+            lines += [f"| {title} | {_cell(curve['name'])} | {curve['score']:.2f} |" for curve in panel["curves"]]
         lines.append("")
     lines += ["## Settings", "", "| model | kind | weights | type | device | seed | template | generation |"]
     lines.append("|---|---|---|---|---|---|---|---|")
@@ -557,7 +592,7 @@ def _table_columns(record: Mapping[str, Any]) -> list[tuple[list[str], list[tupl
             for name, value in ids
             if name == model
         ]
-        tables.append(([f"## {model}", ""], columns))
+        tables.append(([f"## {_cell(model)}", ""], columns))
     return tables
 
 

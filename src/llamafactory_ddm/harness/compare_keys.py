@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..sampling.keywords import ALIASES, with_keywords
+from ..checkpoints.kind import KINDS
+from ..generation.generator import error_prefix
+from ..sampling.keywords import ALIASES, split_keys, with_keywords, yaml_names
 from ..sampling.settings import KEYS as SAMPLING_KEYS
 from ..sampling.settings import SamplingSettings
 from ..utils.keys import key, keys_of
@@ -50,7 +51,7 @@ class ModelKeys:
     kind: str = key(
         "diffusion",
         "In an entry of models. ar: an autoregressive model, evaluated by the harness's own class hf.",
-        choices=("diffusion", "ar"),
+        choices=KINDS,
     )
 
 
@@ -96,25 +97,21 @@ def read_comparison(values: Mapping[str, Any]) -> Comparison:
     Raises:
         ValueError: for an unknown key, a value that is not allowed, or keys that contradict each other.
     """
-    rest = {ALIASES.get(name, name): value for name, value in values.items() if name not in ("models", "sweep")}
-    if len(rest) < len(values.keys() - {"models", "sweep"}):
-        raise ValueError("a key of generation is set under both of its names, such as temperature and logits_temp")
-    for name in values:
-        if name == "kind":
-            raise ValueError("kind belongs to a single model; write it in the entry of that model under models")
-        known = {*_EVAL_KEYS, *SAMPLING_KEYS, *ALIASES, *keys_of(CompareKeys)}
-        if name not in known:
-            raise ValueError(f"{name} is not a key of llamafactory-ddm compare{did_you_mean(name, known)}")
-    models = _models(values.get("models"))
-    sweep, swept = _sweep(values.get("sweep"))
+    if "kind" in values:
+        raise ValueError("kind belongs to a single model; write it in the entry of that model under models")
+    own, generation = split_keys(values, [*_EVAL_KEYS, *keys_of(CompareKeys)], "llamafactory-ddm compare")
+    rest = yaml_names({**own, **generation})
+    models, sweep_key = rest.pop("models", None), rest.pop("sweep", None)
+    entries = _models(models)
+    sweep, swept = _sweep(sweep_key)
     if sweep in rest:
         raise ValueError(f"{sweep} is set by sweep, and as a common key too; remove one of them")
     if rest.get("save_dir") is None:
         raise ValueError("save_dir is missing; name the folder of the results")
     common, _ = read_keys({"model_name_or_path": "-", **rest})
     evaluations: list[Evaluation] = []
-    for name, entry in models.items():
-        with _about(name):
+    for name, entry in entries.items():
+        with error_prefix(f"models: {name}"):
             evaluations += _evaluations(name, entry, rest, sweep, swept)
     if sweep is not None and all(evaluation.kind == "ar" for evaluation in evaluations):
         raise ValueError(f"sweep: {sweep} needs a diffusion model, and all models are of kind: ar")
@@ -126,21 +123,8 @@ def folder_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip(".-")
 
 
-@contextmanager
-def _about(model: str) -> Iterator[None]:
-    """Name the model in front of an error.
-
-    Raises:
-        ValueError: the error that left the block, with a longer message.
-    """
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"models: {model}: {error}") from error
-
-
 def _models(models: Any) -> dict[str, dict[str, Any]]:
-    """Return the entries of models by name, with the names of generation keys as in YAML.
+    """Return the entries of models by name.
 
     Raises:
         ValueError: if there are none, an entry is no mapping, or two names give one folder.
@@ -164,7 +148,7 @@ def _models(models: Any) -> dict[str, dict[str, Any]]:
                 "that differ in more than case and punctuation"
             )
         names[folder] = name
-    return {name: {ALIASES.get(word, word): value for word, value in entry.items()} for name, entry in models.items()}
+    return dict(models)
 
 
 def _sweep(sweep: Any) -> tuple[str | None, list[Any]]:
@@ -186,10 +170,18 @@ def _sweep(sweep: Any) -> tuple[str | None, list[Any]]:
         )
     if not isinstance(values, list) or not values:
         raise ValueError(f"sweep: {name}: {values!r} must be a list of values, such as [4, 8]")
-    checked = [value if name == "suppress_tokens" else SAMPLING_KEYS[name].checked(name, value) for value in values]
-    if len({folder_name(str(value)).lower() for value in checked}) < len(checked):
+    if None in values:
+        raise ValueError(f"sweep: {name}: {values} has an empty value; remove it")
+    with error_prefix("sweep"):
+        spec = SAMPLING_KEYS[name]
+        checked = [value if name == "suppress_tokens" else spec.checked(name, value) for value in values]
+    if len({_folder_of_value(name, value).lower() for value in checked}) < len(checked):
         raise ValueError(f"sweep: {name}: {values} names a value twice")
     return name, checked
+
+
+def _folder_of_value(sweep: str, value: Any) -> str:
+    return folder_name(f"{sweep}-{value}")
 
 
 def _evaluations(
@@ -207,11 +199,11 @@ def _evaluations(
             raise ValueError(f"{word} is the same for all models; write it outside models")
         if word not in known:
             raise ValueError(f"{word} is not a key of a model{did_you_mean(word, known - {*_COMMON_ONLY})}")
-        if word == sweep:
+        if ALIASES.get(word, word) == sweep:
             raise ValueError(f"{word} is set by sweep; remove it here")
         if kind == "ar" and not _applies_to_ar(word):
             raise ValueError(f"{word} has no effect on kind: ar; remove it, or kind: ar for a diffusion model")
-    own = {word: value for word, value in entry.items() if word != "kind"}
+    own = yaml_names({word: value for word, value in entry.items() if word != "kind"})
     merged = {word: value for word, value in {**common, **own}.items() if own.get(word, value) is not None}
     if kind == "ar":
         merged = {word: value for word, value in merged.items() if _applies_to_ar(word)}
@@ -220,11 +212,12 @@ def _evaluations(
         settings = dict(merged)
         if value is not None:
             settings[str(sweep)] = value
-            folder /= folder_name(f"{sweep}-{value}")
+            folder /= _folder_of_value(str(sweep), value)
         keys, sampling = read_keys({**settings, "save_dir": str(folder)})
         with_keywords(SamplingSettings(), {word: v for word, v in sampling.items() if word != "suppress_tokens"})
         yield Evaluation(name, kind, value, keys, sampling)
 
 
 def _applies_to_ar(word: str) -> bool:
-    return word in AR_SAMPLING_KEYS or word == "kind" or (word in _EVAL_KEYS and word not in _DIFFUSION_ONLY)
+    is_shared = word in _EVAL_KEYS and word not in _DIFFUSION_ONLY
+    return is_shared or word == "kind" or ALIASES.get(word, word) in AR_SAMPLING_KEYS

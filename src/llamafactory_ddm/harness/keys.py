@@ -7,10 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..sampling.keywords import ALIASES
-from ..sampling.settings import KEYS as SAMPLING_KEYS
+from ..sampling.keywords import split_keys
 from ..utils.keys import check_fields, key
-from ..utils.registry import did_you_mean
 from .local_data import check_task_data
 from .scoring import SAMPLES
 
@@ -102,10 +100,5 @@ def read_keys(values: Mapping[str, Any]) -> tuple[EvalKeys, dict[str, Any]]:
     Raises:
         ValueError: for an unknown key or a value that is not allowed.
     """
-    names = {field.name for field in fields(EvalKeys)}
-    known = {*names, *SAMPLING_KEYS, *ALIASES}
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{name} is not a key of llamafactory-ddm eval{did_you_mean(name, known)}")
-    keys = EvalKeys(**{name: value for name, value in values.items() if name in names})
-    return keys, {name: value for name, value in values.items() if name not in names}
+    own, generation = split_keys(values, [field.name for field in fields(EvalKeys)], "llamafactory-ddm eval")
+    return EvalKeys(**own), generation

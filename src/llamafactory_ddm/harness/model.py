@@ -21,10 +21,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from .._version import __version__
+from ..checkpoints.hub import local_folder
 from ..data.canvas import Canvas, canvas_of
 from ..generation.generator import Generated, TextGenerator, error_prefix
 from ..generation.identity import generator_identity
 from ..generation.load import load
+from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.model_info import max_positions
 from ..sampling import SamplingSettings
 from ..sampling.keywords import ALIASES
@@ -37,6 +39,11 @@ from .keys import EvalKeys
 from .scoring import Answer, AnswerScorer
 
 logger = logging.getLogger(__name__)
+# Logged of a model whose tokenizer has a chat template; %s is the model.
+NO_TEMPLATE = (
+    "%s has a chat template, and prompts come without a template; if it was finetuned to follow instructions, set "
+    "template to LLaMA-Factory's name of it"
+)
 _KEYS = keys_of(EvalKeys)
 # Keys of other decoders in tasks; they have no meaning for a diffusion model.
 _WITHOUT_MEANING = ("num_beams", "early_stopping", "length_penalty", "num_return_sequences", "use_cache")
@@ -269,7 +276,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
                 context, ids = make_disjoint_window(window)
                 parts.append(f"{self._key('rolling', request)}-{len(parts)}")
                 context = self._with_start([token for token in context if token >= 0])
-                answers[parts[-1]] = (Answer(tuple(context), tuple(ids), _noise_index(document_id(request))), False)
+                answers[parts[-1]] = (Answer(tuple(context), tuple(ids), noise_index(document_id(request))), False)
             keys.append(parts)
         found = self._finish(answers, self._score, disable_tqdm)
         for request, parts in zip(requests, keys, strict=True):
@@ -355,7 +362,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
             for low in range(0, len(canvases), self.batch_size):
                 keys, batch, untils = zip(*canvases[low : low + self.batch_size], strict=True)
                 sized = [each.canvas for each in self.generator.sized(batch, settings)]
-                indices = [_noise_index(key) for key in keys]
+                indices = [noise_index(key) for key in keys]
                 texts: list[Generated] = self.generator.sample_batch(sized, settings, sample_indices=indices)
                 for key, text, until in zip(keys, texts, untils, strict=True):
                     value, n_tokens = self._cut_at_stop(text, until)
@@ -437,7 +444,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
                 f"task: {request.task_name}, document {request.doc_id}: the answer {continuation!r} has no tokens; "
                 "correct doc_to_target or doc_to_choice in the task's YAML"
             )
-        return Answer(tuple(self._with_start(before)), tuple(ids), _noise_index(document_id(request)))
+        return Answer(tuple(self._with_start(before)), tuple(ids), noise_index(document_id(request)))
 
     def _with_start(self, context: list[int]) -> list[int]:
         """Return a context with the start token if the model needs one."""
@@ -496,9 +503,17 @@ class DiffusionLM(LM):  # type: ignore[misc]
         )
 
     def _warn_of_template(self) -> None:
+        """Warn once of a finetuned model whose prompts come without its template."""
+        if self._template_settled:
+            return
+        self._template_settled = True
         template = self.generator.config.template
-        if template is not None and not self._template_settled:
-            self._template_settled = True  # warn once
+        if template is None:
+            # A checkpoint of this package says whether it has a template; a published one does not.
+            is_published = self._is_loaded_here and DiffusionConfig.find(local_folder(self.path)) is None
+            if is_published and getattr(self.generator.tokenizer, "chat_template", None):
+                logger.warning(NO_TEMPLATE, self.path)
+        else:
             logger.warning(
                 "%s was finetuned with the template %s, and prompts come without it; set template: %s",
                 self.path,
@@ -571,7 +586,7 @@ def document_id(request: Instance) -> str:
     return digest([request.task_name, request.doc_id, request.doc])
 
 
-def _noise_index(key: str) -> int:
+def noise_index(key: str) -> int:
     """Return a number of 31 bits that keys the noise of a request."""
     return int(digest(key)[:8], 16) >> 1
 

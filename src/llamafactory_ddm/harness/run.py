@@ -18,7 +18,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.registry import metric_registry
 from lm_eval.utils import handle_non_serializable, make_table
 
-from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
+from ..checkpoints.kind import model_or_adapter
 from ..utils.files import replacing
 from ..utils.plugins import load_plugins
 from ..utils.registry import did_you_mean
@@ -54,7 +54,7 @@ def load_model(keys: EvalKeys, sampling: Mapping[str, Any]) -> DiffusionLM:
         ValueError: if it cannot be loaded, or a value is not allowed.
     """
     return DiffusionLM(
-        model_or_adapter(keys),
+        model_or_adapter(keys.model_name_or_path, keys.adapter_name_or_path),
         dtype=keys.infer_dtype,
         batch_size=keys.batch_size,
         scoring=keys.scoring,
@@ -237,26 +237,6 @@ def load_tasks(
     except ValueError as error:  # a task by itself and within a group
         raise ValueError(f"{key}: {', '.join(names)}: {_first_line(error)}; name it once") from error
     return TaskSet(names, items, manager, key, run_generated_code)
-
-
-def model_or_adapter(keys: EvalKeys) -> str:
-    """Return what to load: the adapter, which names its model, or the model.
-
-    Raises:
-        ValueError: if the folder holds no adapter, or the adapter names another model.
-    """
-    if keys.adapter_name_or_path is None:
-        return str(keys.model_name_or_path)
-    adapter = Path(keys.adapter_name_or_path)
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"adapter_name_or_path: {adapter} holds no {ADAPTER_CONFIG}; name the folder of an adapter")
-    base, given = base_of(adapter), keys.model_name_or_path
-    if given is not None and given != base and Path(given).resolve() != Path(base).resolve():
-        raise ValueError(
-            f"model_name_or_path: {given} is not the model of the adapter {adapter}, which is {base}; remove "
-            f"model_name_or_path, or set it to {base}"
-        )
-    return str(adapter)
 
 
 def _load_task(

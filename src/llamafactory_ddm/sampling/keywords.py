@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,6 +15,41 @@ _LOGITS_FIELDS = {f.name for f in fields(LogitsConfig)}
 # Attributes whose YAML key has another name -> that name.
 ALIASES = {"temperature": "logits_temp", "top_p": "topp_temp", "suppress": "suppress_tokens"}
 _ATTRIBUTES = {name: attribute for attribute, name in ALIASES.items()}
+
+
+def split_keys(values: Mapping[str, Any], own: Collection[str], command: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keys of a command, and those of generation that it takes too.
+
+    Args:
+        values: what the user set.
+        own: names of the command's keys.
+        command: its name, for the message.
+    Raises:
+        ValueError: for any other key, with the nearest one.
+    """
+    known = {*own, *KEYS, *ALIASES}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{name} is not a key of {command}{did_you_mean(name, known)}")
+    return (
+        {name: value for name, value in values.items() if name in own},
+        {name: value for name, value in values.items() if name not in own},
+    )
+
+
+def yaml_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with the YAML keys of generation in place of other names; all other names are kept.
+
+    Raises:
+        ValueError: if a key is set under two names.
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        yaml_name = ALIASES.get(name, name)
+        if yaml_name in found:
+            raise ValueError(f"{name} sets {yaml_name}, which is set under its other name too; set one of them")
+        found[yaml_name] = value
+    return found
 
 
 def with_keywords(settings: SamplingSettings, keywords: Mapping[str, Any]) -> SamplingSettings:

@@ -8,6 +8,7 @@ from .base import (
     detect_family,
     family_of_converted,
     find_diffusion_config,
+    load_tokenizer,
     raw_config,
     register_family,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "family_of_converted",
     "find_diffusion_config",
     "llada",
+    "load_tokenizer",
     "raw_config",
     "register_family",
 ]
