@@ -1,20 +1,18 @@
 """Comparisons: their keys, what is evaluated again, and what is written."""
 
 import json
-import math
 
 import pytest
 
 pytest.importorskip("lm_eval")
-from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM
 
 from llamafactory_ddm.harness import compare as module
-from llamafactory_ddm.harness.autoregressive import AutoregressiveLM
 from llamafactory_ddm.harness.compare import as_markdown, compare
 from llamafactory_ddm.harness.compare_keys import read_comparison
 from support.cli import ROOT
 from support.harness import random_model
+from support.tiny import save_model
 
 TASKS = str(ROOT / "examples" / "eval" / "tasks")
 ONE = {"a": {"model_name_or_path": "x"}}
@@ -27,13 +25,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def autoregressive(tmp_path_factory, folder):
-    """The same weights, without diffusion_config.json."""
-    copy = tmp_path_factory.mktemp("autoregressive")
-    for path in folder.iterdir():
-        if path.name != "diffusion_config.json":
-            (copy / path.name).write_bytes(path.read_bytes())
-    return copy
+def autoregressive(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("autoregressive"), kind="ar", positions=400, width=16, layers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +75,11 @@ def run(save_dir, models, **keys):
         ({"task": None}, "task is missing"),
         ({"modells": {}}, "modells.*models"),
         ({"kind": "ar"}, "kind .*models"),
-        ({"temperature": 1, "logits_temp": 1}, "temperature and logits_temp"),
+        ({"temperature": 1, "logits_temp": 1}, "logits_temp .*under its other name"),
+        (
+            {"models": {"a": {"model_name_or_path": "x", "temperature": 1, "logits_temp": 1}}},
+            "models: a: logits_temp .*under its other name",
+        ),
         ({"sweep": {"diffusion_stps": [1]}}, "sweep: diffusion_stps.*diffusion_steps"),
         ({"sweep": {"max_new_tokens": [1]}}, "sweep: max_new_tokens"),
         ({"sweep": {"diffusion_steps": [1], "block_length": [1]}}, "diffusion_steps, block_length"),
@@ -92,6 +89,12 @@ def run(save_dir, models, **keys):
         ({"sweep": {"diffusion_steps": []}}, "sweep: diffusion_steps"),
         ({"sweep": {"diffusion_steps": [4, 0]}}, "diffusion_steps.*0"),
         ({"sweep": {"diffusion_steps": [4, 4.0]}}, "twice"),
+        ({"sweep": {"top_k": [None, 5]}}, "sweep: top_k: .*empty value"),
+        ({"sweep": {"confidence_threshold": [0, 0.5]}}, r"sweep: confidence_threshold .*\(0, 1\], got 0"),
+        (
+            {"sweep": {"temperature": [0.5]}, "models": {"a": {"model_name_or_path": "x", "temperature": 1}}},
+            "set by sweep",
+        ),
         ({"sweep": {"diffusion_steps": [4]}, "diffusion_steps": 4}, "diffusion_steps is set by sweep"),
         (
             {"sweep": {"diffusion_steps": [4]}, "models": {"a": {"model_name_or_path": "x", "diffusion_steps": 4}}},
@@ -142,6 +145,8 @@ def test_a_sweep_is_an_evaluation_a_value():
         ("a", 0.5, "out/a/logits_temp-0.5"),
         ("b", None, "out/b"),
     ]
+    signed = read_comparison({**BASE, "sweep": {"seed": [-1, 1]}})
+    assert [each.keys.save_dir for each in signed.evaluations] == ["out/a/seed--1", "out/a/seed-1"]
     assert [dict(each.sampling) for each in comparison.evaluations] == [{"logits_temp": 0.0}, {"logits_temp": 0.5}, {}]
 
 
@@ -151,6 +156,11 @@ def test_a_sweep_is_an_evaluation_a_value():
         ({"kind": "ar"}, {}, "models: a: .*kind: ar"),
         ({"autoregressive": True}, {}, "models: a: .*kind: ar"),
         ({"model_name_or_path": "/absent"}, {}, "models: a: /absent"),
+        ({"model_name_or_path": "absent", "kind": "ar"}, {}, "models: a: absent .*Hub"),
+        ({"template": "qwenn"}, {}, "models: a: template: qwenn does not exist.*qwen"),
+        ({"template": "qwenn", "autoregressive": True, "kind": "ar"}, {}, "models: a: template: qwenn"),
+        ({"suppress_tokens": ["no token"]}, {}, "models: a: suppress_tokens.*no token"),
+        ({}, {"save_dir": "README.md/out"}, r"models: a: save_dir: README\.md/out/a cannot be written"),
         ({"model_name_or_path": "/absent", "kind": "ar"}, {}, "models: a: /absent"),
         ({"adapter_name_or_path": "/absent"}, {}, "models: a: adapter_name_or_path"),
         ({}, {"sweep": {"diffusion_steps": [2]}}, "sweep: diffusion_steps.*tiny_last_word.*likelihoods"),
@@ -163,7 +173,7 @@ def test_what_cannot_run_is_known_before_a_model_is_loaded(
     monkeypatch.setattr(module, "load_model", None)
     path = autoregressive if entry.pop("autoregressive", False) else folder
     with pytest.raises(ValueError, match=error) as raised:
-        run(tmp_path, {"a": {"model_name_or_path": str(path), **entry}}, **keys)
+        run(**{"save_dir": tmp_path, **keys}, models={"a": {"model_name_or_path": str(path), **entry}})
     assert "\n" not in str(raised.value)
 
 
@@ -257,80 +267,20 @@ def test_a_sweep(folder, autoregressive, tmp_path, monkeypatch):
     assert one == other
 
 
-@pytest.mark.slow
-def test_documents_that_differ_are_an_error(folder, tmp_path):
-    models = {name: {"model_name_or_path": str(folder), "diffusion_steps": n} for name, n in (("a", 2), ("b", 3))}
-    run(tmp_path, models, task="tiny_problems")
-    path = tmp_path / "b" / "samples.jsonl"
-    path.write_text("\n".join(path.read_text().splitlines()[:2]) + "\n")
-    with pytest.raises(ValueError, match=r"tiny_problems.* a and b .*different documents"):
-        run(tmp_path, models, task="tiny_problems")
+def test_results_that_were_changed_are_computed_again(folder, tmp_path):
+    models = {"a": {"model_name_or_path": str(folder), "diffusion_steps": 2}}
+    record = run(tmp_path, models, task="tiny_problems")
+    path = tmp_path / "a" / "samples.jsonl"
+    whole = path.read_text()
+    for wrong in ("", whole.splitlines()[0] + "\n", "{"):
+        path.write_text(wrong)
+        assert run(tmp_path, models, task="tiny_problems") == record
+        assert path.read_text() == whole
 
 
-# Autoregressive models.
-
-
-def texts(*contexts, kind="generate_until", **options):
-    return [
-        Instance(kind, {"text": context}, (context, options), 0, ("task", row, 1))
-        for row, context in enumerate(contexts)
-    ]
-
-
-def test_an_autoregressive_model_is_that_of_the_harness(autoregressive):
-    """Likelihoods are the sum of log-probabilities; the texts are greedy decoding, up to the stop string."""
-    model = AutoregressiveLM(str(autoregressive))
-    asked = [Instance("loglikelihood", {}, ("dog", " cat dog"), 0, ("task", 0, 1))]
-    ((value, is_greedy),) = model.loglikelihood(asked)
-    weights = AutoModelForCausalLM.from_pretrained(autoregressive)
-    before, whole = (
-        model.tokenizer("dog")["input_ids"],
-        model.tokenizer("dog cat dog", return_tensors="pt")["input_ids"],
-    )
-    scores = weights(whole).logits[0].log_softmax(dim=-1)
-    scores = scores.detach()
-    expected = sum(float(scores[i - 1, whole[0, i]]) for i in range(len(before), whole.shape[1]))
-    assert value == pytest.approx(expected, abs=1e-3) and not is_greedy
-    (text,) = model.generate_until(texts("dog", max_gen_toks=5, do_sample=False, until=[]))
-    prompt = model.tokenizer("dog", return_tensors="pt")
-    ids = weights.generate(**prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, len(before) :]
-    assert text == model.tokenizer.decode(ids, skip_special_tokens=True)
-    shorter = AutoregressiveLM(str(autoregressive), max_new_tokens=2).generate_until(texts("dog", max_gen_toks=5))
-    assert text.startswith(shorter[0]) and len(shorter[0]) < len(text)
-
-
-def test_prompts_of_an_autoregressive_model_have_the_template(autoregressive, monkeypatch):
-    """The answer is scored from its first token, without what the template ends with."""
-    model = AutoregressiveLM(str(autoregressive), template="default")
-    from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
-
-    model._prompt_template = PromptTemplate("mine", (Part(None, ("dog ", " cat\n")),))
-    request = Instance("loglikelihood", {}, ("a", " b"), 0, ("task", 0, 1))
-    assert model._framed(request) == ("dog a cat\n", "b")
-    assert model._encode_pair(*model._framed(request)) == tuple(
-        model.tokenizer(part)["input_ids"] for part in ("dog a cat\n", "b")
-    )
-    prompt, options = model._framed_prompt(texts("a", max_gen_toks=4, until=["\n"])[0])
-    assert prompt == "dog a cat\n" and options["max_gen_toks"] == 4
-    assert options["until"] == ["\n", "<|endoftext|>"]
-
-
-def test_keys_of_an_autoregressive_model(autoregressive, tmp_path, monkeypatch):
-    """Sampling keys take precedence over the task's, and the seed counts; an interrupted evaluation goes on."""
-    asked = texts("dog", "a cat", max_gen_toks=8, do_sample=False)
-    greedy = AutoregressiveLM(str(autoregressive)).generate_until(asked)
-    drawn = [
-        AutoregressiveLM(str(autoregressive), logits_temp=2.0, seed=seed).generate_until(asked) for seed in (0, 0, 1)
-    ]
-    assert greedy != drawn[0] == drawn[1] != drawn[2]
-    narrow = AutoregressiveLM(str(autoregressive), logits_temp=2.0, top_k=1).generate_until(asked)
-    assert narrow == greedy
-    kept = AutoregressiveLM(str(autoregressive), results_folder=str(tmp_path))
-    assert kept.generate_until(asked) == greedy
-    again = AutoregressiveLM(str(autoregressive), results_folder=str(tmp_path))
-    monkeypatch.setattr(again, "_model_generate", None)
-    assert again.generate_until(asked) == greedy
-    other = AutoregressiveLM(str(autoregressive), results_folder=str(tmp_path), max_new_tokens=2)
-    assert other.generate_until(asked) != greedy
-    rolling = [Instance("loglikelihood_rolling", {}, ("dog cat",), 0, ("task", 0, 1))]
-    assert math.isfinite(again.loglikelihood_rolling(rolling)[0])
+def test_a_plot_of_an_earlier_sweep_does_not_stay(folder, tmp_path):
+    models = {"a": {"model_name_or_path": str(folder)}}
+    run(tmp_path, models, task="tiny_problems", sweep={"diffusion_steps": [2]})
+    assert (tmp_path / "parallelism.png").is_file()
+    run(tmp_path, models, task="tiny_problems", diffusion_steps=2)
+    assert not (tmp_path / "parallelism.png").exists()

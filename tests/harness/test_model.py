@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
@@ -13,37 +12,14 @@ from lm_eval.api.instance import Instance
 from llamafactory_ddm import LogitsConfig, SamplingSettings, load
 from llamafactory_ddm.harness.model import DiffusionLM, _in_turn, read_generation_keys
 from llamafactory_ddm.harness.scoring import Answer, AnswerScorer
-from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
-from support.tiny import tiny_tokenizer
+from support.tiny import save_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A diffusion model of 48 positions with the word template `dog PROMPT cat`, which no prompt needs."""
-    return save(tmp_path_factory.mktemp("model"))
-
-
-def save(folder, template=None):
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer) + 1, n_positions=48, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4
-    )
-    tokenizer.add_tokens(["<|mask|>"], special_tokens=True)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    DiffusionConfig(
-        mask_token="<|mask|>",
-        mask_token_id=len(tokenizer) - 1,
-        shift=True,
-        noise_process="masked",
-        uniform_ratio=0.0,
-        noise_schedule="linear",
-        attention_ratio=1.0,
-        template=template,
-    ).save(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def likelihoods(*documents):
@@ -257,7 +233,7 @@ def test_an_interrupted_evaluation_goes_on(folder, tmp_path, monkeypatch):
     ("file", "key", "value"), [("diffusion_config.json", "shift", False), ("config.json", "n_head", 1)]
 )
 def test_results_of_a_model_with_another_config_are_not_read(file, key, value, tmp_path):
-    folder, kept = save(tmp_path / "model"), str(tmp_path / "kept")
+    folder, kept = save_model(tmp_path / "model"), str(tmp_path / "kept")
     asked = likelihoods(("dog", " cat"))
     first = DiffusionLM(str(folder), results_folder=kept).loglikelihood(asked)
     config = json.loads((folder / file).read_text())
@@ -281,7 +257,7 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_a_choice_is_never_cu
 def test_the_template_is_applied_or_missed(tmp_path, caplog):
     """A finetuned model whose prompts come bare says so; with its template, context and answer are as in training."""
     template = PromptTemplate("mine", (Part(None, ("dog ", " cat")),))
-    folder = save(tmp_path / "tuned", template)
+    folder = save_model(tmp_path / "tuned", template=template)
     with caplog.at_level(logging.WARNING):
         DiffusionLM(str(folder)).loglikelihood(likelihoods(("a", " b")))
     assert any("template: mine" in record.getMessage() for record in caplog.records)

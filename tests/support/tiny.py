@@ -59,32 +59,51 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
 
 
+def save_model(folder, *, kind="diffusion", positions=48, width=32, layers=2, seed=0, template=None):
+    """Save a GPT-2 with random weights that reads bytes, and return its folder.
+
+    Args:
+        folder: to save it in.
+        kind: "diffusion", or "ar" for a model without mask token and diffusion_config.json.
+        positions: of the model.
+        width: of its embeddings.
+        layers: their number.
+        seed: of the weights.
+        template: a PromptTemplate that diffusion_config.json names.
+    """
+    tokenizer = tiny_tokenizer()
+    if kind == "diffusion":
+        tokenizer.add_tokens(["<|mask|>"], special_tokens=True)
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=positions,
+        n_embd=width,
+        n_layer=layers,
+        n_head=2,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if kind == "diffusion":
+        DiffusionConfig(
+            mask_token="<|mask|>",
+            mask_token_id=len(tokenizer) - 1,
+            shift=True,
+            noise_process="masked",
+            uniform_ratio=0.0,
+            noise_schedule="linear",
+            attention_ratio=1.0,
+            template=template,
+        ).save(folder)
+    return folder
+
+
 def save_pair(folder, positions=48):
     """Save a causal GPT-2 in `folder`/ar and a diffusion model in `folder`/ddm, and return both folders."""
-    for name in ("ar", "ddm"):
-        tokenizer = tiny_tokenizer()
-        if name == "ddm":
-            tokenizer.add_tokens(["<|mask|>"], special_tokens=True)
-        torch.manual_seed(len(name))
-        config = GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=positions,
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            initializer_range=0.4,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        GPT2LMHeadModel(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    DiffusionConfig(
-        mask_token="<|mask|>",
-        mask_token_id=len(tokenizer) - 1,
-        shift=True,
-        noise_process="masked",
-        uniform_ratio=0.0,
-        noise_schedule="linear",
-        attention_ratio=1.0,
-    ).save(folder / "ddm")
-    return folder / "ar", folder / "ddm"
+    return (
+        save_model(folder / "ar", kind="ar", positions=positions, seed=2),
+        save_model(folder / "ddm", positions=positions, seed=3),
+    )

@@ -78,6 +78,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         template: str | None = None,
         plugins: str | None = None,
         results_folder: str | None = None,
+        hide_progress: bool = False,
         **sampling: Any,
     ) -> None:
         """Load a model.
@@ -96,6 +97,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
                 loaded model has its template already.
             plugins: see `load`.
             results_folder: where finished requests are kept, so that an interrupted evaluation goes on.
+            hide_progress: whether no progress bars are shown.
             sampling: keys of generation, by YAML key; they take precedence over those of a task.
         Raises:
             TypeError: for an unknown key.
@@ -113,6 +115,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
             device = "cpu"
         _join_processes()
         log = ResultLog(None if results_folder is None else Path(results_folder), rank=self.rank)
+        self._hide_progress = hide_progress
         self._is_loaded_here = not isinstance(pretrained, TextGenerator)
         self.generator: TextGenerator = (
             pretrained
@@ -305,7 +308,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Return the results of requests by key; those of an earlier run are read, the others computed and kept."""
         rest = {key: value for key, value in wanted.items() if key not in self._log.results}
-        with tqdm(total=len(rest), desc="requests", disable=hide_progress or self.rank > 0) as progress:
+        is_hidden = hide_progress or self._hide_progress or self.rank > 0
+        with tqdm(total=len(rest), desc="requests", disable=is_hidden) as progress:
             for key, result in compute(rest):
                 self._log.add(key, result)
                 progress.update()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lm_eval
+import lm_eval.api.task
+import tqdm
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError, UndefinedError
 from lm_eval.api.group import Group
 from lm_eval.api.registry import metric_registry
 from lm_eval.utils import handle_non_serializable, make_table
+from torch.utils import collect_env
 
 from ..checkpoints.kind import model_or_adapter
 from ..utils.files import replacing
@@ -103,7 +108,14 @@ class TaskSet:
     key: str
     runs_code: bool
 
-    def run(self, model: Any, *, n_shot: int | None = None, max_samples: int | None = None) -> dict[str, Any] | None:
+    def run(
+        self,
+        model: Any,
+        *,
+        n_shot: int | None = None,
+        max_samples: int | None = None,
+        hide_progress: bool = False,
+    ) -> dict[str, Any] | None:
         """Return the harness's results; None on all processes but the first.
 
         It sets the seeds of Python, NumPy and torch.
@@ -112,20 +124,22 @@ class TaskSet:
             model: a model of the harness.
             n_shot: examples in each prompt; None for the task's number.
             max_samples: documents of each task, from the first; None for all.
+            hide_progress: whether the harness shows no progress bars.
         Raises:
             ValueError: if a task does not fit the model or its documents.
         """
         try:
-            results = lm_eval.simple_evaluate(
-                model=model,
-                tasks=self.items,
-                num_fewshot=n_shot,
-                limit=max_samples,
-                batch_size=model.batch_size,
-                task_manager=self.manager,
-                confirm_run_unsafe_code=self.runs_code,
-                bootstrap_iters=1000,
-            )
+            with _patched_harness(hide_progress):
+                results = lm_eval.simple_evaluate(
+                    model=model,
+                    tasks=self.items,
+                    num_fewshot=n_shot,
+                    limit=max_samples,
+                    batch_size=model.batch_size,
+                    task_manager=self.manager,
+                    confirm_run_unsafe_code=self.runs_code,
+                    bootstrap_iters=1000,
+                )
         except (TemplateError, UndefinedError) as error:
             raise ValueError(
                 f"{self.key}: {', '.join(self.names)}: a Jinja expression (doc_to_text, doc_to_target, doc_to_choice) "
@@ -192,6 +206,30 @@ class TaskSet:
                 for filter_name in filters:
                     found[_metric_name(name, metric, filter_name, len(filters))] = directions.get(metric)
         return found
+
+
+@contextmanager
+def _patched_harness(hide_progress: bool) -> Iterator[None]:
+    """Within this context the harness describes the machine once a process, as it takes seconds, and hides bars."""
+    patches: list[tuple[Any, str, Any]] = [
+        (collect_env, "get_pretty_env_info", _called_once(collect_env.get_pretty_env_info))
+    ]
+    if hide_progress:
+        hidden = functools.partial(tqdm.tqdm, disable=True)
+        patches += [(lm_eval.api.task, "tqdm", hidden), (tqdm, "tqdm", hidden)]
+    before = [(place, name, getattr(place, name)) for place, name, _ in patches]
+    try:
+        for place, name, value in patches:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+@functools.cache
+def _called_once(function: Callable[[], str]) -> Callable[[], str]:
+    return functools.cache(function)
 
 
 def _metric_name(task: str, metric: str, filter_name: str, n_filters: int) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import torch
 from torch import nn
-
-from ..utils.result_log import digest
 
 
 def text_config(model: nn.Module) -> Any:
@@ -56,10 +56,11 @@ def max_positions(config: Any) -> int | None:
     return None
 
 
-def weights_digest(model: Any) -> str:
-    """Return a digest of the weights: of each one's name, shape, sum and sum of squares."""
-    parts = []
+def weights_digest(model: nn.Module) -> str:
+    """Return 16 hexadecimal digits that identify the weights: of SHA-256 of each one's name, type, shape and bytes."""
+    whole = hashlib.sha256()
     for name, value in model.named_parameters():
-        exact = value.detach().double()
-        parts.append([name, list(value.shape), float(exact.sum()), float(exact.square().sum())])
-    return digest(parts)
+        content = value.detach().reshape(-1).contiguous().cpu()
+        whole.update(json.dumps([name, str(content.dtype), list(value.shape)]).encode())
+        whole.update(content.view(torch.uint8).numpy().data)
+    return whole.hexdigest()[:16]

@@ -65,6 +65,7 @@ def add_monitoring(
             finetuning_args.eval_task_samples,
             max_new_tokens,
             args.per_device_eval_batch_size,
+            bool(args.disable_tqdm),
         )
 
 

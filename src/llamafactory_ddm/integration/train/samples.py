@@ -138,7 +138,12 @@ class TrainingSamples(TrainerCallback):
         self.requests, self.settings, self.steps = requests, settings, steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove texts of steps that the run takes (again) from samples.jsonl."""
+        """Remove texts of steps that the run takes (again) from samples.jsonl; warn if no step has texts."""
+        if self.steps > state.max_steps:
+            logger.warning_rank0(
+                f"sample_steps: {self.steps} is more than the {state.max_steps} steps of this run, so no texts are "
+                "generated; lower it"
+            )
         path = Path(args.output_dir) / FILE
         if args.process_index == 0 and path.is_file():
             _write(path, _lines_up_to(path, state.global_step))

@@ -73,6 +73,7 @@ class TaskEvaluation:
         max_samples: documents of each task; None for all.
         max_new_tokens: tokens to generate; None for what the task says.
         batch_size: rows in a forward pass.
+        hide_progress: whether no progress bars are shown.
     """
 
     tasks: Any
@@ -81,6 +82,7 @@ class TaskEvaluation:
     max_samples: int | None
     max_new_tokens: int | None
     batch_size: int
+    hide_progress: bool
 
     def metrics(self, world: int) -> dict[str, float]:
         """Return the metrics by `eval_TASK_METRIC`; called on every process, and the same on all.
@@ -95,9 +97,10 @@ class TaskEvaluation:
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
             template=_name(self.generator.config.template),
+            hide_progress=self.hide_progress,
             **self.sampling,
         )
-        results = self.tasks.run(model, max_samples=self.max_samples)
+        results = self.tasks.run(model, max_samples=self.max_samples, hide_progress=self.hide_progress)
         found = {} if results is None else self.tasks.metrics(results)
         metrics = {f"eval_{name}": value for name, value in found.items()}
         shared: dict[str, float] = broadcast_from_first(metrics, world)
