@@ -42,7 +42,7 @@ def main() -> None:
     }
     text = HEAD
     for name, words in runs.items():
-        recipe, folder = f"examples/eval/{name}_tiny.yaml", arguments.work / name
+        recipe, folder = f"examples/eval/tiny_gpt2_{name}.yaml", arguments.work / name
         if compare([recipe, finetuned, *words, *samples, f"save_dir={folder}"]) != 0:
             sys.exit(1)
         tables = (folder / "comparison.md").read_text(encoding="utf-8")

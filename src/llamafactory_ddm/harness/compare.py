@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.group import Group
 
 from .._version import __version__
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of
@@ -444,30 +445,81 @@ def _pairs(outcomes: Sequence[_Outcome]) -> Iterator[tuple[_Outcome, _Outcome]]:
 
 
 def _differences(outcomes: Sequence[_Outcome], tasks: TaskSet) -> Iterator[dict[str, Any]]:
-    """Yield the difference of each pair on each metric of each task.
+    """Yield the difference of each pair on each metric of each task and group.
 
     A metric whose reported value is not the aggregate of the documents' values is left out.
     """
-    for baseline, other in _pairs(outcomes):
-        labels = (_label(baseline.evaluation), _label(other.evaluation))
-        for name, task in tasks.single().items():
-            for metric, filter_name in other.metrics(name):
-                statistic = _statistic(task, metric)
-                values = [values_by_document(each.samples[name], metric, filter_name) for each in (baseline, other)]
-                first, second = matched(values[0], values[1], labels, f"task: {name}, {metric}")
-                if not _is_of_values(statistic, second, other.value(name, metric, filter_name)[0]):
-                    continue
-                difference, error = paired_difference(first, second, statistic)
-                yield {
-                    "task": name,
-                    "metric": metric,
-                    "filter": filter_name,
-                    "baseline": labels[0],
-                    "model": labels[1],
-                    "difference": difference,
-                    "standard_error": error,
-                    "documents": len(first),
-                }
+    for pair in _pairs(outcomes):
+        baseline, other = (_label(each.evaluation) for each in pair)
+        for name, item in {**tasks.single(), **tasks.groups()}.items():
+            for metric, filter_name in pair[1].metrics(name):
+                compute = _group_difference if name in tasks.groups() else _difference
+                found = compute(item, metric, filter_name, pair)
+                if found is not None:
+                    yield {
+                        "task": name,
+                        "metric": metric,
+                        "filter": filter_name,
+                        "baseline": baseline,
+                        "model": other,
+                        "difference": found.value,
+                        "standard_error": found.error,
+                        "documents": found.documents,
+                    }
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """A difference of a metric with its standard error, None for a single document, and the number of documents."""
+
+    value: float
+    error: float | None
+    documents: int
+
+
+def _difference(task: Any, metric: str, filter_name: str, pair: tuple[_Outcome, _Outcome]) -> _Difference | None:
+    """Return the difference of a metric of a task; None if a reported value is not that of the documents' values."""
+    name, statistic = task.task_name, _statistic(task, metric)
+    values = [values_by_document(each.samples.get(name, ()), metric, filter_name) for each in pair]
+    labels = (_label(pair[0].evaluation), _label(pair[1].evaluation))
+    first, second = matched(values[0], values[1], labels, f"task: {name}, {metric}")
+    for outcome, own in zip(pair, (first, second), strict=True):
+        if not _is_of_values(statistic, own, outcome.value(name, metric, filter_name)[0]):
+            return None
+    return _Difference(*paired_difference(first, second, statistic), len(first))
+
+
+def _group_difference(
+    group: Group, metric: str, filter_name: str, pair: tuple[_Outcome, _Outcome]
+) -> _Difference | None:
+    """Return the difference of a group's mean over its tasks; None if a reported value is not such a mean.
+
+    With weights w_t, the documents of task t or 1, W their sum, and differences d_t with errors e_t of tasks whose
+    documents are independent,
+
+        difference = sum over t of w_t d_t / W, error = sqrt( sum over t of (w_t e_t)^2 ) / W
+    """
+    config = next((each for each in group.aggregate_metric_list or () if each.metric == metric), None)
+    names = [task.task_name for task in group.get_all_tasks()]
+    names = [name for name in names if (metric, filter_name) in pair[1].metrics(name)]
+    tasks = {task.task_name: task for task in group.get_all_tasks()}
+    parts = [_difference(tasks[name], metric, filter_name, pair) for name in names]
+    found = [part for part in parts if part is not None]
+    if config is None or not found or len(found) < len(parts):
+        return None
+    weights = [part.documents if config.weight_by_size else 1 for part in found]
+    whole = sum(weights)
+    for outcome in pair:
+        values = [outcome.value(name, metric, filter_name)[0] for name in names]
+        mean = math.fsum(weight * value for weight, value in zip(weights, values, strict=True)) / whole
+        if not _is_close(mean, outcome.value(group.name, metric, filter_name)[0]):
+            return None
+    value = math.fsum(weight * part.value for weight, part in zip(weights, found, strict=True)) / whole
+    errors = [part.error for part in found if part.error is not None]
+    error = None
+    if len(errors) == len(found):
+        error = math.sqrt(math.fsum((w * e) ** 2 for w, e in zip(weights, errors, strict=True))) / whole
+    return _Difference(value, error, sum(part.documents for part in found))
 
 
 def _statistic(task: Any, metric: str) -> Statistic:
@@ -478,7 +530,11 @@ def _statistic(task: Any, metric: str) -> Statistic:
 
 def _is_of_values(statistic: Statistic, values: Sequence[Any], reported: float) -> bool:
     """Tell whether the reported number is made of these values."""
-    return bool(values) and math.isclose(statistic(values), reported, rel_tol=1e-6, abs_tol=1e-9)
+    return bool(values) and _is_close(statistic(values), reported)
+
+
+def _is_close(value: float, reported: float) -> bool:
+    return math.isclose(value, reported, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _parallelism(outcomes: Sequence[_Outcome], tasks: TaskSet) -> list[dict[str, Any]]:
@@ -526,7 +582,8 @@ def _settings(outcome: _Outcome) -> dict[str, Any]:
         "versions_of_packages": results["versions_of_packages"],
         "versions_of_tasks": results.get("versions"),
         "seeds": {name: results["config"].get(name) for name in _SEEDS},
-        "n_samples": results.get("n-samples"),
+        "n_samples": results["n-samples"],
+        "n_shot": results["n-shot"],
     }
 
 
@@ -557,12 +614,19 @@ def as_markdown(record: Mapping[str, Any]) -> str:
             title = _cell(panel["title"])
             lines += [f"| {title} | {_cell(curve['name'])} | {curve['score']:.2f} |" for curve in panel["curves"]]
         lines.append("")
-    lines += ["## Settings", "", "| model | kind | weights | type | device | seed | template | generation |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines += [
+        "## Settings",
+        "",
+        "| model | kind | weights | type | device | seed | template | likelihoods | generation |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for each in record["evaluations"]:
         settings = each["model_settings"]
         swept = "" if each["sweep_value"] is None else f", {each['sweep_value']}"
-        generation = "; ".join(f"{word}: {value}" for word, value in each["generation_keys"].items())
+        keys = {**each["generation_keys"], "max_new_tokens": settings["max_new_tokens"]}
+        generation = "; ".join(f"{word}: {value}" for word, value in keys.items() if value is not None)
+        is_exact = each["kind"] == "ar"
+        likelihoods = "exact" if is_exact else f"{settings['scoring']}, {settings['likelihood_samples']} masks"
         seed = settings["sampling"].get("seed", 0)
         cells = (
             f"{each['model']}{swept}",
@@ -572,11 +636,21 @@ def as_markdown(record: Mapping[str, Any]) -> str:
             each["machine"]["device"],
             seed,
             settings["template"] or "none",
+            likelihoods,
             generation or "defaults",
         )
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    versions = record["evaluations"][0]["versions_of_packages"]
-    lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
+    first = record["evaluations"][0]
+    documents = [
+        f"{task} (version {first['versions_of_tasks'].get(task)}, {first['n_shot'].get(task)} shots, "
+        f"{n['effective']} of {n['original']} documents)"
+        for task, n in first["n_samples"].items()
+    ]
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {version}" for name, version in each["versions_of_packages"].items())
+        for each in record["evaluations"]
+    )
+    lines += ["", f"Tasks: {', '.join(documents)}.", "", f"Versions: {'; or '.join(versions)}."]
     return "\n".join(lines)
 
 

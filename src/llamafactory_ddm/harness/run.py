@@ -163,6 +163,11 @@ class TaskSet:
             found.update({task.task_name: task for task in tasks})
         return found
 
+    def groups(self) -> dict[str, Group]:
+        """Return the groups by name, those within groups included."""
+        groups = [group for item in self.items if isinstance(item, Group) for group in (item, *item.get_all_groups())]
+        return {group.name: group for group in groups}
+
     def reported(self) -> dict[str, Any]:
         """Return what has metrics of its own, by name: tasks, and groups in place of the tasks that they average."""
         found: dict[str, Any] = {}
