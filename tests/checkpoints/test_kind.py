@@ -59,5 +59,5 @@ def test_model_and_adapter(folders, tmp_path):
     assert model_or_adapter(None, path) == model_or_adapter(f"{ar}/", path) == path
     with pytest.raises(ValueError, match=f"model_name_or_path: {ddm} is not the model of the adapter"):
         model_or_adapter(ddm, path)
-    with pytest.raises(ValueError, match="adapter_name_or_path: .*holds no adapter_config"):
+    with pytest.raises(ValueError, match=r"adapter_name_or_path: .*holds no adapter_config"):
         model_or_adapter(None, ar)

@@ -62,7 +62,11 @@ def test_the_command_line(words, tmp_path):
     for more, env, error in (
         (("task=absent",), {}, "models: adapted"),
         (("sweep.diffusion_stps=[1]",), {}, "sweep: diffusion_stps"),
-        ((*words["tiny_gpt2_compare.yaml"], "task=tiny_problems"), {"WORLD_SIZE": "2"}, "models: autoregressive: kind: ar"),
+        (
+            (*words["tiny_gpt2_compare.yaml"], "task=tiny_problems"),
+            {"WORLD_SIZE": "2"},
+            "models: autoregressive: kind: ar",
+        ),
     ):
         done = run("compare", recipe, folder, *more, program="llamafactory-ddm", check=False, env=env)
         last = done.stderr.strip().splitlines()[-1]

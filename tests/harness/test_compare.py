@@ -1,6 +1,7 @@
 """Comparisons: their keys, what is evaluated again, and what is written."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -207,6 +208,9 @@ def test_a_comparison(folder, autoregressive, tmp_path, monkeypatch):
     assert differences["second", "perplexity"]["standard_error"] == 0
     (settings, *_) = record["evaluations"]
     assert settings["model_settings"]["weights"] and settings["seeds"]["fewshot_seed"] == 1234
+    text = as_markdown(record)
+    assert "tiny_problems (version 1.0, 0 shots, 3 of 200 documents)" in text
+    assert "| bound, 16 masks |" in text and "| exact |" in text and "max_new_tokens: 6" in text
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
         patch.setattr(module, "run_tasks", None)
@@ -284,3 +288,73 @@ def test_a_plot_of_an_earlier_sweep_does_not_stay(folder, tmp_path):
     assert (tmp_path / "parallelism.png").is_file()
     run(tmp_path, models, task="tiny_problems", diffusion_steps=2)
     assert not (tmp_path / "parallelism.png").exists()
+
+
+# Groups, and scores that are no accuracies.
+
+
+class Reported:
+    """An evaluation of tasks with these values of `acc` by document."""
+
+    def __init__(self, model, group, **values):
+        names = {name: [float(value) for value in each] for name, each in values.items()}
+        self.evaluation = SimpleNamespace(model=model, value=None)
+        self.samples = {
+            name: [{"doc_hash": f"{name}{i}", "filter": "none", "acc": value} for i, value in enumerate(each)]
+            for name, each in names.items()
+        }
+        self.values = {name: sum(each) / len(each) for name, each in names.items()} | {"both": group}
+
+    def metrics(self, task):
+        return [("acc", "none")] if task in self.values else []
+
+    def value(self, task, metric, filter_name):
+        return self.values[task], None
+
+    def cost(self, task):
+        return 10, 2.0
+
+
+class Task:
+    """A task with an accuracy."""
+
+    def __init__(self, name):
+        self.task_name = name
+
+    def aggregation(self):
+        return {"acc": module.MEAN}
+
+    def higher_is_better(self):
+        return {"acc": True}
+
+
+def group_of(weight_by_size):
+    config = SimpleNamespace(metric="acc", weight_by_size=weight_by_size)
+    tasks = [Task("one"), Task("two"), Task("without")]
+    return SimpleNamespace(name="both", aggregate_metric_list=[config], get_all_tasks=lambda: tasks)
+
+
+def test_the_difference_of_a_group():
+    """By hand. Differences 1, 0 and 0, 0, 1, 1: means 1/2 and 1/2, squared errors 1/4 and 1 / 12.
+
+    Weighted by size, over 6 documents: error^2 = ((2/6)^2 / 4 + (4/6)^2 / 12); else with weights 1/2 each.
+    """
+    values = {"one": (0, 1), "two": (0, 1, 0, 0)}, {"one": (1, 1), "two": (0, 1, 1, 1)}
+    weighted = [Reported(name, mean, **each) for name, mean, each in zip("ab", (2 / 6, 5 / 6), values, strict=True)]
+    found = module._group_difference(group_of(True), "acc", "none", tuple(weighted))
+    assert (found.value, found.documents) == (pytest.approx(1 / 2), 6)
+    assert found.error == pytest.approx(((2 / 6) ** 2 / 4 + (4 / 6) ** 2 / 12) ** 0.5)
+    even = [Reported(name, mean, **each) for name, mean, each in zip("ab", (3 / 8, 7 / 8), values, strict=True)]
+    found = module._group_difference(group_of(False), "acc", "none", tuple(even))
+    assert (found.value, found.error) == (pytest.approx(1 / 2), pytest.approx((1 / 4 / 4 + 1 / 4 / 12) ** 0.5))
+    assert module._group_difference(group_of(False), "acc", "none", tuple(weighted)) is None  # no such mean
+    one = {"one": (0,), "two": (0, 1, 0, 0)}
+    pair = Reported("a", 1 / 5, **one), Reported("b", 1 / 5, **one)
+    assert module._group_difference(group_of(True), "acc", "none", pair).error is None
+
+
+def test_a_mean_that_is_no_accuracy_has_no_curve():
+    tasks = SimpleNamespace(single=lambda: {"one": Task("one")})
+    (panel,) = module._parallelism([Reported("a", 0, one=(0, 1))], tasks)
+    assert panel["curves"][0]["points"][0]["accuracy"] == 50
+    assert module._parallelism([Reported("a", 0, one=(0, 40))], tasks) == []

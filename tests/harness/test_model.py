@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from llamafactory_ddm import LogitsConfig, SamplingSettings, load
 from llamafactory_ddm.harness.model import DiffusionLM, _in_turn, read_generation_keys
 from llamafactory_ddm.harness.scoring import Answer, AnswerScorer
 from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
+from support.published import write_llada
 from support.tiny import save_model
 
 
@@ -268,6 +270,23 @@ def test_the_template_is_applied_or_missed(tmp_path, caplog):
     opening, closing = encode("dog "), encode(" cat")
     assert len(context) + len(ids) == 48
     assert context[: len(opening)] == opening and context[-len(closing) :] == closing
+
+
+def test_a_published_instruct_model_without_a_template_is_warned_of(folder, tmp_path, caplog):
+    """Where the tokenizer has a chat template; a checkpoint of this package says itself whether it has one."""
+    path = write_llada(tmp_path / "llada")
+    asked = likelihoods(("dog", " cat"))
+    with caplog.at_level(logging.WARNING):
+        DiffusionLM(str(path), likelihood_samples=16).loglikelihood(asked)
+        assert "chat template" not in caplog.text
+        (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+        DiffusionLM(str(path), likelihood_samples=16).loglikelihood(asked)
+        assert f"{path} has a chat template" in caplog.text
+        caplog.clear()
+        shutil.copytree(folder, tmp_path / "ours")
+        (tmp_path / "ours" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+        DiffusionLM(str(tmp_path / "ours"), likelihood_samples=16).loglikelihood(asked)
+        assert "chat template" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,17 @@ def test_a_task_of_which_no_metric_is_computed(folder, tmp_path):
     model = DiffusionLM(str(random_model(tmp_path / "model", 512)), likelihood_samples=16)
     with pytest.raises(ValueError, match=r"task: one: .*exact_match.*output_type: loglikelihood.*metric_list"):
         tasks_of(folder, "one").run(model, max_samples=1)
+
+
+def test_bars_can_be_hidden_and_the_machine_is_described_once(folder, tmp_path, monkeypatch, capfd):
+    described = []
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: described.append(1) or "a machine")
+    path, tasks = random_model(tmp_path / "model", 512), tasks_of(folder, "one")
+    model = DiffusionLM(str(path), diffusion_steps=1, max_new_tokens=2, hide_progress=True)
+    capfd.readouterr()
+    results = [tasks.run(model, max_samples=2, hide_progress=True) for _ in range(2)]
+    assert "it/s" not in capfd.readouterr().err
+    assert [each["pretty_env_info"] for each in results] == ["a machine"] * 2 and len(described) == 1
+    shown = DiffusionLM(str(path), diffusion_steps=1, max_new_tokens=2)
+    tasks.run(shown, max_samples=2)
+    assert capfd.readouterr().err.count("requests:") > 0

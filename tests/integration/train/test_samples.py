@@ -260,3 +260,11 @@ def test_the_log_and_tensorboard_show_them(make_trainer, caplog, monkeypatch, tm
     events.Reload()
     (event,) = events.Tensors("samples/text_summary")
     assert event.step == 2 and event.tensor_proto.string_val[0].decode() == f"0. {texts[0]}\n1. {texts[1]}"
+
+
+def test_a_warning_if_no_step_has_texts(make_trainer, caplog):
+    sampling(make_trainer, steps=3, max_steps=3).train()
+    assert "sample_steps" not in caplog.text
+    trainer = sampling(make_trainer, steps=4, max_steps=3)
+    trainer.train()
+    assert "sample_steps: 4 is more than the 3 steps of this run" in caplog.text
