@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from llamafactory_ddm.integration import workflow
 from llamafactory_ddm.integration.resolve import checks
 from support.cli import ABSENT, ROOT, evaluations, history, run, train_in_processes
+from support.harness import UNSAFE_TASK
 
 SAMPLES = {"sample_steps": 1, "sample_length": 6, "diffusion_steps": 3}
 TASK_DIR = str(ROOT / "examples" / "eval" / "tasks")
@@ -205,23 +206,10 @@ def test_a_task_with_gaps_under_a_template_is_refused_before_the_model_is_loaded
         finetune(tmp_path / "out", **keys)
 
 
-UNSAFE = """
-task: tiny_unsafe
-dataset_path: json
-dataset_kwargs: {data_files: {test: data/tiny_stories_eval.jsonl}}
-output_type: loglikelihood
-test_split: test
-doc_to_text: "{{text[:8]}}"
-doc_to_target: " a"
-unsafe_code: true
-metric_list: [{metric: acc}]
-"""
-
-
 @pytest.mark.slow
 def test_generated_code_runs_with_the_switch_alone(train_small, tmp_path):
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "unsafe.yaml").write_text(UNSAFE)
+    (tmp_path / "tasks" / "unsafe.yaml").write_text(UNSAFE_TASK)
     keys = {**EVALUATIONS, "eval_tasks": "tiny_unsafe", "eval_task_dir": tmp_path / "tasks", "max_steps": 1}
     with pytest.raises(ValueError, match=r"eval_tasks: tiny_unsafe .*run_generated_code"):
         train_small(tmp_path / "out", **keys)
@@ -300,7 +288,7 @@ def test_mistakes_are_found_before_training(keys, error, train_small, tmp_path):
 def test_a_task_that_cannot_be_read_is_found_before_the_model_is_loaded(train_small, tmp_path, monkeypatch):
     monkeypatch.setattr(workflow, "load_diffusion_model", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "tasks").mkdir()
-    text = UNSAFE.replace("data/tiny_stories_eval.jsonl", "data/absent.jsonl")
+    text = UNSAFE_TASK.replace("data/tiny_stories_eval.jsonl", "data/absent.jsonl")
     (tmp_path / "tasks" / "unsafe.yaml").write_text(text)
     keys = {**EVALUATIONS, "eval_tasks": "tiny_unsafe", "eval_task_dir": tmp_path / "tasks"}
     with pytest.raises(ValueError, match=r"eval_tasks: tiny_unsafe: .*data.* eval_task_dir"):

@@ -10,6 +10,7 @@ pytest.importorskip("lm_eval")
 from llamafactory_ddm.harness.keys import EvalKeys, read_keys
 from llamafactory_ddm.harness.run import evaluate
 from support.cli import ROOT, SCRIPTS, in_processes, run
+from support.harness import UNSAFE_TASK
 
 TINY = sorted((ROOT / "examples" / "eval").glob("tiny_*.yaml"))  # the others: test_evaluation_tasks.py
 RECIPES = [path for path in TINY if "llamafactory-ddm eval" in path.read_text()]
@@ -108,22 +109,9 @@ def test_each_key_changes_the_evaluation(checkpoint, adapter, finetuned, tmp_pat
         results_of(checkpoint, plugins=str(tmp_path / "mine.py"))
 
 
-UNSAFE = """
-task: tiny_unsafe
-dataset_path: json
-dataset_kwargs: {data_files: {test: data/tiny_stories_eval.jsonl}}
-output_type: loglikelihood
-test_split: test
-doc_to_text: "{{text[:8]}}"
-doc_to_target: " a"
-unsafe_code: true
-metric_list: [{metric: acc}]
-"""
-
-
 @pytest.mark.slow
 def test_generated_code_runs_with_the_switch_alone(checkpoint, tmp_path):
-    (tmp_path / "unsafe.yaml").write_text(UNSAFE)
+    (tmp_path / "unsafe.yaml").write_text(UNSAFE_TASK)
     keys = {"task": "tiny_unsafe", "task_dir": str(tmp_path)}
     with pytest.raises(ValueError, match="run_generated_code"):
         results_of(checkpoint, **keys)

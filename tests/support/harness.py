@@ -5,6 +5,19 @@ import importlib.util
 from .cli import ROOT
 from .tiny import save_model
 
+# A task that may run code which the model wrote.
+UNSAFE_TASK = """
+task: tiny_unsafe
+dataset_path: json
+dataset_kwargs: {data_files: {test: data/tiny_stories_eval.jsonl}}
+output_type: loglikelihood
+test_split: test
+doc_to_text: "{{text[:8]}}"
+doc_to_target: " a"
+unsafe_code: true
+metric_list: [{metric: acc}]
+"""
+
 
 def random_model(folder, positions=48):
     """Save a model of bytes with random weights, and return its folder."""

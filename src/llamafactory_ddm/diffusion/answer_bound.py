@@ -75,7 +75,7 @@ def balanced_masks(n: int, samples: int, *, seed: int, sample_index: Tensor) -> 
         sample_index: [batch] int64, indices of questions, in [0, 2**40).
     Source: ours. LLaDA (arXiv 2502.09992), appendix B.5, draws k evenly and tokens independently.
     """
-    masks = _draw(n, samples, seed, sample_index)
+    masks = _balanced(n, samples, seed, sample_index)
     return [MaskSet(each, n / (samples * each.sum(dim=1).double()), "balanced") for each in masks]
 
 
@@ -155,12 +155,12 @@ def bound_and_error(nll: Tensor, masks: MaskSet) -> tuple[float, float]:
 @functools.lru_cache(maxsize=256)
 def _redrawn_sums(n: int, samples: int) -> Tensor:
     """Return [64, n, 2] float64, sums over j of w_ij and of w_ij kappa_j, for 64 mask sets with other numbers."""
-    masks = _draw(n, samples, 0, torch.arange(_REDRAWN_FROM, _REDRAWN_FROM + _REDRAWN)).double()
+    masks = _balanced(n, samples, 0, torch.arange(_REDRAWN_FROM, _REDRAWN_FROM + _REDRAWN)).double()
     k = masks.sum(dim=2, keepdim=True)
     return torch.stack([(masks * n / k).sum(dim=1), masks.sum(dim=1)], dim=2) / samples
 
 
-def _draw(n: int, samples: int, seed: int, sample_index: Tensor) -> Tensor:
+def _balanced(n: int, samples: int, seed: int, sample_index: Tensor) -> Tensor:
     """Return [batch, samples, n] bool, the masks of `balanced_masks`."""
     batch = len(sample_index)
     u = keyed_uniform(seed, Stream.ANSWER_LEVEL, sample_index, samples).double()
@@ -170,16 +170,16 @@ def _draw(n: int, samples: int, seed: int, sample_index: Tensor) -> Tensor:
     masks = []
     for j, k in enumerate(sizes.T):
         tie = keyed_uniform(seed, Stream.ANSWER, sample_index * samples + j, n).double() * _TIE
-        chosen = _choose(share + tie, together, k)
+        chosen = _least_used(share + tie, together, k)
         masks.append(chosen)
-        use = chosen.double() / k[:, None]
-        share = share + use
+        weight = chosen.double() / k[:, None]
+        share = share + weight
         if together is not None:
-            together = together + use[:, :, None] * chosen[:, None, :] / (k - 1).clamp(min=1)[:, None, None]
+            together = together + weight[:, :, None] * chosen[:, None, :] / (k - 1).clamp(min=1)[:, None, None]
     return torch.stack(masks, dim=1)
 
 
-def _choose(score: Tensor, together: Tensor | None, k: Tensor) -> Tensor:
+def _least_used(score: Tensor, together: Tensor | None, k: Tensor) -> Tensor:
     """Return [batch, n] bool, k tokens of least score, counting for each token those chosen before it."""
     if together is None:
         return k_smallest_mask(score, torch.ones_like(score, dtype=torch.bool), k)

@@ -26,7 +26,7 @@ from ..generation.generator import TextGenerator
 
 # How answers are scored -> masks of an answer, unless the user sets another number.
 SAMPLES = {"bound": 32, "llada": 128, "diffullama": 32}
-_DRAW = {"bound": balanced_masks, "llada": llada_masks, "diffullama": diffullama_masks}
+_MASKS = {"bound": balanced_masks, "llada": llada_masks, "diffullama": diffullama_masks}
 # Limit on the tokens of the masked rows that are built together. It bounds memory; equal rows are found among these.
 _TOKENS_AT_ONCE = 2**19
 
@@ -67,16 +67,16 @@ class _Rows:
 
     Attributes:
         canvases: the rows; masked positions are editable.
-        index: number of each row by its ids.
-        wanted: (row, position in the row, target, answer, pass, token) of each cross-entropy.
+        row_of_ids: number of each row by the bytes of its ids.
+        targets: (row, position in the row, id, answer, pass, token) of each cross-entropy, [n, 6] for each answer.
     """
 
     canvases: list[Canvas] = field(default_factory=list)
-    index: dict[bytes, int] = field(default_factory=dict)
-    wanted: list[Tensor] = field(default_factory=list)
+    row_of_ids: dict[bytes, int] = field(default_factory=dict)
+    targets: list[Tensor] = field(default_factory=list)
 
-    def add(self, number: int, answer: Answer, masks: MaskSet, mask_id: int) -> None:
-        """Add the rows of an answer, the `number`-th."""
+    def add(self, answer_index: int, answer: Answer, masks: MaskSet, mask_id: int) -> None:
+        """Add the rows of an answer."""
         n_context, ids = len(answer.context), torch.tensor(answer.context + answer.ids)
         z = ids.repeat(len(masks.is_masked), 1)
         z[:, n_context:] = torch.where(masks.is_masked, mask_id, z[:, n_context:])
@@ -84,14 +84,14 @@ class _Rows:
         rows = []
         for row, is_masked in zip(z, masks.is_masked, strict=True):
             key = row.numpy().tobytes()
-            if key not in self.index:
-                self.index[key] = len(self.canvases)
+            if key not in self.row_of_ids:
+                self.row_of_ids[key] = len(self.canvases)
                 self.canvases.append(Canvas(tuple(row.tolist()), (*fixed, *is_masked.tolist())))
-            rows.append(self.index[key])
+            rows.append(self.row_of_ids[key])
         at, token = masks.is_masked.nonzero().unbind(dim=1)
         row = torch.tensor(rows)[at]
-        columns = (row, token + n_context, ids[token + n_context], torch.full_like(at, number), at, token)
-        self.wanted.append(torch.stack(columns, dim=1))
+        columns = (row, token + n_context, ids[token + n_context], torch.full_like(at, answer_index), at, token)
+        self.targets.append(torch.stack(columns, dim=1))
 
 
 class AnswerScorer:
@@ -124,17 +124,17 @@ class AnswerScorer:
     def masks(self, answers: Sequence[Answer]) -> list[MaskSet]:
         """Return the masks of each answer."""
         sets: dict[tuple[int, int], MaskSet] = {}
-        keys = [(len(answer.ids), self._index(answer)) for answer in answers]
+        keys = [(len(answer.ids), self._sample_index(answer)) for answer in answers]
         for n in {n for n, _ in keys}:
             indices = sorted({index for length, index in keys if length == n})
             if self.scoring == "bound" and 2**n - 1 <= self.samples:
                 drawn = [every_mask(n)] * len(indices)
             else:
-                drawn = _DRAW[self.scoring](n, self.samples, seed=self.seed, sample_index=torch.tensor(indices))
+                drawn = _MASKS[self.scoring](n, self.samples, seed=self.seed, sample_index=torch.tensor(indices))
             sets.update(zip(((n, index) for index in indices), drawn, strict=True))
         return [sets[key] for key in keys]
 
-    def _index(self, answer: Answer) -> int:
+    def _sample_index(self, answer: Answer) -> int:
         """Return the index of an answer's random numbers; the published methods draw new ones for each choice."""
         if self.scoring == "bound":
             return answer.question
@@ -143,17 +143,17 @@ class AnswerScorer:
     def score(self, answers: Sequence[Answer]) -> Iterator[AnswerScore]:
         """Yield the score of each answer, in their order; answers of a question should follow each other."""
         for part in self._parts(answers):
-            rows, plans = _Rows(), self.masks(part)
-            for number, (answer, plan) in enumerate(zip(part, plans, strict=True)):
-                rows.add(number, answer, plan, self.generator.config.mask_token_id)
-            costs = [torch.zeros(plan.is_masked.shape, dtype=torch.float64) for plan in plans]
-            for numbers, passes, tokens, nll in self._cross_entropies(rows):
-                for each in set(numbers.tolist()):
-                    of_it = numbers == each
-                    costs[each][passes[of_it], tokens[of_it]] = nll[of_it]
-            for plan, cost in zip(plans, costs, strict=True):
-                bound, error = bound_and_error(cost, plan)
-                yield AnswerScore(-bound, error, len(plan.is_masked))
+            rows, mask_sets = _Rows(), self.masks(part)
+            for answer_index, (answer, masks) in enumerate(zip(part, mask_sets, strict=True)):
+                rows.add(answer_index, answer, masks, self.generator.config.mask_token_id)
+            cross_entropies = [torch.zeros(masks.is_masked.shape, dtype=torch.float64) for masks in mask_sets]
+            for answer_indices, passes, tokens, nll in self._cross_entropies(rows):
+                for answer_index in set(answer_indices.tolist()):
+                    here = answer_indices == answer_index
+                    cross_entropies[answer_index][passes[here], tokens[here]] = nll[here]
+            for masks, found in zip(mask_sets, cross_entropies, strict=True):
+                bound, error = bound_and_error(found, masks)
+                yield AnswerScore(-bound, error, len(masks.is_masked))
 
     def are_greedy(self, answers: Sequence[Answer]) -> list[tuple[bool, int]]:
         """Tell for each answer whether greedy decoding generates it, given its length, and in how many forward passes.
@@ -219,19 +219,19 @@ class AnswerScorer:
 
     def _cross_entropies(self, rows: _Rows) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Yield (answer, pass, token, nats), [n] each, of all cross-entropies, batch by batch."""
-        wanted = torch.cat(rows.wanted)
-        wanted = wanted[wanted[:, 0].argsort(stable=True)]
+        targets = torch.cat(rows.targets)
+        targets = targets[targets[:, 0].argsort(stable=True)]
         order = sorted(range(len(rows.canvases)), key=lambda row: len(rows.canvases[row]))
-        first = torch.searchsorted(wanted[:, 0].contiguous(), torch.arange(len(rows.canvases) + 1)).tolist()
+        first = torch.searchsorted(targets[:, 0].contiguous(), torch.arange(len(rows.canvases) + 1)).tolist()
         for low in range(0, len(order), self.batch_size):
-            numbers = order[low : low + self.batch_size]
-            part = torch.cat([wanted[first[row] : first[row + 1]] for row in numbers])
-            counts = torch.tensor([first[row + 1] - first[row] for row in numbers])
-            canvases = [rows.canvases[row] for row in numbers]
+            batch_rows = order[low : low + self.batch_size]
+            part = torch.cat([targets[first[row] : first[row + 1]] for row in batch_rows])
+            counts = torch.tensor([first[row + 1] - first[row] for row in batch_rows])
+            canvases = [rows.canvases[row] for row in batch_rows]
             self.forward_rows += len(canvases)
             length = len(canvases[-1])
             begin = torch.tensor([length - len(canvas) for canvas in canvases])
-            flat = (torch.arange(len(numbers)) * length + begin).repeat_interleave(counts) + part[:, 1]
+            flat = (torch.arange(len(batch_rows)) * length + begin).repeat_interleave(counts) + part[:, 1]
             yield part[:, 3], part[:, 4], part[:, 5], self._nll(canvases, flat, part[:, 2])
 
     def _nll(self, canvases: Sequence[Canvas], flat_index: Tensor, targets: Tensor) -> Tensor:
