@@ -41,7 +41,7 @@ OF_THE_HARNESS = (
     "hellaswag,winogrande,social_iqa,piqa,lambada_openai,triviaqa,gsm8k,bbh_cot_fewshot_boolean_expressions,"
     "hendrycks_math_algebra,agieval_sat_math"
 )
-ELSEWHERE = ("tiny_", "compare_", "sweep_")  # test_evaluation.py, test_comparisons.py
+ELSEWHERE = "tiny_"  # test_evaluation.py, test_comparisons.py
 RECIPES = sorted(path for path in (ROOT / "examples" / "eval").glob("*.yaml") if not path.name.startswith(ELSEWHERE))
 SMALL = ["max_samples=1", "likelihood_samples=16", "diffusion_steps=2", "max_new_tokens=4", "infer_dtype=float32"]
 
