@@ -161,7 +161,11 @@ def test_a_sweep_is_an_evaluation_a_value():
         ({"template": "qwenn"}, {}, "models: a: template: qwenn does not exist.*qwen"),
         ({"template": "qwenn", "autoregressive": True, "kind": "ar"}, {}, "models: a: template: qwenn"),
         ({"suppress_tokens": ["no token"]}, {}, "models: a: suppress_tokens.*no token"),
-        ({}, {"save_dir": "README.md/out"}, r"models: a: save_dir: README\.md/out/a cannot be written"),
+        (
+            {},
+            {"save_dir": "README.md/out"},
+            r"models: a: save_dir: README\.md/out/a cannot be written, as .*README\.md is not a folder",
+        ),
         ({"model_name_or_path": "/absent", "kind": "ar"}, {}, "models: a: /absent"),
         ({"adapter_name_or_path": "/absent"}, {}, "models: a: adapter_name_or_path"),
         ({}, {"sweep": {"diffusion_steps": [2]}}, "sweep: diffusion_steps.*tiny_last_word.*likelihoods"),

@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -164,17 +163,16 @@ def _path(keys: EvalKeys) -> str:
 
 
 def _check_writable(save_dir: str | None) -> None:
-    """Check that the folder of an evaluation can be made and written.
+    """Check that the folder of an evaluation can be made and written; nothing is made yet.
 
     Raises:
         ValueError: naming save_dir.
     """
-    try:
-        Path(str(save_dir)).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=save_dir):
-            pass
-    except OSError as error:
-        raise ValueError(f"save_dir: {save_dir} cannot be written ({error.strerror}); name another folder") from error
+    path = Path(str(save_dir)).absolute()
+    nearest = next(each for each in (path, *path.parents) if each.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        cause = "cannot be written" if nearest.is_dir() else "is not a folder"
+        raise ValueError(f"save_dir: {save_dir} cannot be written, as {nearest} {cause}; name another folder")
 
 
 def _load_tasks(comparison: Comparison) -> TaskSet:
