@@ -26,7 +26,7 @@ def by_full_sort(logits, config, suppress=()):
         for index, weight in zip(order, weights, strict=False):
             kept.append((index, weight))
             mass += weight / sum(weights)
-            if mass >= config.top_p:
+            if mass >= config.top_p < 1:  # rounding may bring the mass to 1 before the last token
                 break
         for index, weight in kept:
             result[row, index] = weight / sum(w for _, w in kept)
@@ -58,6 +58,7 @@ def assert_equals_the_full_sort(logits, config, suppress=()):
 )
 @example(seed=0, vocab=40, temperature=1.0, top_p=0.5, top_k=7, grain=4.0, dtype=torch.bfloat16)
 @example(seed=0, vocab=40, temperature=1.0, top_p=0.9, top_k=None, grain=4.0, dtype=torch.float32)
+@example(seed=0, vocab=9, temperature=0.25, top_p=1.0, top_k=None, grain=0.0, dtype=torch.float32)
 def test_filters_equal_a_full_sort(seed, vocab, temperature, top_p, top_k, grain, dtype):
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed)) * 3
     if grain:  # coarse values: many ties, as logits from bfloat16 have
