@@ -14,6 +14,7 @@ from .prompt_template import PromptTemplate
 
 FILE_NAME = "diffusion_config.json"
 FORMAT_VERSION = 1
+ATTENTIONS = ("full", "block")
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "mask_token": (str,),
@@ -23,6 +24,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "uniform_ratio": (float, int),
     "noise_schedule": (str,),
     "attention_ratio": (float, int),
+    "attention": (str,),
+    "train_block_length": (int, type(None)),
     "format_version": (int,),
     "variable_length": (dict, type(None)),
     "train_on_padding": (bool, type(None)),
@@ -98,6 +101,9 @@ class DiffusionConfig:
         noise_schedule: a name in `SCHEDULES`.
         attention_ratio: probability that a query saw a later key at the last training step; 1 after annealing.
         format_version: version of the file's format.
+        attention: a name in `ATTENTIONS`: `full`, or `block` for a model that denoises blocks from left to right, each
+            given all blocks before it.
+        train_block_length: tokens in a block with `attention: block`, counted from the start of a document; else None.
         variable_length: format of the training rows; None without variable length.
         train_on_padding: whether finetuning padded rows with tokens that the model learned to generate; None before
             finetuning.
@@ -120,6 +126,8 @@ class DiffusionConfig:
     noise_schedule: str
     attention_ratio: float
     format_version: int = FORMAT_VERSION
+    attention: str = "full"
+    train_block_length: int | None = None
     variable_length: VariableLength | None = None
     train_on_padding: bool | None = None
     sep_token: str | None = None
@@ -216,6 +224,21 @@ def _check_tokens(path: Path, raw: dict[str, Any]) -> None:
         )
 
 
+def _check_blocks(path: Path, raw: dict[str, Any]) -> None:
+    """Check that a block length is given with block attention, and only then."""
+    attention, length = raw.get("attention", "full"), raw.get("train_block_length")
+    if attention not in ATTENTIONS:
+        raise ValueError(
+            f"{path}: attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}; restore the file from a copy "
+            "of the checkpoint, or upgrade llamafactory-ddm"
+        )
+    if (attention == "block") != (length is not None) or (length is not None and length < 1):
+        raise ValueError(
+            f"{path}: attention: {attention} contradicts train_block_length: {length}; restore the file from a copy of "
+            "the checkpoint"
+        )
+
+
 def _check(path: Path, raw: dict[str, Any]) -> None:
     version = raw.get("format_version", FORMAT_VERSION)
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -244,6 +267,7 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
             "restore the file from a copy of the checkpoint"
         )
     _check_tokens(path, raw)
+    _check_blocks(path, raw)
     for key, registry in (("noise_process", OBJECTIVES), ("noise_schedule", SCHEDULES)):
         if raw[key] not in registry:
             raise ValueError(f"{path}: {registry.unknown(raw[key])}, or upgrade llamafactory-ddm")
