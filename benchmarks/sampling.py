@@ -36,7 +36,7 @@ from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.denoiser import ModelDenoiser
 from llamafactory_ddm.sampling import LogitsConfig, get_strategy, sample
 
-TIME_CLAIMS = {"random": 1.20, "low_confidence": 1.35, "margin": 1.35, "entropy": 1.35, "confidence_threshold": 1.35}
+TIME_CLAIMS = {"random": 1.20, "low_confidence": 1.50, "margin": 1.50, "entropy": 1.50, "confidence_threshold": 1.50}
 MEMORY_CLAIM = 1.2
 _PARALLEL = {"denoising_strategy": "confidence_threshold", "confidence_threshold": 0.5}
 REVISING: list[dict[str, Any]] = [
