@@ -121,14 +121,14 @@ def test_sliding_windows_are_refused(name):
     model = build(name)
     model.config.sliding_window = 4
     make_bidirectional(model)
-    with pytest.raises(ValueError, match="attention: block .*sliding_window"):
+    with pytest.raises(ValueError, match=r"attention: block .*sliding_window"):
         check_takes_blocks(model)
 
 
 def test_flash_attention_is_refused(monkeypatch):
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="attention: block .*flash_attn: sdpa"):
+    with pytest.raises(ValueError, match=r"attention: block .*flash_attn: sdpa"):
         probe_block_attention(model)
 
 
