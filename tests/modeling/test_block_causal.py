@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_families import DENSE, EXPERTS, build, known
 
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError, make_bidirectional
 from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser, block_of_columns, grouped
 from llamafactory_ddm.modeling.model_info import window_of
+from llamafactory_ddm.sampling import get_strategy, sample
+from llamafactory_ddm.sampling.budget import split_by_position
 from support.tiny import LENGTH, VOCABULARY, Rows, tiny_model
 
 B = 4
@@ -111,3 +115,48 @@ def test_the_cache_changes_no_logit_in_any_family(name, attention):
             direct = by_whole_prefixes(model, canvas, PADDED, wanted, shift=True)
             torch.testing.assert_close(found, direct, rtol=0, atol=1e-4 * float(expected.std()))
     assert cached.computed < plain.computed
+
+
+@pytest.mark.parametrize(("shift", "of_a_block"), [(True, B + 3 * B), (False, (3 + 1) * B)])
+def test_columns_computed_for_a_block(shift, of_a_block):
+    """Three steps a block; with shift a step for its first token, in which the finished block is computed again."""
+    n_blocks, start = 3, int(shift)
+    z = Rows(1).ids[:, : n_blocks * B]
+    block, position = block_of_columns(None, 1, n_blocks * B, B)
+    denoiser = BlockDenoiser(tiny_model().eval(), block_length=B, shift=shift)
+    output = sample(
+        denoiser,
+        z,
+        editable=position >= start,
+        mask_id=VOCABULARY - 1,
+        steps=3,
+        strategy=get_strategy("low_confidence"),
+        block=split_by_position(position >= start, position, B, shift=shift),
+    )
+    # The last block is not computed again; with shift the first token of all is given.
+    assert denoiser.computed == n_blocks * of_a_block - B
+    assert output.nfe == n_blocks * (3 + shift) - shift
+
+
+@given(widths=st.lists(st.integers(1, 40), min_size=1, max_size=9), cost=st.integers(0, 60))
+def test_rows_are_divided_into_passes_where_that_is_cheaper(widths, cost):
+    def price(groups):
+        return sum(len(group) * max(widths[row] for row in group) + cost for group in groups)
+
+    groups = grouped(widths, cost)
+    assert sorted(row for group in groups for row in group) == list(range(len(widths)))
+    assert price(groups) <= price([range(len(widths))])
+    # No worse than passes of equal widths, up to the costs of as many passes.
+    assert price(groups) <= sum(widths) + cost * len(set(widths)) + cost * len(widths)
+
+
+def test_models_that_take_no_mask_of_blocks_are_refused():
+    model = build("mistral")
+    model.config.sliding_window = 4
+    make_bidirectional(model)
+    with pytest.raises(NotBidirectionalError, match="sliding"):
+        BlockDenoiser(model, block_length=B, shift=True)
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(NotBidirectionalError, match="flash_attn"):
+        BlockDenoiser(model, block_length=B, shift=True)
