@@ -149,12 +149,17 @@ def steps_of_each_block(block: Tensor, steps: int) -> Tensor:
         block: [batch, length] int64, from `split_by_position`.
         steps: of a block.
     """
-    sizes = _sizes(block, max(int(block.max()) + 1, 1))
+    sizes = sizes_of_blocks(block)
     return torch.where(sizes > 1, steps, sizes)
 
 
-def _sizes(block: Tensor, n_blocks: int) -> Tensor:
-    """Return [batch, n_blocks] int64, the number of positions of each block."""
+def sizes_of_blocks(block: Tensor) -> Tensor:
+    """Return [batch, n_blocks] int64, the number of positions of each block; n_blocks is at least 1.
+
+    Args:
+        block: [batch, length] int64, from `split_into_blocks` or `split_by_position`.
+    """
+    n_blocks = max(int(block.max()) + 1, 1) if len(block) else 1
     sizes = block.new_zeros(len(block), n_blocks + 1).scatter_add_(1, block - NO_BLOCK, torch.ones_like(block))
     return sizes[:, 1:]
 
@@ -201,7 +206,7 @@ def pace_of_blocks(
         number of a row.
     """
     steps = max(int(block_steps.sum(dim=1).max()), 1) if len(block) else 1
-    sizes = _sizes(block, block_steps.shape[1]).tolist()
+    sizes = sizes_of_blocks(block).tolist()
 
     @cache
     def budget(size: int, n_steps: int) -> list[int]:
