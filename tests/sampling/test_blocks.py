@@ -275,7 +275,9 @@ def test_a_row_takes_its_steps_in_each_block_by_position():
     x = torch.zeros(1, 10, dtype=torch.int64)
     position = torch.arange(10)[None]
     block = split_by_position(position >= 3, position, 4, shift=True)
-    output = run(x, position >= 3, denoiser=lambda z, s: torch.zeros(int(s.sum()), V), steps=2, name="margin", block=block)
+    output = run(
+        x, position >= 3, denoiser=lambda z, s: torch.zeros(int(s.sum()), V), steps=2, name="margin", block=block
+    )
     assert block[0].tolist() == [-1, -1, -1, 0, 1, 2, 2, 2, 3, 4]
     assert output.tokens_per_step.tolist() == [1, 1, 2, 1, 1, 1]
     assert output.committed[0].tolist() == [-1, -1, -1, 0, 1, 2, 2, 3, 4, 5]

@@ -280,7 +280,7 @@ class TextGenerator:
 
     def max_steps(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> int:
         """Return the largest number of denoising steps of a canvas, without edit steps."""
-        return max(block_models.max_steps(canvas, settings, self.config) for canvas in canvases)
+        return self.writer.max_steps(canvases, settings)
 
     def sized(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[SizedCanvas]:
         """Cut the canvases of one batch to the length that `early_stop` requires; see `CanvasSizer.sized`."""

@@ -242,13 +242,17 @@ class Writer:
         filled = _unstacked(canvases, output, settings.diffusion_steps, recorder)
         return [one.cut(canvas) for one, canvas in zip(filled, wanted, strict=True)]
 
+    def max_steps(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> int:
+        """Return the largest number of denoising steps of a canvas, without edit steps."""
+        whole = map(self._in_whole_blocks, canvases)
+        return max(block_models.max_steps(canvas, settings, self.config) for canvas in whole)
+
     def _in_whole_blocks(self, canvas: Canvas) -> Canvas:
         """Return the canvas up to the end of its last block for a block model; for others as it is."""
-        block_length = self.config.train_block_length
-        if block_length is None:
+        if self.config.train_block_length is None:
             return canvas
         limit = max_positions(self.sizer.model.config)
-        return block_models.in_whole_blocks(canvas, block_length, limit, shift=self.config.shift)
+        return block_models.in_whole_blocks(canvas, self.config.train_block_length, limit, shift=self.config.shift)
 
 
 def _unstacked(

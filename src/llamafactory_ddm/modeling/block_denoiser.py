@@ -119,7 +119,9 @@ class BlockDenoiser(ModelDenoiser):
         low, high = self._fresh_range(z, row, column)
         hidden, logits, order = [], [], []
         for number, one in enumerate(self._passes(low, high)):
-            index_of_row = torch.full_like(low, -1).index_copy_(0, one.rows, torch.arange(len(one.rows), device=z.device))
+            index_of_row = torch.full_like(low, -1).index_copy_(
+                0, one.rows, torch.arange(len(one.rows), device=z.device)
+            )
             here = (index_of_row[row] >= 0).nonzero()[:, 0]
             index = index_of_row[row[here]] * one.columns.shape[1] + column[here] - low[row[here]]
             logits.append(self._run(z, one, index, limit if number == 0 or limit is None else 0))
@@ -172,7 +174,9 @@ class BlockDenoiser(ModelDenoiser):
         """Run the model on the columns of a pass; returns its logits, [n, outputs]."""
         rows = self._rows()[one.rows]
         block, position = self._block[rows], self._position[rows]
-        seen = (block[:, None, : one.end] >= 0) & (block[:, None, : one.end] <= block.gather(1, one.columns)[:, :, None])
+        seen = (block[:, None, : one.end] >= 0) & (
+            block[:, None, : one.end] <= block.gather(1, one.columns)[:, :, None]
+        )
         inputs = {
             "input_ids": z[one.rows].gather(1, one.columns),
             "position_ids": position.gather(1, one.columns),
