@@ -15,6 +15,8 @@ from .strategies import STRATEGIES, Strategy, get_strategy
 
 EarlyStop = Literal["none", "eos", "predict", "grow"]
 EARLY_STOPS: tuple[EarlyStop, ...] = get_args(EarlyStop)
+KVCache = Literal["none", "prefix", "dual"]
+KV_CACHES: tuple[KVCache, ...] = get_args(KVCache)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,21 @@ class SamplingSettings:
         "Positions in a block; blocks are decoded one after another from left to right. Defaults to the whole canvas.",
         kind="integer",
         low=1,
+    )
+    kv_cache: KVCache | None = key(
+        None,
+        "Which positions a forward pass computes: none: all of them. prefix: the current block and what follows it; "
+        "keys and values of what precedes it are those of the block's first pass. dual: the current block alone. "
+        "Defaults to none.",
+        choices=KV_CACHES,
+    )
+    cache_refresh: int | None = key(
+        None,
+        "Compute all positions again in every n-th pass of a block; 1 gives the texts of kv_cache: none. Defaults to "
+        "the first pass of each block alone.",
+        kind="integer",
+        low=1,
+        needs=("kv_cache", ("prefix", "dual")),
     )
     commit_schedule: CommitSchedule = key(
         "even",
