@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .bidirectional import full_attention_mask
 from .denoiser import ModelDenoiser
 from .kv_cache import ColumnCache
-from .model_info import dtype_of, implementation, is_flash, text_config
+from .model_info import dtype_of, implementation, is_flash, rotary_limit, text_config
 from .quantization import evaluation_mode
 
 CacheKind = Literal["prefix", "dual"]
@@ -106,9 +106,13 @@ class CachedDenoiser(ModelDenoiser):
     """A `ModelDenoiser` that computes all columns of a row when its block changes, and otherwise only some of them."""
 
     def __init__(self, model: nn.Module, *, kind: CacheKind, refresh: int | None = None, **options: Any) -> None:
-        """Wrap a bidirectional `model`; see `fresh_columns` for `kind` and `refresh`, and `ModelDenoiser` for the rest.
+        """Wrap a bidirectional `model` for one call of the sampler, which calls `step`.
 
-        Use `step`, for one batch and sampler call, whose rows stay in place.
+        Args:
+            model: see `check_cacheable`.
+            kind: see `fresh_columns`.
+            refresh: see `fresh_columns`.
+            options: those of `ModelDenoiser`.
         """
         super().__init__(model, **options)
         self._kind, self._refresh = kind, refresh
@@ -224,12 +228,22 @@ def _columns(fresh: Tensor, width: int) -> Tensor:
     return columns.gather(1, torch.arange(width, device=fresh.device).minimum(last))
 
 
-def check_cacheable(model: nn.Module, kind: CacheKind) -> None:
+def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0) -> None:
     """Check with two short forward passes that cached columns are seen as those of the same pass.
 
+    Args:
+        model: with bidirectional attention.
+        kind: `prefix` or `dual`.
+        length: columns of the longest canvas.
     Raises:
-        ValueError: naming kv_cache, if they are not.
+        ValueError: naming kv_cache, if they are not, or position embeddings depend on which columns a pass computes.
     """
+    name, limit = type(model).__name__, rotary_limit(model)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"kv_cache: {kind} needs position embeddings that do not depend on the length, and those of {name} change "
+            f"beyond {limit} tokens, while a text here has {length}; set kv_cache: none, or shorten the texts"
+        )
     if is_flash(implementation(model)):
         raise ValueError(
             f"kv_cache: {kind} is not supported with flash attention (flash_attn: fa2, fa3), which takes the queries "
@@ -245,7 +259,7 @@ def check_cacheable(model: nn.Module, kind: CacheKind) -> None:
     if reason:
         raise ValueError(
             f"kv_cache: {kind} needs a model whose attention reads the cache of transformers, and "
-            f"{type(model).__name__} does not ({reason}); set kv_cache: none"
+            f"{name} does not ({reason}); set kv_cache: none"
         )
 
 
