@@ -8,7 +8,6 @@ from llamafactory_ddm.diffusion.blocks import block_of
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError, make_bidirectional
 from llamafactory_ddm.modeling.block_attention import (
-    check_takes_blocks,
     probe_block_attention,
     two_stream_inputs,
     two_stream_visibility,
@@ -121,14 +120,14 @@ def test_sliding_windows_are_refused(name):
     model = build(name)
     model.config.sliding_window = 4
     make_bidirectional(model)
-    with pytest.raises(ValueError, match=r"attention: block .*sliding_window"):
-        check_takes_blocks(model)
+    with pytest.raises(NotBidirectionalError, match=r"sliding-window .*attention: block"):
+        probe_block_attention(model)
 
 
 def test_flash_attention_is_refused(monkeypatch):
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"attention: block .*flash_attn: sdpa"):
+    with pytest.raises(NotBidirectionalError, match=r"attention: block .*flash_attn: sdpa"):
         probe_block_attention(model)
 
 

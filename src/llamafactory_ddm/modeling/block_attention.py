@@ -12,32 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.attention import additive_mask
 from ..diffusion.blocks import block_of, positions_of
-from .bidirectional import NotBidirectionalError
-from .model_info import dtype_of, implementation, is_flash, text_config, window_of
+from .bidirectional import NotBidirectionalError, additive_by_layer
+from .block_denoiser import check_block_attention
+from .model_info import dtype_of, implementation, text_config
 from .quantization import evaluation_mode
 
 _PROBE_LENGTH, _PROBE_BLOCK = 6, 3
-
-
-def check_takes_blocks(model: nn.Module) -> None:
-    """Check that a model can have block attention.
-
-    Raises:
-        ValueError: if it has sliding windows, or flash attention, which takes no such mask.
-    """
-    name = f"{type(model).__name__} (model_type {getattr(text_config(model), 'model_type', '?')})"
-    if window_of(model) is not None:
-        raise ValueError(
-            f"attention: block needs a model without sliding windows, but {name} has sliding_window: "
-            f"{window_of(model)}; use another model, or attention: full"
-        )
-    if is_flash(implementation(model)):
-        raise ValueError(
-            "attention: block needs an attention mask that flash attention (flash_attn: fa2, fa3) does not support; "
-            "set flash_attn: sdpa"
-        )
 
 
 def sees(
@@ -96,15 +77,13 @@ def two_stream_inputs(
         document: [batch, length] int64, index of the packed document of each token; None if a row is one document.
         position_ids: [batch, length] int64, positions within packed documents; None if a row is one document.
     Raises:
-        ValueError: as `check_takes_blocks`.
+        NotBidirectionalError: as `check_block_attention`.
     """
-    check_takes_blocks(model)
+    check_block_attention(model)
     length = ids.shape[1] // 2
     position = positions_of(ids[:, :length], is_padding=is_padding, position_ids=position_ids)
     block = block_of(position, block_length, is_padding=is_padding)
-    mask: Any = additive_mask(two_stream_visibility(block, document), dtype)
-    if getattr(text_config(model), "layer_types", None):
-        mask = {"full_attention": mask}
+    mask = additive_by_layer(model, two_stream_visibility(block, document), dtype)
     return {"attention_mask": mask, "position_ids": torch.cat([position, position], dim=1).expand(ids.shape)}
 
 
@@ -120,11 +99,10 @@ def probe_block_attention(model: nn.Module, *, inner: nn.Module | None = None) -
         model: the model that training calls, with or without a wrapper.
         inner: the unwrapped model, by default `model`.
     Raises:
-        NotBidirectionalError: if it does not, or if the model does not accept the mask.
-        ValueError: as `check_takes_blocks`.
+        NotBidirectionalError: if it does not, or if the model cannot have such a mask.
     """
     inner = model if inner is None else inner
-    check_takes_blocks(inner)
+    check_block_attention(inner)
     with evaluation_mode(model):
         _probe(model, inner)
 
