@@ -4,6 +4,7 @@ import pytest
 
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.objectives.block import BlockObjective
 from llamafactory_ddm.objectives.masked import MaskedObjective
 from llamafactory_ddm.objectives.mixed import MixedObjective
 from support.tiny import MASK_ID, VOCABULARY, Rows, stack, tiny_model
@@ -48,7 +49,8 @@ def make_trainer(tmp_path):
         options = {"shift": True, "seed": 5, **(objective or {})}
         schedule = get_schedule(options.pop("noise_schedule", "linear"))
         mixed = {"n_ids": VOCABULARY} if "uniform_ratio" in options else {}
-        kind = MixedObjective if mixed else MaskedObjective
+        blocks = options.get("block_length")
+        kind = BlockObjective if blocks else MixedObjective if mixed else MaskedObjective
         return DiffusionTrainer(
             objective=kind(mask_id=MASK_ID, schedule=schedule, **mixed, **options),
             diffusion_config=DiffusionConfig(
@@ -58,7 +60,9 @@ def make_trainer(tmp_path):
                 noise_process="mixed" if mixed else "masked",
                 uniform_ratio=options.get("uniform_ratio", 0.0),
                 noise_schedule=schedule.name,
-                attention_ratio=attention_ratio,
+                attention_ratio=1.0 if blocks else attention_ratio,
+                attention="block" if blocks else "full",
+                train_block_length=blocks,
             ),
             anneal_steps=anneal_steps,
             eval_time_samples=eval_time_samples,

@@ -31,7 +31,12 @@ def is_flash(name: str) -> bool:
 
 def window_of(model: nn.Module) -> int | None:
     """Return the sliding window in effect, or None."""
-    config = text_config(model)
+    return window_of_config(text_config(model))
+
+
+def window_of_config(config: Any) -> int | None:
+    """Return the sliding window of a model with this config, or None."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = getattr(config, "layer_types", None)
     if layers and "sliding_attention" not in layers:
         return None
@@ -54,6 +59,19 @@ def max_positions(config: Any) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def rotary_limit(model: nn.Module) -> int | None:
+    """Return the length from which on a model with longrope embeddings (Phi-3) takes other frequencies, else None.
+
+    The model decides by the largest position of a forward pass.
+    """
+    config = text_config(model)
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "longrope" not in (rope.get("rope_type"), rope.get("type")):
+        return None
+    limit: int | None = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return limit
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,0 +1,223 @@
+"""The denoiser of a model with block attention, which generates block by block from left to right.
+
+A token sees every token of the blocks up to its own, so columns behind the current block are never computed, and the
+keys and values of finished blocks can be kept. A block is computed with [MASK] in it while it is decoded; once it is
+finished it is computed again, with its final tokens, in the pass that the next block asks for first. So the cache
+changes no logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bidirectional import NotBidirectionalError, additive_by_layer
+from .denoiser import ModelDenoiser
+from .kv_cache import ColumnCache
+from .model_info import dtype_of, implementation, is_flash, window_of
+
+# Columns that take about as long as the fixed costs of a further forward pass.
+_COLUMNS_OF_A_PASS = {"cpu": 16}
+_COLUMNS_OF_A_PASS_ELSEWHERE = 512
+
+
+def block_of_columns(is_padding: Tensor | None, batch: int, length: int, block_length: int) -> tuple[Tensor, Tensor]:
+    """Return the block and the position of each column, [batch, length] int64 each.
+
+    Blocks begin at every multiple of `block_length` of the position within the document; padding, which is on the
+    left, is block -1 at position 0.
+
+    Args:
+        is_padding: [batch, length] bool; None if there is none.
+        batch: rows.
+        length: columns.
+        block_length: tokens in a block.
+    """
+    if is_padding is None:
+        position = torch.arange(length).expand(batch, length)
+        return torch.div(position, block_length, rounding_mode="floor"), position
+    position = (~is_padding).cumsum(dim=1) - 1
+    return torch.div(position, block_length, rounding_mode="floor"), position.clamp(min=0)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A forward pass over some columns of some rows.
+
+    Attributes:
+        rows: [n_rows] int64, rows of the call.
+        columns: [n_rows, n_fresh] int64, the columns of each; a row with fewer than others repeats its last.
+        end: number of columns that its queries see, from the first.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    end: int
+
+
+class BlockDenoiser(ModelDenoiser):
+    """The sampler's denoiser for a model with block attention.
+
+    The columns of a pass follow from the ids alone: those whose ids have changed since they were computed, up to the
+    end of the last block with a requested token, and what comes after the first of them.
+    """
+
+    def __init__(self, model: nn.Module, *, block_length: int, cached: bool = True, **options: Any) -> None:
+        """Wrap a `model` whose attention was switched to full; the masks of its blocks are made here.
+
+        Args:
+            model: see `check_block_attention`.
+            block_length: tokens in a block, as in training.
+            cached: whether finished blocks are kept; without, each pass computes every column up to the current
+                block's end.
+            options: those of `ModelDenoiser`.
+        Raises:
+            NotBidirectionalError: if the model's attention takes no mask of blocks.
+        """
+        check_block_attention(model)
+        super().__init__(model, **options)
+        self._block_length = block_length
+        self._is_cached = cached
+        self._block = self._position = self._ids = torch.empty(0, 0, dtype=torch.int64)
+        self._computed = torch.empty(0, dtype=torch.int64)
+        self._cache: ColumnCache | None = None
+
+    def step(self, scope: Tensor, branch: int = 0) -> BlockDenoiser:
+        """Return itself: which columns a pass computes follows from the ids; see `sampling.CachingDenoiser`."""
+        return self
+
+    def take_computed(self) -> Tensor:
+        """Return [batch] int64, the columns of each row that went through the model since the last call."""
+        computed, self._computed = self._computed, torch.zeros_like(self._computed)
+        return computed
+
+    def __call__(self, z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
+        """Yield the logits of the tokens at `flat_index`, see `ModelDenoiser`."""
+        batch, length = z.shape
+        if z.shape != self._ids.shape:
+            block, position = block_of_columns(self._is_padding, batch, length, self._block_length)
+            self._block, self._position = block.to(z.device), position.to(z.device)
+            self._ids = torch.full_like(z, -1)  # those that each column was computed from; -1 before
+            self._computed = torch.zeros_like(z[:, 0])
+            self._cache = ColumnCache(batch, length) if self._is_cached else None
+        return super().__call__(z, flat_index)
+
+    def _forward(self, z: Tensor, head_index: Tensor, limit: int | None = None) -> Tensor:
+        """Compute the fresh columns, in passes over rows with about as many; see `ModelDenoiser`."""
+        length = z.shape[1]
+        row, column = torch.div(head_index, length, rounding_mode="floor"), head_index % length
+        low, high = self._fresh_range(z, row, column)
+        hidden, logits, order = [], [], []
+        for one in self._passes(low, high):
+            number = torch.full_like(low, -1)
+            number[one.rows] = torch.arange(len(one.rows), device=z.device)
+            here = (number[row] >= 0).nonzero()[:, 0]
+            number, first = number[row[here]], one.columns[:, 0]
+            index = number * one.columns.shape[1] + column[here] - first[number]
+            logits.append(self._pass(z, one, index, limit))
+            hidden.append(self._take_hidden())
+            order.append(here)
+        self._note(z, low, high)
+        back = torch.cat(order).argsort()
+        self._head.hidden = torch.cat(hidden)[back]
+        return torch.cat(logits)[back if limit is None else slice(limit)]
+
+    def _rows(self) -> Tensor:
+        """Return [n_rows] int64, the rows of the canvas that this call computes."""
+        rows = torch.arange(len(self._ids), device=self._ids.device)
+        return rows if self._requested is None else rows[self._requested]
+
+    def _fresh_range(self, z: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first fresh column of each row and the one after the last, [n_rows] int64 each.
+
+        Args:
+            z: [n_rows, length] int64.
+            row: [n] int64, row of each hidden state to compute.
+            column: [n] int64, its column.
+        """
+        block, length = self._block[self._rows()], z.shape[1]
+        none = torch.full_like(z[:, 0], length)
+        first = none.scatter_reduce(0, row, column, "amin")
+        last = (none - length).scatter_reduce(0, row, column, "amax")
+        high = (block <= block.gather(1, last[:, None])).sum(dim=1)
+        if not self._is_cached:
+            return torch.zeros_like(high), high
+        changed = (z != self._ids[self._rows()]) & (block >= 0)
+        first_changed = torch.where(changed, torch.arange(length, device=z.device), length).amin(dim=1)
+        first_changed = torch.where(first_changed < high, first_changed, first)
+        return (block < block.gather(1, first_changed[:, None])).sum(dim=1).clamp(max=first), high
+
+    def _passes(self, low: Tensor, high: Tensor) -> Iterator[_Pass]:
+        """Yield the passes over the fresh columns; the first row is in the first of them."""
+        widths = (high - low).tolist()
+        cost = _COLUMNS_OF_A_PASS.get(low.device.type, _COLUMNS_OF_A_PASS_ELSEWHERE)
+        for numbers in sorted(grouped(widths, cost)):
+            rows = torch.tensor(numbers, device=low.device)
+            span = torch.arange(max(widths[number] for number in numbers), device=low.device)
+            columns = low[rows][:, None] + span
+            if self._is_cached:  # without a cache, all keys are those of the pass
+                columns = columns.minimum(high[rows][:, None] - 1)
+            yield _Pass(rows, columns, int(high[rows].max()))
+
+    def _pass(self, z: Tensor, one: _Pass, head_index: Tensor, limit: int | None) -> Tensor:
+        """Run a pass; `head_index` is into its columns. Returns the logits as `_forward` does."""
+        rows = self._rows()[one.rows]
+        block, position = self._block[rows], self._position[rows]
+        keys, queries = block[:, None, : one.end], block.gather(1, one.columns)[:, :, None]
+        mask = additive_by_layer(self._model, ((keys >= 0) & (keys <= queries))[:, None], dtype_of(self._model))
+        ids, position_ids = z[one.rows].gather(1, one.columns), position.gather(1, one.columns)
+        self._computed[rows] += one.columns.shape[1]
+        if self._cache is None:
+            return self._run(ids, mask, position_ids, head_index, limit)
+        with self._cache.writing(one.columns, rows=None if len(rows) == len(self._ids) else rows, end=one.end):
+            return self._run(ids, mask, position_ids, head_index, limit, self._cache)
+
+    def _note(self, z: Tensor, low: Tensor, high: Tensor) -> None:
+        """Note the ids that the columns were computed from; what lies behind them was computed with other ids."""
+        column, rows = torch.arange(z.shape[1], device=z.device), self._rows()
+        ids = torch.where(column < low[:, None], self._ids[rows], z)
+        self._ids[rows] = ids.masked_fill(column >= high[:, None], -1)
+
+
+def grouped(widths: Sequence[int], pass_cost: int) -> list[list[int]]:
+    """Divide rows into passes: a row costs its pass's largest width, a pass `pass_cost` on top.
+
+    A pass is divided as long as that makes it cheaper, where it saves the most.
+
+    Args:
+        widths: fresh columns of each row.
+        pass_cost: fixed costs of a pass, in columns.
+    Returns:
+        Lists of the rows' numbers, each ascending.
+    """
+
+    def divide(rows: list[int]) -> list[list[int]]:
+        saved = [(at * (widths[rows[-1]] - widths[rows[at - 1]]), at) for at in range(1, len(rows))]
+        most, at = max(saved, default=(0, 0))
+        if most <= pass_cost:
+            return [sorted(rows)]
+        return divide(rows[:at]) + divide(rows[at:])
+
+    return divide(sorted(range(len(widths)), key=lambda row: widths[row]))
+
+
+def check_block_attention(model: nn.Module) -> None:
+    """Check that a model's attention takes a mask of blocks.
+
+    Raises:
+        NotBidirectionalError: for flash attention, which takes no such mask, and for sliding windows.
+    """
+    if is_flash(implementation(model)):
+        raise NotBidirectionalError(
+            "attention: block needs an attention mask that flash attention (flash_attn: fa2, fa3) does not support; "
+            "set flash_attn: sdpa"
+        )
+    if window_of(model) is not None:
+        raise NotBidirectionalError(
+            f"{type(model).__name__} has sliding-window attention, which attention: block does not support; use a "
+            "model with full attention, such as GPT-2, Llama, Qwen2 or Qwen3"
+        )
