@@ -101,9 +101,10 @@ class CanvasSizer:
 
     def _make(self, settings: SamplingSettings | None) -> Callable[..., ModelDenoiser]:
         """Return the denoiser's class with the options that `kv_cache` gives it."""
-        if settings is None or settings.kv_cache in (None, "none"):
+        kind = None if settings is None else settings.kv_cache
+        if settings is None or kind is None or kind == "none":
             return ModelDenoiser
-        return partial(CachedDenoiser, kind=settings.kv_cache, refresh=settings.cache_refresh)
+        return partial(CachedDenoiser, kind=kind, refresh=settings.cache_refresh)
 
     def threshold(self, settings: SamplingSettings, canvas: Canvas) -> float:
         """Return the threshold of the length predictor on a canvas: the calibrated one, else the coverage itself.
@@ -138,9 +139,9 @@ class CanvasSizer:
         Raises:
             ValueError: see `sized` and `check_cacheable`.
         """
-        if settings.kv_cache not in (None, "none"):
-            check_cacheable(self.model, settings.kv_cache, length=max(map(len, canvases), default=0))
-        early_stop = settings.early_stop
+        early_stop, kind = settings.early_stop, settings.kv_cache
+        if kind is not None and kind != "none":
+            check_cacheable(self.model, kind, length=max(map(len, canvases), default=0))
         if early_stop not in ("predict", "grow"):
             return
         if not self.eos_ids:
