@@ -106,9 +106,10 @@ class CanvasSizer:
         if block_length is not None:
             is_cached = settings is not None and settings.kv_cache != "none"
             return partial(BlockDenoiser, block_length=block_length, cached=is_cached)
-        if settings is None or settings.kv_cache is None or settings.kv_cache == "none":
+        kind = None if settings is None else settings.kv_cache
+        if settings is None or kind is None or kind == "none":
             return ModelDenoiser
-        return partial(CachedDenoiser, kind=settings.kv_cache, refresh=settings.cache_refresh)
+        return partial(CachedDenoiser, kind=kind, refresh=settings.cache_refresh)
 
     def threshold(self, settings: SamplingSettings, canvas: Canvas) -> float:
         """Return the threshold of the length predictor on a canvas: the calibrated one, else the coverage itself.
