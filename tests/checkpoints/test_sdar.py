@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 
 from llamafactory_ddm import load
 from llamafactory_ddm.checkpoints.convert import convert
-from llamafactory_ddm.checkpoints.families import family_of_converted, find_diffusion_config
+from llamafactory_ddm.checkpoints.families import configuration_sdar, family_of_converted, find_diffusion_config
 from llamafactory_ddm.checkpoints.load_model import load_whole
 from llamafactory_ddm.cli.main import main
 from llamafactory_ddm.modeling.bidirectional import full_attention_mask, make_bidirectional
@@ -85,9 +86,10 @@ def trained_here(folder, config=PLAIN, **changed):
     return folder
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("block", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("block", "tied", "attention"),
+    [(1, False, "sdpa"), (4, False, "sdpa"), (4, False, "eager"), (4, True, "sdpa"), (8, False, "sdpa")],
+)
 def test_a_published_model_computes_the_published_function(tmp_path, tied, block, attention):
     folder = write_sdar(tmp_path / "published", tie_word_embeddings=tied)
     model = auto_model(folder, attention)
@@ -185,7 +187,22 @@ def test_a_model_trained_here_becomes_an_sdar(tmp_path, tied):
     assert ("lm_head.weight" in all_weights(out)) is not tied
 
 
-def test_other_tools_read_the_config(tmp_path):
+def test_the_configuration_class_keeps_what_engines_read(tmp_path):
+    convert(trained_here(tmp_path / "trained"), tmp_path / "out", to_published="sdar")
+    assert (tmp_path / "out" / "configuration_sdar.py").read_bytes() == Path(configuration_sdar.__file__).read_bytes()
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = configuration_sdar.SDARConfig.from_dict(raw)
+    engines = ("rope_theta", "rope_scaling", "head_dim", "block_size", "mask_token_id", "tie_word_embeddings")
+    for key in (*engines, "attention_bias", "num_key_value_heads", "sliding_window", "vocab_size"):
+        expected = raw[key]
+        if key == "rope_scaling" and expected is None:  # transformers 5 writes the default out
+            assert getattr(config, key, None) in (None, {"rope_type": "default", "rope_theta": raw["rope_theta"]})
+        else:
+            assert getattr(config, key) == expected, key
+
+
+@pytest.mark.slow
+def test_other_tools_read_the_folder(tmp_path):
     """In a process without the plugin, by the file that auto_map names, as inference engines do."""
     convert(trained_here(tmp_path / "trained"), tmp_path / "out", to_published="sdar")
     script = (
@@ -338,3 +355,16 @@ def test_the_config_is_a_plain_one(tmp_path):
     config = AutoConfig.from_pretrained(write_sdar(tmp_path / "published"))
     assert config.model_type == "qwen3" and config.tie_word_embeddings is False
     assert not {"auto_map", "attn_implementation", "block_size", "debug"} & config.to_dict().keys()
+
+
+def test_it_is_saved_as_a_plain_model(tmp_path):
+    folder, saved, converted = write_sdar(tmp_path / "published"), tmp_path / "saved", tmp_path / "converted"
+    auto_model(folder).save_pretrained(saved)
+    load(folder).tokenizer.save_pretrained(saved)
+    convert(folder, converted)
+    first, second = all_weights(saved), all_weights(converted)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    first, second = (json.loads((path / "config.json").read_text()) for path in (saved, converted))
+    assert {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)} <= {"dtype", "torch_dtype"}
+    assert "auto_map" not in (saved / "tokenizer_config.json").read_text()
+    assert not {"temperature", "top_k"} & json.loads((saved / "generation_config.json").read_text()).keys()

@@ -307,13 +307,19 @@ def load_tokenizer(folder: str | Path) -> Any:
         ValueError: if the folder has no readable tokenizer.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return without_code(AutoTokenizer.from_pretrained(folder))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} has no readable tokenizer ({first_line(error)}); copy tokenizer.json and "
             "tokenizer_config.json of the published model into it, or name the model that the weights were trained "
             "from: llamafactory-ddm convert IN OUT --base"
         ) from error
+
+
+def without_code(tokenizer: Any) -> Any:
+    """Have a tokenizer of transformers forget the published code that its files name, which is not saved with it."""
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
 
 
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # of LLaDA and of Dream
@@ -406,9 +412,7 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
     class PublishedTokenizer(tokenizer_class):  # type: ignore[misc,valid-type]
         @classmethod
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-            tokenizer = tokenizer_class.from_pretrained(*args, **kwargs)
-            tokenizer.init_kwargs.pop("auto_map", None)  # else it is saved, and loading asks for the published code
-            return tokenizer
+            return without_code(tokenizer_class.from_pretrained(*args, **kwargs))
 
     PublishedTokenizer.__name__ = PublishedTokenizer.__qualname__ = f"{family.title}Tokenizer"
     AutoTokenizer.register(PublishedConfig, fast_tokenizer_class=PublishedTokenizer, exist_ok=True)

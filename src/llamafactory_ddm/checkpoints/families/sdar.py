@@ -13,12 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import (  # type: ignore[attr-defined]
-    Qwen2TokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeForCausalLM,
-)
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from ...modeling.diffusion_config import DiffusionConfig
 from .base import ModelFamily, register_family, rope_theta
@@ -64,7 +59,6 @@ class Sdar(ModelFamily):
     model_class = Qwen3ForCausalLM
     shift = False
     attention = "block"
-    tokenizer_class = Qwen2TokenizerFast
     published_code = (Path(__file__).with_name("configuration_sdar.py"),)
 
     @classmethod
