@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
 from llamafactory_ddm import load
 from llamafactory_ddm.checkpoints.convert import convert
 from llamafactory_ddm.checkpoints.families import configuration_sdar, family_of_converted, find_diffusion_config
+from llamafactory_ddm.checkpoints.families.base import rope_theta
 from llamafactory_ddm.checkpoints.load_model import load_whole
 from llamafactory_ddm.cli.main import main
 from llamafactory_ddm.modeling.bidirectional import full_attention_mask, make_bidirectional
@@ -40,6 +42,7 @@ PLAIN = Qwen3Config(
     num_key_value_heads=2,
     head_dim=8,
 )
+GPT2 = GPT2Config(vocab_size=288, n_embd=32, n_layer=1, n_head=2)
 
 
 def block_logits(model, block):
@@ -102,7 +105,7 @@ def test_a_published_model_computes_the_published_function(tmp_path, tied, block
 def test_the_formula_tells_the_masks_apart():
     weights = sdar_weights()
     by_length = [sdar_by_formula(weights, IDS, block) for block in (1, 4, 8, len(IDS))]
-    for first, second in zip(by_length, by_length[1:], strict=False):
+    for first, second in pairwise(by_length):
         assert (first - second).abs().max() > 0.1
 
 
@@ -224,7 +227,7 @@ def test_other_tools_read_the_folder(tmp_path):
         env={"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
     )
     values = done.stdout.strip().splitlines()[-1].split("|")
-    assert values[:3] == ["sdar", "['SDARForCausalLM']", str(PLAIN.rope_parameters["rope_theta"])]
+    assert values[:3] == ["sdar", "['SDARForCausalLM']", str(rope_theta(PLAIN))]
     assert values[4:8] == ["8", "8", str(MASK_ID), "False"] and values[8] in ("torch.float32", "float32")
     assert values[9:] == ["None", str(MASK_ID), "[0, 263]"]
 
@@ -234,7 +237,7 @@ def test_other_tools_read_the_folder(tmp_path):
     [
         (PLAIN, {"shift": True}, r"--published sdar.*shift: true.*shift: false"),
         (PLAIN, {"attention": "full", "train_block_length": None}, r"--published sdar.*attention: full.*block"),
-        (GPT2Config(vocab_size=288, n_embd=32, n_layer=1, n_head=2), {}, r"--published sdar.*gpt2.*qwen3"),
+        (GPT2, {}, r"--published sdar.*gpt2.*qwen3"),
     ],
 )
 def test_models_that_are_no_sdar(tmp_path, config, changed, pattern):
@@ -253,6 +256,9 @@ def test_the_layout_is_found_by_architecture_shift_and_attention(tmp_path):
     shifted = trained_here(tmp_path / "shifted", shift=True)
     with pytest.raises(ValueError, match=r"--published sdar.*shift: false"):
         convert(shifted, tmp_path / "other", to_published=True)
+    gpt2 = trained_here(tmp_path / "gpt2", GPT2)  # whose published layout, DiffuGPT's, is of full attention
+    with pytest.raises(ValueError, match=r"--published.*gpt2.*attention: block"):
+        convert(gpt2, tmp_path / "other", to_published=True)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +281,9 @@ def test_neither_an_adapter_nor_a_published_model_is_converted(tmp_path):
         convert(published, tmp_path / "out", to_published="sdar")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    save_file({"base_model.model.model.layers.0.x.lora_A.weight": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.model.layers.0.x.lora_A.weight": torch.zeros(1)}, adapter / "adapter_model.safetensors"
+    )
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(published)}))
     with pytest.raises(ValueError, match=r"--published sdar.*adapter.*export"):
         convert(adapter, tmp_path / "out", to_published="sdar")
@@ -365,6 +373,9 @@ def test_it_is_saved_as_a_plain_model(tmp_path):
     first, second = all_weights(saved), all_weights(converted)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     first, second = (json.loads((path / "config.json").read_text()) for path in (saved, converted))
-    assert {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)} <= {"dtype", "torch_dtype"}
+    assert {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)} <= {
+        "dtype",
+        "torch_dtype",
+    }
     assert "auto_map" not in (saved / "tokenizer_config.json").read_text()
     assert not {"temperature", "top_k"} & json.loads((saved / "generation_config.json").read_text()).keys()

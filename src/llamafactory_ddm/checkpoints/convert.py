@@ -89,7 +89,7 @@ def _convert_model(
     if to_published and published is not None:
         name = published.title if isinstance(published, type) else published.name
         raise ValueError(f"--published: {source} has the published layout of {name} already; leave it as it is")
-    target_family = _target_family(to_published, config.model_type, diffusion_config)
+    target_family = _target_family(source, to_published, config.model_type, diffusion_config)
     target_layout = _target_layout(config, target_family) if to_published else None
     num_embeddings = stored_num_embeddings(source, layout) or int(config.vocab_size)
     config.vocab_size = num_embeddings
@@ -148,12 +148,12 @@ def _write_published(
 
 
 def _target_family(
-    to_published: bool | str, model_type: str, diffusion_config: DiffusionConfig | None
+    source: Path, to_published: bool | str, model_type: str, diffusion_config: DiffusionConfig | None
 ) -> type[ModelFamily] | None:
     """Return the family to whose layout to convert; None for the layout of DiffuGPT and DiffuLLaMA, or for none.
 
     Raises:
-        ValueError: if the named family does not exist, or the model does not fit any that it could have.
+        ValueError: if the named family does not exist, or the model fits none that it could have.
     """
     if not to_published:
         return None
@@ -162,15 +162,23 @@ def _target_family(
             names = [name for name in MODEL_FAMILIES if MODEL_FAMILIES.get(name).can_be_written()]
             raise ValueError(unknown_choice("--published", to_published, names))
         family = MODEL_FAMILIES.get(to_published)
-        family.check_publishable(model_type, diffusion_config)
+        family.check_publishable(source, model_type, diffusion_config)
         return family
+    attention = "full"
     if diffusion_config is not None:
-        fitting = family_of_converted(model_type, diffusion_config.shift, diffusion_config.attention)
+        attention = diffusion_config.attention
+        fitting = family_of_converted(model_type, diffusion_config.shift, attention)
         if fitting is not None:
             return fitting
-    if model_type not in LAYOUTS:
-        for family in families_of_plain(model_type):
-            family.check_publishable(model_type, diffusion_config)
+    if model_type in LAYOUTS and attention == "full":
+        return None
+    for family in families_of_plain(model_type):
+        family.check_publishable(source, model_type, diffusion_config)
+    if attention != "full":
+        raise ValueError(
+            f"--published: {source} is a {model_type} with attention: {attention}, and none was published; train a "
+            "qwen3 model for the layout of SDAR"
+        )
     return None
 
 

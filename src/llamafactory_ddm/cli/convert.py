@@ -20,8 +20,8 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm convert",
-        description="Convert a published diffusion checkpoint (DiffuGPT, DiffuLLaMA, its LoRA adapters, LLaDA, Dream, SDAR) "
-        "to an ordinary Hugging Face folder with diffusion_config.json.",
+        description="Convert a published diffusion checkpoint (DiffuGPT, DiffuLLaMA, its LoRA adapters, LLaDA, Dream, "
+        "SDAR) to an ordinary Hugging Face folder with diffusion_config.json.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

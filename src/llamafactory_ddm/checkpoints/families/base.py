@@ -159,10 +159,11 @@ class ModelFamily:
         return cls.published_config.__func__ is not ModelFamily.published_config.__func__  # type: ignore[attr-defined]
 
     @classmethod
-    def check_publishable(cls, model_type: str, diffusion_config: DiffusionConfig | None) -> None:
+    def check_publishable(cls, source: Path, model_type: str, diffusion_config: DiffusionConfig | None) -> None:
         """Check that a plain model has the family's architecture, shift and attention.
 
         Args:
+            source: folder of the model, for messages.
             model_type: model_type of its config.json.
             diffusion_config: its diffusion config, if any.
         Raises:
@@ -174,20 +175,21 @@ class ModelFamily:
         plain = cls.model_class.config_class.model_type
         if model_type != plain:
             raise ValueError(
-                f"{asked}: IN has model_type {model_type}, but {cls.title} is a {plain}; train a {plain} model"
+                f"{asked}: {source} has model_type {model_type}, but {cls.title} is a {plain}; train a {plain} model"
             )
         if diffusion_config is None:
-            raise ValueError(f"{asked}: IN holds no {FILE_NAME}, so it is no diffusion model; train it first")
+            raise ValueError(f"{asked}: {source} holds no {FILE_NAME}, so it is no diffusion model; train it first")
         if diffusion_config.shift != cls.shift:
-            predicts = {True: "token i + 1 (shift: true)", False: "token i (shift: false)"}
+            token = {True: "i + 1", False: "i"}
             raise ValueError(
-                f"{asked}: the logits of IN at position i predict {predicts[diffusion_config.shift]}, those of "
-                f"{cls.title} predict {predicts[cls.shift]}; train with shift: {str(cls.shift).lower()}"
+                f"{asked}: {source} was trained with shift: {str(diffusion_config.shift).lower()}, so its logits at "
+                f"position i predict token {token[diffusion_config.shift]}, but those of {cls.title} predict token "
+                f"{token[cls.shift]}; train with shift: {str(cls.shift).lower()}"
             )
         if diffusion_config.attention != cls.attention:
             raise ValueError(
-                f"{asked}: IN was trained with attention: {diffusion_config.attention}, but {cls.title} has attention: "
-                f"{cls.attention}; train with attention: {cls.attention}"
+                f"{asked}: {source} was trained with attention: {diffusion_config.attention}, but {cls.title} has "
+                f"attention: {cls.attention}; train with attention: {cls.attention}"
             )
 
     @classmethod
@@ -221,9 +223,7 @@ class ModelFamily:
                 f"mask_token_id in config.json of this {cls.title} model is {mask_id}, which must be the id of a "
                 "token of the tokenizer; name the mask token with llamafactory-ddm convert IN OUT --mask-token"
             )
-        config = DiffusionConfig(
-            mask, int(mask_id), cls.shift, "masked", 0.0, "linear", 1.0, attention=cls.attention
-        )
+        config = DiffusionConfig(mask, int(mask_id), cls.shift, "masked", 0.0, "linear", 1.0, attention=cls.attention)
         return with_start_and_end(config, tokenizer)
 
 
@@ -252,7 +252,7 @@ def detect_family(raw: dict[str, Any]) -> type[ModelFamily] | None:
 
 
 def families_of_plain(model_type: str) -> list[type[ModelFamily]]:
-    """Return the families to whose layout plain models of this model_type convert, if their shift and attention fit."""
+    """Return the families to whose layout plain models of this model_type convert, if shift and attention fit."""
     families = map(MODEL_FAMILIES.get, MODEL_FAMILIES)
     return [
         family
