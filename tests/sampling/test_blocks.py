@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from toy_sampling import MASK, NAMES, V, by_selection, ragged, relative, run
 
 from llamafactory_ddm.sampling import Context, LogitsConfig, sample, start
-from llamafactory_ddm.sampling.budget import split_into_blocks, steps_of_blocks
+from llamafactory_ddm.sampling.budget import (
+    split_by_position,
+    split_into_blocks,
+    steps_of_blocks,
+    steps_of_each_block,
+)
 from llamafactory_ddm.sampling.strategies import get_strategy
 
 GREEDY = LogitsConfig(0.0)
@@ -234,3 +239,67 @@ def test_defaults_are_enough_to_sample_and_to_step_by_hand():
     assert not (sample(denoiser, x, strategy=get_strategy("random"), **options).sequences == MASK).any()
     state, plan = start(x, **options)
     assert plan.block_steps.tolist() == [[3], [3]] and bool(state.is_masked.all())
+
+
+def by_hand(flags, positions, block_length, *, shift):
+    """The blocks of one row, numbered as they are met; with shift a block's first token is one of its own."""
+    numbers, result = {}, []
+    for flag, position in zip(flags, positions, strict=True):
+        if not flag:
+            result.append(-1)
+            continue
+        place = (position // block_length, shift and position % block_length > 0)
+        result.append(numbers.setdefault(place, len(numbers)))
+    return result
+
+
+@given(
+    n_padding=st.integers(0, 9),
+    flags=st.lists(st.booleans(), min_size=1, max_size=30),
+    block_length=st.integers(1, 9),
+    shift=st.booleans(),
+    steps=st.integers(1, 6),
+)
+def test_blocks_by_position(n_padding, flags, block_length, shift, steps):
+    flags = [False] * n_padding + flags
+    positions = [max(0, column - n_padding) for column in range(len(flags))]
+    block = split_by_position(torch.tensor([flags]), torch.tensor([positions]), block_length, shift=shift)
+    expected = by_hand(flags, positions, block_length, shift=shift)
+    assert block[0].tolist() == expected
+    sizes = [expected.count(number) for number in range(max(expected) + 1)]
+    assert steps_of_each_block(block, steps)[0].tolist() == ([1 if n == 1 else steps for n in sizes] or [0])
+
+
+def test_a_row_takes_its_steps_in_each_block_by_position():
+    """A prompt of 3 tokens, blocks of 4 with shift: blocks of 1, 1, 3, 1 and 2 tokens, two steps for 3 and 2."""
+    x = torch.zeros(1, 10, dtype=torch.int64)
+    position = torch.arange(10)[None]
+    block = split_by_position(position >= 3, position, 4, shift=True)
+    output = run(
+        x, position >= 3, denoiser=lambda z, s: torch.zeros(int(s.sum()), V), steps=2, name="margin", block=block
+    )
+    assert block[0].tolist() == [-1, -1, -1, 0, 1, 2, 2, 2, 3, 4]
+    assert output.tokens_per_step.tolist() == [1, 1, 2, 1, 1, 1]
+    assert output.committed[0].tolist() == [-1, -1, -1, 0, 1, 2, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_do_not_depend_on_the_first_tokens_of_other_rows(name):
+    """Rows whose blocks begin at other columns alternate otherwise between first tokens and the rest."""
+    x = torch.zeros(3, 14, dtype=torch.int64)
+    n_padding = torch.tensor([[0], [3], [5]])
+    position = (torch.arange(14) - n_padding).clamp(min=0)
+    editable = position >= torch.tensor([[2], [1], [4]])
+    block = split_by_position(editable, position, 4, shift=True)
+    options = {"denoiser": relative, "name": name, "steps": 3, "config": LogitsConfig(0.9, 0.8)}
+    together = run(x, editable, block=block, **options)
+    for row in range(3):
+        part = slice(int(n_padding[row]), None)
+        alone = run(
+            x[row : row + 1, part],
+            editable[row : row + 1, part],
+            block=block[row : row + 1, part],
+            sample_index=torch.tensor([row]),
+            **options,
+        )
+        assert torch.equal(alone.sequences[0], together.sequences[row, part])

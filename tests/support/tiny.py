@@ -2,7 +2,7 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
@@ -59,43 +59,65 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
 
 
-def save_model(folder, *, kind="diffusion", positions=48, width=32, layers=2, seed=0, template=None):
-    """Save a GPT-2 with random weights that reads bytes, and return its folder.
+def save_model(
+    folder,
+    *,
+    kind="diffusion",
+    family="gpt2",
+    positions=48,
+    width=32,
+    layers=2,
+    seed=0,
+    shift=True,
+    block_length=None,
+    template=None,
+):
+    """Save a GPT-2 or Llama with random weights that reads bytes, and return its folder.
 
     Args:
         folder: to save it in.
         kind: "diffusion", or "ar" for a model without mask token and diffusion_config.json.
+        family: "gpt2" or "llama".
         positions: of the model.
         width: of its embeddings.
         layers: their number.
         seed: of the weights.
+        shift: what diffusion_config.json says.
+        block_length: train_block_length of a model with `attention: block`; None for full attention.
         template: a PromptTemplate that diffusion_config.json names.
     """
     tokenizer = tiny_tokenizer()
     if kind == "diffusion":
         tokenizer.add_tokens(["<|mask|>"], special_tokens=True)
     torch.manual_seed(seed)
-    config = GPT2Config(
+    config_class, model_class, sizes = {
+        "gpt2": (GPT2Config, GPT2LMHeadModel, {}),
+        "llama": (LlamaConfig, LlamaForCausalLM, {"intermediate_size": 2 * width, "num_key_value_heads": 1}),
+    }[family]
+    config = config_class(
         vocab_size=len(tokenizer),
-        n_positions=positions,
-        n_embd=width,
-        n_layer=layers,
-        n_head=2,
+        max_position_embeddings=positions,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
         initializer_range=0.4,
         bos_token_id=0,
         eos_token_id=0,
+        **sizes,
     )
-    GPT2LMHeadModel(config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if kind == "diffusion":
         DiffusionConfig(
             mask_token="<|mask|>",
             mask_token_id=len(tokenizer) - 1,
-            shift=True,
+            shift=shift,
             noise_process="masked",
             uniform_ratio=0.0,
             noise_schedule="linear",
             attention_ratio=1.0,
+            attention="full" if block_length is None else "block",
+            train_block_length=block_length,
             template=template,
         ).save(folder)
     return folder

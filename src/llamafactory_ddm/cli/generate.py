@@ -108,13 +108,17 @@ def _generate(arguments: argparse.Namespace) -> None:
     model = load(arguments.path, template=arguments.template, raw=arguments.raw)
     settings = model.settings(**_sampling_keys(arguments))
     is_animated = arguments.show and sys.stdout.isatty()
+    steps = 0
+    if is_animated:
+        canvases = model.canvases(arguments.prompt, arguments.infill, arguments.max_new_tokens)
+        steps = model.max_steps(canvases, settings)
     animations: list[TerminalAnimation] = []  # of the current text, if any
 
     def show_step(step: int, pieces: Callable[[], list[list[str | None]]]) -> None:
         text = pieces()[0]
         if not animations:
             animations.append(TerminalAnimation([None] * len(text), stream=sys.stdout))
-        animations[0].update(step + 1, max(step + 1, settings.diffusion_steps), text)  # editing may add steps
+        animations[0].update(step + 1, max(step + 1, steps), text)  # editing may add steps
 
     texts = model.stream(
         arguments.prompt,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.canvas import Canvas, CanvasBatch, stack_canvases
+from ..modeling.block_denoiser import BlockDenoiser
 from ..modeling.denoiser import ModelDenoiser
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.length_heads import LengthPredictors, mean_hidden
@@ -82,8 +83,11 @@ class CanvasSizer:
         """Yield the canvases as one batch, and a denoiser for it whose hook is removed afterwards."""
         batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
         is_padding = batch.is_padding.to(self.model.device) if bool(batch.is_padding.any()) else None
-        denoiser = ModelDenoiser(
-            self.model, shift=self.config.shift, is_padding=is_padding, outputs=self._n_ids, keep_hidden=keep_hidden
+        options = {"shift": self.config.shift, "is_padding": is_padding, "outputs": self._n_ids}
+        denoiser = (
+            ModelDenoiser(self.model, keep_hidden=keep_hidden, **options)
+            if self.config.train_block_length is None
+            else BlockDenoiser(self.model, block_length=self.config.train_block_length, **options)
         )
         try:
             yield batch, denoiser

@@ -30,6 +30,7 @@ from ..sampling import Edits, SamplingSettings
 from ..sampling.budget import split_into_blocks, steps_of_blocks
 from ..sampling.keywords import with_keywords
 from ..sampling.state import MAX_SAMPLES
+from . import block_models
 from .canvas_size import CanvasSizer, SizedCanvas
 from .trace import Trace, replay
 from .writer import FilledCanvas, Writer
@@ -224,7 +225,7 @@ class TextGenerator:
 
         Raises:
             ValueError: if a canvas has more blocks than there are steps, guidance lacks a prompt, a length predictor
-                is not fitted, or no token is left to generate.
+                is not fitted, no token is left to generate, or a block model does not take the settings.
         """
         if self._n_with_control:
             spellings = " or ".join(map(repr, self.codec.controls))
@@ -241,12 +242,17 @@ class TextGenerator:
                 "suppress fewer"
             )
         self.edits(settings)
+        block_length = self.config.train_block_length
+        if block_length is not None:
+            block_models.check_settings(block_length, settings)
         self.sizer.check(canvases, settings)
         for number, canvas in enumerate(canvases):
             with error_prefix(f"text {number}"):
-                steps_of_blocks(
-                    split_into_blocks(torch.tensor([canvas.editable]), settings.block_length), settings.diffusion_steps
-                )
+                if block_length is not None:
+                    block_models.check_canvas(canvas)
+                else:
+                    block = split_into_blocks(torch.tensor([canvas.editable]), settings.block_length)
+                    steps_of_blocks(block, settings.diffusion_steps)
                 if settings.logits.guidance_scale != 1.0 and all(canvas.editable[canvas.n_start :]):
                     raise ValueError(
                         f"guidance_scale: {settings.logits.guidance_scale} needs a prompt; give one, or set "
@@ -271,6 +277,10 @@ class TextGenerator:
     def edits(self, settings: SamplingSettings) -> Edits:
         """Return which decoded tokens the settings edit with this model; see `Writer.edits`."""
         return self.writer.edits(settings)
+
+    def max_steps(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> int:
+        """Return the largest number of denoising steps of a canvas, without edit steps."""
+        return self.writer.max_steps(canvases, settings)
 
     def sized(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> list[SizedCanvas]:
         """Cut the canvases of one batch to the length that `early_stop` requires; see `CanvasSizer.sized`."""
@@ -398,7 +408,7 @@ class TextGenerator:
             )
         generator = self.with_template(template) if raw or template is not None else self
         settings = generator.settings(settings, **keywords)
-        canvases = generator._canvases(prompt, infill, max_new_tokens)
+        canvases = generator.canvases(prompt, infill, max_new_tokens)
         if len(canvases) * num_samples > MAX_SAMPLES:
             raise ValueError(
                 f"num_samples: {num_samples} for each of {len(canvases)} texts exceeds {MAX_SAMPLES} in all; lower it"
@@ -406,9 +416,14 @@ class TextGenerator:
         generator.check(canvases, settings)
         return generator._in_batches(canvases, settings, num_samples, batch_size, callback)
 
-    def _canvases(
+    def canvases(
         self, prompt: str | Sequence[str] | None, infill: str | Sequence[str] | None, max_new_tokens: int
     ) -> list[Canvas]:
+        """Return the canvases of the texts that `stream` generates; the arguments are those of `generate`.
+
+        Raises:
+            ValueError: if a text is invalid, naming its number.
+        """
         texts = prompt if prompt is not None else infill
         if texts is None:
             return [self.from_noise(max_new_tokens + (self.start_id is not None))]

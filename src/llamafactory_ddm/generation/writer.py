@@ -11,7 +11,9 @@ from torch import Tensor
 from ..data.canvas import Canvas
 from ..diffusion.schedules import get_schedule
 from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.model_info import max_positions
 from ..sampling import Context, Edits, SamplerOutput, SamplingSettings, sample
+from . import block_models
 from .canvas_size import CanvasSizer
 from .trace import Recorder
 
@@ -44,6 +46,12 @@ class FilledCanvas:
     steps: int = 0
     edits: int = 0
     events: tuple[tuple[int, int, int], ...] | None = None
+
+    def cut(self, canvas: Canvas) -> FilledCanvas:
+        """Return its beginning, which fills `canvas`."""
+        n = len(canvas)
+        events = None if self.events is None else tuple(event for event in self.events if event[1] < n)
+        return replace(self, canvas=canvas, ids=self.ids[:n], committed=self.committed[:n], events=events)
 
     def continued(self, canvas: Canvas, new: FilledCanvas) -> FilledCanvas:
         """Return the whole canvas after it grew and its new part was filled; steps are numbered through.
@@ -187,10 +195,12 @@ class Writer:
     ) -> list[FilledCanvas]:
         """Fill parts in one call of the sampler; for `watch` its steps are numbered from `first_step`."""
         device = self.sizer.model.device
-        canvases = [part.canvas for part in parts]
+        wanted = [part.canvas for part in parts]
+        canvases = [self._in_whole_blocks(canvas) for canvas in wanted]
         index = torch.tensor([(part.sample_index, part.steps_taken) for part in parts], dtype=torch.int64)
         sample_index, steps_taken = index.to(device).unbind(dim=1)
         with self.sizer.denoiser(canvases) as (batch, denoiser):
+            block = block_models.blocks_of(batch, self.config)
             blank = batch.x.masked_fill(batch.editable, self.config.mask_token_id)
             recorder = Recorder(blank.to(device)) if traced else None
 
@@ -198,8 +208,11 @@ class Writer:
                 if recorder is not None:
                     recorder(step, z)
                 if watch is not None:
-                    rows = [ids[len(ids) - len(canvas) :] for ids, canvas in zip(z.tolist(), canvases, strict=True)]
-                    watch(first_step + step, canvases, rows)
+                    rows = [
+                        ids[len(ids) - len(canvas) :][: len(own)]
+                        for ids, canvas, own in zip(z.tolist(), canvases, wanted, strict=True)
+                    ]
+                    watch(first_step + step, wanted, rows)
 
             output = sample(
                 denoiser,
@@ -214,6 +227,7 @@ class Writer:
                 steps_taken=steps_taken,
                 schedule=get_schedule(self.config.noise_schedule),
                 block_length=settings.block_length,
+                block=None if block is None else block.to(device),
                 commit_schedule=settings.commit_schedule,
                 edits=self.edits(settings),
                 eos_ids=self.sizer.eos_ids,
@@ -225,7 +239,20 @@ class Writer:
                 ),
                 callback=after_step,
             )
-        return _unstacked(canvases, output, settings.diffusion_steps, recorder)
+        filled = _unstacked(canvases, output, settings.diffusion_steps, recorder)
+        return [one.cut(canvas) for one, canvas in zip(filled, wanted, strict=True)]
+
+    def max_steps(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> int:
+        """Return the largest number of denoising steps of a canvas, without edit steps."""
+        whole = map(self._in_whole_blocks, canvases)
+        return max(block_models.max_steps(canvas, settings, self.config) for canvas in whole)
+
+    def _in_whole_blocks(self, canvas: Canvas) -> Canvas:
+        """Return the canvas up to the end of its last block for a block model; for others as it is."""
+        if self.config.train_block_length is None:
+            return canvas
+        limit = max_positions(self.sizer.model.config)
+        return block_models.in_whole_blocks(canvas, self.config.train_block_length, limit, shift=self.config.shift)
 
 
 def _unstacked(

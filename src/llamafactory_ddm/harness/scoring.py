@@ -6,6 +6,8 @@ masked at the same positions, so their rows are equal where every token that dif
 
 from __future__ import annotations
 
+import itertools
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,9 @@ from ..diffusion.answer_bound import (
     llada_masks,
 )
 from ..generation.generator import TextGenerator
+from ..modeling.diffusion_config import DiffusionConfig
+from ..modeling.model_info import max_positions
+from ..sampling.budget import split_by_position
 
 # How answers are scored -> masks of an answer, unless the user sets another number.
 SAMPLES = {"bound": 32, "llada": 128, "diffullama": 32}
@@ -39,11 +44,15 @@ class Answer:
         context: ids before it, the start token included.
         ids: its own ids, at least one.
         question: index of the question. Choices of one question share their noise.
+        part: number of the part of an answer that is scored in parts, see `parts_of`.
+        n_behind: masked positions behind it, which are not scored.
     """
 
     context: tuple[int, ...]
     ids: tuple[int, ...]
     question: int
+    part: int = 0
+    n_behind: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,18 +70,44 @@ class AnswerScore:
     passes: int
 
 
+def parts_of(answer: Answer, config: DiffusionConfig, limit: int | None) -> list[Answer]:
+    """Return the parts of an answer whose bounds add up to that of the answer: its blocks, for a block model.
+
+    A block is scored given the clean text before it, and with shift its first token before the others. Positions
+    behind the answer are masked up to the end of its last block.
+
+    Args:
+        answer: the answer.
+        config: of the model.
+        limit: the model's positions; None for no limit.
+    """
+    if config.train_block_length is None:
+        return [answer]
+    whole, n_context = answer.context + answer.ids, len(answer.context)
+    position = torch.arange(len(whole))[None]
+    block = split_by_position(position >= n_context, position, config.train_block_length, shift=config.shift)[0]
+    parts = []
+    for number in range(int(block[-1]) + 1):
+        low, high = (int(at) for at in (block == number).nonzero()[[0, -1], 0])
+        end = -(-(high + 1) // config.train_block_length) * config.train_block_length
+        is_first = config.shift and low % config.train_block_length == 0
+        n_behind = 0 if is_first else max(min(end, limit or end) - high - 1, 0)
+        parts.append(Answer(whole[:low], whole[low : high + 1], answer.question, number, n_behind))
+    return parts
+
+
 @dataclass
 class _Rows:
     """Distinct masked rows, and which token of which answer each of their logits scores.
 
     Attributes:
         canvases: the rows; masked positions are editable.
-        row_of_ids: number of each row by the bytes of its ids.
+        row_of_ids: number of each row, by the bytes of its ids and the number of masked positions behind it.
         targets: (row, position in the row, id, answer, pass, token) of each cross-entropy, [n, 6] for each answer.
     """
 
     canvases: list[Canvas] = field(default_factory=list)
-    row_of_ids: dict[bytes, int] = field(default_factory=dict)
+    row_of_ids: dict[tuple[bytes, int], int] = field(default_factory=dict)
     targets: list[Tensor] = field(default_factory=list)
 
     def add(self, answer_index: int, answer: Answer, masks: MaskSet, mask_id: int) -> None:
@@ -80,13 +115,14 @@ class _Rows:
         n_context, ids = len(answer.context), torch.tensor(answer.context + answer.ids)
         z = ids.repeat(len(masks.is_masked), 1)
         z[:, n_context:] = torch.where(masks.is_masked, mask_id, z[:, n_context:])
-        fixed = (False,) * n_context
+        fixed, behind = (False,) * n_context, answer.n_behind
         rows = []
         for row, is_masked in zip(z, masks.is_masked, strict=True):
-            key = row.numpy().tobytes()
+            key = (row.numpy().tobytes(), behind)
             if key not in self.row_of_ids:
                 self.row_of_ids[key] = len(self.canvases)
-                self.canvases.append(Canvas(tuple(row.tolist()), (*fixed, *is_masked.tolist())))
+                ids_and_masks = (*row.tolist(), *[mask_id] * behind), (*fixed, *is_masked.tolist(), *[True] * behind)
+                self.canvases.append(Canvas(*ids_and_masks))
             rows.append(self.row_of_ids[key])
         at, token = masks.is_masked.nonzero().unbind(dim=1)
         row = torch.tensor(rows)[at]
@@ -136,12 +172,29 @@ class AnswerScorer:
 
     def _sample_index(self, answer: Answer) -> int:
         """Return the index of an answer's random numbers; the published methods draw new ones for each choice."""
-        if self.scoring == "bound":
+        if self.scoring == "bound" and not answer.part:
             return answer.question
-        return zlib.crc32(repr((answer.question, answer.ids)).encode())
+        own = answer.ids if self.scoring != "bound" else ()
+        return zlib.crc32(repr((answer.question, own, *[answer.part] * (answer.part > 0))).encode())
+
+    def _in_parts(self, answers: Sequence[Answer]) -> list[list[Answer]]:
+        limit = max_positions(self.generator.model.config)
+        return [parts_of(answer, self.generator.config, limit) for answer in answers]
 
     def score(self, answers: Sequence[Answer]) -> Iterator[AnswerScore]:
         """Yield the score of each answer, in their order; answers of a question should follow each other."""
+        in_parts = self._in_parts(answers)
+        scored = self._score([part for parts in in_parts for part in parts])
+        for parts in in_parts:
+            scores = list(itertools.islice(scored, len(parts)))
+            yield AnswerScore(
+                sum(score.log_likelihood for score in scores),
+                math.hypot(*(score.standard_error for score in scores)),
+                sum(score.passes for score in scores),
+            )
+
+    def _score(self, answers: Sequence[Answer]) -> Iterator[AnswerScore]:
+        """Yield the score of each answer, none of which has parts."""
         for part in self._parts(answers):
             rows, mask_sets = _Rows(), self.masks(part)
             for answer_index, (answer, masks) in enumerate(zip(part, mask_sets, strict=True)):
@@ -159,8 +212,19 @@ class AnswerScorer:
         """Tell for each answer whether greedy decoding generates it, given its length, and in how many forward passes.
 
         As `low_confidence` at temperature 0 does with one token a step, each pass commits the most probable token of
-        all masked positions. It ends at the first that differs from the answer.
+        all masked positions. It ends at the first that differs from the answer. A block model decodes blocks in turn.
         """
+        in_parts = self._in_parts(answers)
+        found = [(True, 0)] * len(answers)
+        for number in range(max(map(len, in_parts), default=0)):
+            rows = [row for row, parts in enumerate(in_parts) if number < len(parts) and found[row][0]]
+            greedy = self._are_greedy([in_parts[row][number] for row in rows])
+            for row, (is_right, passes) in zip(rows, greedy, strict=True):
+                found[row] = (is_right, found[row][1] + passes)
+        return found
+
+    def _are_greedy(self, answers: Sequence[Answer]) -> list[tuple[bool, int]]:
+        """Tell it of answers that have no parts."""
         masked = [set(range(len(answer.ids))) for answer in answers]
         passes = [0] * len(answers)
         is_right = [True] * len(answers)
@@ -184,10 +248,12 @@ class AnswerScorer:
         canvases = []
         for answer, tokens in zip(answers, masked, strict=True):
             n_context = len(answer.context)
-            editable = [False] * n_context + [token in tokens for token in range(len(answer.ids))]
-            canvases.append(Canvas(answer.context + answer.ids, tuple(editable)))
+            asked = (*[False] * n_context, *(token in tokens for token in range(len(answer.ids))))
+            behind = answer.n_behind
+            ids = (*answer.context, *answer.ids, *[self.generator.config.mask_token_id] * behind)
+            canvases.append(Canvas(ids, (*asked, *[False] * behind)))
         self.forward_rows += len(canvases)
-        tops, ids = [], []
+        tops, token_ids = [], []
         with self.generator.sizer.denoiser(canvases) as (batch, denoiser):
             z = batch.x.masked_fill(batch.editable, self.generator.config.mask_token_id)
             positions = batch.editable.flatten().nonzero()[:, 0]
@@ -195,8 +261,8 @@ class AnswerScorer:
                 values = logits.float()
                 top, token_id = (values - values.logsumexp(dim=1, keepdim=True)).max(dim=1)
                 tops.append(top.cpu())
-                ids.append(token_id.cpu())
-        top, token_id = torch.cat(tops), torch.cat(ids)
+                token_ids.append(token_id.cpu())
+        top, token_id = torch.cat(tops), torch.cat(token_ids)
         _check_finite(top)
         results, first = [], 0
         for tokens in masked:

@@ -150,6 +150,20 @@ def full_attention_mask(
     return sliding
 
 
+def additive_by_layer(model: nn.Module, allowed: Tensor, dtype: torch.dtype) -> Any:
+    """Return the `attention_mask` argument for a mask that all layers share, without sliding windows.
+
+    Args:
+        model: the unwrapped model.
+        allowed: [1 or batch, 1, queries, keys] bool, True where a query may attend to a key.
+        dtype: of the attention's queries.
+    Returns:
+        An additive mask, or a dict of it by layer type for models that take one.
+    """
+    mask = _additive(allowed, dtype)
+    return {"full_attention": mask} if getattr(text_config(model), "layer_types", None) else mask
+
+
 def _additive(allowed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return the additive mask of `allowed`; a query that may attend to no key attends to all of them.
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..diffusion.schedules import NoiseSchedule
 
@@ -114,6 +115,55 @@ def split_into_blocks(editable: Tensor, block_length: int | None) -> Tensor:
     return torch.where(editable, block, NO_BLOCK)
 
 
+def split_by_position(editable: Tensor, position: Tensor, block_length: int, *, shift: bool) -> Tensor:
+    """Return [batch, length] int64, the block of each editable position, from 0; NO_BLOCK for the others.
+
+    A block begins at every multiple of `block_length` of the position within the document, so its first may hold both
+    prompt and positions to generate. Blocks without an editable position get no number.
+
+    Args:
+        editable: [batch, length] bool.
+        position: [batch, length] int64, position of each token within its document.
+        block_length: at least 1.
+        shift: whether a block's first token is predicted from the tokens before the block alone. It is decoded before
+            the others then, as a block of its own.
+    Raises:
+        ValueError: if `block_length` is below 1.
+    Source: block diffusion (arXiv 2503.09573).
+    """
+    if block_length < 1:
+        raise ValueError(f"block_length must be at least 1, got {block_length}")
+    place = torch.div(position, block_length, rounding_mode="floor")
+    if shift:
+        place = 2 * place + (position % block_length > 0)
+    place = torch.where(editable, place, NO_BLOCK)
+    before = functional.pad(place.cummax(dim=1).values, (1, -1), value=NO_BLOCK)
+    number = (editable & (place > before)).cumsum(dim=1) - 1
+    return torch.where(editable, number, NO_BLOCK)
+
+
+def steps_of_each_block(block: Tensor, steps: int) -> Tensor:
+    """Return [batch, n_blocks] int64, `steps` for each block of a row, 1 if it is a single token, 0 if it has none.
+
+    Args:
+        block: [batch, length] int64, from `split_by_position`.
+        steps: of a block.
+    """
+    sizes = sizes_of_blocks(block)
+    return torch.where(sizes > 1, steps, sizes)
+
+
+def sizes_of_blocks(block: Tensor) -> Tensor:
+    """Return [batch, n_blocks] int64, the number of positions of each block; n_blocks is at least 1.
+
+    Args:
+        block: [batch, length] int64, from `split_into_blocks` or `split_by_position`.
+    """
+    n_blocks = max(int(block.max()) + 1, 1) if len(block) else 1
+    sizes = block.new_zeros(len(block), n_blocks + 1).scatter_add_(1, block - NO_BLOCK, torch.ones_like(block))
+    return sizes[:, 1:]
+
+
 def steps_of_blocks(block: Tensor, steps: int) -> Tensor:
     """Divide a row's steps among its blocks, as evenly as possible; earlier blocks get one more.
 
@@ -141,22 +191,22 @@ def steps_of_blocks(block: Tensor, steps: int) -> Tensor:
 
 
 def pace_of_blocks(
-    block: Tensor, block_steps: Tensor, steps: int, schedule: NoiseSchedule, commit_schedule: CommitSchedule = "even"
+    block: Tensor, block_steps: Tensor, schedule: NoiseSchedule, commit_schedule: CommitSchedule = "even"
 ) -> tuple[Tensor, Tensor]:
     """Return how many tokens each step commits, and with what probability it reveals one, block after block.
 
     Args:
-        block: [batch, length] int64, from `split_into_blocks`.
-        block_steps: [batch, n_blocks] int64, from `steps_of_blocks`.
-        steps: of the whole row.
+        block: [batch, length] int64, from `split_into_blocks` or `split_by_position`.
+        block_steps: [batch, n_blocks] int64, the steps of each.
         schedule: sets the pace.
         commit_schedule: `even`, see `NoiseSchedule.transfer_budget` and `reveal_probability`, or `dream`, see
             `dream_fractions`.
     Returns:
-        [batch, steps] int64, the budgets, and [batch, steps] float64, the reveal probabilities.
+        [batch, steps] int64, the budgets, and [batch, steps] float64, the reveal probabilities; `steps` is the largest
+        number of a row.
     """
-    n_blocks = block_steps.shape[1]
-    sizes = torch.stack([(block == index).sum(dim=1) for index in range(n_blocks)], dim=1).tolist()
+    steps = max(int(block_steps.sum(dim=1).max()), 1) if len(block) else 1
+    sizes = sizes_of_blocks(block).tolist()
 
     @cache
     def budget(size: int, n_steps: int) -> list[int]:

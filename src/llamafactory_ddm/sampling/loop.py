@@ -66,6 +66,7 @@ def sample(
     steps_taken: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
+    block: Tensor | None = None,
     commit_schedule: CommitSchedule = "even",
     edits: Edits | None = None,
     eos_ids: Sequence[int] = (),
@@ -93,6 +94,8 @@ def sample(
             call draws other numbers; by default 0.
         schedule: the noise schedule that sets how many tokens each step commits; by default linear.
         block_length: editable positions of a row that are decoded together, from left to right; None for all at once.
+        block: [batch, length] int64, the blocks of a block model, from `budget.split_by_position`, each of which takes
+            `steps` steps; None for blocks of `block_length`, which share them.
         commit_schedule: how many tokens the steps of a block commit under a strategy that counts, and with what
             probability under `random`: `even` or `dream`, see `budget.pace_of_blocks`.
         edits: which decoded tokens are edited; by default none. Edit steps come on top of `steps`.
@@ -117,6 +120,7 @@ def sample(
         steps_taken=steps_taken,
         schedule=schedule,
         block_length=block_length,
+        block=block,
         commit_schedule=commit_schedule,
         eos_ids=eos_ids,
         stop_at_eos=stop_at_eos,

@@ -33,7 +33,8 @@ class SamplingSettings:
     )
     diffusion_steps: int = key(
         64,
-        "Largest number of denoising steps of a canvas, divided among its blocks.",
+        "Largest number of denoising steps of a canvas, divided among its blocks; with attention: block, of each block, "
+        "where shift adds one for its first token.",
         low=1,
         high=100_000,  # the budgets of all steps are computed in advance
     )
@@ -150,6 +151,11 @@ class SamplingSettings:
             )
         check_scores(strategy, self.commit_schedule, self.logits.score_distribution)
         self.edits(MAX_DEFAULT_RATIO)  # raises for what would be wrong with any checkpoint
+
+    @property
+    def may_idle(self) -> bool:
+        """Whether a step may decode no position, so that more steps than tokens have an effect."""
+        return self.denoising_strategy in ("random", "remdm")
 
     def strategy(self) -> Strategy:
         """Return the strategy with its parameters.

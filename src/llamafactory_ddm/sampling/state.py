@@ -11,7 +11,7 @@ from torch import Tensor
 from ..diffusion.noise import Stream
 from ..diffusion.rng import keyed_uniform
 from ..diffusion.schedules import LinearSchedule, NoiseSchedule
-from .budget import CommitSchedule, pace_of_blocks, split_into_blocks, steps_of_blocks
+from .budget import CommitSchedule, pace_of_blocks, split_into_blocks, steps_of_blocks, steps_of_each_block
 
 MAX_SAMPLES = 2**32
 TRIES = 8  # uniform numbers of a token, as draws outside the nucleus are repeated, see `draw_tokens`
@@ -23,7 +23,7 @@ class Plan:
 
     Attributes:
         mask_id: id of [MASK].
-        steps: denoising steps of a row.
+        steps: largest number of denoising steps of a row.
         schedule: the noise schedule.
         seed: of every draw.
         sample_index: [batch] int64, number of each sample; with `seed` it fixes the sample's draws.
@@ -166,6 +166,7 @@ def start(
     steps_taken: Tensor | None = None,
     schedule: NoiseSchedule | None = None,
     block_length: int | None = None,
+    block: Tensor | None = None,
     commit_schedule: CommitSchedule = "even",
     eos_ids: Sequence[int] = (),
     stop_at_eos: bool = True,
@@ -189,12 +190,15 @@ def start(
     if mask_id < 0:
         raise ValueError(f"mask_id must be at least 0, got {mask_id}")
     _check(x, editable, sample_index, steps_taken)
-    block = split_into_blocks(editable, block_length)
-    block_steps = steps_of_blocks(block, steps)
-    budget, reveal_probability = pace_of_blocks(block, block_steps, steps, schedule, commit_schedule)
+    if block is None:
+        block = split_into_blocks(editable, block_length)
+        block_steps = steps_of_blocks(block, steps)
+    else:
+        block_steps = steps_of_each_block(block, steps)
+    budget, reveal_probability = pace_of_blocks(block, block_steps, schedule, commit_schedule)
     plan = Plan(
         mask_id=mask_id,
-        steps=steps,
+        steps=budget.shape[1],
         schedule=schedule,
         seed=seed,
         sample_index=sample_index,

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..._version import __version__
 from ...checkpoints.weights import weight_files
+from ...data.canvas import Canvas
 from ...evaluation.text import exact_match, gsm8k_accuracy, rouge
 from ...generation.generator import Generated, TextGenerator
 from ...generation.trace import Trace, write_html
@@ -65,14 +66,8 @@ def generate_all(
     """
     rank, world = training_args.process_index, training_args.world_size
     folder = Path(training_args.output_dir)
-    most_tokens = max(request.canvas.n_editable for request in distinct(requests))
-    # These strategies may decode no position in a step, so they use more steps than there are tokens.
-    is_random = settings.denoising_strategy in ("random", "remdm")
-    if settings.diffusion_steps > most_tokens and not is_random:
-        logger.info_rank0(
-            f"diffusion_steps: {settings.diffusion_steps} is more than the {most_tokens} tokens to generate; "
-            "fewer steps suffice."
-        )
+    canvases = [request.canvas for request in distinct(requests)]
+    _log_surplus_steps(generator, canvases, settings)
     # The first process decides, as saving a model changes its config on that process only.
     fingerprint = broadcast_from_first(_fingerprint(generator, requests, settings, model_folders, save_trace), world)
     log = PredictionLog(folder / _LOG_FOLDER, fingerprint, rank, world)
@@ -92,7 +87,7 @@ def generate_all(
     progress = _Progress(
         max(0, -(-(len(requests) - len(finished) - rank) // world)),
         training_args.per_device_eval_batch_size,
-        settings.diffusion_steps if is_random else min(settings.diffusion_steps, most_tokens),
+        generator.max_steps(canvases, settings),
         disable=bool(training_args.disable_tqdm or rank),
     )
     with progress.bar:
@@ -114,6 +109,17 @@ def generate_all(
         metrics["predict_runtime"] = seconds
         metrics["predict_tokens_per_second"] = tokens / seconds
     return metrics
+
+
+def _log_surplus_steps(generator: TextGenerator, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
+    """Log if diffusion_steps exceeds the number of tokens that the steps can decode."""
+    n_tokens, what = max(canvas.n_editable for canvas in canvases), "tokens to generate"
+    if generator.config.train_block_length is not None:
+        n_tokens, what = generator.config.train_block_length, "tokens of a block"
+    if settings.diffusion_steps > n_tokens and not settings.may_idle:
+        logger.info_rank0(
+            f"diffusion_steps: {settings.diffusion_steps} is more than the {n_tokens} {what}; fewer steps suffice."
+        )
 
 
 class _Progress:
