@@ -1,5 +1,7 @@
 """Training, evaluation and sampling draw numbers of their own, whatever seed they have in common."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,10 +9,12 @@ from llamafactory_ddm.data.collators import VariableLengthCollator
 from llamafactory_ddm.diffusion import attention, likelihood, noise
 from llamafactory_ddm.diffusion import eos_noise as ends
 from llamafactory_ddm.diffusion import rng as philox
+from llamafactory_ddm.diffusion.blocks import block_of, mask_blocks
 from llamafactory_ddm.diffusion.schedules import LinearSchedule
 from llamafactory_ddm.evaluation.eos import EosRows, statistics
 from llamafactory_ddm.integration.predict.fit_length import length_examples
 from llamafactory_ddm.objectives.base import CleanBatch
+from llamafactory_ddm.objectives.block import BlockObjective
 from llamafactory_ddm.objectives.mixed import MixedObjective
 from llamafactory_ddm.sampling.state import start
 from support.numbers import Ledger
@@ -20,6 +24,7 @@ X = torch.full((len(ROWS), LENGTH), 3)
 ALL, END = torch.ones_like(X, dtype=torch.bool), torch.full((len(ROWS),), 5)
 KEYS = {"seed": 0, "sample_index": ROWS}
 MIXED = MixedObjective(mask_id=MASK, shift=False, schedule=LinearSchedule(), uniform_ratio=0.5, n_ids=9)
+BLOCKS = BlockObjective(mask_id=MASK, shift=False, schedule=LinearSchedule(), block_length=3)
 CLEAN = CleanBatch(X, ALL)
 DOCUMENTS, COLLATOR = [{"input_ids": [3] * 6}] * 6, VariableLengthCollator(1, (1,), LENGTH)
 
@@ -52,6 +57,15 @@ USES = {
     "training, time": lambda _: noise.draw_time(0, ROWS),
     "training, mixed": lambda _: MIXED._mix(CLEAN, torch.full((len(ROWS),), 0.5), **KEYS),
     "training, cut": lambda _: CLEAN.truncated(0.5, **KEYS),
+    "training, blocks": lambda _: mask_blocks(
+        ALL,
+        block_of(torch.arange(LENGTH).repeat(len(ROWS), 1), 3),
+        "counts",
+        schedule=LinearSchedule(),
+        time_epsilon=0,
+        **KEYS,
+    ),
+    "evaluation, blocks": lambda _: list(BLOCKS.evaluations(CLEAN, torch.full((len(ROWS), 1), 0.5), **KEYS)),
     "attention, step 3 of length 4": lambda _: attention.annealed_visibility(4, 0.5, seed=0, draw=3, device="cpu"),
     "attention, step 2 of length 6": lambda _: attention.annealed_visibility(6, 0.5, seed=0, draw=2, device="cpu"),
     "evaluation, masked": lambda _: likelihood.mask_exactly(ALL, torch.full((len(ROWS),), 0.5), **KEYS),
@@ -62,7 +76,11 @@ USES = {
     "sampling, first part": lambda _: sampled(4),
     "sampling, second part": lambda _: sampled(6, steps_taken=4),
 }
-ONE_IN_A_RUN = [{"training, masked", "training, mixed"}, {"evaluation, masked", "evaluation, mixed"}]
+ONE_IN_A_RUN = [
+    {f"{use}, {one}", f"{use}, {other}"}
+    for use in ("training", "evaluation")
+    for one, other in itertools.combinations(("masked", "mixed", "blocks"), 2)
+]
 
 
 def numbers_of(use, ledger):

@@ -108,6 +108,8 @@ class ResponseCollator:
             no token of its document predicts it.
         target_length: pad each row to this many tokens with padding that the model learns to generate; None pads to
             the longest row with padding that no token attends to.
+        block_length: with `target_length`, pad only up to the next multiple of this many tokens, where the last block
+            of a block model ends; None for a model with full attention.
     Source: DiffuSeq (arXiv 2210.08933), section 3.1, for noise on the response alone; DiffuLLaMA (arXiv 2410.17891)
         and LLaDA (arXiv 2502.09992), section 2.3, for padding as a target.
     """
@@ -115,6 +117,14 @@ class ResponseCollator:
     pad_id: int
     shift: bool
     target_length: int | None = None
+    block_length: int | None = None
+
+    def _width(self, n: int) -> int:
+        """Return the length of a row of n tokens with the padding that the model learns to generate."""
+        if self.target_length is None:
+            return n
+        block = self.block_length or self.target_length
+        return min(-(-n // block) * block, self.target_length)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the batch.
@@ -124,21 +134,20 @@ class ResponseCollator:
         """
         packed = "position_ids" in features[0]
         longest = max(len(feature["input_ids"]) for feature in features)
-        length = longest if self.target_length is None else self.target_length
-        if longest > length:
+        if self.target_length is not None and longest > self.target_length:
             raise ValueError(
-                f"a row of {longest} tokens does not fit cutoff_len: {length}; prepare the data again, or raise "
-                "cutoff_len"
+                f"a row of {longest} tokens does not fit cutoff_len: {self.target_length}; prepare the data again, or "
+                "raise cutoff_len"
             )
         if packed and self.target_length is not None:
             raise ValueError(
                 "train_on_padding: true needs rows without packing; set packing: false, or train_on_padding: false"
             )
-        shape = (len(features), length)
+        shape = (len(features), self._width(longest))
         batch = {
             "input_ids": torch.full(shape, self.pad_id, dtype=torch.int64),
-            "attention_mask": torch.full(shape, int(self.target_length is not None), dtype=torch.int64),
-            "maskable": torch.full(shape, self.target_length is not None, dtype=torch.bool),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "maskable": torch.zeros(shape, dtype=torch.bool),
         }
         shown = batch["input_ids"].clone()
         if packed:
@@ -158,7 +167,8 @@ class ResponseCollator:
                 batch["attention_mask"][row, :n] = (torch.as_tensor(feature["attention_mask"]) > 0).long()
                 batch["maskable"][row, :n] &= (position > 0) | (not self.shift)
             else:
-                batch["attention_mask"][row, :n] = 1
+                batch["attention_mask"][row, : self._width(n)] = 1
+                batch["maskable"][row, n : self._width(n)] = True
         if not torch.equal(shown, batch["input_ids"]):
             batch["shown"] = shown
         return batch

@@ -35,6 +35,7 @@ class Stream(IntEnum):
     LENGTH_FIT = 15
     ANSWER = 16
     ANSWER_LEVEL = 17
+    BLOCK = 18
 
 
 @dataclass(frozen=True)

@@ -229,13 +229,13 @@ def _check_blocks(path: Path, raw: dict[str, Any]) -> None:
     attention, length = raw.get("attention", "full"), raw.get("train_block_length")
     if attention not in ATTENTIONS:
         raise ValueError(
-            f"{path}: attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}; restore the file from a copy "
-            "of the checkpoint, or upgrade llamafactory-ddm"
+            f"{path}: attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}; restore the file from a "
+            "copy of the checkpoint, or upgrade llamafactory-ddm"
         )
     if (attention == "block") != (length is not None) or (length is not None and length < 1):
         raise ValueError(
-            f"{path}: attention: {attention} contradicts train_block_length: {length}; restore the file from a copy of "
-            "the checkpoint"
+            f"{path}: attention: {attention} contradicts train_block_length: {length}; restore the file from a copy "
+            "of the checkpoint"
         )
 
 

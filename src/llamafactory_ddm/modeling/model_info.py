@@ -31,7 +31,12 @@ def is_flash(name: str) -> bool:
 
 def window_of(model: nn.Module) -> int | None:
     """Return the sliding window in effect, or None."""
-    config = text_config(model)
+    return window_of_config(text_config(model))
+
+
+def window_of_config(config: Any) -> int | None:
+    """Return the sliding window of a model with this config, or None."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = getattr(config, "layer_types", None)
     if layers and "sliding_attention" not in layers:
         return None

@@ -16,7 +16,7 @@ from ..diffusion.noise import Stream, draw_time
 from ..diffusion.rng import keyed_uniform
 from ..diffusion.schedules import NoiseSchedule
 from ..utils.registry import Registry
-from .shift import predictable
+from .shift import head_index, predictable
 
 _OPTIONAL = ("document", "position_ids", "is_pad", "end", "shown")
 
@@ -123,7 +123,7 @@ class TrainingBatch:
     """A noised micro-batch: the tensors that a training step needs.
 
     Attributes:
-        z_t: [batch, length] int64, the model's input.
+        z_t: [batch, length] int64, the model's input; [batch, 2 * length] with two streams (`objectives/block.py`).
         head_index: [n_scored] int64, indices into the flattened hidden states that predict the scored tokens.
         scored: the loss's inputs by name, [n_scored] integers each. Floats are stored as bits (`as_bits`), as
             DeepSpeed would cast them to half precision on their way to the device.
@@ -147,9 +147,10 @@ class EvaluationBatch:
     Attributes:
         z: [batch, length] int64, noised ids; the model's input is `CleanBatch.displayed(z)`.
         is_scored: [batch, length] bool.
-        level: [batch] float64 in [0, 1), expected fraction of noised tokens.
+        level: [batch] float64 in [0, 1), expected fraction of noised tokens; [batch, length] if blocks differ in it.
         n_counted: [batch] int64, number of tokens that the bound covers.
         weight: [batch] float64, weight of a row's terms in a mean over evenly spread noise levels.
+        is_first: [batch, length] bool, scored tokens that are predicted from clean text alone; None if none are.
     """
 
     z: Tensor
@@ -157,6 +158,7 @@ class EvaluationBatch:
     level: Tensor
     n_counted: Tensor
     weight: Tensor
+    is_first: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +266,10 @@ class Objective(ABC):
             seed: the seed of the evaluation.
             sample_index: [batch] int64, index of each row in the data set.
         """
+
+    def evaluation_input(self, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
+        """Return the model's input for an evaluation, [batch, length] int64, and `head_index`, [n_scored] int64."""
+        return clean.displayed(noised.z), head_index(noised.is_scored, self.shift)
 
     @abstractmethod
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from ...diffusion.schedules import SCHEDULES
 from ...objectives import OBJECTIVES
 from ...utils.keys import Key, key, keys_of
 from ...utils.plugins import load_plugins
+from .attention import AttentionKeys
 from .length import LengthKeys
 from .monitoring import MonitoringKeys
 from .sampling import SamplingArguments
@@ -17,7 +18,7 @@ from .sft import FinetuningKeys
 
 
 @dataclass
-class DiffusionArguments(FinetuningKeys, LengthKeys, MonitoringKeys, SamplingArguments):
+class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKeys, SamplingArguments):
     """Keys of the diffusion stages; a key that is None takes its value from the checkpoint's diffusion_config.json."""
 
     # A YAML may give a list; upstream's command-line parser allows one type in the annotation.
@@ -48,7 +49,7 @@ class DiffusionArguments(FinetuningKeys, LengthKeys, MonitoringKeys, SamplingArg
     anneal_steps: int = key(
         10000,
         "Optimiser steps over which attention anneals from causal to full; 0 starts with full attention. Has no "
-        "effect on a checkpoint with full attention.",
+        "effect on a checkpoint with full attention, and none with attention: block.",
         low=0,
     )
     noise_schedule: str | None = key(

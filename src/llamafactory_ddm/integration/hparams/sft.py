@@ -15,9 +15,9 @@ class FinetuningKeys:
 
     train_on_padding: bool | None = key(
         None,
-        "Pad each row up to cutoff_len with padding that the model learns to generate, so that it learns where a "
-        "response ends; false hides the padding from the model. Defaults to the checkpoint's, then to true (with "
-        "packing to false).",
+        "Pad each row up to cutoff_len (with attention: block, up to the end of its last block) with padding that the "
+        "model learns to generate, so that it learns where a response ends; false hides the padding from the model. "
+        "Defaults to the checkpoint's, then to true (with packing to false).",
         kind="boolean",
     )
     # A YAML may give an id as an int; upstream's command-line parser allows one type in the annotation.

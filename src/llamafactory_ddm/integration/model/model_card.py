@@ -160,15 +160,19 @@ def _usage(path: str, origin: Origin) -> str:
     )
 
 
+def _attention(config: DiffusionConfig) -> str:
+    if config.attention == "block":
+        return f"in blocks of {config.train_block_length} tokens, from left to right"
+    return "full" if config.attention_ratio == 1 else f"annealed to {config.attention_ratio:.3f}, unfinished"
+
+
 def _process(config: DiffusionConfig) -> str:
     properties = {
         "mask token": f"`{config.mask_token}` (id {config.mask_token_id})",
         "logits at position i predict": "token i + 1 (shift: true)" if config.shift else "token i (shift: false)",
         "noise": config.noise_process + (f", uniform_ratio {config.uniform_ratio}" if config.uniform_ratio else ""),
         "schedule": config.noise_schedule,
-        "attention": "full"
-        if config.attention_ratio == 1
-        else f"annealed to {config.attention_ratio:.3f}, unfinished",
+        "attention": _attention(config),
     }
     if config.variable_length is not None:
         variable_length = config.variable_length

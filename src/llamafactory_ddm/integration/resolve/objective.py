@@ -9,6 +9,7 @@ from ...diffusion.schedules import get_schedule
 from ...modeling.diffusion_config import DiffusionConfig
 from ...modeling.model_info import text_config
 from ...objectives import OBJECTIVES, Objective
+from ...objectives.block import BlockObjective
 from .variable_length import LengthPlan
 
 
@@ -32,6 +33,10 @@ def build_objective(
         "seed": training_args.seed % 2**64,
         "truncate_ratio": finetuning_args.random_truncate_ratio,
     }
+    if config.attention == "block":
+        return BlockObjective(
+            **common, block_length=config.train_block_length or 1, block_noise=finetuning_args.block_noise
+        )
     # A model may have more embeddings than its tokenizer has tokens, and a tokenizer tokens without an embedding.
     n_ids = min(max(tokenizer.get_vocab().values()) + 1, int(text_config(model).vocab_size))
     return OBJECTIVES.get(config.noise_process).build(

@@ -14,6 +14,7 @@ from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.model_info import max_positions
 from ...modeling.special_tokens import ResolvedMaskToken
 from ..logs import get_logger
+from .attention import with_attention
 from .checks import check_cutoff
 from .noise_process import resolve_noise_process
 from .resume import check_resumed, resolve_resume
@@ -100,6 +101,7 @@ def resolve_run(
         )
         warn_other_template(stored, template, tokenizer, data_args)
     config = resolve_config(stored, vocabulary.mask, model_args, training_args, finetuning_args)
+    config = with_attention(config, stored, model_config, model_args, data_args, training_args, finetuning_args)
     config = with_start_and_end(config, template, tokenizer, data_args, finetunes=finetunes, trains=trains)
     collator: VariableLengthCollator | None = None
     if lengths is not None:
@@ -144,7 +146,7 @@ def resolve_config(
             )
         return stored
     shift = finetuning_args.shift is not False
-    if trains and finetuning_args.anneal_steps > 1:
+    if trains and finetuning_args.anneal_steps > 1 and finetuning_args.attention != "block":
         logger.info_rank0(
             f"{name} holds no {FILE_NAME} and is treated as an autoregressive model: its attention is annealed over "
             f"{finetuning_args.anneal_steps} steps. For a diffusion model from another project set anneal_steps: 0."

@@ -14,6 +14,7 @@ logger = get_logger(__name__)
 _FINETUNING_KEYS = ("train_on_padding", "sep_token", "sep_token_id", "variable_length")
 _FIXED_KEYS = (
     *("mask_token", "mask_token_id", "shift", "noise_schedule", "noise_process", "uniform_ratio"),
+    *("attention", "train_block_length"),
     *_FINETUNING_KEYS,
 )
 

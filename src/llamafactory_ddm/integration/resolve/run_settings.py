@@ -26,7 +26,7 @@ _TRAINING_KEYS = (
 # Without the keys that diffusion_config.json holds: `check_resumed` compares those.
 _DIFFUSION_KEYS = (
     *("anneal_steps", "time_epsilon", "loss_weighting", "loss_norm", "antithetic_time", "random_truncate_ratio"),
-    *("pad_extra_blocks", "drop_overlong", "pad_mask_ratio", "pad_anneal_steps"),
+    *("block_noise", "pad_extra_blocks", "drop_overlong", "pad_mask_ratio", "pad_anneal_steps"),
     *("pad_mask_method", "eos_window_ratio", "eos_window_max", "eos_window_anneal_steps"),
 )
 _LORA_KEYS = (

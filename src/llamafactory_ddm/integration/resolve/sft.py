@@ -120,4 +120,5 @@ def build_response_collator(config: DiffusionConfig, tokenizer: Any, data_args: 
         pad_id=tokenizer.pad_token_id,
         shift=config.shift,
         target_length=data_args.cutoff_len if config.train_on_padding else None,
+        block_length=config.train_block_length,
     )

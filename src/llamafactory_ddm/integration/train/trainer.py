@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.trainer_utils import EvalLoopOutput
 
-from ...diffusion.attention import annealed_visibility, annealing_ratio
+from ...diffusion.attention import annealing_ratio
 from ...evaluation.bound import N_STATISTICS, bound_metrics, row_statistics
-from ...modeling.bidirectional import full_attention_mask, probe_bidirectional
 from ...modeling.denoiser import RowSelectingHead
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.quantization import evaluation_mode
@@ -32,6 +31,7 @@ from ...utils.random_state import unchanged_random_state
 from ..logs import describe, get_logger
 from ..model.model_card import Origin, write_trained
 from ..resolve.run_settings import write_run_settings
+from .attention_inputs import PLACEMENT, AttentionInputs
 from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from .step_metrics import StepMetrics
 from .tasks import TaskEvaluation
@@ -85,10 +85,7 @@ class DiffusionTrainer(CustomTrainer):
         self.model_accepts_loss_kwargs = True
         self._head = RowSelectingHead(self.model)
         self._is_checked = False
-        self._mask_key: tuple[int, ...] | None = None
-        self._mask: Any = None
-        self._visible_key: tuple[int, int] | None = None
-        self._visible = torch.empty(0)
+        self._attention = AttentionInputs(diffusion_config, objective.seed)
         self._step_metrics = StepMetrics()
         self.stop_after_nan_steps = stop_after_nan_steps
         self._finite = FiniteLoss(stop_after_nan_steps, self.args.device)
@@ -213,11 +210,17 @@ class DiffusionTrainer(CustomTrainer):
             )
         z_t = inputs["input_ids"]
         self._check_model(model)
-        mask = self._step_mask(z_t, inputs.get("is_padding"), inputs.get("document"))
+        step = self.state.global_step
+        attention = self._attention.of_step(
+            self.model,
+            z_t,
+            {name: inputs[name] for name in PLACEMENT if name in inputs},
+            self._mask_dtype(z_t.device),
+            ratio=self.attention_ratio(step),
+            step=step,
+        )
         with self._head.only(inputs["head_index"]):
-            output = model(
-                input_ids=z_t, attention_mask=mask, position_ids=inputs.get("position_ids"), use_cache=False
-            )
+            output = model(input_ids=z_t, use_cache=False, **attention)
         logits = output.logits.reshape(-1, output.logits.shape[-1])
         loss, terms = self.objective.loss(logits, inputs, num_items_in_batch)
         self._finite.add(loss)
@@ -226,52 +229,22 @@ class DiffusionTrainer(CustomTrainer):
         return (loss, output) if return_outputs else loss
 
     def _check_model(self, model: Any) -> None:
-        """Check once that `model` attends in both directions, and keep its logits in half precision.
+        """Check once that `model` attends as it should, and keep its logits in half precision.
 
         Raises:
             NotBidirectionalError: if it does not.
         """
         keep_half_logits(self.model)  # each time, because training and evaluation prepare the model again
         if not self._is_checked:
-            probe_bidirectional(getattr(model, "_orig_mod", model), inner=self.model)
+            self._attention.probe(getattr(model, "_orig_mod", model), self.model)
             self._is_checked = True
 
-    def _step_mask(self, z_t: Tensor, is_padding: Tensor | None, document: Tensor | None) -> Any:
-        """Return the step's attention mask; without padding and packing it is built once per step and shape."""
-        ratio = self.attention_ratio(self.state.global_step)
-        draw = self.state.global_step if ratio < 1.0 else -1
-        key = None if is_padding is not None or document is not None else (draw, *z_t.shape)
-        if key is None or key != self._mask_key:
-            visible = None if ratio == 1.0 else self._step_visibility(ratio, draw, z_t.shape[1], z_t.device)
-            self._mask = self._build_mask(z_t, is_padding, document, visible)
-            self._mask_key = key
-        return self._mask
-
-    def _step_visibility(self, ratio: float, draw: int, length: int, device: torch.device) -> Tensor:
-        """Return the step's annealed visibility, [length, length], drawn once per step and length."""
-        if self._visible_key != (draw, length):
-            self._visible = annealed_visibility(length, ratio, seed=self.objective.seed, draw=draw, device=device)
-            self._visible_key = (draw, length)
-        return self._visible
-
-    def _build_mask(
-        self, z: Tensor, is_padding: Tensor | None, document: Tensor | None, visible: Tensor | None = None
-    ) -> Any:
+    def _mask_dtype(self, device: torch.device) -> Any:
         # Autocast starts inside the prepared model's forward, so the accelerator determines the dtype of the queries.
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = half.get(str(self.accelerator.mixed_precision), self.model.dtype)
-        if z.device.type == "cpu" and not self.accelerator.native_amp:  # fp16 has no effect on a CPU
-            dtype = self.model.dtype
-        return full_attention_mask(
-            self.model,
-            batch=z.shape[0],
-            length=z.shape[1],
-            is_padding=is_padding,
-            document=document,
-            visible=visible,
-            dtype=dtype,
-            device=z.device,
-        )
+        if device.type == "cpu" and not self.accelerator.native_amp:  # fp16 has no effect on a CPU
+            return self.model.dtype
+        return half.get(str(self.accelerator.mixed_precision), self.model.dtype)
 
     # ---- evaluation ----
 
@@ -345,7 +318,7 @@ class DiffusionTrainer(CustomTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Estimate the evidence bound with full attention; it is the same for any batch size and number of ranks."""
+        """Estimate the evidence bound of the model's attention; the same for any batch size and number of ranks."""
         total, n_rows = torch.zeros(N_STATISTICS, dtype=torch.float64), 0
         with self._step_metrics.pause(), torch.no_grad():
             for model, batch, sample_index in self.evaluation_batches(dataloader, description):
@@ -394,22 +367,20 @@ class DiffusionTrainer(CustomTrainer):
         return model
 
     def bound_logits(self, model: Any, z: Tensor, head_index: Tensor, placement: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits at `head_index`, [n, vocab], with full attention.
+        """Return the logits at `head_index`, [n, vocab], with full attention, or of two streams with blocks.
 
         Args:
             model: the prepared model.
-            z: [batch, length] int64, on any device.
-            head_index: [n] int64, into [batch * length].
+            z: [batch, columns] int64, on any device.
+            head_index: [n] int64, into [batch * columns].
             placement: from `CleanBatch.placement`.
         """
         device = self.args.device
         z, head_index = z.to(device), head_index.to(device)
         placement = {name: value.to(device) for name, value in placement.items()}
         with self.compute_loss_context_manager(), self._head.only(head_index):
-            mask = self._build_mask(z, placement.get("is_padding"), placement.get("document"))
-            logits: Tensor = model(
-                input_ids=z, attention_mask=mask, position_ids=placement.get("position_ids"), use_cache=False
-            ).logits
+            attention = self._attention.build(self.model, z, placement, self._mask_dtype(device))
+            logits: Tensor = model(input_ids=z, use_cache=False, **attention).logits
         return logits.reshape(-1, logits.shape[-1])
 
     # ---- logs and checkpoints ----

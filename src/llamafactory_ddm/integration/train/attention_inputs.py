@@ -1,0 +1,98 @@
+"""The arguments `attention_mask` and `position_ids` of a run's forward passes: full, annealed or in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...diffusion.attention import annealed_visibility
+from ...modeling.bidirectional import full_attention_mask, probe_bidirectional
+from ...modeling.block_attention import probe_block_attention, two_stream_inputs
+from ...modeling.diffusion_config import DiffusionConfig
+
+PLACEMENT = ("is_padding", "document", "position_ids")  # as in `CleanBatch.placement`
+
+
+class AttentionInputs:
+    """Builds the arguments of a forward; without padding and packing once for each step and shape."""
+
+    def __init__(self, config: DiffusionConfig, seed: int) -> None:
+        """Start a run.
+
+        Args:
+            config: the diffusion config of the run.
+            seed: the run's seed, which keys the annealed mask.
+        """
+        self._block_length = config.train_block_length if config.attention == "block" else None
+        self._seed = seed
+        self._key: tuple[int, ...] | None = None
+        self._inputs: dict[str, Any] = {}
+        self._visible_key: tuple[int, int] | None = None
+        self._visible = torch.empty(0)
+
+    def probe(self, model: Any, inner: Any) -> None:
+        """Check that the model attends as it should.
+
+        Args:
+            model: the prepared model.
+            inner: the unwrapped model.
+        Raises:
+            NotBidirectionalError: if it does not.
+        """
+        probe = probe_bidirectional if self._block_length is None else probe_block_attention
+        probe(model, inner=inner)
+
+    def of_step(
+        self, model: Any, ids: Tensor, placement: Mapping[str, Tensor], dtype: torch.dtype, *, ratio: float, step: int
+    ) -> dict[str, Any]:
+        """Return the arguments of a training step's forward.
+
+        Args:
+            model: the unwrapped model.
+            ids: [batch, columns] int64, the model's input.
+            placement: those of `PLACEMENT` that the batch has.
+            dtype: of the attention's queries.
+            ratio: probability that a query sees a later key, with full attention.
+            step: number of finished optimiser steps.
+        """
+        draw = step if ratio < 1.0 else -1
+        key = None if placement else (draw, *ids.shape)
+        if key is None or key != self._key:
+            visible = None if ratio == 1.0 else self._step_visibility(ratio, draw, ids.shape[1], ids.device)
+            self._inputs = self.build(model, ids, placement, dtype, visible=visible)
+            self._key = key
+        return self._inputs
+
+    def build(
+        self,
+        model: Any,
+        ids: Tensor,
+        placement: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        *,
+        visible: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Return the arguments of a forward; `visible` is that of `full_attention_mask`, without blocks."""
+        if self._block_length is not None:
+            return two_stream_inputs(model, ids, self._block_length, dtype=dtype, **placement)
+        mask = full_attention_mask(
+            model,
+            batch=ids.shape[0],
+            length=ids.shape[1],
+            is_padding=placement.get("is_padding"),
+            document=placement.get("document"),
+            visible=visible,
+            dtype=dtype,
+            device=ids.device,
+        )
+        return {"attention_mask": mask, "position_ids": placement.get("position_ids")}
+
+    def _step_visibility(self, ratio: float, draw: int, length: int, device: torch.device) -> Tensor:
+        """Return the step's annealed visibility, [1, 1, length, length], drawn once per step and length."""
+        if self._visible_key != (draw, length):
+            self._visible = annealed_visibility(length, ratio, seed=self._seed, draw=draw, device=device)
+            self._visible_key = (draw, length)
+        return self._visible

@@ -1,0 +1,44 @@
+"""Block diffusion computed the slow way: each block of each document by a forward pass of its own, a row at a time."""
+
+import torch
+
+from llamafactory_ddm.modeling.bidirectional import full_attention_mask
+from llamafactory_ddm.modeling.block_attention import two_stream_inputs
+
+
+def forward(model, ids, block_length):
+    """Return the logits of one text, [length, vocab], each token seeing its block and the blocks before it."""
+    block = torch.arange(len(ids)) // block_length
+    visible = (block[:, None] >= block[None, :])[None, None]
+    shape = {"batch": 1, "length": len(ids), "dtype": model.dtype, "device": ids.device}
+    mask = full_attention_mask(model, is_padding=None, visible=visible, **shape)
+    return model(input_ids=ids[None], attention_mask=mask, use_cache=False).logits[0]
+
+
+def nll(logits, token):
+    return -logits.float().log_softmax(dim=-1)[token]
+
+
+def loss_by_blocks(model, x_0, z, maskable, *, block_length, shift, mask_id, weighted=True):
+    """Return the sum of weighted cross-entropies of one document, [length] each, whose noised ids are z."""
+    total = torch.zeros(())
+    for low in range(0, len(x_0), block_length):
+        high = min(low + block_length, len(x_0))
+        columns = range(low + shift, high)
+        noisable = [i for i in columns if maskable[i]]
+        masked = [i for i in noisable if z[i] == mask_id and x_0[i] != mask_id]
+        if shift and low and maskable[low]:
+            total = total + nll(forward(model, x_0[:low], block_length)[-1], x_0[low])
+        if masked:
+            logits = forward(model, torch.cat([x_0[:low], z[low:high]]), block_length)
+            weight = len(noisable) / len(masked) if weighted else 1.0
+            total = total + weight * sum(nll(logits[i - shift], x_0[i]) for i in masked)
+    return total
+
+
+def two_streams(model, objective, clean, batch):
+    """Return the loss of a noised batch times its denominator, computed as the trainer does."""
+    inputs = two_stream_inputs(model, batch.z_t, objective.block_length, dtype=model.dtype, **clean.placement())
+    logits = model(input_ids=batch.z_t, use_cache=False, **inputs).logits.flatten(0, 1)
+    loss, _ = objective.loss(logits[batch.head_index], batch.scored, torch.ones(()))
+    return loss
