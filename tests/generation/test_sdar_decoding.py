@@ -10,10 +10,10 @@ PROMPTS = ["dog", "cat dog", "abcdef", "dog dog dog"]
 
 
 def as_published(tokenizer, prompt, n_tokens, block, steps, threshold):
-    """Greedy decoding of the published script: at least block / steps of a block's tokens a pass, earlier passes first.
+    """Greedy decoding of the published script: block / steps tokens a pass, and one more in each of the first.
 
-    With a threshold all tokens above it, if these are more ("low_confidence_dynamic"). [MASK] and rows of the embedding
-    without a token are left out, which the published script does not do.
+    With a threshold all tokens above it, if these are more ("low_confidence_dynamic"). [MASK] and rows of the
+    embedding without a token are left out, which the published script does not do.
     """
     ids, mask_id = tokenizer.encode(prompt, add_special_tokens=False), tokenizer.convert_tokens_to_ids(MASK)
     end, start, passes = len(ids) + n_tokens, len(ids), 0
