@@ -99,11 +99,13 @@ def test_the_last_blocks_positions_are_decoded_before_the_text_is_cut():
 def test_a_batch_equals_each_text_alone_and_a_limit_only_cuts(model, strategy):
     settings = dataclasses.replace(SAMPLED, denoising_strategy=strategy)
 
-    def write(n_tokens, rows=range(4)):
+    def write(n_tokens, rows=range(4), **keys):
         canvases = [model.from_prompt(PROMPTS[row], n_tokens) for row in rows]
-        return model.writer.write(canvases, settings, sample_indices=rows, traced=True)
+        return model.writer.write(canvases, dataclasses.replace(settings, **keys), sample_indices=rows, traced=True)
 
     together = write(13)
+    plain = write(13, kv_cache="none")
+    assert plain == together and sum(one.computed for one in plain) > sum(one.computed for one in together)
     for row in range(4):
         assert write(13, [row]) == [together[row]]
     for n_tokens in (1, 2, 6):
@@ -155,6 +157,8 @@ def test_steps_of_a_callback_stay_within_max_steps(model, strategy):
     [
         ({"block_length": 8}, ["block_length: 8", "train_block_length: 4"]),
         ({"early_stop": "predict"}, ["early_stop: predict", "early_stop: eos"]),
+        ({"kv_cache": "dual"}, ["kv_cache: dual", "kv_cache: prefix"]),
+        ({"kv_cache": "prefix", "cache_refresh": 2}, ["cache_refresh: 2"]),
         ({"early_stop": "grow"}, ["early_stop: grow"]),
         ({"guidance_scale": 2.0}, ["guidance_scale"]),
         ({"infill": "dog<|infill:3|> cat"}, ["infilling", "attention: block"]),

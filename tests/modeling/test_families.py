@@ -14,8 +14,12 @@ from llamafactory_ddm.modeling.bidirectional import (
     make_bidirectional,
     probe_bidirectional,
 )
+from llamafactory_ddm.modeling.cached_denoiser import CachedDenoiser, check_cacheable
+from llamafactory_ddm.modeling.denoiser import ModelDenoiser
+from llamafactory_ddm.sampling import STRATEGIES, get_strategy, sample
 
 LENGTH = 10
+STRATEGY_NAMES = sorted(STRATEGIES)
 DENSE = [
     "apertus",
     "arcee",
@@ -143,6 +147,31 @@ def test_padding_and_packing_change_nothing(name):
     for part in (slice(0, 4), slice(4, 9)):
         torch.testing.assert_close(packed[0, part], forward(model, ids[:1, part])[0], rtol=0, atol=scale)
     assert (packed[0, 4:9] - alone[0, 4:9]).abs().max() > 10 * scale  # the test would see a leak
+
+
+@pytest.mark.parametrize("name", known([*DENSE, *EXPERTS]))
+def test_a_cache_that_is_computed_again_in_every_pass_changes_nothing(name):
+    model = build(name)
+    make_bidirectional(model)
+    check_cacheable(model, "dual")
+    ids = torch.randint(3, 40, (2, LENGTH), generator=torch.Generator().manual_seed(6))
+    is_padding = torch.arange(LENGTH) < torch.tensor([[0], [3]])
+    options = {"shift": True, "is_padding": is_padding}
+    strategy = STRATEGY_NAMES[[*DENSE, *EXPERTS].index(name) % len(STRATEGY_NAMES)]
+
+    def run(denoiser):
+        editable = torch.arange(LENGTH).expand(2, -1) >= 5
+        output = sample(
+            denoiser, ids, editable=editable, mask_id=1, steps=6, block_length=3, strategy=get_strategy(strategy)
+        )
+        denoiser.close()
+        return output
+
+    plain = run(ModelDenoiser(model, **options))
+    refreshed = run(CachedDenoiser(model, kind="dual", refresh=1, **options))
+    assert torch.equal(refreshed.sequences, plain.sequences) and torch.equal(refreshed.committed, plain.committed)
+    assert refreshed.computed == plain.computed
+    assert run(CachedDenoiser(model, kind="dual", **options)).computed < plain.computed
 
 
 @pytest.mark.parametrize("name", known(REFUSED))

@@ -30,6 +30,16 @@ def check_settings(block_length: int, settings: SamplingSettings) -> None:
             f"block_length: {settings.block_length} contradicts the checkpoint, which was trained with "
             f"train_block_length: {block_length}; remove block_length"
         )
+    if settings.kv_cache == "dual":
+        raise ValueError(
+            "kv_cache: dual does not compute what follows the current block, and a model with attention: block never "
+            "does; set kv_cache: prefix, which is exact, or none"
+        )
+    if settings.cache_refresh is not None:
+        raise ValueError(
+            f"cache_refresh: {settings.cache_refresh} has no effect on a model with attention: block, whose cache is "
+            "exact; remove cache_refresh"
+        )
     if settings.early_stop in ("predict", "grow"):
         raise ValueError(
             f"early_stop: {settings.early_stop} shortens the canvas, but a model with attention: block computes "
@@ -78,7 +88,7 @@ def blocks_of(batch: CanvasBatch, config: DiffusionConfig) -> Tensor | None:
     """Return [batch, length] int64, the sampler's blocks for a block model; None for a model with full attention."""
     if config.train_block_length is None:
         return None
-    _, position = block_of_columns(batch.is_padding, *batch.x.shape, config.train_block_length)
+    _, position = block_of_columns(batch.is_padding, len(batch.x), batch.x.shape[1], config.train_block_length)
     return split_by_position(batch.editable, position, config.train_block_length, shift=config.shift)
 
 

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..data.canvas import Canvas, CanvasBatch, stack_canvases
 from ..modeling.block_denoiser import BlockDenoiser
+from ..modeling.cached_denoiser import CachedDenoiser, check_cacheable
 from ..modeling.denoiser import ModelDenoiser
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.length_heads import LengthPredictors, mean_hidden
@@ -78,21 +80,35 @@ class CanvasSizer:
 
     @contextmanager
     def denoiser(
-        self, canvases: Sequence[Canvas], *, keep_hidden: bool = False
+        self, canvases: Sequence[Canvas], settings: SamplingSettings | None = None, *, keep_hidden: bool = False
     ) -> Iterator[tuple[CanvasBatch, ModelDenoiser]]:
-        """Yield the canvases as one batch, and a denoiser for it whose hook is removed afterwards."""
+        """Yield the canvases as one batch, and a denoiser for it whose hook is removed afterwards.
+
+        Args:
+            canvases: of one batch.
+            settings: of the one call of the sampler that the denoiser is for; their `kv_cache` applies. None for a
+                denoiser without a cache.
+            keep_hidden: see `ModelDenoiser`.
+        """
         batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
         is_padding = batch.is_padding.to(self.model.device) if bool(batch.is_padding.any()) else None
-        options = {"shift": self.config.shift, "is_padding": is_padding, "outputs": self._n_ids}
-        denoiser = (
-            ModelDenoiser(self.model, keep_hidden=keep_hidden, **options)
-            if self.config.train_block_length is None
-            else BlockDenoiser(self.model, block_length=self.config.train_block_length, **options)
+        denoiser = self._make(settings)(
+            self.model, shift=self.config.shift, is_padding=is_padding, outputs=self._n_ids, keep_hidden=keep_hidden
         )
         try:
             yield batch, denoiser
         finally:
             denoiser.close()
+
+    def _make(self, settings: SamplingSettings | None) -> Callable[..., ModelDenoiser]:
+        """Return the denoiser's class with the options that the model and `kv_cache` give it."""
+        block_length = self.config.train_block_length
+        if block_length is not None:
+            is_cached = settings is not None and settings.kv_cache != "none"
+            return partial(BlockDenoiser, block_length=block_length, cached=is_cached)
+        if settings is None or settings.kv_cache is None or settings.kv_cache == "none":
+            return ModelDenoiser
+        return partial(CachedDenoiser, kind=settings.kv_cache, refresh=settings.cache_refresh)
 
     def threshold(self, settings: SamplingSettings, canvas: Canvas) -> float:
         """Return the threshold of the length predictor on a canvas: the calibrated one, else the coverage itself.
@@ -122,11 +138,14 @@ class CanvasSizer:
         return None
 
     def check(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
-        """Check that `sized` can predict lengths, before any forward pass.
+        """Check that `sized` can predict lengths, and that the model can decode with the cache of `kv_cache`.
 
         Raises:
-            ValueError: see `sized`.
+            ValueError: see `sized` and `check_cacheable`.
         """
+        kv_cache = settings.kv_cache or ("none" if self.config.train_block_length is None else "prefix")
+        if kv_cache != "none":
+            check_cacheable(self.model, kv_cache, length=max(map(len, canvases), default=0))
         early_stop = settings.early_stop
         if early_stop not in ("predict", "grow"):
             return

@@ -199,7 +199,7 @@ class Writer:
         canvases = [self._in_whole_blocks(canvas) for canvas in wanted]
         index = torch.tensor([(part.sample_index, part.steps_taken) for part in parts], dtype=torch.int64)
         sample_index, steps_taken = index.to(device).unbind(dim=1)
-        with self.sizer.denoiser(canvases) as (batch, denoiser):
+        with self.sizer.denoiser(canvases, settings) as (batch, denoiser):
             block = block_models.blocks_of(batch, self.config)
             blank = batch.x.masked_fill(batch.editable, self.config.mask_token_id)
             recorder = Recorder(blank.to(device)) if traced else None
@@ -260,7 +260,7 @@ def _unstacked(
 ) -> list[FilledCanvas]:
     """Return the rows of a batch without the padding in front of them."""
     width = output.sequences.shape[1]
-    columns = (output.sequences, output.committed, output.sample_nfe, output.edits)
+    columns = (output.sequences, output.committed, output.sample_nfe, output.sample_computed, output.edits)
     rows = zip(canvases, *(column.tolist() for column in columns), strict=True)
     return [
         FilledCanvas(
@@ -268,12 +268,12 @@ def _unstacked(
             ids[-len(canvas) :],
             committed[-len(canvas) :],
             nfe,
-            nfe * width,
+            computed,
             steps,
             edits,
             None if recorder is None else _shifted(recorder.events[row], steps=0, positions=len(canvas) - width),
         )
-        for row, (canvas, ids, committed, nfe, edits) in enumerate(rows)
+        for row, (canvas, ids, committed, nfe, computed, edits) in enumerate(rows)
     ]
 
 

@@ -86,6 +86,7 @@ def full_attention_mask(
     dtype: torch.dtype,
     device: torch.device,
     document: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Any:
     """Return the `attention_mask` argument of the model's forward.
 
@@ -103,9 +104,11 @@ def full_attention_mask(
         device: of the forward.
         document: [batch, length] int64, index of the packed document of each token; a token attends to its own
             document only.
+        columns: [batch, n_queries] int64, the queries' columns under a cache; None for all. `visible` then has
+            n_queries in dim 2, and so has the mask.
     Returns:
         None if every query sees every key, which lets fast kernels run; a [batch, length] mask under flash attention;
-        an additive mask, [1 or batch, 1, 1 or length, length]; or a dict of these by layer type for models that take
+        an additive mask, [1 or batch, 1, 1 or n_queries, length]; or a dict of these by layer type for models that take
         one.
     Raises:
         ValueError: for `visible` or `document` under flash attention, which takes no mask of this form, or for a
@@ -114,8 +117,9 @@ def full_attention_mask(
     for name, value in (("is_padding", is_padding), ("document", document)):
         if value is not None and value.shape != (batch, length):
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {(batch, length)}")
-    if visible is not None and (visible.shape[0] not in (1, batch) or visible.shape[1:] != (1, length, length)):
-        raise ValueError(f"visible has shape {tuple(visible.shape)}, expected (1 or {batch}, 1, {length}, {length})")
+    n = length if columns is None else columns.shape[1]
+    if visible is not None and (visible.shape[0] not in (1, batch) or visible.shape[1:] != (1, n, length)):
+        raise ValueError(f"visible has shape {tuple(visible.shape)}, expected (1 or {batch}, 1, {n}, {length})")
     if is_flash(implementation(model)):
         if visible is not None:
             raise ValueError(
@@ -130,7 +134,8 @@ def full_attention_mask(
         return None if is_padding is None else (~is_padding).to(torch.int64)
     allowed = visible
     if document is not None:
-        same_document = (document[:, :, None] == document[:, None, :])[:, None]
+        of_query = document if columns is None else document.gather(1, columns)
+        same_document = (of_query[:, :, None] == document[:, None, :])[:, None]
         allowed = same_document if allowed is None else allowed & same_document
     if is_padding is not None:
         is_token = ~is_padding[:, None, None, :]
@@ -139,14 +144,15 @@ def full_attention_mask(
     window = window_of(model)
     if window is not None and window < length:
         position = torch.arange(length, device=device)
-        near = ((position[:, None] - position[None, :]).abs() < window)[None, None]
+        of_query = position[None] if columns is None else columns
+        near = ((of_query[:, :, None] - position).abs() < window)[:, None]
         windowed = near if allowed is None else allowed & near
     full = _additive(allowed, dtype)
     sliding = full if windowed is allowed else _additive(windowed, dtype)
     if getattr(text_config(model), "layer_types", None):
         return {"full_attention": full, "sliding_attention": sliding}
     if sliding is None and not _READS_CONFIG:
-        return torch.zeros(1, 1, length, length, dtype=dtype, device=device)
+        return torch.zeros(1, 1, n, length, dtype=dtype, device=device)
     return sliding
 
 

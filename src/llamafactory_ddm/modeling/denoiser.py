@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ..objectives.shift import source_index
 from .bidirectional import full_attention_mask
+from .kv_cache import ColumnCache
 from .model_info import dtype_of, text_config
 
 _ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
@@ -180,11 +181,26 @@ class ModelDenoiser:
         return value if value is None or self._requested is None else value[self._requested]
 
     def _forward(self, z: Tensor, head_index: Tensor, limit: int | None = None) -> Tensor:
-        position_ids = self._of_requested(self._position_ids)
-        positions = {} if position_ids is None else {"position_ids": position_ids}
+        """Return the logits at the first `limit` of `head_index`, [n] into the rows of `z`; the head keeps the hidden
+        states at all."""
+        return self._run(z, self._attention_mask(z), self._of_requested(self._position_ids), head_index, limit)
+
+    def _run(
+        self,
+        ids: Tensor,
+        mask: Any,
+        position_ids: Tensor | None,
+        head_index: Tensor,
+        limit: int | None,
+        cache: ColumnCache | None = None,
+    ) -> Tensor:
+        """Run the model once: `_forward` for these ids, [n_rows, n_columns]."""
+        rest: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        if cache is not None:
+            rest["past_key_values"] = cache
         with torch.inference_mode(), self._head.only(head_index, limit, keep_hidden=True):
             logits: Tensor = self._model(
-                input_ids=z, attention_mask=self._attention_mask(z), use_cache=False, **positions
+                input_ids=ids, attention_mask=mask, use_cache=cache is not None, **rest
             ).logits
         return logits.reshape(-1, logits.shape[-1])[:, : self._outputs]
 
@@ -223,17 +239,21 @@ class ModelDenoiser:
     def _attention_mask(self, z: Tensor) -> Any:
         """Return the attention mask, built once for each shape of `z`."""
         if self._mask is None or self._mask[0] != tuple(z.shape):
-            mask = full_attention_mask(
-                self._model,
-                batch=z.shape[0],
-                length=z.shape[1],
-                is_padding=self._of_requested(self._is_padding),
-                visible=None,
-                dtype=dtype_of(self._model),
-                device=z.device,
-            )
-            self._mask = (tuple(z.shape), mask)
+            self._mask = (tuple(z.shape), self._mask_of(z, self._of_requested(self._is_padding)))
         return self._mask[1]
+
+    def _mask_of(self, z: Tensor, is_padding: Tensor | None, columns: Tensor | None = None) -> Any:
+        """Return the mask of a pass over `columns` of `z`; see `full_attention_mask`."""
+        return full_attention_mask(
+            self._model,
+            batch=z.shape[0],
+            length=z.shape[1],
+            is_padding=is_padding,
+            visible=None,
+            columns=columns,
+            dtype=dtype_of(self._model),
+            device=z.device,
+        )
 
     def close(self) -> None:
         """Remove the hook from the model."""

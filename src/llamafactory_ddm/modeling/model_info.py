@@ -61,6 +61,19 @@ def max_positions(config: Any) -> int | None:
     return None
 
 
+def rotary_limit(model: nn.Module) -> int | None:
+    """Return the length from which on a model with longrope embeddings (Phi-3) takes other frequencies, else None.
+
+    The model decides by the largest position of a forward pass.
+    """
+    config = text_config(model)
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "longrope" not in (rope.get("rope_type"), rope.get("type")):
+        return None
+    limit: int | None = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return limit
+
+
 def weights_digest(model: nn.Module) -> str:
     """Return 16 hexadecimal digits that identify the weights: of SHA-256 of each one's name, type, shape and bytes."""
     whole = hashlib.sha256()

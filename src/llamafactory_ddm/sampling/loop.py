@@ -13,10 +13,9 @@ from . import edits as editing
 from .budget import CommitSchedule
 from .edits import Edits
 from .logits import LogitsConfig, Measure
-from .prediction import Context, Denoiser, StepScores, check_context, predict_tokens
+from .prediction import CachingDenoiser, Context, Denoiser, Prediction, StepScores, check_context, predict_tokens
 from .state import Plan, SamplerState, StepView, is_after_eos, is_complete, start, view_step
 from .strategies import Strategy, remask_positions, stays
-from .tokens import TokenDraws
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class SamplerOutput:
             never decoded because it follows the EOS of a complete text. There `sequences` repeat the EOS.
         sample_nfe: [batch] int64, forward passes that the row needed, whatever other rows needed.
         edits: [batch] int64, how often a token of the row was edited.
-        computed: tokens that went through the model, padding included; those of finished rows do not.
+        sample_computed: [batch] int64, tokens of the row that went through the model, padding included; of a finished
+            row none do, and with a `CachingDenoiser` only those that it computes again.
     """
 
     sequences: Tensor
@@ -40,7 +40,12 @@ class SamplerOutput:
     committed: Tensor
     sample_nfe: Tensor
     edits: Tensor
-    computed: int
+    sample_computed: Tensor
+
+    @property
+    def computed(self) -> int:
+        """Return the tokens of all rows that went through the model."""
+        return int(self.sample_computed.sum())
 
     @property
     def tokens_per_step(self) -> Tensor:
@@ -53,7 +58,7 @@ Callback = Callable[[int, Tensor, Tensor], None]
 
 
 def sample(
-    denoiser: Denoiser,
+    denoiser: Denoiser | CachingDenoiser,
     x: Tensor,
     *,
     editable: Tensor,
@@ -80,7 +85,7 @@ def sample(
     A row's result depends on `seed`, its sample index and its own content, not on the batch it is in.
 
     Args:
-        denoiser: the model.
+        denoiser: the model; a `CachingDenoiser` is told which block each row is at.
         x: [batch, length] int64; ids at editable positions do not matter.
         editable: [batch, length] bool; all other positions are fixed, even those whose id equals `mask_id`.
         mask_id: id of [MASK], which is never drawn.
@@ -138,12 +143,14 @@ def sample(
     z = state.z
     if len(eos_ids) and stop_at_eos:
         z = torch.where(editable & (state.committed < 0), int(plan.eos_ids[0]), z)
-    return SamplerOutput(z, state.step, state.nfe, state.committed, state.sample_nfe, state.edits, state.computed)
+    return SamplerOutput(
+        z, state.step, state.nfe, state.committed, state.sample_nfe, state.edits, state.sample_computed
+    )
 
 
 @torch.no_grad()
 def denoising_step(
-    denoiser: Denoiser,
+    denoiser: Denoiser | CachingDenoiser,
     state: SamplerState,
     plan: Plan,
     *,
@@ -169,24 +176,21 @@ def denoising_step(
         )
     view = view_step(state, plan)
     request = select_positions(state, view, strategy, edits)
-    active = count_active(state, view, request, strategy)
-    if active is None:
+    n_positions = count_active(state, view, request, strategy)
+    if n_positions is None:
         return replace(state, finished=True)
-    n_positions, n_rows = active
     z, commit, edit = state.z, torch.zeros_like(state.is_masked), torch.zeros_like(state.is_masked)
     if n_positions:
         flat_index = request.flat_index(n_positions)
-        draws, n_passes = predict_tokens(
-            denoiser, state, view, flat_index, request.measures, logits, context or Context()
-        )
-        scores = StepScores(draws, flat_index, state.z, plan)
+        prediction = predict_tokens(denoiser, state, view, flat_index, request.measures, logits, context or Context())
+        scores = StepScores(prediction.draws, flat_index, state.z, plan)
         commit = commit_positions(view, request, scores, strategy)
         z = torch.where(commit, scores.ids, state.z)
         if edits.active:
             argmax, top_log_prob = scores.measure("argmax"), scores.measure("top_log_prob")
             edit = edits.edit_positions(view, state.z, request.edit, commit, argmax, top_log_prob)
             z = torch.where(edit, argmax, z)
-        state = count_forward(state, request, draws, n_passes, n_rows)
+        state = count_forward(state, request, prediction)
     z = z.masked_fill(request.remask, plan.mask_id)
     return apply_update(state, view, StepUpdate(z, commit, edit, request.remask), strategy)
 
@@ -248,10 +252,8 @@ def select_positions(state: SamplerState, view: StepView, strategy: Strategy, ed
     return LogitsRequest(commit, edit, remask, strategy.measures | editing.MEASURES)
 
 
-def count_active(
-    state: SamplerState, view: StepView, request: LogitsRequest, strategy: Strategy
-) -> tuple[int, int] | None:
-    """Return how many positions need logits and how many rows hold one, or None if every row is finished.
+def count_active(state: SamplerState, view: StepView, request: LogitsRequest, strategy: Strategy) -> int | None:
+    """Return how many positions need logits, or None if every row is finished.
 
     A step waits for the device only here, so unusable logits of the previous step and positions that were left masked
     are also found here.
@@ -259,17 +261,15 @@ def count_active(
     Raises:
         ValueError: see `denoising_step`.
     """
-    needed = request.needs_logits
     overrun = view.is_masked.any(dim=1) & (view.step >= view.steps)
     counts = (
-        needed.sum(),
-        needed.any(dim=1).sum(),
+        request.needs_logits.sum(),
         (view.steps > 0).sum(),
         overrun.sum(),
         state.is_masked.sum(),
         state.bad_step,
     )
-    n_positions, n_rows, n_unfinished, n_overrun, n_masked, bad_step = torch.stack(counts).tolist()
+    n_positions, n_unfinished, n_overrun, n_masked, bad_step = torch.stack(counts).tolist()
     if bad_step:
         raise ValueError(
             f"in step {bad_step - 1} the denoiser returned logits that hold NaN or inf, or allow no token but [MASK] "
@@ -280,7 +280,7 @@ def count_active(
             f"the strategy {strategy.name!r} left {n_masked} positions masked after all {view.plan.steps} steps; its "
             "commit() must return every masked position in the last step of a block"
         )
-    return (n_positions, n_rows) if n_unfinished else None
+    return n_positions if n_unfinished else None
 
 
 def commit_positions(view: StepView, request: LogitsRequest, scores: StepScores, strategy: Strategy) -> Tensor:
@@ -301,16 +301,14 @@ def commit_positions(view: StepView, request: LogitsRequest, scores: StepScores,
     return strategy.commit(view, request.commit, score) & request.commit & view.is_masked
 
 
-def count_forward(
-    state: SamplerState, request: LogitsRequest, draws: TokenDraws, n_passes: int, n_rows: int
-) -> SamplerState:
+def count_forward(state: SamplerState, request: LogitsRequest, prediction: Prediction) -> SamplerState:
     """Return the state with a step's forward passes counted, and unusable logits noted in `bad_step`."""
     return replace(
         state,
-        sample_nfe=state.sample_nfe + request.needs_logits.any(dim=1) * n_passes,
-        bad_step=draws.bad.any() * (state.step + 1),
-        nfe=state.nfe + n_passes,
-        computed=state.computed + n_passes * n_rows * state.z.shape[1],
+        sample_nfe=state.sample_nfe + request.needs_logits.any(dim=1) * prediction.n_passes,
+        bad_step=prediction.draws.bad.any() * (state.step + 1),
+        nfe=state.nfe + prediction.n_passes,
+        sample_computed=state.sample_computed + prediction.computed,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,37 @@ class Denoiser(Protocol):
         """
 
 
+@runtime_checkable
+class CachingDenoiser(Protocol):
+    """A denoiser that reuses in a step what it computed in earlier steps of the same call."""
+
+    def step(self, scope: Tensor, branch: int = 0) -> Denoiser:
+        """Return the denoiser of a step.
+
+        Args:
+            scope: [batch, length] bool, the current block of each row.
+            branch: 0; 1 for the unconditional pass of guidance, whose prompt is masked.
+        """
+
+    def take_computed(self) -> Tensor:
+        """Return [batch] int64, the tokens of each row that went through the model since the last call."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step's forward passes gave.
+
+    Attributes:
+        draws: the tokens drawn, and their scores.
+        n_passes: forward passes.
+        computed: [batch] int64, tokens of each row that went through the model in them.
+    """
+
+    draws: TokenDraws
+    n_passes: int
+    computed: Tensor
+
+
 @dataclass(frozen=True)
 class Context:
     """Which of the fixed tokens are not text, and which are the prompt.
@@ -45,15 +76,15 @@ class Context:
 
 
 def predict_tokens(
-    denoiser: Denoiser,
+    denoiser: Denoiser | CachingDenoiser,
     state: SamplerState,
     view: StepView,
     flat_index: Tensor,
     measures: frozenset[Measure],
     config: LogitsConfig,
     context: Context,
-) -> tuple[TokenDraws, int]:
-    """Return the draws at `flat_index`, [n] int64 into [batch * length], and the number of forward passes.
+) -> Prediction:
+    """Return the draws at `flat_index`, [n] int64 into [batch * length].
 
     Raises:
         ValueError: if the denoiser's logits have the wrong shape.
@@ -66,7 +97,8 @@ def predict_tokens(
     prompt = context.prompt if config.guidance_scale != 1.0 else None
     draws: list[TokenDraws] = []
     n_done = 0
-    for conditional, unconditional in _logit_parts(denoiser, z, flat_index, prompt, plan.mask_id):
+    branches = _branches(denoiser, view.scope)
+    for conditional, unconditional in _logit_parts(branches, z, flat_index, prompt, plan.mask_id):
         if conditional.dim() != 2 or n_done + len(conditional) > n:
             raise ValueError(_wrong_shape(n, str(list(conditional.shape))))
         part = slice(n_done, n_done + len(conditional))
@@ -83,17 +115,30 @@ def predict_tokens(
         draws.append(draw_tokens(values, config, u[part], suppress=(plan.mask_id,), measures=measures))
     if n_done != n:
         raise ValueError(_wrong_shape(n, f"{n_done} rows"))
-    return concatenate(draws), 1 if prompt is None else 2
+    n_passes = 1 if prompt is None else 2
+    if isinstance(denoiser, CachingDenoiser):
+        computed = denoiser.take_computed()
+    else:
+        row = torch.div(flat_index, z.shape[1], rounding_mode="floor")
+        computed = state.sample_nfe.new_zeros(len(z)).index_fill(0, row, n_passes * z.shape[1])
+    return Prediction(concatenate(draws), n_passes, computed)
+
+
+def _branches(denoiser: Denoiser | CachingDenoiser, scope: Tensor) -> tuple[Denoiser, Denoiser]:
+    """Return the denoisers with and without the prompt."""
+    if isinstance(denoiser, CachingDenoiser):
+        return denoiser.step(scope, 0), denoiser.step(scope, 1)
+    return denoiser, denoiser
 
 
 def _logit_parts(
-    denoiser: Denoiser, z: Tensor, flat_index: Tensor, prompt: Tensor | None, mask_id: int
+    branches: tuple[Denoiser, Denoiser], z: Tensor, flat_index: Tensor, prompt: Tensor | None, mask_id: int
 ) -> Iterable[tuple[Tensor, Tensor | None]]:
     """Return the conditional logits in parts along n, each with the logits without the prompt, or None."""
-    conditional = _parts(denoiser(z, flat_index))
+    conditional = _parts(branches[0](z, flat_index))
     if prompt is None:
         return ((part, None) for part in conditional)
-    return zip(conditional, _parts(denoiser(z.masked_fill(prompt, mask_id), flat_index)), strict=True)
+    return zip(conditional, _parts(branches[1](z.masked_fill(prompt, mask_id), flat_index)), strict=True)
 
 
 def _parts(output: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:

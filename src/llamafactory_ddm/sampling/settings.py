@@ -15,6 +15,8 @@ from .strategies import STRATEGIES, Strategy, get_strategy
 
 EarlyStop = Literal["none", "eos", "predict", "grow"]
 EARLY_STOPS: tuple[EarlyStop, ...] = get_args(EarlyStop)
+KVCache = Literal["none", "prefix", "dual"]
+KV_CACHES: tuple[KVCache, ...] = get_args(KVCache)
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class SamplingSettings:
     )
     diffusion_steps: int = key(
         64,
-        "Largest number of denoising steps of a canvas, divided among its blocks; with attention: block, of each block, "
-        "where shift adds one for its first token.",
+        "Largest number of denoising steps of a canvas, divided among its blocks; with attention: block those of each "
+        "block, to which shift adds one for the block's first token.",
         low=1,
         high=100_000,  # the budgets of all steps are computed in advance
     )
@@ -43,6 +45,21 @@ class SamplingSettings:
         "Positions in a block; blocks are decoded one after another from left to right. Defaults to the whole canvas.",
         kind="integer",
         low=1,
+    )
+    kv_cache: KVCache | None = key(
+        None,
+        "Which positions a forward pass computes: none: all of them. prefix: the current block and what follows it; "
+        "keys and values of what precedes it are those of the block's first pass. dual: the current block alone. "
+        "Defaults to none; with attention: block to prefix, which then computes the current block alone, and exactly.",
+        choices=KV_CACHES,
+    )
+    cache_refresh: int | None = key(
+        None,
+        "Compute all positions again in every n-th pass of a block; 1 gives the texts of kv_cache: none. Defaults to "
+        "the first pass of each block alone.",
+        kind="integer",
+        low=1,
+        needs=("kv_cache", ("prefix", "dual")),
     )
     commit_schedule: CommitSchedule = key(
         "even",

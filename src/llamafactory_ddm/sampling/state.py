@@ -130,10 +130,10 @@ class SamplerState:
         held: [batch] bool, rows that stay in their block although it is fully decoded.
         edits: [batch] int64, tokens that the row has edited in all blocks.
         sample_nfe: [batch] int64, forward passes that the row needed.
+        sample_computed: [batch] int64, tokens of the row that went through the model, padding included.
         bad_step: [] int64, 1 + the step whose logits were unusable, or 0.
         step: the next step, from 0.
         nfe: forward passes so far.
-        computed: tokens that went through the model so far, padding included.
         finished: whether a step found nothing left to do.
     """
 
@@ -148,10 +148,10 @@ class SamplerState:
     held: Tensor
     edits: Tensor
     sample_nfe: Tensor
+    sample_computed: Tensor
     bad_step: Tensor
     step: int = 0
     nfe: int = 0
-    computed: int = 0
     finished: bool = False
 
 
@@ -227,6 +227,7 @@ def start(
         held=torch.zeros_like(sample_index, dtype=torch.bool),
         edits=zero,
         sample_nfe=zero,
+        sample_computed=zero,
         bad_step=torch.zeros((), dtype=torch.int64, device=x.device),
     )
     return state, plan

@@ -1,0 +1,296 @@
+"""A denoiser that keeps keys and values from one step to the next, and computes only the columns that it must.
+
+Under full attention the states of a column depend on all tokens of its row, so those that are not computed again are
+old: they belong to the tokens at the time of their computation. `fresh_columns` says which columns a pass computes.
+
+Source: Fast-dLLM (arXiv 2505.22618), its prefix cache and dual cache; dKV-Cache (arXiv 2505.15781) for computing all
+states again after a number of steps.
+Deviates: with shift the column before a block is computed while its first token is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .bidirectional import full_attention_mask
+from .denoiser import ModelDenoiser
+from .kv_cache import ColumnCache
+from .model_info import dtype_of, implementation, is_flash, rotary_limit, text_config
+from .quantization import evaluation_mode
+
+CacheKind = Literal["prefix", "dual"]
+_PROBE_LENGTH = 8
+
+
+def fresh_columns(
+    kind: CacheKind,
+    refresh: int | None,
+    *,
+    computed_from: Tensor,
+    passes: Tensor,
+    old_scope: Tensor,
+    z: Tensor,
+    scope: Tensor,
+    asked: Tensor,
+) -> Tensor:
+    """Return [batch, length] bool, the columns that a pass computes; each row's are a function of that row alone.
+
+    They are all columns if the row is at another block than in its last pass, or if `refresh` passes went by since all
+    were computed. Else with `prefix` those from the first of the block on, and with `dual` those of the block; in
+    addition those that are asked, and those whose token has changed.
+
+    Args:
+        kind: `prefix` or `dual`.
+        refresh: passes of a row from one computation of all columns to the next; None for once in each block.
+        computed_from: [batch, length] int64, the id that each column was last computed from; -1 where it was not.
+        passes: [batch] int64, passes of the row since all its columns were computed, that pass included.
+        old_scope: [batch, length] bool, the row's block in its last pass.
+        z: [batch, length] int64, the ids now.
+        scope: [batch, length] bool, the row's block now.
+        asked: [batch, length] bool, the columns whose hidden state the step reads.
+    """
+    refreshed = (scope != old_scope).any(dim=1)
+    if refresh is not None:
+        refreshed |= passes >= refresh
+    block = scope if kind == "dual" else scope.cummax(dim=1).values
+    return block | asked | (z != computed_from) | refreshed[:, None]
+
+
+@dataclass
+class _Branch:
+    """What was computed of one kind of input: with the prompt, or with guidance without it.
+
+    Attributes:
+        cache: its keys and values.
+        computed_from: see `fresh_columns`; so are `passes` and `scope`, the old one.
+        passes: [batch] int64.
+        scope: [batch, length] bool.
+        computed: [batch] int64, columns of each row that went through the model.
+    """
+
+    cache: ColumnCache
+    computed_from: Tensor
+    passes: Tensor
+    scope: Tensor
+    computed: Tensor
+
+    @classmethod
+    def empty(cls, scope: Tensor) -> _Branch:
+        """Return the branch before its first pass."""
+        batch, length = scope.shape
+        never = torch.full((batch, length), -1, dtype=torch.int64, device=scope.device)
+        zeros = never.new_zeros(batch)
+        return cls(ColumnCache(batch, length), never, zeros, torch.zeros_like(scope), zeros.clone())
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass of a step.
+
+    Attributes:
+        rows: [n_rows] int64, ascending, into the rows that the step computes.
+        columns: [n_rows, n_fresh] int64, ascending, the last repeated in rows that have fewer; None for all.
+    """
+
+    rows: Tensor
+    columns: Tensor | None
+
+
+class CachedDenoiser(ModelDenoiser):
+    """A `ModelDenoiser` that computes all columns of a row when its block changes, and otherwise only some of them."""
+
+    def __init__(self, model: nn.Module, *, kind: CacheKind, refresh: int | None = None, **options: Any) -> None:
+        """Wrap a bidirectional `model` for one call of the sampler, which calls `step`.
+
+        Args:
+            model: see `check_cacheable`.
+            kind: see `fresh_columns`.
+            refresh: see `fresh_columns`.
+            options: those of `ModelDenoiser`.
+        """
+        super().__init__(model, **options)
+        self._kind, self._refresh = kind, refresh
+        self._branches: dict[int, _Branch] = {}
+        self._step: tuple[_Branch, Tensor] | None = None
+        self._passes: list[_Pass] | None = None  # of the step, once its rows are known
+
+    def step(self, scope: Tensor, branch: int = 0) -> Callable[[Tensor, Tensor], Iterator[Tensor]]:
+        """Return the denoiser of a step.
+
+        Args:
+            scope: [batch, length] bool, the current block of each row.
+            branch: which of several inputs per step it gets; each has a cache of its own.
+        """
+        return partial(self._call, scope, branch)
+
+    def take_computed(self) -> Tensor:
+        """Return [batch] int64, the columns of each row that went through the model since the last call."""
+        computed = torch.stack([branch.computed for branch in self._branches.values()])
+        for branch in self._branches.values():
+            branch.computed.zero_()
+        return computed.sum(dim=0)
+
+    def _call(self, scope: Tensor, branch: int, z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
+        if branch not in self._branches:
+            self._branches[branch] = _Branch.empty(scope)
+        self._step, self._passes = (self._branches[branch], scope), None
+        yield from self(z, flat_index)
+
+    def _forward(self, z: Tensor, head_index: Tensor, limit: int | None = None) -> Tensor:
+        if self._step is None:
+            raise RuntimeError("CachedDenoiser: call step(scope)(z, flat_index), not the denoiser itself")
+        branch, scope = self._step
+        rows = torch.arange(len(scope), device=z.device)
+        rows = rows if self._requested is None else rows[self._requested]
+        if self._passes is None:
+            self._passes = self._plan(branch, scope[rows], rows, z, head_index)
+        if len(self._passes) == 1:
+            return self._pass(self._passes[0], branch, rows, z, head_index, limit)
+        order, hidden, logits = [], [], []
+        for one in self._passes:
+            order.append(torch.isin(head_index // z.shape[1], one.rows).nonzero()[:, 0])
+            logits.append(self._pass(one, branch, rows, z, head_index[order[-1]], limit))
+            hidden.append(self._take_hidden())
+        back = torch.cat(order).argsort()
+        self._head.hidden = torch.cat(hidden)[back]
+        return torch.cat(logits)[back if limit is None else slice(limit)]
+
+    def _plan(self, branch: _Branch, scope: Tensor, rows: Tensor, z: Tensor, head_index: Tensor) -> list[_Pass]:
+        """Return the passes of a step over `z`, the canvas's `rows`, and note in `branch` what they compute."""
+        length = z.shape[1]
+        asked = torch.zeros(z.numel(), dtype=torch.bool, device=z.device).index_fill(0, head_index, True).view_as(z)
+        fresh = fresh_columns(
+            self._kind,
+            self._refresh,
+            computed_from=branch.computed_from[rows],
+            passes=branch.passes[rows],
+            old_scope=branch.scope[rows],
+            z=z,
+            scope=scope,
+            asked=asked,
+        )
+        branch.passes[rows] = torch.where(fresh.all(dim=1), 1, branch.passes[rows] + 1)
+        branch.computed_from[rows] = torch.where(fresh, z, branch.computed_from[rows])
+        branch.scope[rows] = scope
+        passes = []
+        for members, width in _of_like_width(fresh.sum(dim=1).tolist(), length):
+            index = torch.tensor(members, device=z.device)
+            passes.append(_Pass(index, None if width == length else _columns(fresh[index], width)))
+            branch.computed[rows[index]] += width
+        return passes
+
+    def _pass(
+        self, one: _Pass, branch: _Branch, rows: Tensor, z: Tensor, head_index: Tensor, limit: int | None
+    ) -> Tensor:
+        """Return the logits at the first `limit` of `head_index`, all in the pass's rows of `z`; see `_forward`."""
+        length, is_whole = z.shape[1], len(one.rows) == len(z)
+        position_ids, is_padding = self._of_requested(self._position_ids), self._of_requested(self._is_padding)
+        row, column = head_index // length, head_index % length
+        if not is_whole:
+            row, rows, z = torch.searchsorted(one.rows, row), rows[one.rows], z[one.rows]
+            position_ids, is_padding = (None if x is None else x[one.rows] for x in (position_ids, is_padding))
+        if one.columns is None:
+            mask = self._attention_mask(z) if is_whole else self._mask_of(z, is_padding)
+        else:
+            mask = self._mask_of(z, is_padding, one.columns)
+            column = torch.searchsorted(one.columns[row], column[:, None])[:, 0]
+            position_ids = one.columns if position_ids is None else position_ids.gather(1, one.columns)
+            z = z.gather(1, one.columns)
+        with branch.cache.writing(one.columns, rows=None if len(rows) == len(branch.scope) else rows):
+            return self._run(z, mask, position_ids, row * z.shape[1] + column, limit, branch.cache)
+
+
+def _of_like_width(widths: list[int], length: int) -> list[tuple[list[int], int]]:
+    """Return groups of rows, each with its largest width, so that no pass computes twice what a row needs.
+
+    Rows that compute all columns are a group of their own.
+    """
+    groups: list[tuple[list[int], int]] = []
+    for row in sorted(range(len(widths)), key=lambda row: -widths[row]):
+        width = widths[row]
+        if groups and (width == groups[-1][1] or (groups[-1][1] < length and 2 * width > groups[-1][1])):
+            groups[-1][0].append(row)
+        else:
+            groups.append(([row], width))
+    return [(sorted(members), width) for members, width in groups]
+
+
+def _columns(fresh: Tensor, width: int) -> Tensor:
+    """Return [n_rows, width] int64, the fresh columns of each row in order; the last is repeated in shorter rows."""
+    columns = fresh.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
+    last = fresh.sum(dim=1, keepdim=True) - 1
+    return columns.gather(1, torch.arange(width, device=fresh.device).minimum(last))
+
+
+def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0) -> None:
+    """Check with two short forward passes that cached columns are seen as those of the same pass.
+
+    Args:
+        model: with bidirectional attention.
+        kind: `prefix` or `dual`.
+        length: columns of the longest canvas.
+    Raises:
+        ValueError: naming kv_cache, if they are not, or position embeddings depend on which columns a pass computes.
+    """
+    name, limit = type(model).__name__, rotary_limit(model)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"kv_cache: {kind} needs position embeddings that do not depend on the length, and those of {name} change "
+            f"beyond {limit} tokens, while a text here has {length}; set kv_cache: none, or shorten the texts"
+        )
+    if is_flash(implementation(model)):
+        raise ValueError(
+            f"kv_cache: {kind} is not supported with flash attention (flash_attn: fa2, fa3), which takes the queries "
+            "for the last columns; set flash_attn: sdpa, or kv_cache: none"
+        )
+    try:
+        with evaluation_mode(model):
+            whole, part = _logits_of_two_columns(model)
+        tolerance = max(1e-3, 8 * torch.finfo(whole.dtype).eps)
+        reason = "" if bool((part - whole).norm() <= tolerance * whole.norm()) else "its logits differ"
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        raise ValueError(
+            f"kv_cache: {kind} needs a model whose attention reads the cache of transformers, and "
+            f"{name} does not ({reason}); set kv_cache: none"
+        )
+
+
+@torch.inference_mode()
+def _logits_of_two_columns(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the logits of two columns from a pass over all columns, and from one over these two, [2, vocab] each."""
+    device = next(model.parameters()).device
+    ids = torch.arange(_PROBE_LENGTH, device=device)[None] % int(text_config(model).vocab_size)
+    cache, columns = ColumnCache(1, _PROBE_LENGTH), torch.tensor([[2, 5]], device=device)
+    logits = []
+    for fresh in (None, columns):
+        mask = full_attention_mask(
+            model,
+            batch=1,
+            length=_PROBE_LENGTH,
+            is_padding=None,
+            visible=None,
+            columns=fresh,
+            dtype=dtype_of(model),
+            device=device,
+        )
+        position_ids = torch.arange(_PROBE_LENGTH, device=device)[None] if fresh is None else fresh
+        with cache.writing(fresh):
+            output = model(
+                input_ids=ids.gather(1, position_ids),
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        logits.append(output.logits[0])
+    if not cache.layers:
+        raise ValueError("it stored no keys")
+    return logits[0][columns[0]], logits[1]
