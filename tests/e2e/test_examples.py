@@ -9,6 +9,7 @@ from llamafactory_ddm.integration.hparams.stages import STAGES
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import ROOT, predictions, run
 from support.published import write_dream, write_llada
+from support.published_sdar import write_sdar
 
 FITTING = "varlen_fit_length.yaml"
 RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
@@ -28,7 +29,11 @@ SMALL_TRAINING = (
 
 
 # Recipes of models that are named as they were published -> a miniature of theirs.
-PUBLISHED = {"GSAI-ML/LLaDA-8B-Instruct": write_llada, "Dream-org/Dream-v0-Instruct-7B": write_dream}
+PUBLISHED = {
+    "GSAI-ML/LLaDA-8B-Instruct": write_llada,
+    "Dream-org/Dream-v0-Instruct-7B": write_dream,
+    "JetLM/SDAR-4B-Chat": write_sdar,
+}
 PROBLEMS = {"gsm8k": "tiny_problems_train", "gsm8k_test": "tiny_problems_eval"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,17 @@ from transformers import AutoConfig
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.special_tokens import resolve_token
 from ..utils.files import new_folder
+from ..utils.registry import unknown_choice
 from .adapters import ADAPTER_CONFIG
 from .diffullama import LAYOUTS, Layout, published_config, set_published_padding
-from .families import ModelFamily, detect_family, family_of_converted, raw_config
+from .families import (
+    MODEL_FAMILIES,
+    ModelFamily,
+    detect_family,
+    families_of_plain,
+    family_of_converted,
+    raw_config,
+)
 from .families.base import load_tokenizer, with_start_and_end
 from .layouts import AnyLayout, layout_of, stored_num_embeddings
 from .rename import check_adapter_keys, check_keys, is_tied, renamer, write_weights
@@ -28,7 +37,7 @@ def convert(
     target: str | Path,
     *,
     base: str | Path | None = None,
-    to_published: bool = False,
+    to_published: bool | str = False,
     mask_token: str | None = None,
     sep_token: str | None = None,
     pad_token: str | None = None,
@@ -40,7 +49,8 @@ def convert(
         source: a published checkpoint, or with `to_published` a plain one; a model or a LoRA adapter.
         target: folder of the result; it must be absent or empty.
         base: folder or name of the base model, whose config or tokenizer is used where `source` has none.
-        to_published: write the published layout.
+        to_published: write the published layout; the name of a family, such as sdar, or True for the one that has the
+            model's architecture, shift and attention.
         mask_token: spelling or id of [MASK]; by default that of the published model.
         sep_token: spelling or id of the token between prompt and response; by default as for `mask_token`.
         pad_token: spelling or id of the padding token; by default as for `mask_token`.
@@ -67,7 +77,7 @@ def _convert_model(
     source: Path,
     scratch: Path,
     base: str | Path | None,
-    to_published: bool,
+    to_published: bool | str,
     tokens: dict[str, str | None],
     shift: bool,
 ) -> None:
@@ -79,9 +89,7 @@ def _convert_model(
     if to_published and published is not None:
         name = published.title if isinstance(published, type) else published.name
         raise ValueError(f"--published: {source} has the published layout of {name} already; leave it as it is")
-    target_family = None
-    if to_published and diffusion_config is not None:
-        target_family = family_of_converted(config.model_type, diffusion_config.shift)
+    target_family = _target_family(source, to_published, config.model_type, diffusion_config)
     target_layout = _target_layout(config, target_family) if to_published else None
     num_embeddings = stored_num_embeddings(source, layout) or int(config.vocab_size)
     config.vocab_size = num_embeddings
@@ -98,6 +106,20 @@ def _convert_model(
         check_options(diffusion_config, tokenizer, tokens, shift)
     else:
         diffusion_config = config_from_table(config, num_embeddings, tokenizer, tokens, shift, layout)
+    _check_mask(tokenizer, diffusion_config)
+    diffusion_config = with_start_and_end(diffusion_config, tokenizer)
+    diffusion_config.save(scratch)
+    if target_family is not None:
+        _write_published(target_family, config, diffusion_config, tokenizer, scratch)
+    tokenizer.save_pretrained(scratch)
+
+
+def _check_mask(tokenizer: Any, diffusion_config: DiffusionConfig) -> None:
+    """Check the id of the mask token, and add the token if the tokenizer lacks it.
+
+    Raises:
+        ValueError: if the tokenizer has it under another id.
+    """
     if diffusion_config.mask_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"mask_token": diffusion_config.mask_token})
     mask_id = tokenizer.convert_tokens_to_ids(diffusion_config.mask_token)
@@ -107,11 +129,57 @@ def _convert_model(
             f"were trained with id {diffusion_config.mask_token_id}; name the model that they were trained from with "
             "--base"
         )
-    tokenizer.save_pretrained(scratch)
-    with_start_and_end(diffusion_config, tokenizer).save(scratch)
-    if target_family is not None:
-        raw = target_family.published_config(config, mask_id)
-        (scratch / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_published(
+    family: type[ModelFamily], config: Any, diffusion_config: DiffusionConfig, tokenizer: Any, scratch: Path
+) -> None:
+    """Write a family's configs and code to `scratch`, and declare the mask token in the tokenizer."""
+    contents = {
+        "config.json": family.published_config(config, diffusion_config),
+        "generation_config.json": family.published_generation_config(config, diffusion_config),
+    }
+    for name, content in contents.items():
+        if content is not None:
+            (scratch / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path in family.published_code:
+        shutil.copyfile(path, scratch / path.name)
+    tokenizer.mask_token = diffusion_config.mask_token
+
+
+def _target_family(
+    source: Path, to_published: bool | str, model_type: str, diffusion_config: DiffusionConfig | None
+) -> type[ModelFamily] | None:
+    """Return the family to whose layout to convert; None for the layout of DiffuGPT and DiffuLLaMA, or for none.
+
+    Raises:
+        ValueError: if the named family does not exist, or the model fits none that it could have.
+    """
+    if not to_published:
+        return None
+    if isinstance(to_published, str):
+        if to_published not in MODEL_FAMILIES:
+            names = [name for name in MODEL_FAMILIES if MODEL_FAMILIES.get(name).can_be_written()]
+            raise ValueError(unknown_choice("--published", to_published, names))
+        family = MODEL_FAMILIES.get(to_published)
+        family.check_publishable(source, model_type, diffusion_config)
+        return family
+    attention = "full"
+    if diffusion_config is not None:
+        attention = diffusion_config.attention
+        fitting = family_of_converted(model_type, diffusion_config.shift, attention)
+        if fitting is not None:
+            return fitting
+    if model_type in LAYOUTS and attention == "full":
+        return None
+    for family in families_of_plain(model_type):
+        family.check_publishable(source, model_type, diffusion_config)
+    if attention != "full":
+        raise ValueError(
+            f"--published: {source} is a {model_type} with attention: {attention}, and none was published; train a "
+            "qwen3 model for the layout of SDAR"
+        )
+    return None
 
 
 def _target_layout(config: Any, family: type[ModelFamily] | None) -> AnyLayout | None:
@@ -180,7 +248,7 @@ def _config_of_family(
     Raises:
         ValueError: if neither config.json nor --mask-token names a token of the tokenizer.
     """
-    raw, mask_token = raw_config(source), tokens["mask_token"]
+    raw, mask_token = family.complete(raw_config(source), tokenizer, source), tokens["mask_token"]
     mask_id = raw.get("mask_token_id")
     is_known = mask_id is not None and tokenizer.convert_ids_to_tokens(int(mask_id)) is not None
     if mask_token is not None and not is_known:
@@ -250,13 +318,18 @@ def config_from_table(
     return diffusion_config
 
 
-def convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_published: bool) -> None:
+def convert_adapter(source: Path, scratch: Path, base: str | Path | None, to_published: bool | str) -> None:
     """Convert the adapter in the folder `source` to the folder `scratch`; the other arguments are those of `convert`.
 
     Raises:
         ValueError: if its weights do not fit its adapter_config.json, its diffusion config is unknown, or it has no
             published layout.
     """
+    if isinstance(to_published, str):
+        raise ValueError(
+            f"--published {to_published}: {source} is an adapter; merge it first with llamafactory-cli export, and "
+            f"convert the result with --published {to_published}"
+        )
     keys = [key for path in weight_files(source) for key in keys_of(path)]
     layout = layout_of(keys)
     if to_published and layout is not None:
@@ -293,7 +366,9 @@ def _check_adapter_kind(source: Path, base: str, keys: list[str]) -> None:
     raw = raw_config(base)
     is_llama = any(key.startswith("base_model.model.model.layers.") for key in keys)
     model_type = str(raw.get("model_type", "llama" if is_llama else ""))
-    family = detect_family(raw) or (None if config is None else family_of_converted(model_type, config.shift))
+    family = detect_family(raw)
+    if family is None and config is not None:
+        family = family_of_converted(model_type, config.shift, config.attention)
     if family is not None:
         raise ValueError(
             f"{source} is an adapter of {family.title}, which has no published layout for adapters; merge it first "

@@ -12,6 +12,7 @@ EPILOG = """examples:
   llamafactory-ddm convert downloads/LLaDA-8B-Instruct saves/llada-8b-instruct
   llamafactory-ddm convert downloads/diffullama-gsm saves/diffullama-gsm --base saves/diffullama
   llamafactory-ddm convert saves/gpt2-medium/full/ddm diffugpt-mine --published
+  llamafactory-ddm convert saves/qwen3-4b/full/ddm sdar-mine --published sdar
 """
 
 
@@ -19,21 +20,33 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="llamafactory-ddm convert",
-        description="Convert a published diffusion checkpoint (DiffuGPT, DiffuLLaMA, its LoRA adapters, LLaDA, Dream) "
-        "to an ordinary Hugging Face folder with diffusion_config.json.",
+        description="Convert a published diffusion checkpoint (DiffuGPT, DiffuLLaMA, its LoRA adapters, LLaDA, Dream, "
+        "SDAR) to an ordinary Hugging Face folder with diffusion_config.json.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="IN", help="folder of the checkpoint")
-    parser.add_argument("target", metavar="OUT", help="folder to write; it must not exist")
+    parser.add_argument("target", metavar="OUT", nargs="?", help="folder to write; it must not exist")
     parser.add_argument("--base", help="model that IN was trained from, for its config and a missing tokenizer")
-    parser.add_argument("--published", action="store_true", help="convert back, to the published names of weights")
+    parser.add_argument(
+        "--published",
+        metavar="FAMILY",
+        nargs="?",
+        const=True,
+        default=False,
+        help="convert back, to the published layout: of FAMILY (llada, Dream, sdar), by default of the one that fits",
+    )
     parser.add_argument("--mask-token", help="token or id used as [MASK] (default: the published model's)")
     parser.add_argument("--sep-token", help="token or id between prompt and response (default: the published model's)")
     parser.add_argument("--pad-token", help="token or id of padding (default: the published model's)")
     parser.add_argument("--no-shift", action="store_true", help="logits at position i predict token i, not i + 1")
     parser.add_argument("--plugins", help="modules or .py files that register IN's noise schedule or process")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.target is None and arguments.published in argv:  # `--published IN OUT`
+        arguments.source, arguments.target = sorted((arguments.source, arguments.published), key=argv.index)
+        arguments.published = True
+    if arguments.target is None:
+        parser.error("the following arguments are required: OUT")
     from transformers.utils import logging
 
     from ..checkpoints.adapters import ADAPTER_CONFIG

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", help="folder of a model trained with stage: ddm or ddm-sft, or of a LLaDA or Dream")
+    parser.add_argument("path", help="folder of a model of stage: ddm or ddm-sft, or of a LLaDA, Dream or SDAR")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", help="text to answer or continue; may be repeated")
     source.add_argument(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, base_of, check_model_or_adapter, merged_with_base
 from ..checkpoints.families import find_diffusion_config
+from ..checkpoints.families.base import without_code
 from ..checkpoints.hub import local_folder, may_be_on_hub
 from ..checkpoints.layouts import unreadable_layout
 from ..checkpoints.load_model import load_whole
@@ -31,11 +32,11 @@ def load(
     raw: bool = False,
     plugins: Sequence[str] | str | None = None,
 ) -> TextGenerator:
-    """Load a diffusion model that this package saved, or a published LLaDA or Dream model.
+    """Load a diffusion model that this package saved, or a published LLaDA, Dream or SDAR model.
 
     Args:
         path: a folder with model, tokenizer and diffusion_config.json, or with a LoRA adapter in place of the model;
-            or a published LLaDA or Dream model, as a folder or Hub name.
+            or a published LLaDA, Dream or SDAR model, as a folder or Hub name.
         device: by default the first GPU if there is one, else the CPU.
         dtype: of the weights; by default float32 on a CPU, else the one that they are stored in.
         template: name of the template that formats prompts; by default the one that the model was finetuned with.
@@ -70,7 +71,7 @@ def load(
         )
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = without_code(AutoTokenizer.from_pretrained(folder))
     if (folder / ADAPTER_CONFIG).is_file():
         base = base_of(folder)
         if not Path(base).is_dir() and not may_be_on_hub(base):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from ...modeling.diffusion_config import DiffusionConfig
+from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...utils.registry import Registry
 from ..weights import BrokenCheckpointError, first_line, stored_dtype
 
@@ -97,17 +97,21 @@ class ModelFamily:
         title: the family's name in messages.
         model_class: the class of transformers that computes the same function.
         shift: whether logits at i predict token i + 1.
+        attention: `full` or `block`, as in `DiffusionConfig`.
         weight_names: the published names of weights; None if they are those of `model_class`.
         tokenizer_class: the class of transformers to load the tokenizer with, if the published tokenizer_config.json
             names a class of the published code; None otherwise.
+        published_code: files that `llamafactory-ddm convert --published` copies beside config.json.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     model_class: ClassVar[Any]
     shift: ClassVar[bool]
+    attention: ClassVar[str] = "full"
     weight_names: ClassVar[WeightNames | None] = None
     tokenizer_class: ClassVar[Any] = None
+    published_code: ClassVar[tuple[Path, ...]] = ()
 
     @classmethod
     def standard_config(cls, raw: dict[str, Any]) -> PretrainedConfig:
@@ -120,16 +124,73 @@ class ModelFamily:
         raise NotImplementedError
 
     @classmethod
-    def published_config(cls, config: Any, mask_token_id: int) -> dict[str, Any]:
+    def complete(cls, raw: dict[str, Any], tokenizer: Any, folder: Path) -> dict[str, Any]:
+        """Return `raw` with the settings that a published config.json lacks and the rest of the folder tells.
+
+        Args:
+            raw: content of config.json.
+            tokenizer: tokenizer in the same folder.
+            folder: the published folder.
+        Raises:
+            ValueError: if a setting is invalid.
+        """
+        return raw
+
+    @classmethod
+    def published_config(cls, config: Any, diffusion_config: DiffusionConfig) -> dict[str, Any]:
         """Return the content of a published config.json, for `llamafactory-ddm convert --published`.
 
         Args:
             config: config of `model_class`.
-            mask_token_id: id of [MASK].
+            diffusion_config: config of the model, which `check_publishable` accepts.
         Raises:
             NotImplementedError: if models cannot be converted back to the family's layout.
         """
         raise NotImplementedError
+
+    @classmethod
+    def published_generation_config(cls, config: Any, diffusion_config: DiffusionConfig) -> dict[str, Any] | None:
+        """Return the content of a published generation_config.json; None if the family has no such file."""
+        return None
+
+    @classmethod
+    def can_be_written(cls) -> bool:
+        """Tell whether the family defines `published_config`."""
+        return cls.published_config.__func__ is not ModelFamily.published_config.__func__  # type: ignore[attr-defined]
+
+    @classmethod
+    def check_publishable(cls, source: Path, model_type: str, diffusion_config: DiffusionConfig | None) -> None:
+        """Check that a plain model has the family's architecture, shift and attention.
+
+        Args:
+            source: folder of the model, for messages.
+            model_type: model_type of its config.json.
+            diffusion_config: its diffusion config, if any.
+        Raises:
+            ValueError: naming what differs.
+        """
+        asked = f"--published {cls.name}"
+        if not cls.can_be_written():
+            raise ValueError(f"{asked}: models cannot be converted to the layout of {cls.title}")
+        plain = cls.model_class.config_class.model_type
+        if model_type != plain:
+            raise ValueError(
+                f"{asked}: {source} has model_type {model_type}, but {cls.title} is a {plain}; train a {plain} model"
+            )
+        if diffusion_config is None:
+            raise ValueError(f"{asked}: {source} holds no {FILE_NAME}, so it is no diffusion model; train it first")
+        if diffusion_config.shift != cls.shift:
+            token = {True: "i + 1", False: "i"}
+            raise ValueError(
+                f"{asked}: {source} was trained with shift: {str(diffusion_config.shift).lower()}, so its logits at "
+                f"position i predict token {token[diffusion_config.shift]}, but those of {cls.title} predict token "
+                f"{token[cls.shift]}; train with shift: {str(cls.shift).lower()}"
+            )
+        if diffusion_config.attention != cls.attention:
+            raise ValueError(
+                f"{asked}: {source} was trained with attention: {diffusion_config.attention}, but {cls.title} has "
+                f"attention: {cls.attention}; train with attention: {cls.attention}"
+            )
 
     @classmethod
     def checked_config(cls, raw: dict[str, Any]) -> PretrainedConfig:
@@ -162,7 +223,7 @@ class ModelFamily:
                 f"mask_token_id in config.json of this {cls.title} model is {mask_id}, which must be the id of a "
                 "token of the tokenizer; name the mask token with llamafactory-ddm convert IN OUT --mask-token"
             )
-        config = DiffusionConfig(mask, int(mask_id), cls.shift, "masked", 0.0, "linear", 1.0)
+        config = DiffusionConfig(mask, int(mask_id), cls.shift, "masked", 0.0, "linear", 1.0, attention=cls.attention)
         return with_start_and_end(config, tokenizer)
 
 
@@ -190,13 +251,20 @@ def detect_family(raw: dict[str, Any]) -> type[ModelFamily] | None:
     return MODEL_FAMILIES.get(name) if name in MODEL_FAMILIES else None
 
 
-def family_of_converted(model_type: str, shift: bool) -> type[ModelFamily] | None:
-    """Return the family to whose layout a plain model of this model_type and shift converts, or None."""
-    for family in map(MODEL_FAMILIES.get, MODEL_FAMILIES):
-        can_write = family.published_config.__func__ is not ModelFamily.published_config.__func__  # type: ignore[attr-defined]
-        if can_write and (family.model_class.config_class.model_type, family.shift) == (model_type, shift):
-            return family
-    return None
+def families_of_plain(model_type: str) -> list[type[ModelFamily]]:
+    """Return the families to whose layout plain models of this model_type convert, if shift and attention fit."""
+    families = map(MODEL_FAMILIES.get, MODEL_FAMILIES)
+    return [
+        family
+        for family in families
+        if family.can_be_written() and family.model_class.config_class.model_type == model_type
+    ]
+
+
+def family_of_converted(model_type: str, shift: bool, attention: str = "full") -> type[ModelFamily] | None:
+    """Return the family to whose layout a plain model with this model_type, shift and attention converts, or None."""
+    families = families_of_plain(model_type)
+    return next((family for family in families if (family.shift, family.attention) == (shift, attention)), None)
 
 
 def raw_config(folder: str | Path) -> dict[str, Any]:
@@ -228,7 +296,8 @@ def find_diffusion_config(folder: str | Path) -> DiffusionConfig | None:
     family = detect_family(raw)
     if family is None:
         return config
-    return family.diffusion_config(raw, load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    return family.diffusion_config(family.complete(raw, tokenizer, Path(folder)), tokenizer)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -238,13 +307,19 @@ def load_tokenizer(folder: str | Path) -> Any:
         ValueError: if the folder has no readable tokenizer.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return without_code(AutoTokenizer.from_pretrained(folder))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} has no readable tokenizer ({first_line(error)}); copy tokenizer.json and "
             "tokenizer_config.json of the published model into it, or name the model that the weights were trained "
             "from: llamafactory-ddm convert IN OUT --base"
         ) from error
+
+
+def without_code(tokenizer: Any) -> Any:
+    """Have a tokenizer of transformers forget the published code that its files name, which is not saved with it."""
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
 
 
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # of LLaDA and of Dream
@@ -337,9 +412,7 @@ def _register_auto_classes(family: type[ModelFamily]) -> None:
     class PublishedTokenizer(tokenizer_class):  # type: ignore[misc,valid-type]
         @classmethod
         def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-            tokenizer = tokenizer_class.from_pretrained(*args, **kwargs)
-            tokenizer.init_kwargs.pop("auto_map", None)  # else it is saved, and loading asks for the published code
-            return tokenizer
+            return without_code(tokenizer_class.from_pretrained(*args, **kwargs))
 
     PublishedTokenizer.__name__ = PublishedTokenizer.__qualname__ = f"{family.title}Tokenizer"
     AutoTokenizer.register(PublishedConfig, fast_tokenizer_class=PublishedTokenizer, exist_ok=True)

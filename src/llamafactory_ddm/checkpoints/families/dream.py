@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast  # type: ignore[attr-defined]
 
+from ...modeling.diffusion_config import DiffusionConfig
 from .base import ModelFamily, register_family, rope_theta
 
 
@@ -33,7 +34,7 @@ class Dream(ModelFamily):
         return config_class(**settings, architectures=["Qwen2ForCausalLM"])  # type: ignore[no-any-return]
 
     @classmethod
-    def published_config(cls, config: Any, mask_token_id: int) -> dict[str, Any]:
+    def published_config(cls, config: Any, diffusion_config: DiffusionConfig) -> dict[str, Any]:
         """Return Dream's config.json."""
         settings = {key: value for key, value in config.to_dict().items() if key != "rope_parameters"}
         return {
@@ -42,5 +43,5 @@ class Dream(ModelFamily):
             "model_type": cls.name,
             "architectures": ["DreamModel"],
             "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
-            "mask_token_id": mask_token_id,
+            "mask_token_id": diffusion_config.mask_token_id,
         }

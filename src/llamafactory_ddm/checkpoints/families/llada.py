@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ...modeling.diffusion_config import DiffusionConfig
 from .base import ModelFamily, WeightNames, register_family, rope_theta
 
 _BLOCK, _LAYER = "model.transformer.blocks.{n}.", "model.layers.{n}."
@@ -89,7 +90,7 @@ class Llada(ModelFamily):
         )
 
     @classmethod
-    def published_config(cls, config: Any, mask_token_id: int) -> dict[str, Any]:
+    def published_config(cls, config: Any, diffusion_config: DiffusionConfig) -> dict[str, Any]:
         """Return LLaDA's config.json."""
         names = ("AutoModel", "AutoModelForCausalLM")
         code = {"AutoConfig": "configuration_llada.LLaDAConfig", **dict.fromkeys(names, "modeling_llada.LLaDAModelLM")}
@@ -112,7 +113,7 @@ class Llada(ModelFamily):
             "init_fn": "mitchell",
             "init_std": config.initializer_range,
             "layer_norm_with_affine": True,
-            "mask_token_id": mask_token_id,
+            "mask_token_id": diffusion_config.mask_token_id,
             "max_sequence_length": config.max_position_embeddings,
             "mlp_hidden_size": config.intermediate_size,
             "mlp_ratio": 4,

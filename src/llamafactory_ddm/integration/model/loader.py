@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from ...checkpoints.adapters import check_agreement
 from ...checkpoints.diffullama import published_config, set_published_padding
 from ...checkpoints.families import find_diffusion_config
+from ...checkpoints.families.base import without_code
 from ...checkpoints.layouts import is_model_folder, layout_of_folder, stored_num_embeddings
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
@@ -144,6 +145,8 @@ def load_newest_tokenizer(model_args: Any, checkpoint_dir: str | None) -> dict[s
                 padding_side="right",
             )
             tokenizer_module["tokenizer"] = tokenizer
+        if not model_args.trust_remote_code:
+            without_code(tokenizer_module["tokenizer"])
     except OSError as error:
         raise ValueError(
             f"model_name_or_path: {base} has no tokenizer that can be loaded ({error.__cause__ or error}); "
