@@ -29,6 +29,8 @@ SAMPLING = {
     "commit_schedule": ("dream", {}),
     "score_distribution": ("filtered", {"denoising_strategy": "entropy", "topp_temp": 0.5, "diffusion_steps": 12}),
     "block_length": (3, {"diffusion_steps": 12}),
+    "kv_cache": ("dual", {"block_length": 10, "diffusion_steps": 20}),
+    "cache_refresh": (2, {"kv_cache": "dual", "block_length": 10, "diffusion_steps": 20}),
     "logits_temp": (0.1, {}),
     "topp_temp": (0.05, {}),
     "guidance_scale": (3.0, {"generate_from": "prefix", "prefix_length": 4}),

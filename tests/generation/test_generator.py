@@ -13,7 +13,7 @@ from llamafactory_ddm import LogitsConfig, SamplingSettings, load
 from llamafactory_ddm.generation.generator import TextGenerator
 from llamafactory_ddm.generation.writer import FilledCanvas
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
-from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig, VariableLength
 from llamafactory_ddm.modeling.prompt_template import Part, PromptTemplate
 from llamafactory_ddm.sampling import prediction
 from support.tiny import tiny_tokenizer
@@ -465,3 +465,72 @@ def test_the_defaults_are_one_set_in_yaml_shell_and_python(generator):
 
     yaml = DiffusionArguments().sampling_settings(None, frozenset(), seed=0, tokenizer=generator.tokenizer)
     assert yaml == build_settings(_parser().parse_args(["x"])) == generator.settings() == SamplingSettings()
+
+
+CACHED = {
+    "plain": {},
+    "edits": {"edit_threshold": 0.02, "edit_steps": 2},
+    "remdm": {"denoising_strategy": "remdm", "remask_cap": 0.5},
+    "threshold": {"denoising_strategy": "confidence_threshold", "confidence_threshold": 0.05},
+}
+
+
+@pytest.mark.parametrize("kind", CACHED)
+def test_a_cache_that_is_computed_again_in_every_pass_changes_no_text(generator, kind):
+    settings = SamplingSettings(logits=LogitsConfig(0.9), diffusion_steps=20, block_length=3, **CACHED[kind])
+    canvases = [generator.from_prompt(prompt, 7) for prompt in PROMPTS]
+    canvases += [generator.from_marked("cat<|infill:3|>dog<|infill:2|> cat"), generator.from_noise(9)]
+
+    def texts(canvases=canvases, indices=range(6), **keys):
+        return generator.sample_batch(canvases, dataclasses.replace(settings, **keys), sample_indices=indices)
+
+    plain = texts()
+    assert texts(kv_cache="none") == plain
+    for cache in ("prefix", "dual"):
+        exact = texts(kv_cache=cache, cache_refresh=1)
+        assert exact == plain and [one.computed for one in exact] == [one.computed for one in plain]
+        reused = texts(kv_cache=cache)
+        assert sum(one.computed for one in reused) < sum(one.computed for one in plain)
+        assert [texts([canvas], [i], kv_cache=cache)[0] for i, canvas in enumerate(canvases)] == reused
+
+
+@pytest.mark.parametrize("early_stop", ["predict", "grow"])
+def test_a_cache_with_a_canvas_of_predicted_length(generator, early_stop):
+    ends = VariableLength("eos_eos", (), (), 40, None)
+    config = dataclasses.replace(generator.config, variable_length=ends)
+    generator.tokenizer.add_tokens(["<|mask|>"])
+    made = TextGenerator(generator.model, generator.tokenizer, config)
+    keys = {
+        "early_stop": early_stop,
+        "length_coverage": 0.3,
+        "block_length": 4,
+        "max_new_tokens": 20,
+        "temperature": 0,
+    }
+    keys |= {"grow_length": 8} if early_stop == "grow" else {}
+    plain = list(made.stream(PROMPTS, **keys))
+    exact = list(made.stream(PROMPTS, kv_cache="dual", cache_refresh=1, **keys))
+    reused = list(made.stream(PROMPTS, kv_cache="dual", **keys))
+    assert exact == plain and [one.computed for one in exact] == [one.computed for one in plain]
+    assert sum(one.computed for one in reused) < sum(one.computed for one in plain)
+
+
+def test_a_cache_with_guidance(generator):
+    keys = {"max_new_tokens": 8, "block_length": 4, "guidance_scale": 2.0}
+    plain = generator.generate(PROMPTS, **keys)
+    assert generator.generate(PROMPTS, kv_cache="dual", cache_refresh=1, **keys) == plain
+    assert len(generator.generate(PROMPTS, kv_cache="dual", **keys)) == len(PROMPTS)
+
+
+def test_mistakes_with_caches(generator, monkeypatch):
+    for keys, words in (
+        ({"kv_cache": "duel"}, "kv_cache .*'duel'.*'dual'"),
+        ({"cache_refresh": 4}, "cache_refresh: 4 .*kv_cache: prefix and dual"),
+        ({"cache_refresh": 4, "kv_cache": "none"}, "cache_refresh: 4 .*kv_cache: prefix and dual"),
+        ({"cache_refresh": 0, "kv_cache": "dual"}, "cache_refresh .*at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generator.generate("dog", max_new_tokens=4, **keys)
+    monkeypatch.setattr(generator.model.config, "_attn_implementation", "flash_attention_2")
+    with pytest.raises(ValueError, match=r"kv_cache: dual .*flash_attn: sdpa"):
+        generator.check([generator.from_noise(9)], SamplingSettings(kv_cache="dual"))

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -151,6 +152,8 @@ def test_padding_and_packing_change_nothing(name):
 
 @pytest.mark.parametrize("name", known([*DENSE, *EXPERTS]))
 def test_a_cache_that_is_computed_again_in_every_pass_changes_nothing(name):
+    if name == "phimoe" and Version(transformers.__version__) < Version("5"):
+        pytest.skip("its rotary embedding takes the number of columns for the largest position")
     model = build(name)
     make_bidirectional(model)
     check_cacheable(model, "dual")

@@ -48,15 +48,15 @@ class SamplingSettings:
     )
     kv_cache: KVCache | None = key(
         None,
-        "Which positions a forward pass computes: none: all of them. prefix: the current block and what follows it; "
-        "keys and values of what precedes it are those of the block's first pass. dual: the current block alone. "
-        "Defaults to none; with attention: block to prefix, which then computes the current block alone, and exactly.",
+        "Which positions a forward pass computes; the others keep the keys and values of the block's first pass, "
+        "which computes all. none: all. prefix: the current block and what follows it. dual: the current block. "
+        "Defaults to none, and with attention: block to prefix, which is exact there and computes no later position.",
         choices=KV_CACHES,
     )
     cache_refresh: int | None = key(
         None,
-        "Compute all positions again in every n-th pass of a block; 1 gives the texts of kv_cache: none. Defaults to "
-        "the first pass of each block alone.",
+        "n: compute all positions in every n-th pass of a block too; 1 gives the texts of kv_cache: none. Defaults "
+        "to the first pass of each block alone.",
         kind="integer",
         low=1,
         needs=("kv_cache", ("prefix", "dual")),
