@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from llamafactory_ddm import LogitsConfig, SamplingSettings, load
+from llamafactory_ddm.cli import generate as generate_command
 from llamafactory_ddm.data.canvas import canvas_of
+from llamafactory_ddm.generation import quality_run, terminal
 from llamafactory_ddm.generation.block_models import in_whole_blocks
+from llamafactory_ddm.generation.quality_keys import read_keys
 from llamafactory_ddm.sampling import STRATEGIES
+from support.screen import Screen
 from support.tiny import save_model
 
 B = 4
@@ -174,3 +178,33 @@ def test_what_block_models_do_not_take(model, keywords, words):
 def test_a_gap_at_the_end_is_filled(model):
     assert model.generate(infill="dog<|infill:3|>", settings=GREEDY)[0].startswith("dog")
     assert model.generate("dog", block_length=B, settings=GREEDY) == model.generate("dog", settings=GREEDY)
+
+
+def test_the_shell_command_shows_a_text_once(folders, monkeypatch):
+    monkeypatch.setattr(terminal.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("TERM", "xterm")
+    folder, options = str(folders["gpt2", True]), ["--max-new-tokens", "9", "--temperature", "0", "--steps", "2"]
+    screen = Screen()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", screen)
+        assert generate_command.main([folder, "--prompt", "dog", "--show", *options]) == 0
+        assert generate_command.main([folder, "--prompt", "dog", "--show", "--kv-cache", "dual", *options]) == 1
+    text = load(folder).generate("dog", max_new_tokens=9, temperature=0, diffusion_steps=2)[0]
+    shown, expected = ([c for c in text if c.isascii() and c.isalnum()] for text in (*screen.lines(), "dog" + text))
+    assert shown == expected
+
+
+def test_their_quality_is_compared(folders, tmp_path):
+    judge = save_model(tmp_path / "ar", kind="ar", positions=96)
+    keys = {
+        "models": {"block": str(folders["llama", True]), "ar": {"model_name_or_path": str(judge), "kind": "ar"}},
+        "judge_model": str(judge),
+        "n_texts": 3,
+        "length": 12,
+        "diffusion_steps": [1, 3],
+        "save_dir": str(tmp_path / "out"),
+    }
+    outcomes, _ = quality_run.compare(*read_keys(keys))
+    assert [(outcome.model, outcome.steps) for outcome in outcomes] == [("block", 1), ("block", 3), ("ar", None)]
+    # Twelve tokens after the start token: one block of three and two of four, each with its first token before it.
+    assert outcomes[0].forwards <= 3 + 3 and outcomes[0].forwards < outcomes[1].forwards

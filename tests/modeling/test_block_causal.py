@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_families import DENSE, EXPERTS, build, known
 
+from llamafactory_ddm.diffusion.blocks import block_of, positions_of
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError, make_bidirectional
-from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser, block_of_columns, grouped
+from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser, grouped
 from llamafactory_ddm.modeling.model_info import window_of
 from llamafactory_ddm.sampling import get_strategy, sample
 from llamafactory_ddm.sampling.budget import split_by_position
@@ -51,7 +52,8 @@ def by_whole_prefixes(model, z, is_padding, wanted, *, shift, block_length=B):
 def decoded_block_by_block(z, is_padding, *, shift, seed=0):
     """Yield the ids and requested tokens of a sampler's steps: masks give way to tokens, block by block."""
     generator = torch.Generator().manual_seed(seed)
-    block, position = block_of_columns(is_padding, *z.shape, B)
+    position = positions_of(z, is_padding=is_padding)
+    block = block_of(position, B, is_padding=is_padding)
     unit = 2 * block + (position % B > 0) if shift else block
     unit = unit.masked_fill(position < 3, -1)  # a prompt of three tokens
     canvas = torch.where(unit >= 0, VOCABULARY - 1, z)
@@ -66,13 +68,6 @@ def decoded_block_by_block(z, is_padding, *, shift, seed=0):
         commit = wanted & (torch.rand(wanted.shape, generator=generator) < 0.5)
         canvas = torch.where(commit, z, canvas)
         masked &= ~commit
-
-
-def test_blocks_begin_at_multiples_of_the_position_in_the_document():
-    block, position = block_of_columns(PADDED, 3, LENGTH, B)
-    for row, start in enumerate((0, 5, 2)):
-        assert block[row].tolist() == [-1] * start + [place // B for place in range(LENGTH - start)]
-        assert position[row, start:].tolist() == list(range(LENGTH - start))
 
 
 @pytest.mark.parametrize("shift", [True, False])
@@ -122,7 +117,7 @@ def test_columns_computed_for_a_block(shift, of_a_block):
     """Three steps a block; with shift a step for its first token, in which the finished block is computed again."""
     n_blocks, start = 3, int(shift)
     z = Rows(1).ids[:, : n_blocks * B]
-    _, position = block_of_columns(None, 1, n_blocks * B, B)
+    position = torch.arange(n_blocks * B)[None]
     denoiser = BlockDenoiser(tiny_model().eval(), block_length=B, shift=shift)
     output = sample(
         denoiser,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.canvas import Canvas, CanvasBatch, stack_canvases
-from ..modeling.block_denoiser import block_of_columns
+from ..diffusion.blocks import positions_of
 from ..modeling.diffusion_config import DiffusionConfig
 from ..sampling import SamplingSettings
 from ..sampling.budget import sizes_of_blocks, split_by_position, steps_of_each_block
@@ -88,7 +88,7 @@ def blocks_of(batch: CanvasBatch, config: DiffusionConfig) -> Tensor | None:
     """Return [batch, length] int64, the sampler's blocks for a block model; None for a model with full attention."""
     if config.train_block_length is None:
         return None
-    _, position = block_of_columns(batch.is_padding, len(batch.x), batch.x.shape[1], config.train_block_length)
+    position = positions_of(batch.x, is_padding=batch.is_padding)
     return split_by_position(batch.editable, position, config.train_block_length, shift=config.shift)
 
 

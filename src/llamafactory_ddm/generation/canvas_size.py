@@ -102,11 +102,10 @@ class CanvasSizer:
 
     def _make(self, settings: SamplingSettings | None) -> Callable[..., ModelDenoiser]:
         """Return the denoiser's class with the options that the model and `kv_cache` give it."""
-        block_length = self.config.train_block_length
+        kind, block_length = None if settings is None else settings.kv_cache, self.config.train_block_length
         if block_length is not None:
-            is_cached = settings is not None and settings.kv_cache != "none"
+            is_cached = settings is not None and kind != "none"
             return partial(BlockDenoiser, block_length=block_length, cached=is_cached)
-        kind = None if settings is None else settings.kv_cache
         if settings is None or kind is None or kind == "none":
             return ModelDenoiser
         return partial(CachedDenoiser, kind=kind, refresh=settings.cache_refresh)
@@ -144,10 +143,11 @@ class CanvasSizer:
         Raises:
             ValueError: see `sized` and `check_cacheable`.
         """
-        kv_cache = settings.kv_cache or ("none" if self.config.train_block_length is None else "prefix")
-        if kv_cache != "none":
-            check_cacheable(self.model, kv_cache, length=max(map(len, canvases), default=0))
-        early_stop = settings.early_stop
+        early_stop, kind = settings.early_stop, settings.kv_cache
+        if kind is None and self.config.train_block_length is not None:
+            kind = "prefix"
+        if kind is not None and kind != "none":
+            check_cacheable(self.model, kind, length=max(map(len, canvases), default=0))
         if early_stop not in ("predict", "grow"):
             return
         if not self.eos_ids:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.blocks import block_of, positions_of
 from .bidirectional import NotBidirectionalError, additive_by_layer
 from .denoiser import ModelDenoiser
 from .kv_cache import ColumnCache
@@ -23,25 +24,6 @@ from .model_info import dtype_of, implementation, is_flash, window_of
 # Columns that take about as long as the fixed costs of a further forward pass.
 _COLUMNS_OF_A_PASS = {"cpu": 16}
 _COLUMNS_OF_A_PASS_ELSEWHERE = 512
-
-
-def block_of_columns(is_padding: Tensor | None, batch: int, length: int, block_length: int) -> tuple[Tensor, Tensor]:
-    """Return the block and the position of each column, [batch, length] int64 each.
-
-    Blocks begin at every multiple of `block_length` of the position within the document; padding, which is on the
-    left, is block -1 at position 0.
-
-    Args:
-        is_padding: [batch, length] bool; None if there is none.
-        batch: rows.
-        length: columns.
-        block_length: tokens in a block.
-    """
-    if is_padding is None:
-        position = torch.arange(length).expand(batch, length)
-        return torch.div(position, block_length, rounding_mode="floor"), position
-    position = (~is_padding).cumsum(dim=1) - 1
-    return torch.div(position, block_length, rounding_mode="floor"), position.clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -99,8 +81,9 @@ class BlockDenoiser(ModelDenoiser):
         """Yield the logits of the tokens at `flat_index`, see `ModelDenoiser`."""
         batch, length = z.shape
         if z.shape != self._ids.shape:
-            block, position = block_of_columns(self._is_padding, batch, length, self._block_length)
-            self._block, self._position = block.to(z.device), position.to(z.device)
+            position = positions_of(z, is_padding=self._is_padding)
+            block = block_of(position, self._block_length, is_padding=self._is_padding)
+            self._block, self._position = block.expand(z.shape), position.expand(z.shape)
             self._ids = torch.full_like(z, -1)  # those that each column was computed from; -1 before
             self._computed = torch.zeros_like(z[:, 0])
             self._cache = ColumnCache(batch, length) if self._is_cached else None

@@ -50,7 +50,7 @@ class SamplingSettings:
         None,
         "Which positions a forward pass computes; the others keep the keys and values of the block's first pass, "
         "which computes all. none: all. prefix: the current block and what follows it. dual: the current block. "
-        "Defaults to none; with attention: block to prefix, which computes the current block alone, and exactly.",
+        "Defaults to none, and with attention: block to prefix, which is exact there and computes no later position.",
         choices=KV_CACHES,
     )
     cache_refresh: int | None = key(
