@@ -108,8 +108,8 @@ def full_attention_mask(
             n_queries in dim 2, and so has the mask.
     Returns:
         None if every query sees every key, which lets fast kernels run; a [batch, length] mask under flash attention;
-        an additive mask, [1 or batch, 1, 1 or n_queries, length]; or a dict of these by layer type for models that take
-        one.
+        an additive mask, [1 or batch, 1, 1 or n_queries, length]; or a dict of these by layer type for models that
+        take one.
     Raises:
         ValueError: for `visible` or `document` under flash attention, which takes no mask of this form, or for a
             mask whose shape is not that of the forward.
