@@ -24,6 +24,7 @@ from llamafactory_ddm import load
 from llamafactory_ddm.checkpoints.convert import convert
 from llamafactory_ddm.checkpoints.families import configuration_sdar, family_of_converted, find_diffusion_config
 from llamafactory_ddm.checkpoints.families.base import rope_theta
+from llamafactory_ddm.checkpoints.hub import local_folder
 from llamafactory_ddm.checkpoints.load_model import load_whole
 from llamafactory_ddm.cli.main import main
 from llamafactory_ddm.modeling.bidirectional import full_attention_mask, make_bidirectional
@@ -336,6 +337,13 @@ def test_what_does_not_fit_is_an_error(tmp_path, changed, pattern):
     with pytest.raises(ValueError, match=pattern):
         convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_are_refused_before_they_are_downloaded(tmp_path):
+    folder = write_sdar(tmp_path / "published", model_type="sdar_moe")
+    hub, _ = in_hub(tmp_path / "hub", "JetLM/SDAR-30B-A3B-Chat", [folder / "config.json"])
+    with pytest.raises(ValueError, match=r"sdar_moe.*not supported"):
+        local_folder("JetLM/SDAR-30B-A3B-Chat", download_dir=str(hub))
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "visual.patch_embed.weight"])

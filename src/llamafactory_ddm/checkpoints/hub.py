@@ -33,7 +33,7 @@ def local_folder(
         download_dir: folder for downloads; by default Hugging Face's cache.
         token: access token for the Hub.
     Raises:
-        ValueError: if the files cannot be downloaded.
+        ValueError: if the files cannot be downloaded, or the model is not supported.
     """
     name = str(name)
     if Path(name).is_dir() or not may_be_on_hub(name):
@@ -54,14 +54,22 @@ def local_folder(
 
 
 def _is_diffusion_model(name: str, download_args: dict[str, Any]) -> bool:
-    """Tell whether a repository holds diffusion_config.json, or the config.json of a family."""
+    """Tell whether a repository holds diffusion_config.json, or the config.json of a family.
+
+    Raises:
+        ValueError: if the family does not support its config.json, before its weights are downloaded.
+    """
     try:
         if cached_file(name, FILE_NAME, _raise_exceptions_for_missing_entries=False, **download_args) is not None:
             return True
         config = cached_file(name, "config.json", **download_args)
-        return config is not None and detect_family(raw_config(Path(config).parent)) is not None
+        raw = {} if config is None else raw_config(Path(config).parent)
     except (OSError, ValueError):  # LLaMA-Factory then looks for the model, and reports the error
         return False
+    family = detect_family(raw)
+    if family is not None:
+        family.checked_config(raw)
+    return family is not None
 
 
 def _download(name: str, patterns: tuple[str, ...], download_args: dict[str, Any]) -> str:
