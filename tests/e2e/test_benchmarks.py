@@ -78,3 +78,15 @@ def test_the_decoding_time_benchmark_runs(tmp_path):
     done = run(*words, program="benchmarks/decoding_time.py")
     assert done.stdout.count("| autoregressive |") == 2 and done.stdout.count(" to ") == 3
     assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_decoding_benchmark_runs(checkpoint):
+    words = ["--rounds", "1", "--layers", "1", "--width", "64", "--vocabulary", "300", "--threads", "1"]
+    words += ["--prompt", "12", "--written", "8", "--block", "4", "--batch", "2"]
+    path = "benchmarks/decoding.py"
+    done = run(*words, program=path, check=False)
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    assert done.stdout.count("claimed <=") == 5, done.stdout + done.stderr[-2000:]
+    quality = run("--quality", checkpoint, "--samples", "1", "--threads", "1", program=path).stdout
+    assert quality.count("\n| confidence_threshold 0.9 | ") == 4 and quality.count("dual, refresh 8") == 3

@@ -303,3 +303,46 @@ def test_draws_do_not_depend_on_the_first_tokens_of_other_rows(name):
             **options,
         )
         assert torch.equal(alone.sequences[0], together.sequences[row, part])
+
+
+class Told:
+    """A caching denoiser that notes what it is told in each step, and says that it computes 5 tokens of each row."""
+
+    def __init__(self):
+        self.steps, self.now = [], []
+
+    def step(self, scope, branch=0):
+        def logits(z, position):
+            self.now.append((branch, scope, z))
+            return torch.zeros(len(position), V)
+
+        return logits
+
+    def take_computed(self):
+        self.steps.append(self.now)
+        self.now = []
+        return torch.full((len(self.steps[-1][0][2]),), 5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_caching_denoiser_is_told_the_block_of_each_row(scale):
+    x, editable = torch.ones(2, 8, dtype=torch.int64), torch.arange(8).expand(2, -1) >= 2
+    denoiser = Told()
+    output = sample(
+        denoiser,
+        x,
+        editable=editable,
+        mask_id=MASK,
+        steps=6,
+        block_length=3,
+        strategy=get_strategy("low_confidence"),
+        logits=LogitsConfig(0.0, guidance_scale=scale),
+        context=Context(prompt=~editable),
+    )
+    block = split_into_blocks(editable, 3)
+    assert len(denoiser.steps) == 6 and output.sample_computed.tolist() == [30, 30]
+    for number, step in enumerate(denoiser.steps):
+        assert [branch for branch, _, _ in step] == [0, 1][: int(scale)]
+        for branch, scope, z in step:
+            assert torch.equal(scope, block == number // 3)
+            assert bool((z[~editable] == (MASK if branch else 1)).all())

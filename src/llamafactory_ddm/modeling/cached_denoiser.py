@@ -5,7 +5,7 @@ old: they belong to the tokens at the time of their computation. `fresh_columns`
 
 Source: Fast-dLLM (arXiv 2505.22618), its prefix cache and dual cache; dKV-Cache (arXiv 2505.15781) for computing all
 states again after a number of steps.
-Deviates: with shift the column before a block is computed while its first token is predicted.
+Deviates: with shift the column before a masked token is computed even where it is outside the block.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class CachedDenoiser(ModelDenoiser):
         super().__init__(model, **options)
         self._kind, self._refresh = kind, refresh
         self._branches: dict[int, _Branch] = {}
-        self._step: tuple[_Branch, Tensor] | None = None
+        self._current: tuple[_Branch, Tensor] | None = None
         self._passes: list[_Pass] | None = None  # of the step, once its rows are known
 
     def step(self, scope: Tensor, branch: int = 0) -> Callable[[Tensor, Tensor], Iterator[Tensor]]:
@@ -139,13 +139,13 @@ class CachedDenoiser(ModelDenoiser):
     def _call(self, scope: Tensor, branch: int, z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
         if branch not in self._branches:
             self._branches[branch] = _Branch.empty(scope)
-        self._step, self._passes = (self._branches[branch], scope), None
+        self._current, self._passes = (self._branches[branch], scope), None
         yield from self(z, flat_index)
 
     def _forward(self, z: Tensor, head_index: Tensor, limit: int | None = None) -> Tensor:
-        if self._step is None:
+        if self._current is None:
             raise RuntimeError("CachedDenoiser: call step(scope)(z, flat_index), not the denoiser itself")
-        branch, scope = self._step
+        branch, scope = self._current
         rows = torch.arange(len(scope), device=z.device)
         rows = rows if self._requested is None else rows[self._requested]
         if self._passes is None:

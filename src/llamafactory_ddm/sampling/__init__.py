@@ -3,7 +3,7 @@
 from .edits import Edits
 from .logits import LogitsConfig, filtered_log_probs
 from .loop import SamplerOutput, denoising_step, sample
-from .prediction import Context, Denoiser
+from .prediction import CachingDenoiser, Context, Denoiser
 from .settings import SamplingSettings
 from .state import Plan, SamplerState, StepView, start
 from .strategies import STRATEGIES, Remasking, Strategy, get_strategy
@@ -11,6 +11,7 @@ from .tokens import TokenDraws, draw_tokens
 
 __all__ = [
     "STRATEGIES",
+    "CachingDenoiser",
     "Context",
     "Denoiser",
     "Edits",

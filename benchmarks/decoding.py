@@ -1,0 +1,277 @@
+"""The cost of cached decoding, relative to decoding without a cache and to an autoregressive model with one.
+
+    python benchmarks/decoding.py              the claims: a prompt of 384 tokens, 128 written in blocks of 32
+    python benchmarks/decoding.py --batch 8
+    python benchmarks/decoding.py --quality saves/tiny_gpt2/full/ddm
+                                               loss, tokens computed and CPU seconds of texts of a trained model
+
+All decoders have the shape of GPT-2 small, random weights (fp32), top-p 0.9, and are timed interleaved in one process.
+`ar` computes the prompt once and then one token a pass; the others commit `--per-pass` tokens a pass. Figures are CPU
+seconds (process time): the median over rounds of the ratio within a round. The sampler's overhead is what a decoder
+takes beyond the forward passes and the output embedding of the tokens asked for, divided by these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from llamafactory_ddm import SamplingSettings, load
+from llamafactory_ddm.evaluation.quality import Judge
+from llamafactory_ddm.modeling.bidirectional import make_bidirectional
+from llamafactory_ddm.modeling.cached_denoiser import CachedDenoiser
+from llamafactory_ddm.modeling.denoiser import ModelDenoiser
+from llamafactory_ddm.sampling import LogitsConfig, draw_tokens, get_strategy, sample
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGITS = LogitsConfig(temperature=0.95, top_p=0.9)
+# (decoder, baseline, upper bound on the ratio of their CPU seconds)
+TIME_CLAIMS = (("prefix", "uncached", 0.40), ("dual", "uncached", 0.24))
+OVERHEAD_CLAIM = 0.15
+TIMES = ("prefix", "dual", "uncached")  # against ar
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model and the run: a GPT-2 of `layers` x `width` that continues `batch` prompts by `written` tokens."""
+
+    layers: int = 12
+    width: int = 768
+    vocabulary: int = 50257
+    prompt: int = 384
+    written: int = 128
+    block: int = 32
+    per_pass: int = 2
+    batch: int = 1
+
+    @property
+    def prompts(self) -> Tensor:
+        """Return [batch, prompt] int64, random ids."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, self.vocabulary, (self.batch, self.prompt), generator=generator)
+
+
+@dataclass
+class Decoder:
+    """One way to write the texts.
+
+    Attributes:
+        run: writes them once, and returns the tokens that went through the model.
+        model: its model.
+        own: CPU seconds of forward passes and output embeddings in the last run.
+    """
+
+    run: Callable[[], int]
+    model: GPT2LMHeadModel
+    own: float = field(default=0.0)
+
+    def seconds(self) -> tuple[float, int]:
+        """Return the CPU seconds of a run and the tokens that went through the model; set `own`."""
+        self.own = 0.0
+        with self._timed():
+            before = time.process_time()
+            computed = self.run()
+            return time.process_time() - before, computed
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Within the block, add up the time of the model's own work in `own`."""
+        forward, projected = self.model.forward, ModelDenoiser._projected
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            before = time.process_time()
+            output = forward(*args, **kwargs)
+            self.own += time.process_time() - before
+            return output
+
+        @contextmanager
+        def timed_projection(denoiser: ModelDenoiser, hidden: Tensor) -> Iterator[Tensor]:
+            before = time.process_time()
+            with projected(denoiser, hidden) as logits:
+                self.own += time.process_time() - before
+                yield logits
+
+        self.model.forward = timed  # type: ignore[method-assign]
+        ModelDenoiser._projected = timed_projection  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            self.model.forward = forward  # type: ignore[method-assign]
+            ModelDenoiser._projected = projected  # type: ignore[method-assign]
+
+
+def make_model(shape: Shape) -> GPT2LMHeadModel:
+    """Return a causal GPT-2 with random weights, the same each time."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=shape.vocabulary + 1,
+        n_layer=shape.layers,
+        n_embd=shape.width,
+        n_head=max(1, shape.width // 64),
+        n_positions=shape.prompt + shape.written,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def autoregressive(shape: Shape) -> Decoder:
+    """Return the autoregressive model of the same shape, which writes one token a pass."""
+    model = make_model(shape)
+
+    @torch.inference_mode()
+    def run() -> int:
+        generator, cache, ids = torch.Generator().manual_seed(0), None, shape.prompts
+        for _ in range(shape.written):
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            u = torch.rand(shape.batch, 8, dtype=torch.float64, generator=generator)
+            ids, cache = draw_tokens(output.logits[:, -1], LOGITS, u).ids[:, None], output.past_key_values
+        return shape.batch * (shape.prompt + shape.written - 1)
+
+    return Decoder(run, model)
+
+
+def full_attention(shape: Shape, kind: str) -> Decoder:
+    """Return a diffusion model with full attention; `kind` is `uncached`, `prefix` or `dual`."""
+    model = make_model(shape)
+    make_bidirectional(model)
+    x = torch.cat([shape.prompts, torch.zeros(shape.batch, shape.written, dtype=torch.int64)], dim=1)
+    editable = torch.zeros_like(x, dtype=torch.bool)
+    editable[:, shape.prompt :] = True
+
+    def run() -> int:
+        plain = kind == "uncached"
+        denoiser = ModelDenoiser(model, shift=True) if plain else CachedDenoiser(model, kind=kind, shift=True)  # type: ignore[arg-type]
+        output = sample(
+            denoiser,
+            x,
+            editable=editable,
+            mask_id=shape.vocabulary,
+            steps=shape.written // shape.per_pass,
+            strategy=get_strategy("low_confidence"),
+            block_length=shape.block,
+            logits=LOGITS,
+        )
+        denoiser.close()
+        return output.computed
+
+    return Decoder(run, model)
+
+
+def decoders(shape: Shape) -> dict[str, Decoder]:
+    """Return what is timed, by name."""
+    return {
+        "ar": autoregressive(shape),
+        **{kind: full_attention(shape, kind) for kind in ("uncached", "prefix", "dual")},
+    }
+
+
+def claim(text: str, value: float, limit: float | None = None) -> bool:
+    """Print one line; return whether the claim holds, if there is one."""
+    if limit is None:
+        print(f"{text:<58} {value:8.2f}", flush=True)
+        return True
+    print(f"{text:<58} {value:8.2f}  claimed <= {limit:.2f}  {'held' if value <= limit else 'BROKEN'}", flush=True)
+    return value <= limit
+
+
+def measure(shape: Shape, rounds: int) -> bool:
+    """Time all decoders and print their ratios; return whether every claim holds."""
+    ways = decoders(shape)
+    warm = Shape(**{**shape.__dict__, "written": shape.block})
+    for decoder in decoders(warm).values():
+        decoder.run()
+    seconds: list[dict[str, float]] = []
+    overheads: dict[str, list[float]] = {name: [] for name in ways}
+    computed: dict[str, int] = {}
+    for _ in range(rounds):
+        seconds.append({})
+        for name, decoder in ways.items():
+            seconds[-1][name], computed[name] = decoder.seconds()
+            overheads[name].append(seconds[-1][name] / decoder.own - 1)
+
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(each[name] / each[base] for each in seconds)
+
+    label = f"batch {shape.batch}:"
+    for name in ways:
+        columns = computed[name] / (shape.batch * shape.written)
+        claim(f"{label} tokens computed for each written, {name}", columns)
+    held = True
+    for name, base, limit in TIME_CLAIMS:
+        held &= claim(f"{label} CPU seconds, {name} / {base}", ratio(name, base), limit)
+    for name in TIMES:
+        claim(f"{label} CPU seconds, {name} / ar", ratio(name, "ar"))
+    for name in ("uncached", "prefix", "dual"):
+        held &= claim(f"{label} sampler beyond the model, {name}", statistics.median(overheads[name]), OVERHEAD_CLAIM)
+    return held
+
+
+PACES: dict[str, dict[str, Any]] = {
+    "64 steps": {"diffusion_steps": 64},
+    "32 steps": {"diffusion_steps": 32},
+    "confidence_threshold 0.9": {"diffusion_steps": 64, "denoising_strategy": "confidence_threshold"},
+}
+CACHES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "prefix": {"kv_cache": "prefix"},
+    "dual": {"kv_cache": "dual"},
+    "dual, refresh 8": {"kv_cache": "dual", "cache_refresh": 8},
+}
+
+
+def quality(checkpoint: str, samples: int) -> None:
+    """Print the loss of the built-in autoregressive model on texts of 64 tokens in blocks of 16, and their cost."""
+    model = load(checkpoint)
+    judge = Judge(
+        AutoModelForCausalLM.from_pretrained(ROOT / "data" / "tiny_gpt2", dtype=torch.float32),
+        AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_gpt2"),
+    )
+    canvases = [model.from_noise(65)] * samples
+    print("| pace | cache | loss | tokens computed for each written | tokens per forward pass | CPU seconds |")
+    print("|---|---|---|---|---|---|")
+    for pace, pace_keys in PACES.items():
+        for cache, cache_keys in CACHES.items():
+            settings = SamplingSettings(
+                logits=LogitsConfig(0.8, 0.95), block_length=16, seed=42, **pace_keys, **cache_keys
+            )
+            before = time.process_time()
+            made = model.sample_batch(canvases, settings, sample_indices=range(samples))
+            taken = time.process_time() - before
+            judged = judge.score([text.predict for text in made])
+            loss = sum(text.nll for text in judged) / sum(text.n_scored for text in judged)
+            written = sum(text.n_tokens for text in made)
+            columns = sum(text.computed for text in made) / written
+            rate = written / sum(text.num_forward_passes for text in made)
+            print(f"| {pace} | {cache} | {loss:.3f} | {columns:.1f} | {rate:.2f} | {taken:.1f} |", flush=True)
+
+
+def main() -> int:
+    """Run the benchmark that the command line names; return 1 if a claim does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quality", metavar="CHECKPOINT")
+    parser.add_argument("--samples", type=int, default=64, help="texts for --quality")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    for name, value in Shape().__dict__.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.quality:
+        quality(arguments.quality, arguments.samples)
+        return 0
+    shape = Shape(**{name: getattr(arguments, name) for name in Shape().__dict__})
+    return 0 if measure(shape, arguments.rounds) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
