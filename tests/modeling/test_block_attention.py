@@ -155,6 +155,17 @@ def test_blocks_are_counted_from_the_start_of_a_document():
         block_of(position, 0)
 
 
+@torch.no_grad()
+def test_two_streams_may_have_more_columns_than_the_model_has_positions():
+    model, ids = tiny_model().eval(), torch.arange(30).repeat(2, 2)
+    inputs = two_stream_inputs(model, ids, 4, dtype=torch.float32)
+    logits = []
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        logits.append(model(input_ids=ids, use_cache=False, **inputs).logits)
+    torch.testing.assert_close(*logits)
+
+
 def test_rows_without_padding_share_one_mask_and_positions_come_twice():
     model = tiny_model()
     inputs = two_stream_inputs(model, torch.zeros(5, 8, dtype=torch.int64), 2, dtype=torch.float32)
