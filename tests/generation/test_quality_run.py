@@ -334,3 +334,13 @@ def test_the_command(base, tmp_path, capsys):
     path.write_bytes(b"judge_model: \xff\n")
     assert main([str(path)]) == 1 and f"{path} cannot be read" in capsys.readouterr().err
     assert main([]) == 2 and main(["--help"]) == 0
+
+
+def test_texts_with_a_cache(base):
+    values = {**base, "length": 12, "diffusion_steps": 12, "block_length": 4, "denoising_strategy": "low_confidence"}
+    plain = texts_of(outcomes_of(values, save_dir=base["save_dir"] + "/plain"))
+    exact = outcomes_of(values, kv_cache="prefix", cache_refresh=1, save_dir=base["save_dir"] + "/exact")
+    reused = outcomes_of(values, kv_cache="dual", save_dir=base["save_dir"] + "/reused")
+    assert texts_of(exact) == plain and texts_of(reused).keys() == plain.keys()
+    with pytest.raises(ValueError, match=r"cache_refresh: 2 .*kv_cache"):
+        outcomes_of(values, cache_refresh=2)

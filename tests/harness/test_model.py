@@ -142,6 +142,20 @@ def test_texts_are_those_of_the_generator(folder):
     assert model.get_model_info()["forward_passes"] == {"task": 10}
 
 
+def test_texts_with_a_cache(folder):
+    """Texts of models with kv_cache are the generator's; likelihoods are computed without one."""
+    keys = {"diffusion_steps": 6, "block_length": 3, "kv_cache": "dual"}
+    model, exact = DiffusionLM(str(folder), **keys), DiffusionLM(str(folder), **keys, cache_refresh=1)
+    asked = texts("dog", "a cat dog", max_gen_toks=6, do_sample=False)
+    settings = SamplingSettings(logits=LogitsConfig(0.0), **keys)
+    assert model.generate_until(asked) == load(folder).generate(
+        ["dog", "a cat dog"], max_new_tokens=6, settings=settings
+    )
+    plain = DiffusionLM(str(folder), **{**keys, "kv_cache": "none"})
+    assert exact.generate_until(asked) == plain.generate_until(asked)
+    assert model.loglikelihood(likelihoods(*DOCUMENTS)) == plain.loglikelihood(likelihoods(*DOCUMENTS))
+
+
 def test_the_users_keys_come_before_those_of_the_task(folder):
     by_task = DiffusionLM(str(folder), diffusion_steps=4)
     by_user = DiffusionLM(str(folder), diffusion_steps=4, temperature=0.0, max_new_tokens=4)
