@@ -74,6 +74,21 @@ def block_of(position: Tensor, block_length: int, *, is_padding: Tensor | None =
     return ((begins & ~is_padding).cumsum(dim=1) - 1).masked_fill(is_padding, -1)
 
 
+def behind_last(selected: Tensor, block: Tensor) -> Tensor:
+    """Return [batch, length] bool, tokens behind the last selected one of their block; none in a block without any.
+
+    Args:
+        selected: [batch, length] bool.
+        block: [batch, length] int64, from `block_of`.
+    """
+    column = torch.arange(block.shape[1], device=block.device).expand(block.shape)
+    last = torch.full_like(_count(selected, block), block.shape[1])
+    of_selected = column.masked_fill(~selected, -1)
+    last = last.scatter_reduce(1, block.clamp(min=0), of_selected, "amax", include_self=False)
+    last = _spread(last, block)
+    return (block >= 0) & (last >= 0) & (column > last)
+
+
 def sees(
     query_block: Tensor, query_is_noisy: Tensor, key_block: Tensor, key_is_noisy: Tensor, same_document: Tensor
 ) -> Tensor:
