@@ -1,6 +1,7 @@
 """The cost of cached decoding, relative to decoding without a cache and to an autoregressive model with one.
 
-    python benchmarks/decoding.py              the claims: a prompt of 384 tokens, 128 written in blocks of 32
+    python benchmarks/decoding.py              the claims: a prompt of 384 tokens, 128 written in blocks of 32, and by
+                                               block models in blocks of 8 and 32
     python benchmarks/decoding.py --batch 8
     python benchmarks/decoding.py --quality saves/tiny_gpt2/full/ddm
                                                loss, tokens computed and CPU seconds of texts of a trained model
@@ -30,16 +31,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from llamafactory_ddm import SamplingSettings, load
 from llamafactory_ddm.evaluation.quality import Judge
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
+from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser
 from llamafactory_ddm.modeling.cached_denoiser import CachedDenoiser
 from llamafactory_ddm.modeling.denoiser import ModelDenoiser
 from llamafactory_ddm.sampling import LogitsConfig, draw_tokens, get_strategy, sample
+from llamafactory_ddm.sampling.budget import split_by_position
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGITS = LogitsConfig(temperature=0.95, top_p=0.9)
 # (decoder, baseline, upper bound on the ratio of their CPU seconds)
-TIME_CLAIMS = (("prefix", "uncached", 0.40), ("dual", "uncached", 0.24))
+TIME_CLAIMS = (("prefix", "uncached", 0.40), ("dual", "uncached", 0.24), ("block-8", "ar", 1.10))
 OVERHEAD_CLAIM = 0.15
-TIMES = ("prefix", "dual", "uncached")  # against ar
+BLOCKS = (8, 32)  # of block models
+DIFFUSION = ("uncached", "prefix", "dual", *(f"block-{length}" for length in BLOCKS))
 
 
 @dataclass(frozen=True)
@@ -167,11 +171,38 @@ def full_attention(shape: Shape, kind: str) -> Decoder:
     return Decoder(run, model)
 
 
+def block_model(shape: Shape, length: int) -> Decoder:
+    """Return a shifted model with block attention, in blocks of `length`; a pass for the first token of each block."""
+    model = make_model(shape)
+    make_bidirectional(model)
+    x = torch.cat([shape.prompts, torch.zeros(shape.batch, shape.written, dtype=torch.int64)], dim=1)
+    position = torch.arange(x.shape[1]).expand(x.shape)
+    editable = position >= shape.prompt
+
+    def run() -> int:
+        denoiser = BlockDenoiser(model, block_length=length, shift=True)
+        output = sample(
+            denoiser,
+            x,
+            editable=editable,
+            mask_id=shape.vocabulary,
+            steps=max(length // shape.per_pass - 1, 1),
+            strategy=get_strategy("low_confidence"),
+            block=split_by_position(editable, position, length, shift=True),
+            logits=LOGITS,
+        )
+        denoiser.close()
+        return output.computed
+
+    return Decoder(run, model)
+
+
 def decoders(shape: Shape) -> dict[str, Decoder]:
     """Return what is timed, by name."""
     return {
         "ar": autoregressive(shape),
         **{kind: full_attention(shape, kind) for kind in ("uncached", "prefix", "dual")},
+        **{f"block-{length}": block_model(shape, length) for length in BLOCKS},
     }
 
 
@@ -209,9 +240,9 @@ def measure(shape: Shape, rounds: int) -> bool:
     held = True
     for name, base, limit in TIME_CLAIMS:
         held &= claim(f"{label} CPU seconds, {name} / {base}", ratio(name, base), limit)
-    for name in TIMES:
+    for name in DIFFUSION:
         claim(f"{label} CPU seconds, {name} / ar", ratio(name, "ar"))
-    for name in ("uncached", "prefix", "dual"):
+    for name in DIFFUSION:
         held &= claim(f"{label} sampler beyond the model, {name}", statistics.median(overheads[name]), OVERHEAD_CLAIM)
     return held
 
@@ -229,8 +260,22 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 
 
+# Of a block model: steps of a block, and the caches that it takes.
+BLOCK_PACES: dict[str, dict[str, Any]] = {
+    "a token a step": {"diffusion_steps": 64},
+    "2 steps a block": {"diffusion_steps": 2},
+    "1 step a block": {"diffusion_steps": 1},
+    "confidence_threshold 0.9": {"denoising_strategy": "confidence_threshold"},
+    "confidence_threshold 0.7": {"denoising_strategy": "confidence_threshold", "confidence_threshold": 0.7},
+}
+BLOCK_CACHES = {name: CACHES[name] or {"kv_cache": name} for name in ("none", "prefix")}
+
+
 def quality(checkpoint: str, samples: int) -> None:
-    """Print the loss of the built-in autoregressive model on texts of 64 tokens in blocks of 16, and their cost."""
+    """Print the loss of the built-in autoregressive model on texts of 64 tokens, and their cost.
+
+    A model with full attention writes blocks of 16, a block model its own.
+    """
     model = load(checkpoint)
     judge = Judge(
         AutoModelForCausalLM.from_pretrained(ROOT / "data" / "tiny_gpt2", dtype=torch.float32),
@@ -239,10 +284,15 @@ def quality(checkpoint: str, samples: int) -> None:
     canvases = [model.from_noise(65)] * samples
     print("| pace | cache | loss | tokens computed for each written | tokens per forward pass | CPU seconds |")
     print("|---|---|---|---|---|---|")
-    for pace, pace_keys in PACES.items():
-        for cache, cache_keys in CACHES.items():
+    is_full = model.config.train_block_length is None
+    for pace, pace_keys in (PACES if is_full else BLOCK_PACES).items():
+        for cache, cache_keys in (CACHES if is_full else BLOCK_CACHES).items():
             settings = SamplingSettings(
-                logits=LogitsConfig(0.8, 0.95), block_length=16, seed=42, **pace_keys, **cache_keys
+                logits=LogitsConfig(0.8, 0.95),
+                block_length=16 if is_full else None,
+                seed=42,
+                **pace_keys,
+                **cache_keys,
             )
             before = time.process_time()
             made = model.sample_batch(canvases, settings, sample_indices=range(samples))

@@ -1,11 +1,10 @@
 """Generation with a block model from YAML."""
 
 import json
-import shutil
 
 import pytest
 
-from llamafactory_ddm.modeling.diffusion_config import FILE_NAME
+from support.blocks import as_block_model
 from support.cli import ABSENT
 
 RECORDS = "generated_predictions.jsonl"
@@ -15,11 +14,7 @@ KEYS = {"block_length": ABSENT, "diffusion_steps": 2, "cutoff_len": 30}
 @pytest.fixture(scope="module")
 def block(checkpoint, tmp_path_factory):
     """The shared checkpoint with the attention of a block model."""
-    folder = tmp_path_factory.mktemp("block") / "model"
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
-    config = json.loads((folder / FILE_NAME).read_text())
-    (folder / FILE_NAME).write_text(json.dumps({**config, "attention": "block", "train_block_length": 4}))
-    return folder
+    return as_block_model(checkpoint, tmp_path_factory.mktemp("block") / "model")
 
 
 def total(folder, name):

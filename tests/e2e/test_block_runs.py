@@ -108,6 +108,11 @@ def error(train, folder, pattern, **keys):
         ({"attention": "full"}, "train_block_length: 4 .*attention: full"),
         ({"attention": ABSENT, "train_block_length": ABSENT, "block_noise": "times"}, "block_noise: times .*full"),
         ({"attention": "blok"}, "attention .*'blok'.*'block'"),
+        ({"sparse_attention": True}, r"sparse_attention: true .*gpt2"),
+        (
+            {"attention": ABSENT, "train_block_length": ABSENT, "sparse_attention": True},
+            "sparse_attention: True .*attention: full",
+        ),
         ({"block_noise": "count"}, "block_noise .*'count'.*'counts'"),
         ({"anneal_steps": 100}, "anneal_steps: 100 .*attention: block"),
         ({"antithetic_time": True}, "antithetic_time: True .*attention: block"),

@@ -6,6 +6,7 @@ import functools
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llamafactory_ddm.integration.hparams.attention import AttentionKeys
 from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
 from llamafactory_ddm.integration.hparams.length import LengthKeys
 from llamafactory_ddm.integration.hparams.monitoring import MonitoringKeys
@@ -79,6 +80,8 @@ ELSEWHERE = {
     "split_digits",
     # tests/e2e/test_during_training.py, tests/integration/train/test_samples.py
     *(field.name for field in dataclasses.fields(MonitoringKeys)),
+    # tests/e2e/test_block_runs.py
+    *(field.name for field in dataclasses.fields(AttentionKeys)),
     # tests/e2e/test_variable_length_runs.py
     *(field.name for field in dataclasses.fields(LengthKeys)),
 }

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from llamafactory_ddm.integration.hparams.stages import STAGES
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from support.blocks import as_block_model
 from support.cli import ROOT, predictions, run
 from support.published import write_dream, write_llada
 from support.published_sdar import write_sdar
@@ -40,6 +41,9 @@ PROBLEMS = {"gsm8k": "tiny_problems_train", "gsm8k_test": "tiny_problems_eval"}
 def overrides(name, folder, data, checkpoint, finetuned, adapter):
     """The keys that make a recipe small; everything else runs as it stands."""
     keys = OmegaConf.load(ROOT / "examples" / name)
+    if "_block_inference" in name:
+        source = finetuned if keys.stage == "ddm-sft" else checkpoint
+        checkpoint = finetuned = as_block_model(source, folder / "block")
     result = [f"output_dir={folder / 'out'}"]
     if "additional_target" in keys and keys.model_name_or_path not in PUBLISHED:
         result.append("additional_target=wte")

@@ -12,6 +12,12 @@ from llamafactory_ddm.modeling.block_attention import (
     two_stream_inputs,
     two_stream_visibility,
 )
+from llamafactory_ddm.modeling.sparse_attention import (
+    attention_implementation,
+    check_takes_sparse,
+    mask_rule,
+    sparse_mask,
+)
 from llamafactory_ddm.objectives.block import BlockObjective
 from support.blocks import loss_by_blocks, two_streams
 from support.tiny import tiny_model
@@ -99,6 +105,47 @@ def test_the_mask_is_the_rule_written_out():
             assert bool(seen[query, key]) == bool(expected), (of, i, stream, j)
 
 
+def test_the_rule_of_flex_attention_is_the_dense_mask():
+    block = torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 3], [0, 0, 1, 2, 2, -1, -1, -1]])
+    document = torch.tensor([[0, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, 0, 0, 0]])
+    row, query, key = torch.meshgrid(torch.arange(2), torch.arange(16), torch.arange(16), indexing="ij")
+    for packed in (document, None):
+        dense = two_stream_visibility(block, packed)[:, 0]
+        assert torch.equal(mask_rule(block, packed)(row, torch.tensor(0), query, key), dense)
+    mask = sparse_mask(block, document)
+    assert mask.shape == (2, 1, 16, 16)
+
+
+@torch.no_grad()
+def test_flex_attention_gives_the_dense_logits(monkeypatch):
+    """Uncompiled, on the CPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations import flex_attention as upstream
+
+    monkeypatch.setattr(upstream, "compile_friendly_flex_attention", lambda *a, training, **k: flex_attention(*a, **k))
+    for name in ("llama", "qwen3"):
+        model = build(name)
+        make_bidirectional(model)
+        check_takes_sparse(model)
+        ours = objective(4, True)
+        for kind in ("packed", "plain"):
+            clean = ours.clean(batches()[kind][0])
+            noised = ours.noise(clean, sample_index=ROWS, group_size=3)
+            dense = two_streams(model, ours, clean, noised)
+            with attention_implementation(model, "flex_attention"):
+                torch.testing.assert_close(two_streams(model, ours, clean, noised), dense, rtol=1e-5, atol=0)
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_models_without_flex_attention_are_refused():
+    with pytest.raises(ValueError, match=r"sparse_attention: true .*gpt2"):
+        check_takes_sparse(tiny_model())
+    model = build("llama")
+    model.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"sparse_attention: true .*attention_dropout: 0.1"):
+        check_takes_sparse(model)
+
+
 def test_blocks_are_counted_from_the_start_of_a_document():
     position = torch.tensor([[0, 0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 0, 1, 0]])
     is_padding = torch.tensor([[True, True, *[False] * 5], [*[False] * 6, True]])
@@ -106,6 +153,17 @@ def test_blocks_are_counted_from_the_start_of_a_document():
     assert block_of(torch.arange(5)[None], 2).tolist() == [[0, 0, 1, 1, 2]]
     with pytest.raises(ValueError, match="block_length"):
         block_of(position, 0)
+
+
+@torch.no_grad()
+def test_two_streams_may_have_more_columns_than_the_model_has_positions():
+    model, ids = tiny_model().eval(), torch.arange(30).repeat(2, 2)
+    inputs = two_stream_inputs(model, ids, 4, dtype=torch.float32)
+    logits = []
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        logits.append(model(input_ids=ids, use_cache=False, **inputs).logits)
+    torch.testing.assert_close(*logits)
 
 
 def test_rows_without_padding_share_one_mask_and_positions_come_twice():

@@ -276,6 +276,28 @@ def targets(batch, clean):
     return scored
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_next_turn_is_hidden_from_the_end_of_an_answer_as_in_generation(shift):
+    """Blocks of 8: the prompt of 3, its answer up to 5, the next prompt up to 9, its answer up to 13, a prompt."""
+    ids = torch.arange(10, 26)[None]
+    maskable = torch.zeros(1, 16, dtype=torch.bool)
+    maskable[0, [3, 4, 5, 10, 11, 12, 13]] = True
+    ours = objective(8, shift)
+    clean = ours.clean({"input_ids": ids, "maskable": maskable})
+    hidden = [6, 7, 14, 15]
+    batch = ours.noise(clean, sample_index=torch.zeros(1, dtype=torch.int64), group_size=1)
+    levels = evaluation_times(torch.zeros(1, dtype=torch.int64), 2)
+    noised = [
+        each.z for each in ours.evaluations(clean, levels, seed=0, sample_index=torch.zeros(1, dtype=torch.int64))
+    ]
+    for z in (batch.z_t[:, 16:], *noised):
+        shown = [0, 1, 2, 8, 9]
+        assert bool((z[0, hidden] == MASK_ID).all()) and torch.equal(z[0, shown], ids[0, shown])
+    assert torch.equal(batch.z_t[:, :16], ids)
+    assert set(batch.scored["targets"].tolist()) <= set(ids[maskable].tolist())
+    assert int(batch.n_maskable) == 7
+
+
 def test_an_eos_label_on_the_next_turns_first_token_is_predicted_from_clean_text_and_shown_as_the_turn():
     turns = {
         "input_ids": [20, 10, 21, 11, 20, 13, 21, 14, EOS],

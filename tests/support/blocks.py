@@ -1,9 +1,16 @@
-"""Block diffusion computed the slow way: each block of each document by a forward pass of its own, a row at a time."""
+"""Block diffusion computed the slow way: each block of each document by a forward pass of its own, a row at a time.
+
+And a checkpoint as a block model.
+"""
+
+import json
+import shutil
 
 import torch
 
 from llamafactory_ddm.modeling.bidirectional import full_attention_mask
 from llamafactory_ddm.modeling.block_attention import two_stream_inputs
+from llamafactory_ddm.modeling.diffusion_config import FILE_NAME
 
 
 def forward(model, ids, block_length):
@@ -42,3 +49,11 @@ def two_streams(model, objective, clean, batch):
     logits = model(input_ids=batch.z_t, use_cache=False, **inputs).logits.flatten(0, 1)
     loss, _ = objective.loss(logits[batch.head_index], batch.scored, torch.ones(()))
     return loss
+
+
+def as_block_model(folder, target, length=4):
+    """Copy a checkpoint to `target`, where it is a block model of the same weights; returns that folder."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((target / FILE_NAME).read_text())
+    (target / FILE_NAME).write_text(json.dumps({**config, "attention": "block", "train_block_length": length}))
+    return target

@@ -74,6 +74,41 @@ def block_of(position: Tensor, block_length: int, *, is_padding: Tensor | None =
     return ((begins & ~is_padding).cumsum(dim=1) - 1).masked_fill(is_padding, -1)
 
 
+def behind_last(selected: Tensor, block: Tensor) -> Tensor:
+    """Return [batch, length] bool, tokens behind the last selected one of their block; none in a block without any.
+
+    Args:
+        selected: [batch, length] bool.
+        block: [batch, length] int64, from `block_of`.
+    """
+    column = torch.arange(block.shape[1], device=block.device).expand(block.shape)
+    last = torch.full_like(_count(selected, block), block.shape[1])
+    of_selected = column.masked_fill(~selected, -1)
+    last = last.scatter_reduce(1, block.clamp(min=0), of_selected, "amax", include_self=False)
+    last = _spread(last, block)
+    return (block >= 0) & (last >= 0) & (column > last)
+
+
+def sees(
+    query_block: Tensor, query_is_noisy: Tensor, key_block: Tensor, key_is_noisy: Tensor, same_document: Tensor
+) -> Tensor:
+    """Return whether a query may attend to a key in a row of two streams; the tensors broadcast.
+
+    A clean query sees the clean keys of its own block and of the blocks before it; a noisy query sees the clean keys
+    of the blocks before its own and the noisy keys of its own block. Padding sees nothing and is not seen.
+
+    Args:
+        query_block: int64, number of the query's block in its row, -1 for padding.
+        query_is_noisy: bool, whether the query is in the noisy stream.
+        key_block: int64.
+        key_is_noisy: bool.
+        same_document: bool, whether both are of one document.
+    """
+    before = ~key_is_noisy & same_document & (key_block < query_block)
+    is_token = (query_block >= 0) & (key_block >= 0)
+    return is_token & (before | ((query_block == key_block) & (query_is_noisy == key_is_noisy)))
+
+
 def mask_blocks(
     noisable: Tensor,
     block: Tensor,

@@ -54,6 +54,9 @@ def make_bidirectional(model: nn.Module) -> None:
         buffer = causal_buffer(module)
         if buffer is not None:
             buffer.fill_(True)  # GPT-2 under transformers 4 also applies its own causal buffer
+            if "bias" in module._non_persistent_buffers_set:  # that of a row of two streams is larger, and not saved
+                columns = 2 * buffer.shape[-1]
+                module.bias = buffer.new_ones(1, 1, 1, 1).expand(1, 1, columns, columns)
     for module in model.modules():
         # The warning is wrong here, as padding is known from the data, and on a GPU its check waits for the device in
         # every step.

@@ -12,29 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.blocks import block_of, positions_of
+from ..diffusion.blocks import block_of, positions_of, sees
 from .bidirectional import NotBidirectionalError, additive_by_layer
 from .block_denoiser import check_block_attention
 from .model_info import dtype_of, implementation, text_config
 from .quantization import evaluation_mode
+from .sparse_attention import FLEX, sparse_mask
 
 _PROBE_LENGTH, _PROBE_BLOCK = 6, 3
-
-
-def sees(
-    query_block: Tensor, query_is_noisy: Tensor, key_block: Tensor, key_is_noisy: Tensor, same_document: Tensor
-) -> Tensor:
-    """Return whether a query may attend to a key, both of tokens; the tensors broadcast.
-
-    Args:
-        query_block: int64, number of the query's block in its row.
-        query_is_noisy: bool, whether the query is in the noisy stream.
-        key_block: int64.
-        key_is_noisy: bool.
-        same_document: bool, whether both are of one document.
-    """
-    before = ~key_is_noisy & same_document & (key_block < query_block)
-    return before | ((query_block == key_block) & (query_is_noisy == key_is_noisy))
 
 
 def two_stream_visibility(block: Tensor, document: Tensor | None = None) -> Tensor:
@@ -51,9 +36,7 @@ def two_stream_visibility(block: Tensor, document: Tensor | None = None) -> Tens
         documents = torch.cat([document, document], dim=1)
         one = documents[:, :, None] == documents[:, None, :]
     allowed = sees(twice[:, :, None], is_noisy[:, None], twice[:, None, :], is_noisy[None, :], one)
-    is_token = twice >= 0
-    itself = torch.eye(twice.shape[1], dtype=torch.bool, device=block.device)
-    return ((allowed & is_token[:, :, None] & is_token[:, None, :]) | itself)[:, None]
+    return (allowed | torch.eye(twice.shape[1], dtype=torch.bool, device=block.device))[:, None]
 
 
 def two_stream_inputs(
@@ -83,7 +66,11 @@ def two_stream_inputs(
     length = ids.shape[1] // 2
     position = positions_of(ids[:, :length], is_padding=is_padding, position_ids=position_ids)
     block = block_of(position, block_length, is_padding=is_padding)
-    mask = additive_by_layer(model, two_stream_visibility(block, document), dtype)
+    if implementation(model) == FLEX:
+        mask = sparse_mask(block, document)
+        mask = {"full_attention": mask} if getattr(text_config(model), "layer_types", None) else mask
+    else:
+        mask = additive_by_layer(model, two_stream_visibility(block, document), dtype)
     return {"attention_mask": mask, "position_ids": torch.cat([position, position], dim=1).expand(ids.shape)}
 
 

@@ -20,8 +20,8 @@ from .model_info import dtype_of, text_config
 
 _ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
 # On a CPU a product of few rows with many outputs is about 1.5 times faster with the weight as the left factor, 1,024
-# outputs at a time, and the number of rows a multiple of 16.
-_OUTPUTS_AT_ONCE, _ROWS_MULTIPLE = 1024, 16
+# outputs at a time, and the number of rows a multiple of 16. Up to 8 rows it is not.
+_OUTPUTS_AT_ONCE, _ROWS_MULTIPLE, _FEW_ROWS = 1024, 16, 8
 
 
 class RowSelectingHead:
@@ -209,7 +209,7 @@ class ModelDenoiser:
         """Return the logits of [n, width] hidden states; their memory is reused after the block."""
         head = self._head.module
         is_plain = type(head) is nn.Linear and not head._forward_hooks and hidden.dtype == head.weight.dtype
-        if not (is_plain and hidden.device.type == "cpu" and isinstance(head, nn.Linear)):
+        if not (is_plain and hidden.device.type == "cpu" and isinstance(head, nn.Linear)) or len(hidden) <= _FEW_ROWS:
             with torch.inference_mode():
                 logits = self._capped(head(hidden))[:, : self._outputs]
             yield logits

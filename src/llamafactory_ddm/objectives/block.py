@@ -9,7 +9,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..diffusion.blocks import BlockNoise, block_levels, block_of, mask_blocks, mask_blocks_exactly, positions_of
+from ..diffusion.blocks import (
+    BlockNoise,
+    behind_last,
+    block_levels,
+    block_of,
+    mask_blocks,
+    mask_blocks_exactly,
+    positions_of,
+)
 from ..diffusion.loss_weights import denominator
 from ..diffusion.losses import masked_cross_entropy
 from .base import CleanBatch, EvaluationBatch, TrainingBatch, as_bits
@@ -24,11 +32,13 @@ class BlockParts:
         block: [batch, length] int64, the number of its block in the row, -1 for padding.
         is_first: [batch, length] bool, scored tokens that the clean stream predicts.
         noisable: [batch, length] bool, tokens that noise may mask.
+        behind: [batch, length] bool, tokens behind the last noisable one of their block; [MASK] in the noisy stream.
     """
 
     block: Tensor
     is_first: Tensor
     noisable: Tensor
+    behind: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +72,10 @@ class BlockObjective(MaskedObjective):
 
         -log p(block | before) <= -log p(first | before) + E_c [ n / c * sum ... -log p(x_0[i] | before, first, z) ].
 
-    n counts the tokens that may be masked: neither the first token nor those of a prompt, which is always in clear.
-    The first token of a text is given, as elsewhere with shift. With blocks of one token the loss is the
-    autoregressive one.
+    n counts the tokens that may be masked: neither the first token nor those of a prompt. A prompt is in clear, but
+    what follows a response in its last block, such as the next turn, is [MASK] in the noisy stream and not scored: in
+    generation it is not there yet. The first token of a text is given, as elsewhere with shift. With blocks of one
+    token the loss is the autoregressive one.
 
     Attributes:
         block_length: tokens in a block, counted from the start of a document.
@@ -91,7 +102,8 @@ class BlockObjective(MaskedObjective):
         position = self._positions(clean)
         block = block_of(position, self.block_length, is_padding=clean.is_padding)
         begins = (position % self.block_length == 0) & self.shift
-        return BlockParts(block, clean.maskable & begins, clean.maskable & ~begins)
+        noisable = clean.maskable & ~begins
+        return BlockParts(block, clean.maskable & begins, noisable, behind_last(noisable, block))
 
     def head_index(self, is_masked: Tensor, is_first: Tensor) -> Tensor:
         """Return the indices of the hidden states that predict the scored tokens.
@@ -106,6 +118,10 @@ class BlockObjective(MaskedObjective):
         row, column = (is_masked | is_first).nonzero().unbind(dim=1)
         stream = torch.where(is_first[row, column], 0, length)
         return row * (2 * length) + stream + column - int(self.shift)
+
+    def _noised(self, clean: CleanBatch, parts: BlockParts, is_masked: Tensor) -> Tensor:
+        """Return [batch, length] int64, the ids of the noisy stream."""
+        return clean.x_0.masked_fill(is_masked | parts.behind, self.mask_id)
 
     def streams(self, clean: CleanBatch, z: Tensor) -> Tensor:
         """Return the model's input for noised ids, [batch, 2 * length]."""
@@ -130,7 +146,7 @@ class BlockObjective(MaskedObjective):
         if self.norm == "sequence":
             weight = weight / maskable.sum(dim=1, keepdim=True).clamp(min=1)
         return TrainingBatch(
-            z_t=self.streams(clean, clean.x_0.masked_fill(masks.is_masked, self.mask_id)),
+            z_t=self.streams(clean, self._noised(clean, parts, masks.is_masked)),
             head_index=self.head_index(masks.is_masked, parts.is_first),
             scored={"targets": clean.x_0[is_scored], "weight": as_bits(weight[is_scored])},
             denominator=denominator(is_scored, maskable, self.norm),
@@ -154,7 +170,7 @@ class BlockObjective(MaskedObjective):
             share = share + masks.is_masked * masks.weight
             is_first = parts.is_first & (number == 0)
             yield BlockEvaluation(
-                z=clean.x_0.masked_fill(masks.is_masked, self.mask_id),
+                z=self._noised(clean, parts, masks.is_masked),
                 is_scored=masks.is_masked | is_first,
                 level=level,
                 n_counted=clean.maskable.sum(dim=1),

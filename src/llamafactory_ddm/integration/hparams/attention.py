@@ -34,3 +34,8 @@ class AttentionKeys:
         "as likely) or times (a time t of each block; may mask none of its tokens).",
         choices=get_args(BlockNoise),
     )
+    sparse_attention: bool = key(
+        False,
+        "With attention: block, train with FlexAttention, which skips what no token sees, on a GPU and with models "
+        "that take it; the same result up to rounding.",
+    )

@@ -114,6 +114,11 @@ def _fit(
     data_args.train_on_prompt = False  # the length of the last answer is predicted
     tokenizer = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
     plan = resolve_run(tokenizer, model_args, data_args, training_args, finetuning_args)
+    if plan.config.attention == "block":
+        raise ValueError(
+            "attention: block: length predictors look at a whole masked canvas, which a block model never sees; it "
+            "needs none, as it computes nothing behind the block that it decodes"
+        )
     data = load_datasets(plan, model_args, data_args, training_args, finetuning_args)
     collator = plan.collator
     if not isinstance(collator, VariableLengthCollator):

@@ -86,8 +86,12 @@ def with_attention(
 def _check_full(config: DiffusionConfig, finetuning_args: Any) -> None:
     """Check the keys of a run with full attention."""
     config.check_against(attention=finetuning_args.attention)
-    given = [key for key in ("train_block_length", "block_noise") if key in finetuning_args.parsed.user_keys]
-    given = [key for key in given if getattr(finetuning_args, key) is not None]
+    given = [
+        key
+        for key in ("train_block_length", "block_noise", "sparse_attention")
+        if key in finetuning_args.parsed.user_keys
+    ]
+    given = [key for key in given if getattr(finetuning_args, key) not in (None, False)]
     if given:
         raise ValueError(
             f"{given[0]}: {getattr(finetuning_args, given[0])} has no effect with attention: full; set attention: "

@@ -24,7 +24,9 @@ from ...diffusion.attention import annealing_ratio
 from ...evaluation.bound import N_STATISTICS, bound_metrics, row_statistics
 from ...modeling.denoiser import RowSelectingHead
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ...modeling.model_info import implementation
 from ...modeling.quantization import evaluation_mode
+from ...modeling.sparse_attention import FLEX, attention_implementation
 from ...objectives.base import Objective
 from ...utils.files import explain_disk_errors, published_together
 from ...utils.random_state import unchanged_random_state
@@ -48,6 +50,7 @@ class DiffusionTrainer(CustomTrainer):
         anneal_steps: optimiser steps from causal to full attention.
         eval_time_samples: noise levels per evaluated row.
         stop_after_nan_steps: number of consecutive steps with a NaN or infinite loss that ends the run; 0 for none.
+        sparse_attention: train block attention with FlexAttention.
         kwargs: arguments of LLaMA-Factory's trainer.
     """
 
@@ -61,6 +64,7 @@ class DiffusionTrainer(CustomTrainer):
         anneal_steps: int,
         eval_time_samples: int,
         stop_after_nan_steps: int = 2,
+        sparse_attention: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -85,6 +89,8 @@ class DiffusionTrainer(CustomTrainer):
         self.model_accepts_loss_kwargs = True
         self._head = RowSelectingHead(self.model)
         self._is_checked = False
+        self._dense = implementation(self.model)
+        self._trained_with = FLEX if sparse_attention else self._dense
         self._attention = AttentionInputs(diffusion_config, objective.seed)
         self._step_metrics = StepMetrics()
         self.stop_after_nan_steps = stop_after_nan_steps
@@ -178,7 +184,8 @@ class DiffusionTrainer(CustomTrainer):
         """
         self._finite = FiniteLoss(self.stop_after_nan_steps, self.args.device)
         self._best_ratio, self._last_metrics, self.steps_taken = None, None, 0
-        return super().train(*args, **kwargs)
+        with attention_implementation(self.model, self._trained_with):
+            return super().train(*args, **kwargs)
 
     def attention_ratio(self, step: int) -> float:
         """Return the probability that a query sees a later key at step `step`, at least the checkpoint's."""
@@ -295,6 +302,7 @@ class DiffusionTrainer(CustomTrainer):
             self._step_metrics.pause(),
             unchanged_random_state(),
             evaluation_mode(self.model),
+            attention_implementation(self.model, self._dense),
             self.accelerator.autocast(),
         ):
             yield

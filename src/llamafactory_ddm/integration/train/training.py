@@ -9,6 +9,7 @@ from typing import Any
 from ...checkpoints.hub import origin_of
 from ...modeling.length_heads import FILE_NAME as LENGTHS
 from ...modeling.length_heads import REPORT_NAME as LENGTHS_REPORT
+from ...modeling.sparse_attention import check_takes_sparse
 from ..logs import get_logger
 from ..model.model_card import Origin
 from ..resolve.datasets import RunData
@@ -39,12 +40,19 @@ def build_trainer(
     if training_args.accelerator_config.dispatch_batches is None:
         # A dispatcher would split the last streamed batch, and move batches to the device before noise is drawn.
         training_args.accelerator_config.dispatch_batches = False
+    sparse = plan.config.attention == "block" and finetuning_args.sparse_attention
+    if sparse:
+        check_takes_sparse(model)
+        if training_args.device.type != "cuda":
+            sparse = False
+            logger.info_rank0("sparse_attention: true needs a GPU; this run computes the same attention densely.")
     trainer = DiffusionTrainer(
         objective=build_objective(plan.config, plan.tokenizer, model, plan.lengths, training_args, finetuning_args),
         diffusion_config=plan.config,
         anneal_steps=finetuning_args.anneal_steps,
         eval_time_samples=finetuning_args.eval_time_samples,
         stop_after_nan_steps=finetuning_args.stop_after_nan_steps,
+        sparse_attention=sparse,
         model=model,
         args=training_args,
         finetuning_args=finetuning_args,
