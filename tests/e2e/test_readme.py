@@ -103,7 +103,7 @@ def test_the_commands_for_people_run(checkpoint):
     """The two command lines and the three lines of Python, on a model of three steps."""
     for line in SHELL:
         words = shlex.split(line.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)))
-        assert run(*words[1:], program=words[0], fresh=True).stdout.strip()
+        assert run(*words[1:], program=words[0]).stdout.strip()
     (block,) = re.findall(r"```python\n(.*?)```", DOCS["generation"], re.S)
     done = run("-c", block.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)), program=sys.executable)
     assert done.stdout.strip()
@@ -117,7 +117,7 @@ def test_the_export_runs(checkpoint, adapter, tmp_path):
         "saves/tiny_gpt2/lora/merged": tmp_path / "merged",
     }
     words = [str(places.get(word, word)) for word in shlex.split(EXPORT)]
-    run(*words[1:], program=words[0], fresh=True)
+    run(*words[1:], program=words[0])
     assert (tmp_path / "merged" / "diffusion_config.json").is_file()
 
 
