@@ -5,8 +5,9 @@ import json
 import pytest
 
 from support.blocks import as_block_model
-from support.cli import ABSENT
+from support.cli import ABSENT, ROOT, evaluations
 
+TASKS = ROOT / "examples" / "eval" / "tasks"
 RECORDS = "generated_predictions.jsonl"
 KEYS = {"block_length": ABSENT, "diffusion_steps": 2, "cutoff_len": 30}
 
@@ -37,6 +38,21 @@ def test_a_prefix_is_continued(generate, block, tmp_path):
     keys = {**KEYS, "recipe": "tiny_gpt2_prefix_inference.yaml", "max_samples": 5, "overwrite_cache": True}
     found = generate(tmp_path / "out", model_name_or_path=block, **{**keys, "cutoff_len": 60})
     assert len(found) == 5
+
+
+def test_texts_and_tasks_during_training_are_those_of_its_checkpoint(train_small, generate, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    # Spare the harness's record of the machine, for which it starts pip and other programs.
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
+    out, keys = tmp_path / "out", {"attention": "block", "train_block_length": 4, "diffusion_steps": 2, "seed": 3}
+    training = {"anneal_steps": ABSENT, "antithetic_time": ABSENT, "max_steps": 1, "eval_strategy": "steps"}
+    tasks = {"eval_tasks": "tiny_last_word", "eval_task_dir": str(TASKS), "eval_task_samples": 2, "eval_steps": 1}
+    train_small(out, sample_steps=1, sample_count=3, sample_length=7, do_eval=True, **keys, **training, **tasks)
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    keys = {**KEYS, **keys, "max_new_tokens": 7, "denoising_strategy": ABSENT, "logits_temp": ABSENT}
+    found = generate(tmp_path / "texts", model_name_or_path=out, **keys, topp_temp=ABSENT, num_samples=3)
+    assert [line["text"] for line in lines] == found
+    assert {"eval_tiny_last_word_acc", "eval_loss"} <= evaluations(out)[0].keys()
 
 
 def test_an_autoregressive_model_is_warned_of(generate, tmp_path, told):

@@ -176,6 +176,7 @@ def test_what_block_models_do_not_take(model, keywords, words):
 
 
 def test_a_gap_at_the_end_is_filled(model):
+    assert f"blocks of {B} tokens" in repr(model)
     assert model.generate(infill="dog<|infill:3|>", settings=GREEDY)[0].startswith("dog")
     assert model.generate("dog", block_length=B, settings=GREEDY) == model.generate("dog", settings=GREEDY)
 

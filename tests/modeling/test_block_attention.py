@@ -1,5 +1,7 @@
 """Two streams in one row give what a forward pass for each block gives, in every family and whatever is padded."""
 
+import itertools
+
 import pytest
 import torch
 from test_families import build, known
@@ -19,7 +21,7 @@ from llamafactory_ddm.modeling.sparse_attention import (
     sparse_mask,
 )
 from llamafactory_ddm.objectives.block import BlockObjective
-from support.blocks import loss_by_blocks, two_streams
+from support.blocks import loss_by_blocks, noised_ids, two_streams
 from support.tiny import tiny_model
 
 LENGTH, MASK, ROWS = 11, 39, torch.arange(3)
@@ -54,16 +56,16 @@ def compare(model, name, block_length, shift):
     batch, documents = batches()[name]
     ours = objective(block_length, shift)
     clean = ours.clean(batch)
-    noised = ours.noise(clean, sample_index=ROWS, group_size=3)
+    noised, noisy = ours.noise(clean, sample_index=ROWS, group_size=3), noised_ids(ours, clean, ROWS)
     expected = torch.zeros(())
     for row, parts in enumerate(documents):
         for low, high in parts:
-            x_0, z = clean.x_0[row, low:high], noised.z_t[row, LENGTH + low : LENGTH + high]
+            x_0, z = clean.x_0[row, low:high], noisy[row, low:high]
             maskable = clean.maskable[row, low:high]
             expected = expected + loss_by_blocks(
                 model, x_0, z, maskable, block_length=block_length, shift=shift, mask_id=MASK
             )
-    torch.testing.assert_close(two_streams(model, ours, clean, noised), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(two_streams(model, ours, noised), expected, rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
@@ -87,33 +89,34 @@ def test_two_streams_for_every_length_of_blocks(kind, block_length, shift):
     compare(tiny_model().eval(), kind, block_length, shift)
 
 
+BLOCKS = torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 3], [0, 0, 1, 2, 2, -1, -1, -1]]).repeat(1, 2)
+DOCUMENTS = torch.tensor([[0, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, 0, 0, 0]]).repeat(1, 2)
+IS_NOISY = (torch.arange(16) >= 8).expand(2, 16)
+
+
 def test_the_mask_is_the_rule_written_out():
-    block = torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 3]])
-    document = torch.tensor([[0, 1, 1, 1, 1, 2, 2, 2]])
-    seen = two_stream_visibility(block, document)[0, 0]
-    columns = [(stream, i) for stream in "cn" for i in range(8)]
-    for query, (of, i) in enumerate(columns):
-        for key, (stream, j) in enumerate(columns):
-            if 0 in (i, j):
-                expected = query == key
-            elif document[0, i] != document[0, j]:
-                expected = False
-            elif of == "c":
-                expected = stream == "c" and block[0, j] <= block[0, i]
-            else:
-                expected = block[0, j] < block[0, i] if stream == "c" else block[0, j] == block[0, i]
-            assert bool(seen[query, key]) == bool(expected), (of, i, stream, j)
+    seen = two_stream_visibility(BLOCKS, IS_NOISY, DOCUMENTS)[:, 0]
+    for row, query, key in itertools.product(range(2), range(16), range(16)):
+        of, to = int(BLOCKS[row, query]), int(BLOCKS[row, key])
+        if -1 in (of, to):
+            expected = query == key
+        elif DOCUMENTS[row, query] != DOCUMENTS[row, key]:
+            expected = False
+        elif query < 8:
+            expected = key < 8 and to <= of
+        else:
+            expected = to < of if key < 8 else to == of
+        assert bool(seen[row, query, key]) == expected, (row, query, key)
 
 
 def test_the_rule_of_flex_attention_is_the_dense_mask():
-    block = torch.tensor([[-1, 0, 0, 1, 1, 2, 3, 3], [0, 0, 1, 2, 2, -1, -1, -1]])
-    document = torch.tensor([[0, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, 0, 0, 0]])
     row, query, key = torch.meshgrid(torch.arange(2), torch.arange(16), torch.arange(16), indexing="ij")
-    for packed in (document, None):
-        dense = two_stream_visibility(block, packed)[:, 0]
-        assert torch.equal(mask_rule(block, packed)(row, torch.tensor(0), query, key), dense)
-    mask = sparse_mask(block, document)
-    assert mask.shape == (2, 1, 16, 16)
+    for packed in (DOCUMENTS, None):
+        dense = two_stream_visibility(BLOCKS, IS_NOISY, packed)[:, 0]
+        assert torch.equal(mask_rule(BLOCKS, IS_NOISY, packed)(row, torch.tensor(0), query, key), dense)
+        shared = mask_rule(BLOCKS[:1], IS_NOISY[:1], None if packed is None else packed[:1])
+        assert torch.equal(shared(row, torch.tensor(0), query, key), dense[:1].expand(2, 16, 16))
+    assert sparse_mask(BLOCKS, IS_NOISY, DOCUMENTS).shape == (2, 1, 16, 16)
 
 
 @torch.no_grad()
@@ -131,9 +134,9 @@ def test_flex_attention_gives_the_dense_logits(monkeypatch):
         for kind in ("packed", "plain"):
             clean = ours.clean(batches()[kind][0])
             noised = ours.noise(clean, sample_index=ROWS, group_size=3)
-            dense = two_streams(model, ours, clean, noised)
+            dense = two_streams(model, ours, noised)
             with attention_implementation(model, "flex_attention"):
-                torch.testing.assert_close(two_streams(model, ours, clean, noised), dense, rtol=1e-5, atol=0)
+                torch.testing.assert_close(two_streams(model, ours, noised), dense, rtol=1e-5, atol=0)
         assert model.config._attn_implementation == "sdpa"
 
 
@@ -157,20 +160,41 @@ def test_blocks_are_counted_from_the_start_of_a_document():
 
 @torch.no_grad()
 def test_two_streams_may_have_more_columns_than_the_model_has_positions():
-    model, ids = tiny_model().eval(), torch.arange(30).repeat(2, 2)
-    inputs = two_stream_inputs(model, ids, 4, dtype=torch.float32)
-    logits = []
+    model, ours = tiny_model().eval(), objective(4, True)
+    clean = ours.clean({"input_ids": torch.arange(30).repeat(2, 1)})
+    batch = ours.noise(clean, sample_index=torch.arange(2), group_size=2)
+    assert batch.z_t.shape == (2, 58) and model.config.n_positions == 32
+    losses = []
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
-        logits.append(model(input_ids=ids, use_cache=False, **inputs).logits)
-    torch.testing.assert_close(*logits)
+        losses.append(two_streams(model, ours, batch))
+    torch.testing.assert_close(*losses)
 
 
-def test_rows_without_padding_share_one_mask_and_positions_come_twice():
-    model = tiny_model()
-    inputs = two_stream_inputs(model, torch.zeros(5, 8, dtype=torch.int64), 2, dtype=torch.float32)
-    assert inputs["attention_mask"].shape == (1, 1, 8, 8)
-    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3] * 2] * 5
+def test_rows_without_padding_share_their_columns():
+    ours = objective(4, False)
+    batch = ours.noise(ours.clean(batches()["plain"][0]), sample_index=ROWS, group_size=3)
+    assert batch.z_t.shape == (3, 8 + LENGTH)
+    assert batch.placement["block"].tolist() == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [2] * 3
+    assert batch.placement["position_ids"].tolist() == [*range(8), *range(11)]
+    assert batch.placement["is_noisy"].tolist() == [False] * 8 + [True] * 11
+    inputs = two_stream_inputs(tiny_model(), batch.z_t, dtype=torch.float32, **batch.placement)
+    assert inputs["attention_mask"].shape == (1, 1, 19, 19) and inputs["position_ids"].shape == (3, 19)
+
+
+def test_columns_that_no_scored_token_depends_on_are_left_out():
+    """A prompt of 9 tokens, an answer of 4, and 3 more; the second row has less."""
+    ids = torch.arange(16).repeat(2, 1)
+    maskable = torch.zeros(2, 16, dtype=torch.bool)
+    maskable[0, 9:13] = True
+    maskable[1, 1:3] = True
+    ours = objective(4, True)
+    clean = ours.clean({"input_ids": ids, "maskable": maskable})
+    batch = ours.noise(clean, sample_index=ROWS[:2], group_size=2)
+    # Row 0: blocks 0 to 2 in clear, for the first token of block 3; block 2 noised. Row 1: block 0 noised.
+    assert batch.z_t.shape == (2, 16)
+    assert batch.placement["block"].tolist() == [[0] * 4 + [1] * 4 + [2] * 8, [0] * 4 + [-1] * 12]
+    assert batch.placement["is_noisy"][0].tolist() == [False] * 12 + [True] * 4
 
 
 @pytest.mark.parametrize("name", known(["mistral", "gemma2", "gpt_oss"]))

@@ -10,7 +10,7 @@ from llamafactory_ddm.diffusion.blocks import block_of, positions_of
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError, make_bidirectional
 from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser, grouped
 from llamafactory_ddm.modeling.model_info import window_of
-from llamafactory_ddm.sampling import get_strategy, sample
+from llamafactory_ddm.sampling import LogitsConfig, get_strategy, sample
 from llamafactory_ddm.sampling.budget import split_by_position
 from support.tiny import LENGTH, VOCABULARY, Rows, tiny_model
 
@@ -81,6 +81,25 @@ def test_logits_are_those_of_whole_prefixes(shift, cached):
         torch.testing.assert_close(found, by_whole_prefixes(model, canvas, PADDED, wanted, shift=shift))
 
 
+def sampled(model, z, is_padding, **options):
+    """Texts of the sampler after a prompt of three tokens, at temperature 0.9."""
+    position = positions_of(z, is_padding=is_padding)
+    editable = (position >= 3) & ~is_padding
+    denoiser = BlockDenoiser(model, block_length=B, shift=True, is_padding=is_padding, **options)
+    output = sample(
+        denoiser,
+        z,
+        editable=editable,
+        mask_id=VOCABULARY - 1,
+        steps=2,
+        strategy=get_strategy("low_confidence"),
+        logits=LogitsConfig(0.9, 0.9),
+        block=split_by_position(editable, position, B, shift=True),
+    )
+    denoiser.close()
+    return output.sequences
+
+
 def can_be_a_block_model(name):
     try:
         model = build(name)
@@ -90,8 +109,15 @@ def can_be_a_block_model(name):
     return None if window_of(model) is not None else model
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", known([*DENSE, *EXPERTS]))
+FEW = ("gpt2", "gpt_neox", "llama", "olmo2", "phi3", "qwen3", "smollm3")  # the others under eager in the slow tests
+FAMILIES = [
+    pytest.param(name, attention, marks=() if attention == "sdpa" or name in FEW else pytest.mark.slow)
+    for attention in ("sdpa", "eager")
+    for name in known([*DENSE, *EXPERTS])
+]
+
+
+@pytest.mark.parametrize(("name", "attention"), FAMILIES)
 def test_the_cache_changes_no_logit_in_any_family(name, attention):
     model = can_be_a_block_model(name)
     if model is None:
@@ -110,6 +136,7 @@ def test_the_cache_changes_no_logit_in_any_family(name, attention):
             direct = by_whole_prefixes(model, canvas, PADDED, wanted, shift=True)
             torch.testing.assert_close(found, direct, rtol=0, atol=1e-4 * float(expected.std()))
     assert (cached.take_computed() < plain.take_computed()).all()
+    assert torch.equal(*(sampled(model, z, PADDED, cached=cached) for cached in (False, True)))
 
 
 @pytest.mark.parametrize(("shift", "of_a_block"), [(True, B + 3 * B), (False, (3 + 1) * B)])

@@ -15,7 +15,7 @@ from llamafactory_ddm.modeling.bidirectional import full_attention_mask
 from llamafactory_ddm.modeling.block_attention import two_stream_inputs
 from llamafactory_ddm.objectives.block import BlockObjective
 from llamafactory_ddm.objectives.masked import MaskedObjective
-from support.blocks import forward, loss_by_blocks, two_streams
+from support.blocks import forward, loss_by_blocks, noised_ids, two_streams
 from support.tiny import LENGTH, MASK_ID, Rows, stack, tiny_model
 
 EOS, PAD = 0, 7
@@ -52,8 +52,7 @@ def test_answers_are_scored_block_by_block_with_their_prompts_in_clear(shift, we
     clean = ours.clean(ResponseCollator(pad_id=PAD, shift=shift, target_length=target_length)(answers()))
     batch = ours.noise(clean, sample_index=torch.arange(4), group_size=4)
     model, length = tiny_model().eval(), clean.x_0.shape[1]
-    z = batch.z_t[:, length:]
-    assert torch.equal(batch.z_t[:, :length], clean.x_0)
+    z = noised_ids(ours, clean, torch.arange(4))
     assert torch.equal(z[~clean.maskable], clean.x_0[~clean.maskable]) and MASK_ID not in batch.scored["targets"]
     total = torch.zeros(())
     for row in range(4):
@@ -61,7 +60,7 @@ def test_answers_are_scored_block_by_block_with_their_prompts_in_clear(shift, we
         parts = (clean.x_0[row, :n], z[row, :n], clean.maskable[row, :n])
         rule = {"block_length": 4, "shift": shift, "mask_id": MASK_ID, "weighted": weighting == "elbo"}
         total = total + loss_by_blocks(model, *parts, **rule)
-    torch.testing.assert_close(two_streams(model, ours, clean, batch), total, rtol=1e-5, atol=0)
+    torch.testing.assert_close(two_streams(model, ours, batch), total, rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
@@ -77,7 +76,7 @@ def test_blocks_of_one_token_with_shift_are_autoregressive():
         )
         logits = model(input_ids=clean.x_0[row : row + 1, :n], attention_mask=mask, use_cache=False).logits[0]
         total = total + torch.nn.functional.cross_entropy(logits[:-1], clean.x_0[row, 1:n], reduction="sum")
-    torch.testing.assert_close(two_streams(model, ours, clean, batch), total, rtol=1e-5, atol=0)
+    torch.testing.assert_close(two_streams(model, ours, batch), total, rtol=1e-5, atol=0)
     assert int(batch.denominator) == int(batch.n_maskable) == 15 + 8 + 11 and int(batch.n_masked) == 0
 
 
@@ -90,7 +89,7 @@ def test_one_block_is_masked_diffusion_of_the_row(shift):
     clean = ours.clean(rows(4, [16, 10, 16, 5]))
     assert torch.equal(clean.maskable, full.clean(rows(4, [16, 10, 16, 5])).maskable)
     batch = ours.noise(clean, sample_index=torch.arange(4), group_size=4)
-    z = batch.z_t[:, LENGTH:]
+    z = noised_ids(ours, clean, torch.arange(4))
     is_masked = (z == MASK_ID) & clean.maskable
     mask = full_attention_mask(
         model, batch=4, length=LENGTH, is_padding=clean.is_padding, visible=None, dtype=torch.float32, device="cpu"
@@ -99,9 +98,7 @@ def test_one_block_is_masked_diffusion_of_the_row(shift):
     logits = logits.roll(1, dims=1) if shift else logits
     cost = torch.nn.functional.cross_entropy(logits.transpose(1, 2), clean.x_0, reduction="none") * is_masked
     weight = clean.maskable.sum(dim=1) / is_masked.sum(dim=1)
-    torch.testing.assert_close(
-        two_streams(model, ours, clean, batch), (weight * cost.sum(dim=1)).sum(), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(two_streams(model, ours, batch), (weight * cost.sum(dim=1)).sum(), rtol=1e-5, atol=0)
     samples, index = 4, torch.arange(4)
     levels = evaluation_times(index, samples)
     pairs = zip(
@@ -113,9 +110,9 @@ def test_one_block_is_masked_diffusion_of_the_row(shift):
         assert torch.equal(one.z, other.z) and torch.equal(one.is_scored, other.is_scored)
 
 
-def bound_logits(model, ours):
+def bound_logits(model):
     def logits(z, index, placement):
-        inputs = two_stream_inputs(model, z, ours.block_length, dtype=torch.float32, **placement)
+        inputs = two_stream_inputs(model, z, dtype=torch.float32, **placement)
         return model(input_ids=z, use_cache=False, **inputs).logits.flatten(0, 1)[index]
 
     return logits
@@ -185,7 +182,7 @@ def test_the_bound_lies_above_the_exact_likelihood_and_every_estimate_has_it_as_
         assert int(batch.denominator) == draws * n_counted
         means = per_row(model, kind, clean, batch)
         assert abs(float(means.mean()) - bound) < 4 * float(means.std()) / math.sqrt(draws), noise
-    statistics = row_statistics(ours, clean, bound_logits(model, ours), samples=4, sample_index=torch.arange(draws))
+    statistics = row_statistics(ours, clean, bound_logits(model), samples=4, sample_index=torch.arange(draws))
     assert float(statistics[:, 0].mean()) == pytest.approx(bound, rel=5e-3)
     metrics = bound_metrics(statistics.sum(dim=0).tolist(), prefix="eval", term="nll")
     assert metrics["eval_loss"] == pytest.approx(bound / n_counted, rel=5e-3)
@@ -199,7 +196,7 @@ def test_the_bound_lies_above_the_exact_likelihood_and_every_estimate_has_it_as_
 
 def per_row(model, ours, clean, batch):
     """Return the weighted cost of each row."""
-    inputs = two_stream_inputs(model, batch.z_t, ours.block_length, dtype=torch.float32)
+    inputs = two_stream_inputs(model, batch.z_t, dtype=torch.float32, **batch.placement)
     logits = model(input_ids=batch.z_t, use_cache=False, **inputs).logits.flatten(0, 1)[batch.head_index]
     nll = torch.nn.functional.cross_entropy(logits, batch.scored["targets"], reduction="none")
     row = batch.head_index // batch.z_t.shape[1]
@@ -211,11 +208,11 @@ def test_evaluation_depends_on_the_sample_and_scores_first_tokens_once():
     ours, model = objective(), tiny_model().eval()
     clean = ours.clean(rows(6, [16, 9, 12, 16, 3, 1]))
     index = torch.arange(6)
-    whole = row_statistics(ours, clean, bound_logits(model, ours), samples=4, sample_index=index)
+    whole = row_statistics(ours, clean, bound_logits(model), samples=4, sample_index=index)
     assert whole.shape == (6, N_STATISTICS)
     for low in (0, 3):
         part = ours.clean({key: value[low : low + 3] for key, value in rows(6, [16, 9, 12, 16, 3, 1]).items()})
-        found = row_statistics(ours, part, bound_logits(model, ours), samples=4, sample_index=index[low : low + 3])
+        found = row_statistics(ours, part, bound_logits(model), samples=4, sample_index=index[low : low + 3])
         torch.testing.assert_close(found, whole[low : low + 3], rtol=1e-5, atol=1e-6)
     assert whole[:, 1].tolist() == [15, 8, 11, 15, 2, 0]
     assert whole[:, -1].tolist() == [3, 2, 2, 3, 0, 0]
@@ -231,10 +228,10 @@ def test_eight_rows_give_the_gradient_of_four_and_four(norm):
         noised = []
         for low, high in parts:
             clean = ours.clean({key: value[low:high] for key, value in batch.items()})
-            noised.append((clean, ours.noise(clean, sample_index=torch.arange(low, high), group_size=8)))
-        total = sum(each.denominator for _, each in noised)
-        for clean, each in noised:
-            (two_streams(model, ours, clean, each) / total).backward()
+            noised.append(ours.noise(clean, sample_index=torch.arange(low, high), group_size=8))
+        total = sum(each.denominator for each in noised)
+        for each in noised:
+            (two_streams(model, ours, each) / total).backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     whole = gradient([(0, 8)])
@@ -250,7 +247,7 @@ def test_norms_divide_by_what_they_say(norm):
     assert int(batch.denominator) == {"tokens": 15 + 8, "masked": len(batch.head_index), "sequence": 2}[norm]
     tokens = objective(norm="tokens").noise(clean, sample_index=torch.arange(3), group_size=3)
     ratio = batch.scored["weight"].view(torch.float32) / tokens.scored["weight"].view(torch.float32)
-    row = batch.head_index // (2 * LENGTH)
+    row = batch.head_index // batch.z_t.shape[1]
     expected = torch.tensor([1 / 15, 1 / 8, 1.0])[row] if norm == "sequence" else torch.ones(len(row))
     torch.testing.assert_close(ratio, expected)
 
@@ -270,9 +267,10 @@ def test_variable_length_and_truncated_rows_end_within_a_block():
 
 def targets(batch, clean):
     """Return [batch, length] bool, the tokens that the batch scores, from its head_index (with shift)."""
-    column = batch.head_index % batch.z_t.shape[1] % clean.x_0.shape[1] + 1
+    n_columns, position = batch.z_t.shape[1], batch.placement["position_ids"].expand(batch.z_t.shape)
+    row, column = batch.head_index // n_columns, batch.head_index % n_columns
     scored = torch.zeros_like(clean.x_0, dtype=torch.bool)
-    scored[batch.head_index // batch.z_t.shape[1], column] = True
+    scored[row, position[row, column] + 1] = True
     return scored
 
 
@@ -290,10 +288,10 @@ def test_the_next_turn_is_hidden_from_the_end_of_an_answer_as_in_generation(shif
     noised = [
         each.z for each in ours.evaluations(clean, levels, seed=0, sample_index=torch.zeros(1, dtype=torch.int64))
     ]
-    for z in (batch.z_t[:, 16:], *noised):
+    for z in (batch.z_t[:, 8:], *noised):
         shown = [0, 1, 2, 8, 9]
         assert bool((z[0, hidden] == MASK_ID).all()) and torch.equal(z[0, shown], ids[0, shown])
-    assert torch.equal(batch.z_t[:, :16], ids)
+    assert torch.equal(batch.z_t[:, :8], ids[:, :8])  # of the clean stream the second block is not needed
     assert set(batch.scored["targets"].tolist()) <= set(ids[maskable].tolist())
     assert int(batch.n_maskable) == 7
 
@@ -306,6 +304,6 @@ def test_an_eos_label_on_the_next_turns_first_token_is_predicted_from_clean_text
     ours = objective(4)
     clean = ours.clean(ResponseCollator(pad_id=PAD, shift=True)([turns] * 2))
     batch = ours.noise(clean, sample_index=torch.arange(2), group_size=2)
-    assert bool((batch.z_t[:, 4] == 20).all()) and bool((batch.z_t[:, 9 + 4] == 20).all())
+    assert bool((batch.z_t[:, 4] == 20).all()) and bool((batch.z_t[:, 8 + 4] == 20).all())
     at = (batch.head_index == 3).nonzero()[0, 0]  # the clean stream's last token of the first block
     assert int(batch.scored["targets"][at]) == EOS

@@ -8,6 +8,7 @@ import shutil
 
 import torch
 
+from llamafactory_ddm.diffusion.blocks import mask_blocks
 from llamafactory_ddm.modeling.bidirectional import full_attention_mask
 from llamafactory_ddm.modeling.block_attention import two_stream_inputs
 from llamafactory_ddm.modeling.diffusion_config import FILE_NAME
@@ -43,9 +44,17 @@ def loss_by_blocks(model, x_0, z, maskable, *, block_length, shift, mask_id, wei
     return total
 
 
-def two_streams(model, objective, clean, batch):
+def noised_ids(objective, clean, rows):
+    """Return the ids of the noisy stream, [batch, length], from the same random numbers as the batch's."""
+    parts = objective.parts(clean)
+    rule = {"schedule": objective.schedule, "time_epsilon": objective.time_epsilon, "seed": objective.seed}
+    masks = mask_blocks(parts.noisable, parts.block, objective.block_noise, sample_index=rows, **rule)
+    return clean.x_0.masked_fill(masks.is_masked | parts.behind, objective.mask_id)
+
+
+def two_streams(model, objective, batch):
     """Return the loss of a noised batch times its denominator, computed as the trainer does."""
-    inputs = two_stream_inputs(model, batch.z_t, objective.block_length, dtype=model.dtype, **clean.placement())
+    inputs = two_stream_inputs(model, batch.z_t, dtype=model.dtype, **batch.placement)
     logits = model(input_ids=batch.z_t, use_cache=False, **inputs).logits.flatten(0, 1)
     loss, _ = objective.loss(logits[batch.head_index], batch.scored, torch.ones(()))
     return loss

@@ -89,26 +89,6 @@ def behind_last(selected: Tensor, block: Tensor) -> Tensor:
     return (block >= 0) & (last >= 0) & (column > last)
 
 
-def sees(
-    query_block: Tensor, query_is_noisy: Tensor, key_block: Tensor, key_is_noisy: Tensor, same_document: Tensor
-) -> Tensor:
-    """Return whether a query may attend to a key in a row of two streams; the tensors broadcast.
-
-    A clean query sees the clean keys of its own block and of the blocks before it; a noisy query sees the clean keys
-    of the blocks before its own and the noisy keys of its own block. Padding sees nothing and is not seen.
-
-    Args:
-        query_block: int64, number of the query's block in its row, -1 for padding.
-        query_is_noisy: bool, whether the query is in the noisy stream.
-        key_block: int64.
-        key_is_noisy: bool.
-        same_document: bool, whether both are of one document.
-    """
-    before = ~key_is_noisy & same_document & (key_block < query_block)
-    is_token = (query_block >= 0) & (key_block >= 0)
-    return is_token & (before | ((query_block == key_block) & (query_is_noisy == key_is_noisy)))
-
-
 def mask_blocks(
     noisable: Tensor,
     block: Tensor,

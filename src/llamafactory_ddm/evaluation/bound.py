@@ -36,9 +36,8 @@ def row_statistics(
     """
     statistics = torch.zeros(len(clean.x_0), N_STATISTICS, dtype=torch.float64)
     levels = evaluation_times(sample_index, samples)
-    placement = clean.placement()
     for noised in objective.evaluations(clean, levels, seed=EVALUATION_SEED, sample_index=sample_index):
-        ids, index = objective.evaluation_input(clean, noised)
+        ids, index, placement = objective.evaluation_input(clean, noised)
         terms, bound = objective.evaluate(logits(ids, index, placement), clean, noised)
         statistics[:, 0] += bound / samples
         statistics[:, 1] = noised.n_counted

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..data.canvas import Canvas, CanvasBatch, stack_canvases
+from ..data.canvas import Canvas, CanvasBatch
 from ..diffusion.blocks import positions_of
 from ..modeling.diffusion_config import DiffusionConfig
 from ..sampling import SamplingSettings
@@ -95,8 +95,10 @@ def blocks_of(batch: CanvasBatch, config: DiffusionConfig) -> Tensor | None:
 def max_steps(canvas: Canvas, settings: SamplingSettings, config: DiffusionConfig) -> int:
     """Return the largest number of denoising steps of a canvas that decode a token, without edit steps."""
     steps = settings.diffusion_steps
-    block = blocks_of(stack_canvases([canvas], pad_id=0), config)
-    if block is None:
+    if config.train_block_length is None:
         return steps if settings.may_idle else min(steps, canvas.n_editable)
+    position = torch.arange(len(canvas))[None]
+    editable = torch.tensor([canvas.editable])
+    block = split_by_position(editable, position, config.train_block_length, shift=config.shift)
     sizes, of_block = sizes_of_blocks(block), steps_of_each_block(block, steps)
     return int((of_block if settings.may_idle else torch.minimum(of_block, sizes)).sum())

@@ -22,6 +22,7 @@ from ..data.canvas import Canvas, canvas_of, check_unmarked, infilling_canvas
 from ..data.collators import start_token_id
 from ..data.text_codec import TextCodec
 from ..modeling.bidirectional import probe_bidirectional
+from ..modeling.block_denoiser import check_block_attention
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.length_heads import LengthPredictors
 from ..modeling.model_info import max_positions
@@ -85,7 +86,7 @@ class TextGenerator:
             probe: test with a forward pass that the attention is bidirectional.
             lengths: fitted length predictors, or None.
         Raises:
-            NotBidirectionalError: if the model attends causally.
+            NotBidirectionalError: if the model attends causally, or as a block model takes no mask of blocks.
             ValueError: if the model was trained with shift and the tokenizer has no token to start with.
         """
         self.model = model.eval()
@@ -104,6 +105,8 @@ class TextGenerator:
         n_ids = max(tokenizer.get_vocab().values()) + 1  # the model may have more embeddings
         self.sizer = CanvasSizer(model, config, eos_ids=self.eos_ids, n_ids=n_ids, lengths=lengths)
         self.writer = Writer(self.sizer)
+        if config.train_block_length is not None:
+            check_block_attention(model)
         if probe:
             probe_bidirectional(model)
 
@@ -196,11 +199,12 @@ class TextGenerator:
         size = sum(parameter.numel() for parameter in model.parameters())
         noise = f"mixed noise ({config.uniform_ratio:g} random tokens)" if config.uniform_ratio else "masked noise"
         eos = ", ".join(self.tokenizer.convert_ids_to_tokens(list(self.eos_ids)))
+        blocks = "" if config.train_block_length is None else f", blocks of {config.train_block_length} tokens"
         template = "" if config.template is None else f", template {config.template.name or 'without a name'}"
         return (
             f"<{type(self).__name__}: {type(model).__name__} of {size / 1e6:.1f} million parameters, "
             f"{str(model.dtype).removeprefix('torch.')} on {model.device}; {noise}, mask {config.mask_token}, "
-            f"{'with' if config.shift else 'no'} shift, EOS {eos}{template}>"
+            f"{'with' if config.shift else 'no'} shift{blocks}, EOS {eos}{template}>"
         )
 
     def from_marked(self, text: str, *, label: str | None = None) -> Canvas:

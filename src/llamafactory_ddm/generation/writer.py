@@ -244,7 +244,8 @@ class Writer:
 
     def max_steps(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> int:
         """Return the largest number of denoising steps of a canvas, without edit steps."""
-        whole = map(self._in_whole_blocks, canvases)
+        by_size = {(len(canvas), canvas.n_editable): canvas for canvas in canvases}
+        whole = map(self._in_whole_blocks, by_size.values())
         return max(block_models.max_steps(canvas, settings, self.config) for canvas in whole)
 
     def _in_whole_blocks(self, canvas: Canvas) -> Canvas:

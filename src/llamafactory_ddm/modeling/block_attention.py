@@ -1,9 +1,4 @@
-"""Attention of block diffusion: the mask over two streams, their positions, and a probe that the model obeys it.
-
-A row has 2 L columns, [clean | noisy]: the clean text and the noised one, with the same positions twice. A clean
-query sees the clean keys of its own block and of the blocks before it. A noisy query sees the clean keys of the blocks
-before its own and the noisy keys of its own block. Both see their own document only.
-"""
+"""Attention of block diffusion: the mask over two streams, and a probe that the model obeys it."""
 
 from __future__ import annotations
 
@@ -12,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.blocks import block_of, positions_of, sees
+from ..diffusion.two_streams import sees
 from .bidirectional import NotBidirectionalError, additive_by_layer
 from .block_denoiser import check_block_attention
 from .model_info import dtype_of, implementation, text_config
@@ -22,56 +17,55 @@ from .sparse_attention import FLEX, sparse_mask
 _PROBE_LENGTH, _PROBE_BLOCK = 6, 3
 
 
-def two_stream_visibility(block: Tensor, document: Tensor | None = None) -> Tensor:
-    """Return [batch, 1, 2 * length, 2 * length] bool, True where a query (dim 2) may attend to a key (dim 3).
+def two_stream_visibility(block: Tensor, is_noisy: Tensor, document: Tensor | None = None) -> Tensor:
+    """Return [batch, 1, columns, columns] bool, True where a query (dim 2) may attend to a key (dim 3).
 
     Args:
-        block: [batch, length] int64, the number of each token's block in its row, -1 for padding, from `block_of`.
-        document: [batch, length] int64, index of the packed document of each token; None if a row is one document.
+        block: [batch, columns] int64, the number of each column's block in its row, -1 for padding.
+        is_noisy: [batch, columns] bool, columns of the noisy stream.
+        document: [batch, columns] int64, index of the packed document of each; None if a row is one document.
     """
-    twice = torch.cat([block, block], dim=1)
-    is_noisy = torch.arange(twice.shape[1], device=block.device) >= block.shape[1]
-    one = torch.ones((), dtype=torch.bool, device=block.device)
+    same = torch.ones((), dtype=torch.bool, device=block.device)
     if document is not None:
-        documents = torch.cat([document, document], dim=1)
-        one = documents[:, :, None] == documents[:, None, :]
-    allowed = sees(twice[:, :, None], is_noisy[:, None], twice[:, None, :], is_noisy[None, :], one)
-    return (allowed | torch.eye(twice.shape[1], dtype=torch.bool, device=block.device))[:, None]
+        same = document[:, :, None] == document[:, None, :]
+    allowed = sees(block[:, :, None], is_noisy[:, :, None], block[:, None, :], is_noisy[:, None, :], same)
+    return (allowed | torch.eye(block.shape[1], dtype=torch.bool, device=block.device))[:, None]
 
 
 def two_stream_inputs(
     model: nn.Module,
     ids: Tensor,
-    block_length: int,
     *,
     dtype: torch.dtype,
-    is_padding: Tensor | None = None,
+    block: Tensor,
+    is_noisy: Tensor,
+    position_ids: Tensor,
     document: Tensor | None = None,
-    position_ids: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the arguments `attention_mask` and `position_ids` of a forward of two streams.
 
+    Each tensor is [batch, columns] or, if all rows have the same, [columns].
+
     Args:
         model: the unwrapped model.
-        ids: [batch, 2 * length] int64, the two streams.
-        block_length: tokens in a block.
+        ids: [batch, columns] int64, the two streams.
         dtype: of the attention's queries.
-        is_padding: [batch, length] bool, padding that no token attends to; None if there is none.
-        document: [batch, length] int64, index of the packed document of each token; None if a row is one document.
-        position_ids: [batch, length] int64, positions within packed documents; None if a row is one document.
+        block: int64, the number of each column's block in its row, -1 for padding.
+        is_noisy: bool, columns of the noisy stream.
+        position_ids: int64, positions within the document.
+        document: int64, index of the packed document of each column; None if a row is one document.
     Raises:
         NotBidirectionalError: as `check_block_attention`.
     """
     check_block_attention(model)
-    length = ids.shape[1] // 2
-    position = positions_of(ids[:, :length], is_padding=is_padding, position_ids=position_ids)
-    block = block_of(position, block_length, is_padding=is_padding)
+    columns = (block, is_noisy) if document is None else (block, is_noisy, document)
+    rows = [value[None] if value.dim() == 1 else value for value in columns]
     if implementation(model) == FLEX:
-        mask = sparse_mask(block, document)
+        mask = sparse_mask(*rows)
         mask = {"full_attention": mask} if getattr(text_config(model), "layer_types", None) else mask
     else:
-        mask = additive_by_layer(model, two_stream_visibility(block, document), dtype)
-    return {"attention_mask": mask, "position_ids": torch.cat([position, position], dim=1).expand(ids.shape)}
+        mask = additive_by_layer(model, two_stream_visibility(*rows), dtype)
+    return {"attention_mask": mask, "position_ids": position_ids.expand(ids.shape)}
 
 
 @torch.no_grad()
@@ -100,7 +94,15 @@ def _probe(model: nn.Module, inner: nn.Module) -> None:
     ids = torch.arange(2 * length, device=device)[None] % vocabulary
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype_of(inner)
     name = f"{type(inner).__name__} under {implementation(inner)!r} attention"
-    inputs = two_stream_inputs(inner, ids, block, dtype=dtype)
+    position = torch.arange(length, device=device).repeat(2)
+    inputs = two_stream_inputs(
+        inner,
+        ids,
+        dtype=dtype,
+        block=torch.div(position, block, rounding_mode="floor"),
+        is_noisy=torch.arange(2 * length, device=device) >= length,
+        position_ids=position,
+    )
 
     def logits(ids: Tensor) -> Tensor:
         result: Tensor = model(input_ids=ids, use_cache=False, **inputs).logits[0].float()

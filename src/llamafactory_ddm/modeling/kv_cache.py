@@ -82,7 +82,8 @@ class ColumnLayer(CacheLayerMixin):
             return fresh  # as without a cache, so that the result is the same bit for bit
         index = torch.arange(len(stored), device=stored.device) if rows is None else rows
         stored[index[:, None], :, columns] = fresh.transpose(1, 2)
-        return (stored if rows is None else stored[rows])[:, :, :end]
+        seen = stored[:, :, :end]
+        return seen if rows is None else seen[rows]
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return the number of keys and the first key's column; transformers below 5 gives the queries' columns."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.blocks import sees
+from ..diffusion.two_streams import sees
 from .model_info import implementation, text_config
 
 FLEX = "flex_attention"
@@ -50,33 +50,27 @@ def attention_implementation(model: Any, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def mask_rule(block: Tensor, document: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def mask_rule(
+    block: Tensor, is_noisy: Tensor, document: Tensor | None = None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the rule of `two_stream_visibility` as FlexAttention takes it: (row, head, query, key) -> bool.
 
-    Args:
-        block: [batch, length] int64, the number of each token's block in its row, -1 for padding.
-        document: [batch, length] int64, index of the packed document of each token; None if a row is one document.
+    The arguments are those of `two_stream_visibility`; one row of them serves every row of a batch.
     """
-    length = block.shape[1]
     documents = torch.zeros_like(block) if document is None else document
 
     def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        row, at, to = row % len(block), query % length, key % length  # one row serves a batch without padding
-        seen = sees(
-            block[row, at],
-            query >= length,
-            block[row, to],
-            key >= length,
-            documents[row, at] == documents[row, to],
-        )
+        row = row % len(block)
+        same = documents[row, query] == documents[row, key]
+        seen = sees(block[row, query], is_noisy[row, query], block[row, key], is_noisy[row, key], same)
         return seen | (query == key)
 
     return rule
 
 
-def sparse_mask(block: Tensor, document: Tensor | None) -> Any:
+def sparse_mask(block: Tensor, is_noisy: Tensor, document: Tensor | None = None) -> Any:
     """Return the mask of `two_stream_visibility` as a `BlockMask` of FlexAttention; the arguments are the same."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    columns = 2 * block.shape[1]
-    return create_block_mask(mask_rule(block, document), len(block), None, columns, columns, device=block.device)
+    rows, columns = block.shape
+    return create_block_mask(mask_rule(block, is_noisy, document), rows, None, columns, columns, device=block.device)

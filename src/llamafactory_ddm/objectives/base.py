@@ -123,13 +123,15 @@ class TrainingBatch:
     """A noised micro-batch: the tensors that a training step needs.
 
     Attributes:
-        z_t: [batch, length] int64, the model's input; [batch, 2 * length] with two streams (`objectives/block.py`).
+        z_t: [batch, length] int64, the model's input; [batch, columns] with two streams (`objectives/block.py`).
         head_index: [n_scored] int64, indices into the flattened hidden states that predict the scored tokens.
         scored: the loss's inputs by name, [n_scored] integers each. Floats are stored as bits (`as_bits`), as
             DeepSpeed would cast them to half precision on their way to the device.
         denominator: int64 scalar, this batch's part of the number that divides the weighted sum.
         n_maskable: int64 scalar, number of maskable tokens.
         n_masked: int64 scalar, number of tokens that became [MASK].
+        placement: of `z_t`, [batch, columns] or, if all rows have the same, [columns]: `block`, `is_noisy`,
+            `position_ids` and perhaps `document` of two streams; None if it is that of the clean batch.
     """
 
     z_t: Tensor
@@ -138,6 +140,7 @@ class TrainingBatch:
     denominator: Tensor
     n_maskable: Tensor
     n_masked: Tensor
+    placement: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -267,9 +270,11 @@ class Objective(ABC):
             sample_index: [batch] int64, index of each row in the data set.
         """
 
-    def evaluation_input(self, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
-        """Return the model's input for an evaluation, [batch, length] int64, and `head_index`, [n_scored] int64."""
-        return clean.displayed(noised.z), head_index(noised.is_scored, self.shift)
+    def evaluation_input(
+        self, clean: CleanBatch, noised: EvaluationBatch
+    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        """Return an evaluation's `z_t`, `head_index` and placement, as in `TrainingBatch`."""
+        return clean.displayed(noised.z), head_index(noised.is_scored, self.shift), clean.placement()
 
     @abstractmethod
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:

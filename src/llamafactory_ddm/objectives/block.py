@@ -20,6 +20,7 @@ from ..diffusion.blocks import (
 )
 from ..diffusion.loss_weights import denominator
 from ..diffusion.losses import masked_cross_entropy
+from ..diffusion.two_streams import arrange_columns
 from .base import CleanBatch, EvaluationBatch, TrainingBatch, as_bits
 from .masked import MaskedObjective
 
@@ -58,9 +59,9 @@ class BlockEvaluation(EvaluationBatch):
 class BlockObjective(MaskedObjective):
     """Block diffusion: each block is noised by itself, and predicted from its noised tokens and the clean text before.
 
-    The model's input is a row of two streams, [clean | noisy], 2 * length columns with the same positions twice. The
-    clean stream encodes finished blocks; the noisy stream sees the clean blocks before its own and the noised tokens
-    of its own (`modeling/block_attention.py` makes the mask). One forward pass thus scores all blocks.
+    The model's input is a row of two streams, [clean | noisy] (`diffusion/two_streams.py`). The clean stream encodes
+    finished blocks; the noisy stream sees the clean blocks before its own and the noised tokens of its own. One
+    forward pass thus scores all blocks.
 
     Without shift the loss of a block is the evidence bound of masked diffusion in it,
 
@@ -105,27 +106,42 @@ class BlockObjective(MaskedObjective):
         noisable = clean.maskable & ~begins
         return BlockParts(block, clean.maskable & begins, noisable, behind_last(noisable, block))
 
-    def head_index(self, is_masked: Tensor, is_first: Tensor) -> Tensor:
-        """Return the indices of the hidden states that predict the scored tokens.
-
-        Args:
-            is_masked: [batch, length] bool, tokens that the noisy stream predicts.
-            is_first: [batch, length] bool, tokens that the clean stream predicts.
-        Returns:
-            [n_scored] int64 into [batch * 2 * length], in row-major order of the scored tokens.
-        """
-        length = is_masked.shape[1]
-        row, column = (is_masked | is_first).nonzero().unbind(dim=1)
-        stream = torch.where(is_first[row, column], 0, length)
-        return row * (2 * length) + stream + column - int(self.shift)
-
     def _noised(self, clean: CleanBatch, parts: BlockParts, is_masked: Tensor) -> Tensor:
         """Return [batch, length] int64, the ids of the noisy stream."""
         return clean.x_0.masked_fill(is_masked | parts.behind, self.mask_id)
 
-    def streams(self, clean: CleanBatch, z: Tensor) -> Tensor:
-        """Return the model's input for noised ids, [batch, 2 * length]."""
-        return torch.cat([clean.displayed(clean.x_0), clean.displayed(z)], dim=1)
+    def _streams(
+        self, clean: CleanBatch, parts: BlockParts, z: Tensor, is_masked: Tensor, is_first: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the model's input for the noised ids `z`, `head_index`, and `TrainingBatch.placement`.
+
+        Args:
+            clean: the batch.
+            parts: its parts.
+            z: [batch, length] int64, the noised ids.
+            is_masked: [batch, length] bool, tokens that the noisy stream predicts.
+            is_first: [batch, length] bool, tokens that the clean stream predicts.
+        """
+        length = z.shape[1]
+        columns = arrange_columns(parts.block, is_masked, is_first, clean.document)
+
+        def in_columns(of_clean: Tensor, of_noisy: Tensor) -> Tensor:
+            return torch.cat([of_clean, of_noisy], dim=1).gather(1, columns.source)
+
+        position = self._positions(clean)
+        placement = {
+            "block": in_columns(parts.block, parts.block).masked_fill(~columns.is_used, -1),
+            "is_noisy": columns.source >= length,
+            "position_ids": in_columns(position, position),
+        }
+        if clean.document is not None:
+            placement["document"] = in_columns(clean.document, clean.document)
+        if columns.is_plain:
+            placement = {name: value[0] for name, value in placement.items()}
+        row, token = (is_masked | is_first).nonzero().unbind(dim=1)
+        source = torch.where(is_first[row, token], 0, length) + token - int(self.shift)
+        head_index = row * columns.source.shape[1] + columns.place[row, source]
+        return in_columns(clean.displayed(clean.x_0), clean.displayed(z)), head_index, placement
 
     def noise(self, clean: CleanBatch, *, sample_index: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw the noise of each block of a micro-batch; the arguments are those of `Objective.noise`."""
@@ -145,9 +161,12 @@ class BlockObjective(MaskedObjective):
         )
         if self.norm == "sequence":
             weight = weight / maskable.sum(dim=1, keepdim=True).clamp(min=1)
+        z = self._noised(clean, parts, masks.is_masked)
+        ids, head_index, placement = self._streams(clean, parts, z, masks.is_masked, parts.is_first)
         return TrainingBatch(
-            z_t=self.streams(clean, self._noised(clean, parts, masks.is_masked)),
-            head_index=self.head_index(masks.is_masked, parts.is_first),
+            z_t=ids,
+            head_index=head_index,
+            placement=placement,
             scored={"targets": clean.x_0[is_scored], "weight": as_bits(weight[is_scored])},
             denominator=denominator(is_scored, maskable, self.norm),
             n_maskable=maskable.sum(),
@@ -179,10 +198,12 @@ class BlockObjective(MaskedObjective):
                 factor=torch.where(is_first, float(samples), masks.weight),
             )
 
-    def evaluation_input(self, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
-        """Return the two streams and their `head_index`."""
+    def evaluation_input(
+        self, clean: CleanBatch, noised: EvaluationBatch
+    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        """Return the two streams, `head_index` and the placement of the columns."""
         is_first = cast(BlockEvaluation, noised).is_first
-        return self.streams(clean, noised.z), self.head_index(noised.is_scored & ~is_first, is_first)
+        return self._streams(clean, self.parts(clean), noised.z, noised.is_scored & ~is_first, is_first)
 
     def evaluate(self, logits: Tensor, clean: CleanBatch, noised: EvaluationBatch) -> tuple[Tensor, Tensor]:
         """Return cross-entropies and bounds; the arguments are those of `Objective.evaluate`."""

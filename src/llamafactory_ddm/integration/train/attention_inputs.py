@@ -13,11 +13,12 @@ from ...modeling.bidirectional import full_attention_mask, probe_bidirectional
 from ...modeling.block_attention import probe_block_attention, two_stream_inputs
 from ...modeling.diffusion_config import DiffusionConfig
 
-PLACEMENT = ("is_padding", "document", "position_ids")  # as in `CleanBatch.placement`
+# Names in `CleanBatch.placement` and `TrainingBatch.placement`.
+PLACEMENT = ("is_padding", "document", "position_ids", "block", "is_noisy")
 
 
 class AttentionInputs:
-    """Builds the arguments of a forward; without padding and packing once for each step and shape."""
+    """Builds the arguments of a forward, for rows without padding and packing once for each step and shape."""
 
     def __init__(self, config: DiffusionConfig, seed: int) -> None:
         """Start a run.
@@ -26,7 +27,7 @@ class AttentionInputs:
             config: the diffusion config of the run.
             seed: the run's seed, which keys the annealed mask.
         """
-        self._block_length = config.train_block_length if config.attention == "block" else None
+        self._is_block = config.attention == "block"
         self._seed = seed
         self._key: tuple[int, ...] | None = None
         self._inputs: dict[str, Any] = {}
@@ -42,7 +43,7 @@ class AttentionInputs:
         Raises:
             NotBidirectionalError: if it does not.
         """
-        probe = probe_bidirectional if self._block_length is None else probe_block_attention
+        probe = probe_block_attention if self._is_block else probe_bidirectional
         probe(model, inner=inner)
 
     def of_step(
@@ -59,7 +60,8 @@ class AttentionInputs:
             step: number of finished optimiser steps.
         """
         draw = step if ratio < 1.0 else -1
-        key = None if placement else (draw, *ids.shape)
+        is_shared = all(value.dim() == 1 for value in placement.values())  # by all rows, and it follows from the shape
+        key = (draw, *ids.shape) if is_shared else None
         if key is None or key != self._key:
             visible = None if ratio == 1.0 else self._step_visibility(ratio, draw, ids.shape[1], ids.device)
             self._inputs = self.build(model, ids, placement, dtype, visible=visible)
@@ -76,8 +78,8 @@ class AttentionInputs:
         visible: Tensor | None = None,
     ) -> dict[str, Any]:
         """Return the arguments of a forward; `visible` is that of `full_attention_mask`, without blocks."""
-        if self._block_length is not None:
-            return two_stream_inputs(model, ids, self._block_length, dtype=dtype, **placement)
+        if self._is_block:
+            return two_stream_inputs(model, ids, dtype=dtype, **placement)
         mask = full_attention_mask(
             model,
             batch=ids.shape[0],

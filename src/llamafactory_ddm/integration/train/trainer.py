@@ -170,7 +170,7 @@ class DiffusionTrainer(CustomTrainer):
             "input_ids": batch.z_t,  # under this name transformers counts tokens and operations
             "head_index": batch.head_index,
             **batch.scored,
-            **clean.placement(),
+            **(clean.placement() if batch.placement is None else batch.placement),
         }
         return inputs, batch.denominator
 
@@ -381,7 +381,7 @@ class DiffusionTrainer(CustomTrainer):
             model: the prepared model.
             z: [batch, columns] int64, on any device.
             head_index: [n] int64, into [batch * columns].
-            placement: from `CleanBatch.placement`.
+            placement: from `Objective.evaluation_input`, or `CleanBatch.placement` with full attention.
         """
         device = self.args.device
         z, head_index = z.to(device), head_index.to(device)
