@@ -175,7 +175,9 @@ class CachedDenoiser(ModelDenoiser):
             scope=scope,
             asked=asked,
         )
-        branch.passes[rows] = torch.where(fresh.all(dim=1), 1, branch.passes[rows] + 1)
+        # Padding counts as computed, so that a row's passes are those that it has without padding.
+        whole = fresh if self._is_padding is None else fresh | self._is_padding[rows]
+        branch.passes[rows] = torch.where(whole.all(dim=1), 1, branch.passes[rows] + 1)
         branch.computed_from[rows] = torch.where(fresh, z, branch.computed_from[rows])
         branch.scope[rows] = scope
         passes = []
