@@ -2,6 +2,7 @@
 
 import dataclasses
 import tracemalloc
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import llamafactory_ddm
 from llamafactory_ddm import LogitsConfig, SamplingSettings, load
+from llamafactory_ddm.generation import canvas_size
 from llamafactory_ddm.generation.generator import TextGenerator
 from llamafactory_ddm.generation.writer import FilledCanvas
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
@@ -532,5 +534,14 @@ def test_mistakes_with_caches(generator, monkeypatch):
         with pytest.raises(ValueError, match=words):
             generator.generate("dog", max_new_tokens=4, **keys)
     monkeypatch.setattr(generator.model.config, "_attn_implementation", "flash_attention_2")
-    with pytest.raises(ValueError, match=r"kv_cache: dual .*flash_attn: sdpa"):
-        generator.check([generator.from_noise(9)], SamplingSettings(kv_cache="dual"))
+    canvases, settings = [generator.from_noise(9)], SamplingSettings(kv_cache="dual")
+    for call in (generator.check, partial(generator.sample_batch, sample_indices=[0])):
+        with pytest.raises(ValueError, match=r"kv_cache: dual .*flash_attn: sdpa"):
+            call(canvases, settings)
+
+
+def test_the_cache_is_tried_once(generator, monkeypatch):
+    made, tries = TextGenerator(generator.model, generator.tokenizer, generator.config), []
+    monkeypatch.setattr(canvas_size, "check_cacheable", lambda model, kind, *, length, probe: tries.append(probe))
+    made.generate(PROMPTS, max_new_tokens=4, batch_size=1, kv_cache="prefix")
+    assert tries[0] and not any(tries[1:])

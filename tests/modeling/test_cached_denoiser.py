@@ -344,6 +344,24 @@ def test_rows_do_not_depend_on_their_batch(family, kind, refresh):
         assert alone.computed <= output.sample_computed[row]
 
 
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_padding_does_not_delay_a_refresh(kind):
+    """A pass over all tokens of a row counts as one over all columns, with padding in front of them or without."""
+
+    def computed(n):
+        """Columns of each pass over a row of 7 tokens behind `n` of padding: the first token, and a block."""
+        column = torch.arange(n + 7)[None]
+        denoiser = cached(make(), kind, 3, is_padding=column < n if n else None)
+        z, counts = torch.full((1, n + 7), MASK_ID), []
+        for asked in ([1, 4], [1, 4], [4], [4], [4], [4]):  # the prediction of token 1 is read at token 0
+            list(denoiser.step(column > n)(z, torch.tensor(asked) + n))
+            counts.append(int(denoiser.take_computed()))
+        return counts
+
+    assert computed(0) == [7, 7, 6, 6, 7, 6]
+    assert computed(5) == [12, 7, 6, 6, 12, 6]
+
+
 # Errors
 
 

@@ -75,6 +75,7 @@ class CanvasSizer:
         self.eos_ids = tuple(sorted(eos_ids))
         self.lengths = lengths
         self._n_ids = n_ids
+        self._is_cacheable = False  # whether the model was found to be
         variable = config.variable_length
         self.block = 1 if variable is None else variable.block or 1  # canvas lengths are multiples of it
 
@@ -89,7 +90,11 @@ class CanvasSizer:
             settings: of the one call of the sampler that the denoiser is for; their `kv_cache` applies. None for a
                 denoiser without a cache.
             keep_hidden: see `ModelDenoiser`.
+        Raises:
+            ValueError: if the model cannot decode with this cache, see `check_cacheable`.
         """
+        if settings is not None:
+            self._check_cache(canvases, settings)
         batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
         is_padding = batch.is_padding.to(self.model.device) if bool(batch.is_padding.any()) else None
         denoiser = self._make(settings)(
@@ -143,11 +148,8 @@ class CanvasSizer:
         Raises:
             ValueError: see `sized` and `check_cacheable`.
         """
-        early_stop, kind = settings.early_stop, settings.kv_cache
-        if kind is None and self.config.train_block_length is not None:
-            kind = "prefix"
-        if kind is not None and kind != "none":
-            check_cacheable(self.model, kind, length=max(map(len, canvases), default=0))
+        self._check_cache(canvases, settings)
+        early_stop = settings.early_stop
         if early_stop not in ("predict", "grow"):
             return
         if not self.eos_ids:
@@ -168,6 +170,16 @@ class CanvasSizer:
                 )
             if early_stop == "predict":
                 self.threshold(settings, canvas)
+
+    def _check_cache(self, canvases: Sequence[Canvas], settings: SamplingSettings) -> None:
+        """Check that the model can decode with the cache of `kv_cache`; its first call runs the model."""
+        kind = settings.kv_cache
+        if kind is None and self.config.train_block_length is not None:
+            kind = "prefix"
+        if kind is not None and kind != "none":
+            length = max(map(len, canvases), default=0)
+            check_cacheable(self.model, kind, length=length, probe=not self._is_cacheable)
+            self._is_cacheable = True
 
     def first_step(
         self, canvases: Sequence[Canvas], settings: SamplingSettings | None = None, *, keep_hidden: bool = False

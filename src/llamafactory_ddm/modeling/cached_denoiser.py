@@ -175,7 +175,9 @@ class CachedDenoiser(ModelDenoiser):
             scope=scope,
             asked=asked,
         )
-        branch.passes[rows] = torch.where(fresh.all(dim=1), 1, branch.passes[rows] + 1)
+        # Padding counts as computed, so that a row's passes are those that it has without padding.
+        whole = fresh if self._is_padding is None else fresh | self._is_padding[rows]
+        branch.passes[rows] = torch.where(whole.all(dim=1), 1, branch.passes[rows] + 1)
         branch.computed_from[rows] = torch.where(fresh, z, branch.computed_from[rows])
         branch.scope[rows] = scope
         passes = []
@@ -191,19 +193,20 @@ class CachedDenoiser(ModelDenoiser):
         """Return the logits at the first `limit` of `head_index`, all in the pass's rows of `z`; see `_forward`."""
         length, is_whole = z.shape[1], len(one.rows) == len(z)
         position_ids, is_padding = self._of_requested(self._position_ids), self._of_requested(self._is_padding)
-        row, column = head_index // length, head_index % length
         if not is_whole:
-            row, rows, z = torch.searchsorted(one.rows, row), rows[one.rows], z[one.rows]
+            row = torch.searchsorted(one.rows, head_index // length)
+            head_index, rows, z = row * length + head_index % length, rows[one.rows], z[one.rows]
             position_ids, is_padding = (None if x is None else x[one.rows] for x in (position_ids, is_padding))
         if one.columns is None:
             mask = self._attention_mask(z) if is_whole else self._mask_of(z, is_padding)
         else:
             mask = self._mask_of(z, is_padding, one.columns)
-            column = torch.searchsorted(one.columns[row], column[:, None])[:, 0]
+            first = length * torch.arange(len(z), device=z.device)[:, None]
+            head_index = torch.searchsorted((first + one.columns).flatten(), head_index)
             position_ids = one.columns if position_ids is None else position_ids.gather(1, one.columns)
             z = z.gather(1, one.columns)
         with branch.cache.writing(one.columns, rows=None if len(rows) == len(branch.scope) else rows):
-            return self._run(z, mask, position_ids, row * z.shape[1] + column, limit, branch.cache)
+            return self._run(z, mask, position_ids, head_index, limit, branch.cache)
 
 
 def _of_like_width(widths: list[int], length: int) -> list[tuple[list[int], int]]:
@@ -228,13 +231,14 @@ def _columns(fresh: Tensor, width: int) -> Tensor:
     return columns.gather(1, torch.arange(width, device=fresh.device).minimum(last))
 
 
-def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0) -> None:
+def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0, probe: bool = True) -> None:
     """Check with two short forward passes that cached columns are seen as those of the same pass.
 
     Args:
         model: with bidirectional attention.
         kind: `prefix` or `dual`.
         length: columns of the longest canvas.
+        probe: whether to run the two passes.
     Raises:
         ValueError: naming kv_cache, if they are not, or position embeddings depend on which columns a pass computes.
     """
@@ -249,6 +253,8 @@ def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0) -> No
             f"kv_cache: {kind} is not supported with flash attention (flash_attn: fa2, fa3), which takes the queries "
             "for the last columns; set flash_attn: sdpa, or kv_cache: none"
         )
+    if not probe:
+        return
     try:
         with evaluation_mode(model):
             whole, part = _logits_of_two_columns(model)
