@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from support.cli import evaluations, history, predictions, run, train_here
+from support.cli import ABSENT, evaluations, history, predictions, run, train_here
 from support.published import write_llada
 
 pytest.importorskip("bitsandbytes")
@@ -81,3 +81,15 @@ def test_published_weights_in_four_bits(small_data, tmp_path):
 
 def adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.slow
+def test_an_adapter_in_blocks_trains_near_the_run_in_full_precision(finetune, tmp_path):
+    blocks = {"attention": "block", "train_block_length": 4, "antithetic_time": ABSENT}
+    keys = {"recipe": LORA, "max_steps": 2, "do_eval": True, "eval_strategy": "steps", "eval_steps": 1, **blocks}
+    full = finetune(tmp_path / "full", **keys)
+    quantized = finetune(tmp_path / "quantized", quantization_bit=4, **keys)
+    for a, b in zip(history(full), history(quantized), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.05) and b["loss"] != a["loss"]
+    bounds = [evaluations(folder)[0]["eval_loss"] for folder in (quantized, full)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=0.05)
