@@ -1,6 +1,7 @@
 """SDAR in its published layout: loaded as a Qwen3 with block attention, written back, and what does not fit."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from llamafactory_ddm import load
 from llamafactory_ddm.checkpoints.convert import convert
 from llamafactory_ddm.checkpoints.families import configuration_sdar, family_of_converted, find_diffusion_config
 from llamafactory_ddm.checkpoints.families.base import rope_theta
+from llamafactory_ddm.checkpoints.families.sdar import Sdar
 from llamafactory_ddm.checkpoints.hub import local_folder
 from llamafactory_ddm.checkpoints.load_model import load_whole
 from llamafactory_ddm.cli.main import main
@@ -191,6 +193,14 @@ def test_a_model_trained_here_becomes_an_sdar(tmp_path, tied):
     assert ("lm_head.weight" in all_weights(out)) is not tied
 
 
+def test_a_mask_token_that_engines_do_not_find(tmp_path, caplog):
+    convert(trained_here(tmp_path / "trained"), tmp_path / "out", to_published="sdar")
+    assert re.search(r"id 266.*151669.*mask_token", caplog.text)
+    caplog.clear()
+    config = replace(DiffusionConfig.load(tmp_path / "out"), mask_token_id=151669)
+    assert Sdar.published_config(PLAIN, config)["mask_token_id"] == 151669 and not caplog.text
+
+
 def test_the_configuration_class_keeps_what_engines_read(tmp_path):
     convert(trained_here(tmp_path / "trained"), tmp_path / "out", to_published="sdar")
     assert (tmp_path / "out" / "configuration_sdar.py").read_bytes() == Path(configuration_sdar.__file__).read_bytes()
@@ -326,6 +336,9 @@ def test_a_missing_target_is_an_error(words):
         ({"block_size": 0}, "block_size.*0"),
         ({"block_size": "four"}, "block_size.*'four'"),
         ({"mask_token_id": 287}, "mask_token_id .*SDAR.*287.*--mask-token"),
+        ({"mask_token_id": -1}, "mask_token_id .*SDAR.*-1.*--mask-token"),
+        ({"mask_token_id": "<mask>"}, "mask_token_id .*SDAR.*'<mask>'.*--mask-token"),
+        ({"mask_token_id": 3.5}, "mask_token_id .*SDAR.*3.5.*--mask-token"),
         ({"model_type": "sdar_moe", "num_experts": 8}, "sdar_moe.*not supported"),
     ],
     ids=str,

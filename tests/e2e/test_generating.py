@@ -200,11 +200,12 @@ def test_edits_are_counted_and_shown_on_the_page(generate, tmp_path):
 def test_remasking_is_shown_on_the_page(generate, tmp_path):
     out = tmp_path / "out"
     keys = {"denoising_strategy": "remdm", "remask_cap": 0.6, "diffusion_steps": 16}
-    generate(out, save_trace=True, **keys)
+    generate(out, save_trace=True, kv_cache="dual", cache_refresh=4, **keys)
     page = (out / "generated_predictions.html").read_text()
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
     assert all(-1 in sample["events"][2::3] for sample in data["samples"])
-    assert ["remask cap", "0.6"] in data["facts"] and "edits" not in read_records(out)[0]
+    assert all(fact in data["facts"] for fact in (["remask cap", "0.6"], ["KV cache", "dual, refresh 4"]))
+    assert "edits" not in read_records(out)[0]
 
 
 def test_more_steps_than_tokens_is_logged_and_costs_nothing(generate, tmp_path, caplog):

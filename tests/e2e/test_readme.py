@@ -10,6 +10,7 @@ import pytest
 
 from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
 from llamafactory_ddm.integration.patches import compatibility
+from support.blocks import as_block_model
 from support.cli import ROOT, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +56,7 @@ def test_readme_has_two_commands_that_are_complete():
 
 def test_the_commands_are_those_that_are_exercised():
     """A YAML that a page names runs in test_examples.py; the others run below."""
-    assert len(SHELL) == 2 and "--show" in SHELL[0] and "--infill" in SHELL[1]
+    assert len(SHELL) == 4 and sum("ddm_block " in line for line in SHELL) == 2
     for line in COMMANDS:
         program, command, *words = shlex.split(line)
         if line not in (EXPORT, *SHELL, PLOT, *TASKS):
@@ -99,9 +100,11 @@ def test_supported_versions_agree():
 
 
 @pytest.mark.slow
-def test_the_commands_for_people_run(checkpoint):
-    """The two command lines and the three lines of Python, on a model of three steps."""
+def test_the_commands_for_people_run(checkpoint, tmp_path):
+    """The command lines and the three lines of Python, on a model of three steps, and the same as a block model."""
+    block = as_block_model(checkpoint, tmp_path / "block")
     for line in SHELL:
+        line = line.replace("saves/tiny_gpt2/full/ddm_block", str(block))
         words = shlex.split(line.replace("saves/tiny_gpt2/full/ddm", str(checkpoint)))
         assert run(*words[1:], program=words[0]).stdout.strip()
     (block,) = re.findall(r"```python\n(.*?)```", DOCS["generation"], re.S)

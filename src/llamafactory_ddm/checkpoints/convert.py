@@ -26,7 +26,7 @@ from .families import (
     family_of_converted,
     raw_config,
 )
-from .families.base import load_tokenizer, with_start_and_end
+from .families.base import load_tokenizer, mask_of, with_start_and_end
 from .layouts import AnyLayout, layout_of, stored_num_embeddings
 from .rename import check_adapter_keys, check_keys, is_tied, renamer, write_weights
 from .weights import first_line, keys_of, read_weight, stored_dtype, verify_checkpoint, weight_files
@@ -249,9 +249,7 @@ def _config_of_family(
         ValueError: if neither config.json nor --mask-token names a token of the tokenizer.
     """
     raw, mask_token = family.complete(raw_config(source), tokenizer, source), tokens["mask_token"]
-    mask_id = raw.get("mask_token_id")
-    is_known = mask_id is not None and tokenizer.convert_ids_to_tokens(int(mask_id)) is not None
-    if mask_token is not None and not is_known:
+    if mask_token is not None and mask_of(raw, tokenizer) is None:
         raw["mask_token_id"] = resolve_token(tokenizer, "--mask-token", mask_token)[1]
     return family.diffusion_config(raw, tokenizer)
 

@@ -216,14 +216,14 @@ class ModelFamily:
         Raises:
             ValueError: if config.json names no mask token, or one that the tokenizer lacks.
         """
-        mask_id: Any = raw.get("mask_token_id")
-        mask = None if mask_id is None else tokenizer.convert_ids_to_tokens(int(mask_id))
+        mask = mask_of(raw, tokenizer)
         if mask is None:
             raise ValueError(
-                f"mask_token_id in config.json of this {cls.title} model is {mask_id}, which must be the id of a "
-                "token of the tokenizer; name the mask token with llamafactory-ddm convert IN OUT --mask-token"
+                f"mask_token_id in config.json of this {cls.title} model is {raw.get('mask_token_id')!r}, which must "
+                "be the id of a token of the tokenizer; name the mask token with llamafactory-ddm convert IN OUT "
+                "--mask-token"
             )
-        config = DiffusionConfig(mask, int(mask_id), cls.shift, "masked", 0.0, "linear", 1.0, attention=cls.attention)
+        config = DiffusionConfig(*mask, cls.shift, "masked", 0.0, "linear", 1.0, attention=cls.attention)
         return with_start_and_end(config, tokenizer)
 
 
@@ -283,6 +283,15 @@ def raw_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(raw).__name__}; download it again")
     return raw
+
+
+def mask_of(raw: dict[str, Any], tokenizer: Any) -> tuple[str, int] | None:
+    """Return the mask token that a published config.json names, and its id; None if the tokenizer has no such id."""
+    mask_id: Any = raw.get("mask_token_id")
+    if not isinstance(mask_id, int) or isinstance(mask_id, bool) or mask_id < 0:
+        return None
+    mask = tokenizer.convert_ids_to_tokens(mask_id)
+    return None if mask is None else (mask, mask_id)
 
 
 def find_diffusion_config(folder: str | Path) -> DiffusionConfig | None:

@@ -43,6 +43,7 @@ _OWN = ("architectures", "attn_implementation", "auto_map", "block_size", "mask_
 # Of transformers' own, absent from the published config.json.
 _PLAIN = ("_name_or_path", "dtype", "is_causal", "layer_types", "rope_parameters", "torch_dtype")
 _BLOCK_IN_NAME = re.compile(r"-b(\d+)$")
+_ENGINE_MASK_ID = 151669  # that SGLang and LMDeploy assume, whatever config.json says
 _DEFAULT_BLOCK = 4  # of the published models whose names give none
 _NO_EXPERTS = (
     "model_type sdar_moe, SDAR with experts, is not supported; use a dense SDAR, such as SDAR-1.7B-Chat, SDAR-4B-Chat "
@@ -98,7 +99,18 @@ class Sdar(ModelFamily):
 
     @classmethod
     def published_config(cls, config: Any, diffusion_config: DiffusionConfig) -> dict[str, Any]:
-        """Return SDAR's config.json, which names the configuration class of `published_code`."""
+        """Return SDAR's config.json, which names the configuration class of `published_code`.
+
+        Warns of a mask token that engines would not find.
+        """
+        if diffusion_config.mask_token_id != _ENGINE_MASK_ID:
+            _logger.warning(
+                "the mask token %s has id %d, and SGLang and LMDeploy assume %d for an SDAR; to serve the model with "
+                "them, train it with mask_token: <|MASK|>, the first token that is added to Qwen3's tokenizer",
+                diffusion_config.mask_token,
+                diffusion_config.mask_token_id,
+                _ENGINE_MASK_ID,
+            )
         settings = config.to_dict()
         dtype = settings.get("dtype") or settings.get("torch_dtype")
         rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}

@@ -284,6 +284,9 @@ def _page_facts(generator: TextGenerator, settings: SamplingSettings) -> dict[st
     }
     if settings.block_length is not None:
         facts["block length"] = str(settings.block_length)
+    if settings.kv_cache is not None:
+        refresh = "" if settings.cache_refresh is None else f", refresh {settings.cache_refresh}"
+        facts["KV cache"] = settings.kv_cache + refresh
     edits = generator.edits(settings)
     if edits.active:
         rule = f"ratio {edits.ratio:g}" if edits.threshold is None else f"from probability {edits.threshold:g}"
