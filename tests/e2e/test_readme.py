@@ -58,7 +58,7 @@ def test_the_commands_are_those_that_are_exercised():
     """A YAML that a page names runs in test_examples.py; the others run below."""
     assert len(SHELL) == 4 and sum("ddm_block " in line for line in SHELL) == 2
     for line in COMMANDS:
-        program, command, *words = shlex.split(line)
+        program, command, *words = shlex.split(line, comments=True)
         if line not in (EXPORT, *SHELL, PLOT, *TASKS):
             assert len(words) == 1, line
             # They run in test_evaluation.py, test_comparisons.py and test_text_quality.py.
