@@ -51,6 +51,16 @@ def test_the_scripts_of_docs_run(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_table_of_block_models_is_made(tmp_path):
+    words = ("--steps", "1", "--rows", "16", "--seeds", "1", "--blocks", "4", "--questions", "2", "--texts", "8")
+    run(*words, "--work", tmp_path / "work", "--out", tmp_path, program="docs/make_block_table.py")
+    lines = (tmp_path / "block_table.md").read_text().splitlines()
+    names = ["autoregressive", "blocks of 4", "full attention, kv_cache: none", "full attention, kv_cache: dual"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in names]
+    assert all(line.count("|") == 8 and "nan" not in line for line in lines)
+
+
+@pytest.mark.slow
 def test_the_figures_of_readme_are_measured(tmp_path):
     """One step of each recipe, and a second call that repeats nothing and writes the same page."""
     words = ("--threads", "1", "--seeds", "7", "--steps", "1", "--samples", "2", "--work", tmp_path / "work")
