@@ -163,7 +163,7 @@ def test_two_streams_may_have_more_columns_than_the_model_has_positions():
     model, ours = tiny_model().eval(), objective(4, True)
     clean = ours.clean({"input_ids": torch.arange(30).repeat(2, 1)})
     batch = ours.noise(clean, sample_index=torch.arange(2), group_size=2)
-    assert batch.z_t.shape == (2, 58) and model.config.n_positions == 32
+    assert batch.z_t.shape == (2, 60) and model.config.n_positions == 32
     losses = []
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
@@ -174,7 +174,7 @@ def test_two_streams_may_have_more_columns_than_the_model_has_positions():
 def test_rows_without_padding_share_their_columns():
     ours = objective(4, False)
     batch = ours.noise(ours.clean(batches()["plain"][0]), sample_index=ROWS, group_size=3)
-    assert batch.z_t.shape == (3, 8 + LENGTH)
+    assert batch.z_t.shape == (3, 8 + 12)  # the last block is completed
     assert batch.placement["block"].tolist() == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [2] * 3
     assert batch.placement["position_ids"].tolist() == [*range(8), *range(11)]
     assert batch.placement["is_noisy"].tolist() == [False] * 8 + [True] * 11
