@@ -175,11 +175,11 @@ def test_rows_without_padding_share_their_columns():
     ours = objective(4, False)
     batch = ours.noise(ours.clean(batches()["plain"][0]), sample_index=ROWS, group_size=3)
     assert batch.z_t.shape == (3, 8 + 12)  # the last block is completed
-    assert batch.placement["block"].tolist() == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [2] * 3
-    assert batch.placement["position_ids"].tolist() == [*range(8), *range(11)]
-    assert batch.placement["is_noisy"].tolist() == [False] * 8 + [True] * 11
+    assert batch.placement["block"].tolist() == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [2] * 4
+    assert batch.placement["position_ids"].tolist() == [*range(8), *range(12)]
+    assert batch.placement["is_noisy"].tolist() == [False] * 8 + [True] * 12
     inputs = two_stream_inputs(tiny_model(), batch.z_t, dtype=torch.float32, **batch.placement)
-    assert inputs["attention_mask"].shape == (1, 1, 19, 19) and inputs["position_ids"].shape == (3, 19)
+    assert inputs["attention_mask"].shape == (1, 1, 20, 20) and inputs["position_ids"].shape == (3, 20)
 
 
 def test_columns_that_no_scored_token_depends_on_are_left_out():
