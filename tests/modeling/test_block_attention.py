@@ -163,7 +163,7 @@ def test_two_streams_may_have_more_columns_than_the_model_has_positions():
     model, ours = tiny_model().eval(), objective(4, True)
     clean = ours.clean({"input_ids": torch.arange(30).repeat(2, 1)})
     batch = ours.noise(clean, sample_index=torch.arange(2), group_size=2)
-    assert batch.z_t.shape == (2, 58) and model.config.n_positions == 32
+    assert batch.z_t.shape == (2, 60) and model.config.n_positions == 32
     losses = []
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
@@ -174,12 +174,12 @@ def test_two_streams_may_have_more_columns_than_the_model_has_positions():
 def test_rows_without_padding_share_their_columns():
     ours = objective(4, False)
     batch = ours.noise(ours.clean(batches()["plain"][0]), sample_index=ROWS, group_size=3)
-    assert batch.z_t.shape == (3, 8 + LENGTH)
-    assert batch.placement["block"].tolist() == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [2] * 3
-    assert batch.placement["position_ids"].tolist() == [*range(8), *range(11)]
-    assert batch.placement["is_noisy"].tolist() == [False] * 8 + [True] * 11
+    assert batch.z_t.shape == (3, 8 + 12)  # the last block is completed
+    assert batch.placement["block"].tolist() == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [2] * 4
+    assert batch.placement["position_ids"].tolist() == [*range(8), *range(12)]
+    assert batch.placement["is_noisy"].tolist() == [False] * 8 + [True] * 12
     inputs = two_stream_inputs(tiny_model(), batch.z_t, dtype=torch.float32, **batch.placement)
-    assert inputs["attention_mask"].shape == (1, 1, 19, 19) and inputs["position_ids"].shape == (3, 19)
+    assert inputs["attention_mask"].shape == (1, 1, 20, 20) and inputs["position_ids"].shape == (3, 20)
 
 
 def test_columns_that_no_scored_token_depends_on_are_left_out():

@@ -83,7 +83,7 @@ def test_blocks_of_one_token_with_shift_are_autoregressive():
 @torch.no_grad()
 @pytest.mark.parametrize("shift", [False, True])
 def test_one_block_is_masked_diffusion_of_the_row(shift):
-    """With shift too, as the row's first token is given in both."""
+    """With shift too, as the row's first token is given in both; a shorter row is followed by masks."""
     ours, model = objective(LENGTH, shift), tiny_model().eval()
     full = MaskedObjective(mask_id=MASK_ID, shift=shift, schedule=get_schedule("linear"))
     clean = ours.clean(rows(4, [16, 10, 16, 5]))
@@ -92,9 +92,10 @@ def test_one_block_is_masked_diffusion_of_the_row(shift):
     z = noised_ids(ours, clean, torch.arange(4))
     is_masked = (z == MASK_ID) & clean.maskable
     mask = full_attention_mask(
-        model, batch=4, length=LENGTH, is_padding=clean.is_padding, visible=None, dtype=torch.float32, device="cpu"
+        model, batch=4, length=LENGTH, is_padding=None, visible=None, dtype=torch.float32, device="cpu"
     )
-    logits = model(input_ids=z, attention_mask=mask, use_cache=False).logits
+    canvas = z if clean.is_padding is None else z.masked_fill(clean.is_padding, MASK_ID)
+    logits = model(input_ids=canvas, attention_mask=mask, use_cache=False).logits
     logits = logits.roll(1, dims=1) if shift else logits
     cost = torch.nn.functional.cross_entropy(logits.transpose(1, 2), clean.x_0, reduction="none") * is_masked
     weight = clean.maskable.sum(dim=1) / is_masked.sum(dim=1)
@@ -118,6 +119,11 @@ def bound_logits(model):
     return logits
 
 
+def in_whole_blocks(text, block_length):
+    """Return the text with masks up to the end of its last block, which are never scored."""
+    return torch.cat([text, text.new_full((-len(text) % block_length,), MASK_ID)])
+
+
 def nll_of_text(model, text, block_length, shift):
     """Return the exact -log p of a text under the blocks' reverse process that unmasks one token at a time.
 
@@ -133,7 +139,7 @@ def nll_of_text(model, text, block_length, shift):
             total -= float(logits.log_softmax(dim=-1)[text[low]])
         probabilities = []
         for order in itertools.permutations(columns):
-            z, log_p = text[:high].clone(), 0.0
+            z, log_p = in_whole_blocks(text[:high], block_length), 0.0
             z[columns] = MASK_ID
             for i in order:
                 logits = forward(model, z, block_length)
@@ -155,7 +161,7 @@ def bound_of_text(model, text, block_length, shift):
             total -= float(forward(model, text[:low], block_length)[-1].log_softmax(dim=-1)[text[low]])
         for c in range(1, len(columns) + 1):
             for masked in itertools.combinations(columns, c):
-                z = text[:high].clone()
+                z = in_whole_blocks(text[:high], block_length)
                 z[list(masked)] = MASK_ID
                 log_p = forward(model, z, block_length).log_softmax(dim=-1)
                 cost = -sum(float(log_p[i - shift, text[i]]) for i in masked)

@@ -38,7 +38,8 @@ def loss_by_blocks(model, x_0, z, maskable, *, block_length, shift, mask_id, wei
         if shift and low and maskable[low]:
             total = total + nll(forward(model, x_0[:low], block_length)[-1], x_0[low])
         if masked:
-            logits = forward(model, torch.cat([x_0[:low], z[low:high]]), block_length)
+            behind = z.new_full((low + block_length - high,), mask_id)  # generation decodes whole blocks
+            logits = forward(model, torch.cat([x_0[:low], z[low:high], behind]), block_length)
             weight = len(noisable) / len(masked) if weighted else 1.0
             total = total + weight * sum(nll(logits[i - shift], x_0[i]) for i in masked)
     return total

@@ -36,6 +36,21 @@ class BlockMasks:
     weight: Tensor
 
 
+@dataclass(frozen=True)
+class Completion:
+    """The positions behind each document of a batch, up to the end of its last block.
+
+    Attributes:
+        block: [batch, n] int64, the block that each completes; -1 for columns that only fill a row up.
+        position: [batch, n] int64, position behind the document.
+        document: [batch, n] int64, index of the packed document; None if a row is one document.
+    """
+
+    block: Tensor
+    position: Tensor
+    document: Tensor | None
+
+
 def positions_of(like: Tensor, *, is_padding: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
     """Return the position of each token within its document, [batch or 1, length] int64; of padding, any number.
 
@@ -72,6 +87,47 @@ def block_of(position: Tensor, block_length: int, *, is_padding: Tensor | None =
     if is_padding is None:
         return begins.cumsum(dim=1) - 1
     return ((begins & ~is_padding).cumsum(dim=1) - 1).masked_fill(is_padding, -1)
+
+
+def completion(
+    block: Tensor, position: Tensor, block_length: int, *, document: Tensor | None, limit: int | None
+) -> Completion:
+    """Return the positions that the last block of each document lacks.
+
+    Generation decodes whole blocks. Without these positions the width of a last block would tell where its text ends.
+
+    Args:
+        block: [batch, length] int64, from `block_of`.
+        position: [batch, length] int64, position within the document.
+        block_length: tokens in a block.
+        document: [batch, length] int64, index of the packed document of each token; None if a row is one document.
+        limit: the model's positions, of which none beyond is returned; None for no limit.
+    Source: Fast-dLLM v2 (arXiv 2509.26328), which pads each text with [MASK] to a multiple of the block.
+    """
+    ends = block >= 0
+    ends[:, :-1] &= (block[:, 1:] < 0) | (position[:, 1:] == 0)
+    missing = block_length - 1 - position % block_length
+    if limit is not None:
+        missing = missing.minimum((limit - 1 - position).clamp(min=0))
+    missing = missing.masked_fill(~ends, 0)
+    row, token = ends.nonzero().unbind(dim=1)
+    count, of_row = missing[row, token], missing.sum(dim=1)
+    source = torch.arange(len(count), device=block.device).repeat_interleave(count)
+    number = torch.arange(len(source), device=block.device)
+    row, token = row[source], token[source]
+    column = number - (of_row.cumsum(dim=0) - of_row)[row]
+    behind = number - (count.cumsum(dim=0) - count)[source] + 1
+
+    def in_columns(values: Tensor, empty: int) -> Tensor:
+        result = torch.full((len(block), int(of_row.amax())), empty, dtype=torch.int64, device=block.device)
+        result[row, column] = values
+        return result
+
+    return Completion(
+        block=in_columns(block[row, token], -1),
+        position=in_columns(position[row, token] + behind, 0),
+        document=None if document is None else in_columns(document[row, token], 0),
+    )
 
 
 def behind_last(selected: Tensor, block: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A row holds a clean and a noised copy of its text, [clean | noisy], with the same positions. The clean stream encodes
 finished blocks, the noisy one predicts the masked tokens of each block. Columns on which no scored token depends are
 left out: noised blocks without a masked token, such as those of a prompt, and clean blocks that no scored token
-follows.
+follows. The noisy stream also has the positions that a document lacks up to the end of its last block, with [MASK].
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ class Columns:
     """The columns of a batch of rows of two streams.
 
     Attributes:
-        source: [batch, columns] int64, which of [clean | noisy], [batch, 2 * length], each column holds.
+        source: [batch, columns] int64, which of [clean | noisy], [batch, length + noisy_length], each column holds.
         is_used: [batch, columns] bool, False for columns that only fill a row up.
-        place: [batch, 2 * length] int64, the column of each of [clean | noisy]; any number for those left out.
+        place: [batch, length + noisy_length] int64, the column of each of [clean | noisy]; any number for those left
+            out.
         is_plain: whether the rows have no padding, hold one document each, and have all columns except the clean ones
             of the last block. Then the columns follow from their number alone.
     """
@@ -34,11 +35,14 @@ class Columns:
     is_plain: bool
 
 
-def arrange_columns(block: Tensor, is_masked: Tensor, is_first: Tensor, document: Tensor | None) -> Columns:
+def arrange_columns(
+    block: Tensor, noisy_block: Tensor, is_masked: Tensor, is_first: Tensor, document: Tensor | None
+) -> Columns:
     """Return the columns that the scored tokens of a batch depend on.
 
     Args:
         block: [batch, length] int64, the number of each token's block in its row, -1 for padding.
+        noisy_block: [batch, noisy_length] int64, those of the noisy stream: `block`, and what completes last blocks.
         is_masked: [batch, length] bool, scored tokens of the noisy stream.
         is_first: [batch, length] bool, scored tokens that the clean stream predicts at the end of the block before.
         document: [batch, length] int64, index of the packed document of each token; None if a row is one document.
@@ -51,12 +55,11 @@ def arrange_columns(block: Tensor, is_masked: Tensor, is_first: Tensor, document
     scored = block.masked_fill(~(is_masked | is_first), -1)
     last = torch.full((len(block), int(of_document.amax()) + 1), -1, dtype=torch.int64, device=block.device)
     last = last.scatter_reduce(1, of_document, scored, "amax")
-    keep = torch.cat(
-        [is_token & (block < last.gather(1, of_document)), is_token & (masked.gather(1, number) > 0)], dim=1
-    )
+    is_noisy_token = (noisy_block >= 0) & (masked.gather(1, noisy_block.clamp(min=0)) > 0)
+    keep = torch.cat([is_token & (block < last.gather(1, of_document)), is_noisy_token], dim=1)
     n_columns = max(int(keep.sum(dim=1).amax()), 1)
     source = (~keep).long().argsort(dim=1, stable=True)[:, :n_columns]
-    whole = torch.cat([block < n_blocks - 1, torch.ones_like(is_token)], dim=1)
+    whole = torch.cat([block < n_blocks - 1, torch.ones_like(is_noisy_token)], dim=1)
     return Columns(
         source=source,
         is_used=keep.gather(1, source),

@@ -14,6 +14,7 @@ from ..diffusion.blocks import (
     behind_last,
     block_levels,
     block_of,
+    completion,
     mask_blocks,
     mask_blocks_exactly,
     positions_of,
@@ -75,17 +76,20 @@ class BlockObjective(MaskedObjective):
 
     n counts the tokens that may be masked: neither the first token nor those of a prompt. A prompt is in clear, but
     what follows a response in its last block, such as the next turn, is [MASK] in the noisy stream and not scored: in
-    generation it is not there yet. The first token of a text is given, as elsewhere with shift. With blocks of one
+    generation it is not there yet. A document that ends within a block is completed by [MASK] too, as generation
+    decodes whole blocks. The first token of a text is given, as elsewhere with shift. With blocks of one
     token the loss is the autoregressive one.
 
     Attributes:
         block_length: tokens in a block, counted from the start of a document.
         block_noise: `counts` or `times`.
+        n_positions: the model's positions, beyond which no block is completed; None for no limit.
     Source: BD3-LM (arXiv 2503.09573) for the bound and the two streams. The first token's term is ours.
     """
 
     block_length: int
     block_noise: BlockNoise = "counts"
+    n_positions: int | None = None
 
     def clean(self, batch: Mapping[str, Tensor]) -> CleanBatch:
         """Return a collator's batch; with shift the first token of a document is not maskable."""
@@ -122,26 +126,28 @@ class BlockObjective(MaskedObjective):
             is_masked: [batch, length] bool, tokens that the noisy stream predicts.
             is_first: [batch, length] bool, tokens that the clean stream predicts.
         """
-        length = z.shape[1]
-        columns = arrange_columns(parts.block, is_masked, is_first, clean.document)
+        length, position = z.shape[1], self._positions(clean)
+        behind = completion(parts.block, position, self.block_length, document=clean.document, limit=self.n_positions)
+        noisy_block = torch.cat([parts.block, behind.block], dim=1)
+        columns = arrange_columns(parts.block, noisy_block, is_masked, is_first, clean.document)
 
-        def in_columns(of_clean: Tensor, of_noisy: Tensor) -> Tensor:
-            return torch.cat([of_clean, of_noisy], dim=1).gather(1, columns.source)
+        def in_columns(of_clean: Tensor, of_noisy: Tensor, of_behind: Tensor) -> Tensor:
+            return torch.cat([of_clean, of_noisy, of_behind], dim=1).gather(1, columns.source)
 
-        position = self._positions(clean)
         placement = {
-            "block": in_columns(parts.block, parts.block).masked_fill(~columns.is_used, -1),
+            "block": in_columns(parts.block, parts.block, behind.block).masked_fill(~columns.is_used, -1),
             "is_noisy": columns.source >= length,
-            "position_ids": in_columns(position, position),
+            "position_ids": in_columns(position, position, behind.position),
         }
-        if clean.document is not None:
-            placement["document"] = in_columns(clean.document, clean.document)
+        if clean.document is not None and behind.document is not None:
+            placement["document"] = in_columns(clean.document, clean.document, behind.document)
         if columns.is_plain:
             placement = {name: value[0] for name, value in placement.items()}
         row, token = (is_masked | is_first).nonzero().unbind(dim=1)
         source = torch.where(is_first[row, token], 0, length) + token - int(self.shift)
         head_index = row * columns.source.shape[1] + columns.place[row, source]
-        return in_columns(clean.displayed(clean.x_0), clean.displayed(z)), head_index, placement
+        masks = torch.full_like(behind.block, self.mask_id)
+        return in_columns(clean.displayed(clean.x_0), clean.displayed(z), masks), head_index, placement
 
     def noise(self, clean: CleanBatch, *, sample_index: Tensor, group_size: int, step: int = 0) -> TrainingBatch:
         """Draw the noise of each block of a micro-batch; the arguments are those of `Objective.noise`."""

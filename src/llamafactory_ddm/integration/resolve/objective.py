@@ -7,7 +7,7 @@ from typing import Any
 from ...diffusion.eos_noise import EosNoise
 from ...diffusion.schedules import get_schedule
 from ...modeling.diffusion_config import DiffusionConfig
-from ...modeling.model_info import text_config
+from ...modeling.model_info import max_positions, text_config
 from ...objectives import OBJECTIVES, Objective
 from ...objectives.block import BlockObjective
 from .variable_length import LengthPlan
@@ -35,7 +35,10 @@ def build_objective(
     }
     if config.attention == "block":
         return BlockObjective(
-            **common, block_length=config.train_block_length or 1, block_noise=finetuning_args.block_noise
+            **common,
+            block_length=config.train_block_length or 1,
+            block_noise=finetuning_args.block_noise,
+            n_positions=max_positions(model.config),
         )
     # A model may have more embeddings than its tokenizer has tokens, and a tokenizer tokens without an embedding.
     n_ids = min(max(tokenizer.get_vocab().values()) + 1, int(text_config(model).vocab_size))
