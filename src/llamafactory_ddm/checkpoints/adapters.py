@@ -91,6 +91,14 @@ def check_agreement(configs: Sequence[tuple[str, DiffusionConfig]]) -> None:
                     f"{newest_folder} was trained with {key}: {newest_value}, but {folder} has {key}: {value}; use "
                     "the adapter with the model that it was trained on"
                 )
+        blocks, blocks_of_newest = ((each.attention, each.train_block_length) for each in (config, newest_config))
+        # An adapter may make a block model of one with full attention, but not the reverse.
+        if config.attention == "block" and blocks != blocks_of_newest:
+            raise ValueError(
+                f"{folder} is a block model with train_block_length: {config.train_block_length}, but {newest_folder} "
+                f"was trained with attention: {newest_config.attention} and train_block_length: "
+                f"{newest_config.train_block_length}; use the adapter with the model that it was trained on"
+            )
 
 
 def check_adapter(folder: str | Path) -> None:
