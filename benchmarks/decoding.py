@@ -7,9 +7,10 @@
                                                loss, tokens computed and CPU seconds of texts of a trained model
 
 All decoders have the shape of GPT-2 small, random weights (fp32), top-p 0.9, and are timed interleaved in one process.
-`ar` computes the prompt once and then one token a pass; the others commit `--per-pass` tokens a pass. Figures are CPU
-seconds (process time): the median over rounds of the ratio within a round. The sampler's overhead is what a decoder
-takes beyond the forward passes and the output embedding of the tokens asked for, divided by these.
+`ar` computes the prompt once and then one token a pass; the others commit `--per-pass` tokens a pass, two by default,
+for which the claims are made. Figures are CPU seconds (process time): the median over rounds of the ratio within a
+round. The sampler's overhead is what a decoder takes beyond the forward passes and the output embedding of the tokens
+asked for, divided by these.
 """
 
 from __future__ import annotations
@@ -239,7 +240,8 @@ def measure(shape: Shape, rounds: int) -> bool:
         claim(f"{label} tokens computed for each written, {name}", columns)
     held = True
     for name, base, limit in TIME_CLAIMS:
-        held &= claim(f"{label} CPU seconds, {name} / {base}", ratio(name, base), limit)
+        bound = limit if shape.per_pass == Shape.per_pass else None
+        held &= claim(f"{label} CPU seconds, {name} / {base}", ratio(name, base), bound)
     for name in DIFFUSION:
         claim(f"{label} CPU seconds, {name} / ar", ratio(name, "ar"))
     for name in DIFFUSION:
