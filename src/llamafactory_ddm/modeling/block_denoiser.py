@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..diffusion.blocks import block_of, positions_of
 from .bidirectional import NotBidirectionalError, additive_by_layer
-from .denoiser import ModelDenoiser
+from .denoiser import ModelDenoiser, in_order
 from .kv_cache import ColumnCache
 from .model_info import dtype_of, implementation, is_flash, window_of
 
@@ -89,25 +89,22 @@ class BlockDenoiser(ModelDenoiser):
             self._cache = ColumnCache(batch, length) if self._is_cached else None
         return super().__call__(z, flat_index)
 
-    def _forward(self, z: Tensor, head_index: Tensor, limit: int | None = None) -> Tensor:
+    def _forward(self, z: Tensor, head_index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute the fresh columns, in passes over rows with about as many; see `ModelDenoiser`."""
         length = z.shape[1]
         row, column = torch.div(head_index, length, rounding_mode="floor"), head_index % length
         low, high = self._fresh_range(z, row, column)
-        hidden, logits, order = [], [], []
+        outputs, order = [], []
         for one in self._passes(low, high):
             number = torch.full_like(low, -1)
             number[one.rows] = torch.arange(len(one.rows), device=z.device)
             here = (number[row] >= 0).nonzero()[:, 0]
             number, first = number[row[here]], one.columns[:, 0]
             index = number * one.columns.shape[1] + column[here] - first[number]
-            logits.append(self._pass(z, one, index, limit))
-            hidden.append(self._take_hidden())
+            outputs.append(self._pass(z, one, index))
             order.append(here)
         self._note(z, low, high)
-        back = torch.cat(order).argsort()
-        self._head.hidden = torch.cat(hidden)[back]
-        return torch.cat(logits)[back if limit is None else slice(limit)]
+        return in_order(outputs, order)
 
     def _rows(self) -> Tensor:
         """Return [n_rows] int64, the rows of the canvas that this call computes."""
@@ -146,8 +143,8 @@ class BlockDenoiser(ModelDenoiser):
                 columns = columns.minimum(high[rows][:, None] - 1)
             yield _Pass(rows, columns, int(high[rows].max()))
 
-    def _pass(self, z: Tensor, one: _Pass, head_index: Tensor, limit: int | None) -> Tensor:
-        """Run a pass; `head_index` is into its columns. Returns the logits as `_forward` does."""
+    def _pass(self, z: Tensor, one: _Pass, head_index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run a pass; `head_index` is into its columns. Returns what `_forward` does."""
         rows = self._rows()[one.rows]
         block, position = self._block[rows], self._position[rows]
         keys, queries = block[:, None, : one.end], block.gather(1, one.columns)[:, :, None]
@@ -155,9 +152,9 @@ class BlockDenoiser(ModelDenoiser):
         ids, position_ids = z[one.rows].gather(1, one.columns), position.gather(1, one.columns)
         self._computed[rows] += one.columns.shape[1]
         if self._cache is None:
-            return self._run(ids, mask, position_ids, head_index, limit)
+            return self._runner.run(ids, mask, position_ids, head_index)
         with self._cache.writing(one.columns, rows=None if len(rows) == len(self._ids) else rows, end=one.end):
-            return self._run(ids, mask, position_ids, head_index, limit, self._cache)
+            return self._runner.run(ids, mask, position_ids, head_index, self._cache)
 
     def _note(self, z: Tensor, low: Tensor, high: Tensor) -> None:
         """Note the ids that the columns were computed from; what lies behind them was computed with other ids."""
