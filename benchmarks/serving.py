@@ -41,7 +41,7 @@ from llamafactory_ddm.modeling.model_runner import ModelRunner
 from llamafactory_ddm.sampling import LogitsConfig
 from llamafactory_ddm.serving import Answer, Failure, Limits, Progress, Request, Server
 
-EOS, MASK = "<|endoftext|>", "<|mask|>"
+EOS, MASK, N_BYTES = "<|endoftext|>", "<|mask|>", 256
 TEMPERATURE, TOP_P = 0.95, 0.9
 BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -126,7 +126,8 @@ def prompts_of(shape: Shape, count: int) -> list[str]:
 
 def requests_of(generator: TextGenerator, shape: Shape, count: int, **keys: Any) -> list[Request]:
     """Return a request for each prompt; `keys` are sampling settings."""
-    logits = LogitsConfig(TEMPERATURE, TOP_P, suppress=tuple(generator.eos_ids))
+    # Without EOS and the bytes, which could be parts of a character.
+    logits = LogitsConfig(TEMPERATURE, TOP_P, suppress=tuple(range(1 + N_BYTES)))
     settings = SamplingSettings(diffusion_steps=shape.steps, logits=logits)
     return [
         Request(generator.from_prompt(prompt, shape.written), replace(settings, seed=seed, **keys))

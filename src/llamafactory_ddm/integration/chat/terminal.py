@@ -23,6 +23,7 @@ WELCOME = (
     "The model fills masked positions (░) in parallel."
 )
 _FRAME_SECONDS = 0.03  # the least time between two frames, so that a fast answer can be followed
+_MAX_BEHIND = 32  # frames that may wait, about a second; the oldest are left out
 _ROLE = "Assistant: "
 
 
@@ -42,8 +43,8 @@ class TerminalChat:
 
     def run(self) -> None:
         """Answer lines of stdin until `exit` or the end of the input, then close the server."""
-        self._say(WELCOME)
         try:
+            self._say(WELCOME)
             while (question := self._question()) is not None:
                 if question == "clear":
                     self._messages = []
@@ -76,8 +77,9 @@ class TerminalChat:
         ticket = self._engine.server.submit(request, events.put)
         try:
             with _View(self._engine, request, self._stream) as view:
+                view.start()
                 while isinstance(event := events.get(), Progress):
-                    view.show(event, is_latest=events.empty())
+                    view.show(event, is_recent=events.qsize() <= _MAX_BEHIND)
                 if isinstance(event, Answer):
                     view.close(event.text)
                     return event.text
@@ -131,11 +133,8 @@ class _View:
         self._ends = frozenset(engine.tokenizer.convert_ids_to_tokens(list(engine.generator.eos_ids)))
         self._steps = engine.generator.max_steps([request.canvas], request.settings)
         self._animation = TerminalAnimation([_ROLE], stream=stream, delay=_FRAME_SECONDS)
+        self._n_positions = request.canvas.n_editable
         self._is_closed = False
-        if self._animation.is_live:
-            self._draw(0, (None,) * request.canvas.n_editable)
-        else:
-            _write(stream, _ROLE)
 
     def __enter__(self) -> _View:
         """Return itself."""
@@ -145,12 +144,19 @@ class _View:
         """Call `close`."""
         self.close()
 
-    def show(self, progress: Progress, *, is_latest: bool) -> None:
-        """Show a step; the animation leaves out steps that are outdated already."""
+    def start(self) -> None:
+        """Show that nothing is decoded yet."""
+        if self._animation.is_live:
+            self._draw(0, (None,) * self._n_positions)
+        else:
+            _write(self._stream, _ROLE)
+
+    def show(self, progress: Progress, *, is_recent: bool) -> None:
+        """Show a step; the animation leaves out one that is not recent, as the model is far ahead."""
         if not self._animation.is_live:
             _write(self._stream, progress.text)
-        elif is_latest and progress.canvas is not None:
-            self._draw(progress.step, progress.canvas)
+        elif is_recent and progress.canvas is not None:
+            self._draw(progress.step + 1, progress.canvas)
 
     def close(self, text: str | None = None) -> None:
         """End the view with the answer, or with what there is of it; a second call does nothing."""
