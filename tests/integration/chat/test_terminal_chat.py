@@ -143,7 +143,7 @@ def test_a_terminal_may_refuse_colours_or_all(chat, screen, monkeypatch, name, v
 
 
 def test_a_long_answer_scrolls_and_is_printed_whole(chat, screen):
-    stream = screen(columns=20, lines=6)
+    stream = screen(columns=30, lines=5)
     engine = chat(["cat"], stream, n_tokens=140, diffusion_steps=8)
     assert re.search(r"lines \d+-\d+ of \d+", stream.getvalue())
     shown = "".join(stream.lines())
