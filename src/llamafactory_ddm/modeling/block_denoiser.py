@@ -8,7 +8,7 @@ changes no logit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,7 @@ from .bidirectional import NotBidirectionalError, additive_by_layer
 from .denoiser import ModelDenoiser, in_order
 from .kv_cache import ColumnCache
 from .model_info import dtype_of, implementation, is_flash, window_of
-
-# Columns that take about as long as the fixed costs of a further forward pass.
-_COLUMNS_OF_A_PASS = {"cpu": 16}
-_COLUMNS_OF_A_PASS_ELSEWHERE = 512
+from .pass_widths import columns_of_a_pass, grouped
 
 
 @dataclass(frozen=True)
@@ -134,8 +131,7 @@ class BlockDenoiser(ModelDenoiser):
     def _passes(self, low: Tensor, high: Tensor) -> Iterator[_Pass]:
         """Yield the passes over the fresh columns; the first row is in the first of them."""
         widths = (high - low).tolist()
-        cost = _COLUMNS_OF_A_PASS.get(low.device.type, _COLUMNS_OF_A_PASS_ELSEWHERE)
-        for numbers in sorted(grouped(widths, cost)):
+        for numbers in sorted(grouped(widths, columns_of_a_pass(low.device))):
             rows = torch.tensor(numbers, device=low.device)
             span = torch.arange(max(widths[number] for number in numbers), device=low.device)
             columns = low[rows][:, None] + span
@@ -161,28 +157,6 @@ class BlockDenoiser(ModelDenoiser):
         column, rows = torch.arange(z.shape[1], device=z.device), self._rows()
         ids = torch.where(column < low[:, None], self._ids[rows], z)
         self._ids[rows] = ids.masked_fill(column >= high[:, None], -1)
-
-
-def grouped(widths: Sequence[int], pass_cost: int) -> list[list[int]]:
-    """Divide rows into passes: a row costs its pass's largest width, a pass `pass_cost` on top.
-
-    A pass is divided as long as that makes it cheaper, where it saves the most.
-
-    Args:
-        widths: fresh columns of each row.
-        pass_cost: fixed costs of a pass, in columns.
-    Returns:
-        Lists of the rows' numbers, each ascending.
-    """
-
-    def divide(rows: list[int]) -> list[list[int]]:
-        saved = [(at * (widths[rows[-1]] - widths[rows[at - 1]]), at) for at in range(1, len(rows))]
-        most, at = max(saved, default=(0, 0))
-        if most <= pass_cost:
-            return [sorted(rows)]
-        return divide(rows[:at]) + divide(rows[at:])
-
-    return divide(sorted(range(len(widths)), key=lambda row: widths[row]))
 
 
 def check_block_attention(model: nn.Module) -> None:

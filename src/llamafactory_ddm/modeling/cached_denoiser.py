@@ -226,14 +226,14 @@ def _columns(fresh: Tensor, width: int) -> Tensor:
     return columns.gather(1, torch.arange(width, device=fresh.device).minimum(last))
 
 
-def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0, probe: bool = True) -> None:
-    """Check with two short forward passes that cached columns are seen as those of the same pass.
+def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0, reason: str | None = None) -> None:
+    """Check that cached columns are seen as those of the same pass.
 
     Args:
         model: with bidirectional attention.
         kind: `prefix` or `dual`.
         length: columns of the longest canvas.
-        probe: whether to run the two passes.
+        reason: of an earlier `why_uncacheable`; None to call it.
     Raises:
         ValueError: naming kv_cache, if they are not, or position embeddings depend on which columns a pass computes.
     """
@@ -248,20 +248,28 @@ def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0, probe
             f"kv_cache: {kind} is not supported with flash attention (flash_attn: fa2, fa3), which takes the queries "
             "for the last columns; set flash_attn: sdpa, or kv_cache: none"
         )
-    if not probe:
-        return
-    try:
-        with evaluation_mode(model):
-            whole, part = _logits_of_two_columns(model)
-        tolerance = max(1e-3, 8 * torch.finfo(whole.dtype).eps)
-        reason = "" if bool((part - whole).norm() <= tolerance * whole.norm()) else "its logits differ"
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    reason = why_uncacheable(model) if reason is None else reason
     if reason:
         raise ValueError(
             f"kv_cache: {kind} needs a model whose attention reads the cache of transformers, and "
             f"{name} does not ({reason}); set kv_cache: none"
         )
+
+
+def why_uncacheable(model: nn.Module) -> str:
+    """Return why a model does not see cached columns as those of the same pass, or "" if it does.
+
+    It is tried with two short forward passes.
+    """
+    if is_flash(implementation(model)):
+        return "it uses flash attention"
+    try:
+        with evaluation_mode(model):
+            whole, part = _logits_of_two_columns(model)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    tolerance = max(1e-3, 8 * torch.finfo(whole.dtype).eps)
+    return "" if bool((part - whole).norm() <= tolerance * whole.norm()) else "its logits differ"
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
+from .kv_cache import ColumnCache
 from .model_info import text_config
 from .row_selecting_head import RowSelectingHead
 
@@ -27,7 +28,12 @@ class Runner(Protocol):
     """What runs the model for a denoiser: a `ModelRunner`, or a server that joins the passes of several denoisers."""
 
     def run(
-        self, ids: Tensor, mask: Any, position_ids: Tensor | None, head_index: Tensor, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        mask: Any,
+        position_ids: Tensor | None,
+        head_index: Tensor,
+        cache: ColumnCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the model once.
 
@@ -36,7 +42,7 @@ class Runner(Protocol):
             mask: the model's `attention_mask`, see `full_attention_mask`.
             position_ids: [n_rows, n_columns] int64; None for 0, 1, 2 …
             head_index: [n] int64, positions in [n_rows * n_columns].
-            cache: a `ColumnCache` that is being written, or None.
+            cache: that is being written, or None.
         Returns:
             The hidden states at `head_index`, [n, width], and their logits [n, vocab], or None where `logits` computes
             them from the hidden states.
@@ -55,7 +61,8 @@ class ModelRunner:
     def __init__(self, model: nn.Module) -> None:
         """Install a hook on the output embedding of `model`, which `close` removes."""
         self.model = model
-        self._rows_at_once = max(1, ELEMENTS_AT_ONCE // int(text_config(model).vocab_size))
+        self.vocabulary = int(text_config(model).vocab_size)
+        self._rows_at_once = max(1, ELEMENTS_AT_ONCE // self.vocabulary)
         self._cap: float | None = getattr(text_config(model), "final_logit_softcapping", None)
         self._can_project: bool | None = None
         self._buffers: list[Tensor] = []
