@@ -10,6 +10,7 @@ import pytest
 from llamafactory_ddm import load
 from llamafactory_ddm.generation.trace import BLANK
 from llamafactory_ddm.integration.chat.terminal import TerminalChat
+from llamafactory_ddm.integration.data.templates import DiffuLlamaTemplate
 from llamafactory_ddm.sampling import LogitsConfig, SamplingSettings
 from llamafactory_ddm.serving import Limits, Request, Server
 from support.screen import Screen
@@ -30,13 +31,16 @@ def all_but(generator, characters):
 class Engine:
     """What `TerminalChat` uses of an engine, with a template of lines."""
 
-    def __init__(self, generator, n_tokens=12, limits=None, **settings):
-        self.generator, self.tokenizer = generator, generator.tokenizer
+    def __init__(self, generator, n_tokens=12, limits=None, template=None, **settings):
+        self.generator, self.tokenizer, self.template = generator, generator.tokenizer, template
         self.server = Server(generator, limits or Limits())
         logits = LogitsConfig(0.0, suppress=all_but(generator, "a-z"))
         self.settings = SamplingSettings(**{"logits": logits, "diffusion_steps": 4, **settings})
         self.n_tokens = n_tokens
         self.asked = []
+
+    def close(self):
+        self.server.close(drain=False)
 
     def prepare(self, messages):
         self.asked.append([dict(message) for message in messages])
@@ -169,6 +173,13 @@ def test_commands_and_blank_lines(chat):
     engine = chat(["cat", "clear", "  ", "dog", " exit ", "never"], stream)
     assert [len(messages) for messages in engine.asked] == [1, 1]
     assert engine.asked[1][0]["content"] == "dog"
+
+
+def test_a_template_of_one_turn_keeps_no_history(chat):
+    stream = io.StringIO()
+    engine = chat(["cat", "dog"], stream, template=object.__new__(DiffuLlamaTemplate))
+    assert [[message["content"] for message in messages] for messages in engine.asked] == [["cat"], ["dog"]]
+    assert answers(stream.getvalue()) == [engine.expected("cat"), engine.expected("dog")]
 
 
 def test_an_error_is_one_line_and_leaves_the_history(chat):

@@ -1,1 +1,1 @@
-"""Chat, API and web chat of diffusion models, in place of LLaMA-Factory's autoregressive engine."""
+"""Serving through LLaMA-Factory's own commands: its engine, and its API."""

@@ -14,14 +14,13 @@ from ..._errors import TRACEBACK
 from ...generation.terminal import TerminalAnimation, printable
 from ...serving.request import Answer, Event, Progress, Request
 from ...serving.server import ServerBusy
+from ..data.templates import DiffuLlamaTemplate
 
 if TYPE_CHECKING:
     from .engine import DiffusionEngine
 
-WELCOME = (
-    "Welcome. `clear` removes the history, `exit` or Ctrl-D ends the chat, and Ctrl-C cancels an answer.\n"
-    "The model fills masked positions (░) in parallel."
-)
+WELCOME = "Welcome. `clear` removes the history, `exit` or Ctrl-D ends the chat, and Ctrl-C cancels an answer."
+_ONE_TURN = "The template of this model takes one question at a time, so no history is kept."
 _FRAME_SECONDS = 0.03  # the least time between two frames, so that a fast answer can be followed
 _MAX_BEHIND = 32  # frames that may wait, about a second; the oldest are left out
 _ROLE = "Assistant: "
@@ -39,12 +38,15 @@ class TerminalChat:
         """
         self._engine = engine
         self._stream = sys.stdout if stream is None else stream
+        self._has_history = not isinstance(engine.template, DiffuLlamaTemplate)
         self._messages: list[dict[str, str]] = []
 
     def run(self) -> None:
         """Answer lines of stdin until `exit` or the end of the input, then close the server."""
+        with suppress(ImportError):  # `input` uses it
+            import readline  # noqa: F401
         try:
-            self._say(WELCOME)
+            self._say(WELCOME if self._has_history else f"{WELCOME}\n{_ONE_TURN}")
             while (question := self._question()) is not None:
                 if question == "clear":
                     self._messages = []
@@ -52,7 +54,7 @@ class TerminalChat:
                 else:
                     self._turn(question)
         finally:
-            self._engine.server.close(drain=False)
+            self._engine.close()
 
     def _turn(self, question: str) -> None:
         """Answer a question, and keep both in the history if that succeeds."""
@@ -63,7 +65,7 @@ class TerminalChat:
         except (ValueError, ServerBusy) as error:
             self._report(error)
             return
-        if answer is not None:
+        if answer is not None and self._has_history:
             self._messages = [*messages, {"role": "assistant", "content": answer}]
 
     def _answer(self, request: Request) -> str | None:
@@ -179,10 +181,3 @@ def _write(stream: TextIO, text: str) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     stream.write(printable(text, stream) if stream.isatty() else text.encode(encoding, "replace").decode(encoding))
     stream.flush()
-
-
-def run_chat(engine: DiffusionEngine) -> None:
-    """Chat in this process's terminal, with a history of lines where there is readline."""
-    with suppress(ImportError):  # it is used by `input`
-        import readline  # noqa: F401
-    TerminalChat(engine).run()

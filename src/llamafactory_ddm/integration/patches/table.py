@@ -23,9 +23,11 @@ from .wrappers import (
     diffusion_init_adapter,
     diffusion_load_model,
     diffusion_load_tokenizer,
+    dispatching_engine,
     dispatching_get_infer_args,
     dispatching_get_train_args,
     dispatching_run,
+    dispatching_run_chat,
     export_without_modelfile,
     print_env_with_status,
     refusing_get_eval_args,
@@ -38,6 +40,7 @@ from .wrappers import (
 CHECKED = ("0.9.4", "0.9.5")
 _PARSER, _TUNER = "llamafactory.hparams.parser", "llamafactory.train.tuner"
 _LOADER, _ADAPTER = "llamafactory.model.loader", "llamafactory.model.adapter"
+_ENGINE, _CHAT = "llamafactory.chat.hf_engine", "llamafactory.chat.chat_model"
 _CONSTANTS, _ENV, _V1 = "llamafactory.extras.constants", "llamafactory.extras.env", "llamafactory.v1.launcher"
 
 _RANDOM = "weights missing from a folder would be randomly initialised"
@@ -107,7 +110,7 @@ PATCHES = (
     Patch(
         f"{_PARSER}:get_infer_args",
         functools.partial(dispatching_get_infer_args, rebind=_rebind),
-        "chat would silently run autoregressively, and an export would no longer be a diffusion model",
+        "serving would read our keys as unknown ones, and an export would no longer be a diffusion model",
     ),
     Patch(
         f"{_PARSER}:get_eval_args", refusing_get_eval_args, "a diffusion model would be evaluated on the next token"
@@ -139,6 +142,8 @@ PATCHES = (
     Patch(f"{_LOADER}:AutoModelForCausalLM", checked_model_class, _RANDOM, in_all_modules=False),
     Patch(f"{_LOADER}:AutoModelForImageTextToText", checked_model_class, _RANDOM, in_all_modules=False),
     Patch(f"{_ADAPTER}:PeftModel", checked_peft_model, _RANDOM, in_all_modules=False),
+    Patch(f"{_ENGINE}:HuggingfaceEngine", dispatching_engine, "chat would silently run autoregressively"),
+    Patch(f"{_CHAT}:run_chat", dispatching_run_chat, "an error or Ctrl-C would end the chat, and nothing be shown live"),
     Patch(
         f"{_ENV}:print_env",
         functools.partial(print_env_with_status, status=status),
@@ -178,6 +183,19 @@ def after_tuner(tuner: ModuleType) -> None:
     """Apply the changes to LLaMA-Factory's stages and export before they are called."""
     if _state.active:
         apply(tuner.__name__)
+
+
+def after_engine(engine: ModuleType) -> None:
+    """Make chat, API and web chat serve diffusion models, and prepare the loader, which this module has imported."""
+    if _state.active:
+        apply(engine.__name__)
+        _rebind()
+
+
+def after_chat_model(chat_model: ModuleType) -> None:
+    """Show the denoising of a diffusion model in `llamafactory-cli chat`."""
+    if _state.active:
+        apply(chat_model.__name__)
 
 
 def after_env(env: ModuleType) -> None:
