@@ -143,7 +143,7 @@ PATCHES = (
     Patch(f"{_LOADER}:AutoModelForImageTextToText", checked_model_class, _RANDOM, in_all_modules=False),
     Patch(f"{_ADAPTER}:PeftModel", checked_peft_model, _RANDOM, in_all_modules=False),
     Patch(f"{_ENGINE}:HuggingfaceEngine", dispatching_engine, "chat would silently run autoregressively"),
-    Patch(f"{_CHAT}:run_chat", dispatching_run_chat, "an error or Ctrl-C would end the chat, and nothing be shown live"),
+    Patch(f"{_CHAT}:run_chat", dispatching_run_chat, "an error or Ctrl-C would end a chat"),
     Patch(
         f"{_ENV}:print_env",
         functools.partial(print_env_with_status, status=status),
