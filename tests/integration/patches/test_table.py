@@ -289,23 +289,24 @@ def test_a_changed_chat_is_noticed(upstream, monkeypatch, tmp_path, old, new, pa
     assert any(re.search(pattern, problem) for problem in patches.incompatibilities(parser))
 
 
-@pytest.mark.parametrize("stage", ["ddm-sft", None])
-def test_run_chat_is_ours_for_a_diffusion_model(upstream, monkeypatch, stage):
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_run_chat_is_ours_for_a_diffusion_model(upstream, monkeypatch, is_ours):
     from types import SimpleNamespace
 
     from llamafactory_ddm.integration.chat import terminal
+    from llamafactory_ddm.integration.resolve import serving_stage
 
     patches, calls = upstream[2], []
     chat_model = importlib.import_module("llamafactory.chat.chat_model")
     patches.undo("llamafactory.chat.chat_model")
     monkeypatch.setattr(chat_model, "run_chat", lambda: calls.append("upstream's"))
     patches.apply("llamafactory.chat.chat_model")
-    arguments = SimpleNamespace(diffusion_stage=stage)
-    monkeypatch.setattr(chat_model, "get_infer_args", lambda: (None, None, arguments, None))
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "--model_name_or_path", "nowhere"])
+    monkeypatch.setattr(serving_stage, "serves_diffusion", lambda args: is_ours)
     monkeypatch.setattr(chat_model, "ChatModel", lambda: SimpleNamespace(engine="engine"))
     monkeypatch.setattr(terminal, "TerminalChat", lambda engine: SimpleNamespace(run=lambda: calls.append(engine)))
     chat_model.run_chat()
-    assert calls == ["upstream's" if stage is None else "engine"]
+    assert calls == ["engine" if is_ours else "upstream's"]
     patches.undo("llamafactory.chat.chat_model")
 
 
