@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 from ..._errors import TRACEBACK
 from ...generation.terminal import TerminalAnimation, printable
 from ...serving.request import Answer, Event, Progress, Request
-from ...serving.server import ServerBusy
+from ...serving.server import ServerBusy, Ticket
 from ..data.templates import DiffuLlamaTemplate
 
 if TYPE_CHECKING:
@@ -59,24 +59,19 @@ class TerminalChat:
     def _turn(self, question: str) -> None:
         """Answer a question, and keep both in the history if that succeeds."""
         messages = [*self._messages, {"role": "user", "content": question}]
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         try:
             request = replace(self._engine.prepare(messages), shows_canvas=True)
-            answer = self._answer(request)
+            ticket = self._engine.server.submit(request, events.put)
         except (ValueError, ServerBusy) as error:
             self._report(error)
             return
+        answer = self._answer(request, ticket, events)
         if answer is not None and self._has_history:
             self._messages = [*messages, {"role": "assistant", "content": answer}]
 
-    def _answer(self, request: Request) -> str | None:
-        """Show the answer to a request while it is written; returns None if it fails or Ctrl-C cancels it.
-
-        Raises:
-            ValueError: if the server refuses the request.
-            ServerBusy: if its queue is full.
-        """
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        ticket = self._engine.server.submit(request, events.put)
+    def _answer(self, request: Request, ticket: Ticket, events: queue.SimpleQueue[Event]) -> str | None:
+        """Show the answer to a request while it is written; returns None if it fails or Ctrl-C cancels it."""
         try:
             with _View(self._engine, request, self._stream) as view:
                 view.start()

@@ -94,7 +94,7 @@ def _changed_arguments(parser: ModuleType) -> list[str]:
 
 def _changed_serving(parser: ModuleType) -> list[str]:
     """Check what the modules of chat and API define; reads their sources, because importing them is slow."""
-    problems = []
+    problems: list[str] = []
     for file, names in _SERVING.items():
         path = Path(inspect.getfile(parser)).parents[1] / file
         try:
