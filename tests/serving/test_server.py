@@ -1,5 +1,6 @@
 """Texts that the server denoises together, against each alone; and what ends a request early."""
 
+import gc
 import random
 import threading
 import time
@@ -411,3 +412,51 @@ def test_a_receiver_that_raises_cancels_its_request(gpt2):
     assert server.answers(Request(gpt2.from_prompt("cat", 3), SamplingSettings()))
     server.close()
     assert ticket.is_over and server.stats.cancelled == 1 and server.stats.passes < 40
+
+
+@pytest.mark.slow
+def test_many_clients_at_random_times(model):
+    """200 requests of 16 clients, a third cancelled: the others are what they are alone, and nothing is kept."""
+    requests = [
+        Request(model.from_prompt(PROMPTS[n % 5], 4 + n % 30), any_settings(n % 20, model), n=1 + (n % 7 == 0))
+        for n in range(200)
+    ]
+    expected = {}
+    for number, request in enumerate(requests):
+        key = (request.canvas, number % 20, request.n)
+        if key not in expected:
+            expected[key] = [text.predict for text in alone(model, request)]
+    server, wrong, n_answered = Server(model, Limits(max_rows=12, max_queue=400)), [], [0] * 16
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    def client(number):
+        pick = random.Random(number)
+        for index in range(number, len(requests), 16):
+            time.sleep(pick.random() / 50)
+            receiver = submitted(server, requests[index])
+            if pick.random() < 0.33:
+                time.sleep(pick.random() / 50)
+                receiver.ticket.cancel()
+                receiver.wait()
+                continue
+            answers = sorted(receiver.wait().answers, key=lambda answer: answer.sample)
+            key = (requests[index].canvas, index % 20, requests[index].n)
+            n_answered[number] += 1
+            if [answer.text for answer in answers] != expected[key]:
+                wrong.append(index)
+
+    before = tensors()
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(16)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join(20 * WAIT)
+    assert not any(thread.is_alive() for thread in clients)
+    server.close()
+    assert (server.n_running, server.n_waiting, wrong) == (0, 0, [])
+    assert server.stats.answered >= sum(n_answered) > 100 and server.stats.failed == 0
+    assert server.stats.answered + server.stats.cancelled == 200
+    assert tensors() <= before + 5
