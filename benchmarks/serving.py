@@ -60,7 +60,7 @@ class Shape:
     width: int
     vocabulary: int
     block: int | None = None
-    prompt: int = 64
+    prompt: int = 16
     written: int = 32
     gain: float | None = None
     overhead: float | None = None
@@ -77,7 +77,8 @@ SHAPES = {
     "tiny-full": TINY,
     "tiny-block": replace(TINY, block=4),
     "small-full": SMALL,
-    "small-block": replace(SMALL, block=4),
+    "small-block": replace(SMALL, block=4, overhead=0.10),
+    "small-pairs": replace(SMALL, block=2, overhead=0.10),
 }
 FIRST_TOKEN_BLOCKS = (4, 8, 16)
 
