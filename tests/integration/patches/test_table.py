@@ -264,6 +264,53 @@ def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "pattern"),
+    [
+        ("def run_chat", "def chat", r"chat_model\.py has no run_chat$"),
+        ("import get_infer_args", "import get_args", r"chat_model\.py has no get_infer_args$"),
+        ("import os", "import os os", r"chat_model\.py .*invalid syntax"),
+        (None, None, r"chat_model\.py .*No such file"),
+    ],
+)
+def test_a_changed_chat_is_noticed(upstream, monkeypatch, tmp_path, old, new, pattern):
+    parser, _, patches = upstream
+    patches.undo()
+    source = Path(parser.__file__).parents[1]
+    for file in ("hparams/parser.py", "train/tuner.py", "chat/chat_model.py", "chat/hf_engine.py", "api/app.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text((source / file).read_text(encoding="utf-8"), encoding="utf-8")
+    chat = tmp_path / "chat" / "chat_model.py"
+    if old is None:
+        chat.unlink()
+    else:
+        assert old in chat.read_text(encoding="utf-8")
+        chat.write_text(chat.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    monkeypatch.setattr(parser, "__file__", str(tmp_path / "hparams" / "parser.py"))
+    assert any(re.search(pattern, problem) for problem in patches.incompatibilities(parser))
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_run_chat_is_ours_for_a_diffusion_model(upstream, monkeypatch, is_ours):
+    from types import SimpleNamespace
+
+    from llamafactory_ddm.integration.chat import terminal
+    from llamafactory_ddm.integration.resolve import serving_stage
+
+    patches, calls = upstream[2], []
+    chat_model = importlib.import_module("llamafactory.chat.chat_model")
+    patches.undo("llamafactory.chat.chat_model")
+    monkeypatch.setattr(chat_model, "run_chat", lambda: calls.append("upstream's"))
+    patches.apply("llamafactory.chat.chat_model")
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "--model_name_or_path", "nowhere"])
+    monkeypatch.setattr(serving_stage, "serves_diffusion", lambda args: is_ours)
+    monkeypatch.setattr(chat_model, "ChatModel", lambda: SimpleNamespace(engine="engine"))
+    monkeypatch.setattr(terminal, "TerminalChat", lambda engine: SimpleNamespace(run=lambda: calls.append(engine)))
+    chat_model.run_chat()
+    assert calls == ["engine" if is_ours else "upstream's"]
+    patches.undo("llamafactory.chat.chat_model")
+
+
+@pytest.mark.parametrize(
     ("argv", "is_refused"),
     [
         (["train", "ours.yaml"], True),

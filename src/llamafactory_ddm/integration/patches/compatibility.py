@@ -26,6 +26,8 @@ _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
     "read_args": (["args"], []),
 }
 _TRAIN_ARGS = ["ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments"]
+# File of llamafactory -> names that it must define or import, as its commands use them and the table replaces them.
+_SERVING = {"chat/chat_model.py": ("ChatModel", "get_infer_args", "run_chat")}
 # First and last arguments that _training_function passes to run_pt and run_sft, by position.
 _FIRST_ARGUMENTS, _LAST_ARGUMENT = ["model_args", "data_args", "training_args", "finetuning_args"], "callbacks"
 
@@ -44,7 +46,12 @@ def incompatibilities(parser: ModuleType) -> list[str]:
     low, high = SUPPORTED
     if not Version(low) <= Version(Version(version).base_version) < Version(high):
         return [f"llamafactory {version} is not supported: pip install 'llamafactory>={low},<{high}'"]
-    return [*_changed_functions(parser), *_changed_arguments(parser), *_changed_dispatch(parser)]
+    return [
+        *_changed_functions(parser),
+        *_changed_arguments(parser),
+        *_changed_dispatch(parser),
+        *_changed_serving(parser),
+    ]
 
 
 def _version() -> str:
@@ -82,6 +89,26 @@ def _changed_arguments(parser: ModuleType) -> list[str]:
         duplicates = our_keys & {field.name for field in fields(dataclass)} if is_dataclass(dataclass) else set()
         if duplicates:
             problems.append(f"llamafactory's {dataclass.__name__} has keys of ours: {', '.join(sorted(duplicates))}")
+    return problems
+
+
+def _changed_serving(parser: ModuleType) -> list[str]:
+    """Check what the modules of chat and API define; reads their sources, because importing them is slow."""
+    problems: list[str] = []
+    for file, names in _SERVING.items():
+        path = Path(inspect.getfile(parser)).parents[1] / file
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (OSError, SyntaxError, UnicodeDecodeError) as error:
+            return [*problems, f"{path} cannot be read ({error})"]
+        found: set[str] = set()
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                found |= {alias.asname or alias.name for alias in node.names}
+        missing = [name for name in names if name not in found]
+        problems += [f"llamafactory's {file} has no {name}" for name in missing]
     return problems
 
 
