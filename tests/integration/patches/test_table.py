@@ -264,27 +264,29 @@ def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "pattern"),
+    ("file", "old", "new", "pattern"),
     [
-        ("def run_chat", "def chat", r"chat_model\.py has no run_chat$"),
-        ("import get_infer_args", "import get_args", r"chat_model\.py has no get_infer_args$"),
-        ("import os", "import os os", r"chat_model\.py .*invalid syntax"),
-        (None, None, r"chat_model\.py .*No such file"),
+        ("chat/chat_model.py", "def run_chat", "def chat", r"chat_model\.py has no run_chat$"),
+        ("chat/chat_model.py", "import get_infer_args", "import get_args", r"_model\.py has no get_infer_args$"),
+        ("chat/hf_engine.py", "class Hugging", "class Face", r"hf_engine\.py has no HuggingfaceEngine$"),
+        ("api/app.py", "def run_api", "def serve", r"app\.py has no run_api$"),
+        ("api/app.py", "import os", "import os os", r"app\.py .*invalid syntax"),
+        ("chat/chat_model.py", None, None, r"chat_model\.py .*No such file"),
     ],
 )
-def test_a_changed_chat_is_noticed(upstream, monkeypatch, tmp_path, old, new, pattern):
+def test_changed_serving_is_noticed(upstream, monkeypatch, tmp_path, file, old, new, pattern):
     parser, _, patches = upstream
     patches.undo()
     source = Path(parser.__file__).parents[1]
-    for file in ("hparams/parser.py", "train/tuner.py", "chat/chat_model.py", "chat/hf_engine.py", "api/app.py"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text((source / file).read_text(encoding="utf-8"), encoding="utf-8")
-    chat = tmp_path / "chat" / "chat_model.py"
+    for name in ("hparams/parser.py", "train/tuner.py", "chat/chat_model.py", "chat/hf_engine.py", "api/app.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((source / name).read_text(encoding="utf-8"), encoding="utf-8")
+    changed = tmp_path / file
     if old is None:
-        chat.unlink()
+        changed.unlink()
     else:
-        assert old in chat.read_text(encoding="utf-8")
-        chat.write_text(chat.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+        assert old in changed.read_text(encoding="utf-8")
+        changed.write_text(changed.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     monkeypatch.setattr(parser, "__file__", str(tmp_path / "hparams" / "parser.py"))
     assert any(re.search(pattern, problem) for problem in patches.incompatibilities(parser))
 

@@ -27,7 +27,11 @@ _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
 }
 _TRAIN_ARGS = ["ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments"]
 # File of llamafactory -> names that it must define or import, as its commands use them and the table replaces them.
-_SERVING = {"chat/chat_model.py": ("ChatModel", "get_infer_args", "run_chat")}
+_SERVING = {
+    "chat/chat_model.py": ("ChatModel", "get_infer_args", "run_chat"),
+    "chat/hf_engine.py": ("HuggingfaceEngine",),
+    "api/app.py": ("ChatModel", "create_app", "run_api"),
+}
 # First and last arguments that _training_function passes to run_pt and run_sft, by position.
 _FIRST_ARGUMENTS, _LAST_ARGUMENT = ["model_args", "data_args", "training_args", "finetuning_args"], "callbacks"
 
