@@ -6,6 +6,7 @@ import inspect
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import make_dataclass
@@ -261,6 +262,36 @@ def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new
         (tmp_path / "train" / "tuner.py").write_text(source.replace(old, new), encoding="utf-8")
     monkeypatch.setattr(parser, "__file__", str(tmp_path / "hparams" / "parser.py"))
     assert re.search(pattern, patches.incompatibilities(parser)[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "pattern"),
+    [
+        ("chat/hf_engine.py", "class HuggingfaceEngine(", "class TransformersEngine(", "HuggingfaceEngine"),
+        ("chat/hf_engine.py", "finetuning_args:", "tuning_args:", r"HuggingfaceEngine\(.*finetuning_args"),
+        ("chat/chat_model.py", "import HuggingfaceEngine", "import Engine", "chat_model.* HuggingfaceEngine"),
+        ("api/app.py", "def create_app(chat_model", "def create_app(model", "create_app"),
+        ("api/app.py", "def run_api(", "def main(", "run_api"),
+        ("api/chat.py", "def _process_request(", "def _convert(", "_process_request"),
+        ("api/chat.py", "import os", "import os os", r"chat\.py .*invalid syntax"),
+    ],
+)
+def test_changed_serving_is_noticed(upstream, monkeypatch, tmp_path, file, old, new, pattern):
+    parser, _, patches = upstream
+    patches.undo()
+    root = Path(parser.__file__).parents[1]
+    for folder in ("train", "chat", "api"):
+        shutil.copytree(
+            root / folder, tmp_path / folder, ignore=lambda _, names: {n for n in names if n[-3:] != ".py"}
+        )
+    shutil.copy(root / "train" / "tuner.py", tmp_path / "train")
+    source = (tmp_path / file).read_text(encoding="utf-8")
+    assert old in source
+    (tmp_path / file).write_text(source.replace(old, new), encoding="utf-8")
+    (tmp_path / "hparams").mkdir()
+    monkeypatch.setattr(parser, "__file__", str(tmp_path / "hparams" / "parser.py"))
+    (problem,) = patches.incompatibilities(parser)
+    assert re.search(pattern, problem)
 
 
 @pytest.mark.parametrize(
