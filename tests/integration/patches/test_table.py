@@ -270,6 +270,8 @@ def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new
         ("chat/hf_engine.py", "class HuggingfaceEngine(", "class TransformersEngine(", "HuggingfaceEngine"),
         ("chat/hf_engine.py", "finetuning_args:", "tuning_args:", r"HuggingfaceEngine\(.*finetuning_args"),
         ("chat/chat_model.py", "import HuggingfaceEngine", "import Engine", "chat_model.* HuggingfaceEngine"),
+        ("chat/chat_model.py", "import get_infer_args", "import get_args", "chat_model.* get_infer_args"),
+        ("chat/chat_model.py", "def run_chat", "def chat", r"chat_model\.py has no run_chat"),
         ("api/app.py", "def create_app(chat_model", "def create_app(model", "create_app"),
         ("api/app.py", "def run_api(", "def main(", "run_api"),
         ("api/chat.py", "def _process_request(", "def _convert(", "_process_request"),
@@ -292,6 +294,27 @@ def test_changed_serving_is_noticed(upstream, monkeypatch, tmp_path, file, old, 
     monkeypatch.setattr(parser, "__file__", str(tmp_path / "hparams" / "parser.py"))
     (problem,) = patches.incompatibilities(parser)
     assert re.search(pattern, problem)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_run_chat_is_ours_for_a_diffusion_model(upstream, monkeypatch, is_ours):
+    from types import SimpleNamespace
+
+    from llamafactory_ddm.integration.chat import terminal
+    from llamafactory_ddm.integration.resolve import serving_stage
+
+    patches, calls = upstream[2], []
+    chat_model = importlib.import_module("llamafactory.chat.chat_model")
+    patches.undo("llamafactory.chat.chat_model")
+    monkeypatch.setattr(chat_model, "run_chat", lambda: calls.append("upstream's"))
+    patches.apply("llamafactory.chat.chat_model")
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "--model_name_or_path", "nowhere"])
+    monkeypatch.setattr(serving_stage, "serves_diffusion", lambda args: is_ours)
+    monkeypatch.setattr(chat_model, "ChatModel", lambda: SimpleNamespace(engine="engine"))
+    monkeypatch.setattr(terminal, "TerminalChat", lambda engine: SimpleNamespace(run=lambda: calls.append(engine)))
+    chat_model.run_chat()
+    assert calls == ["engine" if is_ours else "upstream's"]
+    patches.undo("llamafactory.chat.chat_model")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
 _SERVING: dict[str, dict[str, list[str]]] = {
     "chat/hf_engine.py": {"HuggingfaceEngine": ["self", *_SERVED_ARGS]},
     "chat/base_engine.py": {"BaseEngine": ["self", *_SERVED_ARGS]},
-    "chat/chat_model.py": {"ChatModel": ["self", "args"]},
+    "chat/chat_model.py": {"ChatModel": ["self", "args"], "run_chat": []},
     "api/app.py": {"create_app": ["chat_model"], "run_api": []},
     "api/chat.py": {"_process_request": ["request"]},
 }
@@ -125,16 +125,13 @@ def _changed_serving(parser: ModuleType) -> list[str]:
                 node = next((item for item in functions if item.name == "__init__"), None)
             if node is None or [argument.arg for argument in node.args.args][: len(parameters)] != parameters:
                 problems.append(f"llamafactory's {file} has no {name}({', '.join(parameters)})")
-        if file == "chat/chat_model.py" and not _imports(tree, "hf_engine", "HuggingfaceEngine"):
-            problems.append(f"llamafactory's {file} does not import HuggingfaceEngine from hf_engine")
+        if file == "chat/chat_model.py":
+            nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            imported = {(node.module, alias.name) for node in nodes for alias in node.names}
+            for module, name in (("hf_engine", "HuggingfaceEngine"), ("hparams", "get_infer_args")):
+                if (module, name) not in imported:
+                    problems.append(f"llamafactory's {file} does not import {name} from {module}")
     return problems
-
-
-def _imports(tree: ast.Module, module: str, name: str) -> bool:
-    return any(
-        isinstance(node, ast.ImportFrom) and node.module == module and name in [alias.name for alias in node.names]
-        for node in ast.walk(tree)
-    )
 
 
 def _changed_dispatch(parser: ModuleType) -> list[str]:
