@@ -42,7 +42,7 @@ from llamafactory_ddm.modeling.model_runner import ModelRunner
 from llamafactory_ddm.sampling import LogitsConfig
 from llamafactory_ddm.serving import Answer, Failure, Limits, Progress, Request, Server
 
-EOS, MASK, N_BYTES = "<|endoftext|>", "<|mask|>", 256
+EOS, MASK, LETTERS = "<|endoftext|>", "<|mask|>", "abcdefghij"
 TEMPERATURE, TOP_P = 0.95, 0.9
 BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -84,9 +84,8 @@ FIRST_TOKEN_BLOCKS = (4, 8, 16)
 
 
 def make_tokenizer(vocabulary: int) -> Any:
-    """Return a tokenizer of `vocabulary` tokens, of which texts read the 256 bytes, with a mask token after them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [EOS, *alphabet, *(f"Ġw{number}" for number in range(vocabulary - 1 - len(alphabet)))]
+    """Return a tokenizer of `vocabulary` tokens, EOS, `LETTERS` and words, with a mask token after them."""
+    pieces = [EOS, *LETTERS, *(f"Ġw{number}" for number in range(vocabulary - 1 - len(LETTERS)))]
     tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -123,13 +122,12 @@ def make_generator(shape: Shape) -> TextGenerator:
 def prompts_of(shape: Shape, count: int) -> list[str]:
     """Return `count` random prompts of `shape.prompt` tokens, a letter each."""
     draw = random.Random(0)
-    return ["".join(draw.choices("abcdefghij", k=shape.prompt)) for _ in range(count)]
+    return ["".join(draw.choices(LETTERS, k=shape.prompt)) for _ in range(count)]
 
 
 def requests_of(generator: TextGenerator, shape: Shape, count: int, **keys: Any) -> list[Request]:
     """Return a request for each prompt; `keys` are sampling settings."""
-    # Without EOS and the bytes, which could be parts of a character.
-    logits = LogitsConfig(TEMPERATURE, TOP_P, suppress=tuple(range(1 + N_BYTES)))
+    logits = LogitsConfig(TEMPERATURE, TOP_P, suppress=tuple(generator.eos_ids))
     settings = SamplingSettings(diffusion_steps=shape.steps, logits=logits)
     return [
         Request(generator.from_prompt(prompt, shape.written), replace(settings, seed=seed, **keys))

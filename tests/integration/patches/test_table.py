@@ -6,6 +6,7 @@ import inspect
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import make_dataclass
@@ -264,29 +265,35 @@ def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "pattern"),
+    ("file", "old", "new", "pattern"),
     [
-        ("def run_chat", "def chat", r"chat_model\.py has no run_chat$"),
-        ("import get_infer_args", "import get_args", r"chat_model\.py has no get_infer_args$"),
-        ("import os", "import os os", r"chat_model\.py .*invalid syntax"),
-        (None, None, r"chat_model\.py .*No such file"),
+        ("chat/hf_engine.py", "class HuggingfaceEngine(", "class TransformersEngine(", "HuggingfaceEngine"),
+        ("chat/hf_engine.py", "finetuning_args:", "tuning_args:", r"HuggingfaceEngine\(.*finetuning_args"),
+        ("chat/chat_model.py", "import HuggingfaceEngine", "import Engine", "chat_model.* HuggingfaceEngine"),
+        ("chat/chat_model.py", "import get_infer_args", "import get_args", "chat_model.* get_infer_args"),
+        ("chat/chat_model.py", "def run_chat", "def chat", r"chat_model\.py has no run_chat"),
+        ("api/app.py", "def create_app(chat_model", "def create_app(model", "create_app"),
+        ("api/app.py", "def run_api(", "def main(", "run_api"),
+        ("api/chat.py", "def _process_request(", "def _convert(", "_process_request"),
+        ("api/chat.py", "import os", "import os os", r"chat\.py .*invalid syntax"),
     ],
 )
-def test_a_changed_chat_is_noticed(upstream, monkeypatch, tmp_path, old, new, pattern):
+def test_changed_serving_is_noticed(upstream, monkeypatch, tmp_path, file, old, new, pattern):
     parser, _, patches = upstream
     patches.undo()
-    source = Path(parser.__file__).parents[1]
-    for file in ("hparams/parser.py", "train/tuner.py", "chat/chat_model.py", "chat/hf_engine.py", "api/app.py"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text((source / file).read_text(encoding="utf-8"), encoding="utf-8")
-    chat = tmp_path / "chat" / "chat_model.py"
-    if old is None:
-        chat.unlink()
-    else:
-        assert old in chat.read_text(encoding="utf-8")
-        chat.write_text(chat.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    root = Path(parser.__file__).parents[1]
+    for folder in ("train", "chat", "api"):
+        shutil.copytree(
+            root / folder, tmp_path / folder, ignore=lambda _, names: {n for n in names if n[-3:] != ".py"}
+        )
+    shutil.copy(root / "train" / "tuner.py", tmp_path / "train")
+    source = (tmp_path / file).read_text(encoding="utf-8")
+    assert old in source
+    (tmp_path / file).write_text(source.replace(old, new), encoding="utf-8")
+    (tmp_path / "hparams").mkdir()
     monkeypatch.setattr(parser, "__file__", str(tmp_path / "hparams" / "parser.py"))
-    assert any(re.search(pattern, problem) for problem in patches.incompatibilities(parser))
+    (problem,) = patches.incompatibilities(parser)
+    assert re.search(pattern, problem)
 
 
 @pytest.mark.parametrize("is_ours", [True, False])

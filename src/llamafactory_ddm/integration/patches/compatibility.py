@@ -16,6 +16,7 @@ from packaging.version import Version
 from ..hparams.diffusion import DiffusionArguments
 
 SUPPORTED = ("0.9.4", "0.9.7")  # from (inclusive), to (exclusive)
+_SERVED_ARGS = ["model_args", "data_args", "finetuning_args", "generating_args"]
 # Function of hparams.parser -> its parameters, and the replaced functions that it must call by name.
 _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
     "_parse_args": (["parser", "args", "allow_extra_keys"], []),
@@ -25,9 +26,16 @@ _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
     "get_eval_args": (["args"], []),
     "read_args": (["args"], []),
 }
+# File of serving -> the functions, or classes by their __init__, that are replaced or called, with their parameters.
+# The files are read, not imported, which is slow.
+_SERVING: dict[str, dict[str, list[str]]] = {
+    "chat/hf_engine.py": {"HuggingfaceEngine": ["self", *_SERVED_ARGS]},
+    "chat/base_engine.py": {"BaseEngine": ["self", *_SERVED_ARGS]},
+    "chat/chat_model.py": {"ChatModel": ["self", "args"], "run_chat": []},
+    "api/app.py": {"create_app": ["chat_model"], "run_api": []},
+    "api/chat.py": {"_process_request": ["request"]},
+}
 _TRAIN_ARGS = ["ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments"]
-# File of llamafactory -> names that it must define or import, as its commands use them and the table replaces them.
-_SERVING = {"chat/chat_model.py": ("ChatModel", "get_infer_args", "run_chat")}
 # First and last arguments that _training_function passes to run_pt and run_sft, by position.
 _FIRST_ARGUMENTS, _LAST_ARGUMENT = ["model_args", "data_args", "training_args", "finetuning_args"], "callbacks"
 
@@ -92,33 +100,45 @@ def _changed_arguments(parser: ModuleType) -> list[str]:
     return problems
 
 
+def _parsed(parser: ModuleType, file: str) -> ast.Module | str:
+    """Return the source of a file of LLaMA-Factory, or why it cannot be read."""
+    path = Path(inspect.getfile(parser)).parents[1] / file
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        return f"{path} cannot be read ({error})"
+
+
 def _changed_serving(parser: ModuleType) -> list[str]:
-    """Check what the modules of chat and API define; reads their sources, because importing them is slow."""
-    problems: list[str] = []
-    for file, names in _SERVING.items():
-        path = Path(inspect.getfile(parser)).parents[1] / file
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            return [*problems, f"{path} cannot be read ({error})"]
-        found: set[str] = set()
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                found.add(node.name)
-            elif isinstance(node, ast.Import | ast.ImportFrom):
-                found |= {alias.asname or alias.name for alias in node.names}
-        missing = [name for name in names if name not in found]
-        problems += [f"llamafactory's {file} has no {name}" for name in missing]
+    """Check the engine, the API and what serving calls of them."""
+    problems = []
+    for file, expected in _SERVING.items():
+        tree = _parsed(parser, file)
+        if isinstance(tree, str):
+            problems.append(tree)
+            continue
+        found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for name, parameters in expected.items():
+            node: Any = found.get(name)
+            if isinstance(node, ast.ClassDef):
+                functions = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+                node = next((item for item in functions if item.name == "__init__"), None)
+            if node is None or [argument.arg for argument in node.args.args][: len(parameters)] != parameters:
+                problems.append(f"llamafactory's {file} has no {name}({', '.join(parameters)})")
+        if file == "chat/chat_model.py":
+            nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            imported = {(node.module, alias.name) for node in nodes for alias in node.names}
+            for module, name in (("hf_engine", "HuggingfaceEngine"), ("hparams", "get_infer_args")):
+                if (module, name) not in imported:
+                    problems.append(f"llamafactory's {file} does not import {name} from {module}")
     return problems
 
 
 def _changed_dispatch(parser: ModuleType) -> list[str]:
     """Check how `_training_function` calls the stages; reads its source, because importing train.tuner is slow."""
-    path = Path(inspect.getfile(parser)).parents[1] / "train" / "tuner.py"
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        return [f"{path} cannot be read ({error})"]
+    tree = _parsed(parser, "train/tuner.py")
+    if isinstance(tree, str):
+        return [tree]
     calls: dict[str, list[str]] = {}
     for function in tree.body:
         if isinstance(function, ast.FunctionDef) and function.name == "_training_function":
