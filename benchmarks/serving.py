@@ -6,7 +6,8 @@
 For each shape, `--requests` requests of random prompts go to the server all at once, and one after another; both are
 timed interleaved in one process, and a ratio is the median over rounds of the ratio within a round. Models have random
 weights (fp32), and EOS is never drawn. `tiny` has the size of the built-in model and `small` that of GPT-2 small; a
-block model decodes blocks of 4 positions, a full one the whole canvas. All commit two tokens a pass.
+block model decodes blocks of 4 positions, or of 2 (`pairs`), and a full one the whole canvas. All commit two tokens a
+pass, `pairs` one.
 
 `ceiling` is how much faster the model alone computes the rows of 16 requests in one pass than in 16; a gain beyond it
 is work of the sampler that a batch saves. The overhead is what the server takes beyond the forward passes and the
@@ -75,12 +76,12 @@ TINY = Shape(layers=4, width=192, vocabulary=740)
 SMALL = Shape(layers=12, width=768, vocabulary=50257)
 SHAPES = {
     "tiny-full": TINY,
-    "tiny-block": replace(TINY, block=4),
+    "tiny-block": replace(TINY, block=4, gain=3.0),
     "small-full": SMALL,
     "small-block": replace(SMALL, block=4, overhead=0.10),
-    "small-pairs": replace(SMALL, block=2, overhead=0.10),
+    "small-pairs": replace(SMALL, block=2, gain=4.0, overhead=0.10),
 }
-FIRST_TOKEN_BLOCKS = (4, 8, 16)
+FIRST_TOKEN_BLOCKS = (4, 8, 16, 32)
 
 
 def make_tokenizer(vocabulary: int) -> Any:
@@ -358,8 +359,9 @@ def report(name: str, shape: Shape, runs: dict[str, list[Taken]], ceiling: float
 
 def measure_first_text(name: str, shape: Shape, rounds: int) -> None:
     """Print the time to the first text by block length, of block models or of a full one that decodes in blocks."""
-    lengths = FIRST_TOKEN_BLOCKS if shape.block else (*FIRST_TOKEN_BLOCKS, shape.written)
-    for length in lengths:
+    for length in FIRST_TOKEN_BLOCKS:
+        if length > shape.written:
+            continue
         if shape.block:
             generator = make_generator(replace(shape, block=length))
             (request,) = requests_of(generator, replace(shape, block=length), 1)
