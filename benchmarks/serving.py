@@ -1,7 +1,7 @@
 """What serving gains and costs: one batch for many requests, its overhead, and the time to the first token.
 
     python benchmarks/serving.py                       the claims, and upstream's engine beside them
-    python benchmarks/serving.py --shapes tiny --rounds 5
+    python benchmarks/serving.py --shapes tiny-block --rounds 5
 
 For each shape, `--requests` requests of random prompts go to the server all at once, and one after another; both are
 timed interleaved in one process, and a ratio is the median over rounds of the ratio within a round. Models have random
