@@ -32,7 +32,6 @@ class LiveCanvas:
         """Start without positions; the first `update` has all of them."""
         self._pieces: list[str | None] = []
         self._born: list[int] = []  # step of each position's present piece
-        self._shown = 0  # number of updates
 
     def update(self, step: int, pieces: Sequence[str | None]) -> None:
         """Take the canvas after a step.
@@ -46,7 +45,11 @@ class LiveCanvas:
         for position, (old, new) in enumerate(zip(before, pieces, strict=False)):
             if old != new:
                 born[position] = step
-        self._born, self._shown = born, self._shown + 1
+        self._born = born
+
+    def __len__(self) -> int:
+        """Return the number of positions."""
+        return len(self._pieces)
 
     @property
     def step(self) -> int:
@@ -96,3 +99,8 @@ def escaped(text: str) -> str:
     safe = re.sub("\r\n?|[\u0085\u2028\u2029]", "\n", text)
     safe = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", safe)
     return re.sub(r"[\n\t*_`$\\\[\]~|#:]", lambda match: f"&#{ord(match[0])};", html.escape(safe))
+
+
+def with_our_css(css: str) -> str:
+    """Return the style sheet of upstream's pages with that of the canvas."""
+    return f"{css}\n{CSS}\n"

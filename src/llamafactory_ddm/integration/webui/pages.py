@@ -1,0 +1,167 @@
+"""Upstream's chat box and tabs with fields of ours: each function takes the original and returns its replacement.
+
+The fields are made where upstream makes its own, so its saved configurations and its change of language hold them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..hparams.stages import STAGES
+from .chatter import defaults_of, is_diffusion
+from .fields import CHAT_KEYS, ONE_STAGE, PREDICT_KEYS, PREFIX, TRAINING_ROWS, UNSET, make_field
+from .texts import CHAT_TAB, PREDICT_TAB, TRAINING_TAB
+
+MAX_CHATS = 64  # answers at a time; the server bounds what runs in one batch
+_STAGE_OF_LABEL = {stage.label: stage.name for stage in STAGES.values()}
+_UPSTREAM_FIELDS = ("max_new_tokens", "top_p", "temperature", "skip_special_tokens", "mm_box")
+
+
+def with_chat_fields(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Add fields for `CHAT_KEYS` to the chat box, which are shown while its model is a diffusion model."""
+
+    @functools.wraps(original)
+    def create_chat_box(engine: Any, visible: bool = False) -> Any:
+        import gradio as gr
+        from gradio.context import Context
+
+        chatbot, messages, elements = original(engine, visible)
+        box, fields = _make_box([[name] for name in CHAT_KEYS], is_open=True, visible=False)
+        _move(box, before=elements["clear_btn"])
+        root: Any = Context.root_block
+        for event in root.fns.values():
+            if event.fn == engine.chatter.stream:
+                event.inputs = [*event.inputs, *fields.values()]
+                if is_diffusion(engine.chatter.engine):
+                    event.concurrency_limit = MAX_CHATS  # they run in one batch
+        elements = {**elements, CHAT_TAB: box, **fields}
+        changing = [box, *fields.values(), *(elements[name] for name in _UPSTREAM_FIELDS)]
+        root.load(lambda: chat_values(engine.chatter.engine, gr.update), outputs=changing, queue=False)
+        return chatbot, messages, elements
+
+    return create_chat_box
+
+
+def with_chat_fields_after_loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Show the fields of the chat box once a diffusion model is loaded, at the values of that model."""
+
+    @functools.wraps(original)
+    def create_infer_tab(engine: Any) -> Any:
+        import gradio as gr
+
+        elements = original(engine)
+        names = (CHAT_TAB, *(f"{PREFIX}{key}" for key in CHAT_KEYS), *_UPSTREAM_FIELDS)
+        elements["info_box"].change(
+            lambda: chat_values(engine.chatter.engine, gr.update), outputs=[elements[name] for name in names]
+        )
+        return elements
+
+    return create_infer_tab
+
+
+def chat_values(engine: Any, update: Callable[..., Any]) -> list[Any]:
+    """Return what to change in the box, in the fields of `CHAT_KEYS` and in upstream's fields of generation.
+
+    Args:
+        engine: of the chat; None if no model is loaded.
+        update: gradio's function of that name.
+    """
+    if not is_diffusion(engine):
+        skip = {"skip_special_tokens": update(visible=True)}
+        return [update(visible=False), *(skip.get(name, update()) for name in (*CHAT_KEYS, *_UPSTREAM_FIELDS))]
+    defaults, logits = defaults_of(engine), engine.defaults.logits
+    longest = {"maximum": engine.max_new_tokens, "value": engine.max_new_tokens} if engine.max_new_tokens else {}
+    return [
+        update(visible=True),
+        *(update(value=UNSET if name == "kv_cache" and value is None else value) for name, value in defaults.items()),
+        update(minimum=1, **longest),
+        update(value=logits.top_p),
+        update(minimum=0, value=logits.temperature),
+        update(visible=False),
+        update(visible=False),
+    ]
+
+
+def with_training_fields(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Add fields for the diffusion keys to the training tab, which are shown while the stage is one of ours."""
+
+    @functools.wraps(original)
+    def create_train_tab(engine: Any) -> Any:
+        import gradio as gr
+
+        box, fields = _make_box(TRAINING_ROWS, visible=False)
+        with _inputs(engine.manager, fields.values()):
+            elements = original(engine)
+        _move(box, before=elements["freeze_tab"])
+
+        def show(label: str) -> list[Any]:
+            stage = _STAGE_OF_LABEL.get(label)
+            return [gr.update(visible=stage is not None), *(gr.update(visible=one == stage) for one in ONE_STAGE.values())]
+
+        outputs = [box, *(fields[f"{PREFIX}{name}"] for name in ONE_STAGE)]
+        elements["training_stage"].change(show, [elements["training_stage"]], outputs, queue=False)
+        return {**elements, TRAINING_TAB: box, **fields}
+
+    return create_train_tab
+
+
+def with_predict_fields(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Add fields for `PREDICT_KEYS` to the tab "Evaluate & Predict"."""
+
+    @functools.wraps(original)
+    def create_eval_tab(engine: Any) -> Any:
+        box, fields = _make_box([PREDICT_KEYS])
+        with _inputs(engine.manager, fields.values()):
+            elements = original(engine)
+        _move(box, before=elements["cmd_preview_btn"].parent)
+        return {**elements, PREDICT_TAB: box, **fields}
+
+    return create_eval_tab
+
+
+def packing_of_our_stages(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Preset packing for a stage as upstream does for the stage that it is based on."""
+
+    @functools.wraps(original)
+    def change_stage(training_stage: str = next(iter(_STAGE_OF_LABEL))) -> Any:
+        dataset, packing = original(training_stage)
+        stage = _STAGE_OF_LABEL.get(training_stage)
+        return dataset, packing if stage is None else STAGES[stage].base == "pt"
+
+    return change_stage
+
+
+def _make_box(
+    rows: Iterable[Iterable[str]], *, is_open: bool = False, visible: bool = True
+) -> tuple[Any, dict[str, Any]]:
+    """Return an accordion with the fields of keys, row by row, and those fields by name."""
+    import gradio as gr
+
+    fields = {}
+    with gr.Accordion(open=is_open, visible=visible) as box:
+        for row in rows:
+            with gr.Row():
+                fields.update({f"{PREFIX}{name}": make_field(name) for name in row})
+    return box, fields
+
+
+def _move(block: Any, *, before: Any) -> None:
+    """Move a block of a page to the place before another one."""
+    block.parent.children.remove(block)
+    block.parent = before.parent
+    siblings = block.parent.children
+    siblings.insert(siblings.index(before), block)
+
+
+@contextmanager
+def _inputs(manager: Any, fields: Iterable[Any]) -> Iterator[None]:
+    """Let a tab of upstream's count fields of ours among those that it reads, saves and loads."""
+    base = manager.get_base_elems
+    manager.get_base_elems = lambda: base() | set(fields)
+    try:
+        yield
+    finally:
+        del manager.get_base_elems
