@@ -36,6 +36,9 @@ setup(
         "safetensors>=0.4",
         "huggingface_hub>=0.30",
         "rich>=13.7,<16",
+        # Serving: samples that wait for a joint forward pass, and /metrics.
+        "greenlet>=3.1,<4",
+        "prometheus-client>=0.20,<1",
     ],
     entry_points={
         # torch >= 2.5 calls this at the end of its import, in every process.

@@ -35,6 +35,7 @@ from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser
 from llamafactory_ddm.modeling.cached_denoiser import CachedDenoiser
 from llamafactory_ddm.modeling.denoiser import ModelDenoiser
+from llamafactory_ddm.modeling.model_runner import ModelRunner
 from llamafactory_ddm.sampling import LogitsConfig, draw_tokens, get_strategy, sample
 from llamafactory_ddm.sampling.budget import split_by_position
 
@@ -92,7 +93,7 @@ class Decoder:
     @contextmanager
     def _timed(self) -> Iterator[None]:
         """Within the block, add up the time of the model's own work in `own`."""
-        forward, projected = self.model.forward, ModelDenoiser._projected
+        forward, projected = self.model.forward, ModelRunner.project
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             before = time.process_time()
@@ -101,19 +102,19 @@ class Decoder:
             return output
 
         @contextmanager
-        def timed_projection(denoiser: ModelDenoiser, hidden: Tensor) -> Iterator[Tensor]:
+        def timed_projection(runner: ModelRunner, hidden: Tensor, outputs: int | None) -> Iterator[Tensor]:
             before = time.process_time()
-            with projected(denoiser, hidden) as logits:
+            with projected(runner, hidden, outputs) as logits:
                 self.own += time.process_time() - before
                 yield logits
 
         self.model.forward = timed  # type: ignore[method-assign]
-        ModelDenoiser._projected = timed_projection  # type: ignore[method-assign]
+        ModelRunner.project = timed_projection  # type: ignore[method-assign]
         try:
             yield
         finally:
             self.model.forward = forward  # type: ignore[method-assign]
-            ModelDenoiser._projected = projected  # type: ignore[method-assign]
+            ModelRunner.project = projected  # type: ignore[method-assign]
 
 
 def make_model(shape: Shape) -> GPT2LMHeadModel:

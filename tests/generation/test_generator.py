@@ -97,7 +97,7 @@ def test_a_text_ends_at_the_first_eos(generator, monkeypatch):
     ids = [*generator.codec.encode("dog cat"), end, *generator.codec.encode("cat")]
     canvas = generator.from_prompt("dog", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
-    result = generator._generated(FilledCanvas(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, 0))
+    result = generator.generated(FilledCanvas(canvas, [*given, *ids], [-1] * len(given) + [0] * len(ids), 3, 0))
     assert (result.predict, result.text, result.num_forward_passes) == ("dog cat", "dogdog cat", 3)
 
 
@@ -105,7 +105,7 @@ def test_an_eos_inside_a_gap_does_not_end_the_text(generator):
     end = generator.tokenizer.eos_token_id
     canvas = generator.from_marked("dog<|infill:2|> cat")
     ids = [end if editable else token for token, editable in zip(canvas.ids, canvas.editable, strict=True)]
-    result = generator._generated(FilledCanvas(canvas, ids, [-1] * len(ids), 1, 0))
+    result = generator.generated(FilledCanvas(canvas, ids, [-1] * len(ids), 1, 0))
     assert (result.predict, result.text, result.n_tokens) == ("", "dog cat", 2)
 
 
@@ -114,7 +114,7 @@ def test_tokens_after_eos_are_not_counted(generator):
     ids = [*generator.codec.encode("dog"), end, end, end]
     canvas = generator.from_prompt("cat", len(ids))
     given = list(canvas.ids[: len(canvas) - len(ids)])
-    result = generator._generated(FilledCanvas(canvas, [*given, *ids], [0] * len(canvas), 1, 0))
+    result = generator.generated(FilledCanvas(canvas, [*given, *ids], [0] * len(canvas), 1, 0))
     assert result.n_tokens == len(ids) - 3
 
 
@@ -153,7 +153,7 @@ def test_spaces_are_kept_by_tokenizers_that_mark_them():
     blank = iter([*generator.codec.encode_after("o"), *generator.codec.encode_after(" dog the")])
     ids = [next(blank) if editable else i for i, editable in zip(canvas.ids, canvas.editable, strict=True)]
     events = tuple((0, position, ids[position]) for position, editable in enumerate(canvas.editable) if editable)
-    result = generator._generated(FilledCanvas(canvas, ids, [0] * len(ids), 1, 0, events=events))
+    result = generator.generated(FilledCanvas(canvas, ids, [0] * len(ids), 1, 0, events=events))
     assert (result.text, result.predict) == ("the dog cat dog the", "o\n dog the")
     assert "".join(result.trace.frame(1)) == result.text
 
@@ -166,7 +166,7 @@ def test_embeddings_without_a_token_are_never_generated():
     make_bidirectional(model)
     generator = TextGenerator(model, tokenizer, config_for(tokenizer))
     written = []
-    generator._generated = lambda one, *rest: written.extend(one.ids)
+    generator.generated = lambda one, *rest: written.extend(one.ids)
     settings = SamplingSettings(logits=LogitsConfig(5.0), diffusion_steps=30)
     generator.sample_batch([generator.from_noise(32)] * 4, settings, sample_indices=range(4))
     assert len(written) == 128 and max(written) < len(tokenizer)

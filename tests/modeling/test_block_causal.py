@@ -8,8 +8,9 @@ from test_families import DENSE, EXPERTS, build, known
 
 from llamafactory_ddm.diffusion.blocks import block_of, positions_of
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError, make_bidirectional
-from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser, grouped
+from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser
 from llamafactory_ddm.modeling.model_info import window_of
+from llamafactory_ddm.modeling.pass_widths import grouped
 from llamafactory_ddm.sampling import LogitsConfig, get_strategy, sample
 from llamafactory_ddm.sampling.budget import split_by_position
 from support.tiny import LENGTH, VOCABULARY, Rows, tiny_model

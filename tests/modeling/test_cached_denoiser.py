@@ -247,7 +247,7 @@ def test_models_that_project_their_logits_themselves_and_chunks():
     model._forward_hooks.clear()
     model.transformer.ln_f.weight.data *= 0.5
     model.transformer.ln_f.bias.data *= 0.5
-    parts = cached(model, "dual", elements_at_once=3 * VOCABULARY, **options)
+    parts = cached(model, "dual", rows_at_once=3, **options)
     assert same(run(parts, x, editable, name="confidence_threshold"), own)
 
 

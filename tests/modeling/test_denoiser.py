@@ -4,7 +4,8 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
-from llamafactory_ddm.modeling.denoiser import ModelDenoiser, RowSelectingHead
+from llamafactory_ddm.modeling.denoiser import ModelDenoiser
+from llamafactory_ddm.modeling.row_selecting_head import RowSelectingHead
 from llamafactory_ddm.objectives.shift import head_index, predictable
 from support.tiny import LENGTH, VOCABULARY, Rows, tiny_model
 
@@ -32,7 +33,7 @@ def test_the_denoiser_gives_the_dense_logits_of_the_chosen_tokens(shift):
         dense = torch.cat([dense[:, :1] * 0, dense[:, :-1]], dim=1)
     position = select.flatten().nonzero()[:, 0]
     for rows_at_once in (1, 5, 1000):
-        denoiser = ModelDenoiser(model, shift=shift, elements_at_once=rows_at_once * VOCABULARY)
+        denoiser = ModelDenoiser(model, shift=shift, rows_at_once=rows_at_once)
         parts = copies(denoiser(z, position))
         parts = copies(denoiser(z, position))  # the memory of the first call is used again
         assert all(len(part) <= rows_at_once for part in parts)
@@ -45,7 +46,7 @@ def test_two_calls_at_a_time_do_not_share_their_memory():
     """As guidance reads them: parts of two calls alternate."""
     model, one, two = tiny_model().eval(), Rows(2).ids, Rows(2, seed=1).ids
     position = torch.arange(1, 2 * LENGTH)
-    denoiser = ModelDenoiser(model, shift=False, elements_at_once=6 * VOCABULARY)
+    denoiser = ModelDenoiser(model, shift=False, rows_at_once=6)
     pairs = [(a.clone(), b.clone()) for a, b in zip(denoiser(one, position), denoiser(two, position), strict=True)]
     for column, z in enumerate((one, two)):
         dense = model(input_ids=z, use_cache=False).logits.flatten(0, 1)[1:]
@@ -58,7 +59,7 @@ def test_a_model_that_changes_its_logits_projects_them_itself():
     model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits * 0.5))
     dense = model(input_ids=z, use_cache=False).logits
     position = torch.arange(2 * LENGTH)
-    parts = list(ModelDenoiser(model, shift=False, elements_at_once=4 * VOCABULARY)(z, position))
+    parts = list(ModelDenoiser(model, shift=False, rows_at_once=4)(z, position))
     torch.testing.assert_close(torch.cat(parts), dense.flatten(0, 1))
 
 
@@ -82,7 +83,7 @@ def test_soft_capped_logits_in_parts():
     z = Rows(2).ids
     position = torch.arange(2 * LENGTH)
     whole = list(ModelDenoiser(model, shift=False)(z, position))
-    parts = copies(ModelDenoiser(model, shift=False, elements_at_once=7 * VOCABULARY)(z, position))
+    parts = copies(ModelDenoiser(model, shift=False, rows_at_once=7)(z, position))
     assert len(whole) == 1 and len(parts) == 5 and whole[0].abs().max() <= 0.5
     torch.testing.assert_close(torch.cat(parts), whole[0])
 

@@ -13,7 +13,7 @@ from ..data.canvas import Canvas, CanvasBatch
 from ..diffusion.blocks import positions_of
 from ..modeling.diffusion_config import DiffusionConfig
 from ..sampling import SamplingSettings
-from ..sampling.budget import sizes_of_blocks, split_by_position, steps_of_each_block
+from ..sampling.budget import sizes_of_blocks, split_by_position, split_into_blocks, steps_of_each_block
 
 
 def check_settings(block_length: int, settings: SamplingSettings) -> None:
@@ -90,6 +90,18 @@ def blocks_of(batch: CanvasBatch, config: DiffusionConfig) -> Tensor | None:
         return None
     position = positions_of(batch.x, is_padding=batch.is_padding)
     return split_by_position(batch.editable, position, config.train_block_length, shift=config.shift)
+
+
+def blocks_of_canvas(canvas: Canvas, settings: SamplingSettings, config: DiffusionConfig) -> list[int]:
+    """Return the sampler's block of each position of a canvas, -1 where it is fixed."""
+    editable = torch.tensor([canvas.editable])
+    if config.train_block_length is None:
+        block = split_into_blocks(editable, settings.block_length)
+    else:
+        position = torch.arange(len(canvas))[None]
+        block = split_by_position(editable, position, config.train_block_length, shift=config.shift)
+    numbers: list[int] = block[0].tolist()
+    return numbers
 
 
 def max_steps(canvas: Canvas, settings: SamplingSettings, config: DiffusionConfig) -> int:

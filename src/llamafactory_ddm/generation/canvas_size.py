@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from ..data.canvas import Canvas, CanvasBatch, stack_canvases
 from ..modeling.block_denoiser import BlockDenoiser
-from ..modeling.cached_denoiser import CachedDenoiser, check_cacheable
+from ..modeling.cached_denoiser import CachedDenoiser, check_cacheable, why_uncacheable
 from ..modeling.denoiser import ModelDenoiser
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.length_heads import LengthPredictors, mean_hidden
+from ..modeling.model_runner import Runner
 from ..sampling import SamplingSettings
 from ..sampling.length_predictors import (
     PREDICTORS,
@@ -75,9 +77,21 @@ class CanvasSizer:
         self.eos_ids = tuple(sorted(eos_ids))
         self.lengths = lengths
         self._n_ids = n_ids
-        self._is_cacheable = False  # whether the model was found to be
+        self._why_uncacheable: str | None = None  # "" once the model was found to be; None if it was not tried
+        self._runner: Runner | None = None
         variable = config.variable_length
         self.block = 1 if variable is None else variable.block or 1  # canvas lengths are multiples of it
+
+    def with_runner(self, runner: Runner) -> CanvasSizer:
+        """Return a sizer of the same model whose forward passes `runner` runs."""
+        other = copy(self)
+        other._runner = runner
+        return other
+
+    def try_cache(self) -> None:
+        """Try whether the model can decode with a cache; `check` will not run the model for it then."""
+        if self._why_uncacheable is None:
+            self._why_uncacheable = why_uncacheable(self.model)
 
     @contextmanager
     def denoiser(
@@ -98,7 +112,12 @@ class CanvasSizer:
         batch = stack_canvases(canvases, pad_id=0 if self.config.mask_token_id else 1)
         is_padding = batch.is_padding.to(self.model.device) if bool(batch.is_padding.any()) else None
         denoiser = self._make(settings)(
-            self.model, shift=self.config.shift, is_padding=is_padding, outputs=self._n_ids, keep_hidden=keep_hidden
+            self.model,
+            shift=self.config.shift,
+            is_padding=is_padding,
+            outputs=self._n_ids,
+            keep_hidden=keep_hidden,
+            runner=self._runner,
         )
         try:
             yield batch, denoiser
@@ -178,8 +197,8 @@ class CanvasSizer:
             kind = "prefix"
         if kind is not None and kind != "none":
             length = max(map(len, canvases), default=0)
-            check_cacheable(self.model, kind, length=length, probe=not self._is_cacheable)
-            self._is_cacheable = True
+            self.try_cache()
+            check_cacheable(self.model, kind, length=length, reason=self._why_uncacheable)
 
     def first_step(
         self, canvases: Sequence[Canvas], settings: SamplingSettings | None = None, *, keep_hidden: bool = False

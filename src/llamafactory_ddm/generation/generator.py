@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from operator import itemgetter
@@ -26,6 +27,7 @@ from ..modeling.block_denoiser import check_block_attention
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.length_heads import LengthPredictors
 from ..modeling.model_info import max_positions
+from ..modeling.model_runner import Runner
 from ..modeling.special_tokens import resolve_tokens
 from ..sampling import Edits, SamplingSettings
 from ..sampling.budget import split_into_blocks, steps_of_blocks
@@ -180,6 +182,13 @@ class TextGenerator:
             config = replace(config, template=parsed, end_tokens=names, end_token_ids=ids)
         return TextGenerator(self.model, self.tokenizer, config, probe=False, lengths=self.sizer.lengths)
 
+    def with_runner(self, runner: Runner) -> TextGenerator:
+        """Return a generator of the same model whose forward passes `runner` runs."""
+        other = copy(self)
+        other.sizer = self.sizer.with_runner(runner)
+        other.writer = Writer(other.sizer)
+        return other
+
     def settings(self, settings: SamplingSettings | None = None, **keywords: Any) -> SamplingSettings:
         """Return `settings`, by default `SamplingSettings()`, with the values of keywords in place of its own.
 
@@ -323,9 +332,10 @@ class TextGenerator:
         filled = self.writer.write(
             canvases, settings, sample_indices=sample_indices, traced=traced, watch=None if callback is None else watch
         )
-        return [self._generated(canvas) for canvas in filled]
+        return [self.generated(canvas) for canvas in filled]
 
-    def _generated(self, filled: FilledCanvas) -> Generated:
+    def generated(self, filled: FilledCanvas) -> Generated:
+        """Return the text of a filled canvas."""
         canvas, ids = filled.canvas, filled.ids
         spans = [
             [token for token, _ in run]

@@ -8,7 +8,7 @@ changes no logit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,10 @@ from torch import Tensor, nn
 
 from ..diffusion.blocks import block_of, positions_of
 from .bidirectional import NotBidirectionalError, additive_by_layer
-from .denoiser import ModelDenoiser
+from .denoiser import ModelDenoiser, in_order
 from .kv_cache import ColumnCache
 from .model_info import dtype_of, implementation, is_flash, window_of
-
-# Columns that take about as long as the fixed costs of a further forward pass.
-_COLUMNS_OF_A_PASS = {"cpu": 16}
-_COLUMNS_OF_A_PASS_ELSEWHERE = 512
+from .pass_widths import columns_of_a_pass, grouped
 
 
 @dataclass(frozen=True)
@@ -89,25 +86,22 @@ class BlockDenoiser(ModelDenoiser):
             self._cache = ColumnCache(batch, length) if self._is_cached else None
         return super().__call__(z, flat_index)
 
-    def _forward(self, z: Tensor, head_index: Tensor, limit: int | None = None) -> Tensor:
+    def _forward(self, z: Tensor, head_index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute the fresh columns, in passes over rows with about as many; see `ModelDenoiser`."""
         length = z.shape[1]
         row, column = torch.div(head_index, length, rounding_mode="floor"), head_index % length
         low, high = self._fresh_range(z, row, column)
-        hidden, logits, order = [], [], []
+        outputs, order = [], []
         for one in self._passes(low, high):
             number = torch.full_like(low, -1)
             number[one.rows] = torch.arange(len(one.rows), device=z.device)
             here = (number[row] >= 0).nonzero()[:, 0]
             number, first = number[row[here]], one.columns[:, 0]
             index = number * one.columns.shape[1] + column[here] - first[number]
-            logits.append(self._pass(z, one, index, limit))
-            hidden.append(self._take_hidden())
+            outputs.append(self._pass(z, one, index))
             order.append(here)
         self._note(z, low, high)
-        back = torch.cat(order).argsort()
-        self._head.hidden = torch.cat(hidden)[back]
-        return torch.cat(logits)[back if limit is None else slice(limit)]
+        return in_order(outputs, order)
 
     def _rows(self) -> Tensor:
         """Return [n_rows] int64, the rows of the canvas that this call computes."""
@@ -137,8 +131,7 @@ class BlockDenoiser(ModelDenoiser):
     def _passes(self, low: Tensor, high: Tensor) -> Iterator[_Pass]:
         """Yield the passes over the fresh columns; the first row is in the first of them."""
         widths = (high - low).tolist()
-        cost = _COLUMNS_OF_A_PASS.get(low.device.type, _COLUMNS_OF_A_PASS_ELSEWHERE)
-        for numbers in sorted(grouped(widths, cost)):
+        for numbers in sorted(grouped(widths, columns_of_a_pass(low.device))):
             rows = torch.tensor(numbers, device=low.device)
             span = torch.arange(max(widths[number] for number in numbers), device=low.device)
             columns = low[rows][:, None] + span
@@ -146,8 +139,8 @@ class BlockDenoiser(ModelDenoiser):
                 columns = columns.minimum(high[rows][:, None] - 1)
             yield _Pass(rows, columns, int(high[rows].max()))
 
-    def _pass(self, z: Tensor, one: _Pass, head_index: Tensor, limit: int | None) -> Tensor:
-        """Run a pass; `head_index` is into its columns. Returns the logits as `_forward` does."""
+    def _pass(self, z: Tensor, one: _Pass, head_index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run a pass; `head_index` is into its columns. Returns what `_forward` does."""
         rows = self._rows()[one.rows]
         block, position = self._block[rows], self._position[rows]
         keys, queries = block[:, None, : one.end], block.gather(1, one.columns)[:, :, None]
@@ -155,37 +148,15 @@ class BlockDenoiser(ModelDenoiser):
         ids, position_ids = z[one.rows].gather(1, one.columns), position.gather(1, one.columns)
         self._computed[rows] += one.columns.shape[1]
         if self._cache is None:
-            return self._run(ids, mask, position_ids, head_index, limit)
+            return self._runner.run(ids, mask, position_ids, head_index)
         with self._cache.writing(one.columns, rows=None if len(rows) == len(self._ids) else rows, end=one.end):
-            return self._run(ids, mask, position_ids, head_index, limit, self._cache)
+            return self._runner.run(ids, mask, position_ids, head_index, self._cache)
 
     def _note(self, z: Tensor, low: Tensor, high: Tensor) -> None:
         """Note the ids that the columns were computed from; what lies behind them was computed with other ids."""
         column, rows = torch.arange(z.shape[1], device=z.device), self._rows()
         ids = torch.where(column < low[:, None], self._ids[rows], z)
         self._ids[rows] = ids.masked_fill(column >= high[:, None], -1)
-
-
-def grouped(widths: Sequence[int], pass_cost: int) -> list[list[int]]:
-    """Divide rows into passes: a row costs its pass's largest width, a pass `pass_cost` on top.
-
-    A pass is divided as long as that makes it cheaper, where it saves the most.
-
-    Args:
-        widths: fresh columns of each row.
-        pass_cost: fixed costs of a pass, in columns.
-    Returns:
-        Lists of the rows' numbers, each ascending.
-    """
-
-    def divide(rows: list[int]) -> list[list[int]]:
-        saved = [(at * (widths[rows[-1]] - widths[rows[at - 1]]), at) for at in range(1, len(rows))]
-        most, at = max(saved, default=(0, 0))
-        if most <= pass_cost:
-            return [sorted(rows)]
-        return divide(rows[:at]) + divide(rows[at:])
-
-    return divide(sorted(range(len(widths)), key=lambda row: widths[row]))
 
 
 def check_block_attention(model: nn.Module) -> None:

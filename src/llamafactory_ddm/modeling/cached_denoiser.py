@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .bidirectional import full_attention_mask
-from .denoiser import ModelDenoiser
+from .denoiser import ModelDenoiser, in_order
 from .kv_cache import ColumnCache
 from .model_info import dtype_of, implementation, is_flash, rotary_limit, text_config
 from .quantization import evaluation_mode
@@ -118,7 +118,6 @@ class CachedDenoiser(ModelDenoiser):
         self._kind, self._refresh = kind, refresh
         self._branches: dict[int, _Branch] = {}
         self._current: tuple[_Branch, Tensor] | None = None
-        self._passes: list[_Pass] | None = None  # of the step, once its rows are known
 
     def step(self, scope: Tensor, branch: int = 0) -> Callable[[Tensor, Tensor], Iterator[Tensor]]:
         """Return the denoiser of a step.
@@ -139,27 +138,23 @@ class CachedDenoiser(ModelDenoiser):
     def _call(self, scope: Tensor, branch: int, z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
         if branch not in self._branches:
             self._branches[branch] = _Branch.empty(scope)
-        self._current, self._passes = (self._branches[branch], scope), None
+        self._current = (self._branches[branch], scope)
         yield from self(z, flat_index)
 
-    def _forward(self, z: Tensor, head_index: Tensor, limit: int | None = None) -> Tensor:
+    def _forward(self, z: Tensor, head_index: Tensor) -> tuple[Tensor, Tensor | None]:
         if self._current is None:
             raise RuntimeError("CachedDenoiser: call step(scope)(z, flat_index), not the denoiser itself")
         branch, scope = self._current
         rows = torch.arange(len(scope), device=z.device)
         rows = rows if self._requested is None else rows[self._requested]
-        if self._passes is None:
-            self._passes = self._plan(branch, scope[rows], rows, z, head_index)
-        if len(self._passes) == 1:
-            return self._pass(self._passes[0], branch, rows, z, head_index, limit)
-        order, hidden, logits = [], [], []
-        for one in self._passes:
-            order.append(torch.isin(head_index // z.shape[1], one.rows).nonzero()[:, 0])
-            logits.append(self._pass(one, branch, rows, z, head_index[order[-1]], limit))
-            hidden.append(self._take_hidden())
-        back = torch.cat(order).argsort()
-        self._head.hidden = torch.cat(hidden)[back]
-        return torch.cat(logits)[back if limit is None else slice(limit)]
+        passes = self._plan(branch, scope[rows], rows, z, head_index)
+        if len(passes) == 1:
+            return self._pass(passes[0], branch, rows, z, head_index)
+        order = [torch.isin(head_index // z.shape[1], one.rows).nonzero()[:, 0] for one in passes]
+        outputs = [
+            self._pass(one, branch, rows, z, head_index[index]) for one, index in zip(passes, order, strict=True)
+        ]
+        return in_order(outputs, order)
 
     def _plan(self, branch: _Branch, scope: Tensor, rows: Tensor, z: Tensor, head_index: Tensor) -> list[_Pass]:
         """Return the passes of a step over `z`, the canvas's `rows`, and note in `branch` what they compute."""
@@ -188,9 +183,9 @@ class CachedDenoiser(ModelDenoiser):
         return passes
 
     def _pass(
-        self, one: _Pass, branch: _Branch, rows: Tensor, z: Tensor, head_index: Tensor, limit: int | None
-    ) -> Tensor:
-        """Return the logits at the first `limit` of `head_index`, all in the pass's rows of `z`; see `_forward`."""
+        self, one: _Pass, branch: _Branch, rows: Tensor, z: Tensor, head_index: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run a pass; `head_index` lies in its rows of `z`. Returns what `_forward` does."""
         length, is_whole = z.shape[1], len(one.rows) == len(z)
         position_ids, is_padding = self._of_requested(self._position_ids), self._of_requested(self._is_padding)
         if not is_whole:
@@ -206,7 +201,7 @@ class CachedDenoiser(ModelDenoiser):
             position_ids = one.columns if position_ids is None else position_ids.gather(1, one.columns)
             z = z.gather(1, one.columns)
         with branch.cache.writing(one.columns, rows=None if len(rows) == len(branch.scope) else rows):
-            return self._run(z, mask, position_ids, head_index, limit, branch.cache)
+            return self._runner.run(z, mask, position_ids, head_index, branch.cache)
 
 
 def _of_like_width(widths: list[int], length: int) -> list[tuple[list[int], int]]:
@@ -231,14 +226,14 @@ def _columns(fresh: Tensor, width: int) -> Tensor:
     return columns.gather(1, torch.arange(width, device=fresh.device).minimum(last))
 
 
-def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0, probe: bool = True) -> None:
-    """Check with two short forward passes that cached columns are seen as those of the same pass.
+def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0, reason: str | None = None) -> None:
+    """Check that cached columns are seen as those of the same pass.
 
     Args:
         model: with bidirectional attention.
         kind: `prefix` or `dual`.
         length: columns of the longest canvas.
-        probe: whether to run the two passes.
+        reason: of an earlier `why_uncacheable`; None to call it.
     Raises:
         ValueError: naming kv_cache, if they are not, or position embeddings depend on which columns a pass computes.
     """
@@ -253,20 +248,28 @@ def check_cacheable(model: nn.Module, kind: CacheKind, *, length: int = 0, probe
             f"kv_cache: {kind} is not supported with flash attention (flash_attn: fa2, fa3), which takes the queries "
             "for the last columns; set flash_attn: sdpa, or kv_cache: none"
         )
-    if not probe:
-        return
-    try:
-        with evaluation_mode(model):
-            whole, part = _logits_of_two_columns(model)
-        tolerance = max(1e-3, 8 * torch.finfo(whole.dtype).eps)
-        reason = "" if bool((part - whole).norm() <= tolerance * whole.norm()) else "its logits differ"
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    reason = why_uncacheable(model) if reason is None else reason
     if reason:
         raise ValueError(
             f"kv_cache: {kind} needs a model whose attention reads the cache of transformers, and "
             f"{name} does not ({reason}); set kv_cache: none"
         )
+
+
+def why_uncacheable(model: nn.Module) -> str:
+    """Return why a model does not see cached columns as those of the same pass, or "" if it does.
+
+    It is tried with two short forward passes.
+    """
+    if is_flash(implementation(model)):
+        return "it uses flash attention"
+    try:
+        with evaluation_mode(model):
+            whole, part = _logits_of_two_columns(model)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    tolerance = max(1e-3, 8 * torch.finfo(whole.dtype).eps)
+    return "" if bool((part - whole).norm() <= tolerance * whole.norm()) else "its logits differ"
 
 
 @torch.inference_mode()

@@ -22,10 +22,10 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ...diffusion.attention import annealing_ratio
 from ...evaluation.bound import N_STATISTICS, bound_metrics, row_statistics
-from ...modeling.denoiser import RowSelectingHead
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.model_info import implementation
 from ...modeling.quantization import evaluation_mode
+from ...modeling.row_selecting_head import RowSelectingHead
 from ...modeling.sparse_attention import FLEX, attention_implementation
 from ...objectives.base import Objective
 from ...utils.files import explain_disk_errors, published_together

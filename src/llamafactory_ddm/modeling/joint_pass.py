@@ -1,0 +1,205 @@
+"""One forward pass for several denoisers, each with its own rows, columns, attention mask and cache.
+
+A pass of a denoiser is a `Part`. Parts are stacked along the rows; those with fewer columns or keys than others are
+padded on the right, where no token attends to them. Each part's cache stores and returns its own keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache
+
+from .kv_cache import ColumnCache
+from .model_info import dtype_of, implementation, is_flash
+from .model_runner import ELEMENTS_AT_ONCE, ModelRunner
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A pass that a denoiser asks for; the arguments of `Runner.run`.
+
+    Attributes:
+        ids: [n_rows, n_columns] int64.
+        mask: see `full_attention_mask`.
+        position_ids: [n_rows, n_columns] int64; None for 0, 1, 2 …
+        head_index: [n] int64, into [n_rows * n_columns].
+        cache: that is being written, or None.
+    """
+
+    ids: Tensor
+    mask: Any
+    position_ids: Tensor | None
+    head_index: Tensor
+    cache: ColumnCache | None
+
+    @property
+    def n_rows(self) -> int:
+        """Return the number of rows."""
+        return self.ids.shape[0]
+
+    @property
+    def n_columns(self) -> int:
+        """Return the number of columns that the pass computes."""
+        return self.ids.shape[1]
+
+    @property
+    def n_keys(self) -> int:
+        """Return the number of columns that its queries see."""
+        return self.n_columns if self.cache is None else self.cache.get_mask_sizes(self.n_columns)[0]
+
+
+# What `Runner.run` returns.
+Output = tuple[Tensor, Tensor | None]
+
+
+def run_parts(runner: ModelRunner, parts: Sequence[Part]) -> list[Output]:
+    """Run several parts in one forward pass.
+
+    The logits are computed for all parts together if they are few enough, else left to `runner.logits`.
+
+    Args:
+        runner: of the model.
+        parts: at least one, on one device.
+    Returns:
+        For each part its hidden states [n, width], and its logits [n, vocab] or None.
+    """
+    if len(parts) == 1:
+        part = parts[0]
+        return [runner.run(part.ids, part.mask, part.position_ids, part.head_index, part.cache)]
+    n_columns, n_keys = max(part.n_columns for part in parts), max(part.n_keys for part in parts)
+    has_cache = any(part.cache is not None for part in parts)
+    ids = torch.cat([_padded(part.ids, n_columns) for part in parts])
+    hidden, logits = runner.run(
+        ids,
+        joint_mask(runner.model, parts, n_columns, n_keys),
+        torch.cat([_padded(_positions(part), n_columns) for part in parts]),
+        torch.cat(list(_head_indices(parts, n_columns))),
+        _JointCache(parts, n_keys) if has_cache else None,
+    )
+    sizes = [len(part.head_index) for part in parts]
+    vocabulary = runner.vocabulary
+    if logits is None and len(hidden) * vocabulary <= ELEMENTS_AT_ONCE:
+        with runner.project(hidden, None) as projected:
+            logits = projected.clone()
+    states = hidden.split(sizes)
+    values: Sequence[Tensor | None] = [None] * len(parts) if logits is None else logits.split(sizes)
+    return list(zip(states, values, strict=True))
+
+
+def joint_mask(model: nn.Module, parts: Sequence[Part], n_columns: int, n_keys: int) -> Any:
+    """Return the `attention_mask` argument of the pass that joins `parts`.
+
+    Args:
+        model: the unwrapped model.
+        parts: see `Part`.
+        n_columns: columns of the joint pass.
+        n_keys: keys that its queries see.
+    Returns:
+        None if every query of every part sees every key; else what `full_attention_mask` returns.
+    """
+    if is_flash(implementation(model)):
+        masks = [part.ids.new_ones(part.ids.shape) if part.mask is None else part.mask for part in parts]
+        return torch.cat([_padded(mask, n_columns) for mask in masks])
+    by_layer = next((part.mask for part in parts if isinstance(part.mask, dict)), None)
+    if by_layer is None:
+        return _joint_additive(parts, [part.mask for part in parts], n_columns, n_keys, dtype_of(model))
+    names = dict.fromkeys(name for part in parts if isinstance(part.mask, dict) for name in part.mask)
+    return {
+        name: _joint_additive(
+            parts,
+            [None if part.mask is None else part.mask[name] for part in parts],
+            n_columns,
+            n_keys,
+            dtype_of(model),
+        )
+        for name in names
+    }
+
+
+def _joint_additive(
+    parts: Sequence[Part], masks: Sequence[Tensor | None], n_columns: int, n_keys: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Return the additive mask of all parts, [rows, 1, n_columns or 1, n_keys]; None if there is nothing to hide."""
+    if all(mask is None for mask in masks) and all(part.n_keys == n_keys for part in parts):
+        return None
+    per_query = any(mask is not None and mask.shape[2] > 1 for mask in masks)
+    rows, device = sum(part.n_rows for part in parts), parts[0].ids.device
+    joint = torch.full(
+        (rows, 1, n_columns if per_query else 1, n_keys), torch.finfo(dtype).min, dtype=dtype, device=device
+    )
+    first = 0
+    for part, mask in zip(parts, masks, strict=True):
+        own = joint[first : first + part.n_rows]
+        first += part.n_rows
+        own[:, :, part.n_columns :] = 0.0  # what these queries see is never read
+        own[:, :, : part.n_columns, : part.n_keys] = 0.0 if mask is None else mask
+    return joint
+
+
+def _padded(value: Tensor, n_columns: int) -> Tensor:
+    """Return [n_rows, n_columns], padded with zeros on the right."""
+    return functional.pad(value, (0, n_columns - value.shape[1]))
+
+
+def _positions(part: Part) -> Tensor:
+    if part.position_ids is not None:
+        return part.position_ids
+    return torch.arange(part.n_columns, device=part.ids.device).expand(part.ids.shape)
+
+
+def _head_indices(parts: Sequence[Part], n_columns: int) -> Iterator[Tensor]:
+    first = 0
+    for part in parts:
+        row, column = (
+            torch.div(part.head_index, part.n_columns, rounding_mode="floor"),
+            part.head_index % part.n_columns,
+        )
+        yield (first + row) * n_columns + column
+        first += part.n_rows
+
+
+class _JointCache(Cache):
+    """The caches of several parts as one `past_key_values`."""
+
+    def __init__(self, parts: Sequence[Part], n_keys: int) -> None:
+        self._parts, self._n_keys = parts, n_keys
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Give each part's cache its own states.
+
+        Args:
+            key_states: [rows, heads, n_columns, width].
+            value_states: the same.
+            layer_idx: number of the layer.
+            args: of transformers; unused.
+            kwargs: of transformers; unused.
+        Returns:
+            What the queries see, [rows, heads, n_keys, width] each.
+        """
+        first, seen = 0, []
+        for part in self._parts:
+            rows = slice(first, first + part.n_rows)
+            first += part.n_rows
+            states = key_states[rows, :, : part.n_columns], value_states[rows, :, : part.n_columns]
+            if part.cache is not None:
+                states = part.cache.update(*states, layer_idx)
+            seen.append([functional.pad(value, (0, 0, 0, self._n_keys - value.shape[2])) for value in states])
+        keys, values = zip(*seen, strict=True)
+        return torch.cat(keys), torch.cat(values)
+
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        """Return the number of keys and the first key's column."""
+        return self._n_keys, 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0, as no column precedes the canvas."""
+        return 0

@@ -1,0 +1,159 @@
+"""Forward passes for the sampler: hidden states at selected positions, and their logits in chunks.
+
+The output embedding is applied only to these hidden states, so [batch, length, vocab] never exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache
+
+from .kv_cache import ColumnCache
+from .model_info import text_config
+from .row_selecting_head import RowSelectingHead
+
+ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
+# On a CPU a product of few rows with many outputs is about 1.5 times faster with the weight as the left factor, 1,024
+# outputs at a time, and the number of rows a multiple of 16. Up to 8 rows it is not.
+_OUTPUTS_AT_ONCE, _ROWS_MULTIPLE, _FEW_ROWS = 1024, 16, 8
+
+
+class Runner(Protocol):
+    """What runs the model for a denoiser: a `ModelRunner`, or a server that joins the passes of several denoisers."""
+
+    def run(
+        self,
+        ids: Tensor,
+        mask: Any,
+        position_ids: Tensor | None,
+        head_index: Tensor,
+        cache: ColumnCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the model once.
+
+        Args:
+            ids: [n_rows, n_columns] int64.
+            mask: the model's `attention_mask`, see `full_attention_mask`.
+            position_ids: [n_rows, n_columns] int64; None for 0, 1, 2 …
+            head_index: [n] int64, positions in [n_rows * n_columns].
+            cache: that is being written, or None.
+        Returns:
+            The hidden states at `head_index`, [n, width], and their logits [n, vocab], or None where `logits` computes
+            them from the hidden states.
+        """
+
+    def logits(self, hidden: Tensor, outputs: int | None, rows_at_once: int | None = None) -> Iterator[Tensor]:
+        """Yield the first `outputs` logits of [n, width] hidden states in chunks; see `ModelRunner.logits`."""
+
+    def close(self) -> None:
+        """End the use of the model."""
+
+
+class ModelRunner:
+    """Runs a model for one denoiser at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Install a hook on the output embedding of `model`, which `close` removes."""
+        self.model = model
+        self.vocabulary = int(text_config(model).vocab_size)
+        self._rows_at_once = max(1, ELEMENTS_AT_ONCE // self.vocabulary)
+        self._cap: float | None = getattr(text_config(model), "final_logit_softcapping", None)
+        self._can_project: bool | None = None
+        self._buffers: list[Tensor] = []
+        self._head = RowSelectingHead(model)
+
+    def run(
+        self, ids: Tensor, mask: Any, position_ids: Tensor | None, head_index: Tensor, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the model once, see `Runner`; it computes all logits itself where `logits` does not give the same.
+
+        Raises:
+            RuntimeError: if the model does not call its output embedding.
+        """
+        if self._can_project is False:
+            return self._forward(ids, mask, position_ids, head_index, cache, limit=None)
+        # In the first call the model itself projects one hidden state, to test that `project` gives the same.
+        hidden, first = self._forward(ids, mask, position_ids, head_index, cache, limit=0 if self._can_project else 1)
+        if self._can_project is None:
+            with self.project(hidden[:1], None) as projected:
+                self._can_project = torch.allclose(projected.float(), first.float(), rtol=1e-2, atol=1e-3)
+            if not self._can_project:
+                return self._forward(ids, mask, position_ids, head_index, cache, limit=None)
+        return hidden, None
+
+    def _forward(
+        self,
+        ids: Tensor,
+        mask: Any,
+        position_ids: Tensor | None,
+        head_index: Tensor,
+        cache: Cache | None,
+        limit: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the hidden states at `head_index`, and the logits of the first `limit` of them."""
+        rest: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        if cache is not None:
+            rest["past_key_values"] = cache
+        with torch.inference_mode(), self._head.only(head_index, limit, keep_hidden=True):
+            logits: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **rest).logits
+        hidden, self._head.hidden = self._head.hidden, None
+        if hidden is None:
+            raise RuntimeError(f"{type(self.model).__name__} did not call its output embedding")
+        return hidden, logits.reshape(-1, logits.shape[-1])
+
+    def logits(self, hidden: Tensor, outputs: int | None, rows_at_once: int | None = None) -> Iterator[Tensor]:
+        """Yield the logits of hidden states in chunks; each is valid until the next is requested.
+
+        Args:
+            hidden: [n, width].
+            outputs: number of ids, from 0, that get a logit; None for all.
+            rows_at_once: rows of a chunk; None for as many as `ELEMENTS_AT_ONCE` logits allow.
+        Yields:
+            [n_chunk, outputs].
+        """
+        for part in hidden.split(rows_at_once or self._rows_at_once):
+            with self.project(part, outputs) as logits:
+                yield logits
+
+    @contextmanager
+    def project(self, hidden: Tensor, outputs: int | None) -> Iterator[Tensor]:
+        """Return the logits [n, outputs] of [n, width] hidden states; their memory is reused after the block."""
+        head = self._head.module
+        is_plain = type(head) is nn.Linear and not head._forward_hooks and hidden.dtype == head.weight.dtype
+        if not (is_plain and hidden.device.type == "cpu" and isinstance(head, nn.Linear)) or len(hidden) <= _FEW_ROWS:
+            with torch.inference_mode():
+                logits = self._capped(head(hidden))[:, :outputs]
+            yield logits
+            return
+        n, outputs = len(hidden), min(head.weight.shape[0], outputs or head.weight.shape[0])
+        n_elements = n * outputs
+        buffer = self._buffers.pop() if self._buffers else hidden.new_empty(0)
+        with torch.inference_mode():
+            if buffer.numel() < n_elements:
+                buffer = hidden.new_empty(n_elements)
+            logits = buffer[:n_elements].view(n, outputs)
+            columns = functional.pad(hidden, (0, 0, 0, -n % _ROWS_MULTIPLE)).T.contiguous()
+            for low in range(0, outputs, _OUTPUTS_AT_ONCE):
+                part = slice(low, min(low + _OUTPUTS_AT_ONCE, outputs))
+                logits[:, part] = torch.mm(head.weight[part], columns)[:, :n].T
+            if head.bias is not None:
+                logits += head.bias[:outputs]
+            logits = self._capped(logits)
+        try:
+            yield logits
+        finally:
+            self._buffers.append(buffer)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    def close(self) -> None:
+        """Remove the hook from the model."""
+        self._head.remove()
+        self._buffers.clear()

@@ -1,0 +1,313 @@
+"""`Server`: a thread that owns the model and denoises the texts of many requests at once.
+
+Each sample of a request runs the ordinary code of generation in a greenlet. Where that code calls the model, the
+greenlet waits; once all wait, their passes are joined and each greenlet goes on with its own part of the result. So
+samples join and leave the batch between two steps, whatever their settings, and a text is the same alone and in
+company (up to rounding: the sums of a matrix product depend on its shape).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import torch
+
+from ..generation.generator import TextGenerator
+from ..modeling.joint_pass import run_parts
+from ..modeling.model_runner import ModelRunner
+from ..modeling.pass_widths import columns_of_a_pass, grouped
+from ..sampling.state import MAX_SAMPLES
+from .request import Answer, Cancelled, Event, Failure, Request
+from .sample import Sample
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a server.
+
+    Attributes:
+        max_rows: samples that are denoised at once.
+        max_positions: sum of the lengths of their canvases.
+        max_queue: samples that wait.
+    """
+
+    max_rows: int = 32
+    max_positions: int = 32768
+    max_queue: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_positions", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class ServerBusy(RuntimeError):
+    """The server takes no request now: its queue is full, or it is closing."""
+
+
+@dataclass
+class Stats:
+    """What a server has done since its start.
+
+    Attributes:
+        answered: requests that got all their answers.
+        failed: requests that failed, without those cancelled.
+        cancelled: requests that were cancelled.
+        passes: joint forward passes.
+        rows: rows that went through the model in them.
+        columns: tokens that did, without the padding of the joint pass.
+        tokens: tokens of answers.
+        seconds_model: seconds in forward passes and in output embeddings of joint passes.
+        seconds_busy: seconds in which there was a sample to denoise.
+    """
+
+    answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    passes: int = 0
+    rows: int = 0
+    columns: int = 0
+    tokens: int = 0
+    seconds_model: float = 0.0
+    seconds_busy: float = 0.0
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request on its way.
+
+    Attributes:
+        request: the request.
+        on_event: called with each event.
+        deadline: time of `time.monotonic` at which it fails; None for never.
+    """
+
+    request: Request
+    on_event: Callable[[Event], None]
+    deadline: float | None
+    _n_open: int = field(init=False)
+    _is_cancelled: bool = field(default=False, init=False)
+    is_over: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._n_open = self.request.n
+
+    def cancel(self) -> None:
+        """Give up the request; its samples leave the batch before the next step. May be called from any thread."""
+        self._is_cancelled = True
+
+    def why_over(self) -> Exception | None:
+        """Return the error that ends the request from outside, or None."""
+        if self._is_cancelled:
+            return Cancelled("the request was cancelled")
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return TimeoutError(f"the request took longer than {self.request.timeout:g} seconds")
+        return None
+
+    def emit(self, event: Event) -> bool:
+        """Pass an event on, unless the request is over; return whether this event ends it."""
+        if self.is_over:
+            return False
+        if isinstance(event, Answer):
+            self._n_open -= 1
+        self.is_over = isinstance(event, Failure) or self._n_open == 0
+        try:
+            self.on_event(event)
+        except Exception as error:  # noqa: BLE001  the receiver is gone, say its event loop is closed
+            logger.debug("an event was not received: %s", error)
+            self._is_cancelled = True
+        return self.is_over
+
+
+class Server:
+    """Denoises the texts of many requests at once, in a thread of its own."""
+
+    def __init__(self, generator: TextGenerator, limits: Limits | None = None) -> None:
+        """Start the thread; `generator` must not be used elsewhere until `close`."""
+        self.generator = generator
+        self.limits = limits or Limits()
+        self.stats = Stats()
+        self._changed = threading.Condition()
+        self._queue: deque[Sample] = deque()
+        self._running: list[Sample] = []
+        self._is_closing = False
+        generator.sizer.try_cache()  # runs the model, which is the thread's from now on
+        self._runner = ModelRunner(generator.model)
+        self._thread = threading.Thread(target=self._work, name="denoising", daemon=True)
+        self._thread.start()
+
+    @property
+    def n_running(self) -> int:
+        """Return the number of samples in the batch."""
+        return len(self._running)
+
+    @property
+    def n_waiting(self) -> int:
+        """Return the number of samples that wait."""
+        return len(self._queue)
+
+    def check(self, request: Request) -> None:
+        """Check a request.
+
+        Raises:
+            ValueError: naming the key that is wrong.
+        """
+        if not 1 <= request.n <= min(self.limits.max_queue, MAX_SAMPLES):
+            raise ValueError(
+                f"n: {request.n} must lie between 1 and {self.limits.max_queue}, the samples that may wait"
+            )
+        if any(not word for word in request.stop):
+            raise ValueError("stop: '' ends every text at once; give a longer string")
+        if len(request.canvas) > self.limits.max_positions:
+            raise ValueError(
+                f"prompt and max_tokens have {len(request.canvas)} positions, but this server takes at most "
+                f"{self.limits.max_positions}; shorten the prompt, or generate fewer tokens"
+            )
+        self.generator.check([request.canvas], request.settings)
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> Ticket:
+        """Queue a request; may be called from any thread.
+
+        Args:
+            request: see `Request`.
+            on_event: called with each event in the server's thread, so it must be quick.
+        Raises:
+            ValueError: see `check`.
+            ServerBusy: if the queue is full, or the server is closing.
+        """
+        self.check(request)
+        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        ticket = Ticket(request, on_event, deadline)
+        with self._changed:
+            if self._is_closing:
+                raise ServerBusy("the server is closing")
+            if len(self._queue) + request.n > self.limits.max_queue:
+                raise ServerBusy(f"{len(self._queue)} texts wait already, of at most {self.limits.max_queue}")
+            self._queue.extend(Sample(self.generator, self._runner, ticket, number) for number in range(request.n))
+            self._changed.notify()
+        return ticket
+
+    def answers(self, request: Request) -> list[Answer]:
+        """Return the answers to a request, in the order of its samples.
+
+        Raises:
+            Exception: what ended the request, and see `submit`.
+        """
+        events: SimpleQueue[Event] = SimpleQueue()
+        self.submit(request, events.put)
+        answers: list[Answer] = []
+        while len(answers) < request.n:
+            event = events.get()
+            if isinstance(event, Failure):
+                raise event.error
+            if isinstance(event, Answer):
+                answers.append(event)
+        return sorted(answers, key=lambda answer: answer.sample)
+
+    def close(self, *, drain: bool = True) -> None:
+        """End the thread and free the model.
+
+        Args:
+            drain: whether the texts that run and wait are finished first; else their requests fail.
+        """
+        with self._changed:
+            self._is_closing = True
+            if not drain:
+                for sample in (*self._queue, *self._running):
+                    sample.ticket.cancel()
+            self._changed.notify()
+        self._thread.join()
+
+    # ---- in the thread ----
+
+    def _work(self) -> None:
+        # The greenlets enter and leave no_grad in any order, so it is on for all of them.
+        torch.set_grad_enabled(False)
+        while self._admit():
+            start = time.perf_counter()
+            for sample in list(self._running):
+                self._resume(sample)
+            waiting = [sample for sample in self._running if sample.part is not None]
+            for group in _joined(waiting):
+                self._run(group)
+            self.stats.seconds_busy += time.perf_counter() - start
+        self._runner.close()
+
+    def _admit(self) -> bool:
+        """Wait for work and move samples from the queue to the batch; return False at the end."""
+        with self._changed:
+            while not self._queue and not self._running:
+                if self._is_closing:
+                    return False
+                self._changed.wait()
+            n_positions = sum(sample.n_positions for sample in self._running)
+            while self._queue and len(self._running) < self.limits.max_rows:
+                sample = self._queue[0]
+                if sample.ticket.why_over() is None:
+                    n_positions += sample.n_positions
+                    if n_positions > self.limits.max_positions:
+                        break
+                self._running.append(self._queue.popleft())
+        return True
+
+    def _resume(self, sample: Sample) -> None:
+        """Let a sample go on to its next forward pass, or to its end."""
+        error = None if sample.ticket.is_over else sample.ticket.why_over()
+        if sample.ticket.is_over:
+            error = Cancelled("the request is over")
+        for event in sample.resume(error):
+            self._emit(sample.ticket, event)
+        if sample.is_over:
+            self._running.remove(sample)
+
+    def _emit(self, ticket: Ticket, event: Event) -> None:
+        if isinstance(event, Answer):
+            self.stats.tokens += event.completion_tokens
+        if ticket.emit(event):
+            if not isinstance(event, Failure):
+                self.stats.answered += 1
+            elif isinstance(event.error, Cancelled):
+                self.stats.cancelled += 1
+            else:
+                self.stats.failed += 1
+
+    def _run(self, samples: Sequence[Sample]) -> None:
+        """Run the passes of samples as one; if that fails, each half apart, down to the sample that is at fault."""
+        parts = [sample.part for sample in samples if sample.part is not None]
+        start = time.perf_counter()
+        try:
+            outputs = run_parts(self._runner, parts)
+        except Exception as error:  # noqa: BLE001  whatever it is, other requests must go on
+            error.__traceback__ = None  # which keeps the tensors of the pass
+            self.stats.seconds_model += time.perf_counter() - start
+            if len(samples) == 1:
+                samples[0].take(error)
+                return
+            logger.warning("a joint pass of %d texts failed and is divided: %s", len(samples), error)
+            half = len(samples) // 2
+            self._run(samples[:half])
+            self._run(samples[half:])
+            return
+        self.stats.seconds_model += time.perf_counter() - start
+        self.stats.passes += 1
+        self.stats.rows += sum(part.n_rows for part in parts)
+        self.stats.columns += sum(part.ids.numel() for part in parts)
+        for sample, output in zip(samples, outputs, strict=True):
+            sample.take(output)
+
+
+def _joined(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Divide samples into joint passes, each of parts of like width."""
+    parts = [sample.part for sample in samples if sample.part is not None]
+    if not parts:
+        return []
+    groups = grouped([part.n_columns for part in parts], columns_of_a_pass(parts[0].ids.device))
+    return [[samples[number] for number in group] for group in groups]
