@@ -23,6 +23,7 @@ HOOKS = {
     "llamafactory.hparams.parser": "llamafactory_ddm.integration.patches.table:after_parser",
     "llamafactory.train.tuner": "llamafactory_ddm.integration.patches.table:after_tuner",
     "llamafactory.extras.env": "llamafactory_ddm.integration.patches.table:after_env",
+    "llamafactory.webui.interface": "llamafactory_ddm.integration.patches.table:after_web_pages",
     "llamafactory.v1.launcher": "llamafactory_ddm.integration.patches.table:after_v1_launcher",
     "lm_eval.models": "llamafactory_ddm.harness.register:register_model",
 }

@@ -11,6 +11,7 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +40,7 @@ CHECKED = ("0.9.4", "0.9.5")
 _PARSER, _TUNER = "llamafactory.hparams.parser", "llamafactory.train.tuner"
 _LOADER, _ADAPTER = "llamafactory.model.loader", "llamafactory.model.adapter"
 _CONSTANTS, _ENV, _V1 = "llamafactory.extras.constants", "llamafactory.extras.env", "llamafactory.v1.launcher"
+_WEB, _COMPONENTS = "llamafactory.webui", "llamafactory.webui.components"
 
 _RANDOM = "weights missing from a folder would be randomly initialised"
 
@@ -96,6 +98,12 @@ def _rebind() -> None:
             apply(module)
 
 
+def _web(name: str) -> Callable[[Any], Any]:
+    """Return a replacement in `integration.webui`, by module:name; it is imported when it is applied."""
+    module, _, function = name.partition(":")
+    return lambda original: getattr(import_module(f"..webui.{module}", __package__), function)(original)
+
+
 PATCHES = (
     Patch(f"{_PARSER}:_parse_args", checked_parse_args, "an unknown key would be reported without the nearest match"),
     Patch(f"{_PARSER}:_parse_train_args", checked_parse_train_args, "generation would need a data set"),
@@ -144,6 +152,39 @@ PATCHES = (
         functools.partial(print_env_with_status, status=status),
         "llamafactory-cli env would not say whether the plugin is active",
     ),
+    Patch(f"{_WEB}.chatter:WebChatModel", _web("chatter:diffusion_chat_model"), "the denoising would not be seen"),
+    Patch(
+        f"{_WEB}.runner:Runner",
+        _web("runner:diffusion_runner"),
+        "fields would have no effect, and prediction would be refused",
+    ),
+    Patch(
+        f"{_WEB}.control:change_stage",
+        _web("pages:packing_of_our_stages"),
+        "stages based on pt would preset packing: false",
+    ),
+    Patch(f"{_WEB}.css:CSS", _web("live_canvas:with_our_css"), "a canvas would have no colours"),
+    Patch(f"{_WEB}.locales:LOCALES", _web("texts:with_our_texts"), "our fields would have no labels"),
+    Patch(
+        f"{_COMPONENTS}.chatbot:create_chat_box",
+        _web("pages:with_chat_fields"),
+        "the chat would have no fields of denoising",
+    ),
+    Patch(
+        f"{_COMPONENTS}.infer:create_infer_tab",
+        _web("pages:with_chat_fields_after_loading"),
+        "the fields would not follow the model that is loaded",
+    ),
+    Patch(
+        f"{_COMPONENTS}.train:create_train_tab",
+        _web("pages:with_training_fields"),
+        "the training tab would have no fields of ours",
+    ),
+    Patch(
+        f"{_COMPONENTS}.eval:create_eval_tab",
+        _web("pages:with_predict_fields"),
+        "prediction would have no fields of denoising",
+    ),
     Patch(f"{_V1}:launch", refusing_v1_launch, "the v1 trainer would reject the keys without saying why"),
 )
 
@@ -178,6 +219,13 @@ def after_tuner(tuner: ModuleType) -> None:
     """Apply the changes to LLaMA-Factory's stages and export before they are called."""
     if _state.active:
         apply(tuner.__name__)
+
+
+def after_web_pages(pages: ModuleType) -> None:
+    """Apply the changes to LLaMA-Factory's web pages, which this module has imported and not yet made."""
+    if _state.active:
+        for module in dict.fromkeys(patch.module for patch in PATCHES if patch.module.startswith(f"{_WEB}.")):
+            apply(module)
 
 
 def after_env(env: ModuleType) -> None:

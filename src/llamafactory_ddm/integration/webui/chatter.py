@@ -163,4 +163,3 @@ class _Answering:
 def defaults_of(engine: Any) -> dict[str, Any]:
     """Return the values of `CHAT_KEYS` that an engine uses unless a request says otherwise."""
     return {name: None if name == "seed" else getattr(engine.defaults, name) for name in CHAT_KEYS}
-

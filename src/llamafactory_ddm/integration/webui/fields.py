@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ...utils.keys import Key
@@ -24,7 +24,9 @@ SAMPLING_KEYS = ("denoising_strategy", "confidence_threshold", "diffusion_steps"
 PREDICT_KEYS = (*SAMPLING_KEYS, "save_trace")
 CHAT_KEYS = (*SAMPLING_KEYS, "seed")
 # A seed of one message is a key of chats, and upstream's key in YAML.
-_SEED = Key(None, "Seed of all random draws. Defaults to a new one for each message.", "integer", low=0, high=2**32 - 1)
+_SEED = Key(
+    None, "Seed of all random draws. Defaults to a new one for each message.", "integer", low=0, high=2**32 - 1
+)
 # Largest value that a slider offers; other values are set as YAML keys.
 _SLIDER_ENDS = {"diffusion_steps": 256}
 # Key -> the one stage that reads it.

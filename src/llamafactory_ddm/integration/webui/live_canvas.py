@@ -54,7 +54,9 @@ class LiveCanvas:
     @property
     def step(self) -> int:
         """The latest step at which a token appeared."""
-        return max((born for born, piece in zip(self._born, self._pieces, strict=True) if piece is not None), default=0)
+        return max(
+            (born for born, piece in zip(self._born, self._pieces, strict=True) if piece is not None), default=0
+        )
 
     @property
     def n_decoded(self) -> int:

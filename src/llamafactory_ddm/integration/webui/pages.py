@@ -99,7 +99,10 @@ def with_training_fields(original: Callable[..., Any]) -> Callable[..., Any]:
 
         def show(label: str) -> list[Any]:
             stage = _STAGE_OF_LABEL.get(label)
-            return [gr.update(visible=stage is not None), *(gr.update(visible=one == stage) for one in ONE_STAGE.values())]
+            return [
+                gr.update(visible=stage is not None),
+                *(gr.update(visible=one == stage) for one in ONE_STAGE.values()),
+            ]
 
         outputs = [box, *(fields[f"{PREFIX}{name}"] for name in ONE_STAGE)]
         elements["training_stage"].change(show, [elements["training_stage"]], outputs, queue=False)
