@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import re
 from collections.abc import Sequence
@@ -100,7 +99,7 @@ def escaped(text: str) -> str:
     """
     safe = re.sub("\r\n?|[\u0085\u2028\u2029]", "\n", text)
     safe = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", safe)
-    return re.sub(r"[\n\t*_`$\\\[\]~|#:]", lambda match: f"&#{ord(match[0])};", html.escape(safe))
+    return re.sub(r"[&<>\"'\n\t*_`$\\\[\]~|#:]", lambda match: f"&#{ord(match[0])};", safe)
 
 
 def with_our_css(css: str) -> str:

@@ -58,15 +58,15 @@ CHINESE = {
     "seed": ("随机种子", "所有随机抽样的种子。默认每条消息各取一个新种子。"),
     "save_trace": ("保存去噪过程", "写出 generated_predictions.html，可在浏览器中回放每条文本的去噪过程。"),
 }
-_ACRONYMS = {"Eos": "EOS", "Kv": "KV"}
+_ACRONYMS = {"eos": "EOS", "kv": "KV"}
 _STEP = {"en": "step {step}: {n} of {total} tokens", "zh": "第 {step} 步：{n} / {total} 个词元"}
 _FAILED = {"en": "Not answered", "zh": "未能回答"}
 
 
 def english_label(name: str) -> str:
     """Return the label of a key: its words."""
-    first, *rest = name.split("_")
-    return " ".join([_ACRONYMS.get(first.capitalize(), first.capitalize()), *rest])
+    first, *rest = (_ACRONYMS.get(word, word) for word in name.split("_"))
+    return " ".join([first[0].upper() + first[1:], *rest])
 
 
 def with_our_texts(locales: dict[str, Any]) -> dict[str, Any]:
