@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # A Unicode noncharacter. A token whose spelling is wrapped in it matches no text.
-_HIDDEN = "\ufdd0"
+HIDDEN = "\ufdd0"
 
 
 def control_texts(tokenizer: Any, tokens: Sequence[str]) -> list[str]:
@@ -47,7 +47,7 @@ def reading_as_text(tokenizer: Any, tokens: Sequence[str]) -> Any:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     added = tokenizer.get_added_vocab()
-    new_spelling = {token: f"{_HIDDEN}{token}{_HIDDEN}" for token in tokens if token in added}
+    new_spelling = {token: f"{HIDDEN}{token}{HIDDEN}" for token in tokens if token in added}
     if backend is None or not new_spelling:
         return tokenizer
     state = json.loads(backend.to_str())

@@ -216,6 +216,18 @@ class TextGenerator:
             f"{'with' if config.shift else 'no'} shift{blocks}, EOS {eos}{template}>"
         )
 
+    def from_parts(self, parts: Sequence[str | Sequence[int] | int]) -> Canvas:
+        """Return the canvas of texts (or their ids) and of gaps to fill, given by their number of tokens, in order.
+
+        Raises:
+            ValueError: see `from_prompt`.
+        """
+        encoded = [
+            part if not isinstance(part, str) else self.codec.encode_after(part) if number else self.codec.encode(part)
+            for number, part in enumerate(parts)
+        ]
+        return self._checked(canvas_of(encoded, start_id=self.start_id))
+
     def from_marked(self, text: str, *, label: str | None = None) -> Canvas:
         """Return the canvas of a text with markers such as <|infill:8|>; `label` gives the length of <|infill|>.
 

@@ -168,11 +168,13 @@ def test_environment_variables_are_checked_under_an_abbreviated_stage(upstream, 
         upstream[0].get_train_args(argv)
 
 
-def test_chat_is_refused_and_export_is_noted(upstream):
+def test_chat_keeps_the_keys_and_export_is_noted(upstream):
     parser = upstream[0]
     keys = {"model_name_or_path": "nowhere", "stage": "ddm", "finetuning_type": "full"}
-    with pytest.raises(ValueError, match=r"stage: ddm.*do_predict: true"):
-        parser.get_infer_args(keys)
+    served = parser.get_infer_args({**keys, "top_p": 0.5})
+    assert served[2].diffusion_stage == "ddm" and "top_p" in served[2].parsed.user_keys
+    with pytest.raises(ValueError, match=r"shift_attn"):
+        parser.get_infer_args({**keys, "shift_attn": True})
     exported = parser.get_infer_args({**keys, "export_dir": "x"})
     assert exported[0].exported_diffusion is exported[2]
     assert parser.get_infer_args({**keys, "stage": "sft"})[2].stage == "sft"

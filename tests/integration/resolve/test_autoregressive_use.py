@@ -1,4 +1,4 @@
-"""A diffusion model in autoregressive stages and commands: training warns, everything else refuses."""
+"""A diffusion model in autoregressive stages and commands: training warns, serving recognises it, others refuse."""
 
 import json
 import re
@@ -45,17 +45,34 @@ def finetuning_type(keys):
     return {"finetuning_type": "lora" if "adapter_name_or_path" in keys or "reward_model" in keys else "full"}
 
 
-@pytest.mark.parametrize("backend", ["huggingface", "vllm", "sglang"])
-def test_serving_is_refused(upstream, folders, monkeypatch, caplog, backend):
-    parser = upstream[0]
-    monkeypatch.setattr(parser, "_check_extra_dependencies", lambda *rest: None)
-    for keys, name in MODELS:
-        if backend == "vllm" and "," in keys.get("adapter_name_or_path", ""):
-            continue  # it takes one adapter
-        caplog.clear()
+def as_argv(keys):
+    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize("form", [dict, as_argv])
+def test_a_diffusion_model_is_served_without_naming_a_stage(upstream, folders, form):
+    for keys, _ in MODELS:
+        args = {**named(folders, keys), **finetuning_type(keys), "diffusion_steps": 8}
+        *_, finetuning_args, _ = upstream[0].get_infer_args(form(args))
+        assert (finetuning_args.diffusion_stage, finetuning_args.diffusion_steps) == ("ddm-sft", 8)
+        assert {"diffusion_steps", "stage"} <= finetuning_args.parsed.user_keys
+
+
+@pytest.mark.parametrize("backend", ["vllm", "sglang"])
+@pytest.mark.parametrize("form", [dict, as_argv])
+def test_other_engines_do_not_serve_a_diffusion_model(upstream, folders, form, backend):
+    for keys in (*(keys for keys, _ in MODELS), {"model_name_or_path": "plain", "stage": "ddm"}):
         args = {**named(folders, keys), **finetuning_type(keys), "infer_backend": backend}
+        with pytest.raises(ValueError, match=f"infer_backend: {backend} .*huggingface"):
+            upstream[0].get_infer_args(form(args))
+
+
+def test_an_autoregressive_stage_serves_no_diffusion_model(upstream, folders, caplog):
+    for keys, name in MODELS:
+        caplog.clear()
+        args = {**named(folders, keys), **finetuning_type(keys), "stage": "sft"}
         with pytest.raises(ValueError, match=rf"llamafactory-ddm generate {folders[name]};"):
-            parser.get_infer_args(args)
+            upstream[0].get_infer_args(args)
         assert f"{folders[name]} is a diffusion model" in caplog.text
 
 
@@ -74,7 +91,8 @@ def test_llamafactorys_evaluation_is_refused(upstream, folders, tmp_path):
 def test_other_models_are_served(upstream, folders, tmp_path):
     parser = upstream[0]
     keys = {"model_name_or_path": folders["plain"], "finetuning_type": "lora"}
-    parser.get_infer_args({**keys, "adapter_name_or_path": folders["other_adapter"]})
+    *_, finetuning_args, _ = parser.get_infer_args({**keys, "adapter_name_or_path": folders["other_adapter"]})
+    assert finetuning_args.diffusion_stage is None
     parser.get_eval_args({**keys, "task": "mmlu_test", "save_dir": str(tmp_path / "e")})
     (tmp_path / "plain" / "config.json").write_text("no JSON")  # LLaMA-Factory reports the fault
     parser.get_infer_args(keys)
@@ -90,8 +108,9 @@ def test_a_model_in_the_hubs_cache_is_recognised(upstream, tmp_path, file):
     (root / "refs" / "main").write_text("abc")
     (snapshot / file).write_text(json.dumps({"model_type": "Dream"}))
     keys = {"model_name_or_path": "someone/diffuses", "finetuning_type": "full", "cache_dir": str(tmp_path / "hub")}
+    assert upstream[0].get_infer_args(keys)[2].diffusion_stage == "ddm-sft"
     with pytest.raises(ValueError, match="generate someone/diffuses"):
-        upstream[0].get_infer_args(keys)
+        upstream[0].get_infer_args({**keys, "stage": "sft"})
 
 
 @pytest.mark.parametrize("stage", ["pt", "sft", "rm", "ppo", "dpo", "kto"])

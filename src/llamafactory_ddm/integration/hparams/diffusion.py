@@ -14,11 +14,12 @@ from .attention import AttentionKeys
 from .length import LengthKeys
 from .monitoring import MonitoringKeys
 from .sampling import SamplingArguments
+from .serving import ServingKeys
 from .sft import FinetuningKeys
 
 
 @dataclass
-class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKeys, SamplingArguments):
+class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKeys, ServingKeys, SamplingArguments):
     """Keys of the diffusion stages; a key that is None takes its value from the checkpoint's diffusion_config.json."""
 
     # A YAML may give a list; upstream's command-line parser allows one type in the annotation.

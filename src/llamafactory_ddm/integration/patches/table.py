@@ -24,6 +24,7 @@ from .wrappers import (
     diffusion_init_adapter,
     diffusion_load_model,
     diffusion_load_tokenizer,
+    dispatching_engine,
     dispatching_get_infer_args,
     dispatching_get_train_args,
     dispatching_run,
@@ -39,6 +40,7 @@ from .wrappers import (
 CHECKED = ("0.9.4", "0.9.5")
 _PARSER, _TUNER = "llamafactory.hparams.parser", "llamafactory.train.tuner"
 _LOADER, _ADAPTER = "llamafactory.model.loader", "llamafactory.model.adapter"
+_ENGINE = "llamafactory.chat.hf_engine"
 _CONSTANTS, _ENV, _V1 = "llamafactory.extras.constants", "llamafactory.extras.env", "llamafactory.v1.launcher"
 _WEB, _COMPONENTS = "llamafactory.webui", "llamafactory.webui.components"
 
@@ -115,7 +117,7 @@ PATCHES = (
     Patch(
         f"{_PARSER}:get_infer_args",
         functools.partial(dispatching_get_infer_args, rebind=_rebind),
-        "chat would silently run autoregressively, and an export would no longer be a diffusion model",
+        "serving would read our keys as unknown ones, and an export would no longer be a diffusion model",
     ),
     Patch(
         f"{_PARSER}:get_eval_args", refusing_get_eval_args, "a diffusion model would be evaluated on the next token"
@@ -147,6 +149,7 @@ PATCHES = (
     Patch(f"{_LOADER}:AutoModelForCausalLM", checked_model_class, _RANDOM, in_all_modules=False),
     Patch(f"{_LOADER}:AutoModelForImageTextToText", checked_model_class, _RANDOM, in_all_modules=False),
     Patch(f"{_ADAPTER}:PeftModel", checked_peft_model, _RANDOM, in_all_modules=False),
+    Patch(f"{_ENGINE}:HuggingfaceEngine", dispatching_engine, "chat would silently run autoregressively"),
     Patch(
         f"{_ENV}:print_env",
         functools.partial(print_env_with_status, status=status),
@@ -219,6 +222,13 @@ def after_tuner(tuner: ModuleType) -> None:
     """Apply the changes to LLaMA-Factory's stages and export before they are called."""
     if _state.active:
         apply(tuner.__name__)
+
+
+def after_engine(engine: ModuleType) -> None:
+    """Make chat, API and web chat serve diffusion models, and prepare the loader, which this module has imported."""
+    if _state.active:
+        apply(engine.__name__)
+        _rebind()
 
 
 def after_web_pages(pages: ModuleType) -> None:

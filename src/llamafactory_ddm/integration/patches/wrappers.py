@@ -105,26 +105,33 @@ def _runs_on_cpu(args: Any) -> bool:
 
 
 def dispatching_get_infer_args(original: Callable[..., Any], rebind: Callable[[], None]) -> Callable[..., Any]:
-    """Mark the export of a diffusion model, and refuse autoregressive generation for our stages."""
+    """Mark the export of a diffusion model, and have our engine serve it."""
 
     @functools.wraps(original)
     def get_infer_args(args: Any = None) -> Any:
         from ..data.templates import register_templates
-        from ..resolve.autoregressive_use import check_serving, find_diffusion_models
+        from ..hparams.parser import Parsed, check_supported, user_keys
+        from ..resolve.autoregressive_use import check_autoregressive, find_diffusion_models
+        from ..resolve.serving_stage import with_stage
 
         register_templates()
+        _errors.install()
+        args = with_stage(sys.modules["llamafactory.hparams.parser"].read_args(args))
         parsed = original(args)
-        model_args, _, finetuning_args, *_ = parsed
+        model_args, data_args, finetuning_args, generating_args, *_ = parsed
+        stage = finetuning_args.diffusion_stage
         if model_args.export_dir is not None:
             from ..resolve.model_names import resolve_model_names
 
             resolve_model_names(model_args)
-        stage = finetuning_args.diffusion_stage
-        if model_args.export_dir is None:
-            check_serving(model_args, stage)
-        elif stage is not None or next(find_diffusion_models(model_args), None) is not None:
-            rebind()
-            model_args.exported_diffusion = finetuning_args
+            if stage is not None or next(find_diffusion_models(model_args), None) is not None:
+                rebind()
+                model_args.exported_diffusion = finetuning_args
+        elif stage is None:
+            check_autoregressive(model_args, None)
+        else:
+            check_supported(finetuning_args, model_args, data_args)
+            finetuning_args.parsed = Parsed(user_keys=frozenset(user_keys(args)), generating_args=generating_args)
         return parsed
 
     return get_infer_args
@@ -135,10 +142,10 @@ def refusing_get_eval_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def get_eval_args(args: Any = None) -> Any:
-        from ..resolve.autoregressive_use import check_serving
+        from ..resolve.autoregressive_use import check_autoregressive
 
         parsed = original(args)
-        check_serving(parsed[0], parsed[3].diffusion_stage)
+        check_autoregressive(parsed[0], parsed[3].diffusion_stage)
         return parsed
 
     return get_eval_args
@@ -249,6 +256,21 @@ def dispatching_run(original: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return run
+
+
+def dispatching_engine(original: Any) -> Any:
+    """Make the engine of a diffusion model in place of upstream's."""
+
+    class Dispatching(original):  # type: ignore[misc]
+        def __new__(cls, model_args: Any, data_args: Any, finetuning_args: Any, generating_args: Any) -> Any:
+            if getattr(finetuning_args, "diffusion_stage", None) is None:
+                return super().__new__(cls)
+            from ..chat.engine import DiffusionEngine
+
+            return DiffusionEngine(model_args, data_args, finetuning_args, generating_args)
+
+    Dispatching.__name__ = Dispatching.__qualname__ = original.__name__
+    return Dispatching
 
 
 def print_env_with_status(original: Callable[..., Any], status: Callable[[], str]) -> Callable[..., Any]:

@@ -46,14 +46,14 @@ def check_training(model_args: Any, training_args: Any, finetuning_args: Any) ->
         )
 
 
-def check_serving(model_args: Any, stage: str | None) -> None:
-    """Refuse to serve a diffusion model or a diffusion stage with LLaMA-Factory's autoregressive generation.
+def check_autoregressive(model_args: Any, stage: str | None) -> None:
+    """Refuse a diffusion model, or a diffusion stage, in a command that reads or writes token by token.
 
     Args:
         model_args: LLaMA-Factory's.
         stage: the diffusion stage that the user set, or None.
     Raises:
-        ValueError: if there is one; the message names the model and the command that generates with it.
+        ValueError: if there is one; the message names the model and what does the same for it.
     """
     name_and_evidence = next(find_diffusion_models(model_args), None)
     if name_and_evidence is None and stage is None:
@@ -63,10 +63,10 @@ def check_serving(model_args: Any, stage: str | None) -> None:
     if name_and_evidence is not None:
         name, evidence = name_and_evidence
         refused = f"{name}, a diffusion model ({evidence})"
-        logger.warning_rank0(f"{name} is a diffusion model, but this command generates token by token.")
+        logger.warning_rank0(f"{name} is a diffusion model, but this command works token by token.")
     raise ValueError(
-        f"this command does not serve {refused}; generate with do_predict: true and {_DIFFUSION_STAGES}, or with "
-        f"llamafactory-ddm generate {name}; to export it, set export_dir"
+        f"this command does not take {refused}; use {_DIFFUSION_STAGES} with do_predict or do_eval, or "
+        f"llamafactory-ddm generate {name}; to chat with it, remove stage or set stage: ddm-sft"
     )
 
 

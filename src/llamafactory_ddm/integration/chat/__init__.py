@@ -1,0 +1,1 @@
+"""Serving through LLaMA-Factory's own commands: its engine, and its API."""

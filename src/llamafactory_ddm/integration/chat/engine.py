@@ -1,0 +1,261 @@
+"""The engine that LLaMA-Factory's chat, API and web chat call for a diffusion model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from llamafactory.chat.base_engine import BaseEngine, Response
+from llamafactory.extras.constants import EngineName
+
+from ...data.canvas import MARKER, Canvas, split_at_markers
+from ...data.protected_text import without_marks
+from ...serving.request import Answer, Event, Failure, Progress, Request
+from ...serving.server import Limits, Server
+from ..logs import get_logger
+from .model import load_served
+from .options import Options, read_options
+from .prompts import PromptEncoder
+
+logger = get_logger(__name__)
+
+
+class DiffusionEngine(BaseEngine):
+    """Answers chats with a `Server`, which denoises all requests in one batch."""
+
+    def __init__(self, model_args: Any, data_args: Any, finetuning_args: Any, generating_args: Any) -> None:
+        """Load the model and start its server.
+
+        Raises:
+            ValueError: for a mistake in the arguments, naming the key and the remedy.
+        """
+        self.name = EngineName.HF
+        self.can_generate = True
+        self.served = load_served(model_args, data_args, finetuning_args, generating_args)
+        self.generator = self.served.generator
+        self.model, self.tokenizer = self.generator.model, self.generator.tokenizer
+        self.template = self.served.template
+        self.defaults = self.served.defaults
+        self.generating_args = generating_args.to_dict()
+        self.prompts = PromptEncoder(self.template, self.tokenizer)
+        self.generator.codec.controls = self.prompts.controls  # a user's text cannot spell any of them
+        self.timeout: float | None = finetuning_args.serving_timeout
+        limits = Limits(
+            max_rows=finetuning_args.serving_rows,
+            max_positions=finetuning_args.serving_positions,
+            max_queue=finetuning_args.serving_queue,
+        )
+        self.server = Server(self.generator, limits)
+        if "MAX_CONCURRENT" in os.environ:
+            logger.warning_rank0(
+                "MAX_CONCURRENT has no effect on a diffusion model, whose requests share one batch; set serving_rows."
+            )
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens of an answer whose request does not say how many, where its prompt leaves room for them."""
+        return self.served.max_new_tokens or self.served.canvas or 0
+
+    def close(self, *, drain: bool = False) -> None:
+        """End the server; with `drain`, after its requests."""
+        self.server.close(drain=drain)
+
+    def __del__(self) -> None:
+        if "server" in vars(self):
+            self.server.close(drain=False)
+
+    # ---- requests ----
+
+    def prepare(
+        self,
+        messages: Sequence[dict[str, str]],
+        system: str | None = None,
+        tools: str | None = None,
+        *,
+        images: Any = None,
+        videos: Any = None,
+        audios: Any = None,
+        **overrides: Any,
+    ) -> Request:
+        """Return the checked request for the next answer of a chat.
+
+        Args:
+            messages: `role` and `content`, as LLaMA-Factory's engines take them.
+            system: the system prompt; None for the template's.
+            tools: JSON of the tools.
+            images: refused if there are any.
+            videos: refused if there are any.
+            audios: refused if there are any.
+            overrides: keywords of `read_options`.
+        Raises:
+            ValueError: if the model cannot do this, naming the key, what was given and what is allowed.
+        """
+        for kind, items in (("images", images), ("videos", videos), ("audios", audios)):
+            if items:
+                raise ValueError(f"{kind}: this model reads text alone; remove them")
+        options = self.options(overrides)
+        ids = self.prompts.prompt(messages, system, tools)
+        start = self.served.start
+        canvas = self.generator.from_prompt(
+            ids, self._room(len(ids) + self._n_start(ids, start), options), start=start
+        )
+        return self._checked(canvas, options)
+
+    def prepare_text(self, prompt: str, suffix: str | None = None, **overrides: Any) -> Request:
+        """Return the checked request that continues a text, or fills the gap before `suffix` or those it marks.
+
+        Args:
+            prompt: a text; markers such as <|infill:8|> in it are gaps to fill.
+            suffix: the text after a gap of `max_tokens` tokens that follows the prompt.
+            overrides: keywords of `read_options`.
+        Raises:
+            ValueError: if the model cannot do this, naming the key.
+        """
+        options = self.options(overrides)
+        generator, encode = self.generator, self.generator.codec.encode
+        prompt, suffix = without_marks(prompt), without_marks(suffix or "")
+        if MARKER.search(prompt):
+            if suffix:
+                raise ValueError("suffix: the prompt marks its gaps with <|infill:n|>; remove one of them")
+            if options.max_tokens is not None:
+                raise ValueError(
+                    "max_tokens: the markers <|infill:n|> of the prompt set the number of tokens; remove it"
+                )
+            parts = [part for part in split_at_markers(prompt) if part is not None]
+            if "<|infill|>" in prompt:
+                raise ValueError("prompt: <|infill|> has no length; write <|infill:8|> for a gap of 8 tokens")
+            canvas = generator.from_parts(parts)
+        elif suffix:
+            ids, after = encode(prompt), generator.codec.encode_after(suffix)
+            room = self._room(len(ids) + len(after) + self._n_start(ids, True), options)
+            canvas = generator.from_parts([ids, room, after])
+        else:
+            ids = encode(prompt)
+            room = self._room(len(ids) + self._n_start(ids, True), options)
+            canvas = generator.from_parts([ids, room])
+        return self._checked(canvas, options)
+
+    def options(self, overrides: dict[str, Any]) -> Options:
+        """Return the options of a request over the server's defaults.
+
+        Raises:
+            ValueError: see `read_options`.
+        """
+        return read_options(self.generator, self.defaults, self.timeout, overrides)
+
+    def _n_start(self, ids: Sequence[int], start: bool) -> int:
+        start_id = self.generator.start_id
+        return int(start and start_id is not None and list(ids[:1]) != [start_id])
+
+    def _room(self, n_prompt: int, options: Options) -> int:
+        """Return the number of tokens to generate after (and before) `n_prompt` fixed ones.
+
+        Raises:
+            ValueError: if they leave none.
+        """
+        canvas, wanted = self.served.canvas, options.max_tokens or self.served.max_new_tokens
+        room = None if canvas is None else canvas - n_prompt
+        if room is not None and room < 1:
+            raise ValueError(
+                f"prompt: its {n_prompt} tokens leave no room for an answer within {canvas} tokens "
+                f"({self.served.canvas_is}); shorten it"
+            )
+        return min(n for n in (room, wanted) if n is not None)
+
+    def _checked(self, canvas: Canvas, options: Options) -> Request:
+        request = Request(
+            canvas,
+            options.settings,
+            n=options.n,
+            stop=options.stop,
+            shows_canvas=options.shows_canvas,
+            timeout=options.timeout,
+        )
+        self.server.check(request)
+        return request
+
+    # ---- answers ----
+
+    async def events(self, request: Request) -> AsyncGenerator[Event, None]:
+        """Yield what happens to a request: `Progress`, and at last an `Answer` for each of its samples.
+
+        A caller that closes the generator early cancels the request.
+
+        Raises:
+            ServerBusy: if too many requests wait, or the server is closing.
+            TimeoutError: if the request took too long.
+            ValueError: if it is not allowed.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def put(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        ticket = self.server.submit(request, put)
+        n_left = request.n
+        try:
+            while n_left:
+                event = await queue.get()
+                if isinstance(event, Failure):
+                    raise event.error
+                n_left -= isinstance(event, Answer)
+                yield event
+        finally:
+            if not ticket.is_over:
+                ticket.cancel()
+
+    async def answers(self, request: Request) -> list[Answer]:
+        """Return the answers of a request, one for each sample in their order.
+
+        Raises:
+            ServerBusy: see `events`.
+            TimeoutError: see `events`.
+        """
+        found = [event async for event in self.events(request) if isinstance(event, Answer)]
+        return sorted(found, key=lambda answer: answer.sample)
+
+    async def chat(
+        self,
+        messages: list[dict[str, str]],
+        system: str | None = None,
+        tools: str | None = None,
+        images: Any = None,
+        videos: Any = None,
+        audios: Any = None,
+        **input_kwargs: Any,
+    ) -> list[Response]:
+        """Return the answers to a chat, as LLaMA-Factory's engines do."""
+        request = self.prepare(messages, system, tools, images=images, videos=videos, audios=audios, **input_kwargs)
+        return [
+            Response(answer.text, answer.completion_tokens, answer.prompt_tokens, answer.finish_reason)
+            for answer in await self.answers(request)
+        ]
+
+    async def stream_chat(
+        self,
+        messages: list[dict[str, str]],
+        system: str | None = None,
+        tools: str | None = None,
+        images: Any = None,
+        videos: Any = None,
+        audios: Any = None,
+        **input_kwargs: Any,
+    ) -> AsyncGenerator[str, None]:
+        """Yield the pieces of the answer to a chat as they become final."""
+        request = self.prepare(messages, system, tools, images=images, videos=videos, audios=audios, **input_kwargs)
+        async with contextlib.aclosing(self.events(request)) as events:
+            async for event in events:
+                if isinstance(event, Progress) and event.sample == 0 and event.text:
+                    yield event.text
+
+    async def get_scores(self, batch_input: list[str], **input_kwargs: Any) -> list[float]:
+        """Refuse: a diffusion model is no reward model.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a diffusion model gives no reward scores; load a reward model with stage: rm")

@@ -1,0 +1,63 @@
+"""The stage of chat, API and web chat: the user's, else recognised from the model, before arguments are parsed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from ..hparams.stages import STAGES, requested_stage
+from ..logs import get_logger
+from .autoregressive_use import find_diffusion_models
+
+logger = get_logger(__name__)
+_STAGE = "ddm-sft"
+_BACKEND = "huggingface"
+
+
+def with_stage(args: Any) -> Any:
+    """Return the arguments with `stage: ddm-sft` if they name a diffusion model and no stage.
+
+    Args:
+        args: a dict, or command-line arguments.
+    Raises:
+        ValueError: if infer_backend is one that serves no diffusion model.
+    """
+    if requested_stage(args) is None and _value(args, "export_dir") is None:
+        found = next(find_diffusion_models(_model_args(args)), None) if _value(args, "model_name_or_path") else None
+        if found is not None:
+            name, evidence = found
+            logger.info_rank0(f"stage: not set; using {_STAGE}, as {name} is a diffusion model ({evidence}).")
+            args = {**args, "stage": _STAGE} if isinstance(args, dict) else [*args, "--stage", _STAGE]
+    backend = _value(args, "infer_backend")
+    if requested_stage(args) in STAGES and backend not in (None, _BACKEND):
+        raise ValueError(
+            f"infer_backend: {backend} generates token by token and serves no diffusion model; set infer_backend: "
+            f"{_BACKEND}, or remove it"
+        )
+    return args
+
+
+def _value(args: Any, key: str) -> Any:
+    """Return the value of a key in unparsed arguments; None if it is not set."""
+    if isinstance(args, dict):
+        return args.get(key)
+    value, option = None, f"--{key}"
+    for argument, following in zip(args, [*args[1:], None], strict=True):
+        if argument == option:
+            value = following
+        elif str(argument).startswith(f"{option}="):
+            value = str(argument).partition("=")[2]
+    return value
+
+
+def _model_args(args: Any) -> SimpleNamespace:
+    adapters = _value(args, "adapter_name_or_path")
+    return SimpleNamespace(
+        model_name_or_path=str(_value(args, "model_name_or_path")),
+        adapter_name_or_path=[part.strip() for part in str(adapters).split(",")] if adapters else None,
+        model_revision=_value(args, "model_revision") or "main",
+        cache_dir=_value(args, "cache_dir"),
+        hf_hub_token=_value(args, "hf_hub_token"),
+        om_hub_token=_value(args, "om_hub_token"),
+        ms_hub_token=_value(args, "ms_hub_token"),
+    )
