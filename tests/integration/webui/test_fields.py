@@ -28,10 +28,11 @@ def other_value(name):
         return next(value for _, value in reversed(field.choices) if value not in (UNSET, spec.default))
     if isinstance(field, gr.Checkbox):
         return not spec.default
-    if isinstance(field, gr.Textbox):
+    if spec.kind not in ("integer", "number"):
         return "<|mask|>"
     low = 0 if spec.low is None else spec.low
-    return low + 1 if spec.kind == "integer" else low + 0.25
+    number = low + 1 if spec.kind == "integer" else low + 0.25
+    return str(number) if isinstance(field, gr.Textbox) else number
 
 
 @pytest.mark.parametrize("name", ALL_KEYS)
@@ -57,6 +58,7 @@ def test_a_changed_field_is_a_key_that_our_parser_takes(name):
     assert changed_keys(defaults, stage=stage) == {}
     changed = changed_keys({**defaults, name: value}, stage=stage)
     assert list(changed) == [name] and changed[name] is not False
+    assert not isinstance(changed[name], str) or KEYS[name].kind not in ("integer", "number")
     assert KEYS[name].checked(name, changed[name]) == KEYS[name].checked(name, value)
     needed = {"sample_steps": 1} if name in ("sample_count", "sample_length") else {}
     parsed = DiffusionFinetuningArguments(stage=stage, **needed, **changed)
@@ -68,6 +70,10 @@ def test_false_survives_upstreams_removal_of_false():
         "drop_overlong": "false",
         "shift": "false",
     }
+
+
+def test_a_text_that_is_no_number_is_left_to_the_run_to_refuse():
+    assert changed_keys({"uniform_ratio": "a tenth"}, stage="ddm") == {"uniform_ratio": "a tenth"}
 
 
 def test_keys_of_another_stage_or_without_effect_are_left_out():

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llamafactory_ddm.data.text_codec import TextCodec
-from llamafactory_ddm.integration.webui.live_canvas import BLANK, CSS, N_AGES, LiveCanvas, escaped, with_our_css
+from llamafactory_ddm.integration.webui.live_canvas import BLANK, CSS, END, N_AGES, LiveCanvas, escaped, with_our_css
 from support.cli import ROOT
 
 NASTY = (
@@ -93,6 +93,14 @@ def test_colours_follow_the_step_at_which_a_token_appeared():
 def test_an_edited_token_is_fresh_and_a_remasked_one_a_mask():
     canvas = shown((1, ["a", "b", None]), (2, ["a", "c", None]), (3, [None, "c", "d"]))
     assert Page(canvas.html()).runs[1:] == [("ddm-mask", BLANK), ("ddm-age5", "c"), ("ddm-fresh", "d")]
+
+
+def test_the_end_of_a_text_is_a_faint_dot():
+    canvas = LiveCanvas(["<eos>", "<pad>"])
+    canvas.update(1, ["a", "<eos>", None, None])
+    canvas.update(2, ["a", "<eos>", "<pad>", None])
+    runs = [("ddm-age4", "a"), ("ddm-end", END), ("ddm-fresh", END), ("ddm-mask", BLANK)]
+    assert Page(canvas.html()).runs[1:] == runs
 
 
 def test_a_canvas_may_grow_and_shrink():

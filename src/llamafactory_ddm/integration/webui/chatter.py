@@ -108,8 +108,9 @@ class _Answering:
         """Yield the answer in pieces, "" where only the canvas changed."""
         request = self._prepare(messages, system, tools, keywords)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._canvas = LiveCanvas()
-        ticket = self._chat_model.engine.server.submit(request, events.put)
+        engine = self._chat_model.engine
+        self._canvas = LiveCanvas(engine.tokenizer.convert_ids_to_tokens(engine.generator.eos_ids))
+        ticket = engine.server.submit(request, events.put)
         try:
             yield from self._pieces(events.get)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ TRAINING_ROWS = (
     ("sample_steps", "sample_count", "sample_length", "eval_time_samples", "eval_eos"),
 )
 TRAINING_KEYS = tuple(name for row in TRAINING_ROWS for name in row)
-SAMPLING_KEYS = ("denoising_strategy", "confidence_threshold", "diffusion_steps", "block_length", "kv_cache")
+SAMPLING_KEYS = ("diffusion_steps", "denoising_strategy", "confidence_threshold", "block_length", "kv_cache")
 PREDICT_KEYS = (*SAMPLING_KEYS, "save_trace")
 CHAT_KEYS = (*SAMPLING_KEYS, "seed")
 # A seed of one message is a key of chats, and upstream's key in YAML.
@@ -38,33 +39,36 @@ def spec_of(name: str) -> Key:
     return _SEED if name == "seed" else KEYS[name]
 
 
-def make_field(name: str, value: Any = None) -> Any:
-    """Return the gradio component of a key.
+def shown_value(name: str, value: Any) -> Any:
+    """Return what the field of a key shows for a value; None is an unset key."""
+    if value is not None:
+        return value if spec_of(name).default is not None or _is_choice(spec_of(name)) else str(value)
+    return UNSET if _is_choice(spec_of(name)) else ""
 
-    Args:
-        name: of the key.
-        value: present value; None for the key's default.
-    """
+
+def _is_choice(spec: Key) -> bool:
+    return spec.choices is not None or (spec.kind == "boolean" and spec.default is None)
+
+
+def make_field(name: str) -> Any:
+    """Return the gradio component of a key, at its default."""
     import gradio as gr
 
     spec = spec_of(name)
-    value = spec.default if value is None else value
-    if spec.choices is not None or (spec.kind == "boolean" and spec.default is None):
+    value = shown_value(name, spec.default)
+    if _is_choice(spec):
         choices = list(spec.choices or ("true", "false"))
-        if spec.default is None:
-            choices, value = [UNSET, *choices], UNSET if value is None else value
-        return gr.Dropdown(choices=choices, value=value)
+        return gr.Dropdown(choices=choices if spec.default is not None else [UNSET, *choices], value=value)
     if spec.kind == "boolean":
         return gr.Checkbox(value=value)
-    if spec.kind in ("integer", "number"):
-        whole = spec.kind == "integer"
-        high = _SLIDER_ENDS.get(name, spec.high)
-        if spec.default is not None and spec.low is not None and high is not None:
-            step = 1 if whole else 0.01
-            low = spec.low + step if spec.above_low else spec.low
-            return gr.Slider(minimum=low, maximum=max(high, value), value=value, step=step)
-        return gr.Number(value=value, minimum=spec.low, maximum=spec.high, precision=0 if whole else None)
-    return gr.Textbox(value=value or "")
+    if spec.kind in ("integer", "number") and spec.default is not None:
+        step, high = (1 if spec.kind == "integer" else 0.01), _SLIDER_ENDS.get(name, spec.high)
+        if high is None or spec.low is None:
+            return gr.Number(value=value, minimum=spec.low, maximum=spec.high, precision=0 if step == 1 else None)
+        low = spec.low + step if spec.above_low else spec.low
+        return gr.Slider(minimum=low, maximum=max(high, value), value=value, step=step)
+    # A gr.Number sends 0 where it is empty.
+    return gr.Textbox(value=value, placeholder=UNSET)
 
 
 def effective_keys(values: Mapping[str, Any], *, stage: str | None = None) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def effective_keys(values: Mapping[str, Any], *, stage: str | None = None) -> di
         values: of the fields, by key.
         stage: that the keys are for; None for all.
     """
-    chosen = {name: value for name, value in values.items() if value not in (None, "", UNSET)}
+    chosen = {name: _typed(name, value) for name, value in values.items() if value not in (None, "", UNSET)}
 
     def has_effect(name: str) -> bool:
         needs = spec_of(name).needs
@@ -83,6 +87,15 @@ def effective_keys(values: Mapping[str, Any], *, stage: str | None = None) -> di
         )
 
     return {name: value for name, value in chosen.items() if has_effect(name)}
+
+
+def _typed(name: str, value: Any) -> Any:
+    """Return the number that a text box holds; the text, which the run refuses, if it is none."""
+    spec = spec_of(name)
+    if isinstance(value, str) and spec.kind in ("integer", "number"):
+        with contextlib.suppress(ValueError):
+            return spec.checked(name, value)
+    return value
 
 
 def changed_keys(values: Mapping[str, Any], *, stage: str) -> dict[str, Any]:

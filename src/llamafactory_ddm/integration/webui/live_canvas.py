@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 BLANK = "░"
+END = "·"  # EOS or padding
 N_AGES = 8  # colours, from those that have been there longest to the latest
 
 # Lightness suits a light page; a dark page overrides it. No colour is the only sign of a mask or of a fresh token.
@@ -14,7 +15,7 @@ _HUES = (230, 205, 180, 150, 110, 75, 45, 20)
 CSS = "\n".join(
     (
         ".ddm-canvas { white-space: pre-wrap; overflow-wrap: anywhere; font-variant-ligatures: none; }",
-        ".ddm-mask { opacity: 0.35; }",
+        ".ddm-mask, .ddm-end { opacity: 0.35; }",
         ".ddm-fresh { font-weight: 700; border-radius: 3px; background: hsl(50 100% 80%); color: hsl(20 90% 25%); }",
         ".dark .ddm-fresh { background: hsl(50 90% 30%); color: hsl(50 100% 90%); }",
         ".ddm-step { opacity: 0.6; font-size: 0.85em; margin-top: 6px; }",
@@ -27,8 +28,13 @@ CSS = "\n".join(
 class LiveCanvas:
     """Remembers at which step each position got its present token, and renders the canvas as HTML."""
 
-    def __init__(self) -> None:
-        """Start without positions; the first `update` has all of them."""
+    def __init__(self, end_tokens: Collection[str] = ()) -> None:
+        """Start without positions; the first `update` has all of them.
+
+        Args:
+            end_tokens: spellings of EOS and padding.
+        """
+        self._end_tokens = frozenset(end_tokens)
         self._pieces: list[str | None] = []
         self._born: list[int] = []  # step of each position's present piece
 
@@ -83,11 +89,13 @@ class LiveCanvas:
         born = self._born[position]
         if born == latest:
             return "ddm-fresh"
+        if self._pieces[position] in self._end_tokens:
+            return "ddm-end"
         return f"ddm-age{min(N_AGES - 1, born * N_AGES // max(latest, 1))}"
 
     def _text(self, position: int) -> str:
         piece = self._pieces[position]
-        return BLANK if piece is None else piece
+        return BLANK if piece is None else END if piece in self._end_tokens else piece
 
 
 def escaped(text: str) -> str:

@@ -6,13 +6,13 @@ The fields are made where upstream makes its own, so its saved configurations an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ..hparams.stages import STAGES
 from .chatter import defaults_of, is_diffusion
-from .fields import CHAT_KEYS, ONE_STAGE, PREDICT_KEYS, PREFIX, TRAINING_ROWS, UNSET, make_field
+from .fields import CHAT_KEYS, ONE_STAGE, PREDICT_KEYS, PREFIX, TRAINING_ROWS, make_field, shown_value, spec_of
 from .texts import CHAT_TAB, PREDICT_TAB, TRAINING_TAB
 
 MAX_CHATS = 64  # answers at a time; the server bounds what runs in one batch
@@ -29,7 +29,7 @@ def with_chat_fields(original: Callable[..., Any]) -> Callable[..., Any]:
         from gradio.context import Context
 
         chatbot, messages, elements = original(engine, visible)
-        box, fields = _make_box([[name] for name in CHAT_KEYS], is_open=True, visible=False)
+        box, fields = _make_box([CHAT_KEYS], is_open=True, visible=False, as_column=True)
         _move(box, before=elements["clear_btn"])
         root: Any = Context.root_block
         for event in root.fns.values():
@@ -37,6 +37,9 @@ def with_chat_fields(original: Callable[..., Any]) -> Callable[..., Any]:
                 event.inputs = [*event.inputs, *fields.values()]
                 if is_diffusion(engine.chatter.engine):
                     event.concurrency_limit = MAX_CHATS  # they run in one batch
+        if is_diffusion(engine.chatter.engine):
+            # gradio presets the first language, so upstream's page would never change to it and show no labels.
+            engine.manager.get_elem_by_id("top.lang").value = None
         elements = {**elements, CHAT_TAB: box, **fields}
         changing = [box, *fields.values(), *(elements[name] for name in _UPSTREAM_FIELDS)]
         root.load(lambda: chat_values(engine.chatter.engine, gr.update), outputs=changing, queue=False)
@@ -76,7 +79,7 @@ def chat_values(engine: Any, update: Callable[..., Any]) -> list[Any]:
     longest = {"maximum": engine.max_new_tokens, "value": engine.max_new_tokens} if engine.max_new_tokens else {}
     return [
         update(visible=True),
-        *(update(value=UNSET if name == "kv_cache" and value is None else value) for name, value in defaults.items()),
+        *(update(value=shown_value(name, value)) for name, value in defaults.items()),
         update(minimum=1, **longest),
         update(value=logits.top_p),
         update(minimum=0, value=logits.temperature),
@@ -138,7 +141,7 @@ def packing_of_our_stages(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _make_box(
-    rows: Iterable[Iterable[str]], *, is_open: bool = False, visible: bool = True
+    rows: Iterable[Iterable[str]], *, is_open: bool = False, visible: bool = True, as_column: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """Return an accordion with the fields of keys, row by row, and those fields by name."""
     import gradio as gr
@@ -146,9 +149,21 @@ def _make_box(
     fields = {}
     with gr.Accordion(open=is_open, visible=visible) as box:
         for row in rows:
-            with gr.Row():
+            with gr.Column() if as_column else gr.Row():
                 fields.update({f"{PREFIX}{name}": make_field(name) for name in row})
+    for name in [name.removeprefix(PREFIX) for name in fields]:
+        needs = spec_of(name).needs
+        if needs is not None:
+            _show_where(fields[f"{PREFIX}{name}"], fields[f"{PREFIX}{needs[0]}"], needs[1])
     return box, fields
+
+
+def _show_where(field: Any, other: Any, values: Collection[Any]) -> None:
+    """Show a field while another one has one of these values."""
+    import gradio as gr
+
+    field.visible = other.value in values
+    other.change(lambda value: gr.update(visible=value in values), [other], [field], queue=False)
 
 
 def _move(block: Any, *, before: Any) -> None:

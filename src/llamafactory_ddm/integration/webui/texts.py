@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -84,7 +85,10 @@ def with_our_texts(locales: dict[str, Any]) -> dict[str, Any]:
 
 
 def _texts_of_key(name: str, languages: Iterable[str]) -> dict[str, dict[str, str]]:
-    english = {"label": english_label(name), "info": html.escape(spec_of(name).help, quote=False)}
+    explanation = spec_of(name).help
+    if name not in TRAINING_KEYS:  # their columns are narrow; docs/keys.md has the rest
+        explanation = re.split("[.;:] ", explanation)[0].rstrip(".") + "."
+    english = {"label": english_label(name), "info": html.escape(explanation, quote=False)}
     label, info = CHINESE[name]
     return {language: {"label": label, "info": info} if language == "zh" else english for language in languages}
 
