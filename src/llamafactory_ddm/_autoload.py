@@ -22,6 +22,7 @@ from . import _errors
 HOOKS = {
     "llamafactory.hparams.parser": "llamafactory_ddm.integration.patches.table:after_parser",
     "llamafactory.train.tuner": "llamafactory_ddm.integration.patches.table:after_tuner",
+    "llamafactory.api.app": "llamafactory_ddm.integration.patches.table:after_api",
     "llamafactory.chat.hf_engine": "llamafactory_ddm.integration.patches.table:after_engine",
     "llamafactory.extras.env": "llamafactory_ddm.integration.patches.table:after_env",
     "llamafactory.webui.interface": "llamafactory_ddm.integration.patches.table:after_web_pages",

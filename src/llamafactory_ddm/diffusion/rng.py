@@ -8,6 +8,8 @@ two draws share a number.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,17 +25,21 @@ def _multiply_high_low(value: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK32, product & _MASK32
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int] | tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Return the four 32-bit words of Philox4x32-10 for each counter.
 
     Args:
         counter: four int64 tensors of one broadcastable shape, each value in [0, 2**32).
-        key: two integers in [0, 2**32).
+        key: two integers in [0, 2**32), or int64 tensors of them that broadcast with the counter.
     Returns:
         Four int64 tensors of the broadcast shape, each value in [0, 2**32).
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; tests check its known answers.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
+    k0: int | Tensor
+    k1: int | Tensor
     k0, k1 = key
     for _ in range(_ROUNDS):
         high_0, low_0 = _multiply_high_low(c0, _MULTIPLIER_0)
@@ -43,11 +49,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return c0, c1, c2, c3
 
 
-def keyed_uniform(seed: int, stream: int, sample_index: Tensor, length: int, *, steps: Tensor | None = None) -> Tensor:
+def keyed_uniform(
+    seed: int | Tensor, stream: int, sample_index: Tensor, length: int, *, steps: Tensor | None = None
+) -> Tensor:
     """Return uniform numbers in [0, 1) that depend only on (seed, stream, sample index, step, column).
 
     Args:
-        seed: any integer in [0, 2**64).
+        seed: any integer in [0, 2**64); or [n_rows] int64, that of each row, modulo 2**64.
         stream: purpose of the numbers, in [0, 2**32); streams are independent.
         sample_index: [n_rows] int64 >= 0, index of each sample in the run's global order; below 2**32 if `steps` is
             given, as `steps` takes the word of the counter that otherwise holds the upper half of the index.
@@ -59,7 +67,7 @@ def keyed_uniform(seed: int, stream: int, sample_index: Tensor, length: int, *, 
     Raises:
         ValueError: if `seed`, `stream` or `length` is out of range.
     """
-    if not 0 <= seed < 2**64:
+    if isinstance(seed, int) and not 0 <= seed < 2**64:
         raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
     if not 0 <= stream <= _MASK32:
         raise ValueError(f"stream must lie in [0, 2**32), got {stream}")
@@ -69,6 +77,10 @@ def keyed_uniform(seed: int, stream: int, sample_index: Tensor, length: int, *, 
     row = sample_index.to(torch.int64)[:, None]
     third = row >> 32 if steps is None else steps.to(torch.int64)[:, None]
     counter = (blocks[None, :], row & _MASK32, third & _MASK32, torch.full_like(row, stream))
-    words = philox4x32(counter, (seed & _MASK32, seed >> 32))
+    if isinstance(seed, Tensor):
+        key: Any = (seed[:, None] & _MASK32, (seed[:, None] >> 32) & _MASK32)
+    else:
+        key = (seed & _MASK32, seed >> 32)
+    words = philox4x32(counter, key)
     bits = torch.stack(words, dim=-1).flatten(start_dim=1)[:, :length]
     return (bits >> 8).to(torch.float32) * 2.0**-24

@@ -76,7 +76,7 @@ class CanvasSizer:
         self.config = config
         self.eos_ids = tuple(sorted(eos_ids))
         self.lengths = lengths
-        self._n_ids = n_ids
+        self.n_ids = n_ids
         self._why_uncacheable: str | None = None  # "" once the model was found to be; None if it was not tried
         self._runner: Runner | None = None
         variable = config.variable_length
@@ -115,7 +115,7 @@ class CanvasSizer:
             self.model,
             shift=self.config.shift,
             is_padding=is_padding,
-            outputs=self._n_ids,
+            outputs=self.n_ids,
             keep_hidden=keep_hidden,
             runner=self._runner,
         )

@@ -32,6 +32,7 @@ from ..modeling.special_tokens import resolve_tokens
 from ..sampling import Edits, SamplingSettings
 from ..sampling.budget import split_into_blocks, steps_of_blocks
 from ..sampling.keywords import with_keywords
+from ..sampling.loop import StepFunction
 from ..sampling.state import MAX_SAMPLES
 from . import block_models
 from .canvas_size import CanvasSizer, SizedCanvas
@@ -182,11 +183,11 @@ class TextGenerator:
             config = replace(config, template=parsed, end_tokens=names, end_token_ids=ids)
         return TextGenerator(self.model, self.tokenizer, config, probe=False, lengths=self.sizer.lengths)
 
-    def with_runner(self, runner: Runner) -> TextGenerator:
-        """Return a generator of the same model whose forward passes `runner` runs."""
+    def with_runner(self, runner: Runner, step_function: StepFunction) -> TextGenerator:
+        """Return a generator of the same model whose forward passes and denoising steps others run."""
         other = copy(self)
         other.sizer = self.sizer.with_runner(runner)
-        other.writer = Writer(other.sizer)
+        other.writer = Writer(other.sizer, step_function)
         return other
 
     def settings(self, settings: SamplingSettings | None = None, **keywords: Any) -> SamplingSettings:

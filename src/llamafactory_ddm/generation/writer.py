@@ -13,6 +13,7 @@ from ..diffusion.schedules import get_schedule
 from ..modeling.diffusion_config import DiffusionConfig
 from ..modeling.model_info import max_positions
 from ..sampling import Context, Edits, SamplerOutput, SamplingSettings, sample
+from ..sampling.loop import StepFunction
 from . import block_models
 from .canvas_size import CanvasSizer
 from .trace import Recorder
@@ -101,9 +102,15 @@ class _Part:
 class Writer:
     """Fills canvases with the sampler; with `early_stop: grow` it extends those whose text has not ended."""
 
-    def __init__(self, sizer: CanvasSizer) -> None:
-        """Fill canvases with the sizer's model; the sizer also determines by how much they grow."""
+    def __init__(self, sizer: CanvasSizer, step_function: StepFunction | None = None) -> None:
+        """Fill canvases with the sizer's model.
+
+        Args:
+            sizer: determines by how much canvases grow.
+            step_function: see `sample`.
+        """
         self.sizer = sizer
+        self._step_function = step_function
 
     @property
     def config(self) -> DiffusionConfig:
@@ -238,6 +245,7 @@ class Writer:
                     prompt=batch.prompt.to(device) if bool(batch.prompt.any()) else None,
                 ),
                 callback=after_step,
+                step_function=self._step_function,
             )
         filled = _unstacked(canvases, output, settings.diffusion_steps, recorder)
         return [one.cut(canvas) for one, canvas in zip(filled, wanted, strict=True)]

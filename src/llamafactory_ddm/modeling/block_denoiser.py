@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from ..diffusion.blocks import block_of, positions_of
 from .bidirectional import NotBidirectionalError, additive_by_layer
-from .denoiser import ModelDenoiser, in_order
+from .denoiser import ModelDenoiser
 from .kv_cache import ColumnCache
 from .model_info import dtype_of, implementation, is_flash, window_of
+from .model_runner import ModelPass
 from .pass_widths import columns_of_a_pass, grouped
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """A forward pass over some columns of some rows.
+class _Part:
+    """Rows and columns that share a forward pass.
 
     Attributes:
         rows: [n_rows] int64, rows of the call.
@@ -74,8 +75,10 @@ class BlockDenoiser(ModelDenoiser):
         computed, self._computed = self._computed, torch.zeros_like(self._computed)
         return computed
 
-    def __call__(self, z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
-        """Yield the logits of the tokens at `flat_index`, see `ModelDenoiser`."""
+    def passes(
+        self, z: Tensor, flat_index: Tensor, scope: Tensor | None = None, branch: int = 0
+    ) -> tuple[list[ModelPass], list[Tensor]]:
+        """Return the forward passes of a call, see `ModelDenoiser`."""
         batch, length = z.shape
         if z.shape != self._ids.shape:
             position = positions_of(z, is_padding=self._is_padding)
@@ -84,24 +87,26 @@ class BlockDenoiser(ModelDenoiser):
             self._ids = torch.full_like(z, -1)  # those that each column was computed from; -1 before
             self._computed = torch.zeros_like(z[:, 0])
             self._cache = ColumnCache(batch, length) if self._is_cached else None
-        return super().__call__(z, flat_index)
+        return super().passes(z, flat_index)
 
-    def _forward(self, z: Tensor, head_index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute the fresh columns, in passes over rows with about as many; see `ModelDenoiser`."""
+    def _passes_of(
+        self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int
+    ) -> tuple[list[ModelPass], list[Tensor]]:
+        """Return the passes over the fresh columns, each over rows with about as many; see `ModelDenoiser`."""
         length = z.shape[1]
         row, column = torch.div(head_index, length, rounding_mode="floor"), head_index % length
         low, high = self._fresh_range(z, row, column)
-        outputs, order = [], []
-        for one in self._passes(low, high):
+        passes, order = [], []
+        for one in self._parts(low, high):
             number = torch.full_like(low, -1)
             number[one.rows] = torch.arange(len(one.rows), device=z.device)
             here = (number[row] >= 0).nonzero()[:, 0]
             number, first = number[row[here]], one.columns[:, 0]
             index = number * one.columns.shape[1] + column[here] - first[number]
-            outputs.append(self._pass(z, one, index))
+            passes.append(self._pass(z, one, index))
             order.append(here)
         self._note(z, low, high)
-        return in_order(outputs, order)
+        return passes, order
 
     def _rows(self) -> Tensor:
         """Return [n_rows] int64, the rows of the canvas that this call computes."""
@@ -128,8 +133,8 @@ class BlockDenoiser(ModelDenoiser):
         first_changed = torch.where(first_changed < high, first_changed, first)
         return (block < block.gather(1, first_changed[:, None])).sum(dim=1).clamp(max=first), high
 
-    def _passes(self, low: Tensor, high: Tensor) -> Iterator[_Pass]:
-        """Yield the passes over the fresh columns; the first row is in the first of them."""
+    def _parts(self, low: Tensor, high: Tensor) -> Iterator[_Part]:
+        """Yield the rows that share a pass over their fresh columns; the first row is in the first of them."""
         widths = (high - low).tolist()
         for numbers in sorted(grouped(widths, columns_of_a_pass(low.device))):
             rows = torch.tensor(numbers, device=low.device)
@@ -137,10 +142,10 @@ class BlockDenoiser(ModelDenoiser):
             columns = low[rows][:, None] + span
             if self._is_cached:  # without a cache, all keys are those of the pass
                 columns = columns.minimum(high[rows][:, None] - 1)
-            yield _Pass(rows, columns, int(high[rows].max()))
+            yield _Part(rows, columns, int(high[rows].max()))
 
-    def _pass(self, z: Tensor, one: _Pass, head_index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run a pass; `head_index` is into its columns. Returns what `_forward` does."""
+    def _pass(self, z: Tensor, one: _Part, head_index: Tensor) -> ModelPass:
+        """Return the forward pass of a part; `head_index` is into its columns."""
         rows = self._rows()[one.rows]
         block, position = self._block[rows], self._position[rows]
         keys, queries = block[:, None, : one.end], block.gather(1, one.columns)[:, :, None]
@@ -148,9 +153,9 @@ class BlockDenoiser(ModelDenoiser):
         ids, position_ids = z[one.rows].gather(1, one.columns), position.gather(1, one.columns)
         self._computed[rows] += one.columns.shape[1]
         if self._cache is None:
-            return self._runner.run(ids, mask, position_ids, head_index)
-        with self._cache.writing(one.columns, rows=None if len(rows) == len(self._ids) else rows, end=one.end):
-            return self._runner.run(ids, mask, position_ids, head_index, self._cache)
+            return ModelPass(ids, mask, position_ids, head_index)
+        cache_rows = None if len(rows) == len(self._ids) else rows
+        return ModelPass(ids, mask, position_ids, head_index, self._cache, one.columns, cache_rows, one.end)
 
     def _note(self, z: Tensor, low: Tensor, high: Tensor) -> None:
         """Note the ids that the columns were computed from; what lies behind them was computed with other ids."""

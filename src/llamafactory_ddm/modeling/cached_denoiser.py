@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .bidirectional import full_attention_mask
-from .denoiser import ModelDenoiser, in_order
+from .denoiser import ModelDenoiser
 from .kv_cache import ColumnCache
 from .model_info import dtype_of, implementation, is_flash, rotary_limit, text_config
+from .model_runner import ModelPass
 from .quantization import evaluation_mode
 
 CacheKind = Literal["prefix", "dual"]
@@ -90,8 +90,8 @@ class _Branch:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One forward pass of a step.
+class _Part:
+    """Rows of a step that share a forward pass.
 
     Attributes:
         rows: [n_rows] int64, ascending, into the rows that the step computes.
@@ -117,7 +117,6 @@ class CachedDenoiser(ModelDenoiser):
         super().__init__(model, **options)
         self._kind, self._refresh = kind, refresh
         self._branches: dict[int, _Branch] = {}
-        self._current: tuple[_Branch, Tensor] | None = None
 
     def step(self, scope: Tensor, branch: int = 0) -> Callable[[Tensor, Tensor], Iterator[Tensor]]:
         """Return the denoiser of a step.
@@ -126,7 +125,12 @@ class CachedDenoiser(ModelDenoiser):
             scope: [batch, length] bool, the current block of each row.
             branch: which of several inputs per step it gets; each has a cache of its own.
         """
-        return partial(self._call, scope, branch)
+
+        def denoise(z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
+            passes, order = self.passes(z, flat_index, scope, branch)
+            return self._logits(passes, order)
+
+        return denoise
 
     def take_computed(self) -> Tensor:
         """Return [batch] int64, the columns of each row that went through the model since the last call."""
@@ -135,28 +139,27 @@ class CachedDenoiser(ModelDenoiser):
             branch.computed.zero_()
         return computed.sum(dim=0)
 
-    def _call(self, scope: Tensor, branch: int, z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
+    def _passes_of(
+        self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int
+    ) -> tuple[list[ModelPass], list[Tensor]]:
+        if scope is None:
+            raise RuntimeError("CachedDenoiser: call step(scope)(z, flat_index), not the denoiser itself")
         if branch not in self._branches:
             self._branches[branch] = _Branch.empty(scope)
-        self._current = (self._branches[branch], scope)
-        yield from self(z, flat_index)
-
-    def _forward(self, z: Tensor, head_index: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self._current is None:
-            raise RuntimeError("CachedDenoiser: call step(scope)(z, flat_index), not the denoiser itself")
-        branch, scope = self._current
+        states = self._branches[branch]
         rows = torch.arange(len(scope), device=z.device)
         rows = rows if self._requested is None else rows[self._requested]
-        passes = self._plan(branch, scope[rows], rows, z, head_index)
-        if len(passes) == 1:
-            return self._pass(passes[0], branch, rows, z, head_index)
-        order = [torch.isin(head_index // z.shape[1], one.rows).nonzero()[:, 0] for one in passes]
-        outputs = [
-            self._pass(one, branch, rows, z, head_index[index]) for one, index in zip(passes, order, strict=True)
-        ]
-        return in_order(outputs, order)
+        parts = self._plan(states, scope[rows], rows, z, head_index)
+        if len(parts) == 1:
+            return [self._pass(parts[0], states, rows, z, head_index)], [
+                torch.arange(len(head_index), device=z.device)
+            ]
+        order = [torch.isin(head_index // z.shape[1], one.rows).nonzero()[:, 0] for one in parts]
+        return [
+            self._pass(one, states, rows, z, head_index[index]) for one, index in zip(parts, order, strict=True)
+        ], order
 
-    def _plan(self, branch: _Branch, scope: Tensor, rows: Tensor, z: Tensor, head_index: Tensor) -> list[_Pass]:
+    def _plan(self, branch: _Branch, scope: Tensor, rows: Tensor, z: Tensor, head_index: Tensor) -> list[_Part]:
         """Return the passes of a step over `z`, the canvas's `rows`, and note in `branch` what they compute."""
         length = z.shape[1]
         asked = torch.zeros(z.numel(), dtype=torch.bool, device=z.device).index_fill(0, head_index, True).view_as(z)
@@ -178,14 +181,12 @@ class CachedDenoiser(ModelDenoiser):
         passes = []
         for members, width in _of_like_width(fresh.sum(dim=1).tolist(), length):
             index = torch.tensor(members, device=z.device)
-            passes.append(_Pass(index, None if width == length else _columns(fresh[index], width)))
+            passes.append(_Part(index, None if width == length else _columns(fresh[index], width)))
             branch.computed[rows[index]] += width
         return passes
 
-    def _pass(
-        self, one: _Pass, branch: _Branch, rows: Tensor, z: Tensor, head_index: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run a pass; `head_index` lies in its rows of `z`. Returns what `_forward` does."""
+    def _pass(self, one: _Part, branch: _Branch, rows: Tensor, z: Tensor, head_index: Tensor) -> ModelPass:
+        """Return the forward pass of a part; `head_index` lies in its rows of `z`."""
         length, is_whole = z.shape[1], len(one.rows) == len(z)
         position_ids, is_padding = self._of_requested(self._position_ids), self._of_requested(self._is_padding)
         if not is_whole:
@@ -200,8 +201,8 @@ class CachedDenoiser(ModelDenoiser):
             head_index = torch.searchsorted((first + one.columns).flatten(), head_index)
             position_ids = one.columns if position_ids is None else position_ids.gather(1, one.columns)
             z = z.gather(1, one.columns)
-        with branch.cache.writing(one.columns, rows=None if len(rows) == len(branch.scope) else rows):
-            return self._runner.run(z, mask, position_ids, head_index, branch.cache)
+        cache_rows = None if len(rows) == len(branch.scope) else rows
+        return ModelPass(z, mask, position_ids, head_index, branch.cache, one.columns, cache_rows)
 
 
 def _of_like_width(widths: list[int], length: int) -> list[tuple[list[int], int]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..objectives.shift import source_index
 from .bidirectional import full_attention_mask
 from .model_info import dtype_of
-from .model_runner import ModelRunner, Runner
+from .model_runner import ModelPass, ModelRunner, PassOutput, Runner
 
 
 class ModelDenoiser:
@@ -61,7 +61,7 @@ class ModelDenoiser:
         self._runner = ModelRunner(model) if runner is None else runner
 
     def __call__(self, z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
-        """Yield the logits of the tokens at `flat_index` in chunks; each is valid until the next is requested.
+        """Return the logits of the tokens at `flat_index` in chunks; each is valid until the next is requested.
 
         Args:
             z: [batch, length] int64, noised ids.
@@ -69,13 +69,39 @@ class ModelDenoiser:
         Yields:
             [n_chunk, vocab], logits at i for token i, in the order of `flat_index`.
         """
-        z, flat_index = self._select_rows(z, flat_index)
-        hidden, logits = self._forward(z, source_index(flat_index, self._shift))
+        return self._logits(*self.passes(z, flat_index))
+
+    def _logits(self, passes: Sequence[ModelPass], order: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Run the passes and yield the logits in chunks."""
+        hidden, logits = in_order([self._runner.run(one) for one in passes], order)
         self.hidden = hidden if self._keeps_hidden else None
         if logits is not None:
             yield logits[:, : self._outputs]
         else:
             yield from self._runner.logits(hidden, self._outputs, self._rows_at_once)
+
+    def passes(
+        self, z: Tensor, flat_index: Tensor, scope: Tensor | None = None, branch: int = 0
+    ) -> tuple[list[ModelPass], list[Tensor]]:
+        """Return the forward passes of a call, which must all be run; see `__call__`.
+
+        Args:
+            z: [batch, length] int64, noised ids.
+            flat_index: [n] int64, ascending, into [batch * length].
+            scope: see `sampling.CachingDenoiser`; a denoiser with a cache reads it.
+            branch: the same.
+        Returns:
+            The passes, and for each [n_i] int64, where its hidden states belong among those of all.
+        """
+        z, flat_index = self._select_rows(z, flat_index)
+        return self._passes_of(z, source_index(flat_index, self._shift), scope, branch)
+
+    def _passes_of(
+        self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int
+    ) -> tuple[list[ModelPass], list[Tensor]]:
+        """Return `passes` of the rows with a requested position; `head_index` is [n] into them."""
+        one = ModelPass(z, self._attention_mask(z), self._of_requested(self._position_ids), head_index)
+        return [one], [torch.arange(len(head_index), device=z.device)]
 
     def _select_rows(self, z: Tensor, flat_index: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows with a requested position, and the flat indices within them; other rows are not computed."""
@@ -92,10 +118,6 @@ class ModelDenoiser:
 
     def _of_requested(self, value: Tensor | None) -> Tensor | None:
         return value if value is None or self._requested is None else value[self._requested]
-
-    def _forward(self, z: Tensor, head_index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what the runner does: hidden states at `head_index`, [n] into the rows of `z`, and logits or None."""
-        return self._runner.run(z, self._attention_mask(z), self._of_requested(self._position_ids), head_index)
 
     def _attention_mask(self, z: Tensor) -> Any:
         """Return the attention mask, built once for each shape of `z`."""
@@ -121,13 +143,15 @@ class ModelDenoiser:
         self._runner.close()
 
 
-def in_order(outputs: Sequence[tuple[Tensor, Tensor | None]], order: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Join what several passes returned: hidden states, and logits or None.
+def in_order(outputs: Sequence[PassOutput], order: Sequence[Tensor]) -> PassOutput:
+    """Join what the passes of a call returned.
 
     Args:
         outputs: of each pass.
         order: [n_i] int64, where each state of a pass belongs among those of all.
     """
+    if len(outputs) == 1:
+        return outputs[0]
     back = torch.cat(list(order)).argsort()
     hidden = torch.cat([states for states, _ in outputs])[back]
     logits = [values for _, values in outputs if values is not None]

@@ -1,13 +1,13 @@
 """One forward pass for several denoisers, each with its own rows, columns, attention mask and cache.
 
-A pass of a denoiser is a `Part`. Parts are stacked along the rows; those with fewer columns or keys than others are
-padded on the right, where no token attends to them. Each part's cache stores and returns its own keys and values.
+The passes are stacked along the rows; those with fewer columns or keys than others are
+padded on the right, where no token attends to them. Each pass's cache stores and returns its own keys and values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,89 +15,44 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
-from .kv_cache import ColumnCache
 from .model_info import dtype_of, implementation, is_flash
-from .model_runner import ELEMENTS_AT_ONCE, ModelRunner
+from .model_runner import ModelPass, ModelRunner, PassOutput
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A pass that a denoiser asks for; the arguments of `Runner.run`.
-
-    Attributes:
-        ids: [n_rows, n_columns] int64.
-        mask: see `full_attention_mask`.
-        position_ids: [n_rows, n_columns] int64; None for 0, 1, 2 …
-        head_index: [n] int64, into [n_rows * n_columns].
-        cache: that is being written, or None.
-    """
-
-    ids: Tensor
-    mask: Any
-    position_ids: Tensor | None
-    head_index: Tensor
-    cache: ColumnCache | None
-
-    @property
-    def n_rows(self) -> int:
-        """Return the number of rows."""
-        return self.ids.shape[0]
-
-    @property
-    def n_columns(self) -> int:
-        """Return the number of columns that the pass computes."""
-        return self.ids.shape[1]
-
-    @property
-    def n_keys(self) -> int:
-        """Return the number of columns that its queries see."""
-        return self.n_columns if self.cache is None else self.cache.get_mask_sizes(self.n_columns)[0]
-
-
-# What `Runner.run` returns.
-Output = tuple[Tensor, Tensor | None]
-
-
-def run_parts(runner: ModelRunner, parts: Sequence[Part]) -> list[Output]:
-    """Run several parts in one forward pass.
-
-    The logits are computed for all parts together if they are few enough, else left to `runner.logits`.
+def run_joint(runner: ModelRunner, parts: Sequence[ModelPass]) -> list[PassOutput]:
+    """Run several passes as one forward pass.
 
     Args:
         runner: of the model.
         parts: at least one, on one device.
     Returns:
-        For each part its hidden states [n, width], and its logits [n, vocab] or None.
+        What `runner.run` returns for each.
     """
     if len(parts) == 1:
-        part = parts[0]
-        return [runner.run(part.ids, part.mask, part.position_ids, part.head_index, part.cache)]
+        return [runner.run(parts[0])]
     n_columns, n_keys = max(part.n_columns for part in parts), max(part.n_keys for part in parts)
-    has_cache = any(part.cache is not None for part in parts)
-    ids = torch.cat([_padded(part.ids, n_columns) for part in parts])
-    hidden, logits = runner.run(
-        ids,
-        joint_mask(runner.model, parts, n_columns, n_keys),
-        torch.cat([_padded(_positions(part), n_columns) for part in parts]),
-        torch.cat(list(_head_indices(parts, n_columns))),
-        _JointCache(parts, n_keys) if has_cache else None,
+    joint = ModelPass(
+        ids=torch.cat([_padded(part.ids, n_columns) for part in parts]),
+        mask=joint_mask(runner.model, parts, n_columns, n_keys),
+        position_ids=torch.cat([_padded(_positions(part), n_columns) for part in parts]),
+        head_index=torch.cat(list(_head_indices(parts, n_columns))),
     )
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(part.writing())
+        cache = _JointCache(parts, n_keys) if any(part.cache is not None for part in parts) else None
+        hidden, logits = runner.forward(joint, cache)
     sizes = [len(part.head_index) for part in parts]
-    vocabulary = runner.vocabulary
-    if logits is None and len(hidden) * vocabulary <= ELEMENTS_AT_ONCE:
-        with runner.project(hidden, None) as projected:
-            logits = projected.clone()
-    states = hidden.split(sizes)
     values: Sequence[Tensor | None] = [None] * len(parts) if logits is None else logits.split(sizes)
-    return list(zip(states, values, strict=True))
+    return list(zip(hidden.split(sizes), values, strict=True))
 
 
-def joint_mask(model: nn.Module, parts: Sequence[Part], n_columns: int, n_keys: int) -> Any:
+def joint_mask(model: nn.Module, parts: Sequence[ModelPass], n_columns: int, n_keys: int) -> Any:
     """Return the `attention_mask` argument of the pass that joins `parts`.
 
     Args:
         model: the unwrapped model.
-        parts: see `Part`.
+        parts: the passes.
         n_columns: columns of the joint pass.
         n_keys: keys that its queries see.
     Returns:
@@ -123,7 +78,7 @@ def joint_mask(model: nn.Module, parts: Sequence[Part], n_columns: int, n_keys: 
 
 
 def _joint_additive(
-    parts: Sequence[Part], masks: Sequence[Tensor | None], n_columns: int, n_keys: int, dtype: torch.dtype
+    parts: Sequence[ModelPass], masks: Sequence[Tensor | None], n_columns: int, n_keys: int, dtype: torch.dtype
 ) -> Tensor | None:
     """Return the additive mask of all parts, [rows, 1, n_columns or 1, n_keys]; None if there is nothing to hide."""
     if all(mask is None for mask in masks) and all(part.n_keys == n_keys for part in parts):
@@ -147,13 +102,13 @@ def _padded(value: Tensor, n_columns: int) -> Tensor:
     return functional.pad(value, (0, n_columns - value.shape[1]))
 
 
-def _positions(part: Part) -> Tensor:
+def _positions(part: ModelPass) -> Tensor:
     if part.position_ids is not None:
         return part.position_ids
     return torch.arange(part.n_columns, device=part.ids.device).expand(part.ids.shape)
 
 
-def _head_indices(parts: Sequence[Part], n_columns: int) -> Iterator[Tensor]:
+def _head_indices(parts: Sequence[ModelPass], n_columns: int) -> Iterator[Tensor]:
     first = 0
     for part in parts:
         row, column = (
@@ -167,7 +122,7 @@ def _head_indices(parts: Sequence[Part], n_columns: int) -> Iterator[Tensor]:
 class _JointCache(Cache):
     """The caches of several parts as one `past_key_values`."""
 
-    def __init__(self, parts: Sequence[Part], n_keys: int) -> None:
+    def __init__(self, parts: Sequence[ModelPass], n_keys: int) -> None:
         self._parts, self._n_keys = parts, n_keys
         super().__init__(layers=[])
 

@@ -111,6 +111,11 @@ class ColumnCache(Cache):
         self._pass = _Pass((rows, length), length)
         super().__init__(layer_class_to_replicate=partial(ColumnLayer, self._pass))  # type: ignore[arg-type]
 
+    @property
+    def length(self) -> int:
+        """Return the number of columns."""
+        return self._pass.size[1]
+
     @contextmanager
     def writing(
         self, columns: Tensor | None = None, *, rows: Tensor | None = None, end: int | None = None

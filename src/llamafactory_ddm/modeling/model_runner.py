@@ -6,7 +6,8 @@ The output embedding is applied only to these hidden states, so [batch, length, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,29 +25,61 @@ ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
 _OUTPUTS_AT_ONCE, _ROWS_MULTIPLE, _FEW_ROWS = 1024, 16, 8
 
 
+@dataclass(frozen=True, eq=False)
+class ModelPass:
+    """A forward pass of the model.
+
+    Attributes:
+        ids: [n_rows, n_columns] int64.
+        mask: the model's `attention_mask`, see `full_attention_mask`.
+        position_ids: [n_rows, n_columns] int64; None for 0, 1, 2 …
+        head_index: [n] int64, positions in [n_rows * n_columns] whose hidden states are wanted.
+        cache: of keys and values, or None.
+        columns: see `ColumnCache.writing`; so are `cache_rows`, its `rows`, and `end`.
+    """
+
+    ids: Tensor
+    mask: Any
+    position_ids: Tensor | None
+    head_index: Tensor
+    cache: ColumnCache | None = None
+    columns: Tensor | None = None
+    cache_rows: Tensor | None = None
+    end: int | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Return the number of rows."""
+        return self.ids.shape[0]
+
+    @property
+    def n_columns(self) -> int:
+        """Return the number of columns that the pass computes."""
+        return self.ids.shape[1]
+
+    @property
+    def n_keys(self) -> int:
+        """Return the number of columns that its queries see."""
+        if self.cache is None:
+            return self.n_columns
+        return self.cache.length if self.end is None else self.end
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Within the block, the cache takes the keys and values of the pass."""
+        if self.cache is None:
+            return nullcontext()
+        return self.cache.writing(self.columns, rows=self.cache_rows, end=self.end)
+
+
+# Hidden states at `head_index`, [n, width], and their logits [n, vocab], or None where `Runner.logits` computes them.
+PassOutput = tuple[Tensor, Tensor | None]
+
+
 class Runner(Protocol):
     """What runs the model for a denoiser: a `ModelRunner`, or a server that joins the passes of several denoisers."""
 
-    def run(
-        self,
-        ids: Tensor,
-        mask: Any,
-        position_ids: Tensor | None,
-        head_index: Tensor,
-        cache: ColumnCache | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the model once.
-
-        Args:
-            ids: [n_rows, n_columns] int64.
-            mask: the model's `attention_mask`, see `full_attention_mask`.
-            position_ids: [n_rows, n_columns] int64; None for 0, 1, 2 …
-            head_index: [n] int64, positions in [n_rows * n_columns].
-            cache: that is being written, or None.
-        Returns:
-            The hidden states at `head_index`, [n, width], and their logits [n, vocab], or None where `logits` computes
-            them from the hidden states.
-        """
+    def run(self, one: ModelPass) -> PassOutput:
+        """Run the model once."""
 
     def logits(self, hidden: Tensor, outputs: int | None, rows_at_once: int | None = None) -> Iterator[Tensor]:
         """Yield the first `outputs` logits of [n, width] hidden states in chunks; see `ModelRunner.logits`."""
@@ -61,47 +94,43 @@ class ModelRunner:
     def __init__(self, model: nn.Module) -> None:
         """Install a hook on the output embedding of `model`, which `close` removes."""
         self.model = model
-        self.vocabulary = int(text_config(model).vocab_size)
-        self._rows_at_once = max(1, ELEMENTS_AT_ONCE // self.vocabulary)
+        self._rows_at_once = max(1, ELEMENTS_AT_ONCE // int(text_config(model).vocab_size))
         self._cap: float | None = getattr(text_config(model), "final_logit_softcapping", None)
         self._can_project: bool | None = None
         self._buffers: list[Tensor] = []
         self._head = RowSelectingHead(model)
 
-    def run(
-        self, ids: Tensor, mask: Any, position_ids: Tensor | None, head_index: Tensor, cache: Cache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the model once, see `Runner`; it computes all logits itself where `logits` does not give the same.
+    def run(self, one: ModelPass) -> PassOutput:
+        """Run the model once; it computes all logits itself where `logits` does not give the same.
 
         Raises:
             RuntimeError: if the model does not call its output embedding.
         """
+        with one.writing():
+            return self.forward(one, one.cache)
+
+    def forward(self, one: ModelPass, cache: Cache | None) -> PassOutput:
+        """Run the model once on a cache that is being written; see `run`."""
         if self._can_project is False:
-            return self._forward(ids, mask, position_ids, head_index, cache, limit=None)
+            return self._forward(one, cache, limit=None)
         # In the first call the model itself projects one hidden state, to test that `project` gives the same.
-        hidden, first = self._forward(ids, mask, position_ids, head_index, cache, limit=0 if self._can_project else 1)
+        hidden, first = self._forward(one, cache, limit=0 if self._can_project else 1)
         if self._can_project is None:
             with self.project(hidden[:1], None) as projected:
                 self._can_project = torch.allclose(projected.float(), first.float(), rtol=1e-2, atol=1e-3)
             if not self._can_project:
-                return self._forward(ids, mask, position_ids, head_index, cache, limit=None)
+                return self._forward(one, cache, limit=None)
         return hidden, None
 
-    def _forward(
-        self,
-        ids: Tensor,
-        mask: Any,
-        position_ids: Tensor | None,
-        head_index: Tensor,
-        cache: Cache | None,
-        limit: int | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, one: ModelPass, cache: Cache | None, limit: int | None) -> tuple[Tensor, Tensor]:
         """Return the hidden states at `head_index`, and the logits of the first `limit` of them."""
-        rest: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        rest: dict[str, Any] = {} if one.position_ids is None else {"position_ids": one.position_ids}
         if cache is not None:
             rest["past_key_values"] = cache
-        with torch.inference_mode(), self._head.only(head_index, limit, keep_hidden=True):
-            logits: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **rest).logits
+        with torch.inference_mode(), self._head.only(one.head_index, limit, keep_hidden=True):
+            logits: Tensor = self.model(
+                input_ids=one.ids, attention_mask=one.mask, use_cache=cache is not None, **rest
+            ).logits
         hidden, self._head.hidden = self._head.hidden, None
         if hidden is None:
             raise RuntimeError(f"{type(self.model).__name__} did not call its output embedding")

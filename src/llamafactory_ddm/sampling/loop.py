@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +58,23 @@ class SamplerOutput:
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
+class StepFunction(Protocol):
+    """`denoising_step`, or a function that takes the steps of several calls at once."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser | CachingDenoiser,
+        state: SamplerState,
+        plan: Plan,
+        *,
+        strategy: Strategy,
+        logits: LogitsConfig,
+        edits: Edits | None = None,
+        context: Context | None = None,
+    ) -> SamplerState:
+        """Return the state after one step, see `denoising_step`."""
+
+
 def sample(
     denoiser: Denoiser | CachingDenoiser,
     x: Tensor,
@@ -79,6 +97,7 @@ def sample(
     eos_last: bool = False,
     context: Context | None = None,
     callback: Callback | None = None,
+    step_function: StepFunction | None = None,
 ) -> SamplerOutput:
     """Run the reverse process: fill the editable positions of `x`, starting from [MASK] in all of them.
 
@@ -110,6 +129,7 @@ def sample(
         eos_last: treat a position at which an EOS is predicted as the least certain of its block.
         context: which fixed tokens are not text, and which are the prompt.
         callback: called after each step.
+        step_function: what takes a step; None for `denoising_step`.
     Raises:
         ValueError: if an argument does not fit, the denoiser's logits are unusable or the strategy leaves a position
             masked.
@@ -133,9 +153,10 @@ def sample(
         edit_steps=0 if edits is None else edits.steps,
     )
     check_context(context, editable, logits)
+    take_step = step_function or denoising_step
     while True:
         step = state.step
-        state = denoising_step(denoiser, state, plan, strategy=strategy, logits=logits, edits=edits, context=context)
+        state = take_step(denoiser, state, plan, strategy=strategy, logits=logits, edits=edits, context=context)
         if state.finished:
             break
         if callback is not None:
@@ -190,7 +211,7 @@ def denoising_step(
             argmax, top_log_prob = scores.measure("argmax"), scores.measure("top_log_prob")
             edit = edits.edit_positions(view, state.z, request.edit, commit, argmax, top_log_prob)
             z = torch.where(edit, argmax, z)
-        state = count_forward(state, request, prediction)
+        state = count_forward(state, request, flat_index, prediction)
     z = z.masked_fill(request.remask, plan.mask_id)
     return apply_update(state, view, StepUpdate(z, commit, edit, request.remask), strategy)
 
@@ -267,13 +288,13 @@ def count_active(state: SamplerState, view: StepView, request: LogitsRequest, st
         (view.steps > 0).sum(),
         overrun.sum(),
         state.is_masked.sum(),
-        state.bad_step,
+        state.is_bad.sum(),
     )
-    n_positions, n_unfinished, n_overrun, n_masked, bad_step = torch.stack(counts).tolist()
-    if bad_step:
+    n_positions, n_unfinished, n_overrun, n_masked, n_bad = torch.stack(counts).tolist()
+    if n_bad:
         raise ValueError(
-            f"in step {bad_step - 1} the denoiser returned logits that hold NaN or inf, or allow no token but [MASK] "
-            f"(id {view.plan.mask_id}); use bfloat16 or float32 if it runs in float16, which overflows easily"
+            f"in step {state.step - 1} the denoiser returned logits that hold NaN or inf, or allow no token but "
+            f"[MASK] (id {view.plan.mask_id}); use bfloat16 or float32 if it runs in float16, which overflows easily"
         )
     if n_overrun:
         raise ValueError(
@@ -301,12 +322,16 @@ def commit_positions(view: StepView, request: LogitsRequest, scores: StepScores,
     return strategy.commit(view, request.commit, score) & request.commit & view.is_masked
 
 
-def count_forward(state: SamplerState, request: LogitsRequest, prediction: Prediction) -> SamplerState:
-    """Return the state with a step's forward passes counted, and unusable logits noted in `bad_step`."""
+def count_forward(
+    state: SamplerState, request: LogitsRequest, flat_index: Tensor, prediction: Prediction
+) -> SamplerState:
+    """Return the state with a step's forward passes counted, and rows with unusable logits noted in `is_bad`."""
+    row = torch.div(flat_index, state.z.shape[1], rounding_mode="floor")
+    n_bad = torch.zeros_like(state.sample_nfe).index_add_(0, row, prediction.draws.bad.long())
     return replace(
         state,
         sample_nfe=state.sample_nfe + request.needs_logits.any(dim=1) * prediction.n_passes,
-        bad_step=prediction.draws.bad.any() * (state.step + 1),
+        is_bad=n_bad > 0,
         nfe=state.nfe + prediction.n_passes,
         sample_computed=state.sample_computed + prediction.computed,
     )

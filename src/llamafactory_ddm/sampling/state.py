@@ -25,7 +25,7 @@ class Plan:
         mask_id: id of [MASK].
         steps: largest number of denoising steps of a row.
         schedule: the noise schedule.
-        seed: of every draw.
+        seed: of every draw; or [batch] int64, that of each row, modulo 2**64.
         sample_index: [batch] int64, number of each sample; with `seed` it fixes the sample's draws.
         steps_taken: [batch] int64, steps that a sample took in earlier calls, whose random numbers are used up.
         editable_index: [batch, length] int64, number of editable positions before each position of the row.
@@ -44,7 +44,7 @@ class Plan:
     mask_id: int
     steps: int
     schedule: NoiseSchedule
-    seed: int
+    seed: int | Tensor
     sample_index: Tensor
     steps_taken: Tensor
     editable_index: Tensor
@@ -131,7 +131,7 @@ class SamplerState:
         edits: [batch] int64, tokens that the row has edited in all blocks.
         sample_nfe: [batch] int64, forward passes that the row needed.
         sample_computed: [batch] int64, tokens of the row that went through the model, padding included.
-        bad_step: [] int64, 1 + the step whose logits were unusable, or 0.
+        is_bad: [batch] bool, rows whose logits were unusable in the last step.
         step: the next step, from 0.
         nfe: forward passes so far.
         finished: whether a step found nothing left to do.
@@ -149,7 +149,7 @@ class SamplerState:
     edits: Tensor
     sample_nfe: Tensor
     sample_computed: Tensor
-    bad_step: Tensor
+    is_bad: Tensor
     step: int = 0
     nfe: int = 0
     finished: bool = False
@@ -225,10 +225,10 @@ def start(
         row_step=zero,
         edit_step=zero,
         held=torch.zeros_like(sample_index, dtype=torch.bool),
+        is_bad=torch.zeros_like(sample_index, dtype=torch.bool),
         edits=zero,
         sample_nfe=zero,
         sample_computed=zero,
-        bad_step=torch.zeros((), dtype=torch.int64, device=x.device),
     )
     return state, plan
 

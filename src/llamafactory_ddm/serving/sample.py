@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from greenlet import greenlet
 from torch import Tensor
 
 from ..data.canvas import Canvas
 from ..generation.block_models import blocks_of_canvas
 from ..generation.generator import TextGenerator
-from ..modeling.joint_pass import Output, Part
-from ..modeling.kv_cache import ColumnCache
-from ..modeling.model_runner import ModelRunner
-from ..sampling.strategies import Remasking
+from ..modeling.denoiser import ModelDenoiser
+from ..modeling.model_runner import ModelPass, ModelRunner, PassOutput
+from ..sampling.edits import Edits
+from ..sampling.logits import LogitsConfig
+from ..sampling.prediction import CachingDenoiser, Context, Denoiser
+from ..sampling.state import Plan, SamplerState
+from ..sampling.strategies import Remasking, Strategy
+from .joint_step import StepRequest, StepResult
 from .request import Answer, Event, Failure, Progress
 from .text_stream import TextStream
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from .server import Ticket
@@ -26,15 +30,17 @@ class _Stopped(Exception):
     """The text holds a stop string."""
 
 
-class Sample:
-    """A text that is generated from one forward pass to the next; one thread may use it.
+class Sample(Waiting):
+    """A text that is generated from one denoising step to the next.
+
+    It waits for a `StepRequest`, whose result is a `StepResult`, or for a `ModelPass`, whose result is its output.
 
     Attributes:
         ticket: of its request.
         number: number of the sample in the request.
         n_positions: positions that its canvas may come to.
-        part: the forward pass that it waits for; None if it waits for none.
-        is_over: whether it is finished.
+        n_passes: forward passes that it needed.
+        events: that happened since they were taken.
     """
 
     def __init__(self, generator: TextGenerator, runner: ModelRunner, ticket: Ticket, number: int) -> None:
@@ -42,65 +48,47 @@ class Sample:
 
         Args:
             generator: of the model.
-            runner: of the model, for what is computed of each sample apart.
+            runner: of the model, for the logits of hidden states.
             ticket: of the request.
             number: of the sample.
         """
+        super().__init__(self._run)
         self.ticket, self.number = ticket, number
         self.n_positions = len(ticket.request.canvas)
-        self.part: Part | None = None
-        self.is_over = False
         self.n_passes = 0
-        self._generator = generator.with_runner(_WaitingRunner(self, runner))
+        self.events: list[Event] = []
+        self._generator = generator.with_runner(_WaitingRunner(self, runner), self._take_step)
         self._stream = _stream_of(self._generator, ticket)
-        self._greenlet: greenlet | None = None  # made in the thread that runs it
-        self._result: Output | Exception | None = None
-        self._events: list[Event] = []
-        self._canvas, self._ids, self._n_steps = ticket.request.canvas, list[int](), 0
-
-    def resume(self, error: Exception | None = None) -> list[Event]:
-        """Go on to the next forward pass or to the end, and return the events on the way.
-
-        Args:
-            error: raised in place of the result of the forward pass; None for none.
-        """
-        if error is not None:
-            self._result = error
-        self.part = None
-        if self._greenlet is None:
-            self._greenlet = greenlet(self._run)
-        self._greenlet.switch()
-        events, self._events = self._events, []
-        return events
-
-    def take(self, output: Output | Exception) -> None:
-        """Take the result of the forward pass, or the error that it ended with."""
-        self._result = output
-
-    def wait(self, part: Part) -> Output:
-        """Return the result of a forward pass, once the thread has run it; called within the greenlet."""
-        self.part, self._result = part, None
-        greenlet.getcurrent().parent.switch()
-        result, self._result = self._result, None
-        if isinstance(result, Exception):
-            raise result
-        if result is None:
-            raise RuntimeError("the sample went on without the result of its forward pass")
-        self.n_passes += 1
-        return result
+        self._ids: list[int] = []
+        self._n_steps = 0
 
     # ---- in the greenlet ----
 
     def _run(self) -> None:
         try:
-            if isinstance(self._result, Exception):  # over before it began
-                raise self._result
             for event in self._generate():
-                self._events.append(event)
+                self.events.append(event)
         except Exception as error:  # noqa: BLE001  it is the request's, and the server goes on
             error.__traceback__ = None  # whose frames keep tensors
-            self._events.append(Failure(error))
-        self.is_over = True
+            self.events.append(Failure(error))
+
+    def _take_step(
+        self,
+        denoiser: Denoiser | CachingDenoiser,
+        state: SamplerState,
+        plan: Plan,
+        *,
+        strategy: Strategy,
+        logits: LogitsConfig,
+        edits: Edits | None = None,
+        context: Context | None = None,
+    ) -> SamplerState:
+        """Wait for a denoising step; see `sampling.loop.StepFunction`."""
+        if not isinstance(denoiser, ModelDenoiser):
+            raise TypeError(f"{type(denoiser).__name__} is not a ModelDenoiser")
+        result: StepResult = self.wait(StepRequest(denoiser, state, plan, strategy, logits, edits, context))
+        self.n_passes += result.n_passes
+        return result.state
 
     def _generate(self) -> Iterator[Event]:
         """Generate the text; yields its last events."""
@@ -142,7 +130,7 @@ class Sample:
         if self.ticket.request.shows_canvas:
             shown = tuple(self._stream.pieces(self._ids))
         if text or shown is not None:
-            self._events.append(Progress(self.number, self._n_steps, text, shown))
+            self.events.append(Progress(self.number, self._n_steps, text, shown))
         self._n_steps += 1
         if self._stream.stopped is not None:
             raise _Stopped
@@ -154,16 +142,11 @@ class _WaitingRunner:
     def __init__(self, sample: Sample, runner: ModelRunner) -> None:
         self._sample, self._runner = sample, runner
 
-    def run(
-        self,
-        ids: Tensor,
-        mask: Any,
-        position_ids: Tensor | None,
-        head_index: Tensor,
-        cache: ColumnCache | None = None,
-    ) -> Output:
+    def run(self, one: ModelPass) -> PassOutput:
         """Wait for the pass, see `Runner`."""
-        return self._sample.wait(Part(ids, mask, position_ids, head_index, cache))
+        output: PassOutput = self._sample.wait(one)
+        self._sample.n_passes += 1
+        return output
 
     def logits(self, hidden: Tensor, outputs: int | None, rows_at_once: int | None = None) -> Iterator[Tensor]:
         """Yield logits, see `ModelRunner.logits`."""

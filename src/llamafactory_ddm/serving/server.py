@@ -1,9 +1,9 @@
 """`Server`: a thread that owns the model and denoises the texts of many requests at once.
 
-Each sample of a request runs the ordinary code of generation in a greenlet. Where that code calls the model, the
-greenlet waits; once all wait, their passes are joined and each greenlet goes on with its own part of the result. So
-samples join and leave the batch between two steps, whatever their settings, and a text is the same alone and in
-company (up to rounding: the sums of a matrix product depend on its shape).
+Each sample of a request runs the ordinary code of generation in a greenlet, which waits where that code takes a
+denoising step. Once all wait, the steps are taken together, and each sample goes on with its own result. So samples
+join and leave the batch between two steps, whatever their settings, and a text is the same alone and in company (up to
+rounding: the sums of a matrix product depend on its shape).
 """
 
 from __future__ import annotations
@@ -12,19 +12,23 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..generation.generator import TextGenerator
-from ..modeling.joint_pass import run_parts
-from ..modeling.model_runner import ModelRunner
+from ..modeling.joint_pass import run_joint
+from ..modeling.model_runner import ModelPass, ModelRunner, PassOutput
 from ..modeling.pass_widths import columns_of_a_pass, grouped
 from ..sampling.state import MAX_SAMPLES
+from .joint_step import JointSteps, StepRequest, StepResult
 from .request import Answer, Cancelled, Event, Failure, Request
 from .sample import Sample
+from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +142,12 @@ class Server:
         self._changed = threading.Condition()
         self._queue: deque[Sample] = deque()
         self._running: list[Sample] = []
+        self._results: dict[Sample, Any] = {}
+        self._steps: dict[Any, JointSteps] = {}
         self._is_closing = False
         generator.sizer.try_cache()  # runs the model, which is the thread's from now on
         self._runner = ModelRunner(generator.model)
+        self._outputs = generator.sizer.n_ids
         self._thread = threading.Thread(target=self._work, name="denoising", daemon=True)
         self._thread.start()
 
@@ -235,9 +242,7 @@ class Server:
             start = time.perf_counter()
             for sample in list(self._running):
                 self._resume(sample)
-            waiting = [sample for sample in self._running if sample.part is not None]
-            for group in _joined(waiting):
-                self._run(group)
+            self._compute(self._running)
             self.stats.seconds_busy += time.perf_counter() - start
         self._runner.close()
 
@@ -250,25 +255,29 @@ class Server:
                 self._changed.wait()
             n_positions = sum(sample.n_positions for sample in self._running)
             while self._queue and len(self._running) < self.limits.max_rows:
-                sample = self._queue[0]
-                if sample.ticket.why_over() is None:
-                    n_positions += sample.n_positions
-                    if n_positions > self.limits.max_positions:
-                        break
+                n_positions += self._queue[0].n_positions
+                if self._running and n_positions > self.limits.max_positions:
+                    break
                 self._running.append(self._queue.popleft())
         return True
 
     def _resume(self, sample: Sample) -> None:
-        """Let a sample go on to its next forward pass, or to its end."""
-        error = None if sample.ticket.is_over else sample.ticket.why_over()
-        if sample.ticket.is_over:
-            error = Cancelled("the request is over")
-        for event in sample.resume(error):
-            self._emit(sample.ticket, event)
+        """Let a sample go on to its next step, or to its end."""
+        ticket, result = sample.ticket, self._results.pop(sample, None)
+        error = Cancelled("another text of the request failed") if ticket.is_over else ticket.why_over()
+        try:
+            sample.resume(error or result)
+        except Exception as failure:  # noqa: BLE001  before its start
+            sample.events.append(Failure(failure))
+        events, sample.events = sample.events, []
+        for event in events:
+            self._emit(ticket, event)
         if sample.is_over:
             self._running.remove(sample)
 
     def _emit(self, ticket: Ticket, event: Event) -> None:
+        if ticket.is_over:
+            return
         if isinstance(event, Answer):
             self.stats.tokens += event.completion_tokens
         if ticket.emit(event):
@@ -279,35 +288,81 @@ class Server:
             else:
                 self.stats.failed += 1
 
-    def _run(self, samples: Sequence[Sample]) -> None:
-        """Run the passes of samples as one; if that fails, each half apart, down to the sample that is at fault."""
-        parts = [sample.part for sample in samples if sample.part is not None]
+    def _compute(self, samples: Sequence[Sample]) -> None:
+        """Compute what all samples wait for."""
+        groups: dict[Any, list[Sample]] = {}
+        for sample in samples:
+            if isinstance(sample.request, StepRequest):
+                groups.setdefault(sample.request.key, []).append(sample)
+        self._steps = {key: self._steps.get(key) or JointSteps(self._outputs, self._project) for key in groups}
+        tasks = [_StepTask(self._steps[key], group) for key, group in groups.items()]
+        single = [sample for sample in samples if isinstance(sample.request, ModelPass)]
+        for task in tasks:
+            task.resume()
+        while True:
+            waiting = [task for task in tasks if not task.is_over]
+            asked = [task.request for task in waiting] + [[sample.request] for sample in single]
+            if not asked:
+                break
+            outputs = iter(self._run([one for passes in asked for one in passes]))
+            answers = [[next(outputs) for _ in passes] for passes in asked]
+            for task, answer in zip(waiting, answers, strict=False):
+                task.resume(answer)
+            for sample, answer in zip(single, answers[len(waiting) :], strict=True):
+                self._results[sample] = answer[0]
+            single = []
+        for task in tasks:
+            self._results.update(zip(task.samples, task.results, strict=True))
+
+    def _run(self, passes: Sequence[ModelPass]) -> list[PassOutput | Exception]:
+        """Run passes, those of like width as one."""
+        outputs: list[PassOutput | Exception | None] = [None] * len(passes)
+        device = self.generator.model.device
+        for numbers in grouped([one.n_columns for one in passes], columns_of_a_pass(device)):
+            results = self._run_joint([passes[number] for number in numbers])
+            for number, result in zip(numbers, results, strict=True):
+                outputs[number] = result
+        return [output for output in outputs if output is not None]
+
+    def _run_joint(self, passes: Sequence[ModelPass]) -> list[PassOutput | Exception]:
+        """Run passes as one; if that fails, each half apart, down to the pass that is at fault."""
         start = time.perf_counter()
         try:
-            outputs = run_parts(self._runner, parts)
+            outputs = run_joint(self._runner, passes)
         except Exception as error:  # noqa: BLE001  whatever it is, other requests must go on
-            error.__traceback__ = None  # which keeps the tensors of the pass
+            error.__traceback__ = None  # whose frames keep the tensors of the pass
             self.stats.seconds_model += time.perf_counter() - start
-            if len(samples) == 1:
-                samples[0].take(error)
-                return
-            logger.warning("a joint pass of %d texts failed and is divided: %s", len(samples), error)
-            half = len(samples) // 2
-            self._run(samples[:half])
-            self._run(samples[half:])
-            return
+            if len(passes) == 1:
+                return [error]
+            logger.warning("a joint forward pass of %d texts failed and is divided: %s", len(passes), error)
+            half = len(passes) // 2
+            return self._run_joint(passes[:half]) + self._run_joint(passes[half:])
         self.stats.seconds_model += time.perf_counter() - start
         self.stats.passes += 1
-        self.stats.rows += sum(part.n_rows for part in parts)
-        self.stats.columns += sum(part.ids.numel() for part in parts)
-        for sample, output in zip(samples, outputs, strict=True):
-            sample.take(output)
+        self.stats.rows += sum(one.n_rows for one in passes)
+        self.stats.columns += sum(one.ids.numel() for one in passes)
+        return list(outputs)
+
+    def _project(self, hidden: Tensor, outputs: int | None) -> Iterator[Tensor]:
+        """Yield the logits of hidden states, and count the time."""
+        parts = self._runner.logits(hidden, outputs)
+        while True:
+            start = time.perf_counter()
+            part = next(parts, None)
+            self.stats.seconds_model += time.perf_counter() - start
+            if part is None:
+                return
+            yield part
 
 
-def _joined(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Divide samples into joint passes, each of parts of like width."""
-    parts = [sample.part for sample in samples if sample.part is not None]
-    if not parts:
-        return []
-    groups = grouped([part.n_columns for part in parts], columns_of_a_pass(parts[0].ids.device))
-    return [[samples[number] for number in group] for group in groups]
+class _StepTask(Waiting):
+    """The joint step of samples with the same settings; it waits for a list of forward passes."""
+
+    def __init__(self, steps: JointSteps, samples: Sequence[Sample]) -> None:
+        super().__init__(self._take)
+        self.samples = samples
+        self.results: list[StepResult | Exception] = []
+        self._steps = steps
+
+    def _take(self) -> None:
+        self.results = self._steps.take([sample.request for sample in self.samples], self.wait)

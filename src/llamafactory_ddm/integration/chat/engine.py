@@ -23,6 +23,38 @@ from .prompts import PromptEncoder
 logger = get_logger(__name__)
 
 
+class Running:
+    """A request that was submitted in an event loop."""
+
+    def __init__(self, server: Server, request: Request) -> None:
+        """Submit the request; see `Server.submit`."""
+        self.request = request
+        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        self._ticket = server.submit(request, self._put)
+
+    def _put(self, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+    def close(self) -> None:
+        """Cancel the request unless it is over."""
+        if not self._ticket.is_over:
+            self._ticket.cancel()
+
+    async def events(self) -> AsyncGenerator[Progress | Answer, None]:
+        """Yield the events up to the last; raise the error of a request that failed."""
+        n_left = self.request.n
+        try:
+            while n_left:
+                event = await self._queue.get()
+                if isinstance(event, Failure):
+                    raise event.error
+                n_left -= isinstance(event, Answer)
+                yield event
+        finally:
+            self.close()
+
+
 class DiffusionEngine(BaseEngine):
     """Answers chats with a `Server`, which denoises all requests in one batch."""
 
@@ -100,7 +132,7 @@ class DiffusionEngine(BaseEngine):
         ids = self.prompts.prompt(messages, system, tools)
         start = self.served.start
         canvas = self.generator.from_prompt(
-            ids, self._room(len(ids) + self._n_start(ids, start), options), start=start
+            ids, self._room("prompt", len(ids) + self._n_start(ids, start), options), start=start
         )
         return self._checked(canvas, options)
 
@@ -130,11 +162,11 @@ class DiffusionEngine(BaseEngine):
             canvas = generator.from_parts(parts)
         elif suffix:
             ids, after = encode(prompt), generator.codec.encode_after(suffix)
-            room = self._room(len(ids) + len(after) + self._n_start(ids, True), options)
+            room = self._room("prompt", len(ids) + len(after) + self._n_start(ids, True), options)
             canvas = generator.from_parts([ids, room, after])
         else:
             ids = encode(prompt)
-            room = self._room(len(ids) + self._n_start(ids, True), options)
+            room = self._room("prompt", len(ids) + self._n_start(ids, True), options)
             canvas = generator.from_parts([ids, room])
         return self._checked(canvas, options)
 
@@ -150,7 +182,7 @@ class DiffusionEngine(BaseEngine):
         start_id = self.generator.start_id
         return int(start and start_id is not None and list(ids[:1]) != [start_id])
 
-    def _room(self, n_prompt: int, options: Options) -> int:
+    def _room(self, field: str, n_prompt: int, options: Options) -> int:
         """Return the number of tokens to generate after (and before) `n_prompt` fixed ones.
 
         Raises:
@@ -160,7 +192,7 @@ class DiffusionEngine(BaseEngine):
         room = None if canvas is None else canvas - n_prompt
         if room is not None and room < 1:
             raise ValueError(
-                f"prompt: its {n_prompt} tokens leave no room for an answer within {canvas} tokens "
+                f"{field}: a prompt of {n_prompt} tokens leaves no room for an answer within {canvas} tokens "
                 f"({self.served.canvas_is}); shorten it"
             )
         return min(n for n in (room, wanted) if n is not None)
@@ -179,34 +211,27 @@ class DiffusionEngine(BaseEngine):
 
     # ---- answers ----
 
-    async def events(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Yield what happens to a request: `Progress`, and at last an `Answer` for each of its samples.
+    def submit(self, request: Request) -> Running:
+        """Give a request its place, and return it running; called within an event loop.
+
+        Raises:
+            ServerBusy: if too many requests wait, or the server is closing.
+            ValueError: if it is not allowed.
+        """
+        return Running(self.server, request)
+
+    async def events(self, request: Request) -> AsyncGenerator[Progress | Answer, None]:
+        """Yield what happens to a request: `Progress`, and an `Answer` for each of its samples.
 
         A caller that closes the generator early cancels the request.
 
         Raises:
-            ServerBusy: if too many requests wait, or the server is closing.
+            ServerBusy: see `submit`.
             TimeoutError: if the request took too long.
-            ValueError: if it is not allowed.
         """
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
-
-        def put(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
-                loop.call_soon_threadsafe(queue.put_nowait, event)
-
-        ticket = self.server.submit(request, put)
-        n_left = request.n
-        try:
-            while n_left:
-                event = await queue.get()
-                if isinstance(event, Failure):
-                    raise event.error
-                n_left -= isinstance(event, Answer)
+        async with contextlib.aclosing(self.submit(request).events()) as events:
+            async for event in events:
                 yield event
-        finally:
-            if not ticket.is_over:
-                ticket.cancel()
 
     async def answers(self, request: Request) -> list[Answer]:
         """Return the answers of a request, one for each sample in their order.

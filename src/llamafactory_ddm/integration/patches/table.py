@@ -28,7 +28,9 @@ from .wrappers import (
     dispatching_get_infer_args,
     dispatching_get_train_args,
     dispatching_run,
+    dispatching_run_api,
     export_without_modelfile,
+    extended_create_app,
     print_env_with_status,
     refusing_get_eval_args,
     refusing_post_init,
@@ -40,7 +42,7 @@ from .wrappers import (
 CHECKED = ("0.9.4", "0.9.5")
 _PARSER, _TUNER = "llamafactory.hparams.parser", "llamafactory.train.tuner"
 _LOADER, _ADAPTER = "llamafactory.model.loader", "llamafactory.model.adapter"
-_ENGINE = "llamafactory.chat.hf_engine"
+_ENGINE, _API = "llamafactory.chat.hf_engine", "llamafactory.api.app"
 _CONSTANTS, _ENV, _V1 = "llamafactory.extras.constants", "llamafactory.extras.env", "llamafactory.v1.launcher"
 _WEB, _COMPONENTS = "llamafactory.webui", "llamafactory.webui.components"
 
@@ -150,6 +152,12 @@ PATCHES = (
     Patch(f"{_LOADER}:AutoModelForImageTextToText", checked_model_class, _RANDOM, in_all_modules=False),
     Patch(f"{_ADAPTER}:PeftModel", checked_peft_model, _RANDOM, in_all_modules=False),
     Patch(f"{_ENGINE}:HuggingfaceEngine", dispatching_engine, "chat would silently run autoregressively"),
+    Patch(f"{_API}:create_app", extended_create_app, "requests would be answered without our keys, seeds and checks"),
+    Patch(
+        f"{_API}:run_api",
+        dispatching_run_api,
+        "the API would be open to the network without a key, and SIGTERM would end the process as failed",
+    ),
     Patch(
         f"{_ENV}:print_env",
         functools.partial(print_env_with_status, status=status),
@@ -229,6 +237,12 @@ def after_engine(engine: ModuleType) -> None:
     if _state.active:
         apply(engine.__name__)
         _rebind()
+
+
+def after_api(api: ModuleType) -> None:
+    """Give the API of a diffusion model its routes."""
+    if _state.active:
+        apply(api.__name__)
 
 
 def after_web_pages(pages: ModuleType) -> None:

@@ -273,6 +273,39 @@ def dispatching_engine(original: Any) -> Any:
     return Dispatching
 
 
+def extended_create_app(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the API of diffusion models to upstream's app, if the engine is ours."""
+
+    @functools.wraps(original)
+    def create_app(chat_model: Any) -> Any:
+        from ..chat.engine import DiffusionEngine
+
+        app = original(chat_model)
+        if not isinstance(chat_model.engine, DiffusionEngine):
+            return app
+        from ..chat.api import extend
+
+        return extend(app, chat_model.engine)
+
+    return create_app
+
+
+def dispatching_run_api(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Serve a diffusion model on an address that is safe without a key, and finish its requests at the end."""
+
+    @functools.wraps(original)
+    def run_api() -> Any:
+        from ..resolve.serving_stage import serves_diffusion
+
+        if not serves_diffusion(sys.modules["llamafactory.hparams.parser"].read_args(None)):
+            return original()
+        from ..chat.api import run
+
+        return run(sys.modules["llamafactory.api.app"])
+
+    return run_api
+
+
 def print_env_with_status(original: Callable[..., Any], status: Callable[[], str]) -> Callable[..., Any]:
     """Print in `llamafactory-cli env` whether the plugin is active."""
 

@@ -22,12 +22,11 @@ def with_stage(args: Any) -> Any:
     Raises:
         ValueError: if infer_backend is one that serves no diffusion model.
     """
-    if requested_stage(args) is None and _value(args, "export_dir") is None:
-        found = next(find_diffusion_models(_model_args(args)), None) if _value(args, "model_name_or_path") else None
-        if found is not None:
-            name, evidence = found
-            logger.info_rank0(f"stage: not set; using {_STAGE}, as {name} is a diffusion model ({evidence}).")
-            args = {**args, "stage": _STAGE} if isinstance(args, dict) else [*args, "--stage", _STAGE]
+    found = _recognised(args)
+    if found is not None:
+        name, evidence = found
+        logger.info_rank0(f"stage: not set; using {_STAGE}, as {name} is a diffusion model ({evidence}).")
+        args = {**args, "stage": _STAGE} if isinstance(args, dict) else [*args, "--stage", _STAGE]
     backend = _value(args, "infer_backend")
     if requested_stage(args) in STAGES and backend not in (None, _BACKEND):
         raise ValueError(
@@ -35,6 +34,20 @@ def with_stage(args: Any) -> Any:
             f"{_BACKEND}, or remove it"
         )
     return args
+
+
+def serves_diffusion(args: Any) -> bool:
+    """Tell whether a server with these arguments serves a diffusion model."""
+    return requested_stage(args) in STAGES or _recognised(args) is not None
+
+
+def _recognised(args: Any) -> tuple[str, str] | None:
+    """Return the diffusion model in arguments that name no stage, with the evidence; None if there is none."""
+    if requested_stage(args) is not None or _value(args, "export_dir") is not None:
+        return None
+    if _value(args, "model_name_or_path") is None:
+        return None
+    return next(find_diffusion_models(_model_args(args)), None)
 
 
 def _value(args: Any, key: str) -> Any:

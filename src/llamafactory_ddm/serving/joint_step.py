@@ -1,0 +1,199 @@
+"""One denoising step of many samples: rows whose steps have the same settings are one batch of the sampler.
+
+The forward passes of all batches are then joined, whatever their settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..modeling.denoiser import ModelDenoiser, in_order
+from ..modeling.model_runner import ModelPass, PassOutput
+from ..sampling.edits import Edits
+from ..sampling.logits import LogitsConfig
+from ..sampling.loop import denoising_step
+from ..sampling.prediction import Context, Denoiser
+from ..sampling.rows import split_states, stack_contexts, stack_plans, stack_states
+from ..sampling.state import Plan, SamplerState
+from ..sampling.strategies import Strategy
+
+# Runs passes and returns for each its output, or the error that it ended with.
+RunPasses = Callable[[Sequence[ModelPass]], Sequence[PassOutput | Exception]]
+
+
+@dataclass(frozen=True, eq=False)
+class StepRequest:
+    """The arguments of a call of `denoising_step` for one sample."""
+
+    denoiser: ModelDenoiser
+    state: SamplerState
+    plan: Plan
+    strategy: Strategy
+    logits: LogitsConfig
+    edits: Edits | None
+    context: Context | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Return what the requests of one batch have in common."""
+        try:
+            hash(self.strategy)
+            strategy: Any = self.strategy
+        except TypeError:  # somebody's own
+            strategy = id(self.strategy)
+        plan = self.plan
+        return (strategy, self.logits, self.edits, plan.mask_id, plan.stop_at_eos, plan.eos_last)
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What a step of one sample gave.
+
+    Attributes:
+        state: after the step.
+        n_passes: forward passes that it took.
+    """
+
+    state: SamplerState
+    n_passes: int
+
+
+class JointSteps:
+    """Takes the steps of requests with one `key`; keeps what does not change from step to step."""
+
+    def __init__(self, outputs: int | None, project: Callable[[Tensor, int | None], Iterator[Tensor]]) -> None:
+        """Prepare.
+
+        Args:
+            outputs: number of ids that get a logit.
+            project: yields the logits of hidden states, see `ModelRunner.logits`.
+        """
+        self._outputs, self._project = outputs, project
+        self._stacked: tuple[list[Plan], Plan, Context] | None = None
+
+    def take(self, requests: Sequence[StepRequest], run: RunPasses) -> list[StepResult | Exception]:
+        """Return the result of each request, or the error that it ended with."""
+        try:
+            return self._take(requests, run)
+        except Exception as error:  # noqa: BLE001  the request's, whatever it is
+            if len(requests) == 1:
+                return [error]
+            # Logits that are unusable are found before the forward pass, so the steps of others are taken now.
+            return [result for one in requests for result in self.take([one], run)]
+
+    def _take(self, requests: Sequence[StepRequest], run: RunPasses) -> list[StepResult | Exception]:
+        first, states = requests[0], [request.state for request in requests]
+        state = stack_states(states)
+        plan, context = self._plan(requests)
+        goes_on = (state.is_masked.any(dim=1) | state.held).tolist()
+        rows = _Rows(requests, self._outputs, self._project, run)
+        after = denoising_step(
+            rows, state, plan, strategy=first.strategy, logits=first.logits, edits=first.edits, context=context
+        )
+        results: list[StepResult | Exception] = []
+        for number, new in enumerate(split_states(after, states)):
+            state = new if goes_on[number] else replace(states[number], finished=True)
+            results.append(rows.errors.get(number) or StepResult(state, rows.n_passes[number]))
+        return results
+
+    def _plan(self, requests: Sequence[StepRequest]) -> tuple[Plan, Context]:
+        plans = [request.plan for request in requests]
+        if self._stacked is None or not _same(self._stacked[0], plans):
+            states = [request.state for request in requests]
+            context = stack_contexts([request.context for request in requests], states)
+            self._stacked = (plans, stack_plans(plans), context)
+        return self._stacked[1:]
+
+
+def _same(one: Sequence[Any], two: Sequence[Any]) -> bool:
+    return len(one) == len(two) and all(a is b for a, b in zip(one, two, strict=True))
+
+
+class _Rows:
+    """The denoisers of several samples as the denoiser of their batch, a `CachingDenoiser` of one step.
+
+    Attributes:
+        errors: of the rows whose forward pass failed; their logits are zeros.
+        n_passes: forward passes of each row.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[StepRequest],
+        outputs: int | None,
+        project: Callable[[Tensor, int | None], Iterator[Tensor]],
+        run: RunPasses,
+    ) -> None:
+        self.errors: dict[int, Exception] = {}
+        self.n_passes = [0] * len(requests)
+        self._outputs, self._project, self._run = outputs, project, run
+        self._denoisers = [request.denoiser for request in requests]
+        self._lengths = [request.state.z.shape[1] for request in requests]
+        self._computed = torch.zeros_like(torch.cat([request.state.edits for request in requests]))
+
+    def step(self, scope: Tensor, branch: int = 0) -> Denoiser:
+        """Return the denoiser of the step, see `CachingDenoiser`."""
+
+        def denoise(z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
+            return self._logits(z, flat_index, scope, branch)
+
+        return denoise
+
+    def take_computed(self) -> Tensor:
+        """Return [batch] int64, the tokens of each row that went through the model."""
+        return self._computed
+
+    def _logits(self, z: Tensor, flat_index: Tensor, scope: Tensor, branch: int) -> Iterator[Tensor]:
+        row = torch.div(flat_index, z.shape[1], rounding_mode="floor")
+        counts = torch.bincount(row, minlength=len(z)).tolist()
+        columns = torch.split(flat_index - row * z.shape[1], counts)
+        calls: list[tuple[int, list[ModelPass], list[Tensor]]] = []
+        computed = [0] * len(z)
+        for number in (number for number, count in enumerate(counts) if count):
+            own, length = slice(number, number + 1), self._lengths[number]
+            passes, order = self._denoisers[number].passes(
+                z[own, :length], columns[number], scope[own, :length], branch
+            )
+            calls.append((number, passes, order))
+            computed[number] = sum(one.ids.numel() for one in passes)
+            self.n_passes[number] += 1
+        self._computed += torch.tensor(computed, device=z.device)
+        results = iter(self._run([one for _, passes, _ in calls for one in passes]))
+        outputs = [self._output(number, [next(results) for _ in order], order) for number, _, order in calls]
+        sample = next((output for output in outputs if output is not None), None)
+        if sample is None:
+            raise self.errors[calls[0][0]]
+        for index, (number, _, _) in enumerate(calls):
+            outputs[index] = outputs[index] or _zeros(sample, counts[number])
+        yield from self._joined([output for output in outputs if output is not None])
+
+    def _output(
+        self, number: int, results: Sequence[PassOutput | Exception], order: Sequence[Tensor]
+    ) -> PassOutput | None:
+        """Return what the passes of a row returned, or None if one failed."""
+        good = [result for result in results if not isinstance(result, Exception)]
+        for result in results:
+            if isinstance(result, Exception):
+                self.errors[number] = result
+        return in_order(good, order) if len(good) == len(results) else None
+
+    def _joined(self, outputs: Sequence[PassOutput]) -> Iterator[Tensor]:
+        """Yield the logits of all rows."""
+        logits = [values for _, values in outputs if values is not None]
+        if logits:
+            yield torch.cat(logits)[:, : self._outputs]
+        else:
+            yield from self._project(torch.cat([hidden for hidden, _ in outputs]), self._outputs)
+
+
+def _zeros(like: PassOutput, count: int) -> PassOutput:
+    """Return an output of `count` positions, shaped as another."""
+    hidden, logits = like
+    return hidden.new_zeros(count, hidden.shape[1]), None if logits is None else logits.new_zeros(
+        count, logits.shape[1]
+    )
