@@ -15,7 +15,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from .compatibility import IncompatibleUpstream, incompatibilities
+from .compatibility import IncompatibleUpstream, incompatibilities, web_incompatibilities
 from .wrappers import (
     checked_model_class,
     checked_parse_args,
@@ -246,10 +246,22 @@ def after_api(api: ModuleType) -> None:
 
 
 def after_web_pages(pages: ModuleType) -> None:
-    """Apply the changes to LLaMA-Factory's web pages, which this module has imported and not yet made."""
-    if _state.active:
-        for module in dict.fromkeys(patch.module for patch in PATCHES if patch.module.startswith(f"{_WEB}.")):
-            apply(module)
+    """Apply the changes to LLaMA-Factory's web pages, which this module has imported and not yet made.
+
+    Raises:
+        IncompatibleUpstream: if they lack what the patches need; they are then as upstream made them.
+    """
+    if not _state.active:
+        return
+    from ..data.templates import register_templates
+
+    modules = dict.fromkeys(patch.module for patch in PATCHES if patch.module.startswith(f"{_WEB}."))
+    problems = [] if {target.partition(":")[0] for target, _ in _applied} & set(modules) else web_incompatibilities()
+    if problems:
+        raise IncompatibleUpstream(f"in the web pages, as {'; '.join(problems)}")
+    register_templates()  # for the list of templates
+    for module in modules:
+        apply(module)
 
 
 def after_env(env: ModuleType) -> None:

@@ -135,11 +135,14 @@ class _Answering:
         """
         text, is_new, due = "", False, time.monotonic()
         while True:
-            try:
-                event = next_event(timeout=max(0.0, due - time.monotonic()) if is_new else None)
-            except queue.Empty:
+            wait = due - time.monotonic() if is_new else None
+            if wait is not None and wait <= 0:
                 yield text
                 text, is_new, due = "", False, time.monotonic() + 1 / MAX_UPDATES
+                continue
+            try:
+                event = next_event(timeout=wait)
+            except queue.Empty:
                 continue
             if isinstance(event, Failure):
                 raise event.error
