@@ -542,6 +542,11 @@ def test_mistakes_with_caches(generator, monkeypatch):
 
 def test_the_cache_is_tried_once(generator, monkeypatch):
     made, tries = TextGenerator(generator.model, generator.tokenizer, generator.config), []
-    monkeypatch.setattr(canvas_size, "check_cacheable", lambda model, kind, *, length, probe: tries.append(probe))
+    monkeypatch.setattr(canvas_size, "why_uncacheable", lambda model: tries.append(model) or "")
     made.generate(PROMPTS, max_new_tokens=4, batch_size=1, kv_cache="prefix")
-    assert tries[0] and not any(tries[1:])
+    assert tries == [generator.model]
+    monkeypatch.setattr(canvas_size, "why_uncacheable", lambda model: "it has no keys")
+    other = TextGenerator(generator.model, generator.tokenizer, generator.config)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"kv_cache: dual .*it has no keys"):
+            other.generate(PROMPTS, max_new_tokens=4, kv_cache="dual")

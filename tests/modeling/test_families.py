@@ -15,8 +15,12 @@ from llamafactory_ddm.modeling.bidirectional import (
     make_bidirectional,
     probe_bidirectional,
 )
+from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser
 from llamafactory_ddm.modeling.cached_denoiser import CachedDenoiser, check_cacheable
 from llamafactory_ddm.modeling.denoiser import ModelDenoiser
+from llamafactory_ddm.modeling.joint_pass import run_joint
+from llamafactory_ddm.modeling.model_info import window_of
+from llamafactory_ddm.modeling.model_runner import ModelRunner
 from llamafactory_ddm.sampling import STRATEGIES, get_strategy, sample
 
 LENGTH = 10
@@ -175,6 +179,44 @@ def test_a_cache_that_is_computed_again_in_every_pass_changes_nothing(name):
     assert torch.equal(refreshed.sequences, plain.sequences) and torch.equal(refreshed.committed, plain.committed)
     assert refreshed.computed == plain.computed
     assert run(CachedDenoiser(model, kind="dual", **options)).computed < plain.computed
+
+
+@pytest.mark.parametrize("name", known([*DENSE, *EXPERTS]))
+def test_a_joint_pass_is_its_passes(name):
+    """Passes that differ in rows, columns, padding and cache give what each gives alone, and so do their caches."""
+    if name == "phimoe" and Version(transformers.__version__) < Version("5"):
+        pytest.skip("its rotary embedding takes the number of columns for the largest position")
+    model = build(name)
+    make_bidirectional(model)
+    is_padding = torch.arange(LENGTH) < torch.tensor([[0], [3]])
+    sizes = [(1, 8), (2, LENGTH), (1, 9), (2, LENGTH), (1, 9)]
+    runner = ModelRunner(model)
+
+    def hidden_states(run):
+        """Of three steps of each denoiser; from the second on those with a cache compute only some columns."""
+        generator = torch.Generator().manual_seed(7)
+        canvases = [torch.randint(3, 40, size, generator=generator) for size in sizes]
+        denoisers = [
+            ModelDenoiser(model, shift=True),
+            ModelDenoiser(model, shift=True, is_padding=is_padding),
+            CachedDenoiser(model, kind="dual", shift=False),
+            CachedDenoiser(model, kind="prefix", shift=True, is_padding=is_padding),
+        ]
+        if window_of(model) is None:
+            denoisers.append(BlockDenoiser(model, block_length=4, shift=True))
+        for step in range(3):
+            passes = []
+            for denoiser, z in zip(denoisers, canvases, strict=False):
+                z[:, 4 + step] = 9 + step
+                asked = torch.tensor([5, 7]) + (len(z) - 1) * z.shape[1]
+                passes += denoiser.passes(z, asked, (torch.arange(z.shape[1]) >= 4).expand(z.shape))[0]
+            yield from (hidden for hidden, _ in run(passes))
+
+    alone = list(hidden_states(lambda passes: [runner.run(one) for one in passes]))
+    joint = list(hidden_states(lambda passes: run_joint(runner, passes)))
+    for one, other in zip(joint, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * float(other.std()))
+    runner.close()
 
 
 @pytest.mark.parametrize("name", known(REFUSED))

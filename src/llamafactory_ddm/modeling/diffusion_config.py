@@ -36,6 +36,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "end_tokens": (list, type(None)),
     "end_token_ids": (list, type(None)),
     "template": (dict, type(None)),
+    "canvas": (int, type(None)),
 }
 
 
@@ -116,6 +117,7 @@ class DiffusionConfig:
             variable length. None in older files, where it is the tokenizer's EOS.
         end_token_ids: their ids.
         template: the prompt template of finetuning; None before finetuning.
+        canvas: largest number of tokens in a row of the last training; None in older files and published models.
     """
 
     mask_token: str
@@ -137,6 +139,7 @@ class DiffusionConfig:
     end_tokens: tuple[str, ...] | None = None
     end_token_ids: tuple[int, ...] | None = None
     template: PromptTemplate | None = None
+    canvas: int | None = None
 
     def save(self, folder: str | Path) -> None:
         """Write the file atomically: a reader sees the old file or the complete new one."""
@@ -265,6 +268,10 @@ def _check(path: Path, raw: dict[str, Any]) -> None:
         raise ValueError(
             f"{path}: mask_token {raw['mask_token']!r} with mask_token_id {raw['mask_token_id']} is not a token; "
             "restore the file from a copy of the checkpoint"
+        )
+    if raw.get("canvas") is not None and raw["canvas"] < 1:
+        raise ValueError(
+            f"{path}: canvas must be at least 1, got {raw['canvas']}; restore the file from a copy of the checkpoint"
         )
     _check_tokens(path, raw)
     _check_blocks(path, raw)

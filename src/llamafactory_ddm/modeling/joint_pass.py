@@ -15,8 +15,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache
 
-from .model_info import dtype_of, implementation, is_flash
+from .model_info import dtype_of, implementation, is_flash, rotary_limit
 from .model_runner import ModelPass, ModelRunner, PassOutput
+from .pass_widths import columns_of_a_pass, grouped
+
+
+def together(model: nn.Module, passes: Sequence[ModelPass]) -> list[list[int]]:
+    """Return the numbers of the passes that are to be joined: those of like width.
+
+    A pass in which the position embeddings depend on the length of the longest row is alone.
+
+    Args:
+        model: the unwrapped model.
+        passes: on one device.
+    """
+    limit = rotary_limit(model)
+    is_alone = [limit is not None and one.n_keys > limit for one in passes]
+    numbers = [number for number, alone in enumerate(is_alone) if not alone]
+    groups = [[number] for number, alone in enumerate(is_alone) if alone]
+    if numbers:
+        widths = [passes[number].n_columns for number in numbers]
+        cost = columns_of_a_pass(passes[numbers[0]].ids.device)
+        groups += [[numbers[index] for index in group] for group in grouped(widths, cost)]
+    return groups
 
 
 def run_joint(runner: ModelRunner, parts: Sequence[ModelPass]) -> list[PassOutput]:
@@ -61,10 +82,11 @@ def joint_mask(model: nn.Module, parts: Sequence[ModelPass], n_columns: int, n_k
     if is_flash(implementation(model)):
         masks = [part.ids.new_ones(part.ids.shape) if part.mask is None else part.mask for part in parts]
         return torch.cat([_padded(mask, n_columns) for mask in masks])
-    by_layer = next((part.mask for part in parts if isinstance(part.mask, dict)), None)
-    if by_layer is None:
+    by_layer = [part.mask for part in parts if isinstance(part.mask, dict)]
+    if not by_layer:
         return _joint_additive(parts, [part.mask for part in parts], n_columns, n_keys, dtype_of(model))
-    names = dict.fromkeys(name for part in parts if isinstance(part.mask, dict) for name in part.mask)
+    # A mask of blocks lacks the type of layer that its model has none of.
+    names = [name for name in by_layer[0] if all(name in mask for mask in by_layer)]
     return {
         name: _joint_additive(
             parts,

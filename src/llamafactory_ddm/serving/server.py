@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from ..generation.generator import TextGenerator
-from ..modeling.joint_pass import run_joint
+from ..modeling.joint_pass import run_joint, together
 from ..modeling.model_runner import ModelPass, ModelRunner, PassOutput
-from ..modeling.pass_widths import columns_of_a_pass, grouped
 from ..sampling.state import MAX_SAMPLES
 from .joint_step import JointSteps, StepRequest, StepResult
 from .request import Answer, Cancelled, Event, Failure, Request
@@ -317,8 +316,7 @@ class Server:
     def _run(self, passes: Sequence[ModelPass]) -> list[PassOutput | Exception]:
         """Run passes, those of like width as one."""
         outputs: list[PassOutput | Exception | None] = [None] * len(passes)
-        device = self.generator.model.device
-        for numbers in grouped([one.n_columns for one in passes], columns_of_a_pass(device)):
+        for numbers in together(self.generator.model, passes):
             results = self._run_joint([passes[number] for number in numbers])
             for number, result in zip(numbers, results, strict=True):
                 outputs[number] = result

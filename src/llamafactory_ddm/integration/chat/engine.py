@@ -132,7 +132,7 @@ class DiffusionEngine(BaseEngine):
         ids = self.prompts.prompt(messages, system, tools)
         start = self.served.start
         canvas = self.generator.from_prompt(
-            ids, self._room("prompt", len(ids) + self._n_start(ids, start), options), start=start
+            ids, self._room("messages", len(ids) + self._n_start(ids, start), options), start=start
         )
         return self._checked(canvas, options)
 

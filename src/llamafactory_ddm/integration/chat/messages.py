@@ -79,5 +79,8 @@ def _tools(values: dict[str, Any]) -> Any:
 
 def _complete(tool: dict[str, Any]) -> dict[str, Any]:
     """Return a tool with the description and parameters that OpenAI allows to leave out."""
-    parameters = {"type": "object", "properties": {}}
-    return {**tool, "function": {"description": "", "parameters": parameters, **tool["function"]}}
+    function = {name: value for name, value in tool["function"].items() if value is not None}
+    parameters = function.get("parameters", {})
+    if isinstance(parameters, dict):
+        parameters = {"type": "object", "properties": {}, **parameters}
+    return {**tool, "function": {"description": "", **function, "parameters": parameters}}

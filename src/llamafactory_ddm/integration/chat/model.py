@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from llamafactory.data.template import TEMPLATES
 from llamafactory.extras.misc import get_current_device
 from llamafactory.model import load_config
 
 from ...generation.generator import TextGenerator
+from ...modeling.diffusion_config import DiffusionConfig
 from ...modeling.length_heads import LengthPredictors
 from ...modeling.model_info import max_positions
 from ...sampling import SamplingSettings
+from ...sampling.keywords import with_keywords
 from ..logs import get_logger, hide_harmless_messages
 from ..model.loader import load_diffusion_model, load_diffusion_tokenizer, sources
 from ..resolve.checks import check_checkpoint_folders
@@ -43,7 +46,7 @@ class ServedModel:
         canvas: largest number of tokens of prompt and answer together; None if nothing limits it.
         canvas_is: what sets `canvas`, for messages.
         max_new_tokens: tokens of an answer whose request does not say; None for all of the canvas.
-        start: whether a chat needs the start token, as the model was not finetuned under a template.
+        start: whether a chat begins with the start token, as there is no template and the model continues text.
     """
 
     generator: TextGenerator
@@ -77,23 +80,40 @@ def load_served(model_args: Any, data_args: Any, finetuning_args: Any, generatin
         model = load_diffusion_model(plan.tokenizer, plan.vocabulary, model_args, finetuning_args, _GENERATION_ARGS)
     lengths = LengthPredictors.find(sources(model_args, finetuning_args.checkpoint_dir)[0])
     generator = TextGenerator(model, plan.tokenizer, plan.config, lengths=lengths)
-    defaults = _with_do_sample(
-        finetuning_args.sampling_settings(generating_args, user_keys, seed=0, tokenizer=plan.tokenizer),
-        generating_args,
-        user_keys,
-    )
-    trained = None if plan.config.variable_length is None else plan.config.variable_length.canvas
-    canvas, canvas_is = max_positions(model.config), "positions of the model"
+    defaults = finetuning_args.sampling_settings(generating_args, user_keys, seed=0, tokenizer=plan.tokenizer)
+    if "do_sample" in user_keys and not generating_args.do_sample:
+        defaults = with_keywords(defaults, {"temperature": 0.0})
+    canvas, canvas_is = _canvas(plan.config, model.config, data_args, user_keys)
+    max_new_tokens = _max_new_tokens(plan.config, generating_args, user_keys)
+    start = plan.config.template is None and plan.template is TEMPLATES["empty"]
+    return ServedModel(generator, plan.template, defaults, canvas, canvas_is, max_new_tokens, start)
+
+
+def _canvas(
+    config: DiffusionConfig, model_config: Any, data_args: Any, user_keys: frozenset[str]
+) -> tuple[int | None, str]:
+    """Return the largest number of tokens of prompt and answer together, and what sets it."""
     if "cutoff_len" in user_keys:
-        canvas, canvas_is = data_args.cutoff_len, "cutoff_len"
-    elif trained is not None and (canvas is None or trained < canvas):
-        canvas, canvas_is = trained, "the canvas that the model was trained on; raise it with cutoff_len"
-    max_new_tokens = generating_args.max_new_tokens if "max_new_tokens" in user_keys else None
-    if max_new_tokens is None and trained is None and "cutoff_len" not in user_keys:
-        max_new_tokens = _TOKENS
-    return ServedModel(
-        generator, plan.template, defaults, canvas, canvas_is, max_new_tokens, start=plan.config.template is None
-    )
+        return data_args.cutoff_len, "cutoff_len"
+    trained = config.canvas if config.variable_length is None else config.variable_length.canvas
+    positions = max_positions(model_config)
+    if trained is None or (positions is not None and positions <= trained):
+        return positions, "the positions of the model"
+    return trained, "the rows that the model was trained on; cutoff_len raises it"
+
+
+def _max_new_tokens(config: DiffusionConfig, generating_args: Any, user_keys: frozenset[str]) -> int | None:
+    """Return the number of tokens of an answer whose request does not say; None for what the prompt leaves."""
+    if "max_new_tokens" in user_keys:
+        return generating_args.max_new_tokens
+    if config.train_on_padding is False and config.attention == "full":
+        logger.warning_rank0(
+            "This model was finetuned with train_on_padding: false, so its answers fill the whole canvas, which has "
+            f"{_TOKENS} tokens unless a request sets max_tokens; set max_new_tokens to the length of the answers."
+        )
+        return _TOKENS
+    knows = "cutoff_len" in user_keys or config.canvas is not None or config.variable_length is not None
+    return None if knows else _TOKENS
 
 
 def _check_keys(user_keys: frozenset[str], generating_args: Any) -> None:
@@ -102,11 +122,3 @@ def _check_keys(user_keys: frozenset[str], generating_args: Any) -> None:
             raise ValueError(f"{key}: {remedy}; remove the key")
     if "max_new_tokens" in user_keys and generating_args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {generating_args.max_new_tokens}")
-
-
-def _with_do_sample(settings: SamplingSettings, generating_args: Any, user_keys: frozenset[str]) -> SamplingSettings:
-    from ...sampling.keywords import with_keywords
-
-    if "do_sample" in user_keys and not generating_args.do_sample:
-        return with_keywords(settings, {"temperature": 0.0})
-    return settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llamafactory.data import get_template_and_fix_tokenizer
@@ -106,6 +106,8 @@ def resolve_run(
     collator: VariableLengthCollator | None = None
     if lengths is not None:
         config, collator = resolve_canvas(config, lengths, tokenizer, answers=finetunes, trains=trains)
+    if trains:
+        config = replace(config, canvas=data_args.cutoff_len)
     if finetunes and (trains or training_args.do_eval):
         config = with_finetuning(config, template, tokenizer, data_args, finetuning_args)
     if resume is not None:
