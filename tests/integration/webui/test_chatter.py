@@ -1,14 +1,16 @@
 """The web chat with a scripted server: what the page shows while a text is denoised, at its end and after an error."""
 
+import inspect
 import threading
 from types import SimpleNamespace
 
 import pytest
 
 from llamafactory_ddm.integration.webui.chatter import is_diffusion
-from llamafactory_ddm.integration.webui.fields import CHAT_KEYS, UNSET
+from llamafactory_ddm.integration.webui.fields import CHAT_KEYS, PREFIX, UNSET
 from llamafactory_ddm.integration.webui.live_canvas import BLANK
-from llamafactory_ddm.integration.webui.pages import MAX_CHATS, chat_values
+from llamafactory_ddm.integration.webui.pages import CHANGING, MAX_CHATS, chat_changes
+from llamafactory_ddm.integration.webui.texts import CHAT_TAB
 from llamafactory_ddm.serving.request import Answer, Failure, Progress, Request
 
 gr = pytest.importorskip("gradio")
@@ -226,18 +228,16 @@ def test_refused_arguments_are_shown_and_unloading_ends_the_server(monkeypatch):
 
 
 def test_the_box_starts_at_the_models_own_values():
-    def update(**changes):
-        return changes
-
-    box, *rest = chat_values(Engine(), update)
-    ours = [change["value"] for change in rest[: len(CHAT_KEYS)]]
-    assert box == {"visible": True} and ours == [32, "confidence_threshold", 0.7, "8", UNSET, ""]
-    longest, top_p, temperature, *hidden = rest[len(CHAT_KEYS) :]
-    assert (longest["maximum"], longest["value"]) == (48, 48)
-    assert (top_p["value"], temperature["value"], temperature["minimum"]) == (0.8, 0.5, 0)
-    assert hidden == [{"visible": False}] * 2
-    assert chat_values(None, update)[0] == {"visible": False}
-    assert len(chat_values(None, update)) == len(chat_values(Engine(), update))
+    changes = chat_changes(Engine())
+    ours = [changes[f"{PREFIX}{name}"]["value"] for name in CHAT_KEYS]
+    assert ours == [32, "confidence_threshold", 0.7, "8", UNSET, ""]
+    assert changes["max_new_tokens"] == {"minimum": 1, "maximum": 48, "value": 48}
+    assert changes["top_p"] == {"value": 0.8} and changes["temperature"] == {"minimum": 0, "value": 0.5}
+    shown = {name: change["visible"] for name, change in changes.items() if "visible" in change}
+    threshold = f"{PREFIX}confidence_threshold"
+    assert shown == {CHAT_TAB: True, threshold: True, "skip_special_tokens": False, "mm_box": False}
+    others = chat_changes(None)
+    assert tuple(others) == tuple(changes) == CHANGING and others[CHAT_TAB] == {"visible": False}
 
 
 def test_several_pages_of_a_served_model_are_answered_at_once(tmp_path, monkeypatch):
@@ -247,6 +247,12 @@ def test_several_pages_of_a_served_model_are_answered_at_once(tmp_path, monkeypa
 
     chat = chat_model(Engine())
     monkeypatch.setattr("llamafactory.webui.engine.WebChatModel", lambda *args, **kwargs: chat)
-    events = interface.create_web_demo().fns.values()
+    blocks = interface.create_web_demo()
+    events = blocks.fns.values()
     (event,) = [event for event in events if getattr(event.fn, "__name__", "") == "stream"]
     assert event.concurrency_limit == MAX_CHATS
+    sent = dict(zip(inspect.signature(chat.stream).parameters, event.inputs, strict=False))
+    assert len(event.inputs) == 14 + len(CHAT_KEYS) and sent["chatbot"] is event.outputs[0]
+    ours = event.inputs[-len(CHAT_KEYS) :]
+    assert [field.value for field in ours] == [32, "confidence_threshold", 0.7, "8", UNSET, ""]
+    assert all(field.visible for field in ours)

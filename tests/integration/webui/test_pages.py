@@ -172,9 +172,9 @@ def test_a_saved_page_is_loaded_with_our_fields(board):
 def diffusion_model(in_folder):
     """Return a function that makes the folder of a diffusion model, finetuned on a canvas of a size."""
 
-    def make(folder, canvas=None):
-        config = DiffusionConfig("<|mask|>", 2, True, "masked", 0.0, "linear", 1.0)
-        if canvas is not None:
+    def make(folder, canvas=None, *, variable_length=False):
+        config = DiffusionConfig("<|mask|>", 2, True, "masked", 0.0, "linear", 1.0, canvas=canvas)
+        if variable_length:
             lengths = VariableLength("eos_pad", pad_tokens=("<|pad|>",), pad_token_ids=(1,), canvas=canvas)
             config = replace(config, variable_length=lengths)
         (in_folder / folder).mkdir(parents=True)
@@ -211,9 +211,10 @@ def test_a_diffusion_checkpoint_of_any_model_is_recognised(board, diffusion_mode
     assert args["stage"] == "sft"
 
 
-def test_a_canvas_is_at_most_the_one_of_finetuning(board, diffusion_model):
+@pytest.mark.parametrize("variable_length", [False, True])
+def test_a_canvas_is_at_most_the_one_of_finetuning(board, diffusion_model, variable_length):
     engine, _ = board
-    model = diffusion_model("model", canvas=64)
+    model = diffusion_model("model", canvas=64, variable_length=variable_length)
     args = predict_args(engine, top__model_path=model)
     assert args["cutoff_len"] == 64 and "max_new_tokens" not in args
     args = predict_args(engine, top__model_path=model, eval__cutoff_len=32, eval__max_new_tokens=8)

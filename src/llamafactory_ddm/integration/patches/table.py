@@ -186,6 +186,7 @@ PATCHES = (
         _web("pages:with_chat_fields_after_loading"),
         "the fields would not follow the model that is loaded",
     ),
+    Patch(f"{_WEB}.engine:Engine", _web("pages:resuming_engine"), "a page opened later would not have the fields"),
     Patch(
         f"{_COMPONENTS}.train:create_train_tab",
         _web("pages:with_training_fields"),

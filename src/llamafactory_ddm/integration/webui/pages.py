@@ -17,7 +17,12 @@ from .texts import CHAT_TAB, PREDICT_TAB, TRAINING_TAB
 
 MAX_CHATS = 64  # answers at a time; the server bounds what runs in one batch
 _STAGE_OF_LABEL = {stage.label: stage.name for stage in STAGES.values()}
-_UPSTREAM_FIELDS = ("max_new_tokens", "top_p", "temperature", "skip_special_tokens", "mm_box")
+# Elements of the chat that depend on its model.
+CHANGING = (
+    CHAT_TAB,
+    *(f"{PREFIX}{name}" for name in CHAT_KEYS),
+    *("max_new_tokens", "top_p", "temperature", "skip_special_tokens", "mm_box"),
+)
 
 
 def with_chat_fields(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,24 +30,21 @@ def with_chat_fields(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def create_chat_box(engine: Any, visible: bool = False) -> Any:
-        import gradio as gr
         from gradio.context import Context
 
         chatbot, messages, elements = original(engine, visible)
         box, fields = _make_box([CHAT_KEYS], is_open=True, visible=False, as_column=True)
         _move(box, before=elements["clear_btn"])
-        root: Any = Context.root_block
-        for event in root.fns.values():
-            if event.fn == engine.chatter.stream:
-                event.inputs = [*event.inputs, *fields.values()]
-                if is_diffusion(engine.chatter.engine):
-                    event.concurrency_limit = MAX_CHATS  # they run in one batch
+        elements = {**elements, CHAT_TAB: box, **fields}
+        events = Context.root_block.fns.values()  # type: ignore[union-attr]
+        answering = next(event for event in events if event.fn == engine.chatter.stream)
+        answering.inputs = [*answering.inputs, *fields.values()]
         if is_diffusion(engine.chatter.engine):
+            answering.concurrency_limit = MAX_CHATS  # they run in one batch
+            for name, changes in chat_changes(engine.chatter.engine).items():
+                vars(elements[name]).update(changes)
             # gradio presets the first language, so upstream's page would never change to it and show no labels.
             engine.manager.get_elem_by_id("top.lang").value = None
-        elements = {**elements, CHAT_TAB: box, **fields}
-        changing = [box, *fields.values(), *(elements[name] for name in _UPSTREAM_FIELDS)]
-        root.load(lambda: chat_values(engine.chatter.engine, gr.update), outputs=changing, queue=False)
         return chatbot, messages, elements
 
     return create_chat_box
@@ -56,36 +58,53 @@ def with_chat_fields_after_loading(original: Callable[..., Any]) -> Callable[...
         import gradio as gr
 
         elements = original(engine)
-        names = (CHAT_TAB, *(f"{PREFIX}{key}" for key in CHAT_KEYS), *_UPSTREAM_FIELDS)
-        elements["info_box"].change(
-            lambda: chat_values(engine.chatter.engine, gr.update), outputs=[elements[name] for name in names]
-        )
+
+        def changes() -> list[Any]:
+            return [gr.update(**change) for change in chat_changes(engine.chatter.engine).values()]
+
+        elements["info_box"].change(changes, outputs=[elements[name] for name in CHANGING], show_progress="hidden")
         return elements
 
     return create_infer_tab
 
 
-def chat_values(engine: Any, update: Callable[..., Any]) -> list[Any]:
-    """Return what to change in the box, in the fields of `CHAT_KEYS` and in upstream's fields of generation.
+def resuming_engine(original: type[Any]) -> type[Any]:
+    """Return upstream's Engine, which shows the fields of the chat box in a page that is opened later too."""
 
-    Args:
-        engine: of the chat; None if no model is loaded.
-        update: gradio's function of that name.
-    """
+    class DiffusionEngineOfPages(original):  # type: ignore[misc]
+        def resume(self) -> Iterator[dict[Any, Any]]:
+            import gradio as gr
+
+            yield from original.resume(self)
+            if not self.pure_chat and is_diffusion(self.chatter.engine):
+                changes = chat_changes(self.chatter.engine)
+                yield {self.manager.get_elem_by_id(f"infer.{name}"): gr.update(**changes[name]) for name in changes}
+
+    DiffusionEngineOfPages.__name__ = DiffusionEngineOfPages.__qualname__ = original.__name__
+    return DiffusionEngineOfPages
+
+
+def chat_changes(engine: Any) -> dict[str, dict[str, Any]]:
+    """Return what to change in the elements of the chat that `CHANGING` names, for its engine; None is no engine."""
     if not is_diffusion(engine):
-        skip = {"skip_special_tokens": update(visible=True)}
-        return [update(visible=False), *(skip.get(name, update()) for name in (*CHAT_KEYS, *_UPSTREAM_FIELDS))]
-    defaults, logits = defaults_of(engine), engine.defaults.logits
+        shown = {CHAT_TAB: {"visible": False}, "skip_special_tokens": {"visible": True}}
+        return {name: shown.get(name, {}) for name in CHANGING}
     longest = {"maximum": engine.max_new_tokens, "value": engine.max_new_tokens} if engine.max_new_tokens else {}
-    return [
-        update(visible=True),
-        *(update(value=shown_value(name, value)) for name, value in defaults.items()),
-        update(minimum=1, **longest),
-        update(value=logits.top_p),
-        update(minimum=0, value=logits.temperature),
-        update(visible=False),
-        update(visible=False),
-    ]
+    logits, hidden, defaults = engine.defaults.logits, {"visible": False}, defaults_of(engine)
+    fields = {f"{PREFIX}{name}": {"value": shown_value(name, value)} for name, value in defaults.items()}
+    for name in defaults:
+        needs = spec_of(name).needs
+        if needs is not None:
+            fields[f"{PREFIX}{name}"]["visible"] = defaults[needs[0]] in needs[1]
+    return {
+        CHAT_TAB: {"visible": True},
+        **fields,
+        "max_new_tokens": {"minimum": 1, **longest},
+        "top_p": {"value": logits.top_p},
+        "temperature": {"minimum": 0, "value": logits.temperature},
+        "skip_special_tokens": hidden,
+        "mm_box": hidden,
+    }
 
 
 def with_training_fields(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,5 +59,5 @@ def _trained_canvas(name: str) -> int | None:
     """Return the number of tokens of prompt and response that a folder says it was finetuned on, or None."""
     if not (Path(name) / FILE_NAME).is_file():
         return None
-    lengths = DiffusionConfig.load(name).variable_length
-    return None if lengths is None else lengths.canvas
+    config = DiffusionConfig.load(name)
+    return config.canvas if config.variable_length is None else config.variable_length.canvas
