@@ -251,8 +251,11 @@ def test_several_pages_of_a_served_model_are_answered_at_once(tmp_path, monkeypa
     events = blocks.fns.values()
     (event,) = [event for event in events if getattr(event.fn, "__name__", "") == "stream"]
     assert event.concurrency_limit == MAX_CHATS
-    sent = dict(zip(inspect.signature(chat.stream).parameters, event.inputs, strict=False))
-    assert len(event.inputs) == 14 + len(CHAT_KEYS) and sent["chatbot"] is event.outputs[0]
+    names = list(inspect.signature(type(chat).__mro__[1].stream).parameters)[1:]  # upstream's, without self
+    sent = dict(zip(names, event.inputs, strict=False))
+    assert len(event.inputs) == len(names) + len(CHAT_KEYS)
     ours = event.inputs[-len(CHAT_KEYS) :]
     assert [field.value for field in ours] == [32, "confidence_threshold", 0.7, "8", UNSET, ""]
     assert all(field.visible for field in ours)
+    temperature = sent["temperature"]
+    assert temperature.minimum == type(temperature)(**temperature.constructor_args).minimum == 0

@@ -43,6 +43,7 @@ def with_chat_fields(original: Callable[..., Any]) -> Callable[..., Any]:
             answering.concurrency_limit = MAX_CHATS  # they run in one batch
             for name, changes in chat_changes(engine.chatter.engine).items():
                 vars(elements[name]).update(changes)
+                elements[name].constructor_args.update(changes)  # of which gradio makes it anew at each update
             # gradio presets the first language, so upstream's page would never change to it and show no labels.
             engine.manager.get_elem_by_id("top.lang").value = None
         return chatbot, messages, elements
