@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -97,8 +98,10 @@ class DiffusionEngine(BaseEngine):
         self.server.close(drain=drain)
 
     def __del__(self) -> None:
-        if "server" in vars(self):
-            self.server.close(drain=False)
+        # At the end of the process its thread, a daemon, runs no more; within that thread it cannot be waited for.
+        if "server" in vars(self) and not sys.is_finalizing():
+            with contextlib.suppress(RuntimeError):
+                self.server.close(drain=False)
 
     # ---- requests ----
 
@@ -208,7 +211,10 @@ class DiffusionEngine(BaseEngine):
             shows_canvas=options.shows_canvas,
             timeout=options.timeout,
         )
-        self.server.check(request)
+        try:
+            self.server.check(request)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("text 0: ")) from error  # there is but one
         return request
 
     # ---- answers ----
