@@ -241,12 +241,15 @@ def measure(shape: Shape, rounds: int) -> bool:
         claim(f"{label} tokens computed for each written, {name}", columns)
     held = True
     for name, base, limit in TIME_CLAIMS:
-        bound = limit if shape.per_pass == Shape.per_pass else None
+        # In a batch an autoregressive model computes few tokens at once too.
+        is_claimed = shape.per_pass == Shape.per_pass and (base != "ar" or shape.batch == 1)
+        bound = limit if is_claimed else None
         held &= claim(f"{label} CPU seconds, {name} / {base}", ratio(name, base), bound)
     for name in DIFFUSION:
         claim(f"{label} CPU seconds, {name} / ar", ratio(name, "ar"))
     for name in DIFFUSION:
-        held &= claim(f"{label} sampler beyond the model, {name}", statistics.median(overheads[name]), OVERHEAD_CLAIM)
+        bound = OVERHEAD_CLAIM if shape.batch == 1 else None
+        held &= claim(f"{label} sampler beyond the model, {name}", statistics.median(overheads[name]), bound)
     return held
 
 

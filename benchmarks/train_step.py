@@ -52,9 +52,9 @@ TIME_CLAIMS = (
     ("full", "dense", 0.82),
     ("annealed", "full", 1.08),
     ("mixed", "ar", 1.30),
-    ("block", "full", 1.95),
+    ("block", "full", 2.60),
 )
-MEMORY_CLAIMS = (("full", "ar", 0.94), ("full", "dense", 0.88), ("mixed", "ar", 1.00), ("block", "full", 2.00))
+MEMORY_CLAIMS = (("full", "ar", 0.94), ("full", "dense", 0.88), ("mixed", "ar", 1.00), ("block", "full", 1.55))
 OVERHEAD_CLAIM = 0.02
 
 

@@ -11,6 +11,7 @@ from llamafactory_ddm.integration.hparams.diffusion import KEYS
 from llamafactory_ddm.integration.hparams.length import LengthKeys
 from llamafactory_ddm.integration.hparams.monitoring import MonitoringKeys
 from llamafactory_ddm.integration.hparams.sampling import SamplingArguments
+from llamafactory_ddm.integration.hparams.serving import ServingKeys
 from llamafactory_ddm.integration.hparams.sft import FinetuningKeys
 from llamafactory_ddm.utils.keys import Key, keys_of
 
@@ -27,7 +28,7 @@ Written by `python docs/make_keys.py` from the code; a test compares.
 - DiffuLLaMA's names are kept: `shift`, `anneal_steps`, `diffusion_steps`, `logits_temp`, `topp_temp`,
   `checkpoint_dir`.
 """
-GENERATION = """`do_predict: true`, `sample_steps` and `eval_tasks` read these.
+GENERATION = """`do_predict: true`, `sample_steps` and `eval_tasks` read these; for a server they are defaults of requests.
 `llamafactory-ddm generate` takes them as options, such as `--block-length`; `--steps`, `--strategy`, `--temperature`
 and `--top-p` are short for four of them. Python's `generate()` takes them as keyword arguments.
 `temperature`, `top_p`, `top_k`, `repetition_penalty` and `max_new_tokens` are LLaMA-Factory's own keys, and count
@@ -86,6 +87,10 @@ def page() -> str:
         "During training": (
             "Both stages read these; see [training.md](training.md#texts-and-tasks-during-training).",
             (MonitoringKeys,),
+        ),
+        "Serving": (
+            "`llamafactory-cli chat`, `api`, `webchat` and `webui` read these; see [serving.md](serving.md).",
+            (ServingKeys,),
         ),
         "Generation": (GENERATION.rstrip(), (SamplingArguments,)),
     }

@@ -24,6 +24,7 @@ HOOKS = {
     "llamafactory.train.tuner": "llamafactory_ddm.integration.patches.table:after_tuner",
     "llamafactory.api.app": "llamafactory_ddm.integration.patches.table:after_api",
     "llamafactory.chat.hf_engine": "llamafactory_ddm.integration.patches.table:after_engine",
+    "llamafactory.chat.chat_model": "llamafactory_ddm.integration.patches.table:after_chat_model",
     "llamafactory.extras.env": "llamafactory_ddm.integration.patches.table:after_env",
     "llamafactory.webui.interface": "llamafactory_ddm.integration.patches.table:after_web_pages",
     "llamafactory.v1.launcher": "llamafactory_ddm.integration.patches.table:after_v1_launcher",

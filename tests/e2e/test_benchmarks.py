@@ -90,3 +90,12 @@ def test_the_decoding_benchmark_runs(checkpoint):
     assert done.stdout.count("claimed <=") == 8, done.stdout + done.stderr[-2000:]
     quality = run("--quality", checkpoint, "--samples", "1", "--threads", "1", program=path).stdout
     assert quality.count("\n| confidence_threshold 0.9 | ") == 4 and quality.count("dual, refresh 8") == 3
+
+
+@pytest.mark.slow
+def test_the_serving_benchmark_runs():
+    words = ("--shapes", "tiny-full", "tiny-block", "--requests", "2", "--rounds", "1", "--written", "8")
+    done = run(*words, "--threads", "1", program="benchmarks/serving.py", check=False)
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    assert done.stdout.count(" claimed ") == 1, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count("milliseconds to the first text") == 4

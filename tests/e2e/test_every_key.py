@@ -11,6 +11,7 @@ from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
 from llamafactory_ddm.integration.hparams.length import LengthKeys
 from llamafactory_ddm.integration.hparams.monitoring import MonitoringKeys
 from llamafactory_ddm.integration.hparams.sampling import UPSTREAM_KEYS
+from llamafactory_ddm.integration.hparams.serving import ServingKeys
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import evaluations, history
 
@@ -80,6 +81,8 @@ ELSEWHERE = {
     "split_digits",
     # tests/e2e/test_during_training.py, tests/integration/train/test_samples.py
     *(field.name for field in dataclasses.fields(MonitoringKeys)),
+    # tests/integration/chat
+    *(field.name for field in dataclasses.fields(ServingKeys)),
     # tests/e2e/test_block_runs.py
     *(field.name for field in dataclasses.fields(AttentionKeys)),
     # tests/e2e/test_variable_length_runs.py

@@ -13,7 +13,9 @@ from support.published import write_dream, write_llada
 from support.published_sdar import write_sdar
 
 FITTING = "varlen_fit_length.yaml"
+QUESTION = "Sam has 3 eggs. He gets 2 more. How many eggs does he have?"
 RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
+SERVING = [name for name in RECIPES if name.endswith("_chat.yaml")]
 QUICK = ("tiny_gpt2_full_ddm.yaml", "tiny_gpt2_inference.yaml", "tiny_gpt2_lora_ddm_sft.yaml", "varlen_eval.yaml")
 SMALL_TRAINING = (
     "max_steps=2",
@@ -108,7 +110,8 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES if name not in SERVING],
 )
 def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adapter):
     keys = OmegaConf.load(ROOT / "examples" / name)
@@ -144,3 +147,13 @@ def test_the_header_says_what_a_user_wants_to_know(name):
     for word in (f"examples/{name}", "Hardware:", "Result:"):
         assert word in header, word
     assert "Time:" in header or "preprocess" in name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SERVING)
+def test_the_recipe_chats(name, tmp_path, finetuned):
+    """The API and the web chat read the same YAML, in tests of theirs."""
+    model = as_block_model(finetuned, tmp_path / "block") if "_block_" in name else finetuned
+    words = (f"model_name_or_path={model}", "cutoff_len=64")
+    done = run("chat", f"examples/{name}", *words, input=f"{QUESTION}\nexit\n")
+    assert done.stdout.count("Assistant: ") == 1 and "error" not in done.stdout

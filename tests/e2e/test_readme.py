@@ -23,12 +23,16 @@ def commands(text):
     return [line for block in blocks for line in re.sub(r" \\\n +", " ", block).splitlines() if line]
 
 
-RUN, TEST = commands(README)
+RUN, TEST, *_ = commands(README)
 COMMANDS = [line for page in sorted(DOCS) for line in commands(DOCS[page])]
 (EXPORT,) = (line for line in COMMANDS if line.startswith("llamafactory-cli export"))
 SHELL = [line for line in COMMANDS if line.startswith("llamafactory-ddm generate")]
 (PLOT,) = (line for line in COMMANDS if line.startswith("llamafactory-ddm plot-loss"))  # runs in test_text_quality.py
 TASKS = commands(DOCS["evaluation_tasks"])  # run in test_evaluation_tasks.py
+# Servers and what asks them; they run in test_serving_page.py.
+SERVING = [
+    line for line in (*commands(README), *COMMANDS) if re.match(r"curl|llamafactory-cli (chat|api|webchat) ", line)
+]
 RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
 
 
@@ -37,7 +41,7 @@ def test_readme_fits_on_a_screen():
     assert max(map(len, README.splitlines())) <= 140
 
 
-def test_readme_has_two_commands_that_are_complete():
+def test_the_first_two_commands_of_readme_are_complete():
     """Installing and testing is what .ci/run does; the YAMLs run in test_examples.py."""
     new = "python3 -m venv v && . v/bin/activate && "
     assert (
@@ -57,9 +61,9 @@ def test_readme_has_two_commands_that_are_complete():
 def test_the_commands_are_those_that_are_exercised():
     """A YAML that a page names runs in test_examples.py; the others run below."""
     assert len(SHELL) == 4 and sum("ddm_block " in line for line in SHELL) == 2
-    for line in COMMANDS:
+    for line in (*commands(README)[2:], *COMMANDS):
         program, command, *words = shlex.split(line, comments=True)
-        if line not in (EXPORT, *SHELL, PLOT, *TASKS):
+        if line not in (EXPORT, *SHELL, PLOT, *TASKS, *SERVING):
             assert len(words) == 1, line
             # They run in test_evaluation.py, test_comparisons.py and test_text_quality.py.
             if program == "llamafactory-ddm" and command in ("eval", "compare", "quality"):

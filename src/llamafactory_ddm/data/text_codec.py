@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from .control_tokens import control_texts, reading_as_text
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TextCodec:
@@ -55,6 +58,10 @@ class TextCodec:
             return text
         both: str = self.tokenizer.decode([*self._anchor, *plain])
         return both[len(self.tokenizer.decode(self._anchor)) :]
+
+    def is_byte(self, token: int) -> bool:
+        """Tell whether a token stands for a byte that the vocabulary has no character for, as <0x0A> in Llama 2."""
+        return _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token))) is not None
 
     def pieces(self, ids: list[int]) -> list[str | None]:
         """Return the text of each token, None for [MASK].

@@ -19,10 +19,23 @@ _FRESH, _MASKED = "bold green", "dim"
 _JOINERS = "\u200c\u200d"  # parts of an emoji
 
 
+def printable(text: str, stream: TextIO) -> str:
+    """Return `text` in characters that `stream` can encode, without cursor movements but newlines and tabs."""
+    chars = []
+    for char in re.sub("\r\n|[\u2028\u2029]", "\n", text):
+        category = "" if char in "\n\t" + _JOINERS else unicodedata.category(char)
+        chars.append({"Cc": "\ufffd", "Cs": "\ufffd", "Cf": ""}.get(category, char))
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return "".join(chars).encode(encoding, "replace").decode(encoding)
+
+
 class TerminalAnimation:
     """Redraws a text in place while it is denoised; a context manager, which restores the terminal at the end.
 
     A stream that is not a terminal, or a dumb one, gets only the final text, from `close`.
+
+    Attributes:
+        is_live: whether the stream is a terminal that can redraw.
     """
 
     def __init__(
@@ -40,7 +53,7 @@ class TerminalAnimation:
         self._stream = stream
         self._delay = delay
         self._console = Console(file=stream, width=width, force_terminal=stream.isatty(), force_jupyter=False)
-        self._is_live = stream.isatty() and not self._console.is_dumb_terminal
+        self.is_live = stream.isatty() and not self._console.is_dumb_terminal
         self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self._top = 0  # first line shown of a text taller than the terminal
         self._is_closed = False
@@ -64,7 +77,7 @@ class TerminalAnimation:
             pieces: of text; None is [MASK].
         """
         before, self._pieces = self._pieces, list(pieces)
-        if not self._is_live or self._is_closed:
+        if not self.is_live or self._is_closed:
             return
         is_fresh = [i >= len(before) or piece != before[i] for i, piece in enumerate(pieces)]
         lines = self._text(is_fresh).wrap(self._console, self._console.width)
@@ -92,7 +105,7 @@ class TerminalAnimation:
         self._is_closed = True
         self._pieces = self._pieces if text is None else [text]
         whole = self._text([False] * len(self._pieces))
-        if not self._is_live:
+        if not self.is_live:
             self._stream.write(f"{whole.plain}\n")
             return
         self._live.update(whole)
@@ -103,14 +116,5 @@ class TerminalAnimation:
         text = Text()
         for piece, fresh in zip(self._pieces, is_fresh, strict=True):
             style = _MASKED if piece is None else _FRESH if fresh else None
-            text.append(self._printable(BLANK if piece is None else piece), style)
+            text.append(printable(BLANK if piece is None else piece, self._stream), style)
         return text
-
-    def _printable(self, text: str) -> str:
-        """Return `text` in characters that the stream can encode, without cursor movements but newlines and tabs."""
-        chars = []
-        for char in re.sub("\r\n|[\u2028\u2029]", "\n", text):
-            category = "" if char in "\n\t" + _JOINERS else unicodedata.category(char)
-            chars.append({"Cc": "\ufffd", "Cs": "\ufffd", "Cf": ""}.get(category, char))
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        return "".join(chars).encode(encoding, "replace").decode(encoding)

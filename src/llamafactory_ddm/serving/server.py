@@ -8,6 +8,7 @@ rounding: the sums of a matrix product depend on its shape).
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -172,6 +173,9 @@ class Server:
             )
         if any(not word for word in request.stop):
             raise ValueError("stop: '' ends every text at once; give a longer string")
+        editable = request.canvas.editable
+        if request.stop and sum(is_gap for is_gap, _ in itertools.groupby(editable)) > 1:
+            raise ValueError(f"stop: {request.stop[0]!r} has no effect on a text with several gaps; remove it")
         if len(request.canvas) > self.limits.max_positions:
             raise ValueError(
                 f"prompt and max_tokens have {len(request.canvas)} positions, but this server takes at most "
@@ -230,7 +234,8 @@ class Server:
                 for sample in (*self._queue, *self._running):
                     sample.ticket.cancel()
             self._changed.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # which may collect garbage that holds the server
+            self._thread.join()
 
     # ---- in the thread ----
 

@@ -68,7 +68,10 @@ class TextStream:
         """Return the text that has become final since the last call; sets `stopped` at a stop string."""
         if not self._streams or self.stopped is not None:
             return ""
-        text = self.text_of(self.final_ids(canvas, ids))
+        final = self.final_ids(canvas, ids)
+        while final and self.codec.is_byte(final[-1]):  # an invalid byte after them would make all of them invalid
+            final.pop()
+        text = self.text_of(final)
         end = self.find_stop(text)
         if end is not None:
             self.stopped = text[:end]

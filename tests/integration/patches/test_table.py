@@ -6,6 +6,7 @@ import inspect
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import make_dataclass
@@ -261,6 +262,59 @@ def test_a_changed_dispatch_is_noticed(upstream, monkeypatch, tmp_path, old, new
         (tmp_path / "train" / "tuner.py").write_text(source.replace(old, new), encoding="utf-8")
     monkeypatch.setattr(parser, "__file__", str(tmp_path / "hparams" / "parser.py"))
     assert re.search(pattern, patches.incompatibilities(parser)[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "pattern"),
+    [
+        ("chat/hf_engine.py", "class HuggingfaceEngine(", "class TransformersEngine(", "HuggingfaceEngine"),
+        ("chat/hf_engine.py", "finetuning_args:", "tuning_args:", r"HuggingfaceEngine\(.*finetuning_args"),
+        ("chat/chat_model.py", "import HuggingfaceEngine", "import Engine", "chat_model.* HuggingfaceEngine"),
+        ("chat/chat_model.py", "import get_infer_args", "import get_args", "chat_model.* get_infer_args"),
+        ("chat/chat_model.py", "def run_chat", "def chat", r"chat_model\.py has no run_chat"),
+        ("api/app.py", "def create_app(chat_model", "def create_app(model", "create_app"),
+        ("api/app.py", "def run_api(", "def main(", "run_api"),
+        ("api/chat.py", "def _process_request(", "def _convert(", "_process_request"),
+        ("api/chat.py", "import os", "import os os", r"chat\.py .*invalid syntax"),
+    ],
+)
+def test_changed_serving_is_noticed(upstream, monkeypatch, tmp_path, file, old, new, pattern):
+    parser, _, patches = upstream
+    patches.undo()
+    root = Path(parser.__file__).parents[1]
+    for folder in ("train", "chat", "api"):
+        shutil.copytree(
+            root / folder, tmp_path / folder, ignore=lambda _, names: {n for n in names if n[-3:] != ".py"}
+        )
+    shutil.copy(root / "train" / "tuner.py", tmp_path / "train")
+    source = (tmp_path / file).read_text(encoding="utf-8")
+    assert old in source
+    (tmp_path / file).write_text(source.replace(old, new), encoding="utf-8")
+    (tmp_path / "hparams").mkdir()
+    monkeypatch.setattr(parser, "__file__", str(tmp_path / "hparams" / "parser.py"))
+    (problem,) = patches.incompatibilities(parser)
+    assert re.search(pattern, problem)
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_run_chat_is_ours_for_a_diffusion_model(upstream, monkeypatch, is_ours):
+    from types import SimpleNamespace
+
+    from llamafactory_ddm.integration.chat import terminal
+    from llamafactory_ddm.integration.resolve import serving_stage
+
+    patches, calls = upstream[2], []
+    chat_model = importlib.import_module("llamafactory.chat.chat_model")
+    patches.undo("llamafactory.chat.chat_model")
+    monkeypatch.setattr(chat_model, "run_chat", lambda: calls.append("upstream's"))
+    patches.apply("llamafactory.chat.chat_model")
+    monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "--model_name_or_path", "nowhere"])
+    monkeypatch.setattr(serving_stage, "serves_diffusion", lambda args: is_ours)
+    monkeypatch.setattr(chat_model, "ChatModel", lambda: SimpleNamespace(engine="engine"))
+    monkeypatch.setattr(terminal, "TerminalChat", lambda engine: SimpleNamespace(run=lambda: calls.append(engine)))
+    chat_model.run_chat()
+    assert calls == ["engine" if is_ours else "upstream's"]
+    patches.undo("llamafactory.chat.chat_model")
 
 
 @pytest.mark.parametrize(

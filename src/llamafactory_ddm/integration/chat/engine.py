@@ -16,6 +16,7 @@ from ...data.protected_text import without_marks
 from ...serving.request import Answer, Event, Failure, Progress, Request
 from ...serving.server import Limits, Server
 from ..logs import get_logger
+from .defaults import fitted_settings
 from .model import load_served
 from .options import Options, read_options
 from .prompts import PromptEncoder
@@ -198,9 +199,10 @@ class DiffusionEngine(BaseEngine):
         return min(n for n in (room, wanted) if n is not None)
 
     def _checked(self, canvas: Canvas, options: Options) -> Request:
+        chosen = self.served.chosen | options.chosen
         request = Request(
             canvas,
-            options.settings,
+            fitted_settings(options.settings, chosen, canvas.n_editable, self.generator.config),
             n=options.n,
             stop=options.stop,
             shows_canvas=options.shows_canvas,

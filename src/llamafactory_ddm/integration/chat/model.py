@@ -16,11 +16,13 @@ from ...modeling.length_heads import LengthPredictors
 from ...modeling.model_info import max_positions
 from ...sampling import SamplingSettings
 from ...sampling.keywords import with_keywords
+from ...utils.registry import did_you_mean
 from ..logs import get_logger, hide_harmless_messages
 from ..model.loader import load_diffusion_model, load_diffusion_tokenizer, sources
 from ..resolve.checks import check_checkpoint_folders
 from ..resolve.model_names import resolve_model_names
 from ..resolve.plan import resolve_run
+from .defaults import served_settings
 
 logger = get_logger(__name__)
 # A server resolves the model as generation does.
@@ -43,6 +45,7 @@ class ServedModel:
         generator: the model with its tokenizer.
         template: LLaMA-Factory's.
         defaults: settings of a request that sets none.
+        chosen: keys that the YAML sets.
         canvas: largest number of tokens of prompt and answer together; None if nothing limits it.
         canvas_is: what sets `canvas`, for messages.
         max_new_tokens: tokens of an answer whose request does not say; None for all of the canvas.
@@ -52,6 +55,7 @@ class ServedModel:
     generator: TextGenerator
     template: Any
     defaults: SamplingSettings
+    chosen: frozenset[str]
     canvas: int | None
     canvas_is: str
     max_new_tokens: int | None
@@ -66,6 +70,8 @@ def load_served(model_args: Any, data_args: Any, finetuning_args: Any, generatin
     """
     user_keys = finetuning_args.parsed.user_keys
     _check_keys(user_keys, generating_args)
+    if data_args.template is not None and data_args.template not in TEMPLATES:
+        raise ValueError(f"template: {data_args.template} does not exist{did_you_mean(data_args.template, TEMPLATES)}")
     device = get_current_device()
     # Prompts of a chat are those of finetuning, whichever stage is named.
     finetuning_args.stage, finetuning_args.diffusion_stage = "sft", "ddm-sft"
@@ -81,12 +87,13 @@ def load_served(model_args: Any, data_args: Any, finetuning_args: Any, generatin
     lengths = LengthPredictors.find(sources(model_args, finetuning_args.checkpoint_dir)[0])
     generator = TextGenerator(model, plan.tokenizer, plan.config, lengths=lengths)
     defaults = finetuning_args.sampling_settings(generating_args, user_keys, seed=0, tokenizer=plan.tokenizer)
+    defaults = served_settings(defaults, user_keys)
     if "do_sample" in user_keys and not generating_args.do_sample:
         defaults = with_keywords(defaults, {"temperature": 0.0})
     canvas, canvas_is = _canvas(plan.config, model.config, data_args, user_keys)
     max_new_tokens = _max_new_tokens(plan.config, generating_args, user_keys)
     start = plan.config.template is None and plan.template is TEMPLATES["empty"]
-    return ServedModel(generator, plan.template, defaults, canvas, canvas_is, max_new_tokens, start)
+    return ServedModel(generator, plan.template, defaults, user_keys, canvas, canvas_is, max_new_tokens, start)
 
 
 def _canvas(

@@ -34,6 +34,7 @@ class Options:
 
     Attributes:
         settings: how to sample, the seed included.
+        chosen: keys of generation that the request sets, by their YAML names.
         n: number of samples.
         max_tokens: tokens to generate; None if the request does not say.
         stop: texts that end an answer.
@@ -42,6 +43,7 @@ class Options:
     """
 
     settings: SamplingSettings
+    chosen: frozenset[str]
     n: int
     max_tokens: int | None
     stop: tuple[str, ...]
@@ -89,6 +91,7 @@ def read_options(
     limit = None if own["timeout"] is None else number("timeout", own["timeout"], 1e-3, 1e9)
     return Options(
         settings,
+        chosen=frozenset(ALIASES.get(name, name) for name in values),
         n=1 if own["n"] is None else integer("n", own["n"], 1, MAX_SAMPLES),
         max_tokens=None if own["max_tokens"] is None else integer("max_tokens", own["max_tokens"], 1, None),
         stop=_stops(own["stop"]),

@@ -16,6 +16,7 @@ from packaging.version import Version
 from ..hparams.diffusion import DiffusionArguments
 
 SUPPORTED = ("0.9.4", "0.9.7")  # from (inclusive), to (exclusive)
+_SERVED_ARGS = ["model_args", "data_args", "finetuning_args", "generating_args"]
 # Function of hparams.parser -> its parameters, and the replaced functions that it must call by name.
 _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
     "_parse_args": (["parser", "args", "allow_extra_keys"], []),
@@ -24,6 +25,15 @@ _FUNCTIONS: dict[str, tuple[list[str], list[str]]] = {
     "get_infer_args": (["args"], []),
     "get_eval_args": (["args"], []),
     "read_args": (["args"], []),
+}
+# File of serving -> the functions, or classes by their __init__, that are replaced or called, with their parameters.
+# The files are read, not imported, which is slow.
+_SERVING: dict[str, dict[str, list[str]]] = {
+    "chat/hf_engine.py": {"HuggingfaceEngine": ["self", *_SERVED_ARGS]},
+    "chat/base_engine.py": {"BaseEngine": ["self", *_SERVED_ARGS]},
+    "chat/chat_model.py": {"ChatModel": ["self", "args"], "run_chat": []},
+    "api/app.py": {"create_app": ["chat_model"], "run_api": []},
+    "api/chat.py": {"_process_request": ["request"]},
 }
 _TRAIN_ARGS = ["ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments"]
 # First and last arguments that _training_function passes to run_pt and run_sft, by position.
@@ -56,7 +66,12 @@ def incompatibilities(parser: ModuleType) -> list[str]:
     low, high = SUPPORTED
     if not Version(low) <= Version(Version(version).base_version) < Version(high):
         return [f"llamafactory {version} is not supported: pip install 'llamafactory>={low},<{high}'"]
-    return [*_changed_functions(parser), *_changed_arguments(parser), *_changed_dispatch(parser)]
+    return [
+        *_changed_functions(parser),
+        *_changed_arguments(parser),
+        *_changed_dispatch(parser),
+        *_changed_serving(parser),
+    ]
 
 
 def web_incompatibilities() -> list[str]:
@@ -114,13 +129,45 @@ def _changed_arguments(parser: ModuleType) -> list[str]:
     return problems
 
 
+def _parsed(parser: ModuleType, file: str) -> ast.Module | str:
+    """Return the source of a file of LLaMA-Factory, or why it cannot be read."""
+    path = Path(inspect.getfile(parser)).parents[1] / file
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        return f"{path} cannot be read ({error})"
+
+
+def _changed_serving(parser: ModuleType) -> list[str]:
+    """Check the engine, the API and what serving calls of them."""
+    problems = []
+    for file, expected in _SERVING.items():
+        tree = _parsed(parser, file)
+        if isinstance(tree, str):
+            problems.append(tree)
+            continue
+        found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for name, parameters in expected.items():
+            node: Any = found.get(name)
+            if isinstance(node, ast.ClassDef):
+                functions = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+                node = next((item for item in functions if item.name == "__init__"), None)
+            if node is None or [argument.arg for argument in node.args.args][: len(parameters)] != parameters:
+                problems.append(f"llamafactory's {file} has no {name}({', '.join(parameters)})")
+        if file == "chat/chat_model.py":
+            nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            imported = {(node.module, alias.name) for node in nodes for alias in node.names}
+            for module, name in (("hf_engine", "HuggingfaceEngine"), ("hparams", "get_infer_args")):
+                if (module, name) not in imported:
+                    problems.append(f"llamafactory's {file} does not import {name} from {module}")
+    return problems
+
+
 def _changed_dispatch(parser: ModuleType) -> list[str]:
     """Check how `_training_function` calls the stages; reads its source, because importing train.tuner is slow."""
-    path = Path(inspect.getfile(parser)).parents[1] / "train" / "tuner.py"
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        return [f"{path} cannot be read ({error})"]
+    tree = _parsed(parser, "train/tuner.py")
+    if isinstance(tree, str):
+        return [tree]
     calls: dict[str, list[str]] = {}
     for function in tree.body:
         if isinstance(function, ast.FunctionDef) and function.name == "_training_function":

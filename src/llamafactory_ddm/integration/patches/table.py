@@ -29,6 +29,7 @@ from .wrappers import (
     dispatching_get_train_args,
     dispatching_run,
     dispatching_run_api,
+    dispatching_run_chat,
     export_without_modelfile,
     extended_create_app,
     print_env_with_status,
@@ -43,6 +44,7 @@ CHECKED = ("0.9.4", "0.9.5")
 _PARSER, _TUNER = "llamafactory.hparams.parser", "llamafactory.train.tuner"
 _LOADER, _ADAPTER = "llamafactory.model.loader", "llamafactory.model.adapter"
 _ENGINE, _API = "llamafactory.chat.hf_engine", "llamafactory.api.app"
+_CHAT = "llamafactory.chat.chat_model"
 _CONSTANTS, _ENV, _V1 = "llamafactory.extras.constants", "llamafactory.extras.env", "llamafactory.v1.launcher"
 _WEB, _COMPONENTS = "llamafactory.webui", "llamafactory.webui.components"
 
@@ -152,6 +154,7 @@ PATCHES = (
     Patch(f"{_LOADER}:AutoModelForImageTextToText", checked_model_class, _RANDOM, in_all_modules=False),
     Patch(f"{_ADAPTER}:PeftModel", checked_peft_model, _RANDOM, in_all_modules=False),
     Patch(f"{_ENGINE}:HuggingfaceEngine", dispatching_engine, "chat would silently run autoregressively"),
+    Patch(f"{_CHAT}:run_chat", dispatching_run_chat, "an error or Ctrl-C would end a chat"),
     Patch(f"{_API}:create_app", extended_create_app, "requests would be answered without our keys, seeds and checks"),
     Patch(
         f"{_API}:run_api",
@@ -238,6 +241,12 @@ def after_engine(engine: ModuleType) -> None:
     if _state.active:
         apply(engine.__name__)
         _rebind()
+
+
+def after_chat_model(chat_model: ModuleType) -> None:
+    """Show the denoising of a diffusion model in `llamafactory-cli chat`."""
+    if _state.active:
+        apply(chat_model.__name__)
 
 
 def after_api(api: ModuleType) -> None:

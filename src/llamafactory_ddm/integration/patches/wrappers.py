@@ -273,6 +273,22 @@ def dispatching_engine(original: Any) -> Any:
     return Dispatching
 
 
+def dispatching_run_chat(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Chat with a diffusion model in our terminal chat, and with others in upstream's."""
+
+    @functools.wraps(original)
+    def run_chat() -> Any:
+        from ..resolve.serving_stage import serves_diffusion
+
+        if not serves_diffusion(sys.modules["llamafactory.hparams.parser"].read_args(None)):
+            return original()
+        from ..chat.terminal import TerminalChat
+
+        return TerminalChat(sys.modules["llamafactory.chat.chat_model"].ChatModel().engine).run()
+
+    return run_chat
+
+
 def extended_create_app(original: Callable[..., Any]) -> Callable[..., Any]:
     """Add the API of diffusion models to upstream's app, if the engine is ours."""
 
