@@ -1,12 +1,13 @@
 """What serving gains and costs: one batch for many requests, its overhead, and the time to the first token.
 
     python benchmarks/serving.py                       the claims, and upstream's engine beside them
-    python benchmarks/serving.py --shapes tiny --rounds 5
+    python benchmarks/serving.py --shapes tiny-block --rounds 5
 
 For each shape, `--requests` requests of random prompts go to the server all at once, and one after another; both are
 timed interleaved in one process, and a ratio is the median over rounds of the ratio within a round. Models have random
 weights (fp32), and EOS is never drawn. `tiny` has the size of the built-in model and `small` that of GPT-2 small; a
-block model decodes blocks of 4 positions, a full one the whole canvas. All commit two tokens a pass.
+block model decodes blocks of 4 positions, or of 2 (`pairs`), and a full one the whole canvas. All commit two tokens a
+pass, `pairs` one.
 
 `ceiling` is how much faster the model alone computes the rows of 16 requests in one pass than in 16; a gain beyond it
 is work of the sampler that a batch saves. The overhead is what the server takes beyond the forward passes and the
@@ -42,7 +43,7 @@ from llamafactory_ddm.modeling.model_runner import ModelRunner
 from llamafactory_ddm.sampling import LogitsConfig
 from llamafactory_ddm.serving import Answer, Failure, Limits, Progress, Request, Server
 
-EOS, MASK, N_BYTES = "<|endoftext|>", "<|mask|>", 256
+EOS, MASK, LETTERS = "<|endoftext|>", "<|mask|>", "abcdefghij"
 TEMPERATURE, TOP_P = 0.95, 0.9
 BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -75,18 +76,17 @@ TINY = Shape(layers=4, width=192, vocabulary=740)
 SMALL = Shape(layers=12, width=768, vocabulary=50257)
 SHAPES = {
     "tiny-full": TINY,
-    "tiny-block": replace(TINY, block=4),
+    "tiny-block": replace(TINY, block=4, gain=3.0),
     "small-full": SMALL,
     "small-block": replace(SMALL, block=4, overhead=0.10),
-    "small-pairs": replace(SMALL, block=2, overhead=0.10),
+    "small-pairs": replace(SMALL, block=2, gain=4.0, overhead=0.10),
 }
-FIRST_TOKEN_BLOCKS = (4, 8, 16)
+FIRST_TOKEN_BLOCKS = (4, 8, 16, 32)
 
 
 def make_tokenizer(vocabulary: int) -> Any:
-    """Return a tokenizer of `vocabulary` tokens, of which texts read the 256 bytes, with a mask token after them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [EOS, *alphabet, *(f"Ġw{number}" for number in range(vocabulary - 1 - len(alphabet)))]
+    """Return a tokenizer of `vocabulary` tokens, EOS, `LETTERS` and words, with a mask token after them."""
+    pieces = [EOS, *LETTERS, *(f"Ġw{number}" for number in range(vocabulary - 1 - len(LETTERS)))]
     tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -123,13 +123,12 @@ def make_generator(shape: Shape) -> TextGenerator:
 def prompts_of(shape: Shape, count: int) -> list[str]:
     """Return `count` random prompts of `shape.prompt` tokens, a letter each."""
     draw = random.Random(0)
-    return ["".join(draw.choices("abcdefghij", k=shape.prompt)) for _ in range(count)]
+    return ["".join(draw.choices(LETTERS, k=shape.prompt)) for _ in range(count)]
 
 
 def requests_of(generator: TextGenerator, shape: Shape, count: int, **keys: Any) -> list[Request]:
     """Return a request for each prompt; `keys` are sampling settings."""
-    # Without EOS and the bytes, which could be parts of a character.
-    logits = LogitsConfig(TEMPERATURE, TOP_P, suppress=tuple(range(1 + N_BYTES)))
+    logits = LogitsConfig(TEMPERATURE, TOP_P, suppress=tuple(generator.eos_ids))
     settings = SamplingSettings(diffusion_steps=shape.steps, logits=logits)
     return [
         Request(generator.from_prompt(prompt, shape.written), replace(settings, seed=seed, **keys))
@@ -360,8 +359,9 @@ def report(name: str, shape: Shape, runs: dict[str, list[Taken]], ceiling: float
 
 def measure_first_text(name: str, shape: Shape, rounds: int) -> None:
     """Print the time to the first text by block length, of block models or of a full one that decodes in blocks."""
-    lengths = FIRST_TOKEN_BLOCKS if shape.block else (*FIRST_TOKEN_BLOCKS, shape.written)
-    for length in lengths:
+    for length in FIRST_TOKEN_BLOCKS:
+        if length > shape.written:
+            continue
         if shape.block:
             generator = make_generator(replace(shape, block=length))
             (request,) = requests_of(generator, replace(shape, block=length), 1)

@@ -26,6 +26,7 @@ HOOKS = {
     "llamafactory.chat.hf_engine": "llamafactory_ddm.integration.patches.table:after_engine",
     "llamafactory.chat.chat_model": "llamafactory_ddm.integration.patches.table:after_chat_model",
     "llamafactory.extras.env": "llamafactory_ddm.integration.patches.table:after_env",
+    "llamafactory.webui.interface": "llamafactory_ddm.integration.patches.table:after_web_pages",
     "llamafactory.v1.launcher": "llamafactory_ddm.integration.patches.table:after_v1_launcher",
     "lm_eval.models": "llamafactory_ddm.harness.register:register_model",
 }

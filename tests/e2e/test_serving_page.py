@@ -79,4 +79,4 @@ def test_the_api_answers_as_the_page_says(finetuned, tmp_path):
 def test_the_chat_answers_as_the_page_says(finetuned):
     for line in sorted({line for line in SERVING if " chat " in line}):
         words = [*shlex.split(line)[1:], f"model_name_or_path={finetuned}", "cutoff_len=64"]
-        assert "Assistant: " in run(*words, input="What is 3 + 2?\nexit\n").stdout
+        assert "Assistant: " in run(*words, input="Sam has 3 eggs.\nexit\n").stdout

@@ -234,7 +234,8 @@ class Server:
                 for sample in (*self._queue, *self._running):
                     sample.ticket.cancel()
             self._changed.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # which may collect garbage that holds the server
+            self._thread.join()
 
     # ---- in the thread ----
 

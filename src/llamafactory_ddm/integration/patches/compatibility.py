@@ -38,6 +38,18 @@ _SERVING: dict[str, dict[str, list[str]]] = {
 _TRAIN_ARGS = ["ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments"]
 # First and last arguments that _training_function passes to run_pt and run_sft, by position.
 _FIRST_ARGUMENTS, _LAST_ARGUMENT = ["model_args", "data_args", "training_args", "finetuning_args"], "callbacks"
+# Function of a module of webui -> its first parameters.
+_WEB_FUNCTIONS = {
+    "chatter:WebChatModel.stream": ["self", "chatbot", "messages"],
+    "chatter:WebChatModel.load_model": ["self", "data"],
+    "chatter:WebChatModel.unload_model": ["self", "data"],
+    "runner:Runner._parse_train_args": ["self", "data"],
+    "runner:Runner._parse_eval_args": ["self", "data"],
+    "manager:Manager.get_base_elems": ["self"],
+    "control:change_stage": ["training_stage"],
+    "components.chatbot:create_chat_box": ["engine", "visible"],
+    **{f"components.{tab}:create_{tab}_tab": ["engine"] for tab in ("train", "eval", "infer")},
+}
 
 
 class IncompatibleUpstream(RuntimeError):
@@ -60,6 +72,23 @@ def incompatibilities(parser: ModuleType) -> list[str]:
         *_changed_dispatch(parser),
         *_changed_serving(parser),
     ]
+
+
+def web_incompatibilities() -> list[str]:
+    """Return the reasons why the web pages cannot be patched; an empty list if they can. Imports them."""
+    problems = []
+    for name, parameters in _WEB_FUNCTIONS.items():
+        module, _, path = name.partition(":")
+        function: Any = import_module(f"llamafactory.webui.{module}")
+        for part in path.split("."):
+            function = getattr(function, part, None)
+        found = list(inspect.signature(function).parameters) if inspect.isfunction(function) else None
+        if found is None or found[: len(parameters)] != parameters:
+            problems.append(f"llamafactory.webui.{module} has no {path}({', '.join(parameters)}, ...)")
+    for module, name, kind in (("locales", "LOCALES", dict), ("css", "CSS", str)):
+        if not isinstance(getattr(import_module(f"llamafactory.webui.{module}"), name, None), kind):
+            problems.append(f"llamafactory.webui.{module} has no {name}")
+    return problems
 
 
 def _version() -> str:

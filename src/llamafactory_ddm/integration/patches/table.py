@@ -11,10 +11,11 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from .compatibility import IncompatibleUpstream, incompatibilities
+from .compatibility import IncompatibleUpstream, incompatibilities, web_incompatibilities
 from .wrappers import (
     checked_model_class,
     checked_parse_args,
@@ -45,6 +46,7 @@ _LOADER, _ADAPTER = "llamafactory.model.loader", "llamafactory.model.adapter"
 _ENGINE, _API = "llamafactory.chat.hf_engine", "llamafactory.api.app"
 _CHAT = "llamafactory.chat.chat_model"
 _CONSTANTS, _ENV, _V1 = "llamafactory.extras.constants", "llamafactory.extras.env", "llamafactory.v1.launcher"
+_WEB, _COMPONENTS = "llamafactory.webui", "llamafactory.webui.components"
 
 _RANDOM = "weights missing from a folder would be randomly initialised"
 
@@ -100,6 +102,12 @@ def _rebind() -> None:
     for module in (_TUNER, _LOADER, _ADAPTER):
         if module in sys.modules:
             apply(module)
+
+
+def _web(name: str) -> Callable[[Any], Any]:
+    """Return a replacement in `integration.webui`, by module:name; it is imported when it is applied."""
+    module, _, function = name.partition(":")
+    return lambda original: getattr(import_module(f"..webui.{module}", __package__), function)(original)
 
 
 PATCHES = (
@@ -158,6 +166,40 @@ PATCHES = (
         functools.partial(print_env_with_status, status=status),
         "llamafactory-cli env would not say whether the plugin is active",
     ),
+    Patch(f"{_WEB}.chatter:WebChatModel", _web("chatter:diffusion_chat_model"), "the denoising would not be seen"),
+    Patch(
+        f"{_WEB}.runner:Runner",
+        _web("runner:diffusion_runner"),
+        "fields would have no effect, and prediction would be refused",
+    ),
+    Patch(
+        f"{_WEB}.control:change_stage",
+        _web("pages:packing_of_our_stages"),
+        "stages based on pt would preset packing: false",
+    ),
+    Patch(f"{_WEB}.css:CSS", _web("live_canvas:with_our_css"), "a canvas would have no colours"),
+    Patch(f"{_WEB}.locales:LOCALES", _web("texts:with_our_texts"), "our fields would have no labels"),
+    Patch(
+        f"{_COMPONENTS}.chatbot:create_chat_box",
+        _web("pages:with_chat_fields"),
+        "the chat would have no fields of denoising",
+    ),
+    Patch(
+        f"{_COMPONENTS}.infer:create_infer_tab",
+        _web("pages:with_chat_fields_after_loading"),
+        "the fields would not follow the model that is loaded",
+    ),
+    Patch(f"{_WEB}.engine:Engine", _web("pages:resuming_engine"), "a page opened later would not have the fields"),
+    Patch(
+        f"{_COMPONENTS}.train:create_train_tab",
+        _web("pages:with_training_fields"),
+        "the training tab would have no fields of ours",
+    ),
+    Patch(
+        f"{_COMPONENTS}.eval:create_eval_tab",
+        _web("pages:with_predict_fields"),
+        "prediction would have no fields of denoising",
+    ),
     Patch(f"{_V1}:launch", refusing_v1_launch, "the v1 trainer would reject the keys without saying why"),
 )
 
@@ -211,6 +253,25 @@ def after_api(api: ModuleType) -> None:
     """Give the API of a diffusion model its routes."""
     if _state.active:
         apply(api.__name__)
+
+
+def after_web_pages(pages: ModuleType) -> None:
+    """Apply the changes to LLaMA-Factory's web pages, which this module has imported and not yet made.
+
+    Raises:
+        IncompatibleUpstream: if they lack what the patches need; they are then as upstream made them.
+    """
+    if not _state.active:
+        return
+    from ..data.templates import register_templates
+
+    modules = dict.fromkeys(patch.module for patch in PATCHES if patch.module.startswith(f"{_WEB}."))
+    problems = [] if {target.partition(":")[0] for target, _ in _applied} & set(modules) else web_incompatibilities()
+    if problems:
+        raise IncompatibleUpstream(f"in the web pages, as {'; '.join(problems)}")
+    register_templates()  # for the list of templates
+    for module in modules:
+        apply(module)
 
 
 def after_env(env: ModuleType) -> None:

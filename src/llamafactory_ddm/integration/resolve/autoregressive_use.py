@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from llamafactory.extras.misc import try_download_model_from_other_hub
@@ -78,6 +79,12 @@ def find_diffusion_models(model_args: Any, extra_models: Iterable[str] = ()) -> 
         evidence = _find_evidence(str(name), model_args)
         if evidence is not None:
             yield str(name), evidence
+
+
+def is_diffusion_model(name: str, *, cache_dir: str | None = None) -> bool:
+    """Tell whether a folder, or a model on Hugging Face's Hub, is a diffusion model or an adapter of one."""
+    place = SimpleNamespace(model_revision="main", cache_dir=cache_dir, hf_hub_token=None)
+    return _find_evidence(name, place) is not None
 
 
 def _find_evidence(name: str, model_args: Any) -> str | None:

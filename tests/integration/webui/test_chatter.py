@@ -1,0 +1,261 @@
+"""The web chat with a scripted server: what the page shows while a text is denoised, at its end and after an error."""
+
+import inspect
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from llamafactory_ddm.integration.webui.chatter import is_diffusion
+from llamafactory_ddm.integration.webui.fields import CHAT_KEYS, PREFIX, UNSET
+from llamafactory_ddm.integration.webui.live_canvas import BLANK
+from llamafactory_ddm.integration.webui.pages import CHANGING, MAX_CHATS, chat_changes
+from llamafactory_ddm.integration.webui.texts import CHAT_TAB
+from llamafactory_ddm.serving.request import Answer, Failure, Progress, Request
+
+gr = pytest.importorskip("gradio")
+QUESTION = [{"role": "user", "content": "Hi"}]
+
+
+class Server:
+    """Answers each request with the same events, all at once."""
+
+    def __init__(self, *events):
+        self.events, self.requests, self.cancelled = events, [], 0
+
+    def submit(self, request, on_event):
+        self.requests.append(request)
+        for event in self.events:
+            on_event(event)
+        return SimpleNamespace(cancel=self.cancel, is_over=True)
+
+    def cancel(self):
+        self.cancelled += 1
+
+
+class Engine:
+    """What the pages use of our engine."""
+
+    def __init__(self, *events, error=None):
+        self.server, self.error, self.prepared, self.is_closed = Server(*events), error, [], False
+        logits = SimpleNamespace(top_p=0.8, temperature=0.5)
+        sampling = {"diffusion_steps": 32, "denoising_strategy": "confidence_threshold", "confidence_threshold": 0.7}
+        self.defaults = SimpleNamespace(**sampling, block_length=8, kv_cache=None, logits=logits)
+        self.max_new_tokens = 48
+        self.template = SimpleNamespace(
+            enable_thinking=None, thought_words=("<think>", "</think>"), extract_tool=lambda text: text
+        )
+        self.tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: ["<eos>"] * len(ids))
+        self.generator = SimpleNamespace(eos_ids=(0,))
+
+    def prepare(self, messages, system=None, tools=None, *, images=None, videos=None, audios=None, **overrides):
+        self.prepared.append({"messages": list(messages), "system": system, "tools": tools, **overrides})
+        self.thinks = self.template.enable_thinking
+        if self.error is not None:
+            raise self.error
+        return Request(canvas=None, settings=None)
+
+    def close(self):
+        self.is_closed = True
+
+
+def answer(text, *, already=""):
+    """The last events of a text, of which a part has been sent."""
+    counts = {"prompt_tokens": 1, "completion_tokens": 2, "num_forward_passes": 3, "num_steps": 3}
+    return Progress(0, 5, text.removeprefix(already)), Answer(0, text, text, finish_reason="stop", **counts)
+
+
+def chat_model(engine):
+    from llamafactory.webui import interface  # noqa: F401  has our class in place of upstream's
+    from llamafactory.webui.engine import WebChatModel
+
+    chat = object.__new__(WebChatModel)
+    chat.engine, chat.demo_mode = engine, False
+    chat.manager = SimpleNamespace(get_elem_by_id=lambda name: name)
+    return chat
+
+
+def stream(engine, *ours, messages=QUESTION, system="", tools="", escape=True, thinking=True, lang="en"):
+    """Return the pages of one answer: copies of the shown messages, and of those that the model gets."""
+    chat = chat_model(engine)
+    upstream = (lang, system, tools, None, None, None, 40, 0.9, 0.6, True, escape, thinking)
+    shown = [dict(message) for message in messages]
+    pages = chat.stream(shown, list(messages), *upstream, *ours)
+    return [([dict(message) for message in page], list(history)) for page, history in pages]
+
+
+def test_the_canvas_stands_where_the_answer_will_be():
+    steps = [Progress(0, 0, "", (None, "B", None)), Progress(0, 1, "AB", ("A", "B", None))]
+    pages = stream(Engine(*steps, *answer("ABC", already="AB")))
+    canvases = [page[-1]["content"] for page, _ in pages[:-1]]
+    assert canvases and all('class="ddm-canvas"' in html for html in canvases)
+    assert pages[-1] == (
+        [*QUESTION, {"role": "assistant", "content": "ABC"}],
+        [*QUESTION, {"role": "assistant", "content": "ABC"}],
+    )
+    assert all(history == QUESTION for _, history in pages[:-1])
+
+
+def test_each_change_is_shown_when_events_are_slow():
+    engine, events = Engine(), [Progress(0, n, "a" * (n > 0), ("a",) * n + (None,) * (3 - n)) for n in range(4)]
+
+    def submit(request, on_event):
+        def work():
+            for event in (*events, answer("aaa")[1]):
+                seen.wait()
+                seen.clear()
+                on_event(event)
+
+        threading.Thread(target=work, daemon=True).start()
+        return SimpleNamespace(cancel=lambda: None)
+
+    seen = threading.Event()
+    seen.set()
+    engine.server.submit = submit
+    chat, contents = chat_model(engine), []
+    for page, _ in chat.stream(
+        [*QUESTION], [*QUESTION], "en", "", "", None, None, None, 40, 0.9, 0.6, True, True, True
+    ):
+        contents.append(page[-1]["content"])
+        seen.set()
+    assert [content.count(BLANK) for content in contents] == [3, 2, 1, 0, 0]
+    assert contents[-1] == "aaa" and "step 4" in contents[-2]
+
+
+def test_nothing_of_model_or_error_is_html():
+    attack = "<img src=x onerror=alert(1)>"
+    pages = stream(Engine(Progress(0, 0, "", (attack, None)), *answer(attack)))
+    pages += stream(Engine(error=ValueError(attack)))
+    assert len(pages) > 2 and all("<img" not in page[-1]["content"] for page, _ in pages)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("prompt: too long"), RuntimeError("a bug")], ids=lambda e: type(e).__name__
+)
+def test_an_error_is_shown_and_the_question_forgotten(error):
+    for engine in (Engine(error=error), Engine(Progress(0, 0, "A", ("A", None)), Failure(error))):
+        *_, (page, history) = stream(
+            engine, messages=[*QUESTION, {"role": "assistant", "content": "Hello"}, *QUESTION]
+        )
+        assert [message["role"] for message in page] == ["user", "assistant"] * 2
+        assert str(error).replace(":", "&#58;") in page[-1]["content"] and "ddm-canvas" not in page[-1]["content"]
+        assert history == [*QUESTION, {"role": "assistant", "content": "Hello"}]
+
+
+def test_the_fields_of_the_page_are_keys_of_the_request():
+    engine = Engine(*answer("A"))
+    values = {"diffusion_steps": 16, "denoising_strategy": "random", "confidence_threshold": 0.5, "seed": "3"}
+    stream(engine, *({"block_length": "", "kv_cache": UNSET, **values}[name] for name in CHAT_KEYS), system="Be kind.")
+    assert engine.prepared == [
+        {
+            "messages": QUESTION,
+            "system": "Be kind.",
+            "tools": None,
+            "max_new_tokens": 40,
+            "top_p": 0.9,
+            "temperature": 0.6,
+            "diffusion_steps": 16,
+            "denoising_strategy": "random",
+            "seed": 3,
+        }
+    ]
+    assert engine.server.requests[0].shows_canvas
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_switch_of_thinking_reaches_the_template(thinking):
+    engine = Engine(*answer("<think>\nWhy?\n</think>\nSo."))
+    *_, (page, _) = stream(engine, thinking=thinking)
+    assert engine.thinks is thinking
+    assert "thinking-container" in page[-1]["content"] and page[-1]["content"].endswith("So.")
+
+
+def test_a_call_of_a_tool_is_shown_as_upstream_shows_it():
+    engine = Engine(Progress(0, 0, "", ("x", None)), *answer("call"))
+    call = SimpleNamespace(name="look", arguments='{"at": "moon"}')
+    engine.template.extract_tool = lambda text: [call] if text == "call" else text
+    *_, (page, history) = stream(engine, tools='[{"name": "look"}]')
+    assert history[-1]["role"] == "function" and '"look"' in history[-1]["content"]
+    assert page[-1]["content"].startswith("```json")
+
+
+def test_a_page_that_is_closed_cancels_its_request():
+    engine = Engine(Progress(0, 0, "", ("A", None)), *(Progress(0, n, "", ("A", None)) for n in range(1, 3)))
+    chat = chat_model(engine)
+    pages = chat.stream([*QUESTION], [*QUESTION], "en", "", "", None, None, None, 40, 0.9, 0.6, True, True, True)
+    next(pages)
+    assert not engine.server.cancelled
+    pages.close()
+    assert engine.server.cancelled == 1
+
+
+def test_other_models_are_served_as_before():
+    from llamafactory.webui import interface
+
+    other = SimpleNamespace(template=SimpleNamespace(enable_thinking=None, thought_words=("<think>", "</think>")))
+    chat = chat_model(other)
+    chat.stream_chat = lambda messages, *args, **keywords: iter(["A", "B"])
+    ours = [16, "random", 0.9, "", UNSET, ""]
+    upstream = ("en", "", "", None, None, None, 40, 0.9, 0.6, True, True, True)
+    contents = [page[-1]["content"] for page, _ in chat.stream([*QUESTION], [*QUESTION], *upstream, *ours)]
+    assert contents == ["A", "AB"] and not is_diffusion(other) and not is_diffusion(None)
+    assert interface.Engine is not None
+
+
+def test_refused_arguments_are_shown_and_unloading_ends_the_server(monkeypatch):
+    data = {
+        "top.lang": "en",
+        "top.model_name": "Custom",
+        "top.model_path": "nowhere",
+        "top.finetuning_type": "full",
+        "top.checkpoint_path": None,
+        "top.template": "default",
+        "top.rope_scaling": "none",
+        "top.booster": "auto",
+        "top.quantization_bit": "none",
+        "infer.infer_backend": "vllm",
+        "infer.infer_dtype": "auto",
+        "infer.extra_args": '{"stage": "ddm-sft"}',
+    }
+    warned = []
+    monkeypatch.setattr(gr, "Warning", warned.append)
+    chat = chat_model(None)
+    *_, text = chat.load_model(data)
+    assert text.startswith("infer_backend: vllm") and len(warned) == 1
+    engine = chat.engine = Engine()
+    list(chat.unload_model(data))
+    assert chat.engine is None and engine.is_closed
+
+
+def test_the_box_starts_at_the_models_own_values():
+    changes = chat_changes(Engine())
+    ours = [changes[f"{PREFIX}{name}"]["value"] for name in CHAT_KEYS]
+    assert ours == [32, "confidence_threshold", 0.7, "8", UNSET, ""]
+    assert changes["max_new_tokens"] == {"minimum": 1, "maximum": 48, "value": 48}
+    assert changes["top_p"] == {"value": 0.8} and changes["temperature"] == {"minimum": 0, "value": 0.5}
+    shown = {name: change["visible"] for name, change in changes.items() if "visible" in change}
+    threshold = f"{PREFIX}confidence_threshold"
+    assert shown == {CHAT_TAB: True, threshold: True, "skip_special_tokens": False, "mm_box": False}
+    others = chat_changes(None)
+    assert tuple(others) == tuple(changes) == CHANGING and others[CHAT_TAB] == {"visible": False}
+
+
+def test_several_pages_of_a_served_model_are_answered_at_once(tmp_path, monkeypatch):
+    from llamafactory.webui import interface
+
+    monkeypatch.chdir(tmp_path)
+
+    chat = chat_model(Engine())
+    monkeypatch.setattr("llamafactory.webui.engine.WebChatModel", lambda *args, **kwargs: chat)
+    blocks = interface.create_web_demo()
+    events = blocks.fns.values()
+    (event,) = [event for event in events if getattr(event.fn, "__name__", "") == "stream"]
+    assert event.concurrency_limit == MAX_CHATS
+    names = list(inspect.signature(type(chat).__mro__[1].stream).parameters)[1:]  # upstream's, without self
+    sent = dict(zip(names, event.inputs, strict=False))
+    assert len(event.inputs) == len(names) + len(CHAT_KEYS)
+    ours = event.inputs[-len(CHAT_KEYS) :]
+    assert [field.value for field in ours] == [32, "confidence_threshold", 0.7, "8", UNSET, ""]
+    assert all(field.visible for field in ours)
+    temperature = sent["temperature"]
+    assert temperature.minimum == type(temperature)(**temperature.constructor_args).minimum == 0
