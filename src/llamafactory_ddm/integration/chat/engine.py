@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
+import weakref
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -23,6 +23,11 @@ from .options import Options, read_options
 from .prompts import PromptEncoder
 
 logger = get_logger(__name__)
+
+
+def _end(server: Server) -> None:
+    with contextlib.suppress(RuntimeError):  # dropped in the server's thread, which cannot wait for itself
+        server.close(drain=False)
 
 
 class Running:
@@ -83,6 +88,8 @@ class DiffusionEngine(BaseEngine):
             max_queue=finetuning_args.serving_queue,
         )
         self.server = Server(self.generator, limits)
+        # Where the engine is dropped, and at the end of the process, which must not find the thread in the model.
+        weakref.finalize(self, _end, self.server)
         if "MAX_CONCURRENT" in os.environ:
             logger.warning_rank0(
                 "MAX_CONCURRENT has no effect on a diffusion model, whose requests share one batch; set serving_rows."
@@ -96,12 +103,6 @@ class DiffusionEngine(BaseEngine):
     def close(self, *, drain: bool = False) -> None:
         """End the server; with `drain`, after its requests."""
         self.server.close(drain=drain)
-
-    def __del__(self) -> None:
-        # At the end of the process its thread, a daemon, runs no more; within that thread it cannot be waited for.
-        if "server" in vars(self) and not sys.is_finalizing():
-            with contextlib.suppress(RuntimeError):
-                self.server.close(drain=False)
 
     # ---- requests ----
 
