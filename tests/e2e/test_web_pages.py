@@ -123,6 +123,7 @@ def test_the_denoising_is_seen_until_the_answer_is_there(chat):
     chat.get_by_label("Temperature").first.wait_for()
     set_number(chat, "Temperature", 0)
     set_number(chat, "Diffusion steps", 192)
+    choose(chat, "Denoising strategy", "low_confidence")
     assert WRITTEN in ask(chat, PROMPT)
     shown = chat.evaluate("window.canvases")
     assert len(shown) >= 2
@@ -162,9 +163,9 @@ def test_fields_of_denoising_reach_the_sampler(chat):
     captions = [caption for _, caption, _ in chat.evaluate("window.canvases")]
     assert all(int(re.search(r"step (\d+)", caption)[1]) <= 24 for caption in captions)
     threshold = chat.get_by_label("number input for Confidence threshold")
-    assert not threshold.is_visible()
-    choose(chat, "Denoising strategy", "confidence_threshold")
-    threshold.wait_for()
+    assert threshold.is_visible()
+    choose(chat, "Denoising strategy", "low_confidence")
+    threshold.wait_for(state="hidden")
     chat.get_by_role("textbox", name="Seed").fill("seven")
     assert "seed" in ask(chat, PROMPT, answers=2) and "seven" in chat.locator(".bot.message").last.inner_text()
     chat.get_by_role("textbox", name="Seed").fill("7")
@@ -202,7 +203,7 @@ def test_two_pages_are_answered_at_once(open_page, webchat):
     pages = [open_page(webchat) for _ in range(2)]
     for page in pages:
         page.get_by_label("Diffusion steps").first.wait_for()
-        set_number(page, "Diffusion steps", 64)
+        set_number(page, "Diffusion steps", 192)
         page.get_by_placeholder("Input...").fill(PROMPT)
     for page in pages:
         page.get_by_role("button", name="Submit").click()

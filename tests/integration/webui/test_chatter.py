@@ -41,6 +41,7 @@ class Engine:
         logits = SimpleNamespace(top_p=0.8, temperature=0.5)
         sampling = {"diffusion_steps": 32, "denoising_strategy": "confidence_threshold", "confidence_threshold": 0.7}
         self.defaults = SimpleNamespace(**sampling, block_length=8, kv_cache=None, logits=logits)
+        self.served = SimpleNamespace(chosen=frozenset())
         self.max_new_tokens = 48
         self.template = SimpleNamespace(
             enable_thinking=None, thought_words=("<think>", "</think>"), extract_tool=lambda text: text
@@ -144,7 +145,7 @@ def test_an_error_is_shown_and_the_question_forgotten(error):
 
 def test_the_fields_of_the_page_are_keys_of_the_request():
     engine = Engine(*answer("A"))
-    values = {"diffusion_steps": 16, "denoising_strategy": "random", "confidence_threshold": 0.5, "seed": "3"}
+    values = {"chat_steps": 16, "denoising_strategy": "random", "confidence_threshold": 0.5, "seed": "3"}
     stream(engine, *({"block_length": "", "kv_cache": UNSET, **values}[name] for name in CHAT_KEYS), system="Be kind.")
     assert engine.prepared == [
         {
@@ -230,7 +231,10 @@ def test_refused_arguments_are_shown_and_unloading_ends_the_server(monkeypatch):
 def test_the_box_starts_at_the_models_own_values():
     changes = chat_changes(Engine())
     ours = [changes[f"{PREFIX}{name}"]["value"] for name in CHAT_KEYS]
-    assert ours == [32, "confidence_threshold", 0.7, "8", UNSET, ""]
+    assert ours == [0, "confidence_threshold", 0.7, "8", UNSET, ""]
+    yaml = Engine()
+    yaml.served.chosen = {"diffusion_steps"}
+    assert chat_changes(yaml)[f"{PREFIX}chat_steps"] == {"value": 32}
     assert changes["max_new_tokens"] == {"minimum": 1, "maximum": 48, "value": 48}
     assert changes["top_p"] == {"value": 0.8} and changes["temperature"] == {"minimum": 0, "value": 0.5}
     shown = {name: change["visible"] for name, change in changes.items() if "visible" in change}
@@ -255,7 +259,7 @@ def test_several_pages_of_a_served_model_are_answered_at_once(tmp_path, monkeypa
     sent = dict(zip(names, event.inputs, strict=False))
     assert len(event.inputs) == len(names) + len(CHAT_KEYS)
     ours = event.inputs[-len(CHAT_KEYS) :]
-    assert [field.value for field in ours] == [32, "confidence_threshold", 0.7, "8", UNSET, ""]
+    assert [field.value for field in ours] == [0, "confidence_threshold", 0.7, "8", UNSET, ""]
     assert all(field.visible for field in ours)
     temperature = sent["temperature"]
     assert temperature.minimum == type(temperature)(**temperature.constructor_args).minimum == 0

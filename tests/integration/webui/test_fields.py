@@ -11,6 +11,7 @@ from llamafactory_ddm.integration.webui.fields import (
     TRAINING_KEYS,
     UNSET,
     changed_keys,
+    chat_keys,
     effective_keys,
     make_field,
     spec_of,
@@ -70,6 +71,11 @@ def test_false_survives_upstreams_removal_of_false():
         "drop_overlong": "false",
         "shift": "false",
     }
+
+
+def test_no_steps_are_asked_for_where_the_chat_chooses_them():
+    assert chat_keys({"chat_steps": 0, "seed": "", "block_length": "8"}) == {"block_length": 8}
+    assert chat_keys({"chat_steps": 16, "seed": "3"}) == {"diffusion_steps": 16, "seed": 3}
 
 
 def test_a_text_that_is_no_number_is_left_to_the_run_to_refuse():

@@ -14,7 +14,7 @@ from typing import Any
 from ...serving.request import Answer, Event, Failure, Progress, Request
 from ...serving.server import ServerBusy
 from ..logs import get_logger
-from .fields import CHAT_KEYS, effective_keys
+from .fields import CHAT_KEYS, chat_keys
 from .live_canvas import LiveCanvas, escaped
 from .texts import failed_caption, step_caption
 
@@ -120,7 +120,7 @@ class _Answering:
         """Return the request of a message, whose sampling keys are those of the page."""
         engine = self._chat_model.engine
         keywords.pop("skip_special_tokens", None)  # its field is hidden, as a canvas has no other text
-        overrides = {**keywords, **effective_keys(self._ours)}
+        overrides = {**keywords, **chat_keys(self._ours)}
         with _template_lock:  # upstream sets the switch on the template, which all pages share
             if self._enable_thinking is not None:
                 engine.template.enable_thinking = self._enable_thinking
@@ -166,4 +166,6 @@ class _Answering:
 
 def defaults_of(engine: Any) -> dict[str, Any]:
     """Return the values of `CHAT_KEYS` that an engine uses unless a request says otherwise."""
-    return {name: None if name == "seed" else getattr(engine.defaults, name) for name in CHAT_KEYS}
+    steps = engine.defaults.diffusion_steps if "diffusion_steps" in engine.served.chosen else 0
+    own = {"chat_steps": steps, "seed": None}
+    return {name: own[name] if name in own else getattr(engine.defaults, name) for name in CHAT_KEYS}

@@ -23,11 +23,16 @@ TRAINING_ROWS = (
 TRAINING_KEYS = tuple(name for row in TRAINING_ROWS for name in row)
 SAMPLING_KEYS = ("diffusion_steps", "denoising_strategy", "confidence_threshold", "block_length", "kv_cache")
 PREDICT_KEYS = (*SAMPLING_KEYS, "save_trace")
-CHAT_KEYS = (*SAMPLING_KEYS, "seed")
-# A seed of one message is a key of chats, and upstream's key in YAML.
-_SEED = Key(
-    None, "Seed of all random draws. Defaults to a new one for each message.", "integer", low=0, high=2**32 - 1
-)
+# Fields of the chat that are no keys of YAML, or start at another default there.
+_CHAT_ONLY = {
+    "chat_steps": Key(
+        0, "Largest number of denoising steps; 0 for as many as suit the answer.", "integer", low=0, high=256
+    ),
+    "seed": Key(
+        None, "Seed of all random draws; a new one for each message by default.", "integer", low=0, high=2**32 - 1
+    ),
+}
+CHAT_KEYS = ("chat_steps", *SAMPLING_KEYS[1:], "seed")
 # Largest value that a slider offers; other values are set as YAML keys.
 _SLIDER_ENDS = {"diffusion_steps": 256}
 # Key -> the one stage that reads it.
@@ -36,7 +41,7 @@ ONE_STAGE = {**dict.fromkeys(FINETUNING_KEYS, "ddm-sft"), "random_truncate_ratio
 
 def spec_of(name: str) -> Key:
     """Return the definition of a key."""
-    return _SEED if name == "seed" else KEYS[name]
+    return _CHAT_ONLY.get(name) or KEYS[name]
 
 
 def shown_value(name: str, value: Any) -> Any:
@@ -96,6 +101,13 @@ def _typed(name: str, value: Any) -> Any:
         with contextlib.suppress(ValueError):
             return spec.checked(name, value)
     return value
+
+
+def chat_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a request that the fields of `CHAT_KEYS` set."""
+    keys = effective_keys(values)
+    steps = keys.pop("chat_steps", 0)
+    return {"diffusion_steps": steps, **keys} if steps else keys
 
 
 def changed_keys(values: Mapping[str, Any], *, stage: str) -> dict[str, Any]:

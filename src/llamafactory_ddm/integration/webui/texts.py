@@ -56,9 +56,11 @@ CHINESE = {
     "diffusion_steps": ("去噪步数", "去噪步数上限，分配给各个块；attention 为 block 的模型按每块计。"),
     "block_length": ("块长度", "每块的位置数，各块从左到右依次解码。默认整个画布为一块。"),
     "kv_cache": ("KV 缓存", "每次前向计算哪些位置：none 全部；prefix 当前块及其后；dual 仅当前块。"),
+    "chat_steps": ("去噪步数", "去噪步数上限；0 表示自动选择。"),
     "seed": ("随机种子", "所有随机抽样的种子。默认每条消息各取一个新种子。"),
     "save_trace": ("保存去噪过程", "写出 generated_predictions.html，可在浏览器中回放每条文本的去噪过程。"),
 }
+_LABELS = {"chat_steps": "Diffusion steps"}
 _ACRONYMS = {"eos": "EOS", "kv": "KV"}
 _STEP = {"en": "step {step}: {n} of {total} tokens", "zh": "第 {step} 步：{n} / {total} 个词元"}
 _FAILED = {"en": "Not answered", "zh": "未能回答"}
@@ -66,6 +68,8 @@ _FAILED = {"en": "Not answered", "zh": "未能回答"}
 
 def english_label(name: str) -> str:
     """Return the label of a key: its words."""
+    if name in _LABELS:
+        return _LABELS[name]
     first, *rest = (_ACRONYMS.get(word, word) for word in name.split("_"))
     return " ".join([first[0].upper() + first[1:], *rest])
 
@@ -86,7 +90,7 @@ def with_our_texts(locales: dict[str, Any]) -> dict[str, Any]:
 
 def _texts_of_key(name: str, languages: Iterable[str]) -> dict[str, dict[str, str]]:
     explanation = spec_of(name).help
-    if name not in TRAINING_KEYS:  # their columns are narrow; docs/keys.md has the rest
+    if name in PREDICT_KEYS:  # their columns are narrow; docs/keys.md has the rest
         explanation = re.split("[.;:] ", explanation)[0].rstrip(".") + "."
     english = {"label": english_label(name), "info": html.escape(explanation, quote=False)}
     label, info = CHINESE[name]
