@@ -20,7 +20,7 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update"),
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # gradio's pages name fonts on the web
 ]
-SECONDS = 40 * 1000  # milliseconds that a page is waited for
+PATIENCE = 1000 * LIMIT  # milliseconds that a page is waited for
 
 
 def browser_or_skip():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import weakref
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -22,6 +23,11 @@ from .options import Options, read_options
 from .prompts import PromptEncoder
 
 logger = get_logger(__name__)
+
+
+def _end(server: Server) -> None:
+    with contextlib.suppress(RuntimeError):  # dropped in the server's thread, which cannot wait for itself
+        server.close(drain=False)
 
 
 class Running:
@@ -82,6 +88,8 @@ class DiffusionEngine(BaseEngine):
             max_queue=finetuning_args.serving_queue,
         )
         self.server = Server(self.generator, limits)
+        # Where the engine is dropped, and at the end of the process, which must not find the thread in the model.
+        weakref.finalize(self, _end, self.server)
         if "MAX_CONCURRENT" in os.environ:
             logger.warning_rank0(
                 "MAX_CONCURRENT has no effect on a diffusion model, whose requests share one batch; set serving_rows."
@@ -95,10 +103,6 @@ class DiffusionEngine(BaseEngine):
     def close(self, *, drain: bool = False) -> None:
         """End the server; with `drain`, after its requests."""
         self.server.close(drain=drain)
-
-    def __del__(self) -> None:
-        if "server" in vars(self):
-            self.server.close(drain=False)
 
     # ---- requests ----
 
@@ -208,7 +212,10 @@ class DiffusionEngine(BaseEngine):
             shows_canvas=options.shows_canvas,
             timeout=options.timeout,
         )
-        self.server.check(request)
+        try:
+            self.server.check(request)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("text 0: ")) from error  # there is but one
         return request
 
     # ---- answers ----
