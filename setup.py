@@ -64,6 +64,8 @@ setup(
             "build>=1.2",
             "rouge-score>=0.1.2",
             "lm-eval>=0.4.13,<0.5",
+            # A browser for the web pages; Chromium is the system's.
+            "playwright>=1.49",
             # OpenAI's client, against the API.
             "openai>=1.60",
             "httpx>=0.27",

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from support.browser import CHROMIUM
 from support.cli import run
 
 
@@ -73,3 +74,11 @@ def test_the_figures_of_readme_are_measured(tmp_path):
     assert len(cells) == 7 and 4 < float(cells[0]) < 20
     assert all(0 <= float(cell.removesuffix(" %")) <= 100 for cell in cells[1:4])
     assert pages[0] == pages[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is on this machine")
+def test_the_picture_of_the_web_chat_is_made(checkpoint, tmp_path):
+    pytest.importorskip("playwright", reason="pip install playwright to make the picture")
+    run(checkpoint, "--output", tmp_path / "page.png", program="docs/make_serving_picture.py", fresh=True)
+    assert (tmp_path / "page.png").stat().st_size > 5000

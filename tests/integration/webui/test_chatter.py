@@ -14,6 +14,7 @@ from llamafactory_ddm.integration.webui.texts import CHAT_TAB
 from llamafactory_ddm.serving.request import Answer, Failure, Progress, Request
 
 gr = pytest.importorskip("gradio")
+pytestmark = pytest.mark.usefixtures("patched_pages")
 QUESTION = [{"role": "user", "content": "Hi"}]
 
 

@@ -19,6 +19,7 @@ from llamafactory_ddm.integration.webui.fields import (
 from llamafactory_ddm.integration.webui.texts import CHINESE, english_label, failed_caption, step_caption
 
 gr = pytest.importorskip("gradio")
+pytestmark = pytest.mark.usefixtures("patched_pages")
 ALL_KEYS = tuple(dict.fromkeys((*TRAINING_KEYS, *PREDICT_KEYS, *CHAT_KEYS)))
 
 

@@ -12,6 +12,7 @@ from llamafactory_ddm.integration.webui.texts import CHAT_TAB, PREDICT_TAB, TRAI
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig, VariableLength
 
 gr = pytest.importorskip("gradio")
+pytestmark = pytest.mark.usefixtures("patched_pages")
 LABELS = {stage.name: stage.label for stage in STAGES.values()}
 
 
