@@ -129,7 +129,7 @@ def test_lists_of_tokens():
     assert resolve_tokens(tokenizer, "suppress_tokens", ["cat", 7, "7", *[1] * 1000]) == (1, 7)
     assert len(read) == 1
     for wrong in (["cat", ["dog"]], [{"cat": 1}], [None], [1.0], [True], [3]):
-        with pytest.raises(ValueError, match="^suppress_tokens"):
+        with pytest.raises(ValueError, match=r"^suppress_tokens"):
             resolve_tokens(tokenizer, "suppress_tokens", wrong)
 
 

@@ -89,7 +89,8 @@ def _find(tokenizer: Any, mask_token: str | int | None, config_mask: tuple[str, 
         return ResolvedMaskToken(tokenizer.mask_token, int(tokenizer.mask_token_id), False)
     if isinstance(mask_token, bool):
         raise ValueError(f"mask_token: {str(mask_token).lower()} is neither a token nor an id; {_ADVICE}")
-    resolved = _by_id(tokenizer, mask_token) if _is_id(tokenizer.get_vocab(), mask_token) else _by_text(tokenizer, str(mask_token))
+    is_id = _is_id(tokenizer.get_vocab(), mask_token)
+    resolved = _by_id(tokenizer, mask_token) if is_id else _by_text(tokenizer, str(mask_token))
     # A YAML that repeats the checkpoint's mask token must not overwrite its trained embedding.
     return replace(resolved, is_trained=(resolved.token, resolved.id) == config_mask)
 

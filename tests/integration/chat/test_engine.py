@@ -196,7 +196,7 @@ def test_texts_are_continued_and_gaps_filled(model):
         (f"a <|infill:{10**18}|>", None, {}),
         (f"a <|infill:{10**30}|>", None, {}),
     ):
-        with pytest.raises(ValueError, match="infill|^prompt: .*serving_positions"):
+        with pytest.raises(ValueError, match=r"infill|^prompt: .*serving_positions"):
             engine.prepare_text(prompt, suffix, **keys)
 
 
