@@ -259,12 +259,21 @@ class Server:
                     return False
                 self._changed.wait()
             n_positions = sum(sample.n_positions for sample in self._running)
+            gone = self._take_gone()
             while self._queue and len(self._running) < self.limits.max_rows:
                 n_positions += self._queue[0].n_positions
                 if self._running and n_positions > self.limits.max_positions:
                     break
                 self._running.append(self._queue.popleft())
+            self._running += gone  # which `_resume` ends without a step
         return True
+
+    def _take_gone(self) -> list[Sample]:
+        """Take the samples out of the queue whose request was cancelled, or is over for another reason."""
+        gone = [sample for sample in self._queue if sample.ticket.is_over or sample.ticket.why_over() is not None]
+        for sample in gone:
+            self._queue.remove(sample)
+        return gone
 
     def _resume(self, sample: Sample) -> None:
         """Let a sample run to its next step, or to its end."""

@@ -122,7 +122,7 @@ class TextStream:
     def _n_certain(self, text: str) -> int:
         """Return how many characters neither change with more tokens nor begin a stop string."""
         base = text.rstrip("\ufffd")
-        begins = (n for word in self.stop for n in range(1, len(word)) if base.endswith(word[:n]))
+        begins = (n for word in self.stop for n in range(1, min(len(word), len(base) + 1)) if base.endswith(word[:n]))
         return len(base[: len(base) - max(begins, default=0)].rstrip().rstrip("\ufffd"))
 
     def _take(self, text: str) -> str:
