@@ -59,7 +59,7 @@ def writer(monkeypatch, block=None, boasts=False, lengths=None, config=None):
         lengths=lengths,
     )
 
-    def denoiser(model, *, shift, is_padding, outputs, keep_hidden):
+    def denoiser(model, *, shift, is_padding, outputs, keep_hidden, runner):
         length = [0] * 99 if is_padding is None else is_padding.sum(dim=1).tolist()
         return ByHeart(length, boasts)
 
