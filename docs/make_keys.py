@@ -28,7 +28,7 @@ Written by `python docs/make_keys.py` from the code; a test compares.
 - DiffuLLaMA's names are kept: `shift`, `anneal_steps`, `diffusion_steps`, `logits_temp`, `topp_temp`,
   `checkpoint_dir`.
 """
-GENERATION = """`do_predict: true`, `sample_steps` and `eval_tasks` read these, and servers, as defaults of requests.
+GENERATION = """`do_predict: true`, `sample_steps` and `eval_tasks` read these; for servers they are request defaults.
 `llamafactory-ddm generate` takes them as options, such as `--block-length`; `--steps`, `--strategy`, `--temperature`
 and `--top-p` are short for four of them. Python's `generate()` takes them as keyword arguments.
 `temperature`, `top_p`, `top_k`, `repetition_penalty` and `max_new_tokens` are LLaMA-Factory's own keys, and count

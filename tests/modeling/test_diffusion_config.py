@@ -50,6 +50,14 @@ def test_start_token_end_tokens_and_template_are_optional(tmp_path):
     assert DiffusionConfig.load(tmp_path) == CONFIG
 
 
+def test_the_canvas_is_optional(tmp_path):
+    config = replace(CONFIG, canvas=64)
+    config.save(tmp_path)
+    assert DiffusionConfig.load(tmp_path) == config
+    write(tmp_path, canvas=...)
+    assert DiffusionConfig.load(tmp_path) == CONFIG
+
+
 def test_a_block_model(tmp_path):
     config = replace(CONFIG, attention_ratio=1.0, attention="block", train_block_length=8)
     config.save(tmp_path)
@@ -74,6 +82,8 @@ def test_no_file_is_none(tmp_path):
         ({"mask_token_id": "40"}, "mask_token_id .*int"),
         ({"attention_ratio": 1.5}, "attention_ratio"),
         ({"attention": "causal"}, "attention"),
+        ({"canvas": 0}, "canvas"),
+        ({"canvas": "x"}, "canvas"),
         ({"attention": "block"}, "train_block_length"),
         ({"attention": "block", "train_block_length": 0}, "train_block_length"),
         ({"train_block_length": 4}, "train_block_length"),

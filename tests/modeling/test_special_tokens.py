@@ -8,6 +8,7 @@ from llamafactory_ddm.modeling.special_tokens import (
     check_roles,
     resolve_mask_token,
     resolve_token,
+    resolve_tokens,
 )
 from support.tiny import tiny_tokenizer
 
@@ -118,6 +119,18 @@ def test_an_escape_that_yaml_did_not_read(tokenizer):
     with pytest.raises(ValueError) as error:
         resolve_token(tokenizer, "sep_token", "nonsuch")
     assert "escape" not in str(error.value)
+
+
+def test_lists_of_tokens():
+    """A list of a request may be long, and hold anything."""
+    tokenizer = word_tokenizer({"<unk>": 0, "cat": 1, "dog": 7})
+    read = []
+    tokenizer.get_vocab = lambda get=tokenizer.get_vocab: read.append(1) or get()
+    assert resolve_tokens(tokenizer, "suppress_tokens", ["cat", 7, "7", *[1] * 1000]) == (1, 7)
+    assert len(read) == 1
+    for wrong in (["cat", ["dog"]], [{"cat": 1}], [None], [1.0], [True], [3]):
+        with pytest.raises(ValueError, match=r"^suppress_tokens"):
+            resolve_tokens(tokenizer, "suppress_tokens", wrong)
 
 
 def test_a_vocabulary_with_gaps():

@@ -256,6 +256,21 @@ def test_a_cancelled_request_frees_its_place_at_the_next_step(gpt2):
     assert (server.stats.cancelled, server.stats.answered) == (2, 1)
 
 
+def test_a_request_that_waits_frees_its_place_in_the_queue(gpt2):
+    """It is cancelled, or takes too long, while the batch is full of others."""
+    server = Server(slow(gpt2), Limits(max_rows=1, max_queue=2))
+    first = submitted(server, long_request(gpt2))
+    while not server.n_running:
+        time.sleep(0.005)
+    cancelled, late = submitted(server, long_request(gpt2)), submitted(server, long_request(gpt2, timeout=0.05))
+    cancelled.ticket.cancel()
+    assert isinstance(cancelled.wait().error, Cancelled) and isinstance(late.wait().error, TimeoutError)
+    assert server.n_waiting == 0 and not first.answers
+    submitted(server, long_request(gpt2))
+    server.close(drain=False)
+    assert isinstance(first.error, Cancelled)
+
+
 def test_a_request_that_takes_too_long(gpt2):
     server = Server(slow(gpt2))
     receiver = submitted(server, long_request(gpt2, timeout=0.1)).wait()

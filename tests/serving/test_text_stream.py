@@ -127,3 +127,20 @@ def test_tokens_of_the_beginning_of_a_text(codec):
     for n in range(len(text) + 1):
         k = stream.n_tokens(ids, text[:n])
         assert len(stream.text_of(ids[:k])) >= n and (k == 0 or len(stream.text_of(ids[: k - 1])) < n)
+
+
+def test_a_long_stop_string_costs_no_more_than_the_text():
+    """Only as many of its beginnings are tried as the text is long."""
+
+    class Word(str):
+        tried = 0
+
+        def __getitem__(self, index):
+            Word.tried += 1
+            return str.__getitem__(self, index)
+
+    tokenizer = byte_tokenizer()
+    codec = TextCodec(tokenizer, tokenizer.convert_tokens_to_ids("<|mask|>"), [tokenizer.eos_token_id])
+    ids = codec.encode("plain words a")
+    stream, canvas = stream_of(codec, ids, stop=(Word("a" * 10_000),))
+    assert stream.advance(canvas, ids) == "plain words" and 0 < Word.tried <= len("plain words a")

@@ -1,7 +1,7 @@
 """One forward pass for several denoisers, each with its own rows, columns, attention mask and cache.
 
-The passes are stacked along the rows; those with fewer columns or keys than others are
-padded on the right, where no token attends to them. Each pass's cache stores and returns its own keys and values.
+The passes are stacked along the rows. Those with fewer columns or keys than others are padded on the right, and no
+token attends to padding. Each pass's cache stores and returns its own keys and values.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .pass_widths import columns_of_a_pass, grouped
 
 
 def together(model: nn.Module, passes: Sequence[ModelPass]) -> list[list[int]]:
-    """Return the numbers of the passes that are to be joined: those of like width.
+    """Group passes of similar width, each group to be run as one pass; return the numbers of its passes.
 
-    A pass in which the position embeddings depend on the length of the longest row is alone.
+    A pass longer than `rotary_limit` stays alone, because longrope embeddings depend on the longest row of a pass.
 
     Args:
         model: the unwrapped model.
@@ -102,7 +102,7 @@ def joint_mask(model: nn.Module, parts: Sequence[ModelPass], n_columns: int, n_k
 def _joint_additive(
     parts: Sequence[ModelPass], masks: Sequence[Tensor | None], n_columns: int, n_keys: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Return the additive mask of all parts, [rows, 1, n_columns or 1, n_keys]; None if there is nothing to hide."""
+    """Return the additive mask of all parts, [rows, 1, n_columns or 1, n_keys]; None if nothing is masked."""
     if all(mask is None for mask in masks) and all(part.n_keys == n_keys for part in parts):
         return None
     per_query = any(mask is not None and mask.shape[2] > 1 for mask in masks)
@@ -160,7 +160,7 @@ class _JointCache(Cache):
             args: of transformers; unused.
             kwargs: of transformers; unused.
         Returns:
-            What the queries see, [rows, heads, n_keys, width] each.
+            Keys and values that the queries see, [rows, heads, n_keys, width] each.
         """
         first, seen = 0, []
         for part in self._parts:

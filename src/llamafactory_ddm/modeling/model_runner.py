@@ -35,7 +35,9 @@ class ModelPass:
         position_ids: [n_rows, n_columns] int64; None for 0, 1, 2 …
         head_index: [n] int64, positions in [n_rows * n_columns] whose hidden states are wanted.
         cache: of keys and values, or None.
-        columns: see `ColumnCache.writing`; so are `cache_rows`, its `rows`, and `end`.
+        columns: see `ColumnCache.writing`.
+        cache_rows: its `rows`.
+        end: its `end`.
     """
 
     ids: Tensor
@@ -59,13 +61,13 @@ class ModelPass:
 
     @property
     def n_keys(self) -> int:
-        """Return the number of columns that its queries see."""
+        """Return the number of keys that each query sees."""
         if self.cache is None:
             return self.n_columns
         return self.cache.length if self.end is None else self.end
 
     def writing(self) -> AbstractContextManager[None]:
-        """Within the block, the cache takes the keys and values of the pass."""
+        """Within the block, the cache stores the keys and values of the pass."""
         if self.cache is None:
             return nullcontext()
         return self.cache.writing(self.columns, rows=self.cache_rows, end=self.end)
@@ -85,7 +87,7 @@ class Runner(Protocol):
         """Yield the first `outputs` logits of [n, width] hidden states in chunks; see `ModelRunner.logits`."""
 
     def close(self) -> None:
-        """End the use of the model."""
+        """Stop using the model."""
 
 
 class ModelRunner:
@@ -101,7 +103,7 @@ class ModelRunner:
         self._head = RowSelectingHead(model)
 
     def run(self, one: ModelPass) -> PassOutput:
-        """Run the model once; it computes all logits itself where `logits` does not give the same.
+        """Run the model once; return the model's own logits too where `logits` would not reproduce them.
 
         Raises:
             RuntimeError: if the model does not call its output embedding.
@@ -110,10 +112,10 @@ class ModelRunner:
             return self.forward(one, one.cache)
 
     def forward(self, one: ModelPass, cache: Cache | None) -> PassOutput:
-        """Run the model once on a cache that is being written; see `run`."""
+        """Do what `run` does, with a cache that is already within `writing`."""
         if self._can_project is False:
             return self._forward(one, cache, limit=None)
-        # In the first call the model itself projects one hidden state, to test that `project` gives the same.
+        # In the first call the model itself projects one hidden state, to test whether `project` gives the same.
         hidden, first = self._forward(one, cache, limit=0 if self._can_project else 1)
         if self._can_project is None:
             with self.project(hidden[:1], None) as projected:

@@ -89,7 +89,8 @@ def _find(tokenizer: Any, mask_token: str | int | None, config_mask: tuple[str, 
         return ResolvedMaskToken(tokenizer.mask_token, int(tokenizer.mask_token_id), False)
     if isinstance(mask_token, bool):
         raise ValueError(f"mask_token: {str(mask_token).lower()} is neither a token nor an id; {_ADVICE}")
-    resolved = _by_id(tokenizer, mask_token) if _is_id(tokenizer, mask_token) else _by_text(tokenizer, str(mask_token))
+    is_id = _is_id(tokenizer.get_vocab(), mask_token)
+    resolved = _by_id(tokenizer, mask_token) if is_id else _by_text(tokenizer, str(mask_token))
     # A YAML that repeats the checkpoint's mask token must not overwrite its trained embedding.
     return replace(resolved, is_trained=(resolved.token, resolved.id) == config_mask)
 
@@ -101,9 +102,16 @@ def resolve_token(tokenizer: Any, key: str, value: str | int) -> tuple[str, int]
         ValueError: if it is not one token of the vocabulary.
     """
     vocabulary = tokenizer.get_vocab()
-    if not isinstance(value, bool):
-        if _is_id(tokenizer, value):
-            token = next((token for token, known in vocabulary.items() if known == int(value)), None)
+    return _resolved(tokenizer, vocabulary, {index: token for token, index in vocabulary.items()}, key, value)
+
+
+def _resolved(
+    tokenizer: Any, vocabulary: dict[str, int], names: dict[int, str], key: str, value: object
+) -> tuple[str, int]:
+    """Return what `resolve_token` does; `names` is the vocabulary by id."""
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        if _is_id(vocabulary, value):
+            token = names.get(int(value))
             if token is not None:
                 return token, int(value)
         elif value in vocabulary:
@@ -129,7 +137,9 @@ def resolve_tokens(tokenizer: Any, key: str, value: object) -> tuple[int, ...]:
         words = [words]
     if not isinstance(words, list | tuple):
         raise ValueError(f"{key}: {value!r} is no token; write tokens or ids as one text, separated by commas: '5,7'")
-    return tuple(resolve_token(tokenizer, key, word)[1] for word in words)
+    vocabulary = tokenizer.get_vocab()
+    names = {index: token for token, index in vocabulary.items()}
+    return tuple(dict.fromkeys(_resolved(tokenizer, vocabulary, names, key, word)[1] for word in words))
 
 
 def escape_hint(key: str, value: object) -> str:
@@ -139,10 +149,10 @@ def escape_hint(key: str, value: object) -> str:
     return f'; YAML reads an escape in double quotes only: write {key}: "{value}"'
 
 
-def _is_id(tokenizer: Any, mask_token: str | int) -> bool:
+def _is_id(vocabulary: dict[str, int], mask_token: str | int) -> bool:
     if isinstance(mask_token, int):
         return True
-    return mask_token.isdecimal() and mask_token not in tokenizer.get_vocab()
+    return mask_token.isdecimal() and mask_token not in vocabulary
 
 
 def _by_id(tokenizer: Any, mask_token: str | int) -> ResolvedMaskToken:

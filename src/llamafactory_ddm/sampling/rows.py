@@ -1,7 +1,7 @@
-"""Rows of several calls of the sampler as one batch, so that one `denoising_step` takes a step of each.
+"""Stack the rows of several sampler calls, so that one `denoising_step` takes a step of each.
 
-Rows do not depend on each other, so a row's step is the same in any batch. Rows of other calls may be longer; shorter
-ones are padded on the right with fixed tokens that are not text.
+Rows do not depend on each other, so a row's step is the same in any batch. Shorter rows are padded on the right with
+fixed tokens that are not text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .state import Plan, SamplerState
 # What a field of a row is padded with.
 _STATE_PADDING = {"z": 0, "is_masked": False, "committed": -1}
 _PLAN_PADDING = {"editable_index": 0, "block": -1, "block_steps": 0, "budget": 0, "reveal_probability": 0}
-_STEP = 2**40  # the number of the joint step, which no call comes to
+_STEP = 2**40  # the number of the joint step; no call has as many steps
 
 
 def stack_states(states: Sequence[SamplerState]) -> SamplerState:
@@ -32,7 +32,7 @@ def stack_states(states: Sequence[SamplerState]) -> SamplerState:
 
 
 def stack_plans(plans: Sequence[Plan]) -> Plan:
-    """Return the plans of several calls, which agree in all that is not a row's own, as one."""
+    """Return the plans of several calls as one; they agree in all fields that are not per row."""
     first = plans[0]
     stacked = {
         field.name: _stack([getattr(plan, field.name) for plan in plans], _PLAN_PADDING.get(field.name))

@@ -1,4 +1,4 @@
-"""Serving: many requests in one denoising batch, with their texts as they are decoded."""
+"""Serving: one denoising batch for many requests, which sends text while it is decoded."""
 
 from .request import Answer, Event, Failure, Progress, Request
 from .server import Limits, Server, ServerBusy, Ticket

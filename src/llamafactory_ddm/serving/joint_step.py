@@ -1,6 +1,7 @@
-"""One denoising step of many samples: rows whose steps have the same settings are one batch of the sampler.
+"""One denoising step of many samples.
 
-The forward passes of all batches are then joined, whatever their settings.
+Samples with the same settings are one batch of the sampler. The server then joins the forward passes of all these
+batches, whatever their settings.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from ..sampling.rows import split_states, stack_contexts, stack_plans, stack_sta
 from ..sampling.state import Plan, SamplerState
 from ..sampling.strategies import Strategy
 
-# Runs passes and returns for each its output, or the error that it ended with.
+# Runs passes, and returns the output of each or the error that it raised.
 RunPasses = Callable[[Sequence[ModelPass]], Sequence[PassOutput | Exception]]
 
 
 @dataclass(frozen=True, eq=False)
 class StepRequest:
-    """The arguments of a call of `denoising_step` for one sample."""
+    """The arguments with which one sample calls `denoising_step`."""
 
     denoiser: ModelDenoiser
     state: SamplerState
@@ -40,7 +41,7 @@ class StepRequest:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Return what the requests of one batch have in common."""
+        """Return the settings that the requests of one batch must share."""
         try:
             hash(self.strategy)
             strategy: Any = self.strategy
@@ -52,11 +53,11 @@ class StepRequest:
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What a step of one sample gave.
+    """The result of a step of one sample.
 
     Attributes:
         state: after the step.
-        n_passes: forward passes that it took.
+        n_passes: forward passes of the step.
     """
 
     state: SamplerState
@@ -64,26 +65,26 @@ class StepResult:
 
 
 class JointSteps:
-    """Takes the steps of requests with one `key`; keeps what does not change from step to step."""
+    """Takes the steps of requests with the same `key`; caches what does not change between steps."""
 
     def __init__(self, outputs: int | None, project: Callable[[Tensor, int | None], Iterator[Tensor]]) -> None:
-        """Prepare.
+        """Prepare; nothing is computed yet.
 
         Args:
-            outputs: number of ids that get a logit.
+            outputs: number of ids that get a logit, from 0; None for all.
             project: yields the logits of hidden states, see `ModelRunner.logits`.
         """
         self._outputs, self._project = outputs, project
         self._stacked: tuple[list[Plan], Plan, Context] | None = None
 
     def take(self, requests: Sequence[StepRequest], run: RunPasses) -> list[StepResult | Exception]:
-        """Return the result of each request, or the error that it ended with."""
+        """Return the result of each request, or the error that it raised."""
         try:
             return self._take(requests, run)
         except Exception as error:  # noqa: BLE001  the request's, whatever it is
             if len(requests) == 1:
                 return [error]
-            # Logits that are unusable are found before the forward pass, so the steps of others are taken now.
+            # One request's error must not end the others, so each step is taken alone.
             return [result for one in requests for result in self.take([one], run)]
 
     def _take(self, requests: Sequence[StepRequest], run: RunPasses) -> list[StepResult | Exception]:
@@ -115,10 +116,10 @@ def _same(one: Sequence[Any], two: Sequence[Any]) -> bool:
 
 
 class _Rows:
-    """The denoisers of several samples as the denoiser of their batch, a `CachingDenoiser` of one step.
+    """Joins the denoisers of several samples into one `CachingDenoiser`, for one step.
 
     Attributes:
-        errors: of the rows whose forward pass failed; their logits are zeros.
+        errors: of the rows whose forward pass failed, by row; their logits are zeros.
         n_passes: forward passes of each row.
     """
 
@@ -175,7 +176,7 @@ class _Rows:
     def _output(
         self, number: int, results: Sequence[PassOutput | Exception], order: Sequence[Tensor]
     ) -> PassOutput | None:
-        """Return what the passes of a row returned, or None if one failed."""
+        """Return the output of a row's passes in order, or None if one failed."""
         good = [result for result in results if not isinstance(result, Exception)]
         for result in results:
             if isinstance(result, Exception):
@@ -192,7 +193,7 @@ class _Rows:
 
 
 def _zeros(like: PassOutput, count: int) -> PassOutput:
-    """Return an output of `count` positions, shaped as another."""
+    """Return zeros for `count` positions, with the width, type and device of another output."""
     hidden, logits = like
     return hidden.new_zeros(count, hidden.shape[1]), None if logits is None else logits.new_zeros(
         count, logits.shape[1]

@@ -18,9 +18,9 @@ class Request:
     Attributes:
         canvas: prompt and positions to generate, from `TextGenerator`.
         settings: how to sample, the seed included.
-        n: number of samples, which take other random numbers each.
-        stop: strings before which a text ends.
-        shows_canvas: whether each `Progress` has the canvas.
+        n: number of samples; each takes its own random numbers.
+        stop: strings that end a text; they are not part of it.
+        shows_canvas: whether each `Progress` includes the canvas.
         timeout: seconds from submission after which the request fails; None for no limit.
     """
 
@@ -34,12 +34,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step of a sample gave; there is none for a step without news.
+    """What a step of a sample changed. A step that neither finishes text nor shows the canvas sends none.
 
     Attributes:
         sample: number of the sample, from 0.
         step: number of the step, from 0.
-        text: the text that is final since the last event. Joined over all events it is the answer.
+        text: the text that has become final since the last event. All of them joined are the answer.
         canvas: text of each position from the first generated one on, None for [MASK], if the request shows it.
     """
 
@@ -56,12 +56,12 @@ class Answer:
     Attributes:
         sample: number of the sample, from 0.
         text: what was generated, up to the first EOS or stop string.
-        whole: the same with the fixed tokens before and after it.
+        whole: the same, with the text of the fixed tokens around it.
         finish_reason: `stop` at EOS or a stop string, else `length`.
         prompt_tokens: fixed tokens of the canvas, the start token included.
         completion_tokens: tokens of `text`.
-        num_forward_passes: forward passes that the text needed.
-        num_steps: denoising steps that it took.
+        num_forward_passes: forward passes in which this sample took part.
+        num_steps: denoising steps of this sample.
     """
 
     sample: int

@@ -1,4 +1,4 @@
-"""One sample of a request: the ordinary generation, in a greenlet that waits where it needs the model."""
+"""One sample of a request: ordinary generation in a greenlet, which waits wherever it needs the model."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 
 class _Stopped(Exception):
-    """The text holds a stop string."""
+    """The text contains a stop string."""
 
 
 class Sample(Waiting):
-    """A text that is generated from one denoising step to the next.
+    """Generates one answer, a denoising step at a time.
 
-    It waits for a `StepRequest`, whose result is a `StepResult`, or for a `ModelPass`, whose result is its output.
+    It waits for a `StepRequest`, whose result is a `StepResult`, or for a `ModelPass`, whose result is a `PassOutput`.
 
     Attributes:
         ticket: of its request.
-        number: number of the sample in the request.
-        n_positions: positions that its canvas may come to.
-        n_passes: forward passes that it needed.
-        events: that happened since they were taken.
+        number: number of the sample in the request, from 0.
+        n_positions: length of the request's canvas, which bounds that of the sample.
+        n_passes: forward passes in which it took part.
+        events: those that the server has not sent yet.
     """
 
     def __init__(self, generator: TextGenerator, runner: ModelRunner, ticket: Ticket, number: int) -> None:
@@ -91,7 +91,7 @@ class Sample(Waiting):
         return result.state
 
     def _generate(self) -> Iterator[Event]:
-        """Generate the text; yields its last events."""
+        """Generate the text; yield its last events."""
         request, generator, stream = self.ticket.request, self._generator, self._stream
         whole: str | None = None
         try:
@@ -123,7 +123,7 @@ class Sample(Waiting):
         )
 
     def _watch(self, step: int, canvases: Sequence[Canvas], ids: list[list[int]]) -> None:
-        """Note what a step decoded; see `writer.Watch`."""
+        """Add the events of a step; see `writer.Watch`."""
         [canvas], [self._ids] = canvases, ids
         text = self._stream.advance(canvas, self._ids)
         shown = None
@@ -153,7 +153,7 @@ class _WaitingRunner:
         return self._runner.logits(hidden, outputs, rows_at_once)
 
     def close(self) -> None:
-        """Do nothing: the model goes on serving others."""
+        """Do nothing: other samples still use the model."""
 
 
 def _stream_of(generator: TextGenerator, ticket: Ticket) -> TextStream:

@@ -1,9 +1,9 @@
 """`Server`: a thread that owns the model and denoises the texts of many requests at once.
 
-Each sample of a request runs the ordinary code of generation in a greenlet, which waits where that code takes a
-denoising step. Once all wait, the steps are taken together, and each sample goes on with its own result. So samples
-join and leave the batch between two steps, whatever their settings, and a text is the same alone and in company (up to
-rounding: the sums of a matrix product depend on its shape).
+Each sample of a request runs ordinary generation in a greenlet, which waits at each denoising step. Once all samples
+wait, the server takes their steps together, and each sample continues with its own result. So samples join and leave
+the batch between two steps, whatever their settings. A text does not depend on the other samples, except for rounding:
+the sums of a matrix product depend on its shape.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Limits:
     """Bounds of a server.
 
     Attributes:
-        max_rows: samples that are denoised at once.
-        max_positions: sum of the lengths of their canvases.
-        max_queue: samples that wait.
+        max_rows: largest number of samples in the batch.
+        max_positions: largest sum of the lengths of their canvases.
+        max_queue: largest number of samples that wait.
     """
 
     max_rows: int = 32
@@ -63,14 +63,14 @@ class Stats:
 
     Attributes:
         answered: requests that got all their answers.
-        failed: requests that failed, without those cancelled.
+        failed: requests that failed, not counting cancelled ones.
         cancelled: requests that were cancelled.
         passes: joint forward passes.
-        rows: rows that went through the model in them.
-        columns: tokens that did, without the padding of the joint pass.
+        rows: sum of the rows of these passes.
+        columns: sum of their positions, without padding.
         tokens: tokens of answers.
-        seconds_model: seconds in forward passes and in output embeddings of joint passes.
-        seconds_busy: seconds in which there was a sample to denoise.
+        seconds_model: seconds in joint forward passes and in their output embeddings.
+        seconds_busy: seconds with a sample in the batch.
     """
 
     answered: int = 0
@@ -86,12 +86,13 @@ class Stats:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way.
+    """A submitted request.
 
     Attributes:
         request: the request.
         on_event: called with each event.
-        deadline: time of `time.monotonic` at which it fails; None for never.
+        deadline: `time.monotonic()` after which it fails; None for never.
+        is_over: whether all its answers, or its failure, have been sent.
     """
 
     request: Request
@@ -105,11 +106,11 @@ class Ticket:
         self._n_open = self.request.n
 
     def cancel(self) -> None:
-        """Give up the request; its samples leave the batch before the next step. May be called from any thread."""
+        """Cancel the request; its samples leave the batch before the next step. May be called from any thread."""
         self._is_cancelled = True
 
     def why_over(self) -> Exception | None:
-        """Return the error that ends the request from outside, or None."""
+        """Return the error of a request that was cancelled or took too long, or None."""
         if self._is_cancelled:
             return Cancelled("the request was cancelled")
         if self.deadline is not None and time.monotonic() > self.deadline:
@@ -117,7 +118,7 @@ class Ticket:
         return None
 
     def emit(self, event: Event) -> bool:
-        """Pass an event on, unless the request is over; return whether this event ends it."""
+        """Send an event unless the request is over; return whether this event ends it."""
         if self.is_over:
             return False
         if isinstance(event, Answer):
@@ -223,10 +224,10 @@ class Server:
         return sorted(answers, key=lambda answer: answer.sample)
 
     def close(self, *, drain: bool = True) -> None:
-        """End the thread and free the model.
+        """End the thread, and stop using the model.
 
         Args:
-            drain: whether the texts that run and wait are finished first; else their requests fail.
+            drain: whether running and waiting samples are finished first; else their requests are cancelled.
         """
         with self._changed:
             self._is_closing = True
@@ -251,22 +252,31 @@ class Server:
         self._runner.close()
 
     def _admit(self) -> bool:
-        """Wait for work and move samples from the queue to the batch; return False at the end."""
+        """Wait for work, and move samples from the queue to the batch; return False if the server is to end."""
         with self._changed:
             while not self._queue and not self._running:
                 if self._is_closing:
                     return False
                 self._changed.wait()
             n_positions = sum(sample.n_positions for sample in self._running)
+            gone = self._take_gone()
             while self._queue and len(self._running) < self.limits.max_rows:
                 n_positions += self._queue[0].n_positions
                 if self._running and n_positions > self.limits.max_positions:
                     break
                 self._running.append(self._queue.popleft())
+            self._running += gone  # which `_resume` ends without a step
         return True
 
+    def _take_gone(self) -> list[Sample]:
+        """Take the samples out of the queue whose request was cancelled, or is over for another reason."""
+        gone = [sample for sample in self._queue if sample.ticket.is_over or sample.ticket.why_over() is not None]
+        for sample in gone:
+            self._queue.remove(sample)
+        return gone
+
     def _resume(self, sample: Sample) -> None:
-        """Let a sample go on to its next step, or to its end."""
+        """Let a sample run to its next step, or to its end."""
         ticket, result = sample.ticket, self._results.pop(sample, None)
         error = Cancelled("another text of the request failed") if ticket.is_over else ticket.why_over()
         try:
@@ -293,7 +303,7 @@ class Server:
                 self.stats.failed += 1
 
     def _compute(self, samples: Sequence[Sample]) -> None:
-        """Compute what all samples wait for."""
+        """Compute what each sample waits for."""
         groups: dict[Any, list[Sample]] = {}
         for sample in samples:
             if isinstance(sample.request, StepRequest):
@@ -319,7 +329,7 @@ class Server:
             self._results.update(zip(task.samples, task.results, strict=True))
 
     def _run(self, passes: Sequence[ModelPass]) -> list[PassOutput | Exception]:
-        """Run passes, those of like width as one."""
+        """Run passes, those of similar width joined."""
         outputs: list[PassOutput | Exception | None] = [None] * len(passes)
         for numbers in together(self.generator.model, passes):
             results = self._run_joint([passes[number] for number in numbers])
@@ -328,7 +338,7 @@ class Server:
         return [output for output in outputs if output is not None]
 
     def _run_joint(self, passes: Sequence[ModelPass]) -> list[PassOutput | Exception]:
-        """Run passes as one; if that fails, each half apart, down to the pass that is at fault."""
+        """Run passes as one; if that fails, run each half separately, down to the pass that fails."""
         start = time.perf_counter()
         try:
             outputs = run_joint(self._runner, passes)
@@ -347,7 +357,7 @@ class Server:
         return list(outputs)
 
     def _project(self, hidden: Tensor, outputs: int | None) -> Iterator[Tensor]:
-        """Yield the logits of hidden states, and count the time."""
+        """Yield the logits of hidden states, and add their time to `stats`."""
         parts = self._runner.logits(hidden, outputs)
         while True:
             start = time.perf_counter()
@@ -359,7 +369,7 @@ class Server:
 
 
 class _StepTask(Waiting):
-    """The joint step of samples with the same settings; it waits for a list of forward passes."""
+    """The joint step of samples with the same settings; it waits for the outputs of a list of forward passes."""
 
     def __init__(self, steps: JointSteps, samples: Sequence[Sample]) -> None:
         super().__init__(self._take)

@@ -1,8 +1,8 @@
 """The final part of a text that is still being denoised.
 
-Final is what stands before the first masked position. Where a strategy may mask decoded tokens again, or edit them,
-only finished blocks and what precedes them are final. The text of final tokens is sent without an end that more tokens
-may change: an incomplete character, white space, and the beginning of a stop string.
+Tokens are final if no later step changes them: those before the first masked position, or, if the strategy edits or
+remasks decoded tokens, those of finished blocks. An end of the final text that further tokens may change is held back:
+an incomplete character, white space, and the beginning of a stop string.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ..data.text_codec import TextCodec
 
 @dataclass
 class TextStream:
-    """The text of one sample, as far as it is final.
+    """The final text of one sample.
 
     Attributes:
         codec: of the model's tokenizer.
         canvas: of the request.
         eos_ids: EOS and padding tokens, which end a text.
-        stop: strings before which the text ends.
-        block_of: returns the block of each position of a canvas, -1 where it is fixed, if decoded tokens may change
-            until their block is finished; None if they do not.
-        sent: the text that was returned by `advance`.
-        stopped: the whole text, if a stop string was found.
+        stop: strings that end the text; they are not part of it.
+        block_of: returns the block of each position of a canvas, -1 for a fixed one; None if decoded tokens never
+            change.
+        sent: the text that `advance` has returned so far.
+        stopped: the complete text once a stop string was found, else None.
     """
 
     codec: TextCodec
@@ -51,8 +51,8 @@ class TextStream:
         """Return the generated tokens that no further step changes.
 
         Args:
-            canvas: as the sampler sees it: positions of earlier calls are fixed.
-            ids: of all its positions, with the mask's id where they are masked.
+            canvas: that of the sampler's present call, in which positions of earlier calls are fixed.
+            ids: of all its positions; the mask token's where they are masked.
         """
         generated = ids[self.start : self._end]
         unmasked = list(itertools.takewhile(lambda token: token != self.codec.mask_id, generated))
@@ -79,11 +79,11 @@ class TextStream:
         return self._take(text[: self._n_certain(text)])
 
     def finish(self, text: str) -> str:
-        """Return what is left of the final text."""
+        """Return the rest of the text, which is complete now."""
         return self._take(text)
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Return the text of generated tokens up to EOS, which an infilled gap does not have."""
+        """Return the text of generated tokens, up to EOS unless they fill a gap."""
         if self._end is None:
             ids = list(itertools.takewhile(lambda token: token not in self.eos_ids, ids))
         return self.codec.decode(list(ids), follows=self._follows)
@@ -93,11 +93,11 @@ class TextStream:
         return self.codec.pieces(list(ids))[self.start :]
 
     def ends(self, ids: Sequence[int]) -> bool:
-        """Tell whether an EOS is among the generated tokens of a text that may end."""
+        """Tell whether EOS is among the generated tokens; never true of a gap."""
         return self._end is None and any(token in self.eos_ids for token in ids[self.start :])
 
     def whole(self, text: str) -> str:
-        """Return the text of the only gap with the fixed tokens before and after it."""
+        """Return the text of the only gap together with the text of the fixed tokens around it."""
         ids = self.canvas.ids
         before = self.codec.decode(list(ids[self.canvas.n_start : self.start]), follows=False)
         after = [] if self._end is None else list(ids[self._end :])
@@ -109,7 +109,7 @@ class TextStream:
         return min(found, default=None)
 
     def n_tokens(self, ids: Sequence[int], text: str) -> int:
-        """Return the number of tokens from the first on that a beginning of their text, `text`, takes."""
+        """Return how many of the first tokens it takes to spell `text`, with which their text begins."""
         low, high = 0, len(ids)
         while low < high:
             middle = (low + high) // 2
@@ -120,9 +120,9 @@ class TextStream:
         return low
 
     def _n_certain(self, text: str) -> int:
-        """Return how many characters more tokens cannot change, and no stop string begins in."""
+        """Return how many characters neither change with more tokens nor begin a stop string."""
         base = text.rstrip("\ufffd")
-        begins = (n for word in self.stop for n in range(1, len(word)) if base.endswith(word[:n]))
+        begins = (n for word in self.stop for n in range(1, min(len(word), len(base) + 1)) if base.endswith(word[:n]))
         return len(base[: len(base) - max(begins, default=0)].rstrip().rstrip("\ufffd"))
 
     def _take(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Code that waits, in a greenlet, for a result that the server computes for many at once."""
+"""Functions that wait, each in a greenlet, for results that the server computes for many of them at once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from greenlet import greenlet
 
 
 class Waiting:
-    """A function that runs in a greenlet until it calls `wait`, and goes on when it is resumed.
+    """A function that runs in a greenlet until it calls `wait`, and continues with `resume`.
 
     Attributes:
-        request: what it waits for; None if it was not started, or has ended.
+        request: the argument of `wait`; None before the start and after the end.
         is_over: whether it has ended.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
-        """Take a function that is not started before `resume`, which may be in another thread."""
+        """Take a function, which the first `resume` starts, possibly in another thread."""
         self.request: Any = None
         self.is_over = False
         self._function = function
@@ -25,9 +25,9 @@ class Waiting:
         self._result: Any = None
 
     def resume(self, result: Any = None) -> None:
-        """Go on, in `wait`, with a result, which is raised if it is an exception.
+        """Start the function, or return `result` from its `wait`, which raises it if it is an exception.
 
-        Before the start an exception ends the function without a call.
+        An exception given before the start is raised here, and the function never runs.
 
         Raises:
             Exception: what the function raises.
@@ -44,7 +44,7 @@ class Waiting:
             self.is_over = self._greenlet.dead
 
     def wait(self, request: Any) -> Any:
-        """Wait for the result of a request; called within the function.
+        """Wait for the result of a request, and return it; called within the function.
 
         Raises:
             Exception: the result, if it is one.

@@ -216,7 +216,7 @@ def test_gaps_are_filled(client):
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"extra_body": {"difusion_steps": 3}}, "difusion_steps"),
         ({"extra_body": {"diffusion_steps": 0}}, "diffusion_steps"),
-        ({"extra_body": {"block_length": 4, "diffusion_steps": 1}}, None),
+        ({"extra_body": {"block_length": 4, "diffusion_steps": 1}}, "diffusion_steps"),
         ({"extra_body": {"stream_canvas": True}}, "stream_canvas"),
         ({"extra_body": {"stream_options": {"include_usage": True}}}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options"),
@@ -410,6 +410,9 @@ def test_a_key_protects_every_route(tmp_path, monkeypatch):
         with pytest.raises(openai.AuthenticationError) as caught:
             ask(openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0))
         assert caught.value.code == "invalid_api_key"
+        for scheme, status in (("bearer", 200), ("Basic", 401)):
+            headers = {"Authorization": f"{scheme} secret"}
+            assert httpx.get(f"{address}/v1/models", headers=headers).status_code == status
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
         assert [card.id for card in client.models.list()] == ["tiny"]
         assert ask(client, max_tokens=2).choices

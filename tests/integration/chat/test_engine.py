@@ -193,8 +193,10 @@ def test_texts_are_continued_and_gaps_filled(model):
         ("a <|infill:3|>", None, {"max_tokens": 3}),
         ("a <|infill|> <|infill:2|>", None, {}),
         ("a <|infill:0|>", None, {}),
+        (f"a <|infill:{10**18}|>", None, {}),
+        (f"a <|infill:{10**30}|>", None, {}),
     ):
-        with pytest.raises(ValueError, match="infill"):
+        with pytest.raises(ValueError, match=r"infill|^prompt: .*serving_positions"):
             engine.prepare_text(prompt, suffix, **keys)
 
 

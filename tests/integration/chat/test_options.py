@@ -80,6 +80,8 @@ def test_stops_and_timeouts():
         ({"stop": ""}, "^stop"),
         ({"stop": list("abcde")}, "^stop"),
         ({"stop": [1]}, "^stop"),
+        ({"stop": 5}, "^stop"),
+        ({"stop": {"a": 1}}, "^stop"),
         ({"skip_special_tokens": False}, "^skip_special_tokens"),
         ({"num_beams": 2}, "^num_beams"),
         ({"max_length": 9}, "^max_length"),

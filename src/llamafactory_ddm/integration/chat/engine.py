@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import weakref
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ from .prompts import PromptEncoder
 logger = get_logger(__name__)
 
 
+def _end(server: Server) -> None:
+    with contextlib.suppress(RuntimeError):  # dropped in the server's thread, which cannot wait for itself
+        server.close(drain=False)
+
+
 class Running:
     """A request that was submitted in an event loop."""
 
@@ -34,8 +40,8 @@ class Running:
         self._ticket = server.submit(request, self._put)
 
     def _put(self, event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        # Where the loop is closed and nobody waits, this raises, and the server cancels the request.
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     def close(self) -> None:
         """Cancel the request unless it is over."""
@@ -82,6 +88,8 @@ class DiffusionEngine(BaseEngine):
             max_queue=finetuning_args.serving_queue,
         )
         self.server = Server(self.generator, limits)
+        # Where the engine is dropped, and at the end of the process, which must not find the thread in the model.
+        weakref.finalize(self, _end, self.server)
         if "MAX_CONCURRENT" in os.environ:
             logger.warning_rank0(
                 "MAX_CONCURRENT has no effect on a diffusion model, whose requests share one batch; set serving_rows."
@@ -95,10 +103,6 @@ class DiffusionEngine(BaseEngine):
     def close(self, *, drain: bool = False) -> None:
         """End the server; with `drain`, after its requests."""
         self.server.close(drain=drain)
-
-    def __del__(self) -> None:
-        if "server" in vars(self):
-            self.server.close(drain=False)
 
     # ---- requests ----
 
@@ -160,6 +164,7 @@ class DiffusionEngine(BaseEngine):
             parts = [part for part in split_at_markers(prompt) if part is not None]
             if "<|infill|>" in prompt:
                 raise ValueError("prompt: <|infill|> has no length; write <|infill:8|> for a gap of 8 tokens")
+            self._check_size("prompt", sum(part for part in parts if isinstance(part, int)))
             canvas = generator.from_parts(parts)
         elif suffix:
             ids, after = encode(prompt), generator.codec.encode_after(suffix)
@@ -196,7 +201,22 @@ class DiffusionEngine(BaseEngine):
                 f"{field}: a prompt of {n_prompt} tokens leaves no room for an answer within {canvas} tokens "
                 f"({self.served.canvas_is}); shorten it"
             )
-        return min(n for n in (room, wanted) if n is not None)
+        n_tokens = min(n for n in (room, wanted) if n is not None)
+        self._check_size("max_tokens", n_tokens)
+        return n_tokens
+
+    def _check_size(self, field: str, n_tokens: int) -> None:
+        """Check the number of tokens to generate before a canvas of that size is made.
+
+        Raises:
+            ValueError: if the server takes no canvas so large.
+        """
+        limit = self.server.limits.max_positions
+        if n_tokens > limit:
+            raise ValueError(
+                f"{field}: {n_tokens} tokens to generate exceed the {limit} positions that this server takes "
+                "(serving_positions); generate fewer"
+            )
 
     def _checked(self, canvas: Canvas, options: Options) -> Request:
         chosen = self.served.chosen | options.chosen
@@ -208,7 +228,10 @@ class DiffusionEngine(BaseEngine):
             shows_canvas=options.shows_canvas,
             timeout=options.timeout,
         )
-        self.server.check(request)
+        try:
+            self.server.check(request)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("text 0: ")) from error  # there is but one
         return request
 
     # ---- answers ----

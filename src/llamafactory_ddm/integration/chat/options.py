@@ -101,7 +101,8 @@ def read_options(
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else list(value or ())
-    if len(texts) > MAX_STOPS or not all(isinstance(text, str) and text for text in texts):
+    texts: Any = () if value is None else [value] if isinstance(value, str) else value
+    is_list = isinstance(texts, list | tuple) and len(texts) <= MAX_STOPS
+    if not is_list or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"stop must be a text or up to {MAX_STOPS} texts, none of them empty, got {value!r}")
     return tuple(dict.fromkeys(texts))
