@@ -22,10 +22,12 @@ from typing import Any
 
 PROMPT = "Tom had a blue kite and Max had a white drum. They met at the forest."
 FLAGS = ("--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
-# True once more than half of the tokens are there.
-HALF_WAY = """() => {
+# True once most tokens are there, or the answer, which a model may end early.
+MOSTLY = """() => {
     const counts = (document.querySelector('.ddm-step')?.innerText || '').match(/(\\d+) of (\\d+)/);
-    return counts && counts[1] / counts[2] > 0.5;
+    if (counts) return counts[1] / counts[2] > 0.6;
+    const answer = document.querySelector('.bot.message');
+    return answer && answer.innerText.trim() != 'Loading content';
 }"""
 
 
@@ -54,7 +56,7 @@ def main() -> None:
 
 
 def take_picture(address: str, output: Path, server: subprocess.Popen[Any]) -> None:
-    """Send a message, and save the page when half of the answer is there."""
+    """Send a message, and save the page when most of the answer is there."""
     from playwright.sync_api import sync_playwright
 
     wait_for(address, server)
@@ -72,7 +74,7 @@ def take_picture(address: str, output: Path, server: subprocess.Popen[Any]) -> N
         page.get_by_placeholder("Input...").fill(PROMPT)
         page.get_by_role("button", name="Submit").click()
         page.evaluate("window.scrollTo(0, 0)")
-        page.wait_for_function(HALF_WAY, polling=20)
+        page.wait_for_function(MOSTLY, polling=20)
         page.screenshot(path=output)
         browser.close()
 

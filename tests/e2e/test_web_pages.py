@@ -3,13 +3,20 @@
 The pages without a browser are tested in tests/integration/webui.
 """
 
+import itertools
 import json
 import re
+import threading
+from types import SimpleNamespace
 
 import pytest
 
+from llamafactory_ddm.serving.request import Progress
 from support.browser import PATIENCE, browser_or_skip, web_pages
 from support.chat import PAIR, run_keys, save_data, save_decoder
+from support.limits import LIMIT
+from support.warm import free_port
+from support.web_chat import Engine, chat_model
 
 pytestmark = pytest.mark.slow
 PROMPT, ANSWER = "Tom saw a cat.", "It was red. <img src=x onerror=hacked=1>"
@@ -278,3 +285,41 @@ def test_keys_of_the_training_tab_are_trained_with(board, work):
     board.get_by_text("Finished.").locator("visible=true").first.wait_for()
     config = json.loads((work / "saves/Custom/full/trained/diffusion_config.json").read_text())
     assert (config["attention"], config["train_block_length"]) == ("block", 8)
+
+
+def test_a_page_that_is_closed_frees_its_place(browser, tmp_path, monkeypatch):
+    """The server here never ends; it is told to cancel once the page is gone."""
+    from llamafactory.webui import interface
+
+    monkeypatch.chdir(tmp_path)
+    engine, is_cancelled = Engine(), threading.Event()
+
+    def submit(request, on_event):
+        def work():
+            for step in itertools.count():
+                if is_cancelled.wait(0.02):
+                    return
+                on_event(Progress(0, step, "", (str(step), None)))
+
+        threading.Thread(target=work, daemon=True).start()
+        return SimpleNamespace(cancel=is_cancelled.set)
+
+    engine.server.submit = submit
+    model = chat_model(engine)
+    monkeypatch.setattr("llamafactory.webui.engine.WebChatModel", lambda *args, **kwargs: model)
+    blocks = interface.create_web_demo().queue()
+    _, address, _ = blocks.launch(
+        server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True
+    )
+    try:
+        page = browser.new_page()
+        page.goto(address, wait_until="commit")
+        page.get_by_placeholder("Input...").fill("Hi")
+        page.get_by_role("button", name="Submit").click()
+        page.locator(".ddm-canvas").wait_for()
+        assert not is_cancelled.is_set()
+        page.close()
+        assert is_cancelled.wait(LIMIT)
+    finally:
+        is_cancelled.set()
+        blocks.close()
