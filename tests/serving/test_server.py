@@ -2,6 +2,8 @@
 
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
 from queue import SimpleQueue
@@ -427,6 +429,25 @@ def test_a_receiver_that_raises_cancels_its_request(gpt2):
     assert server.answers(Request(gpt2.from_prompt("cat", 3), SamplingSettings()))
     server.close()
     assert ticket.is_over and server.stats.cancelled == 1 and server.stats.passes < 40
+
+
+@pytest.mark.slow
+def test_a_process_ends_while_texts_are_denoised(folders):
+    code = f"""
+import time
+from llamafactory_ddm import SamplingSettings, load
+from llamafactory_ddm.serving import Request, Server
+model = load({str(folders["gpt2", None])!r})
+settings = SamplingSettings(denoising_strategy="random", diffusion_steps=100_000, early_stop="none")
+server = Server(model)
+for _ in range(6):
+    server.submit(Request(model.from_prompt("dog", 60), settings), print)
+while server.n_running < 6:
+    time.sleep(0.01)
+time.sleep(0.3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ rounding: the sums of a matrix product depend on its shape).
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import threading
@@ -150,6 +151,8 @@ class Server:
         self._outputs = generator.sizer.n_ids
         self._thread = threading.Thread(target=self._work, name="denoising", daemon=True)
         self._thread.start()
+        # A thread that is in the model while the interpreter ends would abort the process.
+        atexit.register(self.close, drain=False)
 
     @property
     def n_running(self) -> int:
@@ -236,6 +239,7 @@ class Server:
             self._changed.notify()
         if threading.current_thread() is not self._thread:  # which may collect garbage that holds the server
             self._thread.join()
+        atexit.unregister(self.close)
 
     # ---- in the thread ----
 
