@@ -416,6 +416,29 @@ def test_a_text_that_fails_leaves_the_others_alone(gpt2, monkeypatch, keys):
     assert (server.stats.failed, server.stats.answered) == (2, 6)
 
 
+def test_a_bug_in_a_step_fails_the_batch_and_the_server_lives(gpt2, monkeypatch):
+    server, together = Server(gpt2), joint_pass.together
+    request = Request(gpt2.from_prompt("dog", 5), SamplingSettings())
+
+    def faulty(model, passes):
+        monkeypatch.setattr("llamafactory_ddm.serving.server.together", together)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("llamafactory_ddm.serving.server.together", faulty)
+    with server._changed:
+        receivers = [submitted(server, request) for _ in range(3)]
+    assert all(isinstance(receiver.wait().error, KeyError) for receiver in receivers)
+    assert server.answers(request) and server.stats.failed == 3
+    server.close()
+
+
+def test_tokens_to_suppress_may_be_a_list(gpt2):
+    server, canvas = Server(gpt2), gpt2.from_prompt("dog", 5)
+    one, two = (SamplingSettings(logits=LogitsConfig(suppress=ids)) for ids in ([5, 6], (5, 6)))
+    assert server.answers(Request(canvas, one)) == server.answers(Request(canvas, two))
+    server.close()
+
+
 def test_a_receiver_that_raises_cancels_its_request(gpt2):
     server = Server(slow(gpt2))
 

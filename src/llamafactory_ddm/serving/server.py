@@ -248,11 +248,22 @@ class Server:
         torch.set_grad_enabled(False)
         while self._admit():
             start = time.perf_counter()
-            for sample in list(self._running):
-                self._resume(sample)
-            self._compute(self._running)
+            try:
+                for sample in list(self._running):
+                    self._resume(sample)
+                self._compute(self._running)
+            except Exception as error:  # a bug, say of somebody's own strategy; without the thread all would hang
+                logger.exception("a denoising step failed, and the requests in the batch with it")
+                self._abandon(error)
             self.stats.seconds_busy += time.perf_counter() - start
         self._runner.close()
+
+    def _abandon(self, error: Exception) -> None:
+        """End the requests of all samples in the batch with an error."""
+        samples, self._running = self._running, []
+        self._results, self._steps = {}, {}
+        for sample in samples:
+            self._emit(sample.ticket, Failure(error))
 
     def _admit(self) -> bool:
         """Wait for work and move samples from the queue to the batch; return False at the end."""
