@@ -2,6 +2,8 @@
 
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
 from queue import SimpleQueue
@@ -414,6 +416,29 @@ def test_a_text_that_fails_leaves_the_others_alone(gpt2, monkeypatch, keys):
     assert (server.stats.failed, server.stats.answered) == (2, 6)
 
 
+def test_a_bug_in_a_step_fails_the_batch_and_the_server_lives(gpt2, monkeypatch):
+    server, together = Server(gpt2), joint_pass.together
+    request = Request(gpt2.from_prompt("dog", 5), SamplingSettings())
+
+    def faulty(model, passes):
+        monkeypatch.setattr("llamafactory_ddm.serving.server.together", together)
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("llamafactory_ddm.serving.server.together", faulty)
+    with server._changed:
+        receivers = [submitted(server, request) for _ in range(3)]
+    assert all(isinstance(receiver.wait().error, KeyError) for receiver in receivers)
+    assert server.answers(request) and server.stats.failed == 3
+    server.close()
+
+
+def test_tokens_to_suppress_may_be_a_list(gpt2):
+    server, canvas = Server(gpt2), gpt2.from_prompt("dog", 5)
+    one, two = (SamplingSettings(logits=LogitsConfig(suppress=ids)) for ids in ([5, 6], (5, 6)))
+    assert server.answers(Request(canvas, one)) == server.answers(Request(canvas, two))
+    server.close()
+
+
 def test_a_receiver_that_raises_cancels_its_request(gpt2):
     server = Server(slow(gpt2))
 
@@ -427,6 +452,25 @@ def test_a_receiver_that_raises_cancels_its_request(gpt2):
     assert server.answers(Request(gpt2.from_prompt("cat", 3), SamplingSettings()))
     server.close()
     assert ticket.is_over and server.stats.cancelled == 1 and server.stats.passes < 40
+
+
+@pytest.mark.slow
+def test_a_process_ends_while_texts_are_denoised(folders):
+    code = f"""
+import time
+from llamafactory_ddm import SamplingSettings, load
+from llamafactory_ddm.serving import Request, Server
+model = load({str(folders["gpt2", None])!r})
+settings = SamplingSettings(denoising_strategy="random", diffusion_steps=100_000, early_stop="none")
+server = Server(model)
+for _ in range(6):
+    server.submit(Request(model.from_prompt("dog", 60), settings), print)
+while server.n_running < 6:
+    time.sleep(0.01)
+time.sleep(0.3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -144,3 +144,18 @@ def test_a_long_stop_string_costs_no_more_than_the_text():
     ids = codec.encode("plain words a")
     stream, canvas = stream_of(codec, ids, stop=(Word("a" * 10_000),))
     assert stream.advance(canvas, ids) == "plain words" and 0 < Word.tried <= len("plain words a")
+
+
+def test_bytes_around_a_token_without_text():
+    """A special token between bytes leaves no text, so they are decoded together."""
+    tokenizer = metaspace_tokenizer()
+    codec = TextCodec(tokenizer, tokenizer.convert_tokens_to_ids("<|mask|>"), [tokenizer.eos_token_id])
+    ids = tokenizer.convert_tokens_to_ids(["<0x0A>", "<0x0F>", "<unk>", "<0xD9>", "s"])
+    stream, canvas = stream_of(codec, ids)
+    now = [codec.mask_id] * len(ids)
+    pieces = []
+    for position, token in enumerate(ids):
+        now[position] = token
+        pieces.append(stream.advance(canvas, now))
+    text = codec.decode(ids, follows=False)
+    assert "".join(pieces) + stream.finish(text) == text

@@ -59,6 +59,10 @@ class TextCodec:
         both: str = self.tokenizer.decode([*self._anchor, *plain])
         return both[len(self.tokenizer.decode(self._anchor)) :]
 
+    def is_silent(self, token: int) -> bool:
+        """Tell whether a token decodes to no text."""
+        return token in self._special
+
     def is_byte(self, token: int) -> bool:
         """Tell whether a token stands for a byte that the vocabulary has no character for, as <0x0A> in Llama 2."""
         return _BYTE.fullmatch(str(self.tokenizer.convert_ids_to_tokens(token))) is not None

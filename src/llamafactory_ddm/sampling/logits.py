@@ -79,6 +79,7 @@ class LogitsConfig:
         check_fields(self)
         if self.top_k == 0:
             object.__setattr__(self, "top_k", None)
+        object.__setattr__(self, "suppress", tuple(self.suppress))  # a list has no hash
         if not all(isinstance(token, Integral) and token >= 0 for token in self.suppress):
             raise ValueError(f"suppress_tokens must hold token ids of at least 0, got {self.suppress}")
 

@@ -8,6 +8,7 @@ the sums of a matrix product depend on its shape.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import threading
@@ -151,6 +152,8 @@ class Server:
         self._outputs = generator.sizer.n_ids
         self._thread = threading.Thread(target=self._work, name="denoising", daemon=True)
         self._thread.start()
+        # A thread that is in the model while the interpreter ends would abort the process.
+        atexit.register(self.close, drain=False)
 
     @property
     def n_running(self) -> int:
@@ -237,6 +240,7 @@ class Server:
             self._changed.notify()
         if threading.current_thread() is not self._thread:  # which may collect garbage that holds the server
             self._thread.join()
+        atexit.unregister(self.close)
 
     # ---- in the thread ----
 
@@ -245,11 +249,22 @@ class Server:
         torch.set_grad_enabled(False)
         while self._admit():
             start = time.perf_counter()
-            for sample in list(self._running):
-                self._resume(sample)
-            self._compute(self._running)
+            try:
+                for sample in list(self._running):
+                    self._resume(sample)
+                self._compute(self._running)
+            except Exception as error:  # a bug, say of somebody's own strategy; without the thread all would hang
+                logger.exception("a denoising step failed, and the requests in the batch with it")
+                self._abandon(error)
             self.stats.seconds_busy += time.perf_counter() - start
         self._runner.close()
+
+    def _abandon(self, error: Exception) -> None:
+        """End the requests of all samples in the batch with an error."""
+        samples, self._running = self._running, []
+        self._results, self._steps = {}, {}
+        for sample in samples:
+            self._emit(sample.ticket, Failure(error))
 
     def _admit(self) -> bool:
         """Wait for work, and move samples from the queue to the batch; return False if the server is to end."""

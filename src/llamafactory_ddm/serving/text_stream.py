@@ -69,7 +69,8 @@ class TextStream:
         if not self._streams or self.stopped is not None:
             return ""
         final = self.final_ids(canvas, ids)
-        while final and self.codec.is_byte(final[-1]):  # an invalid byte after them would make all of them invalid
+        # An invalid byte after them would make all bytes invalid, even after a token without text.
+        while final and (self.codec.is_byte(final[-1]) or self.codec.is_silent(final[-1])):
             final.pop()
         text = self.text_of(final)
         end = self.find_stop(text)

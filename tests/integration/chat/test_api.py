@@ -8,6 +8,7 @@ import time
 import httpx
 import openai
 import pytest
+from llamafactory.data.tool_utils import FunctionCall
 
 from support.serving import CHATML, chat_model, running_api, save_chat_model
 from support.tiny import save_model
@@ -146,8 +147,6 @@ def test_roles_and_parts_of_messages(served, client):
 
 def test_calls_of_tools(served, client, monkeypatch):
     """The template tells calls from text; here every answer is one."""
-    from llamafactory.data.tool_utils import FunctionCall
-
     plain = ask(client, seed=1, tools=[TOOL], tool_choice="none")
     assert plain.usage.prompt_tokens < ask(client, seed=1, tools=[TOOL]).usage.prompt_tokens
     options = {"stream": True, "tools": [TOOL], "seed": 1}
@@ -169,6 +168,22 @@ def test_calls_of_tools(served, client, monkeypatch):
         {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "4"},
     ]
     assert ask(client, answered, seed=1).usage.prompt_tokens > ask(client, seed=1).usage.prompt_tokens
+
+
+@pytest.mark.parametrize("found", [TypeError("'int' object is not subscriptable"), [FunctionCall(5, "{}")], []])
+def test_what_is_no_call_of_a_tool_stays_text(served, client, monkeypatch, found):
+    """LLaMA-Factory's extractors fail on some answers: that of llama3 on one that is a number."""
+
+    def extract(text):
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(served[0].engine.template, "extract_tool", extract, raising=False)
+    choice = ask(client, seed=1, tools=[TOOL]).choices[0]
+    assert choice.message.content and choice.message.tool_calls is None
+    texts, reasons, *_ = gather(ask(client, seed=1, tools=[TOOL], stream=True))
+    assert texts == {0: choice.message.content} and reasons == {0: choice.finish_reason}
 
 
 # ---- texts ----

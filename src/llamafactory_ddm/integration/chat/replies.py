@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...serving.request import Answer, Progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,9 +54,9 @@ class Reply:
 
     def _message(self, answer: Answer) -> tuple[dict[str, Any], str]:
         """Return the message of a chat, and why it ended."""
-        found = self.extract(answer.text) if self.extract is not None else answer.text
-        if not isinstance(found, list):
-            return {"content": found}, answer.finish_reason
+        found = self._calls(answer.text)
+        if not found:
+            return {"content": answer.text}, answer.finish_reason
         calls = [
             {
                 "id": f"call_{uuid.uuid4().hex}",
@@ -63,6 +66,18 @@ class Reply:
             for call in found
         ]
         return {"content": None, "tool_calls": calls}, "tool_calls"
+
+    def _calls(self, text: str) -> Sequence[Any]:
+        """Return the calls of tools in a text; none where the model wrote something that is not quite one."""
+        if self.extract is None:
+            return []
+        try:
+            found = self.extract(text)
+        except Exception as error:  # noqa: BLE001  some of LLaMA-Factory's fail, say for an answer that is "5"
+            logger.debug("no call of a tool in %r: %s", text, error)
+            return []
+        is_calls = isinstance(found, list) and all(isinstance(call.name, str) for call in found)
+        return found if is_calls else []
 
     def _costs(self, answers: Sequence[Answer]) -> dict[str, Any]:
         passes = sum(answer.num_forward_passes for answer in answers)
