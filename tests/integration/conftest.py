@@ -96,7 +96,8 @@ def upstream():
     patches.undo()
     if parser.__name__ in applied:
         patches.after_parser(parser)
-        applied.remove(parser.__name__)
+        # What was loaded meanwhile would have been patched then.
+        applied |= {patch.module for patch in patches.PATCHES}
     for name in applied & set(sys.modules):
         patches.apply(name)
 
