@@ -78,8 +78,8 @@ class Guard:
     def _check_key(self, scope: Scope) -> None:
         if not self._key or scope["method"] == "OPTIONS" or scope["path"] in _OPEN_PATHS:
             return
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._key.encode()):
             raise ApiError(
                 401, "the API key is missing or wrong; send it as Authorization: Bearer", code="invalid_api_key"
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
-from ...data.protected_text import ProtectedText, special_texts
+from ...data.protected_text import ProtectedText, special_texts, without_marks
 from ..data.templates import without_truncation
 
 _A_TOOL = '[{"name": "a", "description": "a", "parameters": {"type": "object", "properties": {}}}]'
@@ -55,6 +55,15 @@ class PromptEncoder:
     def encode(self, text: str, **_: Any) -> list[int]:
         """Return the ids of a text that the template has formatted."""
         return self._text.encode(text)
+
+    def plain(self, text: str) -> str:
+        """Return a text that is not formatted, without the characters that stand around control tokens here.
+
+        Raises:
+            ValueError: if it spells a control token, and the tokenizer cannot read that as text.
+        """
+        self._text.check(text)
+        return without_marks(text)
 
     def prompt(self, messages: Sequence[dict[str, str]], system: str | None, tools: str | None) -> list[int]:
         """Return the ids of a chat up to where the next answer starts.
