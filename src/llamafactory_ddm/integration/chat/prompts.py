@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from threading import Lock
 from typing import Any
 
 from ...data.protected_text import ProtectedText, special_texts, without_marks
@@ -47,7 +46,6 @@ class PromptEncoder:
         self.controls = control_texts_of(template, tokenizer)
         self._special = special_texts(tokenizer)
         self._text = ProtectedText(tokenizer, self.controls)
-        self._lock = Lock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
@@ -79,10 +77,8 @@ class PromptEncoder:
         turns = [{"role": turn["role"], "content": self._protected(turn)} for turn in messages]
         system, tools = (None if text is None else self._text.protect(text) for text in (system, tools))
         try:
-            with self._lock:  # a template is one object with a state, as a tokenizer is
-                ids, _ = self.template.encode_oneturn(
-                    self, [*turns, {"role": "assistant", "content": ""}], system, tools
-                )
+            # Templates have no state, so a long chat holds up no other.
+            ids, _ = self.template.encode_oneturn(self, [*turns, {"role": "assistant", "content": ""}], system, tools)
         except (RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
             detail = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
