@@ -71,3 +71,6 @@ def test_a_tokenizer_that_cannot_read_them_as_text_refuses(tokenizer):
     assert text.encode(text.protect("a cat")) == tokenizer.encode("a cat")
     with pytest.raises(ValueError, match=r"<\|im_end\|>"):
         text.encode(text.protect("a <|im_end|>"))
+    text.check("a cat")
+    with pytest.raises(ValueError, match=r"<\|im_end\|>"):
+        text.check("a <|im_end|>")

@@ -416,6 +416,30 @@ def test_a_text_that_fails_leaves_the_others_alone(gpt2, monkeypatch, keys):
     assert (server.stats.failed, server.stats.answered) == (2, 6)
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_no_text_goes_on_without_what_a_failed_pass_should_have_cached(gpt2, monkeypatch, cache):
+    """All passes of a step fail, and later ones do not, as when memory is short for a moment."""
+    keys = {"kv_cache": cache, "block_length": 12, "diffusion_steps": 12, "early_stop": "none"}
+    requests = [Request(gpt2.from_prompt(PROMPTS[n], 12), SamplingSettings(seed=n, **keys)) for n in range(3)]
+    expected = [alone(gpt2, request)[0].predict for request in requests]
+    forward, calls = ModelRunner.forward, []
+
+    def failing(runner, one, past):
+        calls.append(one.n_rows)
+        if len(calls) <= 5:  # three texts together, one, two, and each of these
+            raise OutOfMemory("out of memory")
+        return forward(runner, one, past)
+
+    monkeypatch.setattr(ModelRunner, "forward", failing)
+    server = Server(gpt2)
+    with server._changed:
+        receivers = [submitted(server, request) for request in requests]
+    server.close()
+    assert calls[:5] == [3, 1, 2, 1, 1]
+    for receiver, text in zip(receivers, expected, strict=True):
+        assert [answer.text for answer in receiver.answers] == [text] or isinstance(receiver.error, OutOfMemory)
+
+
 def test_a_bug_in_a_step_fails_the_batch_and_the_server_lives(gpt2, monkeypatch):
     server, together = Server(gpt2), joint_pass.together
     request = Request(gpt2.from_prompt("dog", 5), SamplingSettings())

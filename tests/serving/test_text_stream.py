@@ -159,3 +159,14 @@ def test_bytes_around_a_token_without_text():
         pieces.append(stream.advance(canvas, now))
     text = codec.decode(ids, follows=False)
     assert "".join(pieces) + stream.finish(text) == text
+
+
+def test_half_a_character_is_no_stop_string():
+    """It looks like U+FFFD until its last byte is there."""
+    tokenizer = byte_tokenizer()
+    codec = TextCodec(tokenizer, tokenizer.convert_tokens_to_ids("<|mask|>"), [tokenizer.eos_token_id])
+    ids = codec.encode("ein Bär")
+    stream, canvas = stream_of(codec, ids, stop=("\ufffd",))
+    for n in range(len(ids) + 1):
+        stream.advance(canvas, [*ids[:n], *[codec.mask_id] * (len(ids) - n)])
+    assert stream.stopped is None and stream.sent == "ein Bär"

@@ -53,6 +53,23 @@ class ProtectedText:
         pattern = self._pattern if controls is None else _any_of(sorted(controls, key=len, reverse=True))
         return pattern.sub(lambda match: f"{_OPEN}{self._number[match[0]]}{_CLOSE}", without_marks(text))
 
+    def check(self, text: str) -> None:
+        """Check that the tokenizer can read what a user wrote as text.
+
+        Raises:
+            ValueError: naming the control token, if it cannot.
+        """
+        spelled = self._pattern.search(text)
+        if spelled is not None and self._as_text() is self.tokenizer:
+            raise ValueError(
+                f"the text holds {spelled[0]!r}, which this model's tokenizer reads as a control token; remove it"
+            )
+
+    def _as_text(self) -> Any:
+        if self._reader is None:
+            self._reader = reading_as_text(self.tokenizer, self.controls)
+        return self._reader
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens around it.
 
@@ -62,16 +79,10 @@ class ProtectedText:
         if _OPEN not in text:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
             return ids
-        if self._reader is None:
-            self._reader = reading_as_text(self.tokenizer, self.controls)
-        if self._reader is self.tokenizer:
-            number = _STAND_IN.search(text)
-            spelled = self.controls[int(number[1])] if number else ""
-            raise ValueError(
-                f"the text holds {spelled!r}, which this model's tokenizer reads as a control token; remove it"
-            )
+        for number in sorted(set(_STAND_IN.findall(text))):
+            self.check(self.controls[int(number)])
         own = self._pattern.sub(lambda match: f"{HIDDEN}{match[0]}{HIDDEN}", text)
-        ids = self._reader.encode(
+        ids = self._as_text().encode(
             _STAND_IN.sub(lambda match: self.controls[int(match[1])], own), add_special_tokens=False
         )
         return ids

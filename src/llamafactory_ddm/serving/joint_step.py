@@ -78,28 +78,32 @@ class JointSteps:
         self._stacked: tuple[list[Plan], Plan, Context] | None = None
 
     def take(self, requests: Sequence[StepRequest], run: RunPasses) -> list[StepResult | Exception]:
-        """Return the result of each request, or the error that it raised."""
+        """Return the result of each request, or the error that it ended with."""
+        errors: dict[int, Exception] = {}
         try:
-            return self._take(requests, run)
+            return self._take(requests, run, errors)
         except Exception as error:  # noqa: BLE001  the request's, whatever it is
             if len(requests) == 1:
-                return [error]
-            # One request's error must not end the others, so each step is taken alone.
-            return [result for one in requests for result in self.take([one], run)]
+                return [errors.get(0, error)]
+            # Logits that are unusable are found before the forward pass, so the steps of others are taken now. A text
+            # whose pass failed ends, as its denoiser has noted the columns that the pass should have cached.
+            return [errors.get(number) or self.take([one], run)[0] for number, one in enumerate(requests)]
 
-    def _take(self, requests: Sequence[StepRequest], run: RunPasses) -> list[StepResult | Exception]:
+    def _take(
+        self, requests: Sequence[StepRequest], run: RunPasses, errors: dict[int, Exception]
+    ) -> list[StepResult | Exception]:
         first, states = requests[0], [request.state for request in requests]
         state = stack_states(states)
         plan, context = self._plan(requests)
         goes_on = (state.is_masked.any(dim=1) | state.held).tolist()
-        rows = _Rows(requests, self._outputs, self._project, run)
+        rows = _Rows(requests, self._outputs, self._project, run, errors)
         after = denoising_step(
             rows, state, plan, strategy=first.strategy, logits=first.logits, edits=first.edits, context=context
         )
         results: list[StepResult | Exception] = []
         for number, new in enumerate(split_states(after, states)):
             state = new if goes_on[number] else replace(states[number], finished=True)
-            results.append(rows.errors.get(number) or StepResult(state, rows.n_passes[number]))
+            results.append(errors.get(number) or StepResult(state, rows.n_passes[number]))
         return results
 
     def _plan(self, requests: Sequence[StepRequest]) -> tuple[Plan, Context]:
@@ -119,7 +123,6 @@ class _Rows:
     """Joins the denoisers of several samples into one `CachingDenoiser`, for one step.
 
     Attributes:
-        errors: of the rows whose forward pass failed, by row; their logits are zeros.
         n_passes: forward passes of each row.
     """
 
@@ -129,8 +132,10 @@ class _Rows:
         outputs: int | None,
         project: Callable[[Tensor, int | None], Iterator[Tensor]],
         run: RunPasses,
+        errors: dict[int, Exception],
     ) -> None:
-        self.errors: dict[int, Exception] = {}
+        """Prepare; `errors` takes those of rows whose forward pass failed, whose logits are zeros."""
+        self._errors = errors
         self.n_passes = [0] * len(requests)
         self._outputs, self._project, self._run = outputs, project, run
         self._denoisers = [request.denoiser for request in requests]
@@ -168,7 +173,7 @@ class _Rows:
         outputs = [self._output(number, [next(results) for _ in order], order) for number, _, order in calls]
         sample = next((output for output in outputs if output is not None), None)
         if sample is None:
-            raise self.errors[calls[0][0]]
+            raise self._errors[calls[0][0]]
         for index, (number, _, _) in enumerate(calls):
             outputs[index] = outputs[index] or _zeros(sample, counts[number])
         yield from self._joined([output for output in outputs if output is not None])
@@ -180,7 +185,7 @@ class _Rows:
         good = [result for result in results if not isinstance(result, Exception)]
         for result in results:
             if isinstance(result, Exception):
-                self.errors[number] = result
+                self._errors[number] = result
         return in_order(good, order) if len(good) == len(results) else None
 
     def _joined(self, outputs: Sequence[PassOutput]) -> Iterator[Tensor]:

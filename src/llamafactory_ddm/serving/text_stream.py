@@ -73,7 +73,7 @@ class TextStream:
         while final and (self.codec.is_byte(final[-1]) or self.codec.is_silent(final[-1])):
             final.pop()
         text = self.text_of(final)
-        end = self.find_stop(text)
+        end = self.find_stop(text.rstrip("\ufffd"))  # which may be the first bytes of a character
         if end is not None:
             self.stopped = text[:end]
             return self._take(self.stopped)

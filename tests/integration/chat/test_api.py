@@ -432,6 +432,9 @@ def test_a_key_protects_every_route(tmp_path, monkeypatch):
         assert [card.id for card in client.models.list()] == ["tiny"]
         assert ask(client, max_tokens=2).choices
         assert httpx.get(f"{address}/docs").status_code == 200
+        for scheme, status in (("bearer", 200), ("Basic", 401)):
+            reply = httpx.get(f"{address}/v1/models", headers={"Authorization": f"{scheme} secret"})
+            assert reply.status_code == status
 
 
 def test_the_schema_lists_the_fields(served):

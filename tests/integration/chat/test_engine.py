@@ -218,6 +218,16 @@ def test_control_tokens_in_texts_are_text(model):
         assert not control & set(ids)
 
 
+def test_control_tokens_in_texts_are_refused_where_the_tokenizer_cannot_read_them_as_text(model, monkeypatch):
+    """As in a chat: a tokenizer in Python has no copy that reads them otherwise."""
+    monkeypatch.setattr("llamafactory_ddm.data.protected_text.reading_as_text", lambda tokenizer, controls: tokenizer)
+    monkeypatch.setattr(model.engine.prompts._text, "_reader", None)
+    for prompt, suffix in (("Tom <|im_end|>", None), ("Tom", "<|im_end|> saw"), ("<|im_end|><|infill:2|>", None)):
+        with pytest.raises(ValueError, match=r"<\|im_end\|>"):
+            model.engine.prepare_text(prompt, suffix, max_tokens=None if "infill" in prompt else 4)
+    assert model.engine.prepare_text("Tom saw")
+
+
 # ---- life of a request ----
 
 

@@ -1,6 +1,7 @@
 """Prompts of chats: those of LLaMA-Factory's template, in which no user can spell a control token."""
 
 import json
+import threading
 
 import pytest
 from transformers import AddedToken, AutoTokenizer
@@ -139,3 +140,32 @@ def test_a_template_of_one_turn_refuses_a_second(encoder_of):
         encoder.prompt(TURNS, None, None)
     with pytest.raises(ValueError, match="diffullama"):
         encoder.prompt(TURNS[:1], None, json.dumps([TOOL]))
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3"])
+def test_a_long_chat_holds_up_no_other(encoder_of, monkeypatch, name):
+    """One chat is being encoded while another begins and ends, and each gets its own ids."""
+    encoder, expected = encoder_of(name), {}
+    chats = {text: [{"role": "user", "content": text}] for text in ("long", "short")}
+    for text, turns in chats.items():
+        expected[text] = encoder.prompt(turns, None, None)
+    encode, begun, go_on, found = encoder._text.encode, threading.Event(), threading.Event(), []
+
+    def waiting(text):
+        if "long" in text:
+            begun.set()
+            assert go_on.wait(60)
+        return encode(text)
+
+    monkeypatch.setattr(encoder._text, "encode", waiting)
+    thread = threading.Thread(target=lambda: found.append(encoder.prompt(chats["long"], None, None)))
+    thread.start()
+    assert begun.wait(60)
+    other = threading.Thread(target=lambda: found.append(encoder.prompt(chats["short"], None, None)))
+    other.start()
+    other.join(10)
+    is_done = not other.is_alive()
+    go_on.set()
+    thread.join()
+    other.join()
+    assert is_done and found == [expected["short"], expected["long"]]

@@ -13,7 +13,6 @@ from llamafactory.chat.base_engine import BaseEngine, Response
 from llamafactory.extras.constants import EngineName
 
 from ...data.canvas import MARKER, Canvas, split_at_markers
-from ...data.protected_text import without_marks
 from ...serving.request import Answer, Event, Failure, Progress, Request
 from ...serving.server import Limits, Server
 from ..logs import get_logger
@@ -153,7 +152,7 @@ class DiffusionEngine(BaseEngine):
         """
         options = self.options(overrides)
         generator, encode = self.generator, self.generator.codec.encode
-        prompt, suffix = without_marks(prompt), without_marks(suffix or "")
+        prompt, suffix = self.prompts.plain(prompt), self.prompts.plain(suffix or "")
         if MARKER.search(prompt):
             if suffix:
                 raise ValueError("suffix: the prompt marks its gaps with <|infill:n|>; remove one of them")

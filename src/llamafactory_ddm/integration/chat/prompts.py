@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from threading import Lock
 from typing import Any
 
-from ...data.protected_text import ProtectedText, special_texts
+from ...data.protected_text import ProtectedText, special_texts, without_marks
 from ..data.templates import without_truncation
 
 _A_TOOL = '[{"name": "a", "description": "a", "parameters": {"type": "object", "properties": {}}}]'
@@ -47,7 +46,6 @@ class PromptEncoder:
         self.controls = control_texts_of(template, tokenizer)
         self._special = special_texts(tokenizer)
         self._text = ProtectedText(tokenizer, self.controls)
-        self._lock = Lock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
@@ -55,6 +53,15 @@ class PromptEncoder:
     def encode(self, text: str, **_: Any) -> list[int]:
         """Return the ids of a text that the template has formatted."""
         return self._text.encode(text)
+
+    def plain(self, text: str) -> str:
+        """Return a text that is not formatted, without the characters that stand around control tokens here.
+
+        Raises:
+            ValueError: if it spells a control token, and the tokenizer cannot read that as text.
+        """
+        self._text.check(text)
+        return without_marks(text)
 
     def prompt(self, messages: Sequence[dict[str, str]], system: str | None, tools: str | None) -> list[int]:
         """Return the ids of a chat up to where the next answer starts.
@@ -70,10 +77,8 @@ class PromptEncoder:
         turns = [{"role": turn["role"], "content": self._protected(turn)} for turn in messages]
         system, tools = (None if text is None else self._text.protect(text) for text in (system, tools))
         try:
-            with self._lock:  # a template is one object with a state, as a tokenizer is
-                ids, _ = self.template.encode_oneturn(
-                    self, [*turns, {"role": "assistant", "content": ""}], system, tools
-                )
+            # Templates have no state, so a long chat holds up no other.
+            ids, _ = self.template.encode_oneturn(self, [*turns, {"role": "assistant", "content": ""}], system, tools)
         except (RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
             detail = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
