@@ -69,12 +69,14 @@ class Terminal:
 
 @pytest.mark.slow
 def test_a_chat_in_a_terminal(finetuned):
-    keys = ("--cutoff_len", 250, "--diffusion_steps", 200, "--max_new_tokens", 200, "--eos_penalty", 1000)
+    keys = ("--cutoff_len", 250, "--max_new_tokens", 200, "--eos_penalty", 1000)
+    # Seconds of steps, most of which decode nothing, so that the answer is not over before it is cancelled.
+    keys += ("--denoising_strategy", "random", "--diffusion_steps", 6000, "--block_length", 200)
     terminal = Terminal("llamafactory-cli", "chat", "--model_name_or_path", finetuned, *keys)
     try:
         terminal.wait_for("User: ")
         terminal.send(f"{QUESTION}\n")
-        terminal.wait_for(r"step +2/")
+        terminal.wait_for(r"step +\d+/6000")
         terminal.resize(30, 10)
         assert "\x1b[1;32m" in terminal.wait_for(r"lines \d+-\d+ of")
         terminal.send("\x03")

@@ -9,7 +9,10 @@ import httpx
 import openai
 import pytest
 from llamafactory.data.tool_utils import FunctionCall
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
 
+from llamafactory_ddm.integration.chat.http import Guard
 from support.serving import CHATML, chat_model, running_api, save_chat_model
 from support.tiny import save_model
 
@@ -432,9 +435,35 @@ def test_a_key_protects_every_route(tmp_path, monkeypatch):
         assert [card.id for card in client.models.list()] == ["tiny"]
         assert ask(client, max_tokens=2).choices
         assert httpx.get(f"{address}/docs").status_code == 200
-        for scheme, status in (("bearer", 200), ("Basic", 401)):
-            reply = httpx.get(f"{address}/v1/models", headers={"Authorization": f"{scheme} secret"})
-            assert reply.status_code == status
+        headers = {"Authorization": "Bearer secret", "Origin": "https://example.com"}
+        assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        (None, None, 200),
+        (None, "http://localhost:3000", 200),
+        (None, "http://127.0.0.1:8000", 200),
+        (None, "http://[::1]:8000", 200),
+        (None, "https://example.com", 403),
+        (None, "http://model.example.com:8000", 403),  # a name that was made to lead here
+        ("127.0.0.1", "http://model.example.com:8000", 403),
+        ("0.0.0.0", "http://model.example.com:8000", 200),  # the server's own page of its routes
+        ("0.0.0.0", "http://model.example.com:80", 403),
+        ("0.0.0.0", "https://example.com", 403),
+    ],
+)
+def test_without_a_key_pages_of_other_sites_are_refused(host, origin, status):
+    async def app(scope, receive, send):
+        await PlainTextResponse("ok")(scope, receive, send)
+
+    headers = {"Host": "model.example.com:8000"} | ({} if origin is None else {"Origin": origin})
+    with TestClient(Guard(app, api_key=None, host=host)) as client:
+        reply = client.post("/v1/completions", headers=headers)
+    assert reply.status_code == status
+    if status == 403:
+        assert "API_KEY" in reply.json()["error"]["message"]
 
 
 def test_the_schema_lists_the_fields(served):

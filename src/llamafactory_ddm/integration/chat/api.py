@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
+import math
 import os
 import signal
 import time
@@ -23,7 +23,7 @@ from ...serving.request import Answer, Progress, Request
 from ...serving.server import ServerBusy
 from ..logs import get_logger
 from .engine import DiffusionEngine, Running
-from .http import ApiError, EventStream, Guard, disconnection, parse_json
+from .http import ApiError, EventStream, Guard, disconnection, is_loopback, parse_json
 from .messages import read_chat
 from .metrics import Metrics
 from .protocol import Body, read_body, refused, schema
@@ -32,6 +32,7 @@ from .replies import Reply
 logger = get_logger(__name__)
 _CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
 _CLIENT_LEFT = 499
+_DRAIN_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def extend(app: Any, engine: DiffusionEngine) -> Any:
     app.add_api_route(_TEXT, api.text, methods=["POST"], openapi_extra=schema("text"), response_model=None)
     app.add_api_route("/metrics", api.show_metrics, methods=["GET"], response_model=None)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(Guard, api_key=os.getenv("API_KEY"))
+    app.add_middleware(Guard, api_key=os.getenv("API_KEY"), host=os.getenv("API_HOST"))
     return app
 
 
@@ -216,10 +217,15 @@ def run(upstream: Any) -> None:
     # uvicorn raises the signal again once it is done, which would end the process with the signal's status.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        upstream.uvicorn.run(app, host=host, port=port)
+        upstream.uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=_drain_seconds(chat_model.engine))
     finally:
         signal.signal(signal.SIGTERM, previous)
         chat_model.engine.close(drain=True)
+
+
+def _drain_seconds(engine: DiffusionEngine) -> int:
+    """Return how long running requests are waited for at the end; a client that does not read would hold one open."""
+    return _DRAIN_SECONDS if engine.timeout is None else max(1, math.ceil(engine.timeout))
 
 
 def bound_host() -> str:
@@ -233,13 +239,6 @@ def bound_host() -> str:
             "API_KEY, or API_HOST=0.0.0.0 to serve everyone."
         )
         return "127.0.0.1"
-    if not has_key and not _is_loopback(host):
+    if not has_key and not is_loopback(host):
         logger.warning_rank0(f"API_HOST is {host} and API_KEY is not set: everyone who reaches it can use this model.")
     return host
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

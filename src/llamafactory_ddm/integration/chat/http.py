@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse, Response
 
@@ -48,17 +50,22 @@ class ApiError(Exception):
 
 
 class Guard:
-    """ASGI middleware that checks the API key, and reads a body of bounded size before the app sees the request."""
+    """ASGI middleware that checks the API key, and reads a body of bounded size before the app sees the request.
 
-    def __init__(self, app: Any, *, api_key: str | None) -> None:
+    Without a key, pages of other sites are refused: a browser would let any of them use the model.
+    """
+
+    def __init__(self, app: Any, *, api_key: str | None, host: str | None = None) -> None:
         """Wrap an app.
 
         Args:
             app: an ASGI app.
             api_key: the key that a request must bring; None for no key.
+            host: API_HOST, the address that the user chose to listen on; None for this computer's own.
         """
         self.app = app
         self._key = api_key
+        self._is_open = host is not None and not is_loopback(host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it."""
@@ -67,6 +74,7 @@ class Guard:
             return
         try:
             self._check_key(scope)
+            self._check_origin(scope)
             body = await _body(scope, receive)
         except ApiError as error:
             await error.response(scope, receive, send)
@@ -83,6 +91,27 @@ class Guard:
             raise ApiError(
                 401, "the API key is missing or wrong; send it as Authorization: Bearer", code="invalid_api_key"
             )
+
+    def _check_origin(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        origin = urlsplit(headers.get(b"origin", b"").decode("latin-1"))
+        if self._key or not origin.netloc or is_loopback(origin.hostname or ""):
+            return
+        if not self._is_open or origin.netloc != headers.get(b"host", b"").decode("latin-1"):
+            raise ApiError(
+                403,
+                f"pages of {origin.scheme}://{origin.netloc} may not use this server; set API_KEY to allow those that "
+                "send the key",
+                code="origin_not_allowed",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is this computer's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _body(scope: Scope, receive: Receive) -> bytes | None:
