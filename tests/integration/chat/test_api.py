@@ -459,8 +459,7 @@ def test_without_a_key_pages_of_other_sites_are_refused(host, origin, status):
         await PlainTextResponse("ok")(scope, receive, send)
 
     headers = {"Host": "model.example.com:8000"} | ({} if origin is None else {"Origin": origin})
-    with TestClient(Guard(app, api_key=None, host=host)) as client:
-        reply = client.post("/v1/completions", headers=headers)
+    reply = TestClient(Guard(app, api_key=None, host=host)).post("/v1/completions", headers=headers)
     assert reply.status_code == status
     if status == 403:
         assert "API_KEY" in reply.json()["error"]["message"]
