@@ -83,7 +83,7 @@ def test_the_decoding_time_benchmark_runs(tmp_path):
 @pytest.mark.slow
 def test_the_decoding_benchmark_runs(checkpoint):
     words = ["--rounds", "1", "--layers", "1", "--width", "64", "--vocabulary", "300", "--threads", "1"]
-    words += ["--prompt", "12", "--written", "8", "--block", "4", "--batch", "2"]
+    words += ["--prompt", "12", "--written", "8", "--block", "4"]
     path = "benchmarks/decoding.py"
     done = run(*words, program=path, check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]
