@@ -202,9 +202,9 @@ def draw_from_top(values: Tensor, weights: Weights, u: Tensor, top_p: float, wid
     top = rank[:, :width].sort(dim=1).values
     last = _last_rank(top, candidates, weights, top_p)
     is_open = _upper_words(last) >= _upper_words(top)[:, -1:]
-    inside = rank[:, width:] <= last.masked_fill(is_open, -1)
-    first = inside.max(dim=1, keepdim=True).indices
-    return torch.where(inside, drawn, -1).gather(1, first)[:, 0]
+    is_outside = rank[:, width:] > last.masked_fill(is_open, -1)
+    first = is_outside.min(dim=1, keepdim=True).indices
+    return drawn.masked_fill(is_outside, -1).gather(1, first)[:, 0]
 
 
 def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Tensor:

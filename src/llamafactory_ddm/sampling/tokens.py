@@ -33,7 +33,7 @@ class TokenDraws(NamedTuple):
 
     Attributes:
         ids: [n] int64, the tokens drawn.
-        bad: [n] bool, True where a row of logits holds NaN or has no finite maximum; other fields are undefined there.
+        highest: [n] float32, the highest logit that is allowed; where it is NaN or infinite, other fields are undefined.
         log_prob: [n] float32, log-probability of each id, in nats.
         margin: [n] float32, probability of the most probable token minus that of the second.
         entropy: [n] float32, in nats.
@@ -42,12 +42,17 @@ class TokenDraws(NamedTuple):
     """
 
     ids: Tensor
-    bad: Tensor
+    highest: Tensor
     log_prob: Tensor | None = None
     margin: Tensor | None = None
     entropy: Tensor | None = None
     argmax: Tensor | None = None
     top_log_prob: Tensor | None = None
+
+    @property
+    def bad(self) -> Tensor:
+        """Return [n] bool, rows of logits that hold NaN or allow no token."""
+        return ~self.highest.isfinite()
 
 
 def draw_tokens(
@@ -148,7 +153,7 @@ def _draw(
         first = probs.gather(1, best)
         margin = (first - probs.scatter_(1, best, 0.0).amax(dim=1, keepdim=True))[:, 0]
     argmax = top if "argmax" in measures else None
-    return TokenDraws(ids, ~highest.isfinite(), log_prob, margin, entropy, argmax, top_log_prob)
+    return TokenDraws(ids, highest, log_prob, margin, entropy, argmax, top_log_prob)
 
 
 def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor, may_defer: bool) -> Tensor:
