@@ -1,4 +1,4 @@
-"""What an accelerator would have to do: operations, memory traffic, waits of the host, and float64, counted without one."""
+"""What a device would have to do, counted without one: operations, memory traffic, waits of the host, float64."""
 
 from __future__ import annotations
 

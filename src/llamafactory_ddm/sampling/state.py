@@ -135,6 +135,7 @@ class SamplerState:
         step: the next step, from 0.
         nfe: forward passes so far.
         finished: whether a step found nothing left to do.
+        on_host: [batch, length] int64, `z` on the CPU, where whoever took the step has copied it; None elsewhere.
     """
 
     z: Tensor
@@ -153,6 +154,7 @@ class SamplerState:
     step: int = 0
     nfe: int = 0
     finished: bool = False
+    on_host: Tensor | None = None
 
 
 def start(

@@ -33,7 +33,7 @@ class TokenDraws(NamedTuple):
 
     Attributes:
         ids: [n] int64, the tokens drawn.
-        highest: [n] float32, the highest logit that is allowed; where it is NaN or infinite, other fields are undefined.
+        highest: [n] float32, the highest allowed logit; other fields are undefined where it is NaN or infinite.
         log_prob: [n] float32, log-probability of each id, in nats.
         margin: [n] float32, probability of the most probable token minus that of the second.
         entropy: [n] float32, in nats.
