@@ -312,10 +312,11 @@ class Told:
         self.steps, self.now = [], []
 
     def questions(self, z, asked, scope, branch=0):
-            return torch.stack([asked.sum(dim=1), scope.sum(dim=1)], dim=1)
+        return torch.stack([asked.sum(dim=1), scope.sum(dim=1)], dim=1)
 
-        def step(self, scope, branch=0, answers=None):
-            assert [n for _, n in answers] == scope.sum(dim=1).tolist()
+    def step(self, scope, branch=0, answers=None):
+        assert [n for _, n in answers] == scope.sum(dim=1).tolist()
+
         def logits(z, position):
             self.now.append((branch, scope, z))
             return torch.zeros(len(position), V)
