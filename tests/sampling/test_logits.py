@@ -132,7 +132,7 @@ def test_an_impossible_token_is_never_drawn_even_if_the_running_sum_is_not_monot
     falling[0, :4] = torch.tensor([0.4, 0.6, 0.5, 1.0])
     plain = torch.Tensor.cumsum
     monkeypatch.setattr(
-        torch.Tensor, "cumsum", lambda self, dim: falling if self.shape[1] == 256 else plain(self, dim)
+        torch.Tensor, "cumsum", lambda self, dim, **rest: falling if self.shape[1] == 256 else plain(self, dim, **rest)
     )
     logits = torch.tensor([[0.0, -torch.inf, 0.5, 0.0]])
     assert draw_tokens(logits, LogitsConfig(), torch.tensor([0.45])).ids.item() in (0, 2, 3)

@@ -22,6 +22,7 @@ from ..sampling.logits import LogitsConfig, penalise_repetition
 from ..sampling.settings import SamplingSettings
 from ..sampling.state import TRIES
 from ..sampling.tokens import draw_tokens
+from ..utils.devices import check_float64
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def load_autoregressive(path: str, *, device: str | None = None, dtype: Any = No
     """
     check_kind(path, "ar")
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    check_float64(place, "generation")
     dtype = dtype if dtype is not None else torch.float32 if place.type == "cpu" else "auto"
     is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
     base = base_of(path) if is_adapter else path

@@ -19,6 +19,7 @@ from ..checkpoints.weights import verify_checkpoint
 from ..modeling.bidirectional import make_bidirectional
 from ..modeling.diffusion_config import FILE_NAME
 from ..modeling.length_heads import LengthPredictors
+from ..utils.devices import check_float64
 from ..utils.plugins import load_plugins
 from .generator import TextGenerator
 
@@ -70,6 +71,7 @@ def load(
             f"llamafactory-ddm convert {path} OUT"
         )
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    check_float64(device, "generation")
     dtype = dtype if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
     tokenizer = without_code(AutoTokenizer.from_pretrained(folder))
     if (folder / ADAPTER_CONFIG).is_file():

@@ -312,7 +312,7 @@ class AnswerScorer:
                 here = (at >= offset) & (at < offset + len(logits))
                 index, target = (at[here] - offset).to(device), targets[here].to(device)
                 values = logits.float()
-                nll[here] = (values.logsumexp(dim=1)[index] - values[index, target]).double().cpu()
+                nll[here] = (values.logsumexp(dim=1)[index] - values[index, target]).cpu().double()
                 offset += len(logits)
         _check_finite(nll)
         return nll

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..diffusion.blocks import block_of, positions_of
 from .bidirectional import NotBidirectionalError, additive_by_layer
-from .denoiser import ModelDenoiser
+from .denoiser import Answers, ModelDenoiser, positions_in
 from .kv_cache import ColumnCache
 from .model_info import dtype_of, implementation, is_flash, window_of
 from .model_runner import ModelPass
@@ -63,95 +63,92 @@ class BlockDenoiser(ModelDenoiser):
         self._block_length = block_length
         self._is_cached = cached
         self._block = self._position = self._ids = torch.empty(0, 0, dtype=torch.int64)
-        self._computed = torch.empty(0, dtype=torch.int64)
         self._cache: ColumnCache | None = None
 
-    def step(self, scope: Tensor, branch: int = 0) -> BlockDenoiser:
-        """Return itself: which columns a pass computes follows from the ids; see `sampling.CachingDenoiser`."""
-        return self
+    def questions(self, z: Tensor, asked: Tensor, scope: Tensor, branch: int = 0) -> Tensor:
+        """Return [batch, 3] int64: how many positions are asked for, the first fresh column, the one after the last.
 
-    def take_computed(self) -> Tensor:
-        """Return [batch] int64, the columns of each row that went through the model since the last call."""
-        computed, self._computed = self._computed, torch.zeros_like(self._computed)
-        return computed
+        Which columns a pass computes follows from the ids, not from `scope`.
 
-    def passes(
-        self, z: Tensor, flat_index: Tensor, scope: Tensor | None = None, branch: int = 0
-    ) -> tuple[list[ModelPass], list[Tensor]]:
-        """Return the forward passes of a call, see `ModelDenoiser`."""
-        batch, length = z.shape
+        Raises:
+            ValueError: for a second branch, which would share the cache.
+        """
+        if branch:
+            raise ValueError("guidance_scale is not supported with attention: block; remove guidance_scale")
+        self._prepare(z)
+        return torch.stack([asked.sum(dim=1), *self._fresh_range(z, self._asked_heads(asked))], dim=1)
+
+    def _prepare(self, z: Tensor) -> None:
+        """Lay out the blocks of a canvas with another shape than before."""
         if z.shape != self._ids.shape:
             position = positions_of(z, is_padding=self._is_padding)
             block = block_of(position, self._block_length, is_padding=self._is_padding)
             self._block, self._position = block.expand(z.shape), position.expand(z.shape)
             self._ids = torch.full_like(z, -1)  # those that each column was computed from; -1 before
             self._computed = torch.zeros_like(z[:, 0])
-            self._cache = ColumnCache(batch, length) if self._is_cached else None
-        return super().passes(z, flat_index)
+            self._cache = ColumnCache(*z.shape) if self._is_cached else None
 
     def _passes_of(
-        self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int
+        self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int, answers: Answers
     ) -> tuple[list[ModelPass], list[Tensor]]:
         """Return the passes over the fresh columns, each over rows with about as many; see `ModelDenoiser`."""
         length = z.shape[1]
-        row, column = torch.div(head_index, length, rounding_mode="floor"), head_index % length
-        low, high = self._fresh_range(z, row, column)
+        low, high = torch.tensor(answers, dtype=torch.int64, device=z.device)[:, 1:].unbind(dim=1)
         passes, order = [], []
-        for one in self._parts(low, high):
-            number = torch.full_like(low, -1)
-            number[one.rows] = torch.arange(len(one.rows), device=z.device)
-            here = (number[row] >= 0).nonzero()[:, 0]
-            number, first = number[row[here]], one.columns[:, 0]
-            index = number * one.columns.shape[1] + column[here] - first[number]
+        for numbers, one in self._parts(answers, low, high):
+            here = torch.arange(len(head_index), device=z.device)
+            if len(numbers) < len(z):
+                here = positions_in(one.rows, head_index, length, sum(answers[number][0] for number in numbers))
+            row = torch.div(head_index[here], length, rounding_mode="floor")
+            number, first = torch.searchsorted(one.rows, row), one.columns[:, 0]
+            index = number * one.columns.shape[1] + head_index[here] - row * length - first[number]
             passes.append(self._pass(z, one, index))
             order.append(here)
         self._note(z, low, high)
         return passes, order
 
-    def _rows(self) -> Tensor:
+    def _canvas_rows(self) -> Tensor:
         """Return [n_rows] int64, the rows of the canvas that this call computes."""
-        rows = torch.arange(len(self._ids), device=self._ids.device)
-        return rows if self._requested is None else rows[self._requested]
+        return torch.arange(len(self._ids), device=self._ids.device) if self._rows is None else self._rows
 
-    def _fresh_range(self, z: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first fresh column of each row and the one after the last, [n_rows] int64 each.
+    def _fresh_range(self, z: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first fresh column of each row and the one after the last, [batch] int64 each.
 
         Args:
-            z: [n_rows, length] int64.
-            row: [n] int64, row of each hidden state to compute.
-            column: [n] int64, its column.
+            z: [batch, length] int64.
+            asked: [batch, length] bool, the hidden states to compute; of a row with none, the range is undefined.
         """
-        block, length = self._block[self._rows()], z.shape[1]
-        none = torch.full_like(z[:, 0], length)
-        first = none.scatter_reduce(0, row, column, "amin")
-        last = (none - length).scatter_reduce(0, row, column, "amax")
+        block, length = self._block, z.shape[1]
+        column = torch.arange(length, device=z.device)
+        first = torch.where(asked, column, length - 1).amin(dim=1)
+        last = torch.where(asked, column, 0).amax(dim=1)
         high = (block <= block.gather(1, last[:, None])).sum(dim=1)
         if not self._is_cached:
             return torch.zeros_like(high), high
-        changed = (z != self._ids[self._rows()]) & (block >= 0)
-        first_changed = torch.where(changed, torch.arange(length, device=z.device), length).amin(dim=1)
+        changed = (z != self._ids) & (block >= 0)
+        first_changed = torch.where(changed, column, length).amin(dim=1)
         first_changed = torch.where(first_changed < high, first_changed, first)
         return (block < block.gather(1, first_changed[:, None])).sum(dim=1).clamp(max=first), high
 
-    def _parts(self, low: Tensor, high: Tensor) -> Iterator[_Part]:
+    def _parts(self, answers: Answers, low: Tensor, high: Tensor) -> Iterator[tuple[list[int], _Part]]:
         """Yield the rows that share a pass over their fresh columns; the first row is in the first of them."""
-        widths = (high - low).tolist()
+        widths = [last - first for _, first, last in answers]
         for numbers in sorted(grouped(widths, columns_of_a_pass(low.device))):
             rows = torch.tensor(numbers, device=low.device)
             span = torch.arange(max(widths[number] for number in numbers), device=low.device)
             columns = low[rows][:, None] + span
             if self._is_cached:  # without a cache, all keys are those of the pass
                 columns = columns.minimum(high[rows][:, None] - 1)
-            yield _Part(rows, columns, int(high[rows].max()))
+            yield numbers, _Part(rows, columns, max(answers[number][2] for number in numbers))
 
     def _pass(self, z: Tensor, one: _Part, head_index: Tensor) -> ModelPass:
         """Return the forward pass of a part; `head_index` is into its columns."""
-        rows = self._rows()[one.rows]
+        rows = self._canvas_rows()[one.rows]
         block, position = self._block[rows], self._position[rows]
         keys, queries = block[:, None, : one.end], block.gather(1, one.columns)[:, :, None]
         mask = additive_by_layer(self._model, ((keys >= 0) & (keys <= queries))[:, None], dtype_of(self._model))
         ids, position_ids = z[one.rows].gather(1, one.columns), position.gather(1, one.columns)
-        self._computed[rows] += one.columns.shape[1]
+        self._count(rows, one.columns.shape[1])
         if self._cache is None:
             return ModelPass(ids, mask, position_ids, head_index)
         cache_rows = None if len(rows) == len(self._ids) else rows
@@ -159,7 +156,7 @@ class BlockDenoiser(ModelDenoiser):
 
     def _note(self, z: Tensor, low: Tensor, high: Tensor) -> None:
         """Note the ids that the columns were computed from; what lies behind them was computed with other ids."""
-        column, rows = torch.arange(z.shape[1], device=z.device), self._rows()
+        column, rows = torch.arange(z.shape[1], device=z.device), self._canvas_rows()
         ids = torch.where(column < low[:, None], self._ids[rows], z)
         self._ids[rows] = ids.masked_fill(column >= high[:, None], -1)
 

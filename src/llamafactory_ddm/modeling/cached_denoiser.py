@@ -10,7 +10,7 @@ Deviates: with shift the column before a masked token is computed even where it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .bidirectional import full_attention_mask
-from .denoiser import ModelDenoiser
+from .denoiser import Answers, ModelDenoiser, marked, positions_in
 from .kv_cache import ColumnCache
 from .model_info import dtype_of, implementation, is_flash, rotary_limit, text_config
 from .model_runner import ModelPass
@@ -71,22 +71,19 @@ class _Branch:
         computed_from: see `fresh_columns`; so are `passes` and `scope`, the old one.
         passes: [batch] int64.
         scope: [batch, length] bool.
-        computed: [batch] int64, columns of each row that went through the model.
     """
 
     cache: ColumnCache
     computed_from: Tensor
     passes: Tensor
     scope: Tensor
-    computed: Tensor
 
     @classmethod
     def empty(cls, scope: Tensor) -> _Branch:
         """Return the branch before its first pass."""
         batch, length = scope.shape
         never = torch.full((batch, length), -1, dtype=torch.int64, device=scope.device)
-        zeros = never.new_zeros(batch)
-        return cls(ColumnCache(batch, length), never, zeros, torch.zeros_like(scope), zeros.clone())
+        return cls(ColumnCache(batch, length), never, never.new_zeros(batch), torch.zeros_like(scope))
 
 
 @dataclass(frozen=True)
@@ -118,72 +115,73 @@ class CachedDenoiser(ModelDenoiser):
         self._kind, self._refresh = kind, refresh
         self._branches: dict[int, _Branch] = {}
 
-    def step(self, scope: Tensor, branch: int = 0) -> Callable[[Tensor, Tensor], Iterator[Tensor]]:
-        """Return the denoiser of a step.
+    def questions(self, z: Tensor, asked: Tensor, scope: Tensor, branch: int = 0) -> Tensor:
+        """Return [batch, 2] int64: how many positions are asked for, and how many columns are computed for them."""
+        fresh = self._fresh(self._branch(scope, branch), z, self._asked_heads(asked), scope, None)
+        return torch.stack([asked.sum(dim=1), fresh.sum(dim=1)], dim=1)
 
-        Args:
-            scope: [batch, length] bool, the current block of each row.
-            branch: which of several inputs per step it gets; each has a cache of its own.
-        """
-
-        def denoise(z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
-            passes, order = self.passes(z, flat_index, scope, branch)
-            return self._logits(passes, order)
-
-        return denoise
-
-    def take_computed(self) -> Tensor:
-        """Return [batch] int64, the columns of each row that went through the model since the last call."""
-        computed = torch.stack([branch.computed for branch in self._branches.values()])
-        for branch in self._branches.values():
-            branch.computed.zero_()
-        return computed.sum(dim=0)
+    def _branch(self, scope: Tensor, branch: int) -> _Branch:
+        if branch not in self._branches:
+            self._branches[branch] = _Branch.empty(scope)
+        return self._branches[branch]
 
     def _passes_of(
-        self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int
+        self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int, answers: Answers
     ) -> tuple[list[ModelPass], list[Tensor]]:
         if scope is None:
             raise RuntimeError("CachedDenoiser: call step(scope)(z, flat_index), not the denoiser itself")
-        if branch not in self._branches:
-            self._branches[branch] = _Branch.empty(scope)
-        states = self._branches[branch]
-        rows = torch.arange(len(scope), device=z.device)
-        rows = rows if self._requested is None else rows[self._requested]
-        parts = self._plan(states, scope[rows], rows, z, head_index)
-        if len(parts) == 1:
-            return [self._pass(parts[0], states, rows, z, head_index)], [
-                torch.arange(len(head_index), device=z.device)
-            ]
-        order = [torch.isin(head_index // z.shape[1], one.rows).nonzero()[:, 0] for one in parts]
-        return [
-            self._pass(one, states, rows, z, head_index[index]) for one, index in zip(parts, order, strict=True)
-        ], order
+        states, length = self._branch(scope, branch), z.shape[1]
+        rows = torch.arange(len(scope), device=z.device) if self._rows is None else self._rows
+        passes, order = [], []
+        for members, one in self._plan(states, scope[rows], rows, z, head_index, [answer[1] for answer in answers]):
+            index = torch.arange(len(head_index), device=z.device)
+            if len(members) < len(z):
+                n = sum(answers[row][0] for row in members)
+                index = positions_in(one.rows, head_index, length, n)
+            passes.append(self._pass(one, states, rows, z, head_index[index]))
+            order.append(index)
+        return passes, order
 
-    def _plan(self, branch: _Branch, scope: Tensor, rows: Tensor, z: Tensor, head_index: Tensor) -> list[_Part]:
-        """Return the passes of a step over `z`, the canvas's `rows`, and note in `branch` what they compute."""
-        length = z.shape[1]
-        asked = torch.zeros(z.numel(), dtype=torch.bool, device=z.device).index_fill(0, head_index, True).view_as(z)
-        fresh = fresh_columns(
+    def _fresh(self, branch: _Branch, z: Tensor, asked: Tensor, scope: Tensor, rows: Tensor | None) -> Tensor:
+        """Return `fresh_columns` of some rows of the canvas, or of all; the other arguments are of these rows."""
+        computed_from, passes, old_scope = (
+            value if rows is None else value[rows] for value in (branch.computed_from, branch.passes, branch.scope)
+        )
+        return fresh_columns(
             self._kind,
             self._refresh,
-            computed_from=branch.computed_from[rows],
-            passes=branch.passes[rows],
-            old_scope=branch.scope[rows],
+            computed_from=computed_from,
+            passes=passes,
+            old_scope=old_scope,
             z=z,
             scope=scope,
             asked=asked,
         )
+
+    def _plan(
+        self, branch: _Branch, scope: Tensor, rows: Tensor, z: Tensor, head_index: Tensor, widths: list[int]
+    ) -> Iterator[tuple[list[int], _Part]]:
+        """Yield the passes of a step over `z`, the canvas's `rows`, and note in `branch` what they compute.
+
+        Args:
+            branch: what was computed before.
+            scope: [n_rows, length] bool.
+            rows: [n_rows] int64.
+            z: [n_rows, length] int64.
+            head_index: [n] int64 into `z`.
+            widths: of each row, the number of its fresh columns.
+        """
+        length = z.shape[1]
+        fresh = self._fresh(branch, z, marked(head_index, z), scope, rows)
         # Padding counts as computed, so that a row's passes are those that it has without padding.
         whole = fresh if self._is_padding is None else fresh | self._is_padding[rows]
         branch.passes[rows] = torch.where(whole.all(dim=1), 1, branch.passes[rows] + 1)
         branch.computed_from[rows] = torch.where(fresh, z, branch.computed_from[rows])
         branch.scope[rows] = scope
-        passes = []
-        for members, width in _of_like_width(fresh.sum(dim=1).tolist(), length):
+        for members, width in _of_like_width(widths, length):
             index = torch.tensor(members, device=z.device)
-            passes.append(_Part(index, None if width == length else _columns(fresh[index], width)))
-            branch.computed[rows[index]] += width
-        return passes
+            self._count(rows[index], width)
+            yield members, _Part(index, None if width == length else _columns(fresh[index], width))
 
     def _pass(self, one: _Part, branch: _Branch, rows: Tensor, z: Tensor, head_index: Tensor) -> ModelPass:
         """Return the forward pass of a part; `head_index` lies in its rows of `z`."""

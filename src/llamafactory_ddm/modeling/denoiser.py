@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from ..objectives.shift import source_index
 from .bidirectional import full_attention_mask
 from .model_info import dtype_of
 from .model_runner import ModelPass, ModelRunner, PassOutput, Runner
+
+Answers = Sequence[Sequence[int]]  # of `ModelDenoiser.questions`, [batch][n]
 
 
 class ModelDenoiser:
@@ -57,7 +59,9 @@ class ModelDenoiser:
             self._position_ids = ((~is_padding).cumsum(dim=1) - 1).clamp(min=0)
         self._rows_at_once = rows_at_once
         self._mask: tuple[tuple[int, ...], Any] | None = None
-        self._requested: Tensor | None = None
+        self._requested: list[int] | None = None
+        self._rows: Tensor | None = None
+        self._computed: Tensor | None = None
         self._runner = ModelRunner(model) if runner is None else runner
 
     def __call__(self, z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
@@ -80,8 +84,43 @@ class ModelDenoiser:
         else:
             yield from self._runner.logits(hidden, self._outputs, self._rows_at_once)
 
+    def questions(self, z: Tensor, asked: Tensor, scope: Tensor, branch: int = 0) -> Tensor:
+        """Return [batch, n] int64, what the host must know of each row; see `sampling.CachingDenoiser`.
+
+        The first number is how many positions are asked for.
+        """
+        return asked.sum(dim=1, keepdim=True)
+
+    def step(
+        self, scope: Tensor, branch: int = 0, answers: Answers | None = None
+    ) -> Callable[[Tensor, Tensor], Iterator[Tensor]]:
+        """Return the denoiser of a step.
+
+        Args:
+            scope: [batch, length] bool, the current block of each row.
+            branch: which of several inputs per step it gets; a cache keeps them apart.
+            answers: [batch][n] of `questions`; None to wait for them.
+        """
+
+        def denoise(z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
+            return self._logits(*self.passes(z, flat_index, scope, branch, answers))
+
+        return denoise
+
+    def take_computed(self) -> Tensor:
+        """Return [batch] int64, the tokens of each row that went through the model since the last call."""
+        if self._computed is None:
+            raise RuntimeError("take_computed() was called before a pass")
+        computed, self._computed = self._computed, torch.zeros_like(self._computed)
+        return computed
+
     def passes(
-        self, z: Tensor, flat_index: Tensor, scope: Tensor | None = None, branch: int = 0
+        self,
+        z: Tensor,
+        flat_index: Tensor,
+        scope: Tensor | None = None,
+        branch: int = 0,
+        answers: Answers | None = None,
     ) -> tuple[list[ModelPass], list[Tensor]]:
         """Return the forward passes of a call, which must all be run; see `__call__`.
 
@@ -90,34 +129,55 @@ class ModelDenoiser:
             flat_index: [n] int64, ascending, into [batch * length].
             scope: see `sampling.CachingDenoiser`; a denoiser with a cache reads it.
             branch: the same.
+            answers: [batch][n] of `questions`; None to wait for them.
         Returns:
             The passes, and for each [n_i] int64, where its hidden states belong among those of all.
         """
-        z, flat_index = self._select_rows(z, flat_index)
-        return self._passes_of(z, source_index(flat_index, self._shift), scope, branch)
+        if self._computed is None or len(self._computed) != len(z):
+            self._computed = torch.zeros_like(z[:, 0])
+        if answers is None:
+            asked = marked(flat_index, z)
+            answers = self.questions(z, asked, asked if scope is None else scope, branch).tolist()
+        z, flat_index = self._select_rows(z, flat_index, [row for row, answer in enumerate(answers) if answer[0]])
+        answers = [answer for answer in answers if answer[0]]
+        return self._passes_of(z, source_index(flat_index, self._shift), scope, branch, answers)
 
     def _passes_of(
-        self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int
+        self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int, answers: Answers
     ) -> tuple[list[ModelPass], list[Tensor]]:
         """Return `passes` of the rows with a requested position; `head_index` is [n] into them."""
+        self._count(None, z.shape[1])
         one = ModelPass(z, self._attention_mask(z), self._of_requested(self._position_ids), head_index)
         return [one], [torch.arange(len(head_index), device=z.device)]
 
-    def _select_rows(self, z: Tensor, flat_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows with a requested position, and the flat indices within them; other rows are not computed."""
+    def _count(self, rows: Tensor | None, n_columns: int) -> None:
+        """Add the columns of a pass to `_computed`; `rows` are [n] int64 of the canvas, None for those requested."""
+        rows = self._rows if rows is None else rows
+        if self._computed is not None and rows is None:
+            self._computed += n_columns
+        elif self._computed is not None and rows is not None:
+            self._computed.index_add_(0, rows, torch.full_like(rows, n_columns))
+
+    def _select_rows(self, z: Tensor, flat_index: Tensor, requested: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the requested rows, and the flat indices within them; other rows are not computed."""
         batch, length = z.shape
-        row = torch.div(flat_index, length, rounding_mode="floor")
-        requested = torch.zeros(batch, dtype=torch.bool, device=z.device).index_fill_(0, row, True)
-        if bool(requested.all()):
-            self._requested = None
+        if len(requested) == batch:
+            self._requested = self._rows = None
             return z, flat_index
-        if self._requested is None or not torch.equal(requested, self._requested):
+        if requested != self._requested:
             self._mask = None
+            self._rows = torch.tensor(requested, dtype=torch.int64, device=z.device)
         self._requested = requested
-        return z[requested], ((requested.cumsum(dim=0) - 1)[row] - row) * length + flat_index
+        assert self._rows is not None
+        row = torch.div(flat_index, length, rounding_mode="floor")
+        return z[self._rows], (torch.searchsorted(self._rows, row) - row) * length + flat_index
 
     def _of_requested(self, value: Tensor | None) -> Tensor | None:
-        return value if value is None or self._requested is None else value[self._requested]
+        return value if value is None or self._rows is None else value[self._rows]
+
+    def _asked_heads(self, asked: Tensor) -> Tensor:
+        """Return [batch, length] bool, the columns whose hidden states predict the positions asked for."""
+        return asked.roll(-1, dims=1) if self._shift else asked
 
     def _attention_mask(self, z: Tensor) -> Any:
         """Return the attention mask, built once for each shape of `z`."""
@@ -141,6 +201,28 @@ class ModelDenoiser:
     def close(self) -> None:
         """End the use of the model."""
         self._runner.close()
+
+
+def marked(flat_index: Tensor, like: Tensor) -> Tensor:
+    """Return a bool tensor with the shape of `like`, True at `flat_index`."""
+    nothing = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
+    return nothing.index_fill(0, flat_index, True).view_as(like)
+
+
+def positions_in(rows: Tensor, head_index: Tensor, length: int, n: int) -> Tensor:
+    """Return [n] int64, ascending, which entries of `head_index` lie in some rows.
+
+    A stable sort moves them to the front; `nonzero` would wait for the device to count them.
+
+    Args:
+        rows: [n_rows] int64, ascending.
+        head_index: [m] int64 into [batch * length].
+        length: of a row.
+        n: the number of these entries.
+    """
+    row = torch.div(head_index, length, rounding_mode="floor")
+    found = rows[torch.searchsorted(rows, row).clamp(max=len(rows) - 1)] == row
+    return found.to(torch.uint8).sort(descending=True, stable=True).indices[:n]
 
 
 def in_order(outputs: Sequence[PassOutput], order: Sequence[Tensor]) -> PassOutput:

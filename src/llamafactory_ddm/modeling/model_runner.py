@@ -25,6 +25,11 @@ ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
 _OUTPUTS_AT_ONCE, _ROWS_MULTIPLE, _FEW_ROWS = 1024, 16, 8
 
 
+def _has_slow_products(device: torch.device) -> bool:
+    """Tell whether a product of few rows with many outputs is faster in parts on a device."""
+    return device.type == "cpu"
+
+
 @dataclass(frozen=True, eq=False)
 class ModelPass:
     """A forward pass of the model.
@@ -157,7 +162,8 @@ class ModelRunner:
         """Return the logits [n, outputs] of [n, width] hidden states; their memory is reused after the block."""
         head = self._head.module
         is_plain = type(head) is nn.Linear and not head._forward_hooks and hidden.dtype == head.weight.dtype
-        if not (is_plain and hidden.device.type == "cpu" and isinstance(head, nn.Linear)) or len(hidden) <= _FEW_ROWS:
+        is_plain &= _has_slow_products(hidden.device)
+        if not (is_plain and isinstance(head, nn.Linear)) or len(hidden) <= _FEW_ROWS:
             with torch.inference_mode():
                 logits = self._capped(head(hidden))[:, :outputs]
             yield logits

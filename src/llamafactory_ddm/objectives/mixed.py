@@ -13,6 +13,7 @@ from ..diffusion.eos_noise import EosNoise
 from ..diffusion.loss_weights import denominator, token_weight
 from ..diffusion.losses import mixed_kl
 from ..diffusion.noise import Stream, mix_tokens
+from ..utils.devices import check_float64
 from .base import OBJECTIVES, CleanBatch, EvaluationBatch, Objective, TrainingBatch, as_bits
 from .masked import MaskedObjective
 from .shift import head_index
@@ -86,6 +87,7 @@ class MixedObjective(Objective):
 
     def loss(self, logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
         """Return sum(weight * kl) / denominator and sum(kl); the arguments are those of `Objective.loss`."""
+        check_float64(logits.device, "noise_process: mixed")
         alpha = scored["alpha"].view(torch.float64)
         kl = self._kl(logits, scored["targets"], scored["noised"], alpha)
         weighted = (kl * scored["weight"].view(torch.float32)).sum()
@@ -112,6 +114,7 @@ class MixedObjective(Objective):
         terms of s the weight -alpha'(t) / (1 - alpha(t)) dt is ds / s for every schedule.
         """
         scored, device = noised.is_scored, logits.device
+        check_float64(device, "noise_process: mixed")
         level, weight = (value[:, None].expand(scored.shape)[scored] for value in (noised.level, noised.weight))
         kl = self._kl(
             logits, clean.x_0[scored].to(device), noised.z[scored].to(device), (1.0 - level).to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from numbers import Integral
 from typing import Literal, get_args
 
@@ -175,10 +176,11 @@ def from_highest(logits: Tensor, suppress: tuple[int, ...]) -> tuple[Tensor, Ten
     suppress = tuple(token for token in suppress if token < vocab)
     bounds = zip((0, *(token + 1 for token in suppress)), (*suppress, vocab), strict=True)
     maxima = [logits[:, low:high].amax(dim=1) for low, high in bounds if low < high]
-    highest = torch.stack(maxima).amax(dim=0).float() if maxima else logits.new_full((len(logits),), -torch.inf)
-    values = logits.float() - highest[:, None]
+    highest = reduce(torch.maximum, maxima) if maxima else logits.new_full((len(logits),), -torch.inf)
+    highest = highest.float()
+    values = (logits.float() if logits.dtype == torch.float64 else logits) - highest[:, None]
     for token in suppress:
-        values[:, token] = -torch.inf
+        values[:, token].fill_(-torch.inf)
     return values, highest
 
 

@@ -14,7 +14,17 @@ from . import edits as editing
 from .budget import CommitSchedule
 from .edits import Edits
 from .logits import LogitsConfig, Measure
-from .prediction import CachingDenoiser, Context, Denoiser, Prediction, StepScores, check_context, predict_tokens
+from .prediction import (
+    Answers,
+    Branches,
+    CachingDenoiser,
+    Context,
+    Denoiser,
+    Prediction,
+    StepScores,
+    check_context,
+    predict_tokens,
+)
 from .state import Plan, SamplerState, StepView, is_after_eos, is_complete, start, view_step
 from .strategies import Strategy, remask_positions, stays
 
@@ -54,7 +64,7 @@ class SamplerOutput:
         return torch.bincount(self.committed[self.committed >= 0], minlength=self.steps)
 
 
-# Called after each step with the step, the sequences and the positions that it changed.
+# Called after each step with the step, the sequences, on any device, and the positions that it changed.
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
@@ -160,7 +170,7 @@ def sample(
         if state.finished:
             break
         if callback is not None:
-            callback(step, state.z, state.committed == step)
+            callback(step, state.z if state.on_host is None else state.on_host, state.committed == step)
     z = state.z
     if len(eos_ids) and stop_at_eos:
         z = torch.where(editable & (state.committed < 0), int(plan.eos_ids[0]), z)
@@ -189,7 +199,7 @@ def denoising_step(
         ValueError: if the denoiser's logits have the wrong shape, hold NaN or allow no token (found one step later),
             if all steps are taken and a position is still masked, or if the plan was made for another `edits.steps`.
     """
-    edits = edits or Edits()
+    edits, context = edits or Edits(), context or Context()
     if edits.steps != plan.edit_steps:
         raise ValueError(
             f"edits.steps is {edits.steps}, but the plan was made with edit_steps={plan.edit_steps}; pass "
@@ -197,13 +207,15 @@ def denoising_step(
         )
     view = view_step(state, plan)
     request = select_positions(state, view, strategy, edits)
-    n_positions = count_active(state, view, request, strategy)
+    branches = Branches.of(denoiser, state.z, view, logits, context)
+    n_positions, answers = count_active(state, view, request, strategy, branches.questions(request.needs_logits))
     if n_positions is None:
         return replace(state, finished=True)
+    denoisers = branches.steps(answers)
     z, commit, edit = state.z, torch.zeros_like(state.is_masked), torch.zeros_like(state.is_masked)
     if n_positions:
         flat_index = request.flat_index(n_positions)
-        prediction = predict_tokens(denoiser, state, view, flat_index, request.measures, logits, context or Context())
+        prediction = predict_tokens(branches, denoisers, state, view, flat_index, request.measures, logits, context)
         scores = StepScores(prediction.draws, flat_index, state.z, plan)
         commit = commit_positions(view, request, scores, strategy)
         z = torch.where(commit, scores.ids, state.z)
@@ -273,12 +285,21 @@ def select_positions(state: SamplerState, view: StepView, strategy: Strategy, ed
     return LogitsRequest(commit, edit, remask, strategy.measures | editing.MEASURES)
 
 
-def count_active(state: SamplerState, view: StepView, request: LogitsRequest, strategy: Strategy) -> int | None:
-    """Return how many positions need logits, or None if every row is finished.
+def count_active(
+    state: SamplerState, view: StepView, request: LogitsRequest, strategy: Strategy, questions: Sequence[Tensor]
+) -> tuple[int | None, list[Answers]]:
+    """Return how many positions need logits, or None if every row is finished, and the answers to `questions`.
 
     A step waits for the device only here, so unusable logits of the previous step and positions that were left masked
-    are also found here.
+    are also found here. With a nucleus other devices than a CPU wait once more for each part of the logits, see
+    `draw_tokens`.
 
+    Args:
+        state: before the step.
+        view: of the step.
+        request: of the step.
+        strategy: named in errors.
+        questions: [batch, n_i] int64 each, see `CachingDenoiser.questions`.
     Raises:
         ValueError: see `denoising_step`.
     """
@@ -290,7 +311,8 @@ def count_active(state: SamplerState, view: StepView, request: LogitsRequest, st
         state.is_masked.sum(),
         state.is_bad.sum(),
     )
-    n_positions, n_unfinished, n_overrun, n_masked, n_bad = torch.stack(counts).tolist()
+    numbers = torch.cat([torch.stack(counts), *(question.flatten() for question in questions)]).tolist()
+    n_positions, n_unfinished, n_overrun, n_masked, n_bad = numbers[: len(counts)]
     if n_bad:
         raise ValueError(
             f"in step {state.step - 1} the denoiser returned logits that hold NaN or inf, or allow no token but "
@@ -301,7 +323,13 @@ def count_active(state: SamplerState, view: StepView, request: LogitsRequest, st
             f"the strategy {strategy.name!r} left {n_masked} positions masked after all {view.plan.steps} steps; its "
             "commit() must return every masked position in the last step of a block"
         )
-    return n_positions if n_unfinished else None
+    first = len(counts)
+    answers: list[Answers] = []
+    for question in questions:
+        n = question.shape[1]
+        answers.append([numbers[first + row * n : first + (row + 1) * n] for row in range(len(question))])
+        first += question.numel()
+    return n_positions if n_unfinished else None, answers
 
 
 def commit_positions(view: StepView, request: LogitsRequest, scores: StepScores, strategy: Strategy) -> Tensor:
@@ -361,4 +389,5 @@ def apply_update(state: SamplerState, view: StepView, update: StepUpdate, strate
         held=held | may_edit,
         edits=state.edits + n_edits,
         step=state.step + 1,
+        on_host=None,
     )

@@ -1,12 +1,19 @@
-"""Exact draws from unnormalised weights, and the nucleus of a distribution, without sorting the vocabulary."""
+"""Exact draws from unnormalised weights, and the nucleus of a distribution.
+
+A CPU finds the nucleus without sorting the vocabulary. Other devices are fast at sorting, and there each operation has
+fixed costs.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor
 
 _CHUNK = 256
 _INFINITY_BITS = 0x7F800000
+_WORD = 2**32
 
 
 class Weights:
@@ -14,6 +21,7 @@ class Weights:
 
     Attributes:
         values: [n, vocab] float.
+        sums: [n, n_chunks], weight of each chunk, in the type of `values`.
         cumulative: [n, n_chunks] float64, weight of each chunk and all before it.
         total: [n] float64.
     """
@@ -25,8 +33,8 @@ class Weights:
         if whole < values.shape[1]:
             sums = torch.cat([sums, values[:, whole:].sum(dim=1, keepdim=True)], dim=1)
         self.values = values
-        self.sums = sums.double()
-        self.cumulative = self.sums.cumsum(dim=1)
+        self.sums = sums
+        self.cumulative = sums.cumsum(dim=1, dtype=torch.float64)
         self.total = self.cumulative[:, -1]
 
 
@@ -50,6 +58,33 @@ def sample_weights(weights: Weights, u: Tensor) -> Tensor:
     return chunk * _CHUNK + _first_above(cumulative, inside, fraction * cumulative[:, -1])
 
 
+def sample_each(weights: Weights, u: Tensor) -> Tensor:
+    """Do what `sample_weights` does for several numbers of each row, in few operations.
+
+    The ids are the same except that rounding may give an id of weight 0, at which `sample_weights` looks again.
+
+    Args:
+        weights: of n rows.
+        u: [n, k] float64 in [0, 1).
+    Returns:
+        [n, k] int64.
+    """
+    values, target = weights.values, u * weights.total[:, None]
+    n, vocab = values.shape
+    chunk = torch.searchsorted(weights.cumulative, target, right=True).clamp(max=weights.sums.shape[1] - 1)
+    # What lies above the target, as a fraction of the chunk.
+    above = (weights.cumulative.gather(1, chunk) - target) / weights.sums.gather(1, chunk)
+    if vocab % _CHUNK:
+        ids = torch.add(torch.arange(_CHUNK, device=u.device), chunk[:, :, None], alpha=_CHUNK)
+        inside = values.gather(1, ids.clamp(max=vocab - 1).flatten(1)).view_as(ids).masked_fill(ids >= vocab, 0.0)
+    else:
+        inside = values.view(n, -1, _CHUNK).gather(1, chunk[:, :, None].expand(-1, -1, _CHUNK))
+    cumulative = inside.cumsum(dim=2, dtype=torch.float64)
+    whole = cumulative[:, :, -1:]
+    index = torch.searchsorted(cumulative, torch.addcmul(whole, whole, above[:, :, None], value=-1.0), right=True)
+    return torch.add(index[:, :, 0], chunk, alpha=_CHUNK).clamp(max=vocab - 1)
+
+
 def _first_above(cumulative: Tensor, parts: Tensor, target: Tensor) -> Tensor:
     """Return [n] the first entry of `cumulative`, the running sum of `parts`, above `target`."""
     index = torch.searchsorted(cumulative, target[:, None], right=True).clamp(max=parts.shape[1] - 1)
@@ -60,9 +95,6 @@ def _first_above(cumulative: Tensor, parts: Tensor, target: Tensor) -> Tensor:
 def nucleus_mask(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
     """Return which tokens belong to the nucleus: the fewest most probable ones whose mass reaches `top_p`.
 
-    The least probable member is found by bisection on the bits of the logits, which sort like the logits: 32 passes
-    over the row.
-
     Args:
         values: [n, vocab] float32 logits, the highest of a row being 0.
         weights: [n, vocab] float32, increasing with `values`.
@@ -71,8 +103,18 @@ def nucleus_mask(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
         [n, vocab] bool; ties go to the lower ids.
     Source: Holtzman et al. 2020 (arXiv 1904.09751), section 3.1.
     """
+    return (_bisected if is_sequential(values.device) else _sorted)(values, weights, top_p)
+
+
+def is_sequential(device: torch.device) -> bool:
+    """Tell whether a device draws fastest by rejection, row by row, rather than in few operations over all rows."""
+    return device.type == "cpu"
+
+
+def _bisected(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
+    """Do what `nucleus_mask` does by bisection on the bits of the logits, which sort like the logits: 32 passes."""
     depth = values.abs().view(torch.int32)  # 0 for the most probable token, larger for less probable ones
-    bound = top_p * weights.sum(dim=1, keepdim=True, dtype=torch.float64)
+    bound = top_p * Weights(weights).total[:, None]
     low = torch.full_like(depth[:, :1], -1)  # the mass down to here does not reach the bound
     high = torch.full_like(depth[:, :1], _INFINITY_BITS)  # and down to here it does
     for _ in range(32):
@@ -86,6 +128,83 @@ def nucleus_mask(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
     last_weight = weights.gather(1, last.to(torch.uint8).argmax(dim=1, keepdim=True)).double()
     count = (missing / last_weight).ceil().clamp(min=1.0)
     return above | (last & (last.cumsum(dim=1) <= count))
+
+
+def _sorted(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
+    """Do what `nucleus_mask` does by sorting."""
+    rank = _rank(values, torch.arange(values.shape[1], device=values.device).expand(values.shape))
+    in_order = rank.sort(dim=1).values
+    return rank <= _last_rank(in_order, in_order % _WORD, Weights(weights), top_p)
+
+
+def _rank(values: Tensor, ids: Tensor) -> Tensor:
+    """Return [n, k] int64 numbers of the tokens `ids`, lower for a higher logit, then for a lower id.
+
+    The bits of logits of at most 0 are the upper word, the id the lower one.
+    """
+    return torch.add(ids, values.gather(1, ids).abs().view(torch.int32), alpha=_WORD)
+
+
+def _upper_words(rank: Tensor) -> Tensor:
+    """Return [n, k] int32, the upper words of [n, k] ranks, without an operation."""
+    return rank.view(torch.int32)[:, 1 if sys.byteorder == "little" else 0 :: 2]
+
+
+def _last_rank(rank: Tensor, ids: Tensor, weights: Weights, top_p: float) -> Tensor:
+    """Return [n, 1] the rank of the last token of the nucleus; that of the last candidate if the nucleus goes beyond.
+
+    Args:
+        rank: [n, k] of the k most probable tokens, the candidates, ascending.
+        ids: [n, k] of the candidates, by descending weight.
+        weights: of n rows.
+        top_p: mass to reach, in (0, 1].
+    """
+    mass = weights.values.gather(1, ids[:, :-1]).cumsum(dim=1, dtype=torch.float64)
+    return rank.gather(1, torch.searchsorted(mass, top_p * weights.total[:, None]))
+
+
+def draw_from_nucleus(values: Tensor, weights: Weights, u: Tensor, top_p: float) -> Tensor:
+    """Draw a token of each row's nucleus: the first of several tokens that lies inside, or else from the nucleus.
+
+    Args:
+        values: [n, vocab] float32 logits, the highest of a row being 0.
+        weights: of n rows, increasing with `values`.
+        u: [n, tries] float64 in [0, 1); the last column draws from the nucleus itself.
+        top_p: mass to reach, in (0, 1].
+    Returns:
+        [n] int64.
+    """
+    mask = nucleus_mask(values, weights.values, top_p)
+    ids = sample_weights(Weights(weights.values * mask), u[:, -1])
+    if u.shape[1] == 1:
+        return ids
+    drawn = sample_each(weights, u[:, :-1])
+    is_inside, first = mask.gather(1, drawn).max(dim=1, keepdim=True)
+    return torch.where(is_inside, drawn.gather(1, first), ids[:, None])[:, 0]
+
+
+def draw_from_top(values: Tensor, weights: Weights, u: Tensor, top_p: float, width: int) -> Tensor:
+    """Draw as `draw_from_nucleus` does, by sorting the `width` most probable tokens only.
+
+    Args:
+        values: [n, vocab] float32 logits, the highest of a row being 0.
+        weights: of n rows, increasing with `values`.
+        u: [n, tries] float64 in [0, 1), of at least two columns.
+        top_p: mass to reach, in (0, 1].
+        width: below vocab.
+    Returns:
+        [n] int64, -1 where these tokens do not suffice: because the nucleus is larger, or ends in a tie with the
+        least probable of them, or no drawn token lies inside.
+    """
+    drawn = sample_each(weights, u[:, :-1])
+    candidates = values.topk(width, dim=1).indices
+    rank = _rank(values, torch.cat([candidates, drawn], dim=1))
+    top = rank[:, :width].sort(dim=1).values
+    last = _last_rank(top, candidates, weights, top_p)
+    is_open = _upper_words(last) >= _upper_words(top)[:, -1:]
+    is_outside = rank[:, width:] > last.masked_fill(is_open, -1)
+    first = is_outside.min(dim=1, keepdim=True).indices
+    return drawn.masked_fill(is_outside, -1).gather(1, first)[:, 0]
 
 
 def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Tensor:
@@ -103,4 +222,5 @@ def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Te
     level = values.gather(1, index)
     lower = torch.arange(values.shape[1], device=values.device) < index
     before = (values > level) | ((values == level) & lower)
-    return Weights(weights * before).total < top_p * Weights(weights).total
+    inside: Tensor = (weights * before).sum(dim=1, dtype=torch.float64) < top_p * Weights(weights).total
+    return inside

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ from .tokens import TokenDraws, concatenate, draw_tokens
 
 _UNCERTAIN = 1e4  # nats; larger than any score, and the order of EOS tokens among themselves is unchanged
 _NO_TOKEN = torch.iinfo(torch.int64).max
+Answers = Sequence[Sequence[int]]
 
 
 class Denoiser(Protocol):
@@ -31,14 +32,29 @@ class Denoiser(Protocol):
 
 @runtime_checkable
 class CachingDenoiser(Protocol):
-    """A denoiser that reuses in a step what it computed in earlier steps of the same call."""
+    """A denoiser that reuses in a step what it computed in earlier steps of the same call.
 
-    def step(self, scope: Tensor, branch: int = 0) -> Denoiser:
-        """Return the denoiser of a step.
+    The shapes of its forward passes depend on numbers on the device. The sampler reads them together with its own, so
+    that a step waits for the device once.
+    """
+
+    def questions(self, z: Tensor, asked: Tensor, scope: Tensor, branch: int = 0) -> Tensor:
+        """Return [batch, n] int64, the numbers that `step` needs on the host.
+
+        Args:
+            z: [batch, length] int64.
+            asked: [batch, length] bool, the positions whose logits the step needs.
+            scope: [batch, length] bool, the current block of each row.
+            branch: 0; 1 for the unconditional pass of guidance, whose prompt is masked.
+        """
+
+    def step(self, scope: Tensor, branch: int = 0, answers: Answers | None = None) -> Denoiser:
+        """Return the denoiser of a step, which is not called if the step needs no logits.
 
         Args:
             scope: [batch, length] bool, the current block of each row.
-            branch: 0; 1 for the unconditional pass of guidance, whose prompt is masked.
+            branch: see `questions`.
+            answers: [batch][n] of `questions`; None to ask them itself.
         """
 
     def take_computed(self) -> Tensor:
@@ -75,8 +91,45 @@ class Context:
     prompt: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Branches:
+    """The forward passes of a step: one, or with guidance a second one without the prompt.
+
+    Attributes:
+        denoiser: the model.
+        inputs: [batch, length] int64 of each pass.
+        scope: [batch, length] bool, the current block of each row.
+    """
+
+    denoiser: Denoiser | CachingDenoiser
+    inputs: tuple[Tensor, ...]
+    scope: Tensor
+
+    @classmethod
+    def of(
+        cls, denoiser: Denoiser | CachingDenoiser, z: Tensor, view: StepView, config: LogitsConfig, context: Context
+    ) -> Branches:
+        """Return the passes of a step over the ids `z`."""
+        prompt = context.prompt if config.guidance_scale != 1.0 else None
+        masked = () if prompt is None else (z.masked_fill(prompt, view.plan.mask_id),)
+        return cls(denoiser, (z, *masked), view.scope)
+
+    def questions(self, asked: Tensor) -> list[Tensor]:
+        """Return what the host must know for each pass, [batch, n] int64; see `CachingDenoiser.questions`."""
+        if not isinstance(self.denoiser, CachingDenoiser):
+            return []
+        return [self.denoiser.questions(z, asked, self.scope, branch) for branch, z in enumerate(self.inputs)]
+
+    def steps(self, answers: Sequence[Answers]) -> list[Denoiser]:
+        """Return the denoiser of each pass, given the answers to its questions."""
+        if not isinstance(self.denoiser, CachingDenoiser):
+            return [self.denoiser for _ in self.inputs]
+        return [self.denoiser.step(self.scope, branch, answer) for branch, answer in enumerate(answers)]
+
+
 def predict_tokens(
-    denoiser: Denoiser | CachingDenoiser,
+    branches: Branches,
+    denoisers: Sequence[Denoiser],
     state: SamplerState,
     view: StepView,
     flat_index: Tensor,
@@ -84,7 +137,7 @@ def predict_tokens(
     config: LogitsConfig,
     context: Context,
 ) -> Prediction:
-    """Return the draws at `flat_index`, [n] int64 into [batch * length].
+    """Return the draws at `flat_index`, [n] int64 into [batch * length]; `denoisers` are `branches.steps`.
 
     Raises:
         ValueError: if the denoiser's logits have the wrong shape.
@@ -94,11 +147,9 @@ def predict_tokens(
     if config.temperature > 0.0:
         tries = TRIES if config.top_p < 1.0 and config.top_k is None else 1
         u = plan.token_draws(view.row_step, tries=tries).flatten(0, 1)[flat_index]
-    prompt = context.prompt if config.guidance_scale != 1.0 else None
     draws: list[TokenDraws] = []
     n_done = 0
-    branches = _branches(denoiser, view.scope)
-    for conditional, unconditional in _logit_parts(branches, z, flat_index, prompt, plan.mask_id):
+    for conditional, unconditional in _logit_parts(denoisers, branches.inputs, flat_index):
         if conditional.dim() != 2 or n_done + len(conditional) > n:
             raise ValueError(_wrong_shape(n, str(list(conditional.shape))))
         part = slice(n_done, n_done + len(conditional))
@@ -115,30 +166,23 @@ def predict_tokens(
         draws.append(draw_tokens(values, config, u[part], suppress=(plan.mask_id,), measures=measures))
     if n_done != n:
         raise ValueError(_wrong_shape(n, f"{n_done} rows"))
-    n_passes = 1 if prompt is None else 2
-    if isinstance(denoiser, CachingDenoiser):
-        computed = denoiser.take_computed()
+    n_passes = len(branches.inputs)
+    if isinstance(branches.denoiser, CachingDenoiser):
+        computed = branches.denoiser.take_computed()
     else:
         row = torch.div(flat_index, z.shape[1], rounding_mode="floor")
         computed = state.sample_nfe.new_zeros(len(z)).index_fill(0, row, n_passes * z.shape[1])
     return Prediction(concatenate(draws), n_passes, computed)
 
 
-def _branches(denoiser: Denoiser | CachingDenoiser, scope: Tensor) -> tuple[Denoiser, Denoiser]:
-    """Return the denoisers with and without the prompt."""
-    if isinstance(denoiser, CachingDenoiser):
-        return denoiser.step(scope, 0), denoiser.step(scope, 1)
-    return denoiser, denoiser
-
-
 def _logit_parts(
-    branches: tuple[Denoiser, Denoiser], z: Tensor, flat_index: Tensor, prompt: Tensor | None, mask_id: int
+    denoisers: Sequence[Denoiser], inputs: Sequence[Tensor], flat_index: Tensor
 ) -> Iterable[tuple[Tensor, Tensor | None]]:
     """Return the conditional logits in parts along n, each with the logits without the prompt, or None."""
-    conditional = _parts(branches[0](z, flat_index))
-    if prompt is None:
-        return ((part, None) for part in conditional)
-    return zip(conditional, _parts(branches[1](z.masked_fill(prompt, mask_id), flat_index)), strict=True)
+    parts = [_parts(denoiser(z, flat_index)) for denoiser, z in zip(denoisers, inputs, strict=True)]
+    if len(parts) == 1:
+        return ((part, None) for part in parts[0])
+    return zip(*parts, strict=True)
 
 
 def _parts(output: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:

@@ -77,7 +77,8 @@ def split_states(stacked: SamplerState, states: Sequence[SamplerState]) -> list[
     return result
 
 
-_TENSORS = tuple(field.name for field in fields(SamplerState) if field.name not in ("step", "nfe", "finished"))
+_OTHERS = ("step", "nfe", "finished", "on_host")
+_TENSORS = tuple(field.name for field in fields(SamplerState) if field.name not in _OTHERS)
 
 
 def _stack(values: Sequence[Tensor], padding: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..diffusion.noise import Stream
 from ..diffusion.rng import keyed_uniform
 from ..diffusion.schedules import LinearSchedule, NoiseSchedule
+from ..utils.devices import check_float64
 from .budget import CommitSchedule, pace_of_blocks, split_into_blocks, steps_of_blocks, steps_of_each_block
 
 MAX_SAMPLES = 2**32
@@ -135,6 +136,7 @@ class SamplerState:
         step: the next step, from 0.
         nfe: forward passes so far.
         finished: whether a step found nothing left to do.
+        on_host: [batch, length] int64, `z` on the CPU, where whoever took the step has copied it; None elsewhere.
     """
 
     z: Tensor
@@ -153,6 +155,7 @@ class SamplerState:
     step: int = 0
     nfe: int = 0
     finished: bool = False
+    on_host: Tensor | None = None
 
 
 def start(
@@ -178,7 +181,7 @@ def start(
     The arguments are those of `sample`; `edit_steps` is the `steps` of its edits.
 
     Raises:
-        ValueError: if a number is out of range, or a shape or dtype is wrong.
+        ValueError: if a number is out of range, a shape or dtype is wrong, or the device has no float64.
     """
     sample_index = torch.arange(len(x), device=x.device) if sample_index is None else sample_index
     steps_taken = torch.zeros_like(sample_index) if steps_taken is None else steps_taken
@@ -190,6 +193,7 @@ def start(
     if mask_id < 0:
         raise ValueError(f"mask_id must be at least 0, got {mask_id}")
     _check(x, editable, sample_index, steps_taken)
+    check_float64(x.device, "sampling")
     if block is None:
         block = split_into_blocks(editable, block_length)
         block_steps = steps_of_blocks(block, steps)

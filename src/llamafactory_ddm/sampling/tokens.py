@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 from .logits import LogitsConfig, Measure, check_logits, clamped, filtered_scores, from_highest, top_k_scores
-from .nucleus import Weights, in_nucleus, nucleus_mask, sample_weights
+from .nucleus import (
+    Weights,
+    draw_from_nucleus,
+    draw_from_top,
+    in_nucleus,
+    is_sequential,
+    nucleus_mask,
+    sample_weights,
+)
 
 # Elements of the logits that are processed at once. On a CPU the chunk is small enough to stay in the cache.
 _ELEMENTS_AT_ONCE = {"cpu": 2**19}
 _ELEMENTS_ELSEWHERE = 2**24
+_N_CANDIDATES = 4096  # most probable tokens among which an accelerator looks for the end of a nucleus first
 
 
 class TokenDraws(NamedTuple):
@@ -24,7 +33,7 @@ class TokenDraws(NamedTuple):
 
     Attributes:
         ids: [n] int64, the tokens drawn.
-        bad: [n] bool, True where a row of logits holds NaN or has no finite maximum; other fields are undefined there.
+        highest: [n] float32, the highest allowed logit; other fields are undefined where it is NaN or infinite.
         log_prob: [n] float32, log-probability of each id, in nats.
         margin: [n] float32, probability of the most probable token minus that of the second.
         entropy: [n] float32, in nats.
@@ -33,12 +42,17 @@ class TokenDraws(NamedTuple):
     """
 
     ids: Tensor
-    bad: Tensor
+    highest: Tensor
     log_prob: Tensor | None = None
     margin: Tensor | None = None
     entropy: Tensor | None = None
     argmax: Tensor | None = None
     top_log_prob: Tensor | None = None
+
+    @property
+    def bad(self) -> Tensor:
+        """Return [n] bool, rows of logits that hold NaN or allow no token."""
+        return ~self.highest.isfinite()
 
 
 def draw_tokens(
@@ -53,8 +67,10 @@ def draw_tokens(
 
     A draw inverts the cumulative distribution in float64 at a uniform number of 48 bits. Like LLaDA's Gumbel maximum
     in float64 it is exact in the tail, and it needs one random number for each row, not one for each token. With a
-    nucleus it draws from all tokens and repeats while the token lies outside, which needs no sorting; the last column
-    of `u` draws from the nucleus itself.
+    nucleus it draws from all tokens and repeats while the token lies outside; the last column of `u` draws from the
+    nucleus itself. A CPU needs no sorting for that. Other devices find the end of the nucleus among the most probable
+    tokens, wait once to count the rows where these do not suffice, and sort all tokens of those rows. The ids are the
+    same.
 
     Args:
         logits: [n, vocab] float; -inf marks a token that must not be drawn.
@@ -74,8 +90,8 @@ def draw_tokens(
         )
     elements = _ELEMENTS_AT_ONCE.get(logits.device.type, _ELEMENTS_ELSEWHERE)
     n_at_once = max(1, elements // max(1, logits.shape[1]))
-    # To count the rows for a second pass, other devices would have to be waited for; there one pass finishes all.
-    in_two_passes = logits.device.type == "cpu" and config.uses_nucleus(logits.shape[1])
+    in_two_passes = config.uses_nucleus(logits.shape[1]) and u.shape[1] > 1
+    in_two_passes &= is_sequential(logits.device) or logits.shape[1] > _N_CANDIDATES
     parts = [slice(low, low + n_at_once) for low in range(0, max(len(u), 1), n_at_once)]
     draws = concatenate([_draw(logits[part], config, u[part], suppress, measures, in_two_passes) for part in parts])
     deferred = (draws.ids < 0).nonzero()[:, 0] if in_two_passes else draws.ids[:0]
@@ -90,6 +106,8 @@ def draw_tokens(
 
 def concatenate(parts: list[TokenDraws]) -> TokenDraws:
     """Return the rows of all parts, which must hold the same measures."""
+    if len(parts) == 1:
+        return parts[0]
     columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
     return TokenDraws(*columns)
 
@@ -135,37 +153,36 @@ def _draw(
         first = probs.gather(1, best)
         margin = (first - probs.scatter_(1, best, 0.0).amax(dim=1, keepdim=True))[:, 0]
     argmax = top if "argmax" in measures else None
-    return TokenDraws(ids, ~highest.isfinite(), log_prob, margin, entropy, argmax, top_log_prob)
+    return TokenDraws(ids, highest, log_prob, margin, entropy, argmax, top_log_prob)
 
 
 def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor, may_defer: bool) -> Tensor:
     """Draw [n] ids from the nucleus: by rejection with all columns of `u` but the last, then from the nucleus itself.
 
-    With `may_defer` only the first column is used. Rows whose token is not surely inside (`_surely_inside`) get the id
-    -1 and are drawn in a second call, as on a CPU the few such rows of all chunks are faster together.
+    With `may_defer` the cheapest path is taken, and rows that it does not finish get the id -1. A second call draws
+    them: on a CPU the few such rows of all chunks are faster together.
     """
     table = Weights(weights)
     if top_p == 1.0:
         return sample_weights(table, u[:, 0])
-    if may_defer and u.shape[1] > 1:
+    if not is_sequential(u.device):
+        if may_defer:
+            return draw_from_top(values, table, u, top_p, _N_CANDIDATES)
+        return draw_from_nucleus(values, table, u, top_p)
+    if may_defer:
         drawn = sample_weights(table, u[:, 0])
         return torch.where(_surely_inside(values, table, drawn, top_p), drawn, -1)
     rows = torch.arange(len(u), device=u.device)
     ids = torch.zeros(len(u), dtype=torch.int64, device=u.device)
-    is_open = torch.ones(len(u), dtype=torch.bool, device=u.device)
-    drops_finished_rows = u.device.type == "cpu"
     for column in range(u.shape[1] - 1):
         drawn = sample_weights(table, u[rows, column])
-        inside = in_nucleus(values, table.values, drawn, top_p) & is_open[rows]
+        inside = in_nucleus(values, table.values, drawn, top_p)
         ids[rows] = torch.where(inside, drawn, ids[rows])
-        is_open[rows] &= ~inside
-        if drops_finished_rows:
-            rejected = (~inside).nonzero()[:, 0]
-            if not len(rejected):
-                return ids
-            rows, values, table = rows[rejected], values[rejected], Weights(table.values[rejected])
-    from_nucleus = sample_weights(Weights(table.values * nucleus_mask(values, table.values, top_p)), u[rows, -1])
-    ids[rows] = torch.where(is_open[rows], from_nucleus, ids[rows])
+        rejected = (~inside).nonzero()[:, 0]
+        if not len(rejected):
+            return ids
+        rows, values, table = rows[rejected], values[rejected], Weights(table.values[rejected])
+    ids[rows] = sample_weights(Weights(table.values * nucleus_mask(values, table.values, top_p)), u[rows, -1])
     return ids
 
 

@@ -1,7 +1,7 @@
 """One denoising step of many samples.
 
 Samples with the same settings are one batch of the sampler. The server then joins the forward passes of all these
-batches, whatever their settings.
+batches, whatever their settings. A step of a batch waits for the device twice, for any number of samples.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..modeling.denoiser import ModelDenoiser, in_order
+from ..modeling.denoiser import Answers, ModelDenoiser, in_order
 from ..modeling.model_runner import ModelPass, PassOutput
 from ..sampling.edits import Edits
 from ..sampling.logits import LogitsConfig
@@ -95,14 +96,15 @@ class JointSteps:
         first, states = requests[0], [request.state for request in requests]
         state = stack_states(states)
         plan, context = self._plan(requests)
-        goes_on = (state.is_masked.any(dim=1) | state.held).tolist()
         rows = _Rows(requests, self._outputs, self._project, run, errors)
         after = denoising_step(
             rows, state, plan, strategy=first.strategy, logits=first.logits, edits=first.edits, context=context
         )
         results: list[StepResult | Exception] = []
+        on_host = after.z.cpu()  # one wait for all rows, whose texts are read next
         for number, new in enumerate(split_states(after, states)):
-            state = new if goes_on[number] else replace(states[number], finished=True)
+            new = replace(new, on_host=on_host[number : number + 1, : new.z.shape[1]])
+            state = new if rows.goes_on[number] else replace(states[number], finished=True)
             results.append(errors.get(number) or StepResult(state, rows.n_passes[number]))
         return results
 
@@ -124,6 +126,7 @@ class _Rows:
 
     Attributes:
         n_passes: forward passes of each row.
+        goes_on: whether each row was unfinished before the step.
     """
 
     def __init__(
@@ -137,33 +140,53 @@ class _Rows:
         """Prepare; `errors` takes those of rows whose forward pass failed, whose logits are zeros."""
         self._errors = errors
         self.n_passes = [0] * len(requests)
+        self.goes_on = [False] * len(requests)
         self._outputs, self._project, self._run = outputs, project, run
         self._denoisers = [request.denoiser for request in requests]
         self._lengths = [request.state.z.shape[1] for request in requests]
         self._computed = torch.zeros_like(torch.cat([request.state.edits for request in requests]))
 
-    def step(self, scope: Tensor, branch: int = 0) -> Denoiser:
+    def questions(self, z: Tensor, asked: Tensor, scope: Tensor, branch: int = 0) -> Tensor:
+        """Return [batch, n] int64: whether the row is unfinished, then the numbers that its denoiser needs."""
+        own = [
+            denoiser.questions(z[row, :length], asked[row, :length], scope[row, :length], branch)
+            for row, length, denoiser in self._rows()
+        ]
+        width = max(numbers.shape[1] for numbers in own)
+        padded = torch.cat([functional.pad(numbers, (0, width - numbers.shape[1])) for numbers in own])
+        return torch.cat([scope.any(dim=1, keepdim=True).long(), padded], dim=1)
+
+    def step(self, scope: Tensor, branch: int = 0, answers: Answers | None = None) -> Denoiser:
         """Return the denoiser of the step, see `CachingDenoiser`."""
+        if answers is None:
+            raise RuntimeError("the rows of a joint step need the answers to their questions")
+        self.goes_on = [bool(is_unfinished) for is_unfinished, *_ in answers]
+        own = [numbers for _, *numbers in answers]
 
         def denoise(z: Tensor, flat_index: Tensor) -> Iterator[Tensor]:
-            return self._logits(z, flat_index, scope, branch)
+            return self._logits(z, flat_index, scope, branch, own)
 
         return denoise
+
+    def _rows(self) -> Iterator[tuple[slice, int, ModelDenoiser]]:
+        """Yield the row, the length and the denoiser of each sample."""
+        for number, (length, denoiser) in enumerate(zip(self._lengths, self._denoisers, strict=True)):
+            yield slice(number, number + 1), length, denoiser
 
     def take_computed(self) -> Tensor:
         """Return [batch] int64, the tokens of each row that went through the model."""
         return self._computed
 
-    def _logits(self, z: Tensor, flat_index: Tensor, scope: Tensor, branch: int) -> Iterator[Tensor]:
-        row = torch.div(flat_index, z.shape[1], rounding_mode="floor")
-        counts = torch.bincount(row, minlength=len(z)).tolist()
-        columns = torch.split(flat_index - row * z.shape[1], counts)
+    def _logits(self, z: Tensor, flat_index: Tensor, scope: Tensor, branch: int, answers: Answers) -> Iterator[Tensor]:
+        counts = [answer[0] for answer in answers]
+        columns = torch.split(flat_index % z.shape[1], counts)
         calls: list[tuple[int, list[ModelPass], list[Tensor]]] = []
         computed = [0] * len(z)
-        for number in (number for number, count in enumerate(counts) if count):
-            own, length = slice(number, number + 1), self._lengths[number]
-            passes, order = self._denoisers[number].passes(
-                z[own, :length], columns[number], scope[own, :length], branch
+        for number, (row, length, denoiser) in enumerate(self._rows()):
+            if not counts[number]:
+                continue
+            passes, order = denoiser.passes(
+                z[row, :length], columns[number], scope[row, :length], branch, answers[number : number + 1]
             )
             calls.append((number, passes, order))
             computed[number] = sum(one.ids.numel() for one in passes)

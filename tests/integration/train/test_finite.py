@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llamafactory_ddm.integration.train import finite
+from llamafactory_ddm.integration.train import trainer as trainer_module
 from llamafactory_ddm.integration.train.finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from support.tiny import Rows, tiny_model
 
@@ -169,3 +171,48 @@ def test_weights_are_checked(dtype, value):
     assert not weights_are_finite(model, lambda n: n, CPU)
     model.requires_grad_(False)  # frozen weights are not checked
     assert weights_are_finite(model, lambda n: n, CPU)
+
+
+class Event:
+    """A stand-in for `torch.cuda.Event`."""
+
+    n_waits = 0
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        Event.n_waits += 1
+
+
+def test_a_gpu_reads_a_step_one_step_later(monkeypatch):
+    monkeypatch.setattr(finite, "copies_in_background", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    counter, bad, Event.n_waits = FiniteLoss(2, CPU), torch.ones((), dtype=torch.int64), 0
+    counter.count(bad, 1)
+    assert (counter.streak, Event.n_waits) == (0, 0)
+    counter.count(bad, 2)
+    assert (counter.streak, Event.n_waits) == (1, 1)
+    with pytest.raises(LossNotFiniteError, match="steps 1 to 2"):
+        counter.read_all()
+
+
+def test_pinned_copies_train_as_others(make_trainer, monkeypatch):
+    """With the copies of a GPU, which pin each input first, the log is the same."""
+    plain = make_trainer(max_steps=3, logging_steps=1)
+    plain.train()
+    n_pinned = 0
+
+    def pin(tensor):
+        nonlocal n_pinned
+        n_pinned += 1
+        return tensor
+
+    for module in (finite, trainer_module):
+        monkeypatch.setattr(module, "copies_in_background", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    pinned = make_trainer(max_steps=3, logging_steps=1)
+    pinned.train()
+    losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (plain, pinned)]
+    assert len(losses[0]) == 3 and losses[0] == losses[1] and n_pinned > 0

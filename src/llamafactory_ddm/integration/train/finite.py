@@ -14,6 +14,11 @@ from ..logs import get_logger
 logger = get_logger(__name__)
 
 
+def copies_in_background(device: torch.device) -> bool:
+    """Tell whether copies between a device and the host do not make the host wait."""
+    return device.type == "cuda"
+
+
 class LossNotFiniteError(ValueError):
     """The loss or the weights are NaN or infinite; the message names the steps and what to do."""
 
@@ -62,8 +67,8 @@ class FiniteLoss:
         self._streak = torch.where(flag > 0, self._streak + 1, 0)
         copied = None
         streak = self._streak
-        if streak.device.type == "cuda":
-            streak = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(streak, non_blocking=True)
+        if copies_in_background(streak.device):
+            streak = streak.to("cpu", non_blocking=True)  # into pinned memory
             copied = torch.cuda.Event()
             copied.record()
         self._unread.append((step, streak, copied))

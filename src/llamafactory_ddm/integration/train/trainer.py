@@ -34,7 +34,7 @@ from ..logs import describe, get_logger
 from ..model.model_card import Origin, write_trained
 from ..resolve.run_settings import write_run_settings
 from .attention_inputs import PLACEMENT, AttentionInputs
-from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
+from .finite import FiniteLoss, LossNotFiniteError, copies_in_background, weights_are_finite
 from .step_metrics import StepMetrics
 from .tasks import TaskEvaluation
 
@@ -129,7 +129,7 @@ class DiffusionTrainer(CustomTrainer):
             except StopIteration:
                 break
             inputs, denominator = self._noise(collated, micro)
-            if device.type == "cuda":  # pinned copies do not make the host wait
+            if copies_in_background(device):
                 inputs = {key: value.pin_memory().to(device, non_blocking=True) for key, value in inputs.items()}
             batches.append(inputs)
             total += denominator
