@@ -62,6 +62,8 @@ ELSEWHERE = {
     "noise_process",
     "uniform_ratio",
     "random_truncate_ratio",
+    # tests/integration/train/test_step_loss.py
+    "logits_chunk",
     "eval_time_samples",
     "stop_after_nan_steps",
     "checkpoint_dir",

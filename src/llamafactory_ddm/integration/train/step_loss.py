@@ -56,7 +56,8 @@ class StepLoss:
             reason = self._reason(model, z_t, attention)
             self._in_chunks = not reason
             if reason and self._rows != 0:
-                logger.info_rank0(f"Training computes the logits of all scored tokens at once: {reason}.")
+                say = logger.warning_rank0 if self._rows else logger.info_rank0
+                say(f"Training holds the logits of all scored tokens at once, as {reason} (logits_chunk).")
         if not self._in_chunks:
             with self._head.only(index):
                 logits = model(input_ids=z_t, use_cache=False, **attention).logits
@@ -76,12 +77,12 @@ class StepLoss:
     def _reason(self, model: Any, z_t: Tensor, attention: Mapping[str, Any]) -> str:
         """Return why the loss cannot be computed in chunks; empty if it can. Every rank must call it."""
         if self._rows == 0:
-            return "logits_chunk: 0"
+            return "logits_chunk is 0"
         linear, reason = self._head.linear()
         if linear is None:
             return reason
         if self._is_compiled:
-            return "torch_compile: true"
+            return "torch_compile is true"
         first = torch.zeros(1, dtype=torch.int64, device=z_t.device)
         with torch.no_grad(), evaluation_mode(model), unchanged_random_state(), self._head.constant(first) as values:
             logits = model(input_ids=z_t, use_cache=False, **attention).logits
