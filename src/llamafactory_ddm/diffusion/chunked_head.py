@@ -16,7 +16,7 @@ _ELEMENTS_ELSEWHERE = 2**26
 _ROWS_MULTIPLE = 16
 _OUTPUTS_AT_ONCE = 2**13  # of a gradient that is computed in another dtype than it is summed in
 
-# The logits of some rows, [rows, vocab], and which rows they are -> their part of the loss, and the sum of their terms.
+# Logits of some rows, [rows, vocab], and which rows they are -> their part of the loss, and the sum of their terms.
 Cost = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
@@ -71,9 +71,7 @@ class _HeadLoss(torch.autograd.Function):
     """`head_loss` and its gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
         """Return the loss and the sum of the terms."""
         needed = ctx.needs_input_grad[:3]
         ctx.plan, ctx.recomputes, ctx.gradients = plan, plan.dtype == torch.float16, None
@@ -90,7 +88,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden states, weight and bias."""
         if ctx.recomputes:
-            _, _, gradients = _run(*ctx.saved_tensors, ctx.plan, ctx.needs_input_grad[:3], grad)
+            hidden, weight, bias = ctx.saved_tensors
+            _, _, gradients = _run(hidden, weight, bias, ctx.plan, ctx.needs_input_grad[:3], grad)
         elif ctx.gradients is None:
             raise RuntimeError("the gradients of head_loss can be taken once only")
         else:

@@ -105,7 +105,7 @@ class RowSelectingHead:
 
     @contextmanager
     def constant(self, head_index: Tensor) -> Iterator[Tensor]:
-        """Within the block, the output embedding returns rows of a constant, which it yields, [vocab] of whole numbers.
+        """Within the block, the output embedding returns rows of a constant, [vocab] whole numbers.
 
         So the caller sees whether the model, or a hook, changes the logits behind the output embedding.
         """
