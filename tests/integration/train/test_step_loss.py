@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
+from llamafactory_ddm.modeling.row_selecting_head import RowSelectingHead
 from support.tiny import VOCABULARY, Rows, tiny_model
 
 SIZES = {
@@ -146,3 +147,24 @@ def test_the_most_logits_at_once(make_trainer, monkeypatch):
     trainer.train()
     assert max(counts) == 5 and len(counts) > 10
     assert make_trainer(evaluation=Rows(4), logits_chunk=0).evaluate()["eval_loss"] == before
+
+
+def test_only_a_plain_linear_layer_is_computed_in_chunks():
+    class Quantized(torch.nn.Linear):
+        """As those of bitsandbytes, a subclass."""
+
+    model = tiny_model()
+    head = RowSelectingHead(model)
+    assert head.linear() == (model.lm_head, "")
+    model.lm_head.forward = model.lm_head.forward  # as accelerate's hooks of a device map do
+    assert head.linear()[0] is None
+    model.set_output_embeddings(Quantized(32, VOCABULARY, bias=False))
+    layer, reason = RowSelectingHead(model).linear()
+    assert layer is None and "Quantized" in reason
+
+
+def test_a_compiled_model_needs_all_logits(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    trainer._step_loss._is_compiled = True  # as torch_compile: true says; nothing is compiled here
+    trainer.train()
+    assert trainer._step_loss._in_chunks is False
