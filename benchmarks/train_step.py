@@ -54,7 +54,7 @@ TIME_CLAIMS = (
     ("mixed", "ar", 1.30),
     ("block", "full", 2.60),
 )
-MEMORY_CLAIMS = (("full", "ar", 0.94), ("full", "dense", 0.88), ("mixed", "ar", 1.00), ("block", "full", 1.55))
+MEMORY_CLAIMS = (("full", "ar", 0.88), ("full", "dense", 0.88), ("mixed", "ar", 0.88), ("block", "full", 1.55))
 OVERHEAD_CLAIM = 0.02
 
 

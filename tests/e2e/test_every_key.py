@@ -6,6 +6,7 @@ import functools
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llamafactory_ddm.diffusion import chunked_head
 from llamafactory_ddm.integration.hparams.attention import AttentionKeys
 from llamafactory_ddm.integration.hparams.diffusion import DiffusionArguments
 from llamafactory_ddm.integration.hparams.length import LengthKeys
@@ -62,6 +63,7 @@ ELSEWHERE = {
     "noise_process",
     "uniform_ratio",
     "random_truncate_ratio",
+    "logits_chunk",
     "eval_time_samples",
     "stop_after_nan_steps",
     "checkpoint_dir",
@@ -119,6 +121,20 @@ def test_loss_norm_sequence(checkpoint, train_small, tmp_path):
         for norm in ("sequence", "tokens")
     ]
     assert history(padded[0])[0]["loss"] != history(padded[1])[0]["loss"]
+
+
+def test_logits_chunk(train_small, tmp_path, monkeypatch):
+    """Chunks give the loss of all logits; in the tiny model all logits are one chunk by default."""
+    rows, inner = [], chunked_head.chunk_rows
+    monkeypatch.setattr(chunked_head, "chunk_rows", lambda *sizes: rows.append(inner(*sizes)) or rows[-1])
+    losses = [
+        [log["loss"] for log in history(train_small(tmp_path / f"{name}", max_steps=2, **keys))]
+        for name, keys in {"default": {}, "all": {"logits_chunk": 0}, "chunks": {"logits_chunk": 100}}.items()
+    ]
+    assert len(rows) == 2  # the steps of the first run alone
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+    with pytest.raises(ValueError, match=r"logits_chunk .*-1"):
+        train_small(tmp_path / "refused", logits_chunk=-1)
 
 
 @pytest.fixture(scope="module")

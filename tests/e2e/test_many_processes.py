@@ -114,6 +114,16 @@ def test_each_way_is_the_run_of_one_process(way, recipe, trained):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp"])
+def test_chunks_of_logits_with_a_sharded_head(way, trained):
+    """The output embedding's weight is gathered within its forward, where the loss is computed."""
+    out, reference = trained(way, "full", "logits_chunk=3"), trained(None, "full", "logits_chunk=0")
+    for a, b in zip(history(reference), history(out), strict=True):
+        for key in ("loss", "nll", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=WAYS[way][2]), key
+
+
+@pytest.mark.slow
 def test_as_torchrun_starts_it(trained, checkpoint, small_data, tmp_path):
     """Including the exit of the interpreter, which the other tests leave out."""
     env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}

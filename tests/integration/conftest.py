@@ -27,6 +27,7 @@ def make_trainer(tmp_path):
         eval_time_samples=4,
         objective=None,
         folder="out",
+        logits_chunk=None,
         **training,
     ):
         settings = {
@@ -66,6 +67,7 @@ def make_trainer(tmp_path):
             ),
             anneal_steps=anneal_steps,
             eval_time_samples=eval_time_samples,
+            logits_chunk=logits_chunk,
             model=model or tiny_model(),
             args=TrainingArguments(**settings),
             finetuning_args=FinetuningArguments(stage="pt", finetuning_type="full"),

@@ -32,15 +32,23 @@ def masked_cross_entropy(logits: Tensor, x_0: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy that saves only the logits for the backward pass and allocates one gradient of their size.
+    """Cross-entropy that allocates one tensor of the size of the logits, their gradient.
 
-    `torch.nn.functional.cross_entropy` also saves the log-probabilities and a gradient of their size: twice the peak
-    memory.
+    `torch.nn.functional.cross_entropy` also saves the log-probabilities: twice the peak memory. Where logits have half
+    precision, float32 probabilities would be larger than they are, so the backward pass computes them again. Else the
+    forward pass keeps the probabilities, and the backward pass turns them into the gradient in place.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, x_0: Tensor) -> Tensor:
         """Return [n] float32."""
+        ctx.keeps = ctx.needs_input_grad[0] and logits.dtype in (torch.float32, torch.float64)
+        if ctx.keeps:
+            log_p = logits.log_softmax(dim=1)
+            nll = -log_p.gather(1, x_0[:, None])[:, 0].float()
+            ctx.save_for_backward(x_0)
+            ctx.p = log_p.exp_()
+            return nll
         log_total = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         for part in _row_parts(logits):
             log_total[part] = logits[part].float().logsumexp(dim=1)
@@ -51,6 +59,12 @@ class _CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Return (softmax(logits) - one_hot(x_0)) * grad, in the dtype of the logits."""
+        if ctx.keeps:
+            if ctx.p is None:
+                raise RuntimeError("the gradient of masked_cross_entropy can be taken once only")
+            (x_0,), p, ctx.p = ctx.saved_tensors, ctx.p, None
+            minus_one = torch.full_like(x_0[:, None], -1.0, dtype=p.dtype)
+            return p.scatter_add_(1, x_0[:, None], minus_one).mul_(grad[:, None]), None
         logits, x_0, log_total = ctx.saved_tensors
         result = torch.empty_like(logits)
         for part in _row_parts(logits):

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ..diffusion.chunked_head import Cost, head_loss
 
 
 class RowSelectingHead:
@@ -54,6 +57,67 @@ class RowSelectingHead:
             yield
         finally:
             self._head_index, self._limit, self._keeps_hidden = None, None, False
+
+    def linear(self) -> tuple[nn.Linear | None, str]:
+        """Return the linear layer that computes the logits; or None and why `losing` cannot replace its forward."""
+        module: Any = self.module
+        if hasattr(module, "modules_to_save") and hasattr(module, "active_adapter"):  # PEFT's trained copy
+            module = module.modules_to_save[module.active_adapter]
+        if type(module) is not nn.Linear:  # an adapter's or a quantized layer
+            return None, f"the output embedding is a {type(module).__name__}"
+        if "forward" in vars(module):
+            return None, "the forward of the output embedding is replaced"
+        return module, ""
+
+    @contextmanager
+    def _replaced(self, forward: Any) -> Iterator[None]:
+        linear, reason = self.linear()
+        if linear is None:
+            raise RuntimeError(reason)
+        vars(linear)["forward"] = lambda hidden: forward(linear, hidden)
+        try:
+            yield
+        finally:
+            del vars(linear)["forward"]
+
+    @contextmanager
+    def losing(self, head_index: Tensor, cost: Cost, *, rows: int | None = None) -> Iterator[list[Tensor]]:
+        """Within the block, the model's forward returns a loss of the logits instead of them, as [1, 1].
+
+        The loss is computed within the forward of the output embedding, where wrappers have gathered its weight.
+
+        Args:
+            head_index: as in `only`.
+            cost: as in `head_loss`.
+            rows: as in `head_loss`.
+        Yields:
+            A list that holds the loss and the sum of its terms after the forward, both detached.
+        """
+        values: list[Tensor] = []
+
+        def forward(linear: nn.Linear, hidden: Tensor) -> Tensor:
+            loss, terms = head_loss(hidden, linear.weight, linear.bias, cost, rows=rows)
+            values[:] = [loss.detach(), terms]
+            return loss.reshape(1, 1)
+
+        with self.only(head_index), self._replaced(forward):
+            yield values
+
+    @contextmanager
+    def constant(self, head_index: Tensor) -> Iterator[Tensor]:
+        """Within the block, the output embedding returns rows of a constant, [vocab] whole numbers.
+
+        So the caller sees whether the model, or a hook, changes the logits behind the output embedding.
+        """
+        linear, _ = self.linear()
+        vocabulary = 0 if linear is None else linear.out_features
+        values = torch.arange(vocabulary, device=head_index.device) % 255 - 127  # exact in bfloat16
+
+        def forward(linear: nn.Linear, hidden: Tensor) -> Tensor:
+            return values.to(hidden.dtype).expand(len(hidden), -1)
+
+        with self.only(head_index), self._replaced(forward):
+            yield values
 
     def remove(self) -> None:
         """Remove the hook."""

@@ -246,11 +246,12 @@ class Objective(ABC):
     def loss(self, logits: Tensor, scored: Mapping[str, Tensor], denominator: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of a micro-batch, sum(weight * term) / denominator, and sum(term).
 
-        The losses of all micro-batches and ranks add up to the loss of the optimiser step.
+        The losses of all micro-batches and ranks add up to the loss of the optimiser step. So do those of any parts of
+        a micro-batch: training may pass the logits of a few scored tokens at a time.
 
         Args:
-            logits: [n_scored, vocab], logits of the scored tokens in row-major order.
-            scored: `TrainingBatch.scored`.
+            logits: [n_scored, vocab], logits of scored tokens in row-major order.
+            scored: `TrainingBatch.scored` for these tokens.
             denominator: scalar, `TrainingBatch.denominator` summed over all micro-batches and ranks of the optimiser
                 step; 0 counts as 1.
         Returns:

@@ -97,6 +97,15 @@ class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKe
     antithetic_time: bool = key(
         False, "Stratify the noise times over the rows of an optimiser step, which lowers the variance of the loss."
     )
+    logits_chunk: int | None = key(
+        None,
+        "Number of scored tokens whose logits training holds at once; the loss and its gradients are sums over such "
+        "chunks. 0 holds all logits. Defaults to a number that suits the device, or 0 where chunks are not possible: "
+        "LoRA on the output embedding, a quantized one, logits that the model changes afterwards (soft-capping), "
+        "torch_compile.",
+        kind="integer",
+        low=0,
+    )
     eval_time_samples: int = key(
         4, "Number of noise levels at which each row is evaluated, stratified over the time axis.", low=1
     )

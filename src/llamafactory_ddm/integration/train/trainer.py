@@ -35,6 +35,7 @@ from ..model.model_card import Origin, write_trained
 from ..resolve.run_settings import write_run_settings
 from .attention_inputs import PLACEMENT, AttentionInputs
 from .finite import FiniteLoss, LossNotFiniteError, copies_in_background, weights_are_finite
+from .step_loss import StepLoss
 from .step_metrics import StepMetrics
 from .tasks import TaskEvaluation
 
@@ -51,6 +52,7 @@ class DiffusionTrainer(CustomTrainer):
         eval_time_samples: noise levels per evaluated row.
         stop_after_nan_steps: number of consecutive steps with a NaN or infinite loss that ends the run; 0 for none.
         sparse_attention: train block attention with FlexAttention.
+        logits_chunk: scored tokens whose logits exist at once; None for an automatic number, 0 for all.
         kwargs: arguments of LLaMA-Factory's trainer.
     """
 
@@ -65,6 +67,7 @@ class DiffusionTrainer(CustomTrainer):
         eval_time_samples: int,
         stop_after_nan_steps: int = 2,
         sparse_attention: bool = False,
+        logits_chunk: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -88,6 +91,9 @@ class DiffusionTrainer(CustomTrainer):
         # The denominator covers the whole optimiser step, so LLaMA-Factory must not average over micro-batches again.
         self.model_accepts_loss_kwargs = True
         self._head = RowSelectingHead(self.model)
+        self._step_loss = StepLoss(
+            self._head, objective, logits_chunk, is_compiled=bool(getattr(self.args, "torch_compile", False))
+        )
         self._is_checked = False
         self._dense = implementation(self.model)
         self._trained_with = FLEX if sparse_attention else self._dense
@@ -226,14 +232,11 @@ class DiffusionTrainer(CustomTrainer):
             ratio=self.attention_ratio(step),
             step=step,
         )
-        with self._head.only(inputs["head_index"]):
-            output = model(input_ids=z_t, use_cache=False, **attention)
-        logits = output.logits.reshape(-1, output.logits.shape[-1])
-        loss, terms = self.objective.loss(logits, inputs, num_items_in_batch)
+        loss, terms = self._step_loss(model, z_t, attention, inputs, num_items_in_batch)
         self._finite.add(loss)
         self._step_metrics.add_terms(terms)
         loss = loss * self.args.world_size  # gradients are averaged over ranks; the denominator is summed
-        return (loss, output) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def _check_model(self, model: Any) -> None:
         """Check once that `model` attends as it should, and keep its logits in half precision.

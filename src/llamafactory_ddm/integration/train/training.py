@@ -53,6 +53,7 @@ def build_trainer(
         eval_time_samples=finetuning_args.eval_time_samples,
         stop_after_nan_steps=finetuning_args.stop_after_nan_steps,
         sparse_attention=sparse,
+        logits_chunk=finetuning_args.logits_chunk,
         model=model,
         args=training_args,
         finetuning_args=finetuning_args,
