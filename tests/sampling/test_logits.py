@@ -56,6 +56,7 @@ def assert_equals_the_full_sort(logits, config, suppress=()):
     grain=st.sampled_from([0.0, 0.5, 4.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
+@example(seed=0, vocab=4, temperature=0.5, top_p=0.5, top_k=None, grain=4.0, dtype=torch.float32)
 @example(seed=0, vocab=40, temperature=1.0, top_p=0.5, top_k=7, grain=4.0, dtype=torch.bfloat16)
 @example(seed=0, vocab=40, temperature=1.0, top_p=0.9, top_k=None, grain=4.0, dtype=torch.float32)
 @example(seed=0, vocab=9, temperature=0.25, top_p=1.0, top_k=None, grain=0.0, dtype=torch.float32)

@@ -114,7 +114,7 @@ def is_sequential(device: torch.device) -> bool:
 def _bisected(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
     """Do what `nucleus_mask` does by bisection on the bits of the logits, which sort like the logits: 32 passes."""
     depth = values.abs().view(torch.int32)  # 0 for the most probable token, larger for less probable ones
-    bound = top_p * Weights(weights).total[:, None]
+    bound = _bound(weights, top_p)
     low = torch.full_like(depth[:, :1], -1)  # the mass down to here does not reach the bound
     high = torch.full_like(depth[:, :1], _INFINITY_BITS)  # and down to here it does
     for _ in range(32):
@@ -134,7 +134,7 @@ def _sorted(values: Tensor, weights: Tensor, top_p: float) -> Tensor:
     """Do what `nucleus_mask` does by sorting."""
     rank = _rank(values, torch.arange(values.shape[1], device=values.device).expand(values.shape))
     in_order = rank.sort(dim=1).values
-    return rank <= _last_rank(in_order, in_order % _WORD, Weights(weights), top_p)
+    return rank <= _last_rank(in_order, in_order % _WORD, weights, top_p)
 
 
 def _rank(values: Tensor, ids: Tensor) -> Tensor:
@@ -150,17 +150,22 @@ def _upper_words(rank: Tensor) -> Tensor:
     return rank.view(torch.int32)[:, 1 if sys.byteorder == "little" else 0 :: 2]
 
 
-def _last_rank(rank: Tensor, ids: Tensor, weights: Weights, top_p: float) -> Tensor:
+def _bound(weights: Tensor, top_p: float) -> Tensor:
+    """Return [n, 1] float64, the mass that a nucleus reaches; float32 would lose small weights beside large ones."""
+    return top_p * weights.sum(dim=1, keepdim=True, dtype=torch.float64)
+
+
+def _last_rank(rank: Tensor, ids: Tensor, weights: Tensor, top_p: float) -> Tensor:
     """Return [n, 1] the rank of the last token of the nucleus; that of the last candidate if the nucleus goes beyond.
 
     Args:
         rank: [n, k] of the k most probable tokens, the candidates, ascending.
         ids: [n, k] of the candidates, by descending weight.
-        weights: of n rows.
+        weights: [n, vocab] float32.
         top_p: mass to reach, in (0, 1].
     """
-    mass = weights.values.gather(1, ids[:, :-1]).cumsum(dim=1, dtype=torch.float64)
-    return rank.gather(1, torch.searchsorted(mass, top_p * weights.total[:, None]))
+    mass = weights.gather(1, ids[:, :-1]).cumsum(dim=1, dtype=torch.float64)
+    return rank.gather(1, torch.searchsorted(mass, _bound(weights, top_p)))
 
 
 def draw_from_nucleus(values: Tensor, weights: Weights, u: Tensor, top_p: float) -> Tensor:
@@ -200,7 +205,7 @@ def draw_from_top(values: Tensor, weights: Weights, u: Tensor, top_p: float, wid
     candidates = values.topk(width, dim=1).indices
     rank = _rank(values, torch.cat([candidates, drawn], dim=1))
     top = rank[:, :width].sort(dim=1).values
-    last = _last_rank(top, candidates, weights, top_p)
+    last = _last_rank(top, candidates, weights.values, top_p)
     is_open = _upper_words(last) >= _upper_words(top)[:, -1:]
     is_outside = rank[:, width:] > last.masked_fill(is_open, -1)
     first = is_outside.min(dim=1, keepdim=True).indices
@@ -222,5 +227,5 @@ def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Te
     level = values.gather(1, index)
     lower = torch.arange(values.shape[1], device=values.device) < index
     before = (values > level) | ((values == level) & lower)
-    inside: Tensor = (weights * before).sum(dim=1, dtype=torch.float64) < top_p * Weights(weights).total
-    return inside
+    mass = (weights * before).sum(dim=1, keepdim=True, dtype=torch.float64)
+    return (mass < _bound(weights, top_p))[:, 0]
