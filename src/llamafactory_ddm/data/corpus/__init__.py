@@ -1,1 +1,1 @@
-"""`llamafactory-ddm prepare-data`: turns parquet and JSON lines into packed blocks of tokens, without LLaMA-Factory."""
+"""`llamafactory-ddm prepare-data`: makes packed blocks of tokens of parquet and JSON lines, without LLaMA-Factory."""

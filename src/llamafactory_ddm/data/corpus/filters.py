@@ -74,8 +74,8 @@ class Filters:
             match = _COMPARISON.fullmatch(line)
             if match is None:
                 raise ValueError(
-                    f"{subject}: the filter {line!r} must be a column, one of {' '.join(_OPERATORS)}, and a value, such "
-                    "as 'language == en'"
+                    f"{subject}: the filter {line!r} must be a column, one of {' '.join(_OPERATORS)}, and a value, "
+                    "such as 'language == en'"
                 )
             column, sign, word = match.groups()
             value: str | float = word.strip("'\"")

@@ -172,8 +172,9 @@ def _check_blocks(preparation: Preparation) -> None:
     for source in keys.all_sources():
         if not counts[source.name, "train"]:
             raise ValueError(
-                f"sources ({source.name}): no document is kept, or all together are shorter than a block of cutoff_len: "
-                f"{keys.cutoff_len} tokens; check text_column, filters, min_length and max_length, or lower cutoff_len"
+                f"sources ({source.name}): no document is kept, or all together are shorter than a block of "
+                f"cutoff_len: {keys.cutoff_len} tokens; check text_column, filters, min_length and max_length, or "
+                "lower cutoff_len"
             )
     if keys.val_size and not sum(n_blocks for (_, split), n_blocks in counts.items() if split == "validation"):
         raise ValueError(

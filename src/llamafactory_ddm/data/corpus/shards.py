@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import writing, write_json
+from .blocks import write_json, writing
 from .encoder import Encoder
 from .files import Piece, Row, read_rows
 from .keys import Source

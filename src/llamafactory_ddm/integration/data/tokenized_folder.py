@@ -26,8 +26,8 @@ def has_prepared_rows(data_args: Any) -> bool:
     path = data_args.tokenized_path
     if path is not None and is_unfinished(path):
         raise ValueError(
-            f"tokenized_path: {path} is half written: llamafactory-ddm prepare-data was interrupted; run it again, and "
-            "it goes on where it stopped"
+            f"tokenized_path: {path} is half written: llamafactory-ddm prepare-data was interrupted; run it again, "
+            "and it goes on where it stopped"
         )
     if path is not None and Path(path).is_file():
         raise ValueError(f"tokenized_path: {path} is a file; name a folder of prepared rows, or a new one")
