@@ -1,5 +1,6 @@
 """prepare-data as a user runs it: upstream's tokens, kill -9, training from the blocks, exact resume over shards."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from random import Random
 
 import pytest
 from datasets import load_from_disk
@@ -16,27 +18,28 @@ from support.corpus import TEXTS, write
 from support.warm import QUIET
 
 MODEL = ("model_name_or_path=data/tiny_gpt2", "mask_token=<|mask|>")
-# A plugin that writes which rows each training step sees, and ends the process in a step as kill -9 does.
+# A plugin that writes which rows each step sees, before and after noise, and ends the process as kill -9 does.
 PLUGIN = """
 import json, os, signal
 from llamafactory_ddm.integration.train.trainer import DiffusionTrainer
-inner = DiffusionTrainer.training_step
-def training_step(self, model, inputs, *rest, **keys):
-    rank, step = self.args.process_index, self.state.global_step
-    with open(os.environ["ROWS_FILE"] + f".{rank}", "a") as file:
-        print(json.dumps([step, inputs["input_ids"].tolist()]), file=file)
-    if str(step) == os.environ.get("KILL_AT") and rank == int(os.environ.get("KILL_RANK", 0)):
+inner_noise, inner_step = DiffusionTrainer._noise, DiffusionTrainer.training_step
+def noise(self, collated, micro):
+    clean = collated["input_ids"].tolist()
+    result = inner_noise(self, collated, micro)
+    with open(os.environ["ROWS_FILE"] + f".{self.args.process_index}", "a") as file:
+        print(json.dumps([self.state.global_step, clean, result[0]["input_ids"].tolist()]), file=file)
+    return result
+def training_step(self, *rest, **keys):
+    if str(self.state.global_step) == os.environ.get("KILL_AT") and str(self.args.process_index) == os.environ["RANK"]:
         os.kill(os.getpid(), signal.SIGKILL)
-    return inner(self, model, inputs, *rest, **keys)
-if not hasattr(inner, "wrapped"):
-    training_step.wrapped = True
-    DiffusionTrainer.training_step = training_step
+    return inner_step(self, *rest, **keys)
+DiffusionTrainer._noise, DiffusionTrainer.training_step = noise, training_step
 """
 TRAIN = (
     *("stage=ddm", "do_train=true", "finetuning_type=full", "anneal_steps=4", "use_cpu=true", "report_to=none"),
     *("cutoff_len=32", "learning_rate=1.0e-3", "logging_steps=1", "save_steps=2", "num_train_epochs=1"),
     *("lr_scheduler_type=constant", "gradient_accumulation_steps=2", "dataset_dir=data", "disable_tqdm=true"),
-    *("resume_from_checkpoint=null", "plot_loss=false"),
+    *("resume_from_checkpoint=null", "plot_loss=false", "dataset=tiny_corpus_train"),  # which upstream demands
 )
 
 
@@ -108,9 +111,9 @@ def test_kill_9_loses_only_what_is_not_finished(yaml, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (out / "unfinished").is_dir()
-    for recipe in ("tiny_gpt2_full_ddm.yaml",):
-        with pytest.raises(ValueError, match=r"tokenized_path: .*rows is half written"):
-            train_here(recipe, tokenized_path=out, output_dir=tmp_path / "out", eval_dataset=ABSENT, do_eval=False)
+    keys = {"eval_dataset": ABSENT, "eval_strategy": "no", "do_eval": False, "packing": True}
+    with pytest.raises(ValueError, match=r"tokenized_path: .*rows is half written"):
+        train_here("tiny_gpt2_full_ddm.yaml", tokenized_path=out, output_dir=tmp_path / "out", **keys)
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "train").glob("data-0000[0-3]*.arrow")}
     names = {f"data-{path.stem}" for path in finished}
     prepare(*command[1:], f"tokenized_path={out}")
@@ -123,56 +126,53 @@ def test_kill_9_loses_only_what_is_not_finished(yaml, tmp_path):
 
 
 def seen(file, n_processes):
-    """The rows of each step of a run, by rank and in order."""
+    """The rows of each step of a run, clean and noised, by rank and in order."""
     steps = {}
     for rank in range(n_processes):
         for line in file.with_name(f"{file.name}.{rank}").read_text().splitlines():
-            step, rows = json.loads(line)
-            steps.setdefault(step, []).extend(map(tuple, rows))
+            step, clean, noised = json.loads(line)
+            steps.setdefault(step, []).extend((tuple(a), tuple(b)) for a, b in zip(clean, noised, strict=True))
     return steps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n_processes", "killed"), [(1, 5), (2, 3)])
-def test_a_run_over_three_shards_is_killed_and_resumes_exactly(n_processes, killed, blocks, tmp_path):
-    """Identical losses; every row of the epoch is seen once, none is repeated or lost."""
-    (tmp_path / "plugin.py").write_text(PLUGIN)
-    rows = [tuple(row) for row in load_from_disk(str(blocks))["train"]["input_ids"][:]]
-    words = (*MODEL, *TRAIN, f"tokenized_path={blocks}", f"plugins={tmp_path / 'plugin.py'}")
-    words += ("per_device_train_batch_size=8", "dataloader_drop_last=false")
-    (tmp_path / "x.yaml").write_text("seed: 7\n")
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_a_run_over_three_shards_is_killed_and_resumes_exactly(n_processes, blocks, tmp_path):
+    """Identical losses; every row of the epoch is seen once, none is repeated or lost. The kill is in any step."""
+    plugin, recipe = tmp_path / "plugin.py", tmp_path / "x.yaml"
+    plugin.write_text(PLUGIN)
+    recipe.write_text("seed: 7\n")
+    words = (*MODEL, *TRAIN, f"tokenized_path={blocks}", f"plugins={plugin}")
+    words += (f"per_device_train_batch_size={8 // n_processes}",)
+    launcher = importlib.util.find_spec("llamafactory.launcher").origin
 
-    def train(name, *more, **env):
-        env |= {"ROWS_FILE": str(tmp_path / more[0].removeprefix("rows="))}
-        line = ("train", str(tmp_path / "x.yaml"), *words, f"output_dir={tmp_path / name}", *more[1:])
+    def train(name, rows, *more, **env):
+        env |= {"ROWS_FILE": str(tmp_path / rows)}
+        line = (recipe, *words, f"output_dir={tmp_path / name}", *more)
         if n_processes == 1:
-            return run(*line, env=env, check="KILL_AT" not in env, fresh=True)
-        launcher = __import__("importlib.util").util.find_spec("llamafactory.launcher").origin
-        return in_processes(n_processes, launcher, *line[1:], env=env)
+            run("train", *line, env={"RANK": "0", **env})
+        else:
+            in_processes(n_processes, launcher, *line, env=env)
 
-    train("whole", "rows=whole_rows")
-    if n_processes == 1:
-        assert train("killed", "rows=first_rows", KILL_AT=str(killed)).returncode
-    else:
-        with pytest.raises(AssertionError, match="rank 1 ended with -9"):
-            train("killed", "rows=first_rows", KILL_AT=str(killed), KILL_RANK="1")
+    train("whole", "whole_rows")
+    expected = history(tmp_path / "whole")
+    killed = Random(time.time_ns()).randrange(2, len(expected) - 1)
+    with pytest.raises(AssertionError, match="ended with -9"):
+        train("killed", "first_rows", KILL_AT=str(killed))
     last = max(int(path.name.split("-")[1]) for path in (tmp_path / "killed").glob("checkpoint-*"))
-    assert 0 < last <= killed < len(history(tmp_path / "whole")) - 1
-    train("killed", "rows=second_rows", "resume_from_checkpoint=true")
-    whole = seen(tmp_path / "whole_rows", n_processes)
-    first, second = (seen(tmp_path / name, n_processes) for name in ("first_rows", "second_rows"))
-    assert min(second) == last
+    train("killed", "second_rows", "resume_from_checkpoint=true")
+    assert last <= killed
+    whole, first, second = (seen(tmp_path / f"{name}_rows", n_processes) for name in ("whole", "first", "second"))
+    assert (min(first), max(first), min(second)) == (0, killed, last)
     joined = {**{step: rows for step, rows in first.items() if step < last}, **second}
     assert joined == whole
-    # A last step that is not full is filled with the first rows, as upstream's sampler does on several processes.
-    counts = Counter(row for step in joined.values() for row in step)
-    n_rows = sum(counts.values())
-    assert set(counts) == set(rows) and n_rows - len(rows) < 16 * n_processes
-    if n_processes == 1:
-        assert counts == Counter(rows)
-    expected, actual = history(tmp_path / "whole"), history(tmp_path / "killed")
+    rows = Counter(map(tuple, load_from_disk(str(blocks))["train"]["input_ids"][:]))
+    found = Counter(clean for step in joined.values() for clean, _ in step)
+    # The sampler fills the last step of several processes with the first rows, killed or not.
+    assert not rows - found and (found - rows).total() == -rows.total() % n_processes
+    actual = history(tmp_path / "killed")
     for key in ("step", "loss", "nll", "grad_norm", "masked_fraction"):
-        assert [log[key] for log in actual] == [log[key] for log in expected], key
+        assert [log[key] for log in actual] == [log[key] for log in expected], (key, killed)
 
 
 def test_mistakes_are_one_line(yaml, tmp_path):

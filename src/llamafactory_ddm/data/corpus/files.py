@@ -81,6 +81,7 @@ def divide(source: Source, files: Sequence[tuple[str, int]], shard_bytes: float)
     Raises:
         ValueError: if a file cannot be read or lacks a column, or the source has no document.
     """
+    shard_bytes = max(1, round(shard_bytes))
     shards: list[tuple[Piece, ...]] = []
     shard: list[Piece] = []
     for path, size in files:
@@ -99,7 +100,7 @@ def divide(source: Source, files: Sequence[tuple[str, int]], shard_bytes: float)
     return shards
 
 
-def _pieces(source: Source, path: str, size: int, shard_bytes: float) -> Iterator[Piece]:
+def _pieces(source: Source, path: str, size: int, shard_bytes: int) -> Iterator[Piece]:
     columns = [source.text_column, *source.filters.columns]
     with _reading(path), _open(path) as file:
         if path.endswith(".parquet"):
@@ -114,7 +115,7 @@ def _pieces(source: Source, path: str, size: int, shard_bytes: float) -> Iterato
         if first is None:
             return
         _check_columns(source, path, columns, list(first[0]))
-    step = size if _codec(path) else max(1, round(shard_bytes))
+    step = size if _codec(path) else shard_bytes
     for start in range(0, size, step):
         stop = min(start + step, size)
         yield Piece(path, stop - start, start, stop)
