@@ -94,7 +94,7 @@ def upstream(corpus: Path, out: Path, processes: int) -> tuple[float, float]:
     info = {"corpus": {"file_name": corpus.name, "columns": {"prompt": "text"}}}
     (corpus.parent / "dataset_info.json").write_text(json.dumps(info))
     keys = {"model_name_or_path": str(ROOT / "data" / "tiny_gpt2"), "stage": "pt", "do_train": True, "use_cpu": True}
-    keys |= {"dataset": "corpus", "dataset_dir": str(corpus.parent), "cutoff_len": LENGTH, "packing": True}
+    keys |= {"dataset": "corpus", "dataset_dir": str(corpus.parent), "cutoff_len": LENGTH}  # packed by default
     keys |= {"tokenized_path": str(out), "output_dir": str(out) + "-unused", "overwrite_cache": True}
     keys |= {"preprocessing_num_workers": processes, "report_to": "none"}
     return call(_UPSTREAM, keys)
