@@ -16,10 +16,11 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 from llamafactory_ddm.data.control_tokens import reading_as_text
 from llamafactory_ddm.data.corpus.blocks import BlockFiles, write_split, writing
 from llamafactory_ddm.data.corpus.encoder import Encoder
+from llamafactory_ddm.data.corpus.pool import run_jobs
 from llamafactory_ddm.data.corpus.prepare import is_unfinished
 from llamafactory_ddm.data.corpus.shards import text_hash
 from support.cli import ROOT
-from support.corpus import TEXTS, prepare, write
+from support.corpus import TEXTS, end_process, prepare, write
 from support.tiny import tiny_tokenizer
 
 ODD = ["Süß 😀\n\n", " dog cat<|endoftext|> dog", "  ", "a <|mask|> b", "x" * 700, "e\u0301"]
@@ -217,6 +218,25 @@ def test_a_corpus_without_a_block_is_refused(texts, keys, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         prepare(tmp_path / "rows", tiny_tokenizer(), sources=str(write(tmp_path / "in", texts)), **keys)
     assert is_unfinished(tmp_path / "rows")
+
+
+def test_an_error_in_another_process_ends_the_run(tmp_path):
+    """What is finished by then stays, and the run goes on once the file is repaired."""
+    path = write(tmp_path / "in", TEXTS)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + b"\n\n\n")
+    keys = {"sources": str(path), "cutoff_len": 16, "shard_size": 0.02, "preprocessing_num_workers": 2}
+    with pytest.raises(ValueError, match=r"sources: .*corpus\.jsonl: the line at byte \d+ is not JSON"):
+        prepare(tmp_path / "rows", tiny_tokenizer(), **keys)
+    assert is_unfinished(tmp_path / "rows")
+    path.write_bytes(whole)
+    assert prepare(tmp_path / "rows", tiny_tokenizer(), **keys)["sources"]["documents"]["kept"] == len(TEXTS)
+
+
+def test_a_process_that_was_killed_is_an_error():
+    encoder = Encoder.of(tiny_tokenizer(), "<|endoftext|>")
+    with pytest.raises(ValueError, match="preprocessing_num_workers"):
+        run_jobs(end_process, [1, 2, 3], encoder, 2, 3, "ending")
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
