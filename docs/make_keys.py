@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llamafactory_ddm.data.corpus.keys import PrepareKeys
 from llamafactory_ddm.generation.quality_keys import QualityKeys
 from llamafactory_ddm.harness.compare_keys import CompareKeys, ModelKeys
 from llamafactory_ddm.harness.keys import EvalKeys
@@ -19,7 +20,7 @@ PAGE = Path(__file__).with_name("keys.md")
 HEAD = """# Keys
 
 Every YAML key that the plugin adds to LLaMA-Factory's own, under `stage: ddm` and `stage: ddm-sft`, and those of
-`llamafactory-ddm eval`, `llamafactory-ddm compare` and `llamafactory-ddm quality`.
+`llamafactory-ddm eval`, `compare`, `quality` and `prepare-data`.
 Written by `python docs/make_keys.py` from the code; a test compares.
 
 - A key without a default takes what its text says, mostly what the checkpoint's `diffusion_config.json` holds.
@@ -73,6 +74,15 @@ for that strategy. [generation_quality.md](generation_quality.md) explains the n
 | key | default | allowed | meaning |
 |---|---|---|---|
 """
+PREPARATION = """## Preparing data
+
+`llamafactory-ddm prepare-data x.yaml` reads these, and LLaMA-Factory's and this package's keys of the model and its
+tokenizer: `model_name_or_path`, `mask_token`, `template`, `add_special_tokens` … Those that LLaMA-Factory has too keep
+their meaning. [data.md](data.md) explains the result.
+
+| key | default | allowed | meaning |
+|---|---|---|---|
+"""
 
 
 def page() -> str:
@@ -105,7 +115,8 @@ def page() -> str:
     evaluation = "\n".join(_row(name, key) for name, key in keys_of(EvalKeys).items())
     comparison = "\n".join(_row(name, key) for name, key in {**keys_of(CompareKeys), **keys_of(ModelKeys)}.items())
     quality = "\n".join(_row(name, key) for name, key in keys_of(QualityKeys).items())
-    rows = (EVALUATION + evaluation, COMPARISON + comparison, QUALITY + quality)
+    preparation = "\n".join(_row(name, key) for name, key in keys_of(PrepareKeys).items())
+    rows = (EVALUATION + evaluation, COMPARISON + comparison, QUALITY + quality, PREPARATION + preparation)
     return "\n".join([HEAD, *parts, STRATEGIES, *(f"{text}\n" for text in rows)])
 
 

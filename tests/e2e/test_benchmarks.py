@@ -99,3 +99,11 @@ def test_the_serving_benchmark_runs():
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert done.stdout.count(" claimed ") == 1, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("milliseconds to the first text") == 4
+
+
+@pytest.mark.slow
+def test_the_preparation_benchmark_runs(tmp_path):
+    words = ("--megabytes", "1", "--rounds", "1", "--processes", "2", "--folder", tmp_path)
+    done = run(*words, program="benchmarks/prepare_data.py", check=False)
+    assert done.stdout.count("claimed ") == 3, done.stdout + done.stderr[-2000:]
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from support.cli import ROOT, predictions, run
 from support.published import write_dream, write_llada
 from support.published_sdar import write_sdar
 
-FITTING = "varlen_fit_length.yaml"
+FITTING, PREPARING = "varlen_fit_length.yaml", "prepare_data_tiny.yaml"
 QUESTION = "Sam has 3 eggs. He gets 2 more. How many eggs does he have?"
 RECIPES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
 SERVING = [name for name in RECIPES if name.endswith("_chat.yaml")]
@@ -111,7 +111,11 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES if name not in SERVING],
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in RECIPES
+        if name not in (*SERVING, PREPARING)
+    ],
 )
 def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adapter):
     keys = OmegaConf.load(ROOT / "examples" / name)
@@ -157,3 +161,21 @@ def test_the_recipe_chats(name, tmp_path, finetuned):
     words = (f"model_name_or_path={model}", "cutoff_len=64")
     done = run("chat", f"examples/{name}", *words, input=f"{QUESTION}\nexit\n")
     assert done.stdout.count("Assistant: ") == 1 and "error" not in done.stdout
+
+
+def test_the_corpus_of_the_recipe_is_prepared_and_trained_on(tmp_path, train_small):
+    run("--out", tmp_path, program="data/make_shards.py")
+    paths = (f"sources.web.path={tmp_path / 'web'}", f"sources.code.path={tmp_path / 'code' / '*.jsonl.zst'}")
+    done = run(
+        "prepare-data",
+        f"examples/{PREPARING}",
+        *paths,
+        f"tokenized_path={tmp_path / 'rows'}",
+        "preprocessing_num_workers=1",
+        program="llamafactory-ddm",
+    )
+    for reason in ("language == en", "language_score >= 0.1", "deduplicate"):
+        assert f"dropped by {reason}: " in done.stdout
+    keys = {"tokenized_path": tmp_path / "rows", "cutoff_len": 128, "do_eval": True, "max_steps": 1}
+    out = train_small(tmp_path / "out", **keys)
+    assert DiffusionConfig.load(out).canvas == 128 and (out / "eval_results.json").is_file()

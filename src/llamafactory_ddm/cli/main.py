@@ -18,6 +18,7 @@ from ..utils.registry import did_you_mean
 _MODULES = {
     "generate": ".generate",
     "convert": ".convert",
+    "prepare-data": ".prepare_data",
     "fit-length": ".fit_length",
     "eval": ".eval",
     "compare": ".compare",
@@ -67,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         choices=_COMMANDS,
         help="doctor: check whether the plugin is active; generate: generate texts; convert: convert published "
-        "checkpoints; fit-length: fit length predictors; eval: evaluate on lm-evaluation-harness; compare: evaluate "
-        "and compare several models; quality: measure generated texts; plot-loss: plot the losses of several runs",
+        "checkpoints; prepare-data: tokenise and pack a corpus; fit-length: fit length predictors; eval: evaluate on "
+        "lm-evaluation-harness; compare: evaluate and compare several models; quality: measure generated texts; "
+        "plot-loss: plot the losses of several runs",
     )
     return parser
 

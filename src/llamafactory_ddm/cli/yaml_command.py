@@ -28,7 +28,7 @@ def run_command(command: str, usage: str, argv: list[str], body: Callable[[dict[
         print(f"llamafactory-ddm {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        text = "interrupted; what is finished is kept in save_dir, and the same command goes on"
+        text = "interrupted; what is finished is kept, and the same command goes on"
         print(f"llamafactory-ddm {command}: {text}", file=sys.stderr)
         return 130
     return 0

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from .registry import Registry, unknown_choice
 
 # token: a token or its id; tokens: several, separated by commas; path: a folder; modules: see `load_plugins`; names:
-# separated by commas, or a list; texts: one, or a list.
+# separated by commas, or a list; texts: one, or a list; sources: checked by the dataclass.
 Kind = Literal[
-    "integer", "number", "boolean", "text", "token", "tokens", "path", "modules", "mapping", "names", "texts"
+    "integer", "number", "boolean", "text", "token", "tokens", "path", "modules", "mapping", "names", "texts",
+    "sources",
 ]  # fmt: skip
 _KINDS: dict[type, Kind] = {bool: "boolean", int: "integer", float: "number", str: "text"}
 _ALLOWED = {
@@ -27,6 +28,7 @@ _ALLOWED = {
     "mapping": "mapping",
     "names": "list of names",
     "texts": "text or list of texts",
+    "sources": "text, list of texts or mapping",
 }
 
 

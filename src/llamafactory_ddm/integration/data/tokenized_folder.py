@@ -11,6 +11,8 @@ from typing import Any
 from datasets.exceptions import DatasetsError
 from llamafactory.extras.misc import has_tokenized_data
 
+from ...data.corpus.prepare import is_unfinished
+
 SETTINGS_FILE = "llamafactory_ddm.json"
 _N_SAMPLE = 64  # tokens of the first row
 
@@ -19,9 +21,14 @@ def has_prepared_rows(data_args: Any) -> bool:
     """Tell whether tokenized_path holds prepared rows; if not, the run prepares rows and saves them there.
 
     Raises:
-        ValueError: if tokenized_path is a file.
+        ValueError: if tokenized_path is a file, or prepare-data has not finished it.
     """
     path = data_args.tokenized_path
+    if path is not None and is_unfinished(path):
+        raise ValueError(
+            f"tokenized_path: {path} is half written: llamafactory-ddm prepare-data was interrupted; run it again, "
+            "and it goes on where it stopped"
+        )
     if path is not None and Path(path).is_file():
         raise ValueError(f"tokenized_path: {path} is a file; name a folder of prepared rows, or a new one")
     return path is not None and bool(has_tokenized_data(path))

@@ -1,0 +1,145 @@
+"""Files, shards and rows of a corpus."""
+
+import bz2
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from llamafactory_ddm.data.corpus.files import Piece, divide, find_files, read_rows
+from llamafactory_ddm.data.corpus.filters import Filters
+from llamafactory_ddm.data.corpus.keys import Source
+
+ROWS = [{"text": f"Tom has {n} eggs.\nSüß 😀" + "x" * (n % 7), "score": n / 40, "other": [n]} for n in range(40)]
+LINES = "".join(json.dumps(row, ensure_ascii=n % 2 == 0) + "\n" for n, row in enumerate(ROWS))
+
+
+def source(*paths, filters=()):
+    return Source("s", tuple(map(str, paths)), "text", Filters.parse(filters, 0, None, "filters"))
+
+
+def zstd(data):
+    return pyarrow.compress(data, "zstd", asbytes=True)
+
+
+def write_parquet(path, rows, **keys):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **keys)
+    return path
+
+
+@pytest.fixture(params=["jsonl", "jsonl.gz", "json.bz2", "jsonl.zst", "parquet"])
+def file(request, tmp_path):
+    path = tmp_path / f"rows.{request.param}"
+    if request.param == "parquet":
+        return write_parquet(path, ROWS, row_group_size=7)
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "zst": zstd}.get(request.param[-3:].strip("."), bytes)
+    path.write_bytes(compress(LINES.encode()))
+    return path
+
+
+def texts_of(shards):
+    return [row["text"] for shard in shards for piece in shard for row, _ in read_rows(piece, ["text"])]
+
+
+@pytest.mark.parametrize("size", [1, 50, 333, 1e9])
+def test_shards_hold_each_row_once_and_in_order(file, size):
+    of = source(file)
+    shards = divide(of, find_files(of), size)
+    assert texts_of(shards) == [row["text"] for row in ROWS]
+    if size < 50 and file.suffix in (".parquet", ".jsonl"):
+        assert len(shards) > 5
+    if size == 1e9:
+        assert len(shards) == len(shards[0]) == 1
+    for shard in shards:
+        for piece in shard:
+            fractions = [fraction for _, fraction in read_rows(piece, ["text"])]
+            assert fractions == sorted(fractions) and all(0 <= value <= 1 for value in fractions)
+
+
+def test_every_cut_of_a_file_of_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(LINES.encode())
+    size = path.stat().st_size
+    for cut in range(0, size + 1, 7):
+        pieces = [Piece(str(path), 1, 0, cut), Piece(str(path), 1, cut, size)]
+        assert texts_of([pieces]) == [row["text"] for row in ROWS]
+
+
+def test_folders_globs_lists_and_urls(tmp_path):
+    for name in ("b/2.parquet", "b/1.parquet", "a/3.parquet", "b/.hidden.parquet", "b/_meta.parquet"):
+        write_parquet(tmp_path / name, ROWS[:1])
+    (tmp_path / "b/readme.txt").write_text("no data")
+
+    def names(*paths):
+        return ["/".join(path.rsplit("/", 2)[1:]) for path, _ in find_files(source(*paths))]
+
+    assert names(tmp_path / "b") == ["b/1.parquet", "b/2.parquet"]
+    assert names(tmp_path) == ["a/3.parquet", "b/1.parquet", "b/2.parquet"]
+    assert names(tmp_path / "*/[13].parquet") == ["a/3.parquet", "b/1.parquet"]
+    assert names(tmp_path / "b/2.parquet", tmp_path / "a", tmp_path / "b") == [
+        "b/2.parquet",
+        "a/3.parquet",
+        "b/1.parquet",
+    ]
+    assert names(f"file://{tmp_path}/b/*.parquet") == ["b/1.parquet", "b/2.parquet"]
+
+
+def test_a_remote_file_system():
+    """As hf:// and s3://, through fsspec."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    with system.open("/corpus/1.parquet", "wb") as stream:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), stream, row_group_size=10)
+    system.pipe("/corpus/2.jsonl.gz", gzip.compress(LINES.encode()))
+    of = source("memory://corpus/*")
+    files = find_files(of)
+    assert [path for path, _ in files] == ["memory:///corpus/1.parquet", "memory:///corpus/2.jsonl.gz"]
+    assert texts_of(divide(of, files, 100)) == 2 * [row["text"] for row in ROWS]
+
+
+def test_small_files_share_a_shard(tmp_path):
+    for n in range(6):
+        write_parquet(tmp_path / f"{n}.parquet", ROWS[n : n + 1])
+    of = source(tmp_path)
+    files = find_files(of)
+    size = pyarrow.parquet.read_metadata(tmp_path / "0.parquet").row_group(0).total_byte_size
+    assert [len(shard) for shard in divide(of, files, 2.5 * size)] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b"", "files are empty"),
+        ("a.txt", b"hello", r"holds no \.parquet"),
+        ("a.parquet", b"PAR1nonsense", r"a\.parquet cannot be read"),
+        ("a.jsonl.gz", b"nonsense", r"a\.jsonl\.gz cannot be read"),
+        ("a.jsonl", b'{"content": "x"}\n', r"text_column: .*no column 'text'; it has 'content'"),
+        ("a.jsonl", b'{"text": "x"}\n', r"filters: .*no column 'score'"),
+        ("a.json", b'[{"text": "x"},\n{"text": "y"}]', "byte 0 .*one object per line"),
+        ("a.jsonl", b"3\n", "byte 0 is no object"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    of = source(tmp_path / name, filters=["score > 0"])
+    with pytest.raises(ValueError, match=words) as error:
+        divide(of, find_files(of), 1e6)
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_line_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n{"text": \n')
+    with pytest.raises(ValueError, match="line at byte 14 is not JSON"):
+        list(read_rows(Piece(str(path), 1, 0, 99), ["text"]))
+
+
+def test_a_name_of_the_hub_is_explained():
+    with pytest.raises(ValueError, match="hf://datasets/HuggingFaceFW/fineweb/"):
+        find_files(source("HuggingFaceFW/fineweb"))
+    with pytest.raises(ValueError, match="nosuch://x cannot be reached"):
+        find_files(source("nosuch://x"))
