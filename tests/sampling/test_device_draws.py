@@ -122,5 +122,6 @@ def test_a_nucleus_costs_at_most_40_operations_and_12_times_the_logits(temperatu
     u = torch.empty(n, 8, device="meta", dtype=torch.float64)
     with Cost() as cost:
         tokens._draw(logits, LogitsConfig(temperature, 0.9), u, (126336,), frozenset(), True)
-    assert sum(cost.operations.values()) <= 40, cost.operations
+    conversion = dtype is not torch.float32
+    assert sum(cost.operations.values()) <= 40 + conversion, cost.operations
     assert cost.n_bytes <= 12 * 4 * n * vocab
