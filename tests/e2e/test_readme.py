@@ -29,6 +29,7 @@ COMMANDS = [line for page in sorted(DOCS) for line in commands(DOCS[page])]
 SHELL = [line for line in COMMANDS if line.startswith("llamafactory-ddm generate")]
 (PLOT,) = (line for line in COMMANDS if line.startswith("llamafactory-ddm plot-loss"))  # runs in test_text_quality.py
 TASKS = commands(DOCS["evaluation_tasks"])  # run in test_evaluation_tasks.py
+CORPUS = commands(DOCS["data"])  # run in test_examples.py
 # Servers and what asks them; they run in test_serving_page.py.
 SERVING = [
     line for line in (*commands(README), *COMMANDS) if re.match(r"curl|llamafactory-cli (chat|api|webchat) ", line)
@@ -63,7 +64,7 @@ def test_the_commands_are_those_that_are_exercised():
     assert len(SHELL) == 4 and sum("ddm_block " in line for line in SHELL) == 2
     for line in (*commands(README)[2:], *COMMANDS):
         program, command, *words = shlex.split(line, comments=True)
-        if line not in (EXPORT, *SHELL, PLOT, *TASKS, *SERVING):
+        if line not in (EXPORT, *SHELL, PLOT, *TASKS, *CORPUS, *SERVING):
             assert len(words) == 1, line
             # They run in test_evaluation.py, test_comparisons.py and test_text_quality.py.
             if program == "llamafactory-ddm" and command in ("eval", "compare", "quality"):
