@@ -335,7 +335,7 @@ class Server:
                 break
             outputs = iter(self._run([one for passes in asked for one in passes]))
             answers = [[next(outputs) for _ in passes] for passes in asked]
-            for task, answer in zip(waiting, answers, strict=False):
+            for task, answer in zip(waiting, answers[: len(waiting)], strict=True):
                 task.resume(answer)
             for sample, answer in zip(single, answers[len(waiting) :], strict=True):
                 self._results[sample] = answer[0]

@@ -280,3 +280,16 @@ def wait_for(condition):
             return
         time.sleep(0.01)
     raise AssertionError("it did not happen")
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_model_that_was_not_trained_yet_is_the_error_rather_than_its_keys(tmp_path, as_list):
+    from llamafactory_ddm.integration.resolve.serving_stage import with_stage
+
+    name = str(tmp_path / "saves" / "model")
+    args = {"model_name_or_path": name, "diffusion_steps": 8}
+    given = ["--model_name_or_path", name, "--diffusion_steps", "8"] if as_list else args
+    with pytest.raises(ValueError, match=r"model_name_or_path: .* is not a folder"):
+        with_stage(given)
+    without = given[:2] if as_list else {"model_name_or_path": name}
+    assert with_stage(without) == without  # LLaMA-Factory reports it

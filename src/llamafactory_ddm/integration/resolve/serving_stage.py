@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ...checkpoints.hub import may_be_on_hub
+from ..hparams.diffusion import DiffusionArguments
+from ..hparams.parser import user_keys
 from ..hparams.stages import STAGES, requested_stage
 from ..logs import get_logger
 from .autoregressive_use import find_diffusion_models
@@ -20,13 +25,16 @@ def with_stage(args: Any) -> Any:
     Args:
         args: a dict, or command-line arguments.
     Raises:
-        ValueError: if infer_backend is one that serves no diffusion model.
+        ValueError: if infer_backend is one that serves no diffusion model, or keys of ours come with a model that is
+            not there.
     """
     found = _recognised(args)
     if found is not None:
         name, evidence = found
         logger.info_rank0(f"stage: not set; using {_STAGE}, as {name} is a diffusion model ({evidence}).")
         args = {**args, "stage": _STAGE} if isinstance(args, dict) else [*args, "--stage", _STAGE]
+    elif requested_stage(args) is None:
+        _check_folder(args)
     backend = _value(args, "infer_backend")
     if requested_stage(args) in STAGES and backend not in (None, _BACKEND):
         raise ValueError(
@@ -34,6 +42,16 @@ def with_stage(args: Any) -> Any:
             f"{_BACKEND}, or remove it"
         )
     return args
+
+
+def _check_folder(args: Any) -> None:
+    """Check that the model is there if keys of ours are set, which would be refused as those of another stage."""
+    name = str(_value(args, "model_name_or_path"))
+    ours = {field.name for field in fields(DiffusionArguments)}
+    if ours.intersection(user_keys(args)) and not Path(name).is_dir() and not may_be_on_hub(name):
+        raise ValueError(
+            f"model_name_or_path: {name} is not a folder in {Path.cwd()}; train the model first, or correct the path"
+        )
 
 
 def serves_diffusion(args: Any) -> bool:
