@@ -115,6 +115,14 @@ class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKe
         "saved at such a step.",
         low=0,
     )
+    peak_tflops: float | None = key(
+        None,
+        "Peak speed of one device in 10^12 operations a second (dense, in the dtype of training), by which the logged "
+        "mfu is divided. Defaults to the data sheet's for known GPUs; without a peak no mfu is logged.",
+        kind="number",
+        low=0,
+        above_low=True,
+    )
     checkpoint_dir: str | None = key(
         None,
         "Folder of a diffusion checkpoint whose weights replace those of model_name_or_path (DiffuLLaMA's key).",

@@ -54,6 +54,7 @@ def build_trainer(
         stop_after_nan_steps=finetuning_args.stop_after_nan_steps,
         sparse_attention=sparse,
         logits_chunk=finetuning_args.logits_chunk,
+        peak_tflops=finetuning_args.peak_tflops,
         model=model,
         args=training_args,
         finetuning_args=finetuning_args,
