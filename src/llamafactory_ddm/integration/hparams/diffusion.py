@@ -101,8 +101,7 @@ class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKe
         None,
         "Number of scored tokens whose logits training holds at once; the loss and its gradients are sums over such "
         "chunks. 0 holds all logits. Defaults to a number that suits the device, or 0 where chunks are not possible: "
-        "LoRA on the output embedding, a quantized one, logits that the model changes afterwards (soft-capping), "
-        "torch_compile.",
+        "LoRA on the output embedding, a quantized one, logits that the model changes afterwards (soft-capping).",
         kind="integer",
         low=0,
     )
