@@ -7,9 +7,8 @@ from transformers import TrainerCallback
 from support.device_costs import Waits
 from support.tiny import Rows
 
-# Reads on the CPU at which an accelerator does not make the host wait: in the backward pass of each micro-batch the
-# factor of its gradient is read on the CPU only, and whether the loss of a step was finite is read one step later, when
-# the copy has arrived.
+# Reads at which an accelerator does not make the host wait: in the backward pass of each micro-batch the factor of its
+# gradient is read on the CPU only, and whether the loss of a step was finite is read one step later.
 GRADIENT, FINITE = "chunked_head.py", "finite.py"
 # Of a log line: upstream's loss and gradient norm, through `log` and `_maybe_log_save_evaluate`; our two sums.
 OF_LOG = ["step_metrics.py", "step_metrics.py", "trainer.py", "trainer.py"]
