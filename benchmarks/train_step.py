@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py            times, a minute or two
     python benchmarks/train_step.py --memory   also peak resident memory, each kind of step in a fresh process
+    python benchmarks/train_step.py --data     only what is done before the model: collating rows, and noise
 
 Kinds of step, all on the same Hugging Face GPT-2 with random weights, run by the trainers that users run:
     ar        upstream's pre-training step, labels = input_ids
@@ -33,12 +34,14 @@ import torch
 from llamafactory.hparams import FinetuningArguments, TrainingArguments
 from llamafactory.train.pt.trainer import CustomTrainer
 from torch.nn import functional
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, DataCollatorWithPadding, GPT2Config, GPT2LMHeadModel
 
+from llamafactory_ddm.data.collators import ResponseCollator, StartTokenCollator, VariableLengthCollator
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.integration.train.trainer import DiffusionTrainer
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.modeling.model_flops import StepCounts
 from llamafactory_ddm.objectives.base import Objective
 from llamafactory_ddm.objectives.block import BlockObjective
 from llamafactory_ddm.objectives.masked import MaskedObjective
@@ -148,15 +151,19 @@ def make_step(kind: str, shape: argparse.Namespace, folder: str) -> Callable[[],
     return step
 
 
-def _diffusion_trainer(kind: str, common: dict[str, Any]) -> DiffusionTrainer:
+def make_objective(kind: str) -> Objective:
+    """Return the objective of a kind of step."""
     process: dict[str, Any] = {"mask_id": 50257, "shift": True, "schedule": get_schedule("linear")}
-    objective: Objective = MaskedObjective(**process)
     if kind == "mixed":
-        objective = MixedObjective(uniform_ratio=0.1, n_ids=50258, **process)
-    elif kind == "block":
-        objective = BlockObjective(block_length=BLOCK_LENGTH, **process)
+        return MixedObjective(uniform_ratio=0.1, n_ids=50258, **process)
+    if kind == "block":
+        return BlockObjective(block_length=BLOCK_LENGTH, **process)
+    return MaskedObjective(**process)
+
+
+def _diffusion_trainer(kind: str, common: dict[str, Any]) -> DiffusionTrainer:
     return DiffusionTrainer(
-        objective=objective,
+        objective=make_objective(kind),
         diffusion_config=DiffusionConfig(
             mask_token="<|mask|>",
             mask_token_id=50257,
@@ -197,6 +204,48 @@ def time_steps(shape: argparse.Namespace) -> bool:
     )
 
 
+def time_data(shape: argparse.Namespace) -> None:
+    """Print the CPU time of collating rows, which workers can do, and of noise, which the main process draws."""
+    folder = Path(__file__).parents[1] / "data" / "tiny_gpt2"
+    length, ids = shape.length, torch.randint(0, 50257, (shape.batch, shape.length)).tolist()
+    texts = [{"input_ids": row, "attention_mask": [1] * length} for row in ids]
+    answers = [{**row, "labels": row["input_ids"]} for row in texts]
+    packed = [{**row, "position_ids": [i % 300 for i in range(length)]} for row in answers]
+    short = [{name: value[: length * 3 // 4] for name, value in row.items()} for row in answers]
+    tokenizer = AutoTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
+    text = StartTokenCollator(DataCollatorWithPadding(tokenizer), 1, length)
+    collators: dict[str, tuple[Any, Any]] = {
+        "texts": (text, texts),
+        "answers": (ResponseCollator(pad_id=0, shift=True), answers),
+        "packed answers": (ResponseCollator(pad_id=0, shift=True), packed),
+        "variable length": (VariableLengthCollator(eos_id=2, pad_ids=(3,), canvas=length), short),
+    }
+
+    def milliseconds(function: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(shape.rounds):
+            start = time.process_time()
+            function()
+            seconds.append(time.process_time() - start)
+        return statistics.median(seconds) * 1e6 / (shape.batch * length)
+
+    print("CPU milliseconds for 1,000 tokens")
+    for name, (collator, rows) in collators.items():
+        print(f"collating {name:<25} {milliseconds(lambda c=collator, r=rows: c(r)):7.3f}", flush=True)
+    sample_index = torch.arange(shape.batch)
+    for name in ("texts", "packed answers"):
+        collator, rows = collators[name]
+        for kind in ("full", "mixed", "block"):
+            objective, batch = make_objective(kind), collator(rows)
+
+            def noise(objective: Objective = objective, batch: Any = batch) -> None:
+                clean = objective.clean(batch)
+                noised = objective.noise(clean, sample_index=sample_index, group_size=shape.batch)
+                StepCounts.of(clean, noised, None)
+
+            print(f"noise of {name}, {kind:<{24 - len(name)}} {milliseconds(noise):7.3f}", flush=True)
+
+
 def peak_memory(kind: str, shape: argparse.Namespace) -> float:
     """Return the peak resident memory of a fresh process that takes three steps, in KiB (Linux)."""
     words = [sys.executable, __file__, "--child", kind]
@@ -211,6 +260,7 @@ def main() -> int:
     """Run the benchmark; return 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="measure peak resident memory as well")
+    parser.add_argument("--data", action="store_true", help="measure only what is done before the model")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
@@ -227,6 +277,9 @@ def main() -> int:
                 step()
         # ru_maxrss would include the parent's memory.
         print(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
+        return 0
+    if shape.data:
+        time_data(shape)
         return 0
     good = time_steps(shape)
     if shape.memory:

@@ -47,6 +47,8 @@ def test_the_benchmark_runs():
     done = run(*words, program="benchmarks/train_step.py", check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert done.stdout.count("claimed <=") == 10, done.stdout + done.stderr[-2000:]
+    done = run("--data", *words, program="benchmarks/train_step.py")
+    assert done.stdout.count("collating ") == 4 and done.stdout.count("noise of ") == 6, done.stdout
 
 
 @pytest.mark.slow

@@ -64,6 +64,8 @@ ELSEWHERE = {
     "uniform_ratio",
     "random_truncate_ratio",
     "logits_chunk",
+    # tests/integration/train/test_utilization.py
+    "peak_tflops",
     "eval_time_samples",
     "stop_after_nan_steps",
     "checkpoint_dir",

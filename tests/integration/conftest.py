@@ -28,6 +28,7 @@ def make_trainer(tmp_path):
         objective=None,
         folder="out",
         logits_chunk=None,
+        peak_tflops=None,
         **training,
     ):
         settings = {
@@ -68,6 +69,7 @@ def make_trainer(tmp_path):
             anneal_steps=anneal_steps,
             eval_time_samples=eval_time_samples,
             logits_chunk=logits_chunk,
+            peak_tflops=peak_tflops,
             model=model or tiny_model(),
             args=TrainingArguments(**settings),
             finetuning_args=FinetuningArguments(stage="pt", finetuning_type="full"),

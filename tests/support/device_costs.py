@@ -55,7 +55,7 @@ class Waits(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.places = []
+        self.places, self._on_host = [], 0
         for name in ("tolist", "numpy", "cpu"):
             monkeypatch.setattr(Tensor, name, self._recording(getattr(Tensor, name)))
 
@@ -66,7 +66,21 @@ class Waits(TorchDispatchMode):
 
         return call
 
+    def on_host(self, function):
+        """Return `function` with its waits not recorded, as it works on tensors of the CPU on any device."""
+
+        def call(*args, **kwargs):
+            self._on_host += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._on_host -= 1
+
+        return call
+
     def _note(self):
+        if self._on_host:
+            return
         frames = [frame for frame in traceback.extract_stack() if "llamafactory_ddm" in frame.filename]
         self.places.append(f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else "elsewhere")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +57,11 @@ class StartTokenCollator:
                 ids, mask = [self.start_id, *ids], [1, *mask]
             rows.append({"input_ids": ids[: self.max_length], "attention_mask": mask[: self.max_length]})
         return self.inner(rows)
+
+
+def _integers(values: Any) -> Tensor:
+    """Return a row's column as [length] int64; NumPy reads a list several times as fast as torch."""
+    return values.long() if isinstance(values, Tensor) else torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 IGNORE = -100  # the label of a token that is not scored
@@ -155,16 +161,16 @@ class ResponseCollator:
             batch["position_ids"] = torch.zeros(shape, dtype=torch.int64)
         for row, feature in enumerate(features):
             n = len(feature["input_ids"])
-            ids, labels = torch.as_tensor(feature["input_ids"]), torch.as_tensor(feature["labels"])
-            starts = torch.as_tensor(feature["position_ids"]) == 0 if packed else torch.arange(n) == 0
+            ids, labels = _integers(feature["input_ids"]), _integers(feature["labels"])
+            position = _integers(feature["position_ids"]) if packed else torch.arange(n)
+            starts = position == 0
             batch["maskable"][row, :n] = is_target(ids, labels, starts)
             batch["input_ids"][row, :n] = torch.where(batch["maskable"][row, :n], labels, ids)
             shown[row, :n] = ids
             if packed:
                 # Not from attention_mask: LLaMA-Factory numbers the documents there with neat_packing only.
-                position = torch.as_tensor(feature["position_ids"])
-                batch["document"][row, :n], batch["position_ids"][row, :n] = (position == 0).cumsum(dim=0), position
-                batch["attention_mask"][row, :n] = (torch.as_tensor(feature["attention_mask"]) > 0).long()
+                batch["document"][row, :n], batch["position_ids"][row, :n] = starts.cumsum(dim=0), position
+                batch["attention_mask"][row, :n] = (_integers(feature["attention_mask"]) > 0).long()
                 batch["maskable"][row, :n] &= (position > 0) | (not self.shift)
             else:
                 batch["attention_mask"][row, : self._width(n)] = 1
@@ -216,8 +222,8 @@ class VariableLengthCollator:
         """
         ids = list(feature["input_ids"])
         if "labels" in feature:
-            labels = torch.as_tensor(feature["labels"])
-            maskable = is_target(torch.as_tensor(ids), labels, torch.arange(len(ids)) == 0).tolist()
+            labels = _integers(feature["labels"])
+            maskable = is_target(_integers(ids), labels, torch.arange(len(ids)) == 0).tolist()
             ids = [
                 label if is_labelled else token
                 for token, label, is_labelled in zip(ids, feature["labels"], maskable, strict=True)
@@ -248,7 +254,7 @@ class VariableLengthCollator:
         n_blocks, max_blocks = -(-len(ids) // self.block), -(-self.canvas // self.block)
         max_extra = max_blocks - n_blocks if self.extra is None else min(self.extra, max_blocks - n_blocks)
         choices = max_extra + 1
-        n_extra = zlib.crc32(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()) % choices if choices > 1 else 0
+        n_extra = zlib.crc32(np.array(ids, dtype=np.int64).tobytes()) % choices if choices > 1 else 0
         return min(self.canvas, (n_blocks + n_extra) * self.block)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -276,10 +282,10 @@ class VariableLengthCollator:
         shown = batch["input_ids"].clone()
         for number, ((ids, maskable, _), width) in enumerate(zip(rows, widths, strict=True)):
             n, pads = len(ids), [self.pad_ids[i % len(self.pad_ids)] for i in range(width - len(ids))]
-            batch["input_ids"][number, :width] = torch.tensor([*ids, *pads])
-            shown[number, :width] = torch.tensor([*self.shown(features[number], ids), *pads])
+            batch["input_ids"][number, :width] = _integers([*ids, *pads])
+            shown[number, :width] = _integers([*self.shown(features[number], ids), *pads])
             batch["attention_mask"][number, :width] = 1
-            batch["maskable"][number, :width] = torch.tensor([*maskable, *[True] * len(pads)])
+            batch["maskable"][number, :width] = torch.from_numpy(np.array([*maskable, *[True] * len(pads)]))
             batch["is_pad"][number, n:width] = True
         if not torch.equal(shown, batch["input_ids"]):
             batch["shown"] = shown

@@ -55,3 +55,16 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def full_pairs(lengths: Tensor, window: int | None = None) -> int:
+    """Return how many pairs of query and key full attention within documents has.
+
+    Args:
+        lengths: [n] int64, tokens of each document.
+        window: only pairs with |query - key| < window count; None for all.
+    """
+    if window is None:
+        return int(lengths.square().sum())
+    reach = lengths.clamp(max=window)
+    return int((lengths * (2 * reach - 1) - reach * (reach - 1)).sum())

@@ -86,3 +86,25 @@ def sees(
     before = ~key_is_noisy & same_document & (key_block < query_block)
     is_token = (query_block >= 0) & (key_block >= 0)
     return is_token & (before | ((query_block == key_block) & (query_is_noisy == key_is_noisy)))
+
+
+def visible_pairs(block: Tensor, is_noisy: Tensor, document: Tensor | None = None) -> int:
+    """Return how many pairs of query and key `sees` allows, without the matrix of all pairs.
+
+    Args:
+        block: [batch, columns] or [columns] int64, the number of each column's block in its row, -1 for padding.
+        is_noisy: the same shape, bool.
+        document: the same shape, int64; None if a row is one document.
+    """
+    columns = block.shape[-1]
+    block, is_noisy = block.reshape(-1, columns), is_noisy.reshape(-1, columns)
+    is_token, number = block >= 0, block.clamp(min=0)
+    zeros = torch.zeros(len(block), max(int(block.amax()) + 1, 1), dtype=torch.int64)
+    clean = zeros.scatter_add(1, number, (is_token & ~is_noisy).long())
+    noisy = zeros.scatter_add(1, number, (is_token & is_noisy).long())
+    before = clean.cumsum(dim=1) - clean  # clean columns of earlier blocks
+    if document is not None:
+        of_block = zeros.scatter_reduce(1, number, document.reshape(-1, columns) * is_token, "amax")
+        first = torch.full((len(zeros), int(of_block.amax()) + 1), int(before.amax()), dtype=torch.int64)
+        before = before - first.scatter_reduce(1, of_block, before, "amin").gather(1, of_block)
+    return int(((clean + noisy) * before + clean.square() + noisy.square()).sum())

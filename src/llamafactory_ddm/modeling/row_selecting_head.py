@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.chunked_head import Cost, head_loss
+
+# Number of a head -> `head_index` of the forward that runs. torch.compile takes a tensor that it reaches through a
+# module, as a hook's attributes are, for one of fixed shape, and would compile each number of scored tokens anew.
+_SELECTED: dict[int, Tensor] = {}
+_numbers = count()
 
 
 class RowSelectingHead:
@@ -31,16 +37,18 @@ class RowSelectingHead:
             raise ValueError(f"{type(model).__name__} has no output embedding; a causal language model is needed")
         self.module = head
         self.hidden: Tensor | None = None
-        self._head_index: Tensor | None = None
+        self._number = next(_numbers)
+        self._instead: Callable[[Tensor], Tensor] | None = None
+        self._forward: Callable[[Tensor], Tensor] = self._call_instead  # one object, as torch.compile compares it
         self._limit: int | None = None
         self._keeps_hidden = False
         self._handle = head.register_forward_pre_hook(self._select)
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self._head_index is None:
+        head_index = _SELECTED.get(self._number)
+        if head_index is None:
             return None
-        hidden = args[0]
-        selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._head_index)
+        selected = _select(args[0], head_index)
         if self._keeps_hidden:
             self.hidden = selected
         return (selected[: self._limit], *args[1:])
@@ -52,11 +60,16 @@ class RowSelectingHead:
         With `limit` it returns only the first `limit` of them. With `keep_hidden` it stores the hidden states of all
         in `hidden`, [n, width].
         """
-        self._head_index, self._limit, self._keeps_hidden = head_index, limit, keep_hidden
+        _SELECTED[self._number], self._limit, self._keeps_hidden = head_index, limit, keep_hidden
         try:
             yield
         finally:
-            self._head_index, self._limit, self._keeps_hidden = None, None, False
+            del _SELECTED[self._number]
+            self._limit, self._keeps_hidden = None, False
+
+    def leave_uncompiled(self) -> None:
+        """Let torch.compile leave out what `losing` and `constant` put in place of the output embedding."""
+        self._forward = torch.compiler.disable(self._call_instead)
 
     def linear(self) -> tuple[nn.Linear | None, str]:
         """Return the linear layer that computes the logits; or None and why `losing` cannot replace its forward."""
@@ -69,16 +82,23 @@ class RowSelectingHead:
             return None, "the forward of the output embedding is replaced"
         return module, ""
 
+    def _call_instead(self, hidden: Tensor) -> Tensor:
+        if self._instead is None:
+            raise RuntimeError("the forward of the output embedding is not replaced")
+        return self._instead(hidden)
+
     @contextmanager
-    def _replaced(self, forward: Any) -> Iterator[None]:
+    def _replaced(self, forward: Callable[[nn.Linear, Tensor], Tensor]) -> Iterator[None]:
         linear, reason = self.linear()
         if linear is None:
             raise RuntimeError(reason)
-        vars(linear)["forward"] = lambda hidden: forward(linear, hidden)
+        self._instead = lambda hidden: forward(linear, hidden)
+        vars(linear)["forward"] = self._forward
         try:
             yield
         finally:
             del vars(linear)["forward"]
+            self._instead = None
 
     @contextmanager
     def losing(self, head_index: Tensor, cost: Cost, *, rows: int | None = None) -> Iterator[list[Tensor]]:
@@ -96,30 +116,35 @@ class RowSelectingHead:
         values: list[Tensor] = []
 
         def forward(linear: nn.Linear, hidden: Tensor) -> Tensor:
-            loss, terms = head_loss(hidden, linear.weight, linear.bias, cost, rows=rows)
+            loss, terms = head_loss(_select(hidden, head_index), linear.weight, linear.bias, cost, rows=rows)
             values[:] = [loss.detach(), terms]
             return loss.reshape(1, 1)
 
-        with self.only(head_index), self._replaced(forward):
+        with self._replaced(forward):
             yield values
 
     @contextmanager
-    def constant(self, head_index: Tensor) -> Iterator[Tensor]:
-        """Within the block, the output embedding returns rows of a constant, [vocab] whole numbers.
+    def constant(self, device: torch.device) -> Iterator[Tensor]:
+        """Within the block, the output embedding returns one row, [1, vocab], of whole numbers, which it yields.
 
         So the caller sees whether the model, or a hook, changes the logits behind the output embedding.
         """
         linear, _ = self.linear()
         vocabulary = 0 if linear is None else linear.out_features
-        values = torch.arange(vocabulary, device=head_index.device) % 255 - 127  # exact in bfloat16
+        values = torch.arange(vocabulary, device=device) % 255 - 127  # exact in bfloat16
 
         def forward(linear: nn.Linear, hidden: Tensor) -> Tensor:
-            return values.to(hidden.dtype).expand(len(hidden), -1)
+            return values.to(hidden.dtype)[None]
 
-        with self.only(head_index), self._replaced(forward):
+        with self._replaced(forward):
             yield values
 
     def remove(self) -> None:
         """Remove the hook."""
         self._handle.remove()
         self.hidden = None
+
+
+def _select(hidden: Tensor, head_index: Tensor) -> Tensor:
+    """Return [n, width], the hidden states at `head_index` of [batch, length, width]."""
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, head_index)

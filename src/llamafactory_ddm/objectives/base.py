@@ -112,6 +112,14 @@ class CleanBatch:
         """The number of tokens that are not padding."""
         return self.x_0.numel() if self.is_padding is None else int((~self.is_padding).sum())
 
+    def document_lengths(self) -> Tensor:
+        """Return the number of tokens of each document, [n] int64; a row without packing is one document."""
+        is_token = torch.ones_like(self.maskable) if self.is_padding is None else ~self.is_padding
+        if self.document is None:
+            return is_token.sum(dim=1)
+        rows = torch.arange(len(is_token))[:, None]
+        return torch.bincount((self.document + rows * (self.document.amax() + 1))[is_token])
+
     def placement(self) -> dict[str, Tensor]:
         """Return those of `is_padding`, `document` and `position_ids` that are not None, for mask and positions."""
         named = {"is_padding": self.is_padding, "document": self.document, "position_ids": self.position_ids}

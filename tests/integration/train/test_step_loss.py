@@ -161,10 +161,3 @@ def test_only_a_plain_linear_layer_is_computed_in_chunks():
     model.set_output_embeddings(Quantized(32, VOCABULARY, bias=False))
     layer, reason = RowSelectingHead(model).linear()
     assert layer is None and "Quantized" in reason
-
-
-def test_a_compiled_model_needs_all_logits(make_trainer):
-    trainer = make_trainer(max_steps=1)
-    trainer._step_loss._is_compiled = True  # as torch_compile: true says; nothing is compiled here
-    trainer.train()
-    assert trainer._step_loss._in_chunks is False

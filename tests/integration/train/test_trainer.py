@@ -176,6 +176,27 @@ def accumulates_exactly(make_trainer, objective, term):
             assert one[key] == pytest.approx(two[key], rel=1e-4), key
 
 
+def test_workers_that_collate_rows_change_nothing(make_trainer):
+    """Noise depends on the sample index, and is drawn by the main process."""
+    runs = []
+    for workers in (0, 2):
+        trainer = make_trainer(
+            train=Responses([3, 1, 2] * 8, [16, 9, 12] * 8),
+            max_steps=4,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            dataloader_num_workers=workers,
+            folder=f"{workers}",
+        )
+        trainer.data_collator = ResponseCollator(pad_id=7, shift=True)
+        trainer.train()
+        runs.append(trainer)
+    logs = [[(log["loss"], log["masked_fraction"]) for log in t.state.log_history if "loss" in log] for t in runs]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    for one, two in zip(*(trainer.model.parameters() for trainer in runs), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_evaluating_more_often_changes_nothing(make_trainer):
     often = make_trainer(evaluation=Rows(6, seed=1), eval_strategy="steps", eval_steps=1, folder="often")
     never = make_trainer(folder="never")

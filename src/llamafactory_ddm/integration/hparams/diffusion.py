@@ -101,8 +101,7 @@ class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKe
         None,
         "Number of scored tokens whose logits training holds at once; the loss and its gradients are sums over such "
         "chunks. 0 holds all logits. Defaults to a number that suits the device, or 0 where chunks are not possible: "
-        "LoRA on the output embedding, a quantized one, logits that the model changes afterwards (soft-capping), "
-        "torch_compile.",
+        "LoRA on the output embedding, a quantized one, logits that the model changes afterwards (soft-capping).",
         kind="integer",
         low=0,
     )
@@ -114,6 +113,14 @@ class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKe
         "Stop after this many consecutive optimiser steps with NaN or infinite loss; 0 never stops. No checkpoint is "
         "saved at such a step.",
         low=0,
+    )
+    peak_tflops: float | None = key(
+        None,
+        "Peak speed of one device in 10^12 operations a second (dense, in the dtype of training), by which the logged "
+        "mfu is divided. Defaults to the data sheet's for known GPUs; without a peak no mfu is logged.",
+        kind="number",
+        low=0,
+        above_low=True,
     )
     checkpoint_dir: str | None = key(
         None,

@@ -23,7 +23,8 @@ class StepLoss:
     """Computes the loss of micro-batches, without holding the logits of all scored tokens where that is possible.
 
     It is not possible where the output embedding is no plain linear layer (LoRA on it, quantization), where the model
-    or a hook changes the logits behind it (soft-capping), and under torch.compile.
+    or a hook changes the logits behind it (soft-capping). torch.compile leaves the output embedding out where it is
+    possible; elsewhere it compiles one graph for every number of scored tokens.
     """
 
     def __init__(self, head: RowSelectingHead, objective: Objective, rows: int | None, *, is_compiled: bool) -> None:
@@ -58,7 +59,11 @@ class StepLoss:
             if reason and self._rows != 0:
                 say = logger.warning_rank0 if self._rows else logger.info_rank0
                 say(f"Training holds the logits of all scored tokens at once, as {reason} (logits_chunk).")
+            if self._is_compiled and self._in_chunks:
+                self._head.leave_uncompiled()
         if not self._in_chunks:
+            if self._is_compiled:
+                torch._dynamo.maybe_mark_dynamic(index, 0)  # type: ignore[no-untyped-call]
             with self._head.only(index):
                 logits = model(input_ids=z_t, use_cache=False, **attention).logits
             return self._objective.loss(logits.reshape(-1, logits.shape[-1]), inputs, denominator)
@@ -81,10 +86,13 @@ class StepLoss:
         linear, reason = self._head.linear()
         if linear is None:
             return reason
-        if self._is_compiled:
-            return "torch_compile is true"
-        first = torch.zeros(1, dtype=torch.int64, device=z_t.device)
-        with torch.no_grad(), evaluation_mode(model), unchanged_random_state(), self._head.constant(first) as values:
+        model = getattr(model, "_orig_mod", model)  # nothing is compiled for this
+        with (
+            torch.no_grad(),
+            evaluation_mode(model),
+            unchanged_random_state(),
+            self._head.constant(z_t.device) as values,
+        ):
             logits = model(input_ids=z_t, use_cache=False, **attention).logits
         if not torch.equal(logits.reshape(-1).float(), values.float()):
             return "the model changes the logits behind its output embedding"

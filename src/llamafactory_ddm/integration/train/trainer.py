@@ -23,7 +23,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from ...diffusion.attention import annealing_ratio
 from ...evaluation.bound import N_STATISTICS, bound_metrics, row_statistics
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
-from ...modeling.model_info import implementation
+from ...modeling.model_flops import StepCounts
+from ...modeling.model_info import implementation, window_of
 from ...modeling.quantization import evaluation_mode
 from ...modeling.row_selecting_head import RowSelectingHead
 from ...modeling.sparse_attention import FLEX, attention_implementation
@@ -38,6 +39,7 @@ from .finite import FiniteLoss, LossNotFiniteError, copies_in_background, weight
 from .step_loss import StepLoss
 from .step_metrics import StepMetrics
 from .tasks import TaskEvaluation
+from .utilization import Utilization, utilization
 
 logger = get_logger(__name__)
 
@@ -53,6 +55,7 @@ class DiffusionTrainer(CustomTrainer):
         stop_after_nan_steps: number of consecutive steps with a NaN or infinite loss that ends the run; 0 for none.
         sparse_attention: train block attention with FlexAttention.
         logits_chunk: scored tokens whose logits exist at once; None for an automatic number, 0 for all.
+        peak_tflops: 10^12 operations a second of one device, for the MFU; None for those of its data sheet.
         kwargs: arguments of LLaMA-Factory's trainer.
     """
 
@@ -68,6 +71,7 @@ class DiffusionTrainer(CustomTrainer):
         stop_after_nan_steps: int = 2,
         sparse_attention: bool = False,
         logits_chunk: int | None = None,
+        peak_tflops: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -99,6 +103,9 @@ class DiffusionTrainer(CustomTrainer):
         self._trained_with = FLEX if sparse_attention else self._dense
         self._attention = AttentionInputs(diffusion_config, objective.seed)
         self._step_metrics = StepMetrics()
+        self._window = window_of(self.model)
+        self._peak_tflops = peak_tflops
+        self._utilization: Utilization | None = None
         self.stop_after_nan_steps = stop_after_nan_steps
         self._finite = FiniteLoss(stop_after_nan_steps, self.args.device)
         self._best_ratio: float | None = None  # attention ratio of the best weights, once they are loaded
@@ -167,7 +174,7 @@ class DiffusionTrainer(CustomTrainer):
             step=self.state.global_step,
         )
         self._step_metrics.add_counts(
-            n_scored=len(batch.head_index),
+            StepCounts.of(clean, batch, self._window),
             n_masked=int(batch.n_masked),
             n_maskable=int(batch.n_maskable),
             n_tokens=clean.n_tokens,
@@ -190,6 +197,8 @@ class DiffusionTrainer(CustomTrainer):
         """
         self._finite = FiniteLoss(self.stop_after_nan_steps, self.args.device)
         self._best_ratio, self._last_metrics, self.steps_taken = None, None, 0
+        dtype = self._mask_dtype(self.args.device)
+        self._utilization = utilization(self.model, self._head.module, self.args, self._peak_tflops, dtype)
         with attention_implementation(self.model, self._trained_with):
             return super().train(*args, **kwargs)
 
@@ -400,7 +409,9 @@ class DiffusionTrainer(CustomTrainer):
         """Add the diffusion metrics since the last log to a training log."""
         if "loss" in logs:
             ratio = self.attention_ratio(max(self.state.global_step - 1, 0))
-            logs |= self._step_metrics.take(self._sum_over_ranks, self.objective.term, self.args.device, ratio)
+            logs |= self._step_metrics.take(
+                self._sum_over_ranks, self.objective.term, self.args.device, ratio, self._utilization
+            )
         if "train_runtime" in logs and not self.steps_taken:
             return  # no step was taken, so the loss of 0 is meaningless
         super().log(logs, start_time)

@@ -35,8 +35,8 @@ def build_trainer(
     """Return the trainer of a run, with its diffusion objective."""
     # The filter would replace a NaN loss by the last finite one, and wait for the device at every step.
     training_args.logging_nan_inf_filter = False
-    if training_args.device.type == "cpu":
-        training_args.dataloader_pin_memory = False  # of no use on a CPU, and torch would warn
+    # Collated rows stay on the CPU, where noise is drawn; what goes to the device is pinned after that.
+    training_args.dataloader_pin_memory = False
     if training_args.accelerator_config.dispatch_batches is None:
         # A dispatcher would split the last streamed batch, and move batches to the device before noise is drawn.
         training_args.accelerator_config.dispatch_batches = False
@@ -54,6 +54,7 @@ def build_trainer(
         stop_after_nan_steps=finetuning_args.stop_after_nan_steps,
         sparse_attention=sparse,
         logits_chunk=finetuning_args.logits_chunk,
+        peak_tflops=finetuning_args.peak_tflops,
         model=model,
         args=training_args,
         finetuning_args=finetuning_args,
