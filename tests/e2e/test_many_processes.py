@@ -119,6 +119,19 @@ def test_chunks_of_logits_with_a_sharded_head(way, trained):
 
 
 @pytest.mark.slow
+def test_zero3_with_offload(trained, checkpoint, small_data, tmp_path):
+    """With PyTorch's optimizer: DeepSpeed would compile its own, which takes minutes."""
+    pytest.importorskip("deepspeed")
+    config = json.loads((ROOT / "examples" / "deepspeed" / "ds_z3_offload_config.json").read_text())
+    (tmp_path / "offload.json").write_text(json.dumps({**config, "zero_force_ds_cpu_optimizer": False}))
+    keys = ("per_device_train_batch_size=4", f"deepspeed={tmp_path / 'offload.json'}")
+    start("full", tmp_path / "out", checkpoint, small_data, *keys, in_two=True)
+    for a, b in zip(history(trained(None, "full")), history(tmp_path / "out"), strict=True):
+        for key in ("loss", "nll", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), key
+
+
+@pytest.mark.slow
 def test_fsdp_that_would_not_shard_is_refused(checkpoint, small_data, tmp_path):
     keys = tuple(f"{key}={value}" for key, value in FSDP.items())
     with pytest.raises(AssertionError, match="error: fsdp: "):
