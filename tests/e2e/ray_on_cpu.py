@@ -1,6 +1,6 @@
-"""LLaMA-Factory's launcher on a Ray cluster of CPUs, of which upstream asks more than any has: ten for each of its CPUs.
+"""LLaMA-Factory's launcher on a Ray cluster of CPUs, of which it asks more than any has: ten for each of its CPUs.
 
-Run as a script in place of the launcher, with ten CPUs for each worker in `ray_init_kwargs`. The workers are upstream's.
+Run as a script in place of the launcher, with ten CPUs for each worker in `ray_init_kwargs`; the workers are its own.
 """
 
 import importlib.util
