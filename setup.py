@@ -50,6 +50,8 @@ setup(
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
         # Earlier ones cannot quantise without a GPU.
         "qlora": ["bitsandbytes>=0.49,<0.51"],
+        # `default` has the server that LLaMA-Factory asks for the nodes of the cluster.
+        "ray": ["ray[default,train]>=2.40,<3"],
         # ROUGE of generated texts, and lm-evaluation-harness.
         "eval": ["rouge-score>=0.1.2", "lm-eval>=0.4.13,<0.5"],
         "dev": [

@@ -77,9 +77,11 @@ def overrides(name, folder, data, checkpoint, finetuned, adapter):
         result.append("deepspeed=null")  # an extra, with tests of its own
     if keys.get("dataset") in ("fineweb", "fineweb_edu"):
         result.append("dataset=tiny_corpus_train")
+    if keys.get("dataset") == "slimpajama,starcoder":
+        result.append("dataset=tiny_corpus_train,tiny_corpus_eval")
     if "eval_steps" in keys:
         result += ["eval_steps=1", "val_size=4"] if "val_size" in keys else ["eval_steps=1"]
-    if isinstance(keys.get("mask_token"), int) or keys.get("mask_token") == "<|fim_pad|>":
+    if isinstance(keys.get("mask_token"), int) or keys.get("mask_token") in ("<|fim_pad|>", "ти"):
         result.append("mask_token=10")  # what the recipe names is one of its model's
     if keys.get("sep_token") == "======":
         result.append("sep_token=10")
@@ -134,7 +136,7 @@ def test_the_recipe_runs(name, tmp_path, small_data, checkpoint, finetuned, adap
         assert (out / "eos_metrics.json").is_file() and (out / "eos_metrics.png").is_file()
     elif keys.get("do_train") and keys.stage == "ddm":
         config = DiffusionConfig.load(out)
-        assert config.attention_ratio == (2 / keys.anneal_steps if "anneal_steps" in keys else 1.0)
+        assert config.attention_ratio == (2 / keys.anneal_steps if keys.get("anneal_steps") else 1.0)
         assert (config.variable_length is not None) == ("variable_length" in keys)
     elif keys.get("do_train"):
         weights = "adapter_model" if keys.finetuning_type == "lora" else "model"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from support.cli import ROOT, history, run, train_in_processes
+from support.cli import ROOT, history, in_processes, run, train_in_processes
 from support.published import write_llada
 from support.warm import free_port
 
@@ -29,24 +29,14 @@ SMALL = (
     "learning_rate=1.0e-3",
     "overwrite_cache=true",
 )
-# Without a GPU the weights of the first rank cannot be broadcast.
-FSDP = {
-    "fsdp": "full_shard auto_wrap",
-    "fsdp_config": {
-        "version": 1,
-        "transformer_layer_cls_to_wrap": ["GPT2Block"],
-        "use_orig_params": True,
-        "sync_module_states": False,
-        "cpu_ram_efficient_loading": False,
-    },
-}
+FSDP = {"fsdp": "full_shard auto_wrap", "fsdp_config": str(ROOT / "examples" / "fsdp" / "fsdp2_config.json")}
 # Name -> further keys, whether two processes run, and the relative tolerance of a loss.
 WAYS = {
     "accumulation": (("per_device_train_batch_size=2", "gradient_accumulation_steps=4", "use_cpu=true"), False, 1e-5),
     "ddp": (("per_device_train_batch_size=4", "use_cpu=true"), True, 1e-5),
     "zero2": (("per_device_train_batch_size=4", "deepspeed=examples/deepspeed/ds_z2_config.json"), True, 1e-4),
     "zero3": (("per_device_train_batch_size=4", "deepspeed=examples/deepspeed/ds_z3_config.json"), True, 1e-4),
-    "fsdp": (("per_device_train_batch_size=4", "use_cpu=true"), True, 1e-4),
+    "fsdp2": (("per_device_train_batch_size=4", "use_cpu=true"), True, 1e-4),
 }
 ONE_PROCESS = ("per_device_train_batch_size=8", "use_cpu=true")
 RECIPES = {"full": "tiny_gpt2_full_ddm_sft.yaml", "lora": "tiny_gpt2_lora_ddm_sft.yaml"}
@@ -68,10 +58,12 @@ def trained(tmp_path_factory, checkpoint, small_data):
     return get
 
 
-def start(recipe, folder, checkpoint, data, *overrides, in_two=False, yaml=None, env=None):
+def start(recipe, folder, checkpoint, data, *overrides, in_two=False, launcher=None, env=None):
     arguments = (f"model_name_or_path={checkpoint}", f"dataset_dir={data}", f"output_dir={folder}")
-    arguments = (yaml or f"examples/{RECIPES[recipe]}", *SMALL, *arguments, *overrides)
-    if in_two and env is None:
+    arguments = (f"examples/{RECIPES[recipe]}", *SMALL, *arguments, *overrides)
+    if launcher is not None:
+        in_processes(2, launcher, *arguments)
+    elif in_two and env is None:
         train_in_processes(2, *arguments, env={"DS_ACCELERATOR": "cpu"})
     else:
         run("train", *arguments, env=env)
@@ -86,13 +78,11 @@ def run_way(way, recipe, folder, checkpoint, data, *overrides, env=None):
     keys, in_two, _ = WAYS[way]
     if way.startswith("zero"):
         pytest.importorskip("deepspeed")
-    yaml = None
-    if way == "fsdp":
-        folder.parent.mkdir(exist_ok=True)
-        yaml = folder.parent / "fsdp.yaml"
-        lines = (ROOT / "examples" / RECIPES[recipe]).read_text()
-        yaml.write_text(lines + "".join(f"{key}: {json.dumps(value)}\n" for key, value in FSDP.items()))
-    start(recipe, folder, checkpoint, data, *keys, *overrides, in_two=in_two, yaml=yaml, env=env)
+    launcher = None
+    if way == "fsdp2":
+        launcher = ROOT / "tests" / "e2e" / "fsdp_on_cpu.py"
+        keys = (*keys, *(f"{key}={value}" for key, value in FSDP.items()))
+    start(recipe, folder, checkpoint, data, *keys, *overrides, in_two=in_two, launcher=launcher, env=env)
 
 
 @pytest.mark.slow
@@ -107,6 +97,7 @@ def test_each_way_is_the_run_of_one_process(way, recipe, trained):
     expected, actual = weights(reference, recipe), weights(out, recipe)
     # FSDP writes the tied output embedding too, which is tied again on loading.
     assert actual.keys() - expected.keys() <= {"lm_head.weight"}
+    assert (out / "checkpoint-2" / "pytorch_model_fsdp.bin").exists() == (way == "fsdp2")
     for key, value in expected.items():
         torch.testing.assert_close(actual[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
     if recipe == "full":
@@ -114,22 +105,46 @@ def test_each_way_is_the_run_of_one_process(way, recipe, trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
 def test_chunks_of_logits_with_a_sharded_head(way, trained):
     """The output embedding's weight is gathered within its forward, where the loss is computed."""
-    out, reference = trained(way, "full", "logits_chunk=3"), trained(None, "full", "logits_chunk=0")
+    evaluated = ("do_eval=true", "per_device_eval_batch_size=2")
+    out = trained(way, "full", "logits_chunk=3", *evaluated)
+    reference = trained(None, "full", "logits_chunk=0", *evaluated)
     for a, b in zip(history(reference), history(out), strict=True):
         for key in ("loss", "nll", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=WAYS[way][2]), key
+    bounds = [json.loads((folder / "eval_results.json").read_text())["eval_loss"] for folder in (reference, out)]
+    assert bounds[1] == pytest.approx(bounds[0], rel=WAYS[way][2])
+
+
+@pytest.mark.slow
+def test_zero3_with_offload(trained, checkpoint, small_data, tmp_path):
+    """With PyTorch's optimizer: DeepSpeed would compile its own, which takes minutes."""
+    pytest.importorskip("deepspeed")
+    config = json.loads((ROOT / "examples" / "deepspeed" / "ds_z3_offload_config.json").read_text())
+    (tmp_path / "offload.json").write_text(json.dumps({**config, "zero_force_ds_cpu_optimizer": False}))
+    keys = ("per_device_train_batch_size=4", f"deepspeed={tmp_path / 'offload.json'}")
+    start("full", tmp_path / "out", checkpoint, small_data, *keys, in_two=True)
+    for a, b in zip(history(trained(None, "full")), history(tmp_path / "out"), strict=True):
+        for key in ("loss", "nll", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_fsdp_that_would_not_shard_is_refused(checkpoint, small_data, tmp_path):
+    keys = tuple(f"{key}={value}" for key, value in FSDP.items())
+    with pytest.raises(AssertionError, match="error: fsdp: "):
+        start("full", tmp_path / "out", checkpoint, small_data, *WAYS["fsdp2"][0], *keys, in_two=True)
 
 
 @pytest.mark.slow
 def test_as_torchrun_starts_it(trained, checkpoint, small_data, tmp_path):
     """Including the exit of the interpreter, which the other tests leave out."""
     env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
-    run_way("fsdp", "full", tmp_path / "out", checkpoint, small_data, env=env)
+    run_way("ddp", "full", tmp_path / "out", checkpoint, small_data, env=env)
     losses = [[log["loss"] for log in history(folder)] for folder in (trained(None, "full"), tmp_path / "out")]
-    assert losses[1] == pytest.approx(losses[0], rel=WAYS["fsdp"][2])
+    assert losses[1] == pytest.approx(losses[0], rel=WAYS["fsdp2"][2])
 
 
 @pytest.mark.slow
@@ -179,7 +194,7 @@ def one_process_reference(tmp_path_factory, untied, one_word):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_a_process_without_a_masked_token(way, one_process_reference, untied, one_word, tmp_path):
     """With untied embeddings and gradient checkpointing: a process with nothing to project still takes part."""
     reference, out = one_process_reference, tmp_path / "out"
@@ -197,7 +212,7 @@ def test_a_process_without_a_masked_token(way, one_process_reference, untied, on
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_each_way_resumes(way, trained, checkpoint, small_data, tmp_path):
     whole, half = trained(way, "full"), tmp_path / "half"
     half.mkdir()

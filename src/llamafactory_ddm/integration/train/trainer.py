@@ -83,6 +83,7 @@ class DiffusionTrainer(CustomTrainer):
                 f"{self.args.n_gpu} GPUs for one process split batches inexactly; set FORCE_TORCHRUN=1 for one "
                 "process per GPU, or CUDA_VISIBLE_DEVICES=0 for one GPU"
             )
+        self._check_fsdp()
         self.objective = objective
         self.diffusion_config = diffusion_config
         self.anneal_steps = anneal_steps
@@ -111,6 +112,23 @@ class DiffusionTrainer(CustomTrainer):
         self._best_ratio: float | None = None  # attention ratio of the best weights, once they are loaded
         self._last_metrics: dict[str, float] | None = None  # of the present weights
         self.steps_taken = 0  # by the last call of train
+
+    def _check_fsdp(self) -> None:
+        """Refuse FSDP where accelerate would drop it, and have checkpoints hold the whole model.
+
+        Raises:
+            ValueError: if the run asks for FSDP and accelerate does not shard.
+        """
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp: accelerate shards on GPUs only, and this run is on {self.args.device.type}, where it would "
+                "keep a whole model in each process; remove fsdp and fsdp_config, or set deepspeed in their place"
+            )
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            # By default FSDP 2 saves shards alone, and so no model that can be loaded. accelerate keeps old configs.
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.state_dict_config = plugin.optim_state_dict_config = None
+            plugin.set_state_dict_type("FULL_STATE_DICT")
 
     # ---- data ----
 
