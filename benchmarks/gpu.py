@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,16 @@ FULL_MINUTES = 10  # in which the time limits of the parts are given
 RESERVE = 3.0  # seconds to write the results at the end
 SHORTEST = 0.15  # of its time limit: a part is left out if less is left
 LOG_CHARACTERS = 20_000  # of each part
+WRITE_EVERY = 5.0  # seconds
+N_AHEAD = 2  # processes that import while a part runs
+WHOLE = "the part"
 
 
 class Worker:
     """The process of a part: it imports what it needs, and begins to measure when it is told to."""
 
     def __init__(self, part: Part, arguments: argparse.Namespace, folder: Path) -> None:
-        self.part = part
+        self.part, self._is_over = part, False
         self.rows_file, self.log_file = folder / f"{part.name}.rows", folder / f"{part.name}.log"
         words = [sys.executable, __file__, "--child", part.name, "--rows", str(self.rows_file)]
         words += ["--device", arguments.device, *(["--toy"] if arguments.toy else [])]
@@ -56,27 +60,32 @@ class Worker:
                 words, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment(arguments), process_group=0
             )
 
-    def run(self, seconds: float) -> list[Row]:
-        """Measure for at most so many seconds; return what was measured, and the failure if there is one."""
+    def run(self, seconds: float, on_rows: Callable[[list[Row]], None]) -> list[Row]:
+        """Measure for at most so many seconds; return what was measured, and the failure if there is one.
+
+        `on_rows` gets what was measured so far every few seconds.
+        """
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(b"go\n")
             self._process.stdin.flush()
+        end, code = time.monotonic() + seconds, None
         try:
-            code = self._process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            code = None
+            while code is None and (left := end - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = self._process.wait(timeout=min(left, WRITE_EVERY))
+                on_rows(read_rows(self.rows_file))
         finally:
             self.end()
         rows = read_rows(self.rows_file)
         if code is None:
             rows.append(self._failure(f"stopped after its time limit of {seconds:.0f} s"))
-        elif code != 0 and not any(row.state == "failed" and row.what == "the part" for row in rows):
+        elif code != 0 and not any(row.state == "failed" and row.what == WHOLE for row in rows):
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             rows.append(self._failure(f"{how}: {last_line(self.log())}"))
         return rows
 
     def _failure(self, why: str) -> Row:
-        return Row(self.part.name, "the part", state="failed", note=why)
+        return Row(self.part.name, WHOLE, state="failed", note=why)
 
     def log(self) -> str:
         """Return the end of what the process has printed."""
@@ -84,6 +93,9 @@ class Worker:
 
     def end(self) -> None:
         """Kill the process and all that it has started."""
+        if self._is_over:
+            return
+        self._is_over = True
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -113,10 +125,11 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def write(self, worker: Worker | None = None) -> None:
+    def write(self, unfinished: Sequence[Row] = (), worker: Worker | None = None) -> None:
         """Write all files anew, the log of `worker` at the end of the log; each is complete at any time."""
-        whole = {"arguments": self.arguments, "seconds": self.seconds, "rows": [row.to_json() for row in self.rows]}
-        for name, text in (("gpu.json", json.dumps(whole, indent=1) + "\n"), ("gpu.md", table(self.rows))):
+        rows = [*self.rows, *unfinished]
+        whole = {"arguments": self.arguments, "seconds": self.seconds, "rows": [row.to_json() for row in rows]}
+        for name, text in (("gpu.json", json.dumps(whole, indent=1) + "\n"), ("gpu.md", table(rows))):
             scratch = self.output / f".{name}"
             scratch.write_text(text, encoding="utf-8")
             scratch.replace(self.output / name)
@@ -131,30 +144,30 @@ def measure(parts: list[Part], arguments: argparse.Namespace, end: float) -> Res
     (arguments.output / "gpu.log").write_text("", encoding="utf-8")
     said = {"device": arguments.device, "toy": arguments.toy, "minutes": arguments.minutes}
     results = Results(arguments.output, said)
+    ready: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        ahead: Worker | None = None
         try:
             for number, part in enumerate(parts):
                 limit, left = part.seconds * arguments.minutes / FULL_MINUTES, end - time.monotonic()
                 if left < SHORTEST * limit:
                     why = f"{max(left, 0):.0f} s of {arguments.minutes:g} minutes were left"
-                    results.rows.append(Row(part.name, "the part", state="left out", note=why))
+                    results.rows.append(Row(part.name, WHOLE, state="left out", note=why))
                     results.write()
                     continue
-                worker = ahead if ahead is not None and ahead.part is part else Worker(part, arguments, folder)
-                ahead = Worker(parts[number + 1], arguments, folder) if number + 1 < len(parts) else None
+                for each in parts[number : number + 1 + N_AHEAD]:
+                    if each.name not in ready:
+                        ready[each.name] = Worker(each, arguments, Path(name))
                 start = time.monotonic()
-                rows = worker.run(min(limit, left))
+                rows = ready[part.name].run(min(limit, left), results.write)
                 results.seconds[part.name] = round(time.monotonic() - start, 1)
                 results.rows += rows
-                results.write(worker)
+                results.write(worker=ready[part.name])
                 print(f"{part.name}: {results.seconds[part.name]} s", flush=True)
                 for line in table(rows).splitlines()[2:]:
                     print(line, flush=True)
         finally:
-            if ahead is not None:
-                ahead.end()
+            for worker in ready.values():
+                worker.end()
     return results
 
 
@@ -175,7 +188,7 @@ def run_part(part: Part, arguments: argparse.Namespace) -> int:
         run(machine, report)
     except Exception as error:  # noqa: BLE001 - any failure is a row
         traceback.print_exc()
-        report.fail("the part", error)
+        report.fail(WHOLE, error)
         code = 1
     else:
         code = 0

@@ -143,7 +143,7 @@ def decoding(machine: Machine, report: Report) -> None:
         shape = replace(shape, **small)
     for batch, logits, said in ((1, GREEDY, "greedy"), (8, GREEDY, "greedy"), (1, benchmark.LOGITS, "top-p 0.9")):
         used = replace(shape, batch=batch, logits=logits)
-        label = f"GPT-2 small, batch {batch}, {said}"
+        label = f"{used.layers} layers of {used.width}, batch {batch}, {said}"
         runs = {name: decoder.run for name, decoder in benchmark.decoders(used).items()}
         seconds = _interleaved(machine, runs, 1 if machine.is_toy else ROUNDS)
         for name, values in seconds.items():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import train_step
@@ -179,33 +182,21 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).norm() / expected.norm())
 
 
-def in_process(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Start `run` in a fork of this process, which must not have used the GPU yet; return what waits for its result.
+def on_cpu(run: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """Start a function of a module in a fresh process without a GPU; return what waits for its result.
 
     So the CPU's results do not depend on what a run on the GPU sets, and both are computed at the same time.
     """
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def work() -> None:
-        try:
-            made = (run(), None)
-        except Exception as error:  # noqa: BLE001 - raised where the result is waited for
-            made = (None, f"{type(error).__name__}: {error}")
-        sender.send_bytes(pickle.dumps(made))  # tensors by value, not as shared memory of a process that has ended
-
-    process = context.Process(target=work, daemon=True)
-    process.start()
-    sender.close()
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # the process starts here
+        waiting = pool.submit(_pickled, run, *args)
 
     def result() -> Any:
-        try:
-            value, error = pickle.loads(receiver.recv_bytes())
-        except EOFError:
-            value, error = None, f"the process ended with {process.exitcode}"
-        process.join()
-        if error is not None:
-            raise RuntimeError(f"on the CPU: {error}")
-        return value
+        with pool:
+            return pickle.loads(waiting.result())
 
     return result
+
+
+def _pickled(run: Callable[..., Any], *args: Any) -> bytes:
+    return pickle.dumps(run(*args))  # tensors by value, not as memory that is shared with a process

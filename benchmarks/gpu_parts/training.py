@@ -10,7 +10,7 @@ import torch
 from .machine import Machine
 from .models import SMALL_GPT2, SMALL_LLAMA, TOY_GPT2, TOY_LLAMA, Shape, make_model, with_adapter
 from .report import Report
-from .steps import KINDS, Trained, in_process, relative_error, train
+from .steps import KINDS, Trained, on_cpu, relative_error, train
 
 FP32_LIMIT = 1e-4
 HALF_LOSS_LIMIT, HALF_GRADIENT_LIMIT = 0.01, 0.05
@@ -23,29 +23,28 @@ def _shapes(machine: Machine) -> dict[str, Shape]:
 
 
 def _sizes(machine: Machine) -> dict[str, int]:
-    return {"length": 32, "batch": 4} if machine.is_toy else {"length": 192, "batch": 8}
+    return {"length": 64, "batch": 4} if machine.is_toy else {"length": 192, "batch": 8}
 
 
 def gradients(machine: Machine, report: Report) -> None:
     """Compare the loss and the gradient of the first step with the CPU's, in float32."""
-    cases = [(name, kind) for kind in KINDS for name in _shapes(machine)]
-    shapes, sizes = _shapes(machine), _sizes(machine)
-
-    def on_cpu() -> dict[tuple[str, str], Trained]:
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-        return {(name, kind): train(kind, shapes[name], "cpu", **sizes) for name, kind in cases}
-
-    expected_of = in_process(on_cpu)
+    cases = [(kind, name, shape) for kind in KINDS for name, shape in _shapes(machine).items()]
+    sizes = _sizes(machine)
+    expected_of = on_cpu(_first_steps, cases, sizes)
     made: dict[tuple[str, str], Trained] = {}
-    for name, kind in cases:
+    for kind, name, shape in cases:
         try:
-            made[name, kind] = train(kind, shapes[name], machine.device, **sizes)
+            made[kind, name] = train(kind, shape, machine.device, **sizes)
         except Exception as error:  # noqa: BLE001 - the other kinds are measured
             report.fail(f"{kind}, {name}", error)
     expected = expected_of()
-    for case, got in made.items():
-        name, kind = case
-        _compare(report, f"{kind}, {name}, float32 / CPU", got, expected[case], FP32_LIMIT, FP32_LIMIT)
+    for (kind, name), got in made.items():
+        what = f"{kind}, {name}, float32 / CPU"
+        _compare(report, what, got, expected[kind, name], FP32_LIMIT, FP32_LIMIT)
+
+
+def _first_steps(cases: list[tuple[str, str, Shape]], sizes: dict[str, int]) -> dict[tuple[str, str], Trained]:
+    return {(kind, name): train(kind, shape, "cpu", **sizes) for kind, name, shape in cases}
 
 
 def _compare(report: Report, what: str, got: Trained, expected: Trained, loss: float, gradient: float) -> None:
@@ -110,16 +109,25 @@ def four_bit(machine: Machine, report: Report) -> None:
 
 
 def compile(machine: Machine, report: Report) -> None:
-    """Compare compiled steps with eager ones, in float32."""
-    shapes, sizes = _shapes(machine), _sizes(machine)
+    """Compare compiled steps with eager ones: in float32, and in bfloat16 as users have it."""
     # A toy run only traces, as compiling for a CPU takes a minute.
     backend = "aot_eager" if machine.is_toy else "inductor"
-    for name, shape in shapes.items():
-        for kind in ("full", "block"):
-            expected = train(kind, shape, machine.device, **sizes, steps=3)
+    # By default the trainer lets compiled float32 products round to TF32.
+    exact, half = (FP32_LIMIT, FP32_LIMIT, {"tf32": False}), (HALF_LOSS_LIMIT, HALF_GRADIENT_LIMIT, {"bf16": True})
+    for kind, precision, (loss, gradient, keys) in (
+        ("full", "float32", exact),
+        ("block", "float32", exact),
+        ("full", "bfloat16", half),
+    ):
+        for name, shape in _shapes(machine).items():
+            what = f"{kind}, {name}, {precision}, {backend} / eager"
             try:
-                keys = {"torch_compile": True, "torch_compile_backend": backend}
-                got = train(kind, shape, machine.device, **sizes, steps=3, training=keys)
-                _compare(report, f"{kind}, {name}, {backend} / eager", got, expected, FP32_LIMIT, FP32_LIMIT)
+                compiled = {**keys, "torch_compile": True, "torch_compile_backend": backend}
+                both = [
+                    train(kind, shape, machine.device, **_sizes(machine), steps=3, training=training)
+                    for training in (keys, compiled)
+                ]
+                torch._dynamo.reset()
+                _compare(report, what, both[1], both[0], loss, gradient)
             except Exception as error:  # noqa: BLE001 - the other kinds are measured
-                report.fail(f"{kind}, {name}, {backend}", error)
+                report.fail(what, error)
