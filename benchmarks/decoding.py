@@ -138,7 +138,8 @@ def make_model(shape: Shape) -> GPT2LMHeadModel:
         n_head=max(1, shape.width // 64),
         n_positions=shape.prompt + shape.written,
     )
-    return GPT2LMHeadModel(config).eval().to(shape.device, shape.dtype)
+    with torch.device(shape.device):
+        return GPT2LMHeadModel(config).eval().to(shape.dtype)
 
 
 def autoregressive(shape: Shape) -> Decoder:

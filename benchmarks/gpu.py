@@ -107,6 +107,8 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
     """Return the environment of a part: offline, one GPU or none, this repository's package if none is installed."""
     result = dict(os.environ)
     result |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    # The versions are in the results; what does not work with them is a row of its own.
+    result |= {"DISABLE_VERSION_CHECK": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     result.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
     if arguments.device == "cpu":
         result["CUDA_VISIBLE_DEVICES"] = ""

@@ -24,19 +24,19 @@ class Part:
 
 _TRAINER = ("train_step",)
 PARTS = (
-    Part("environment", "environment", 45),
+    Part("environment", "environment", 60),
     Part("gradients", "training", 75, _TRAINER),
-    Part("speed-124m", "speed", 75, _TRAINER),
     Part("speed-1b", "speed", 100, _TRAINER),
+    Part("speed-124m", "speed", 75, _TRAINER),
     Part("greedy", "generation", 75),
     Part("precision", "training", 60, _TRAINER),
-    Part("draws", "generation", 45),
-    Part("decoding", "generation", 75, ("decoding",)),
+    Part("draws", "generation", 60),
+    Part("decoding", "generation", 90, ("decoding",)),
     Part("waits", "waits", 45, _TRAINER),
+    Part("lora-7b", "speed", 90, (*_TRAINER, "peft")),
+    Part("serving", "generation", 75, ("serving",)),
+    Part("four-bit", "training", 60, (*_TRAINER, "peft")),
     Part("flash", "attention", 45, _TRAINER),
     Part("flex", "attention", 90, _TRAINER),
-    Part("four-bit", "training", 60, (*_TRAINER, "peft")),
-    Part("serving", "generation", 75, ("serving",)),
-    Part("compile", "training", 100, _TRAINER),
-    Part("lora-7b", "speed", 90, (*_TRAINER, "peft")),
+    Part("compile", "training", 120, _TRAINER),
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,6 @@ from .report import Report
 GREEDY = LogitsConfig(temperature=0.0)
 CACHES = ("none", "prefix", "dual", "block")  # block is a block model, with its cache
 BLOCK = 8
-ROUNDS = 5
 
 
 def _texts(model: Any, shape: Shape, cache: str, strategy: str, edits: Edits | None) -> Tensor:
@@ -141,28 +141,29 @@ def decoding(machine: Machine, report: Report) -> None:
     if machine.is_toy:
         small = {"layers": 1, "width": 64, "vocabulary": 300, "prompt": 12, "written": 8, "block": 4}
         shape = replace(shape, **small)
-    for batch, logits, said in ((1, GREEDY, "greedy"), (8, GREEDY, "greedy"), (1, benchmark.LOGITS, "top-p 0.9")):
-        used = replace(shape, batch=batch, logits=logits)
-        label = f"{used.layers} layers of {used.width}, batch {batch}, {said}"
-        runs = {name: decoder.run for name, decoder in benchmark.decoders(used).items()}
-        seconds = _interleaved(machine, runs, 1 if machine.is_toy else ROUNDS)
+    large = shape if machine.is_toy else replace(shape, layers=16, width=2048)  # 0.9B weights
+    for used, said in (
+        (shape, "greedy"),
+        (large, "greedy"),
+        (replace(large, batch=8), "greedy"),
+        (replace(shape, logits=benchmark.LOGITS), "top-p 0.9"),
+    ):
+        for decoder in benchmark.decoders(replace(used, written=used.block)).values():
+            decoder.run()  # the first calls are slower
+        decoders = benchmark.decoders(used)
+        seconds: dict[str, list[float]] = {name: [] for name in decoders}
+        for _ in range(1 if machine.is_toy else 3):
+            for name, decoder in decoders.items():
+                seconds[name].append(machine.seconds(decoder.run))
+        label = f"GPT-2, {used.layers} layers of {used.width}, batch {used.batch}, {said}"
         for name, values in seconds.items():
-            rate = batch * used.written / statistics.median(values)
+            rate = used.batch * used.written / statistics.median(values)
             report.add(f"{label}, {name}: tokens/s", rate, note=f"{used.prompt} given, {used.written} written")
         for name in seconds:
             if name != "ar":
                 _report_ratio(report, f"{label}: speed, {name} / autoregressive", seconds["ar"], seconds[name])
-
-
-def _interleaved(machine: Machine, runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each run in each round, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            taken = machine.seconds(run)
-            if number:
-                seconds[name].append(taken)
-    return seconds
+        del decoders, decoder
+        machine.release()
 
 
 def _report_ratio(report: Report, what: str, base: list[float], values: list[float]) -> None:
@@ -176,43 +177,30 @@ def serving(machine: Machine, report: Report) -> None:
     import serving as benchmark
     from llamafactory_ddm.serving import Limits, Server
 
-    count = 4 if machine.is_toy else 16
-    names = ("tiny-full", "tiny-block") if machine.is_toy else ("small-full", "small-block")
-    for name in names:
+    count, dtype = (4, "float32") if machine.is_toy else (16, "bfloat16")
+    for name in ("tiny-full", "tiny-block") if machine.is_toy else ("small-full", "small-block"):
         shape = benchmark.SHAPES[name]
-        shape = replace(shape, written=8) if machine.is_toy else replace(shape, written=64)
-        generator = benchmark.make_generator(
-            shape, machine.device, torch.bfloat16 if machine.is_cuda else torch.float32
-        )
-        requests = benchmark.requests_of(generator, shape, count)
-        server = Server(generator, Limits(max_rows=max(count, Limits().max_rows)))
-        ways: dict[str, Callable[[], Any]] = {
-            "one after another": lambda g=generator, s=server, r=requests: benchmark.serve(g, s, r, at_once=False),
-            f"{count} at once": lambda g=generator, s=server, r=requests: benchmark.serve(g, s, r, at_once=True),
-        }
+        if machine.is_toy:
+            shape = replace(shape, written=8)
         label = f"{name}, {count} requests"
-        _report_ways(machine, report, label, ways)
-        server.close()
+        generator = benchmark.make_generator(shape, machine.device, getattr(torch, dtype))
+        requests, prompts = benchmark.requests_of(generator, shape, count), benchmark.prompts_of(shape, count)
+        with closing(Server(generator, Limits(max_rows=max(count, Limits().max_rows)))) as server:
+            benchmark.answers(server, requests[:2])  # the first calls are slower
+            rates: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(1 if machine.is_toy else 3):
+                for at_once, values in rates.items():
+                    taken = benchmark.serve(generator, server, requests, at_once=at_once)
+                    values.append(taken.tokens / taken.seconds)
+        single, joint = rates.values()
+        report.add(f"{label}, one after another: tokens/s", statistics.median(single))
+        report.add(f"{label}, at once: tokens/s", statistics.median(joint))
+        _report_ratio(report, f"{label}: gain of all at once", joint, single)
         try:
             with tempfile.TemporaryDirectory() as folder:
-                ar = benchmark.autoregressive(shape, folder, "bfloat16" if machine.is_cuda else "float32")
-                prompts = benchmark.prompts_of(shape, count)
-                _report_ways(machine, report, f"{label}, autoregressive", {"side by side": lambda: ar(prompts, count)})  # noqa: B023
+                ar = benchmark.autoregressive(shape, folder, dtype)
+                ar(prompts[:1], 1)
+                taken = ar(prompts, count)
+            report.add(f"{label}, LLaMA-Factory's engine, autoregressive: tokens/s", taken.tokens / taken.seconds)
         except Exception as error:  # noqa: BLE001 - the other shape is measured
-            report.fail(f"{label}, autoregressive", error)
-
-
-def _report_ways(machine: Machine, report: Report, label: str, ways: dict[str, Callable[[], Any]]) -> None:
-    taken: dict[str, list[Any]] = {way: [] for way in ways}
-    for number in range((1 if machine.is_toy else 3) + 1):
-        for way, run in ways.items():
-            one = run()
-            if number:
-                taken[way].append(one)
-    rates = {way: [one.tokens / one.seconds for one in many] for way, many in taken.items()}
-    for way, values in rates.items():
-        report.add(f"{label}, {way}: tokens/s", statistics.median(values))
-    if len(ways) == 2:
-        single, joint = rates.values()
-        gains = [one / other for one, other in zip(joint, single, strict=True)]
-        report.add(f"{label}: gain in tokens/s of all at once", statistics.median(gains))
+            report.fail(f"{label}, LLaMA-Factory's engine", error)
