@@ -37,7 +37,8 @@ def flash(machine: Machine, report: Report) -> None:
 
 def _flash(machine: Machine, report: Report, name: str, implementation: str) -> None:
     shape = SMALL_LLAMA  # the kernels take no heads as small as a toy's
-    dense = make_model(shape).to(machine.device, torch.bfloat16).eval()
+    # Made in bfloat16: casting a Llama would round the frequencies of its positions too.
+    dense = make_model(shape, machine.device, torch.bfloat16).eval()
     make_bidirectional(dense)
     fast = make_model(shape, machine.device, torch.bfloat16, attn_implementation=implementation).eval()
     fast.load_state_dict(dense.state_dict())

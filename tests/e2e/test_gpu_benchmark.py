@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,91 @@ def test_the_peak_is_known_by_the_name_of_the_device(parts, monkeypatch):
         peaks[name] = machine("cpu", True).peak
         assert machine("cpu", True, 100.0).peak == 1e14
     assert list(peaks.values()) == [989e12, 989e12, 312e12, None, None]
+
+
+@pytest.fixture
+def as_gpu(parts, monkeypatch):
+    """Return a toy machine that says that its CPU is a GPU, and a list of the rows that a report gets."""
+    machine = parts[2].Machine
+    monkeypatch.setattr(machine, "is_cuda", True)
+    monkeypatch.setattr(machine, "synchronize", lambda self: None)
+    monkeypatch.setattr(machine, "release", lambda self: None)
+    from gpu_parts.report import Report, Row
+
+    rows = []
+    monkeypatch.setattr(Report, "_write", lambda self, row: rows.append(row))
+    assert Row  # imported before `parts` forgets the modules
+    return machine("cpu", True, 1.0), Report(Path(), "x"), rows
+
+
+def test_waits_are_those_that_pytorch_warns_of(as_gpu, monkeypatch):
+    """With a warning where a value is read, in place of PyTorch's own."""
+    machine, report, rows = as_gpu
+    modes, plain = ["default"], torch.Tensor.tolist
+
+    def tolist(tensor):
+        if modes[-1] == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+            warnings.warn("something else", stacklevel=2)
+        return plain(tensor)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    from gpu_parts.waits import waits
+
+    waits(machine, report)
+    assert not [row for row in rows if row.state == "failed"], rows
+    steps = [row for row in rows if "denoising" in row.what]
+    assert len(steps) == 8 and all(row.value == 1 and row.held and "loop.py" in row.note for row in steps)
+    # Training reads the order of the samples now and then, which is on the CPU.
+    assert len(rows) == 13 and all(row.note.startswith("median 0") for row in rows[8:]), rows[8:]
+    assert modes[-1] == "default"
+
+
+def test_the_peak_memory_of_a_step_leaves_out_the_other_model(as_gpu, monkeypatch):
+    """1 GB of a model that was there before; then the steps of pt and ddm reach 5 and 4 GB in all."""
+    machine, report, rows = as_gpu
+    held, peaks = iter([0, 10**9]), iter([5 * 10**9, 4 * 10**9])
+    monkeypatch.setattr(type(machine), "allocated", lambda self: next(held))
+    monkeypatch.setattr(type(machine), "peak_memory", lambda self, run: (run(), next(peaks))[1])
+    from gpu_parts import speed
+
+    speed.speed_124m(machine, report)
+    by_name = {row.what.partition(": ")[2] or row.what: row for row in rows}
+    assert by_name["peak memory, ddm / pt"].value == 0.6 and by_name["peak memory, ddm / pt"].held
+    assert by_name["measured / by operations"].value == pytest.approx(
+        by_name["tokens/s, ddm / pt"].value / by_name["the same by operations"].value, rel=0.2
+    )
+
+
+def test_too_little_memory_halves_the_batch(as_gpu, monkeypatch):
+    machine, report, rows = as_gpu
+    from gpu_parts import speed
+
+    tried = []
+
+    def compare(machine, report, case):
+        tried.append(case.batch)
+        if case.batch > 1 or case.is_lora:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
+
+    monkeypatch.setattr(speed, "_compare", compare)
+    speed.speed_1b(machine, report)
+    assert tried == [4, 2, 1]
+    assert [(row.state, row.note) for row in rows] == [("left out", "CUDA out of memory. Tried")] * 2
+    with pytest.raises(torch.OutOfMemoryError):
+        speed.lora_7b(machine, report)
+
+
+def test_flash_attention_is_compared_where_it_is_installed(as_gpu, monkeypatch):
+    """With sdpa under its name, which does not refuse packed rows."""
+    machine, report, rows = as_gpu
+    from gpu_parts import attention
+
+    monkeypatch.setattr(attention, "FLASH", {"FA2": "sdpa", "FA3": "flash_attention_3"})
+    monkeypatch.setattr(attention.transformers.utils, "is_flash_attn_a_available", lambda: True, raising=False)
+    attention.flash(machine, report)
+    assert rows[-1].part and (rows[-1].what, rows[-1].note) == ("FA3", "not installed")
+    error, padding, refused, leaks = (row.value for row in rows[:4])
+    assert (error, padding, refused, leaks) == (0.0, 0.0, 0.0, "yes"), rows
+    assert [row.held for row in rows] == [True, True, False, None, None]
