@@ -17,15 +17,19 @@ from .models import SMALL_LLAMA, Shape, make_model
 from .report import Report
 from .steps import Stepper, relative_error, rows_of, train, trainer_of
 
-FLASH = {"FA2": "flash_attention_2", "FA3": "flash_attention_3"}
+# By name: transformers' implementation, and its function that tells whether it is installed.
+FLASH = {
+    "FA2": ("flash_attention_2", "is_flash_attn_2_available"),
+    "FA3": ("flash_attention_3", "is_flash_attn_3_available"),
+}
 FLASH_LIMIT, FLEX_LIMIT = 0.02, 1e-3  # of a bfloat16, and of a float32 result
 BLOCK_LLAMA = Shape(12, 1024, 16, 32064, 2048, inner=2816, is_tied=False)  # to time block attention
 
 
 def flash(machine: Machine, report: Report) -> None:
     """Compare logits of FlashAttention with sdpa's, with padding; and see whether packed documents leak."""
-    for name, implementation in FLASH.items():
-        available = getattr(transformers.utils, f"is_flash_attn_{implementation[-1]}_available", None)
+    for name, (implementation, tells) in FLASH.items():
+        available = getattr(transformers.utils, tells, None)
         if not machine.is_cuda or available is None or not available():
             report.leave_out(name, "needs a GPU" if not machine.is_cuda else "not installed")
             continue

@@ -48,7 +48,7 @@ def speed_1b(machine: Machine, report: Report) -> None:
 
 def lora_7b(machine: Machine, report: Report) -> None:
     """Compare steps of LoRA on a Llama of 7B weights on rows of 2,048 tokens; nothing is claimed of them."""
-    _speed(machine, report, Case(LLAMA_7B, batch=4, length=2048, is_lora=True))
+    _speed(machine, report, Case(LLAMA_7B, batch=2, length=2048, is_lora=True))
 
 
 def _speed(machine: Machine, report: Report, case: Case) -> None:

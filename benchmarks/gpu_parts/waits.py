@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class Waits:
 
 def waits(machine: Machine, report: Report) -> None:
     """Count the waits of denoising and training steps."""
-    shape = TOY_GPT2 if machine.is_toy else SMALL_GPT2
+    # With more tokens than those among which an accelerator looks for the end of a nucleus first.
+    shape = TOY_GPT2 if machine.is_toy else replace(SMALL_GPT2, vocabulary=8192)
     model = make_model(shape).to(machine.device).eval()
     make_bidirectional(model)
     top_p = LogitsConfig(top_p=0.9)

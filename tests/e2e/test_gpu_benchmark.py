@@ -292,8 +292,7 @@ def test_flash_attention_is_compared_where_it_is_installed(as_gpu, monkeypatch):
     machine, report, rows = as_gpu
     from gpu_parts import attention
 
-    monkeypatch.setattr(attention, "FLASH", {"FA2": "sdpa", "FA3": "flash_attention_3"})
-    monkeypatch.setattr(attention.transformers.utils, "is_flash_attn_a_available", lambda: True, raising=False)
+    monkeypatch.setitem(attention.FLASH, "FA2", ("sdpa", "is_torch_available"))
     attention.flash(machine, report)
     assert rows[-1].part and (rows[-1].what, rows[-1].note) == ("FA3", "not installed")
     error, padding, refused, leaks = (row.value for row in rows[:4])
