@@ -50,7 +50,10 @@ DIFFUSION = ("uncached", "prefix", "dual", *(f"block-{length}" for length in BLO
 
 @dataclass(frozen=True)
 class Shape:
-    """The model and the run: a GPT-2 of `layers` x `width` that continues `batch` prompts by `written` tokens."""
+    """The model and the run: a GPT-2 of `layers` x `width` that continues `batch` prompts by `written` tokens.
+
+    `device` and `dtype` are those of the model, and `logits` says how tokens are drawn.
+    """
 
     layers: int = 12
     width: int = 768
@@ -60,12 +63,20 @@ class Shape:
     block: int = 32
     per_pass: int = 2
     batch: int = 1
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    logits: LogitsConfig = LOGITS
 
     @property
     def prompts(self) -> Tensor:
         """Return [batch, prompt] int64, random ids."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, self.vocabulary, (self.batch, self.prompt), generator=generator)
+        return torch.randint(0, self.vocabulary, (self.batch, self.prompt), generator=generator).to(self.device)
+
+    @property
+    def canvas(self) -> Tensor:
+        """Return [batch, prompt + written] int64, the prompts and room for what is written."""
+        return torch.cat([self.prompts, self.prompts.new_zeros(self.batch, self.written)], dim=1)
 
 
 @dataclass
@@ -127,7 +138,8 @@ def make_model(shape: Shape) -> GPT2LMHeadModel:
         n_head=max(1, shape.width // 64),
         n_positions=shape.prompt + shape.written,
     )
-    return GPT2LMHeadModel(config).eval()
+    with torch.device(shape.device):
+        return GPT2LMHeadModel(config).eval().to(shape.dtype)
 
 
 def autoregressive(shape: Shape) -> Decoder:
@@ -139,8 +151,8 @@ def autoregressive(shape: Shape) -> Decoder:
         generator, cache, ids = torch.Generator().manual_seed(0), None, shape.prompts
         for _ in range(shape.written):
             output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            u = torch.rand(shape.batch, 8, dtype=torch.float64, generator=generator)
-            ids, cache = draw_tokens(output.logits[:, -1], LOGITS, u).ids[:, None], output.past_key_values
+            u = torch.rand(shape.batch, 8, dtype=torch.float64, generator=generator).to(shape.device)
+            ids, cache = draw_tokens(output.logits[:, -1], shape.logits, u).ids[:, None], output.past_key_values
         return shape.batch * (shape.prompt + shape.written - 1)
 
     return Decoder(run, model)
@@ -150,7 +162,7 @@ def full_attention(shape: Shape, kind: str) -> Decoder:
     """Return a diffusion model with full attention; `kind` is `uncached`, `prefix` or `dual`."""
     model = make_model(shape)
     make_bidirectional(model)
-    x = torch.cat([shape.prompts, torch.zeros(shape.batch, shape.written, dtype=torch.int64)], dim=1)
+    x = shape.canvas
     editable = torch.zeros_like(x, dtype=torch.bool)
     editable[:, shape.prompt :] = True
 
@@ -165,7 +177,7 @@ def full_attention(shape: Shape, kind: str) -> Decoder:
             steps=shape.written // shape.per_pass,
             strategy=get_strategy("low_confidence"),
             block_length=shape.block,
-            logits=LOGITS,
+            logits=shape.logits,
         )
         denoiser.close()
         return output.computed
@@ -177,8 +189,8 @@ def block_model(shape: Shape, length: int) -> Decoder:
     """Return a shifted model with block attention, in blocks of `length`; a pass for the first token of each block."""
     model = make_model(shape)
     make_bidirectional(model)
-    x = torch.cat([shape.prompts, torch.zeros(shape.batch, shape.written, dtype=torch.int64)], dim=1)
-    position = torch.arange(x.shape[1]).expand(x.shape)
+    x = shape.canvas
+    position = torch.arange(x.shape[1], device=x.device).expand(x.shape)
     editable = position >= shape.prompt
 
     def run() -> int:
@@ -191,7 +203,7 @@ def block_model(shape: Shape, length: int) -> Decoder:
             steps=max(length // shape.per_pass - 1, 1),
             strategy=get_strategy("low_confidence"),
             block=split_by_position(editable, position, length, shift=True),
-            logits=LOGITS,
+            logits=shape.logits,
         )
         denoiser.close()
         return output.computed
@@ -318,14 +330,15 @@ def main() -> int:
     parser.add_argument("--quality", metavar="CHECKPOINT")
     parser.add_argument("--samples", type=int, default=64, help="texts for --quality")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
-    for name, value in Shape().__dict__.items():
+    sizes = {name: value for name, value in Shape().__dict__.items() if isinstance(value, int)}
+    for name, value in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.quality:
         quality(arguments.quality, arguments.samples)
         return 0
-    shape = Shape(**{name: getattr(arguments, name) for name in Shape().__dict__})
+    shape = Shape(**{name: getattr(arguments, name) for name in sizes})
     return 0 if measure(shape, arguments.rounds) else 1
 
 

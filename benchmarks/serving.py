@@ -110,9 +110,9 @@ def make_model(shape: Shape) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def make_generator(shape: Shape) -> TextGenerator:
+def make_generator(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> TextGenerator:
     """Return a diffusion model of a shape."""
-    model = make_model(shape)
+    model = make_model(shape).to(device, dtype)
     make_bidirectional(model)
     config = DiffusionConfig(MASK, shape.vocabulary, True, "masked", 0.0, "linear", 1.0)
     if shape.block is not None:
@@ -265,7 +265,7 @@ def forward_seconds(shape: Shape, batch: int, repeats: int) -> float:
     return statistics.median(taken[1:])
 
 
-def autoregressive(shape: Shape, folder: str) -> Callable[[Sequence[str], int], Taken]:
+def autoregressive(shape: Shape, folder: str, dtype: str = "float32") -> Callable[[Sequence[str], int], Taken]:
     """Return a function that answers prompts by LLaMA-Factory's engine, so many of them side by side."""
     from llamafactory.chat import ChatModel
 
@@ -276,7 +276,7 @@ def autoregressive(shape: Shape, folder: str) -> Callable[[Sequence[str], int], 
         {
             "model_name_or_path": folder,
             "template": "empty",
-            "infer_dtype": "float32",
+            "infer_dtype": dtype,
             "temperature": TEMPERATURE,
             "top_p": TOP_P,
         }

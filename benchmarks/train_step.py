@@ -104,30 +104,16 @@ def make_step(kind: str, shape: argparse.Namespace, folder: str) -> Callable[[],
         {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
         for ids in torch.randint(0, 50257, (8 * shape.batch, shape.length))
     ]
-    common: dict[str, Any] = {
-        "model": model,
-        "args": TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=shape.batch,
-            max_steps=10**6,
-            report_to="none",
-            use_cpu=True,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        ),
-        "finetuning_args": FinetuningArguments(stage="pt", finetuning_type="full"),
-        "processor": None,
-        "tokenizer": None,
-        "train_dataset": rows,
-    }
-    if kind == "ar":
-        trainer: Any = CustomTrainer(**common)
-    else:
-        make_bidirectional(model)
-        if kind == "dense":
-            trainer = DenseTrainer(**common)
-        else:
-            trainer = _diffusion_trainer(kind, common)
+    args = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=shape.batch,
+        max_steps=10**6,
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    trainer = make_trainer(kind, model, rows, args)
     loader = trainer.get_train_dataloader()
     trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
     trainer.state.max_steps = 10**6
@@ -151,22 +137,58 @@ def make_step(kind: str, shape: argparse.Namespace, folder: str) -> Callable[[],
     return step
 
 
-def make_objective(kind: str) -> Objective:
+def make_objective(kind: str, mask_id: int = 50257) -> Objective:
     """Return the objective of a kind of step."""
-    process: dict[str, Any] = {"mask_id": 50257, "shift": True, "schedule": get_schedule("linear")}
+    process: dict[str, Any] = {"mask_id": mask_id, "shift": True, "schedule": get_schedule("linear")}
     if kind == "mixed":
-        return MixedObjective(uniform_ratio=0.1, n_ids=50258, **process)
+        return MixedObjective(uniform_ratio=0.1, n_ids=mask_id + 1, **process)
     if kind == "block":
         return BlockObjective(block_length=BLOCK_LENGTH, **process)
     return MaskedObjective(**process)
 
 
-def _diffusion_trainer(kind: str, common: dict[str, Any]) -> DiffusionTrainer:
+def make_trainer(
+    kind: str,
+    model: Any,
+    rows: Any,
+    args: TrainingArguments,
+    *,
+    mask_id: int = 50257,
+    finetuning_type: str = "full",
+    anneal_steps: int = 10**6,
+    **rest: Any,
+) -> Any:
+    """Return the trainer of a kind of step, with its model switched to the attention that it needs.
+
+    Args:
+        kind: one of `KINDS`.
+        model: causal, as it is loaded.
+        rows: the training data.
+        args: of the trainer.
+        mask_id: the last id of the model's vocabulary.
+        finetuning_type: as in YAML; adapters are in the model already.
+        anneal_steps: of the kind `annealed`.
+        rest: further arguments of the trainer.
+    """
+    common: dict[str, Any] = {
+        "model": model,
+        "args": args,
+        "finetuning_args": FinetuningArguments(stage="pt", finetuning_type=finetuning_type),
+        "processor": None,
+        "tokenizer": None,
+        "train_dataset": rows,
+        **rest,
+    }
+    if kind == "ar":
+        return CustomTrainer(**common)
+    make_bidirectional(model)
+    if kind == "dense":
+        return DenseTrainer(**common)
     return DiffusionTrainer(
-        objective=make_objective(kind),
+        objective=make_objective(kind, mask_id),
         diffusion_config=DiffusionConfig(
             mask_token="<|mask|>",
-            mask_token_id=50257,
+            mask_token_id=mask_id,
             shift=True,
             noise_process="mixed" if kind == "mixed" else "masked",
             uniform_ratio=0.1 if kind == "mixed" else 0.0,
@@ -175,7 +197,7 @@ def _diffusion_trainer(kind: str, common: dict[str, Any]) -> DiffusionTrainer:
             attention="block" if kind == "block" else "full",
             train_block_length=BLOCK_LENGTH if kind == "block" else None,
         ),
-        anneal_steps=10**6 if kind == "annealed" else 0,
+        anneal_steps=anneal_steps if kind == "annealed" else 0,
         eval_time_samples=1,
         **common,
     )
