@@ -120,6 +120,7 @@ def test_one_graph_serves_every_number_of_scored_tokens(run, kind, make, logits_
     assert kind == "mixed" or len(set(scored)) > 2  # so the number of scored tokens has changed
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_plain_one(run, make_trainer):
     """With the graphs of autograd, for chunks of three logits."""
     settings = {"logits_chunk": 3, "anneal_steps": 4, "learning_rate": 1e-3}

@@ -85,17 +85,20 @@ def step(make_trainer, model, rows, **settings):
     return next(log for log in trainer.state.log_history if "loss" in log), kept.first, before
 
 
+GEMMA3 = {"sliding_window": 4, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2}
+
+
+@pytest.mark.parametrize(("rows", "n_segments"), [(PACKED, 9), (PADDED, 7), (WHOLE, None)])
 @pytest.mark.parametrize(
     ("family", "settings", "version"),
     [
         ("llama", {}, 2),
-        ("llama", {}, 3),
-        ("qwen3", {}, 2),
-        ("mistral", {"sliding_window": 4}, 2),
-        ("gemma3_text", {"sliding_window": 4, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2}, 3),
+        ("gemma3_text", GEMMA3, 3),
+        pytest.param("llama", {}, 3, marks=pytest.mark.slow),
+        pytest.param("qwen3", {}, 2, marks=pytest.mark.slow),
+        pytest.param("mistral", {"sliding_window": 4}, 2, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize(("rows", "n_segments"), [(PACKED, 9), (PADDED, 7), (WHOLE, None)])
 def test_a_step_is_that_of_sdpa(make_trainer, monkeypatch, family, settings, version, rows, n_segments):
     """Loss, gradients and evaluation agree to 1e-5, and each kernel gets the segments of the batch."""
     kernels = FakeKernels(version)
