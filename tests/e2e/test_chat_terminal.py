@@ -13,7 +13,7 @@ import time
 import pytest
 
 from support.cli import ROOT, SCRIPTS, run
-from support.limits import LIMIT
+from support.limits import ANSWER, LIMIT
 from support.warm import QUIET
 
 QUESTION = "Sam has 3 eggs. He gets 2 more. How many eggs does he have?"
@@ -47,49 +47,59 @@ class Terminal:
         self.written = ""
         os.write(self._fd, text.encode())
 
-    def wait_for(self, pattern):
+    def wait_for(self, pattern, limit=ANSWER):
         """Read until a pattern is found in what was written since the last `send`, and return all of that."""
-        end = time.monotonic() + LIMIT
+        end = time.monotonic() + limit
         while not re.search(pattern, self.written):
-            assert select.select([self._fd], [], [], max(0, end - time.monotonic()))[0], self.written
+            assert select.select([self._fd], [], [], max(0, end - time.monotonic()))[0], self.written[-2000:]
             try:
                 self.written += os.read(self._fd, 65536).decode(errors="replace")
             except OSError:  # the program is over
-                raise AssertionError(self.written) from None
+                raise AssertionError(self.written[-2000:]) from None
         return self.written
 
-    def close(self):
-        """Wait until the program has ended by itself, and return its status; kill it after an error."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """Wait until the program has ended by itself, with status 0; kill it after an error."""
         try:
-            return self.process.wait(60)
+            if kind is None:
+                assert self.process.wait(ANSWER) == 0, self.written[-2000:]
         finally:
             self.process.kill()
+            self.process.wait()
             os.close(self._fd)
 
 
 @pytest.mark.slow
-def test_a_chat_in_a_terminal(finetuned):
-    keys = ("--cutoff_len", 250, "--max_new_tokens", 200, "--eos_penalty", 1000)
-    # Seconds of steps, most of which decode nothing, so that the answer is not over before it is cancelled.
-    keys += ("--denoising_strategy", "random", "--diffusion_steps", 6000, "--block_length", 200)
-    terminal = Terminal("llamafactory-cli", "chat", "--model_name_or_path", finetuned, *keys)
-    try:
-        terminal.wait_for("User: ")
-        terminal.send(f"{QUESTION}\n")
-        terminal.wait_for(r"step +\d+/6000")
-        terminal.resize(30, 5)  # 200 masked positions need seven lines
-        terminal.wait_for(r"lines \d+-\d+ of")
-        terminal.wait_for(r"\x1b\[1;32m")
-        terminal.send("\x03")
-        terminal.wait_for(r"cancelled[\s\S]*User: ")
+def test_an_answer_in_a_terminal(finetuned):
+    with Terminal(
+        "llamafactory-cli", "chat", "--model_name_or_path", finetuned, *SMALL, "--eos_penalty", 1000
+    ) as terminal:
+        terminal.wait_for("User: ", LIMIT)
         terminal.send(f"{QUESTION * 20}\n")
         terminal.wait_for(r"error: .*cutoff_len[\s\S]*User: ")
         terminal.send(f"{QUESTION}\n")
-        assert "\x1b[?25h" in terminal.wait_for(r"\x1b\[\?25h[\s\S]*User: ")
+        written = terminal.wait_for(r"\x1b\[\?25h[\s\S]*User: ")  # the cursor is shown again
+        assert re.search(r"step +\d+/8", written) and "\x1b[1;32m" in written  # the colour of new tokens
         terminal.send("\x04")
-    finally:
-        status = terminal.close()
-    assert status == 0
+
+
+@pytest.mark.slow
+def test_an_answer_in_a_terminal_is_cancelled(finetuned):
+    # Minutes of steps, most of which decode nothing, so that the answer is not over before it is cancelled.
+    keys = ("--cutoff_len", 250, "--max_new_tokens", 200, "--eos_penalty", 1000)
+    keys += ("--denoising_strategy", "random", "--diffusion_steps", 100_000, "--block_length", 200)
+    with Terminal("llamafactory-cli", "chat", "--model_name_or_path", finetuned, *keys) as terminal:
+        terminal.wait_for("User: ", LIMIT)
+        terminal.send(f"{QUESTION}\n")
+        terminal.wait_for(r"step +\d+/100000")
+        terminal.resize(40, 5)  # 200 masked positions need more lines
+        terminal.wait_for(r"lines \d+-\d+ of")
+        terminal.send("\x03")
+        terminal.wait_for(r"cancelled[\s\S]*User: ")
+        terminal.send("exit\n")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ The pages without a browser are tested in tests/integration/webui.
 
 import itertools
 import json
+import queue
 import re
 import threading
 from types import SimpleNamespace
@@ -14,13 +15,13 @@ import pytest
 from llamafactory_ddm.serving.request import Progress
 from support.browser import PATIENCE, browser_or_skip, web_pages
 from support.chat import PAIR, run_keys, save_data, save_decoder
-from support.limits import LIMIT
+from support.limits import ANSWER
 from support.warm import free_port
-from support.web_chat import Engine, chat_model
+from support.web_chat import Engine, answer, chat_model
 
 pytestmark = pytest.mark.slow
-PROMPT, ANSWER = "Tom saw a cat.", "It was red. <img src=x onerror=hacked=1>"
-WRITTEN = ANSWER.removeprefix("It ")  # which the model learns before the rest
+PROMPT, REPLY = "Tom saw a cat.", "It was red. <img src=x onerror=hacked=1>"
+WRITTEN = REPLY.removeprefix("It ")  # which the model learns before the rest
 ATTACK = "<script>hacked=1</script><img src=x onerror=hacked=1><b>bold</b>"
 # Keeps every state of the canvas that the page has shown.
 WATCH = """
@@ -39,7 +40,7 @@ def work(tmp_path_factory):
     """A folder with a model that was finetuned to give one answer, and its data."""
     folder = tmp_path_factory.mktemp("web")
     save_decoder(folder / "model")
-    save_data(folder / "data", one=([{"q": PROMPT, "a": ANSWER}] * 16, PAIR))
+    save_data(folder / "data", one=([{"q": PROMPT, "a": REPLY}] * 16, PAIR))
     learn = {"learning_rate": 1e-2, "max_steps": 200, "per_device_train_batch_size": 8, "antithetic_time": True}
     keys = {"do_train": True, "model_name_or_path": folder / "model", "template": "qwen", "dataset": "one"}
     out = folder / "saves" / "Custom" / "full" / "chat"
@@ -126,7 +127,7 @@ def is_hacked(page):
     return page.evaluate("'hacked' in window")
 
 
-def test_the_denoising_is_seen_until_the_answer_is_there(chat):
+def test_an_answer_is_seen_while_it_is_denoised(chat):
     chat.get_by_label("Temperature").first.wait_for()
     set_number(chat, "Temperature", 0)
     set_number(chat, "Diffusion steps", 192)
@@ -134,11 +135,9 @@ def test_the_denoising_is_seen_until_the_answer_is_there(chat):
     assert WRITTEN in ask(chat, PROMPT)
     shown = chat.evaluate("window.canvases")
     masks = [text.count("░") for text, _, _ in shown]
-    assert masks and masks == sorted(masks, reverse=True)  # how many a slow browser shows is its own affair
+    assert masks == sorted(masks, reverse=True)  # how many a slow browser shows is its own affair
     steps = [int(re.search(r"step (\d+): \d+ of \d+ tokens", caption)[1]) for _, caption, _ in shown]
-    assert steps == sorted(steps) and steps[-1] <= 192
-    classes = {name for _, _, source in shown for name in re.findall(r'class="(ddm-[a-z]+)', source)}
-    assert {"ddm-mask", "ddm-fresh", "ddm-age"} <= classes
+    assert steps == sorted(steps) and all(step <= 192 for step in steps)
     assert not any("<img" in source for _, _, source in shown) and not is_hacked(chat)
 
 
@@ -220,10 +219,16 @@ def test_two_pages_are_answered_at_once(open_page, webchat):
 @pytest.fixture
 def board(open_page, webui):
     """LlamaBoard with the base model, and no checkpoint, chosen."""
+    from playwright.sync_api import expect
+
     page = open_page(webui)
     page.get_by_role("button", name="Preview command").first.wait_for()
     page.get_by_label("Model name").wait_for()
+    # Choosing a model fills its path in, a while later. It must not overwrite the path that is typed below.
+    choose(page, "Model name", "GPT-2-Small")
+    expect(page.get_by_label("Model path")).to_have_value(re.compile("gpt2"), timeout=PATIENCE)
     choose(page, "Model name", "Custom")
+    expect(page.get_by_label("Model path")).not_to_have_value(re.compile("gpt2"), timeout=PATIENCE)
     page.get_by_label("Model path").fill("saves/Custom/full/chat")
     page.get_by_label("Model path").blur()
     choose(page, "Finetuning method", "full")
@@ -285,21 +290,20 @@ def test_keys_of_the_training_tab_are_trained_with(board, work):
     assert (config["attention"], config["train_block_length"]) == ("block", 8)
 
 
-def test_a_page_that_is_closed_frees_its_place(browser, tmp_path, monkeypatch):
-    """The server here never ends; it is told to cancel once the page is gone."""
+@pytest.fixture
+def scripted(browser, monkeypatch, tmp_path):
+    """A page of `webchat` before a server that sends what the test puts into `events`, and nothing else."""
     from llamafactory.webui import interface
 
     monkeypatch.chdir(tmp_path)
-    engine, is_cancelled = Engine(), threading.Event()
+    engine, events, is_cancelled = Engine(), queue.SimpleQueue(), threading.Event()
 
     def submit(request, on_event):
-        def work():
-            for step in itertools.count():
-                if is_cancelled.wait(0.02):
-                    return
-                on_event(Progress(0, step, "", (str(step), None)))
+        def send():
+            while (event := events.get()) is not None:
+                on_event(event)
 
-        threading.Thread(target=work, daemon=True).start()
+        threading.Thread(target=send, daemon=True).start()
         return SimpleNamespace(cancel=is_cancelled.set)
 
     engine.server.submit = submit
@@ -309,15 +313,56 @@ def test_a_page_that_is_closed_frees_its_place(browser, tmp_path, monkeypatch):
     _, address, _ = blocks.launch(
         server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True
     )
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     try:
-        page = browser.new_page()
         page.goto(address, wait_until="commit")
         page.get_by_placeholder("Input...").fill("Hi")
         page.get_by_role("button", name="Submit").click()
-        page.locator(".ddm-canvas").wait_for()
-        assert not is_cancelled.is_set()
-        page.close()
-        assert is_cancelled.wait(LIMIT)
+        yield SimpleNamespace(page=page, events=events, is_cancelled=is_cancelled)
     finally:
-        is_cancelled.set()
+        events.put(None)
+        page.close()
         blocks.close()
+
+
+def test_each_step_of_an_answer_is_seen(scripted):
+    """Step by step: positions appear in place, and their colours follow the step at which they appeared."""
+    page, events = scripted.page, scripted.events
+    canvas = ["<b>", None, None, " the", None]
+    for step, position in enumerate((None, 1, 4, 2)):
+        if position is not None:
+            canvas[position] = f" w{position}"
+        events.put(Progress(0, step, "", tuple(canvas)))
+        page.wait_for_function(
+            "text => (document.querySelector('.ddm-canvas') || {}).innerText == text",
+            arg="".join("░" if piece is None else piece for piece in canvas),
+        )
+        source = page.locator(".ddm-canvas").inner_html()
+        assert ("ddm-mask" in source) == (None in canvas) and "ddm-fresh" in source
+        assert ("ddm-age" in source) == (step > 0)
+    events.put(Progress(0, 4, "<b> w1 w2 the w4"))
+    for event in answer("<b> w1 w2 the w4", already="<b> w1 w2 the w4"):
+        events.put(event)
+    page.locator(".ddm-canvas").wait_for(state="detached")
+    assert page.locator(".bot.message").last.inner_text().strip() == "<b> w1 w2 the w4"
+
+
+def test_a_page_that_is_closed_frees_its_place(scripted):
+    """The server here never ends; it is told to cancel once the page is gone."""
+    is_over = threading.Event()
+
+    def write():
+        for step in itertools.count():
+            if is_over.wait(0.02):
+                return
+            scripted.events.put(Progress(0, step, "", (str(step), None)))
+
+    threading.Thread(target=write, daemon=True).start()
+    try:
+        scripted.page.locator(".ddm-canvas").wait_for()
+        assert not scripted.is_cancelled.is_set()
+        scripted.page.close()
+        assert scripted.is_cancelled.wait(ANSWER)
+    finally:
+        is_over.set()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from .cli import SCRIPTS
-from .limits import LIMIT
+from .limits import ANSWER, LIMIT
 from .warm import QUIET, free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -20,7 +20,7 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update"),
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # gradio's pages name fonts on the web
 ]
-PATIENCE = 1000 * LIMIT  # milliseconds that a page is waited for
+PATIENCE = 1000 * ANSWER  # milliseconds that a page is waited for
 
 
 def browser_or_skip():

@@ -5,6 +5,7 @@ import gc
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -293,3 +294,33 @@ def test_a_model_that_was_not_trained_yet_is_the_error_rather_than_its_keys(tmp_
         with_stage(given)
     without = given[:2] if as_list else {"model_name_or_path": name}
     assert with_stage(without) == without  # LLaMA-Factory reports it
+
+
+def test_steps_that_a_slow_client_has_not_read_are_merged():
+    """Of 3 samples with 400 steps each at most 65 events a sample wait; texts and the latest canvases are kept."""
+    from llamafactory_ddm.integration.chat.engine import Running
+    from llamafactory_ddm.serving.request import Answer, Progress, Request
+
+    steps = [
+        Progress(sample, step, f"{sample}{step};", (str(step), None)) for step in range(400) for sample in range(3)
+    ]
+    counts = {"prompt_tokens": 1, "completion_tokens": 1, "num_forward_passes": 1, "num_steps": 1}
+    answers = [Answer(sample, "", "", finish_reason="stop", **counts) for sample in range(3)]
+
+    class Server:
+        def submit(self, request, on_event):
+            for event in [*steps, *answers]:
+                on_event(event)
+            return SimpleNamespace(is_over=True)
+
+    async def read():
+        running = Running(Server(), Request(canvas=None, settings=None, n=3))
+        await asyncio.sleep(0.01)  # all events are there before the first is read
+        return [event async for event in running.events()]
+
+    read = asyncio.run(read())
+    assert len(read) <= 3 * 65 and read[-3:] == answers
+    for sample in range(3):
+        of_sample = [event for event in read[:-3] if event.sample == sample]
+        assert "".join(event.text for event in of_sample) == "".join(s.text for s in steps if s.sample == sample)
+        assert (of_sample[-1].step, of_sample[-1].canvas) == (399, ("399", None))

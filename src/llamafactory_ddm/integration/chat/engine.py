@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import os
 import weakref
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llamafactory.chat.base_engine import BaseEngine, Response
@@ -22,11 +23,27 @@ from .options import Options, read_options
 from .prompts import PromptEncoder
 
 logger = get_logger(__name__)
+_MAX_WAITING = 64  # events of a sample that wait for a slow client; its steps are merged beyond that
 
 
 def _end(server: Server) -> None:
     with contextlib.suppress(RuntimeError):  # dropped in the server's thread, which cannot wait for itself
         server.close(drain=False)
+
+
+def merged(events: Iterable[Event]) -> list[Event]:
+    """Merge all steps of a sample into one, with their texts joined and the latest canvas; the other events follow."""
+    steps: dict[int, Progress] = {}
+    others: list[Event] = []
+    for event in events:
+        if not isinstance(event, Progress):
+            others.append(event)
+        elif (before := steps.get(event.sample)) is None:
+            steps[event.sample] = event
+        else:
+            canvas = before.canvas if event.canvas is None else event.canvas
+            steps[event.sample] = replace(event, text=before.text + event.text, canvas=canvas)
+    return [*steps.values(), *others]
 
 
 class Running:
@@ -35,12 +52,19 @@ class Running:
     def __init__(self, server: Server, request: Request) -> None:
         """Submit the request; see `Server.submit`."""
         self.request = request
-        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        self._loop, self._has_event = asyncio.get_running_loop(), asyncio.Event()
+        self._waiting: list[Event] = []  # a client may read more slowly than the model writes
         self._ticket = server.submit(request, self._put)
 
     def _put(self, event: Event) -> None:
         # Where the loop is closed and nobody waits, this raises, and the server cancels the request.
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        self._loop.call_soon_threadsafe(self._keep, event)
+
+    def _keep(self, event: Event) -> None:
+        self._waiting.append(event)
+        if len(self._waiting) > _MAX_WAITING * self.request.n:
+            self._waiting = merged(self._waiting)
+        self._has_event.set()
 
     def close(self) -> None:
         """Cancel the request unless it is over."""
@@ -52,7 +76,10 @@ class Running:
         n_left = self.request.n
         try:
             while n_left:
-                event = await self._queue.get()
+                while not self._waiting:
+                    self._has_event.clear()
+                    await self._has_event.wait()
+                event = self._waiting.pop(0)
                 if isinstance(event, Failure):
                     raise event.error
                 n_left -= isinstance(event, Answer)
