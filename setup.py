@@ -48,6 +48,8 @@ setup(
     extras_require={
         # Earlier ones fail without a GPU under torch 2.11.
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+        # Built with CUDA against the torch that is installed, which needs pip's --no-build-isolation.
+        "flash-attn": ["flash-attn>=2.7.3,<3"],
         # Earlier ones cannot quantise without a GPU.
         "qlora": ["bitsandbytes>=0.49,<0.51"],
         # `default` has the server that LLaMA-Factory asks for the nodes of the cluster.

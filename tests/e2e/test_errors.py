@@ -129,7 +129,12 @@ def test_annealing_under_flash_attention(train_small, tmp_path, monkeypatch):
     from llamafactory_ddm.modeling import bidirectional
 
     monkeypatch.setattr(bidirectional, "implementation", lambda model: "flash_attention_2")
+    monkeypatch.setattr(bidirectional, "_probe_segments", lambda *args: None)  # as the attention is still sdpa
     expect(train_small, tmp_path / "out", "^anneal_steps .*attention", anneal_steps=10)
+
+
+def test_flash_attention_3_is_not_installed(train_small, tmp_path):
+    expect(train_small, tmp_path / "out", "^flash_attn: fa3 .*flash_attn: fa2 or sdpa", flash_attn="fa3")
 
 
 def test_a_model_that_cannot_be_made_bidirectional(train_small, tmp_path):

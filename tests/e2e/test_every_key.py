@@ -64,7 +64,6 @@ ELSEWHERE = {
     "uniform_ratio",
     "random_truncate_ratio",
     "logits_chunk",
-    # tests/integration/train/test_utilization.py
     "peak_tflops",
     "eval_time_samples",
     "stop_after_nan_steps",
@@ -137,6 +136,15 @@ def test_logits_chunk(train_small, tmp_path, monkeypatch):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
     with pytest.raises(ValueError, match=r"logits_chunk .*-1"):
         train_small(tmp_path / "refused", logits_chunk=-1)
+
+
+def test_peak_tflops(train_small, tmp_path):
+    """With a tenth of the peak, a step of the same tokens and time has ten times the MFU."""
+    logs = [history(train_small(tmp_path / f"{peak}", max_steps=1, peak_tflops=peak))[0] for peak in (0.5, 0.05)]
+    low, high = (log["mfu"] / log["tokens_per_second"] for log in logs)
+    assert low > 0 and high == pytest.approx(10 * low, rel=5e-3)
+    with pytest.raises(ValueError, match=r"peak_tflops .*0"):
+        train_small(tmp_path / "refused", peak_tflops=0)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import QUIET, ROOT, SCRIPTS, evaluations, history, predictions, run, train_here
+from support.fake_flash import FakeKernels
 from support.limits import LIMIT
 
 RECIPE = "examples/tiny_gpt2_full_ddm.yaml"
@@ -176,6 +177,23 @@ def test_streaming_and_a_tokenised_path_give_the_same_rows(small_data, tmp_path,
 def test_upstreams_keys_work(keys, train_small, tmp_path):
     logs = history(train_small(tmp_path / "out", anneal_steps=2, **keys))
     assert all(0 < log["loss"] < 30 and log["grad_norm"] > 0 for log in logs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["fa2", "fa3"])
+def test_flash_attention(key, train_small, tmp_path, monkeypatch):
+    """With kernels that sdpa computes; the packages and a GPU are said to be there."""
+    from transformers import modeling_utils
+
+    kernels = FakeKernels(int(key[-1]))
+    kernels.install(monkeypatch)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(modeling_utils.PreTrainedModel, "_flash_attn_can_dispatch", lambda *args, **kwargs: True)
+    keys = {"bf16": True, "anneal_steps": 0, "packing": False}
+    flash, plain = (history(train_small(tmp_path / name, flash_attn=name, **keys)) for name in (key, "sdpa"))
+    for one, two in zip(flash, plain, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-2)
+    assert kernels.calls
 
 
 @pytest.mark.slow

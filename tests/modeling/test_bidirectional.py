@@ -393,7 +393,7 @@ def test_flash_attention_gets_a_two_dimensional_mask_and_no_annealing():
     assert full_attention_mask(model, is_padding=is_padding, visible=None, **options).tolist() == [[1, 0]]
     with pytest.raises(ValueError, match=r"anneal_steps.*flash_attn: sdpa.*anneal_steps: 0"):
         full_attention_mask(model, is_padding=None, visible=torch.ones(1, 1, 2, 2, dtype=torch.bool), **options)
-    with pytest.raises(ValueError, match=r"packing.*flash_attn: sdpa"):
+    with pytest.raises(ValueError, match="segments"):
         full_attention_mask(model, is_padding=None, visible=None, document=torch.ones(1, 2).long(), **options)
 
 
@@ -505,7 +505,7 @@ def test_every_kind_of_flash_attention_is_treated_alike(monkeypatch, name):
     padding = torch.tensor([[False, False, False, True]])
     assert full_attention_mask(model, is_padding=None, **about) is None
     assert full_attention_mask(model, is_padding=padding, **about).tolist() == [[1, 1, 1, 0]]
-    with pytest.raises(ValueError, match=r"flash_attn: fa2, fa3"):
+    with pytest.raises(ValueError, match="segments"):
         full_attention_mask(model, is_padding=None, **about, document=torch.zeros(1, 4, dtype=torch.long))
     model.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(NotBidirectionalError, match=r"'flex_attention'.*flash_attn: sdpa"):

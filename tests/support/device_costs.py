@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ class Waits(TorchDispatchMode):
     def on_host(self, function):
         """Return `function` with its waits not recorded, as it works on tensors of the CPU on any device."""
 
+        @wraps(function)
         def call(*args, **kwargs):
             self._on_host += 1
             try:

@@ -17,6 +17,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from ..diffusion.attention import additive_mask
+from .flash_attention import segment_arguments, segments
 from .model_info import dtype_of, implementation, is_flash, text_config, window_of
 from .quantization import evaluation_mode
 
@@ -130,10 +131,7 @@ def full_attention_mask(
                 "set flash_attn: sdpa, or anneal_steps: 0"
             )
         if document is not None:
-            raise ValueError(
-                "packing needs an attention mask that flash attention (flash_attn: fa2, fa3) does not support; set "
-                "flash_attn: sdpa, or packing: false"
-            )
+            raise ValueError("flash attention takes packed documents as segments (flash_attention.py), not as a mask")
         return None if is_padding is None else (~is_padding).to(torch.int64)
     allowed = visible
     if document is not None:
@@ -243,10 +241,47 @@ def _probe(model: nn.Module, inner: nn.Module) -> None:
                 f"{name} still attends causally: its {words} token (transformers {transformers.__version__}); set "
                 "flash_attn: sdpa or flash_attn: disabled, or use another model"
             )
-    if not is_flash(implementation(inner)):
+    if is_flash(implementation(inner)):
+        _probe_segments(model, inner, ids)
+    else:
         _logits_or_cause(
             name, logits, without_mask, ids, torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
         )
+
+
+def _probe_segments(model: nn.Module, inner: nn.Module, ids: Tensor) -> None:
+    """Check that tokens attend within their segment only, each half of `ids` being one.
+
+    Raises:
+        NotBidirectionalError: if they do not.
+    """
+    device, length = ids.device, ids.shape[1]
+    first = length // 2
+    document = (torch.arange(length) >= first).long()[None]
+    found = segments((1, length), None, document)
+    position = torch.cat([torch.arange(first), torch.arange(length - first)])[None].to(device)
+    arguments = segment_arguments(found | {"cu_seq_lens": found["cu_seq_lens"].to(device)})
+
+    def logits(ids: Tensor) -> Tensor:
+        result: Tensor = model(
+            input_ids=ids, attention_mask=None, position_ids=position, use_cache=False, **arguments
+        ).logits[0]
+        return result
+
+    replaced = torch.cat([ids[:, :first], ids[:, first:].roll(1, dims=1)], dim=1)
+    try:
+        leaks = not torch.equal(logits(ids)[:first], logits(replaced)[:first])
+    except _ERRORS as error:
+        raise _segments_refused(inner, f"{type(error).__name__}: {error}") from error
+    if leaks:
+        raise _segments_refused(inner, "documents of a packed row see each other")
+
+
+def _segments_refused(inner: nn.Module, why: str) -> NotBidirectionalError:
+    return NotBidirectionalError(
+        f"{type(inner).__name__} does not pass the lengths of documents (cu_seq_lens_q) on to "
+        f"{implementation(inner)!r} attention ({why}); set flash_attn: sdpa"
+    )
 
 
 _ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)

@@ -17,7 +17,7 @@ from ...checkpoints.families.base import without_code
 from ...checkpoints.layouts import is_model_folder, layout_of_folder, stored_num_embeddings
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
-from ..logs import get_logger
+from ..logs import describe, get_logger
 from ..resolve.noise_process import with_noise_process
 from ..resolve.vocabulary import Additions, RunTokenizer, Vocabulary, restore_stored_tokens, resumes_adapter
 from .adapter import AdapterSetup, loading_with
@@ -166,12 +166,16 @@ def load_diffusion_model(
     """Load the model with LLaMA-Factory's function, and with an `AdapterSetup` around its adapters.
 
     Raises:
-        ValueError: if weights are missing, an adapter does not fit, or attention cannot be made bidirectional.
+        ValueError: if weights are missing, an adapter does not fit, attention cannot be made bidirectional, or
+            FlashAttention-3 is not installed.
     """
+    config, attention = load_config(model_args), model_args.flash_attn
+    # LLaMA-Factory knows FlashAttention-3 for gpt-oss alone.
+    sets_flash3 = attention == "fa3" and config.model_type != "gpt_oss"
     is_new = finetuning_args.finetuning_type == "lora" and not resumes_adapter(model_args, finetuning_args)
     setup = AdapterSetup(
         vocabulary,
-        int(load_config(model_args).get_text_config().vocab_size),
+        int(config.get_text_config().vocab_size),
         model_args,
         finetuning_args,
         new_adapter=training_args.do_train and is_new,
@@ -179,8 +183,24 @@ def load_diffusion_model(
         autocast=getattr(training_args, "bf16", False) or getattr(training_args, "fp16", False),
     )
     base_stage, finetuning_args.stage = finetuning_args.stage, finetuning_args.diffusion_stage
+    if sets_flash3:
+        model_args.flash_attn = type(attention)("auto")
     try:
         with loading_with(setup):
-            return load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+            model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     finally:
-        finetuning_args.stage = base_stage
+        finetuning_args.stage, model_args.flash_attn = base_stage, attention
+    if sets_flash3:
+        _use_flash_attention_3(model)
+    return model
+
+
+def _use_flash_attention_3(model: Any) -> None:
+    try:
+        model.set_attn_implementation("flash_attention_3")
+    except (ImportError, ValueError) as error:  # transformers' checks of package, device and model
+        raise ValueError(
+            f"flash_attn: fa3 cannot be used ({describe(error)}); install FlashAttention-3 on a machine with a GPU "
+            "that it supports, or set flash_attn: fa2 or sdpa"
+        ) from error
+    logger.info_rank0("Using FlashAttention-3.")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.operations import ConvertOutputsToFp32
+from accelerate.utils.operations import ConvertOutputsToFp32, send_to_device
 from llamafactory.train.pt.trainer import CustomTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -161,7 +161,7 @@ class DiffusionTrainer(CustomTrainer):
                 break
             inputs, denominator = self._noise(collated, micro)
             if copies_in_background(device):
-                inputs = {key: value.pin_memory().to(device, non_blocking=True) for key, value in inputs.items()}
+                inputs = {key: _copied(value, device) for key, value in inputs.items()}
             batches.append(inputs)
             total += denominator
         if not batches:
@@ -201,7 +201,9 @@ class DiffusionTrainer(CustomTrainer):
             "input_ids": batch.z_t,  # under this name transformers counts tokens and operations
             "head_index": batch.head_index,
             **batch.scored,
-            **(clean.placement() if batch.placement is None else batch.placement),
+            **self._attention.on_host(
+                self.model, batch.z_t.shape, clean.placement() if batch.placement is None else batch.placement
+            ),
         }
         return inputs, batch.denominator
 
@@ -414,8 +416,9 @@ class DiffusionTrainer(CustomTrainer):
             placement: from `Objective.evaluation_input`, or `CleanBatch.placement` with full attention.
         """
         device = self.args.device
+        placement = self._attention.on_host(self.model, z.shape, placement)
         z, head_index = z.to(device), head_index.to(device)
-        placement = {name: value.to(device) for name, value in placement.items()}
+        placement = {name: send_to_device(value, device) for name, value in placement.items()}
         with self.compute_loss_context_manager(), self._head.only(head_index):
             attention = self._attention.build(self.model, z, placement, self._mask_dtype(device))
             logits: Tensor = model(input_ids=z, use_cache=False, **attention).logits
@@ -485,6 +488,11 @@ class DiffusionTrainer(CustomTrainer):
             if self.run_settings is not None and output_dir not in (None, self.args.output_dir):
                 write_run_settings(self.run_settings, scratch)
             replace(self.diffusion_config, attention_ratio=self.reached_ratio()).save(scratch)
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """Return an input of a step on the device, copied in the background; one that is no tensor stays as it is."""
+    return value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def keep_half_logits(model: Any) -> bool:
