@@ -24,6 +24,7 @@ _MODULES = {
     "compare": ".compare",
     "quality": ".quality",
     "plot-loss": ".plot_loss",
+    "memory": ".memory",
 }  # of commands
 _FORWARDED = ("train", "chat", "api", "export", "webchat", "webui", "env", "version")
 _COMMANDS = ("doctor", *_MODULES, *_FORWARDED)
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help="doctor: check whether the plugin is active; generate: generate texts; convert: convert published "
         "checkpoints; prepare-data: tokenise and pack a corpus; fit-length: fit length predictors; eval: evaluate on "
         "lm-evaluation-harness; compare: evaluate and compare several models; quality: measure generated texts; "
-        "plot-loss: plot the losses of several runs",
+        "plot-loss: plot the losses of several runs; memory: estimate the memory of a training run on each GPU",
     )
     return parser
 
