@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -182,20 +182,19 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return float((value - expected).norm() / expected.norm())
 
 
-def on_cpu(run: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """Start a function of a module in a fresh process without a GPU; return what waits for its result.
+@contextmanager
+def on_cpu(run: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Callable[[], Any]]]:
+    """Within the block a fresh process without a GPU calls a function of a module; yield what waits for each result.
 
     So the CPU's results do not depend on what a run on the GPU sets, and both are computed at the same time.
     """
     pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # the process starts here
-        waiting = pool.submit(_pickled, run, *args)
-
-    def result() -> Any:
-        with pool:
-            return pickle.loads(waiting.result())
-
-    return result
+        waiting = [pool.submit(_pickled, run, *call) for call in calls]
+    try:
+        yield [lambda future=future: pickle.loads(future.result()) for future in waiting]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _pickled(run: Callable[..., Any], *args: Any) -> bytes:

@@ -1,7 +1,6 @@
 """The commands in benchmarks/ run on small shapes and report every claim; the figures mean nothing then."""
 
 import json
-from collections import Counter
 
 import pytest
 
@@ -116,23 +115,11 @@ def test_the_preparation_benchmark_runs(tmp_path):
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path):
-    """At toy sizes; `tests/e2e/test_gpu_benchmark.py` shows what it writes of parts that fail."""
-    words = ("--device", "cpu", "--toy", "--peak-tflops", "0.05", "--output", tmp_path)
-    done = run(*words, program="benchmarks/gpu.py", check=False)
-    assert done.returncode in (0, 1), done.stderr[-2000:]
+    """Two parts at toy sizes; `tests/e2e/test_gpu_benchmark.py` runs the others, and parts that fail."""
+    words = ("--device", "cpu", "--toy", "--parts", "environment,gradients", "--minutes", "120")
+    done = run(*words, "--output", tmp_path, program="benchmarks/gpu.py", check=False)
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
-    log = (tmp_path / "gpu.log").read_text()
-    assert not [row for row in rows if row["state"] == "failed"], log[-5000:]
-    count = Counter((row["part"], row["held"]) for row in rows)
-    # The speeds of toys hold no claim; both steps are then the CPU's, so results are equal.
-    assert count["gradients", True] == 24 and count["greedy", True] == 40 and count["draws", True] == 20
-    assert count["precision", True] == 4 and count["compile", True] == 8 and count["four-bit", True] == 2
-    for part, n_claims in (("speed-124m", 1), ("speed-1b", 2), ("lora-7b", 0)):
-        assert count[part, True] + count[part, False] == n_claims
-    assert {(row["part"], row["note"]) for row in rows if row["state"] == "left out"} >= {
-        ("waits", "a CPU does not wait for itself"),
-        ("flash", "needs a GPU"),
-        ("speed-1b", "nothing counts the memory of tensors on a CPU"),
-    }
-    assert sum("/ autoregressive" in row["what"] for row in rows) == 20
-    assert sum(row["part"] == "serving" for row in rows) == 8
+    bad = [row for row in rows if row["state"] == "failed" or row["held"] is False]
+    assert done.returncode == 0 and not bad, (bad, done.stderr[-2000:], (tmp_path / "gpu.log").read_text()[-5000:])
+    assert [row["part"] for row in rows if row["held"]] == ["gradients"] * 24
+    assert {row["what"]: row["value"] for row in rows}["device"] == "CPU"

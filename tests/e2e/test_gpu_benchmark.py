@@ -1,5 +1,6 @@
 """benchmarks/gpu.py: what it writes whatever its parts do, and the operations that it counts."""
 
+import importlib
 import json
 import shutil
 import signal
@@ -154,7 +155,8 @@ def parts(monkeypatch):
     from gpu_parts import machine, models, operations
 
     yield models, operations, machine
-    for name in [name for name in sys.modules if name.partition(".")[0] == "gpu_parts"]:
+    own = ("gpu_parts", *(path.stem for path in BENCHMARKS.glob("*.py")))
+    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
         del sys.modules[name]
 
 
@@ -214,18 +216,61 @@ def test_the_peak_is_known_by_the_name_of_the_device(parts, monkeypatch):
 
 
 @pytest.fixture
-def as_gpu(parts, monkeypatch):
-    """Return a toy machine that says that its CPU is a GPU, and a list of the rows that a report gets."""
-    machine = parts[2].Machine
-    monkeypatch.setattr(machine, "is_cuda", True)
-    monkeypatch.setattr(machine, "synchronize", lambda self: None)
-    monkeypatch.setattr(machine, "release", lambda self: None)
-    from gpu_parts.report import Report, Row
+def on_cpu(parts, monkeypatch):
+    """Return a toy machine, a report, and a list of the rows that it gets."""
+    from gpu_parts.report import Report
 
     rows = []
     monkeypatch.setattr(Report, "_write", lambda self, row: rows.append(row))
-    assert Row  # imported before `parts` forgets the modules
-    return machine("cpu", True, 1.0), Report(Path(), "x"), rows
+    return parts[2].Machine("cpu", True, 1.0), Report(Path(), "x"), rows
+
+
+@pytest.fixture
+def as_gpu(on_cpu, monkeypatch):
+    """Return the same, with a CPU that says that it is a GPU."""
+    for name, value in (("is_cuda", True), ("synchronize", lambda self: None), ("release", lambda self: None)):
+        monkeypatch.setattr(type(on_cpu[0]), name, value)
+    return on_cpu
+
+
+# The rows of each part, and how many of them hold a claim. The first two parts run as a user runs them, elsewhere.
+TOY_RUNS = {
+    "speed-1b": (8, None),
+    "speed-124m": (8, None),
+    "greedy": (40, 40),
+    "precision": (6, 4),
+    "draws": (20, 20),
+    "decoding": (44, 0),
+    "waits": (13, 0),
+    "lora-7b": (8, 0),
+    "serving": (8, 0),
+    "four-bit": (4, 2),
+    "flash": (2, 0),
+    "flex": (1, 0),
+    "compile": (2, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOY_RUNS)
+def test_a_part_runs_at_toy_sizes(on_cpu, name):
+    """The figures mean nothing then; two runs on a CPU give the same results."""
+    machine, report, rows = on_cpu
+    from gpu_parts import PARTS
+
+    if name == "four-bit":
+        pytest.importorskip("bitsandbytes")
+    (part,) = [part for part in PARTS if part.name == name]
+    getattr(importlib.import_module(f"gpu_parts.{part.module}"), name.replace("-", "_"))(machine, report)
+    n_rows, n_held = TOY_RUNS[name]
+    assert not [row for row in rows if row.state == "failed"], rows
+    assert len(rows) == n_rows and n_held in (None, sum(row.held is True for row in rows)), rows
+
+
+def test_toy_runs_are_of_all_parts(parts):
+    from gpu_parts import PARTS
+
+    assert {part.name for part in PARTS} == {"environment", "gradients", *TOY_RUNS}
 
 
 def test_waits_are_those_that_pytorch_warns_of(as_gpu, monkeypatch):
