@@ -94,9 +94,9 @@ def test_no_gradient_is_computed_under_no_grad_nor_given_twice():
         loss.backward()
 
 
-def gradient_errors(dtype, weight_dtype, scale):
+def gradient_errors(dtype, weight_dtype, scale, n=64, rows=9):
     """Return the errors of the weight's gradient, with all logits and in chunks, against float64."""
-    hidden, weight, bias, x_0, row_weight = draw(64, torch.float32)
+    hidden, weight, bias, x_0, row_weight = draw(n, torch.float32)
     exact = [value.detach().double().requires_grad_() for value in (hidden, weight, bias)]
     loss, _ = cross_entropy_cost(x_0, row_weight)(functional.linear(*exact), slice(None))
     truth = scale * torch.autograd.grad(loss, exact[1])[0]
@@ -106,7 +106,7 @@ def gradient_errors(dtype, weight_dtype, scale):
         with torch.autocast("cpu", dtype=dtype, enabled=weight_dtype != dtype):
             cost = cross_entropy_cost(x_0, row_weight)
             if in_chunks:
-                loss, _ = head_loss(hidden, weight, bias, cost, rows=9)
+                loss, _ = head_loss(hidden, weight, bias, cost, rows=rows)
             else:
                 loss, _ = cost(functional.linear(hidden, weight, bias), slice(None))
         (gradient,) = torch.autograd.grad(scale * loss, weight)
@@ -119,6 +119,13 @@ def gradient_errors(dtype, weight_dtype, scale):
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_is_as_exact_as_with_all_logits(dtype, autocast):
     dense, chunked = gradient_errors(dtype, torch.float32 if autocast else dtype, scale=8.0)
+    assert chunked < 1.5 * dense < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_chunks_of_half_precision_are_as_exact_as_one(dtype):
+    """A sum in half precision would lose the parts that are smaller than its last digit."""
+    dense, chunked = gradient_errors(dtype, dtype, scale=8.0, n=2000, rows=1)
     assert chunked < 1.5 * dense < 0.05
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from random import Random
 
 import pytest
 from datasets import load_from_disk
+from transformers import AutoTokenizer
 
 from support.cli import ABSENT, ROOT, SCRIPTS, history, in_processes, run, train_here
 from support.corpus import TEXTS, write
@@ -175,6 +177,16 @@ def test_a_run_over_three_shards_is_killed_and_resumes_exactly(n_processes, bloc
         assert [log[key] for log in actual] == [log[key] for log in expected], (key, killed)
 
 
+def test_a_mask_token_of_the_tokenizer_needs_no_key(yaml, tmp_path):
+    """As in training; the model has no diffusion config yet."""
+    shutil.copytree(ROOT / "data" / "tiny_gpt2", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    prepare(yaml, f"tokenized_path={tmp_path / 'rows'}", "mask_token=null", f"model_name_or_path={tmp_path / 'model'}")
+    assert (tmp_path / "rows" / "prepare_data.json").is_file()
+
+
 def test_mistakes_are_one_line(yaml, tmp_path):
     for words, text in (
         (("cutoff_len=9",), "tokenized_path is missing"),
@@ -182,6 +194,8 @@ def test_mistakes_are_one_line(yaml, tmp_path):
         ((f"tokenized_path={tmp_path / 'a'}", "text_column=body"), "no column 'body'"),
         ((f"tokenized_path={tmp_path / 'a'}", "filter=x"), "'filter'"),
         ((f"tokenized_path={tmp_path / 'a'}", "stage=ddm-sft"), "stage: ddm-sft"),
+        ((f"tokenized_path={tmp_path / 'a'}", "packing=false"), "packing: "),
+        ((f"tokenized_path={tmp_path / 'a'}", "variable_length=eos_pad"), "variable_length: eos_pad"),
     ):
         done = prepare(yaml, *words, check=False)
         assert done.returncode == 1

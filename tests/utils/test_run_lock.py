@@ -44,6 +44,33 @@ def test_a_second_run_is_refused_and_the_first_is_named(folder):
         pass
 
 
+def test_the_key_of_the_folder_is_named(folder):
+    with (
+        run_lock(folder),
+        pytest.raises(ValueError, match=r"^tokenized_path: .*another tokenized_path$"),
+        run_lock(folder, key="tokenized_path"),
+    ):
+        pass
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text("a file")
+    with (
+        pytest.raises(OSError, match=r"another tokenized_path.*the same command goes on"),
+        run_lock(folder / "rows", key="tokenized_path"),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path, monkeypatch):
+    """In /proc, and where a file system was unmounted, making a folder is the error that it does not exist."""
+
+    def mkdir(self, **keys):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", mkdir)
+    with pytest.raises(OSError, match=r"could not save to .*No such file"), run_lock(tmp_path / "out"):
+        pass
+
+
 def test_the_file_and_empty_folders_are_removed(folder):
     with run_lock(folder):
         pass

@@ -45,7 +45,7 @@ def head_loss(
     are computed in the forward pass, where the logits are at hand; the backward pass multiplies them by the gradient
     of the loss. So there are three products, as without chunks. In float16 the gradient needs the factor of loss
     scaling before it is rounded, so there the backward pass computes the logits again. Under autocast the products
-    have its dtype, as those of `torch.nn.functional.linear`; sums over chunks have the dtype of the weight.
+    have its dtype, as those of `torch.nn.functional.linear`. Sums over several chunks have float32 at least.
 
     Args:
         hidden: [n, width].
@@ -113,8 +113,11 @@ def _run(
         h, w = hidden.detach().to(plan.dtype), weight.detach().to(plan.dtype)
         b = None if bias is None else bias.detach().to(plan.dtype)
         grad_hidden = torch.empty_like(h) if needed[0] else None
-        grad_weight = torch.zeros_like(weight) if needed[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and needed[2] else None
+        sums = weight.dtype  # in half precision each addition would round, and small parts would be lost
+        if len(h) > plan.rows:
+            sums = torch.promote_types(sums, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=sums) if needed[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=sums) if bias is not None and needed[2] else None
         losses, terms = [], []
         for start in range(0, max(1, len(h)), plan.rows):
             rows = slice(start, start + plan.rows)

@@ -11,6 +11,7 @@ from ..data.control_tokens import control_texts, reading_as_text
 from ..data.corpus.encoder import Encoder
 from ..data.corpus.keys import split_own
 from ..data.corpus.prepare import begin, finish, make_blocks, plan, write_metadata
+from ..utils.files import explain_disk_errors
 from ..utils.run_lock import run_lock
 from .data.tokenized_folder import write_row_settings
 from .logs import get_logger, hide_harmless_messages
@@ -36,16 +37,17 @@ def prepare_data(values: dict[str, Any]) -> dict[str, Any]:
     controls = control_texts(run.tokenizer, [run.vocabulary.mask.token, *run.vocabulary.pad_tokens])
     eos_token = "<|end_of_text|>" if others.get("template") == "llama3" else run.tokenizer.eos_token  # as upstream
     preparation = plan(keys, Encoder.of(reading_as_text(run.tokenizer, controls), eos_token))
-    with run_lock(preparation.folder):
+    with run_lock(preparation.folder, key="tokenized_path"):
         report = begin(preparation)
         if report is not None:
             logger.info_rank0(f"{preparation.folder} is complete already.")
             return report
-        make_blocks(preparation)
-        write_metadata(preparation)
-        settings = {"packing": True, "variable_length": False}
-        write_row_settings(str(preparation.folder), settings, _opened(preparation.folder), run.tokenizer)
-        return finish(preparation)
+        with explain_disk_errors(preparation.folder, key="tokenized_path"):
+            make_blocks(preparation)
+            write_metadata(preparation)
+            settings = {"packing": True, "variable_length": False}
+            write_row_settings(str(preparation.folder), settings, _opened(preparation.folder), run.tokenizer)
+            return finish(preparation)
 
 
 def _opened(folder: Any) -> dict[str, Any]:
@@ -64,9 +66,20 @@ def _resolve(values: dict[str, Any]) -> RunPlan:
     if not values.get("model_name_or_path"):
         raise ValueError("model_name_or_path is missing; name the model whose tokenizer is used")
     model_args, data_args, training_args, finetuning_args, _ = get_train_args({"use_cpu": True, **values})
+    for name, is_packed in (
+        ("variable_length", finetuning_args.variable_length in (None, "none")),
+        ("packing", data_args.packing),
+    ):
+        if not is_packed:
+            raise ValueError(
+                f"{name}: {values.get(name)} cannot be prepared by prepare-data, which packs text; remove {name}, or "
+                "let llamafactory-cli train prepare the rows"
+            )
     with hide_harmless_messages(on_cpu=True):
         resolve_model_names(model_args)
         check_inputs(model_args, training_args, finetuning_args, prepares=True)
+        # The tokens are those of a run that trains the whole model, whatever the checkpoint has learnt.
+        training_args.do_train, finetuning_args.finetuning_type = True, "full"
         tokenizer = load_diffusion_tokenizer(model_args, finetuning_args, training_args)
         return resolve_run(tokenizer, model_args, data_args, training_args, finetuning_args)
 

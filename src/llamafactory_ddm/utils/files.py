@@ -111,10 +111,19 @@ class CouldNotSave(OSError):
     """A file could not be written; the message names the folder and what to do."""
 
 
+_REMEDIES = {
+    "output_dir": "Earlier checkpoints are complete: resume_from_checkpoint: true continues from the last one",
+    "tokenized_path": "What is finished is kept, and the same command goes on",
+}
+
+
 @contextmanager
-def explain_disk_errors(folder: str | Path) -> Iterator[None]:
+def explain_disk_errors(folder: str | Path, *, key: str = "output_dir") -> Iterator[None]:
     """Turn the errors of a full disk, including those of torch and safetensors, into one that says what to do.
 
+    Args:
+        folder: where the block writes.
+        key: the key that names it, output_dir or tokenized_path.
     Raises:
         CouldNotSave: naming `folder`.
     """
@@ -126,8 +135,7 @@ def explain_disk_errors(folder: str | Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "file" not in str(error):
             raise
         raise CouldNotSave(
-            f"could not save to {folder}: {error}; free disk space or choose another output_dir. Earlier checkpoints "
-            "are complete: resume_from_checkpoint: true continues from the last one"
+            f"could not save to {folder}: {error}; free disk space or choose another {key}. {_REMEDIES[key]}"
         ) from error
 
 

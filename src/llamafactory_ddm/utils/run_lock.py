@@ -26,12 +26,13 @@ except ImportError:  # Windows
 
 FILE_NAME = ".diffusion_run.lock"
 _LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_TRIES = 100  # to create the folder and the file
 # Descriptors of lock files. A forked child inherits them and would keep the lock after this process has ended.
 _descriptors: set[int] = set()
 
 
 @contextmanager
-def run_lock(folder: str | Path, *, rank: int = 0, world: int = 1) -> Iterator[None]:
+def run_lock(folder: str | Path, *, rank: int = 0, world: int = 1, key: str = "output_dir") -> Iterator[None]:
     """Lock `folder` for this run; the first process locks it for all, and all fail if it cannot.
 
     The lock file names the process that holds the lock. A file without a lock means nothing, as a killed run leaves
@@ -42,6 +43,7 @@ def run_lock(folder: str | Path, *, rank: int = 0, world: int = 1) -> Iterator[N
         folder: created if absent, and removed at the end if it is still empty.
         rank: rank of this process.
         world: number of processes of the run.
+        key: the key that names the folder, for messages.
     Raises:
         ValueError: if another run holds the lock, naming its process.
         OSError: if the file cannot be written.
@@ -50,8 +52,8 @@ def run_lock(folder: str | Path, *, rank: int = 0, world: int = 1) -> Iterator[N
     lock_error: Exception | None = None
     if rank == 0:
         try:
-            with explain_disk_errors(folder):
-                lock = _acquire(Path(folder))
+            with explain_disk_errors(folder, key=key):
+                lock = _acquire(Path(folder), key)
         except (ValueError, OSError) as error:
             lock_error = error
     try:
@@ -91,26 +93,30 @@ class _Lock:
                 folder.rmdir()
 
 
-def _acquire(folder: Path) -> _Lock:
+def _acquire(folder: Path, key: str) -> _Lock:
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / FILE_NAME
+    n_tries = 0
     while True:
         try:
+            n_tries += 1
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
+            if n_tries == _TRIES:
+                raise
             continue  # another run has just ended and removed the empty folder
         try:
             if not _lock(descriptor):
-                _check_holder(folder, _holder(descriptor))
+                _check_holder(folder, _holder(descriptor), key)
             if _is_at(descriptor, path):
                 _write_holder(descriptor)
                 _descriptors.add(descriptor)
                 return _Lock(path, descriptor, created, os.getpid())
         except BlockingIOError as error:
             in_use = ValueError(
-                f"output_dir: {folder} is in use by another run{_describe(_holder(descriptor))}; wait for it, stop "
-                "it, or choose another output_dir"
+                f"{key}: {folder} is in use by another run{_describe(_holder(descriptor))}; wait for it, stop it, or "
+                f"choose another {key}"
             )
             os.close(descriptor)
             raise in_use from error
@@ -171,7 +177,7 @@ def _describe(holder: dict[str, Any]) -> str:
     return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
 
 
-def _check_holder(folder: Path, holder: dict[str, Any]) -> None:
+def _check_holder(folder: Path, holder: dict[str, Any], key: str) -> None:
     """Check by the content of the lock file that no other run holds the lock.
 
     Raises:
@@ -182,7 +188,7 @@ def _check_holder(folder: Path, holder: dict[str, Any]) -> None:
         return
     if holder["host"] != socket.gethostname():
         raise ValueError(
-            f"output_dir: {folder} is in use by another run{_describe(holder)}, or that run was killed: on this file "
+            f"{key}: {folder} is in use by another run{_describe(holder)}, or that run was killed: on this file "
             f"system {socket.gethostname()} cannot tell which; if it has ended, remove {folder / FILE_NAME}"
         )
     with contextlib.suppress(psutil.Error, TypeError, ValueError):

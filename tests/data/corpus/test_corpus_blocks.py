@@ -85,6 +85,12 @@ def test_an_encoder_is_the_same_in_another_process(maker):
         assert a.tolist() == b.tolist()
 
 
+def test_a_tokenizer_that_begins_with_a_token_which_it_lacks():
+    tokenizer = with_bos()
+    tokenizer.bos_token = None
+    assert Encoder.of(tokenizer, "<|endoftext|>").bos_id is None
+
+
 def test_tokenizers_are_told_apart():
     assert len({Encoder.of(maker(), "<|endoftext|>").digest() for maker in MAKERS}) == len(MAKERS)
 
@@ -203,6 +209,65 @@ def test_what_was_begun_with_other_settings_is_refused(tmp_path):
         prepare(tmp_path / "rows", tiny_tokenizer(), **given)
     with pytest.raises(ValueError, match=r"tokenized_path: .*not of prepare-data"):
         prepare(tmp_path / "in", tiny_tokenizer(), **given)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{broken", r"prepare_data\.json is damaged"), ("{}", "not of prepare-data"), ("[]", "not of prepare-data")],
+)
+def test_a_report_that_cannot_be_read(content, words, tmp_path):
+    given = {"sources": str(write(tmp_path / "in", TEXTS[:30])), "cutoff_len": 16}
+    prepare(tmp_path / "rows", tiny_tokenizer(), **given)
+    (tmp_path / "rows" / "prepare_data.json").write_text(content)
+    with pytest.raises(ValueError, match=f"tokenized_path: .*{words}"):
+        prepare(tmp_path / "rows", tiny_tokenizer(), **given)
+
+
+def test_a_complete_folder_that_lost_a_file(tmp_path):
+    given = {"sources": str(write(tmp_path / "in", TEXTS)), "cutoff_len": 16, "val_size": 0.2}
+    prepare(tmp_path / "rows", tiny_tokenizer(), **given)
+    next((tmp_path / "rows" / "validation").glob("*.arrow")).unlink()
+    with pytest.raises(ValueError, match=r"tokenized_path: .*rows was complete, but .*validation.*\.arrow is gone"):
+        prepare(tmp_path / "rows", tiny_tokenizer(), **given)
+
+
+def test_a_folder_of_blocks_within_that_of_its_corpus(tmp_path):
+    """The command may be repeated: what it wrote is no source."""
+    write(tmp_path, TEXTS[:50])
+    given = {"sources": str(tmp_path), "cutoff_len": 16}
+    report = prepare(tmp_path / "rows", tiny_tokenizer(), **given)
+    assert prepare(tmp_path / "rows", tiny_tokenizer(), **given) == report
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_half_of_a_surrogate_pair_is_dropped_and_counted(deduplicate, tmp_path):
+    """No tokenizer takes such a text, and one document must not end a long run."""
+    texts = [*TEXTS[:40], "half \ud83d", *TEXTS[40:80], "\udc00 other half"]
+    report = prepare(
+        tmp_path / "rows",
+        tiny_tokenizer(),
+        sources=str(write(tmp_path / "in", texts)),
+        cutoff_len=16,
+        deduplicate=deduplicate,
+        val_size=0.1,
+    )
+    assert report["sources"]["documents"]["dropped"]["invalid Unicode"] == 2
+
+
+def test_long_documents_are_tokenised_a_few_at_a_time(tmp_path, monkeypatch):
+    """The tokenizer's memory grows with the characters that it gets at once."""
+    inner, sizes = Encoder.encode, []
+
+    def counted(self, documents):
+        sizes.append([len(document) for document in documents])
+        return inner(self, documents)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    monkeypatch.setattr("llamafactory_ddm.data.corpus.shards._CHARACTERS", 500)
+    texts = [*TEXTS[:40], "x" * 2000, *TEXTS[40:80]]
+    prepare(tmp_path / "rows", tiny_tokenizer(), sources=str(write(tmp_path / "in", texts)), cutoff_len=16)
+    assert rows(tmp_path / "rows") == upstream(tiny_tokenizer(), texts, 16)
+    assert max(sum(batch[:-1]) for batch in sizes) < 500 and max(map(len, sizes)) > 1
 
 
 @pytest.mark.parametrize(

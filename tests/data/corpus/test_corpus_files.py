@@ -3,6 +3,8 @@
 import bz2
 import gzip
 import json
+import random
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -41,7 +43,7 @@ def file(request, tmp_path):
 
 
 def texts_of(shards):
-    return [row["text"] for shard in shards for piece in shard for row, _ in read_rows(piece, ["text"])]
+    return [row.get("text") for shard in shards for piece in shard for row, _ in read_rows(piece, ["text"])]
 
 
 @pytest.mark.parametrize("size", [1, 50, 333, 1e9])
@@ -85,6 +87,71 @@ def test_folders_globs_lists_and_urls(tmp_path):
         "b/1.parquet",
     ]
     assert names(f"file://{tmp_path}/b/*.parquet") == ["b/1.parquet", "b/2.parquet"]
+
+
+def test_what_a_folder_holds_beside_data_is_left_out(tmp_path):
+    """Hidden folders, metadata, and the folder of the blocks; a file that is named is read wherever it is."""
+    left_out = (".git/a.jsonl", "_temporary/b.jsonl", "dataset_info.json", "sub/dataset_infos.json", "rows/x.json")
+    for name in ("a[1].jsonl", "sub/b.jsonl", *left_out):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(LINES)
+
+    def names(path):
+        return [str(Path(file).relative_to(tmp_path)) for file, _ in find_files(source(path), tmp_path / "rows")]
+
+    assert names(tmp_path) == ["a[1].jsonl", "sub/b.jsonl"]
+    assert names(tmp_path / "a[1].jsonl") == ["a[1].jsonl"]  # an existing file is no glob
+    assert names(tmp_path / "rows/x.json") == names(tmp_path / "rows") == ["rows/x.json"]
+
+
+@pytest.mark.parametrize("name", ["000.parquet", "*.parquet"])
+def test_the_hub_without_a_network(name, monkeypatch):
+    """Offline, and with an endpoint that refuses connections, whose error is no OSError."""
+    import huggingface_hub
+
+    path = f"hf://datasets/HuggingFaceFW/fineweb/sample/10BT/{name}"
+    words = r"sources: hf://.*\.parquet cannot be reached .*download the files and name their folder"
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        system = huggingface_hub.HfFileSystem(endpoint="http://127.0.0.1:9")
+        monkeypatch.setattr("fsspec.core.url_to_fs", lambda url, system=system: (system, url.removeprefix("hf://")))
+        with pytest.raises(ValueError, match=words):
+            find_files(source(path))
+
+
+def test_progress_within_a_compressed_file(tmp_path):
+    """A file of many gigabytes must not leave the bar at 0 to its end."""
+    text = "".join(json.dumps({"text": random.Random(n).randbytes(2000).hex()}) + "\n" for n in range(3000))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(text.encode(), 1))
+    size = path.stat().st_size
+    fractions = [fraction for _, fraction in read_rows(Piece(str(path), size, 0, size), ["text"])]
+    assert fractions == sorted(fractions) and len(set(fractions)) > 3 and fractions[-1] == 1.0
+
+
+def test_long_rows_of_parquet_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    path, sizes = write_parquet(tmp_path / "a.parquet", ROWS), []
+    inner = pyarrow.parquet.ParquetFile.iter_batches
+
+    def counted(self, **keys):
+        sizes.append(keys["batch_size"])
+        return inner(self, **keys)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", counted)
+    for row_bytes in (1, 1000, 10**6):
+        monkeypatch.setattr("llamafactory_ddm.data.corpus.files._ROW_BYTES", row_bytes)
+        assert texts_of([[Piece(str(path), 1, 0, 1)]]) == [row["text"] for row in ROWS]
+    assert sizes[0] == 1 and 1 < sizes[1] < 256 and sizes[2] == 256
+
+
+def test_a_column_that_the_first_lines_lack(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"other": 1}\n' * 5 + '{"text": "x", "score": 1}\n')
+    of = source(path, filters=["score > 0"])
+    assert texts_of(divide(of, find_files(of), 1e6)) == [None] * 5 + ["x"]
+    path.write_text('{"other": 1}\n' * 5 + '{"text": "x"}\n')
+    with pytest.raises(ValueError, match=r"filters: .*no column 'score'; it has 'other', 'text'"):
+        divide(of, find_files(of), 1e6)
 
 
 def test_a_remote_file_system():

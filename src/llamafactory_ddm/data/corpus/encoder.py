@@ -38,9 +38,10 @@ class Encoder:
     def of(cls, tokenizer: Any, eos_token: str) -> Encoder:
         """Return the encoder of a Hugging Face tokenizer."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
+        begins = getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token_id is not None
         return cls(
             eos_token,
-            int(tokenizer.bos_token_id) if getattr(tokenizer, "add_bos_token", False) else None,
+            int(tokenizer.bos_token_id) if begins else None,
             max(tokenizer.get_vocab().values()) + 1,
             bool(tokenizer.split_special_tokens),
             backend,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,8 +23,13 @@ from .keys import Source
 
 _JSON = re.compile(r"\.jsonl?(\.(gz|bz2|zst))?$")
 _CODECS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd"}
-_ROWS = 256  # rows that are in memory at a time
+_METADATA = ("dataset_info.json", "dataset_infos.json")  # that lie beside the files of many data sets
+_ROWS = 256  # rows of parquet that are in memory at a time, at most
+_ROW_BYTES = 1 << 24  # their size
+_CHECKED_ROWS = 1000  # of a file of lines, among which each column must occur
 _BUFFER = 1 << 20  # bytes
+# Errors of remote file systems that are no OSError, by the module that defines them.
+_REMOTE_ERRORS = {"httpx": "HTTPError", "aiohttp": "ClientError", "botocore.exceptions": "BotoCoreError"}
 Row = dict[str, Any]
 
 
@@ -42,32 +50,67 @@ class Piece:
     stop: int
 
 
-def find_files(source: Source) -> list[tuple[str, int]]:
+def find_files(source: Source, skipped: str | Path | None = None) -> list[tuple[str, int]]:
     """Return the files of a source in the order of its paths and of their names, with their sizes in bytes.
 
+    Of a folder they are those at any depth, without hidden ones, and without metadata of the data set.
+
+    Args:
+        source: the source.
+        skipped: a folder on this machine that is left out of the folders around it.
     Raises:
         ValueError: if a path matches no file of a known type, or cannot be reached.
     """
     found: dict[str, int] = {}
     for path in source.paths:
+        remote = "://" in path and not path.startswith(("file://", "local://"))
         try:
             system, root = fsspec.core.url_to_fs(path)
-            names = system.glob(root) if re.search(r"[*?\[]", root) else [root]
-            names = [file for name in names for file in (system.find(name) if system.isdir(name) else [name])]
-            names = [name for name in sorted(names) if _is_data(name) and system.exists(name)]
+            local = isinstance(system, LocalFileSystem)
+            inner = os.path.abspath(skipped) if local and skipped is not None else None
+            is_glob = re.search(r"[*?\[]", root) and not (local and system.exists(root))
+            roots = sorted(system.glob(root)) if is_glob else [root]
+            names = [name for one in roots for name in _below(system, one, inner) if _is_data(name)]
             sizes = [int(system.size(name) or 0) for name in names]
-        except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"sources: {path} cannot be reached ({error})") from error
+        except _errors(ValueError, ImportError) as error:
+            raise ValueError(f"sources: {path} cannot be reached ({error}){_REMOTE_HINT if remote else ''}") from error
         if not names:
             on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
             hint = f"; for a data set of the Hub write hf://datasets/{path}/FOLDER/*.parquet" if on_hub else ""
             raise ValueError(
-                f"sources ({source.name}): {path} holds no .parquet, .jsonl or .json file; check the path, which is "
-                f"relative to {Path.cwd()}{hint}"
+                f"sources ({source.name}): {path} holds no .parquet, .jsonl or .json file; check the path"
+                f"{'' if remote else f', which is relative to {Path.cwd()}'}{hint}"
             )
-        local = isinstance(system, LocalFileSystem)
         found |= zip([name if local else system.unstrip_protocol(name) for name in names], sizes, strict=True)
     return list(found.items())
+
+
+_REMOTE_HINT = "; check the address and the network, or download the files and name their folder"
+
+
+def _errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return OSError, the error types of the remote file systems that are loaded, and `others`."""
+    remote = [getattr(sys.modules[name], error) for name, error in _REMOTE_ERRORS.items() if name in sys.modules]
+    return (OSError, *remote, *others)
+
+
+def _below(system: Any, root: str, skipped: str | None) -> list[str]:
+    """Return a file itself, the files of a folder in order, without those in `skipped`, or nothing if it is absent."""
+    if not system.isdir(root):
+        try:
+            system.info(root)  # `exists` also returns False if the file system cannot be reached
+        except FileNotFoundError:
+            return []
+        return [root]
+    names = sorted(system.find(root))
+    if skipped is not None and not Path(root).is_relative_to(skipped):
+        names = [name for name in names if not Path(name).is_relative_to(skipped)]
+    inside = [(name, name[len(root) :].strip("/").split("/")) for name in names]
+    return [
+        name
+        for name, parts in inside
+        if parts[-1] not in _METADATA and not any(part.startswith((".", "_")) for part in parts)
+    ]
 
 
 def _is_data(name: str) -> bool:
@@ -84,6 +127,7 @@ def divide(source: Source, files: Sequence[tuple[str, int]], shard_bytes: float)
     shard_bytes = max(1, round(shard_bytes))
     shards: list[tuple[Piece, ...]] = []
     shard: list[Piece] = []
+    n_bytes = 0
     for path, size in files:
         for piece in _pieces(source, path, size, shard_bytes):
             last = shard[-1] if shard else None
@@ -91,9 +135,10 @@ def divide(source: Source, files: Sequence[tuple[str, int]], shard_bytes: float)
                 shard[-1] = Piece(path, last.n_bytes + piece.n_bytes, last.start, piece.stop)
             else:
                 shard.append(piece)
-            if sum(one.n_bytes for one in shard) >= shard_bytes:
+            n_bytes += piece.n_bytes
+            if n_bytes >= shard_bytes:
                 shards.append(tuple(shard))
-                shard = []
+                shard, n_bytes = [], 0
     shards += [tuple(shard)] if shard else []
     if not shards:
         raise ValueError(f"sources ({source.name}): its files are empty: {', '.join(path for path, _ in files[:3])}")
@@ -102,7 +147,7 @@ def divide(source: Source, files: Sequence[tuple[str, int]], shard_bytes: float)
 
 def _pieces(source: Source, path: str, size: int, shard_bytes: int) -> Iterator[Piece]:
     columns = [source.text_column, *source.filters.columns]
-    with _reading(path), _open(path) as file:
+    with _reading(path), _open(path) as (file, _):
         if path.endswith(".parquet"):
             table = pyarrow.parquet.ParquetFile(file)
             _check_columns(source, path, columns, table.schema_arrow.names)
@@ -111,10 +156,16 @@ def _pieces(source: Source, path: str, size: int, shard_bytes: int) -> Iterator[
                 if group.num_rows:
                     yield Piece(path, group.total_byte_size, index, index + 1)
             return
-        first = next(_json_rows(path, file, 0, None), None)
-        if first is None:
+        present: dict[str, None] = {}
+        n_rows = 0
+        for row, _ in islice(_json_rows(path, file, 0, None), _CHECKED_ROWS):
+            present |= dict.fromkeys(row)
+            n_rows += 1
+            if present.keys() >= set(columns):
+                break
+        if not n_rows:
             return
-        _check_columns(source, path, columns, list(first[0]))
+        _check_columns(source, path, columns, list(present))
     step = size if _codec(path) else shard_bytes
     for start in range(0, size, step):
         stop = min(start + step, size)
@@ -137,22 +188,28 @@ def read_rows(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[Row, float
     Raises:
         ValueError: if the file cannot be read, naming it.
     """
-    with _reading(piece.path), _open(piece.path) as file:
+    with _reading(piece.path), _open(piece.path) as (file, stored):
         if not piece.path.endswith(".parquet"):
-            yield from _json_rows(piece.path, file, piece.start, None if _codec(piece.path) else piece.stop)
+            is_compressed = _codec(piece.path) is not None
+            for row, position in _json_rows(piece.path, file, piece.start, None if is_compressed else piece.stop):
+                done = stored.tell() if is_compressed else position - piece.start
+                yield row, min(1.0, done / max(1, piece.stop - piece.start))
             return
         table = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER)
         groups = list(range(piece.start, piece.stop))
-        n_rows, n_read = sum(table.metadata.row_group(index).num_rows for index in groups), 0
+        metadata = table.metadata
+        n_rows, n_read = sum(metadata.row_group(index).num_rows for index in groups), 0
         names = list(dict.fromkeys(columns))
-        for batch in table.iter_batches(batch_size=_ROWS, row_groups=groups, columns=names, use_threads=False):
+        row_bytes = max(metadata.row_group(n).total_byte_size / max(1, metadata.row_group(n).num_rows) for n in groups)
+        size = max(1, min(_ROWS, int(_ROW_BYTES / max(1, row_bytes))))
+        for batch in table.iter_batches(batch_size=size, row_groups=groups, columns=names, use_threads=False):
             for row in batch.to_pylist():
                 n_read += 1
                 yield row, n_read / n_rows
 
 
-def _json_rows(path: str, file: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[Row, float]]:
-    """Yield the objects of the lines that begin in [start, stop)."""
+def _json_rows(path: str, file: IO[bytes], start: int, stop: int | None) -> Iterator[tuple[Row, int]]:
+    """Yield the objects of the lines that begin in [start, stop), and where they begin."""
     position = start
     if start:
         file.seek(start - 1)
@@ -170,7 +227,7 @@ def _json_rows(path: str, file: IO[bytes], start: int, stop: int | None) -> Iter
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"sources: {path}: the line at byte {position} is no object; write one per line")
-            yield row, 0.0 if stop is None else min(1.0, (position - start) / max(1, stop - start))
+            yield row, position
         position += len(line)
 
 
@@ -179,14 +236,15 @@ def _codec(path: str) -> str | None:
 
 
 @contextmanager
-def _open(path: str) -> Iterator[IO[bytes]]:
+def _open(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Yield the content of a file, decompressed, and the file as it is stored."""
     with fsspec.open(path, "rb") as file:
         codec = _codec(path)
         if codec is None:
-            yield file
+            yield file, file
         else:
             with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), codec) as stream:
-                yield io.BufferedReader(stream, _BUFFER)
+                yield io.BufferedReader(stream, _BUFFER), file
 
 
 @contextmanager
@@ -194,7 +252,5 @@ def _reading(path: str) -> Iterator[None]:
     """Name the file in errors of reading it."""
     try:
         yield
-    except (OSError, pyarrow.ArrowException) as error:
-        if isinstance(error, ValueError) and str(error).startswith("sources"):
-            raise
+    except _errors(pyarrow.ArrowException) as error:
         raise ValueError(f"sources: {path} cannot be read ({' '.join(str(error).split())})") from error

@@ -72,7 +72,7 @@ def plan(keys: PrepareKeys, encoder: Encoder) -> Preparation:
     cut: list[tuple[Source, Any]] = []
     files: dict[str, list[tuple[str, int]]] = {}
     for source in keys.all_sources():
-        files[source.name] = find_files(source)
+        files[source.name] = find_files(source, folder)
         cut += [(source, pieces) for pieces in divide(source, files[source.name], keys.shard_size * 1e6)]
     shards = []
     for index, (source, pieces) in enumerate(cut):
@@ -96,10 +96,18 @@ def begin(preparation: Preparation) -> dict[str, Any] | None:
     folder, file = preparation.folder, preparation.folder / REPORT
     unfinished = preparation.work / _PLAN
     if unfinished.is_file():
-        _check_same(preparation, json.loads(unfinished.read_text(encoding="utf-8")))
+        _check_same(preparation, _stored(unfinished))
     elif file.is_file() and not preparation.work.is_dir():
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        report = _stored(file)
+        if not isinstance(report.get("settings"), dict):
+            raise ValueError(f"tokenized_path: {file} is not of prepare-data; name a new folder, or empty this one")
         _check_same(preparation, report["settings"])
+        missing = next((path for path in _block_files(preparation) if not path.is_file()), None)
+        if missing is not None:
+            raise ValueError(
+                f"tokenized_path: {folder} was complete, but {missing} is gone; remove the folder to prepare it "
+                "again, or name another one"
+            )
         return report
     elif folder.is_dir() and {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {WORK}:
         raise ValueError(
@@ -108,6 +116,36 @@ def begin(preparation: Preparation) -> dict[str, Any] | None:
     preparation.work.mkdir(parents=True, exist_ok=True)
     write_json(unfinished, preparation.settings)
     return None
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    """Return the content of a file that an earlier run has written.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"tokenized_path: {file} is damaged ({error}); remove its folder, or name a new one"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"tokenized_path: {file} is not of prepare-data; remove its folder, or name a new one")
+    return found
+
+
+def _block_files(preparation: Preparation) -> list[Path]:
+    """Return the files of a complete folder, as `write_split` has listed them."""
+    folder, found = preparation.folder, []
+    for split in _splits(preparation):
+        state = _stored(folder / split / "state.json")
+        found += [folder / split / entry["filename"] for entry in state["_data_files"]]
+    return found
+
+
+def _splits(preparation: Preparation) -> list[str]:
+    return ["train", *(["validation"] if preparation.keys.val_size else [])]
 
 
 def _check_same(preparation: Preparation, stored: dict[str, Any]) -> None:
@@ -225,7 +263,7 @@ def _split_files(preparation: Preparation, split: str) -> list[str]:
 
 def write_metadata(preparation: Preparation) -> None:
     """Write what `datasets` needs to read the blocks."""
-    splits = ["train", *(["validation"] if preparation.keys.val_size else [])]
+    splits = _splits(preparation)
     for split in splits:
         files = _split_files(preparation, split)
         digest = hashlib.sha256(json.dumps([preparation.settings, split]).encode()).hexdigest()[:16]

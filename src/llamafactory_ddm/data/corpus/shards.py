@@ -18,7 +18,10 @@ from .files import Piece, Row, read_rows
 from .keys import Source
 from .pool import report_progress
 
-_DOCUMENTS = 256  # that are tokenised together
+_DOCUMENTS = 256  # that are tokenised together, at most
+_CHARACTERS = 1 << 20  # of them; the tokenizer takes about 75 bytes of memory for each
+
+INVALID = "invalid Unicode"  # reason for a text that no tokenizer takes
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,19 @@ def read_documents(shard: Shard) -> Iterator[tuple[str, Row]]:
         report_progress(piece.n_bytes - reported)
 
 
+def _reason_to_drop(shard: Shard, text: str, row: Row) -> str | None:
+    """Return why a document is dropped: its text has half of a surrogate pair, or a filter; None if it is kept."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return INVALID
+    return shard.source.filters.reason_to_drop(text, row)
+
+
 def hash_shard(shard: Shard, _encoder: Encoder) -> None:
     """Write the hashes of a shard's documents that pass the filters; 0 for others."""
     hashes = [
-        0 if shard.source.filters.reason_to_drop(text, row) else max(1, text_hash(text))
-        for text, row in read_documents(shard)
+        0 if _reason_to_drop(shard, text, row) else max(1, text_hash(text)) for text, row in read_documents(shard)
     ]
     shard.hashes.parent.mkdir(parents=True, exist_ok=True)
     scratch = shard.hashes.with_suffix(".tmp.npy")
@@ -100,19 +111,21 @@ def tokenise_shard(shard: Shard, encoder: Encoder) -> None:
             for split, path in shard.outputs.items()
         }
         waiting: dict[str, list[str]] = {split: [] for split in writers}
+        n_waiting = dict.fromkeys(writers, 0)  # characters
 
         def flush(split: str) -> None:
             for ids in encoder.encode(waiting[split]):
                 counts["tokens"] += len(ids)
                 writers[split].add(ids)
-            waiting[split] = []
+            waiting[split], n_waiting[split] = [], 0
 
         for text in _kept(shard, counts, dropped):
             split = "train"
             if shard.val_size and text_hash(text) < shard.val_size * 2.0**64:
                 split = "validation"
             waiting[split].append(text)
-            if len(waiting[split]) == _DOCUMENTS:
+            n_waiting[split] += len(text)
+            if len(waiting[split]) == _DOCUMENTS or n_waiting[split] >= _CHARACTERS:
                 flush(split)
         for split in writers:
             flush(split)
@@ -127,7 +140,7 @@ def _kept(shard: Shard, counts: Counter[str], dropped: Counter[str]) -> Iterator
     duplicates: Any = () if shard.duplicates is None else set(np.load(shard.duplicates).tolist())
     for index, (text, row) in enumerate(read_documents(shard)):
         counts["documents"] += 1
-        reason = shard.source.filters.reason_to_drop(text, row)
+        reason = _reason_to_drop(shard, text, row)
         if reason is None and index in duplicates:
             reason = "deduplicate"
         if reason is None:
