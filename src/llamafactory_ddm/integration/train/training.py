@@ -54,6 +54,7 @@ def build_trainer(
         stop_after_nan_steps=finetuning_args.stop_after_nan_steps,
         sparse_attention=sparse,
         logits_chunk=finetuning_args.logits_chunk,
+        sequence_parallel_size=finetuning_args.sequence_parallel_size if training_args.do_train else 1,
         model=model,
         args=training_args,
         finetuning_args=finetuning_args,
