@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 from llamafactory_ddm.modeling.bidirectional import full_attention_mask, make_bidirectional, probe_bidirectional
+from llamafactory_ddm.modeling.flash_attention import segment_arguments, segments
 from llamafactory_ddm.modeling.sparse_attention import FLEX, attention_implementation
 
 from .machine import Machine
@@ -27,7 +28,7 @@ BLOCK_LLAMA = Shape(12, 1024, 16, 32064, 2048, inner=2816, is_tied=False)  # to 
 
 
 def flash(machine: Machine, report: Report) -> None:
-    """Compare logits of FlashAttention with sdpa's, with padding; and see whether packed documents leak."""
+    """Compare logits of FlashAttention with sdpa's, with padding; and with packed documents."""
     for name, (implementation, tells) in FLASH.items():
         available = getattr(transformers.utils, tells, None)
         if not machine.is_cuda or available is None or not available():
@@ -70,21 +71,26 @@ def _flash(machine: Machine, report: Report, name: str, implementation: str) -> 
     report.add(f"{name} / sdpa, padded rows, bfloat16: relative error of the logits", error, at_most=FLASH_LIMIT)
     changed = logits(fast, ids.masked_fill(is_padding, 1))
     report.add(f"{name}: relative error of logits when padding changes", relative_error(changed, got), at_most=0.0)
-    try:
-        document = torch.ones_like(ids)
-        options = {"is_padding": None, "visible": None, "dtype": torch.bfloat16, "device": ids.device}
-        full_attention_mask(fast, batch=4, length=128, document=document, **options)
-        report.add(f"{name}: packed rows are refused", 0.0, at_least=1.0)
-    except ValueError:
-        report.add(f"{name}: packed rows are refused", 1.0, at_least=1.0)
-    packed = torch.arange(128, device=ids.device)[None] % 64
-    with torch.inference_mode():
-        first, second = (
-            fast(input_ids=x, position_ids=packed, use_cache=False).logits[0, :64]
-            for x in (ids[:1], torch.cat([ids[:1, :64], ids[1:2, 64:]], dim=1))
-        )
-    leaks = "no" if torch.equal(first, second) else "yes"
-    report.add(f"{name}: without the refusal, documents told apart by position_ids leak", leaks)
+    position = torch.arange(128, device=ids.device)
+    document = (position // 48).expand(4, -1)  # of 48, 48 and 32 tokens
+    places = segments((4, 128), None, document)
+    bounds = segment_arguments(places | {"cu_seq_lens": places["cu_seq_lens"].to(ids.device)})
+    mask = full_attention_mask(
+        dense, batch=4, length=128, document=document, visible=None, dtype=torch.bfloat16, device=ids.device
+    )
+
+    def packed(model: Any, x: Tensor, **arguments: Any) -> Tensor:
+        positions = (position % 48).expand(4, -1)
+        with torch.inference_mode():
+            result: Tensor = model(input_ids=x, position_ids=positions, use_cache=False, **arguments).logits.double()
+        return result
+
+    got = packed(fast, ids, **bounds)
+    error = relative_error(got, packed(dense, ids, attention_mask=mask))
+    report.add(f"{name} / sdpa, packed rows, bfloat16: relative error of the logits", error, at_most=FLASH_LIMIT)
+    changed = packed(fast, torch.where(document == 1, ids.flip(1), ids), **bounds)
+    error = relative_error(changed[document != 1], got[document != 1])
+    report.add(f"{name}: relative error of logits when another document changes", error, at_most=0.0)
 
 
 def flex(machine: Machine, report: Report) -> None:

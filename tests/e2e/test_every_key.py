@@ -59,6 +59,8 @@ ELSEWHERE = {
     "strategy_args",
     # tests/integration/data/test_prepared_rows.py, tests/e2e/test_data_of_users.py
     "allow_common_mask_token",
+    # tests/e2e/test_many_processes.py, tests/modeling/test_sequence_parallel.py
+    "sequence_parallel_size",
     # tests/e2e/test_mixed_noise_runs.py
     "noise_process",
     "uniform_ratio",

@@ -37,6 +37,7 @@ WAYS = {
     "zero2": (("per_device_train_batch_size=4", "deepspeed=examples/deepspeed/ds_z2_config.json"), True, 1e-4),
     "zero3": (("per_device_train_batch_size=4", "deepspeed=examples/deepspeed/ds_z3_config.json"), True, 1e-4),
     "fsdp2": (("per_device_train_batch_size=4", "use_cpu=true"), True, 1e-4),
+    "ulysses": (("per_device_train_batch_size=8", "sequence_parallel_size=2", "use_cpu=true"), True, 1e-5),
 }
 ONE_PROCESS = ("per_device_train_batch_size=8", "use_cpu=true")
 RECIPES = {"full": "tiny_gpt2_full_ddm_sft.yaml", "lora": "tiny_gpt2_lora_ddm_sft.yaml"}
@@ -58,15 +59,19 @@ def trained(tmp_path_factory, checkpoint, small_data):
     return get
 
 
-def start(recipe, folder, checkpoint, data, *overrides, in_two=False, launcher=None, env=None):
+def start(recipe, folder, checkpoint, data, *overrides, in_two=False, processes=2, launcher=None, env=None):
     arguments = (f"model_name_or_path={checkpoint}", f"dataset_dir={data}", f"output_dir={folder}")
     arguments = (f"examples/{RECIPES[recipe]}", *SMALL, *arguments, *overrides)
     if launcher is not None:
-        in_processes(2, launcher, *arguments)
+        in_processes(processes, launcher, *arguments, env={"DS_ACCELERATOR": "cpu"})
     elif in_two and env is None:
-        train_in_processes(2, *arguments, env={"DS_ACCELERATOR": "cpu"})
+        train_in_processes(processes, *arguments, env={"DS_ACCELERATOR": "cpu"})
     else:
         run("train", *arguments, env=env)
+
+
+def eval_loss(folder):
+    return json.loads((folder / "eval_results.json").read_text())["eval_loss"]
 
 
 def weights(folder, recipe):
@@ -76,7 +81,7 @@ def weights(folder, recipe):
 
 def run_way(way, recipe, folder, checkpoint, data, *overrides, env=None):
     keys, in_two, _ = WAYS[way]
-    if way.startswith("zero"):
+    if way.startswith("zero") or way == "ulysses":
         pytest.importorskip("deepspeed")
     launcher = None
     if way == "fsdp2":
@@ -114,8 +119,7 @@ def test_chunks_of_logits_with_a_sharded_head(way, trained):
     for a, b in zip(history(reference), history(out), strict=True):
         for key in ("loss", "nll", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=WAYS[way][2]), key
-    bounds = [json.loads((folder / "eval_results.json").read_text())["eval_loss"] for folder in (reference, out)]
-    assert bounds[1] == pytest.approx(bounds[0], rel=WAYS[way][2])
+    assert eval_loss(out) == pytest.approx(eval_loss(reference), rel=WAYS[way][2])
 
 
 @pytest.mark.slow
@@ -129,6 +133,44 @@ def test_zero3_with_offload(trained, checkpoint, small_data, tmp_path):
     for a, b in zip(history(trained(None, "full")), history(tmp_path / "out"), strict=True):
         for key in ("loss", "nll", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=1e-4), key
+
+
+ATTENTIONS = {
+    "annealed-packed": ("model_name_or_path=data/tiny_gpt2", "mask_token=10", "anneal_steps=8", "packing=true"),
+    "block": ("attention=block", "train_block_length=8", "antithetic_time=false"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_groups_that_share_rows_with_other_attention(attention, trained):
+    out, reference = (trained(way, "full", *ATTENTIONS[attention]) for way in ("ulysses", None))
+    ratios = [log["attention_ratio"] for log in history(out)]
+    assert (max(ratios) < 1) == (attention == "annealed-packed")
+    for a, b in zip(history(reference), history(out), strict=True):
+        for key in ("loss", "nll", "masked_fraction", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["zero3", "fsdp2"])
+def test_groups_that_share_rows_with_sharding(sharding, trained, checkpoint, small_data, tmp_path):
+    """Under ZeRO-3 two groups of two, which have other rows; with a sharded head, loss in chunks and an evaluation."""
+    pytest.importorskip("deepspeed")
+    overrides = ("sequence_parallel_size=2", "do_eval=true", "per_device_eval_batch_size=2", "logits_chunk=3")
+    if sharding == "zero3":
+        keys = (*WAYS["zero3"][0], *overrides)
+        start("full", tmp_path / "out", checkpoint, small_data, *keys, in_two=True, processes=4)
+    else:
+        run_way("fsdp2", "full", tmp_path / "out", checkpoint, small_data, *overrides, "per_device_train_batch_size=8")
+    reference = trained(None, "full", "logits_chunk=0", "do_eval=true", "per_device_eval_batch_size=2")
+    for a, b in zip(history(reference), history(tmp_path / "out"), strict=True):
+        for key in ("loss", "nll", "masked_fraction", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), key
+    bounds = [
+        json.loads((path / "eval_results.json").read_text())["eval_loss"] for path in (reference, tmp_path / "out")
+    ]
+    assert bounds[1] == pytest.approx(bounds[0], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -105,6 +105,12 @@ class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKe
         kind="integer",
         low=0,
     )
+    sequence_parallel_size: int = key(
+        1,
+        "Number of processes that share each row in training, by DeepSpeed's Ulysses attention: a divisor of the "
+        "number of processes, of the model's key-value heads and of cutoff_len. Evaluations compute whole rows.",
+        low=1,
+    )
     eval_time_samples: int = key(
         4, "Number of noise levels at which each row is evaluated, stratified over the time axis.", low=1
     )

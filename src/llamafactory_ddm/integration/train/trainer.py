@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from ...modeling.model_flops import StepCounts
 from ...modeling.model_info import implementation, window_of
 from ...modeling.quantization import evaluation_mode
 from ...modeling.row_selecting_head import RowSelectingHead
+from ...modeling.sequence_parallel import SequenceParallel
 from ...modeling.sparse_attention import FLEX, attention_implementation
 from ...objectives.base import Objective
 from ...utils.files import explain_disk_errors, published_together
@@ -56,6 +57,7 @@ class DiffusionTrainer(CustomTrainer):
         sparse_attention: train block attention with FlexAttention.
         logits_chunk: scored tokens whose logits exist at once; None for an automatic number, 0 for all.
         peak_tflops: 10^12 operations a second of one device, for the MFU; None for those of its data sheet.
+        sequence_parallel_size: processes that share each row in training.
         kwargs: arguments of LLaMA-Factory's trainer.
     """
 
@@ -72,6 +74,7 @@ class DiffusionTrainer(CustomTrainer):
         sparse_attention: bool = False,
         logits_chunk: int | None = None,
         peak_tflops: float | None = None,
+        sequence_parallel_size: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -102,6 +105,18 @@ class DiffusionTrainer(CustomTrainer):
         self._is_checked = False
         self._dense = implementation(self.model)
         self._trained_with = FLEX if sparse_attention else self._dense
+        world, rank = self.args.world_size, self.args.process_index
+        self._sequence: SequenceParallel | None = None
+        if sequence_parallel_size > 1:
+            if sparse_attention:
+                raise ValueError(
+                    f"sequence_parallel_size: {sequence_parallel_size} does not work with sparse_attention: true; "
+                    "remove one of them"
+                )
+            self._sequence = SequenceParallel(self.model, sequence_parallel_size, world, self.args.device.type)
+            self._trained_with = self._sequence.name
+        # Of the processes with other rows: their number, and which of them this one is.
+        self._groups, self._group = world // sequence_parallel_size, rank // sequence_parallel_size
         self._attention = AttentionInputs(diffusion_config, objective.seed)
         self._step_metrics = StepMetrics()
         self._window = window_of(self.model)
@@ -134,10 +149,26 @@ class DiffusionTrainer(CustomTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Keep batches on the CPU: noise is drawn there, and only the tensors of the step go to the device."""
-        loader = super().get_train_dataloader()
+        with self._same_rows_in_a_group():
+            loader = super().get_train_dataloader()
         if getattr(loader, "device", None) is not None:
             loader.device = None
         return loader
+
+    @contextmanager
+    def _same_rows_in_a_group(self) -> Iterator[None]:
+        """Within the block, accelerate prepares data loaders that give the same rows to processes that share rows."""
+        if self._sequence is None:
+            yield
+            return
+        if not hasattr(self.accelerator, "_prepare_device_mesh"):
+            raise ValueError("sequence_parallel_size needs a newer accelerate: pip install -U accelerate")
+        mesh = self._sequence.mesh
+        self.accelerator._prepare_device_mesh = lambda: mesh
+        try:
+            yield
+        finally:
+            del self.accelerator._prepare_device_mesh
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -163,7 +194,8 @@ class DiffusionTrainer(CustomTrainer):
             if copies_in_background(device):
                 inputs = {key: _copied(value, device) for key, value in inputs.items()}
             batches.append(inputs)
-            total += denominator
+            if self._counts_rows:
+                total += denominator
         if not batches:
             return batches, None
         self.steps_taken += 1
@@ -171,6 +203,11 @@ class DiffusionTrainer(CustomTrainer):
         sums = self._sum_over_ranks(torch.stack([total.to(device, non_blocking=True), self._finite.take().to(device)]))
         self._finite.count(sums[1], self.state.global_step)
         return batches, sums[0]
+
+    @property
+    def _counts_rows(self) -> bool:
+        """Whether this process is the one that counts the rows which its group shares."""
+        return self._sequence is None or self._sequence.rank == 0
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
@@ -182,25 +219,29 @@ class DiffusionTrainer(CustomTrainer):
         n_rows = len(clean.x_0)
         per_rank = args.train_batch_size
         micro_step = self.state.global_step * args.gradient_accumulation_steps + micro
-        first_index = (micro_step * args.world_size + args.process_index) * per_rank
+        first_index = (micro_step * self._groups + self._group) * per_rank
         sample_index = torch.arange(first_index, first_index + n_rows)
         clean = clean.truncated(objective.truncate_ratio, seed=objective.seed, sample_index=sample_index)
         batch = objective.noise(
             clean,
             sample_index=sample_index,
-            group_size=per_rank * args.world_size * args.gradient_accumulation_steps,
+            group_size=per_rank * self._groups * args.gradient_accumulation_steps,
             step=self.state.global_step,
         )
-        self._step_metrics.add_counts(
-            StepCounts.of(clean, batch, self._window),
-            n_masked=int(batch.n_masked),
-            n_maskable=int(batch.n_maskable),
-            n_tokens=clean.n_tokens,
-        )
+        if self._counts_rows:
+            self._step_metrics.add_counts(
+                StepCounts.of(clean, batch, self._window),
+                n_masked=int(batch.n_masked),
+                n_maskable=int(batch.n_maskable),
+                n_tokens=clean.n_tokens,
+            )
+        head_index, scored = batch.head_index, batch.scored
+        if self._sequence is not None:
+            head_index, scored = self._sequence.scored(batch.z_t.shape, head_index, scored)
         inputs: dict[str, Any] = {
             "input_ids": batch.z_t,  # under this name transformers counts tokens and operations
-            "head_index": batch.head_index,
-            **batch.scored,
+            "head_index": head_index,
+            **scored,
             **self._attention.on_host(
                 self.model, batch.z_t.shape, clean.placement() if batch.placement is None else batch.placement
             ),
@@ -261,6 +302,8 @@ class DiffusionTrainer(CustomTrainer):
             ratio=self.attention_ratio(step),
             step=step,
         )
+        if self._sequence is not None:
+            z_t, attention = self._sequence.inputs(z_t, attention)
         loss, terms = self._step_loss(model, z_t, attention, inputs, num_items_in_batch)
         self._finite.add(loss)
         self._step_metrics.add_terms(terms)
@@ -275,8 +318,13 @@ class DiffusionTrainer(CustomTrainer):
         """
         keep_half_logits(self.model)  # each time, because training and evaluation prepare the model again
         if not self._is_checked:
-            self._attention.probe(getattr(model, "_orig_mod", model), self.model)
+            with self._whole_rows():
+                self._attention.probe(getattr(model, "_orig_mod", model), self.model)
             self._is_checked = True
+
+    def _whole_rows(self) -> AbstractContextManager[None]:
+        """Return a context in which each process computes whole rows."""
+        return nullcontext() if self._sequence is None else attention_implementation(self.model, self._dense)
 
     def _mask_dtype(self, device: torch.device) -> Any:
         # Autocast starts inside the prepared model's forward, so the accelerator determines the dtype of the queries.
@@ -360,7 +408,7 @@ class DiffusionTrainer(CustomTrainer):
     ) -> EvalLoopOutput:
         """Estimate the evidence bound of the model's attention; the same for any batch size and number of ranks."""
         total, n_rows = torch.zeros(N_STATISTICS, dtype=torch.float64), 0
-        with self._step_metrics.pause(), torch.no_grad():
+        with self._step_metrics.pause(), torch.no_grad(), self._whole_rows():
             for model, batch, sample_index in self.evaluation_batches(dataloader, description):
                 statistics = row_statistics(
                     self.objective,

@@ -55,6 +55,7 @@ def build_trainer(
         sparse_attention=sparse,
         logits_chunk=finetuning_args.logits_chunk,
         peak_tflops=finetuning_args.peak_tflops,
+        sequence_parallel_size=finetuning_args.sequence_parallel_size if training_args.do_train else 1,
         model=model,
         args=training_args,
         finetuning_args=finetuning_args,
