@@ -136,6 +136,8 @@ def _run(
                     grad_bias += of_logits.sum(dim=0)
             losses.append(loss.detach())
             terms.append(term.detach())
+        if grad_weight is not None:  # it waits for the backward pass, so the float32 sum is not kept
+            grad_weight = grad_weight.to(weight.dtype)
     return torch.stack(losses).sum(), torch.stack(terms).sum(), [grad_hidden, grad_weight, grad_bias]
 
 

@@ -34,8 +34,12 @@ def check_shares_rows(model: nn.Module, size: int, world_size: int) -> None:
     for name, count in (("heads", heads), ("key-value heads", getattr(config, "num_key_value_heads", None) or heads)):
         if count % size:
             raise ValueError(f"{key} does not divide the model's {count} {name}; take a divisor of them")
-    if implementation(model) not in ALL_ATTENTION_FUNCTIONS:
-        raise ValueError(f"{key} needs flash_attn: sdpa or fa2; this run has {implementation(model)}")
+    if implementation(model) != "sdpa":
+        # transformers' flash attention would look for a package of the name that is registered below.
+        raise ValueError(
+            f"{key} needs flash_attn: sdpa, which runs PyTorch's own flash kernel where rows have no padding; this run "
+            f"has {implementation(model)}"
+        )
     try:
         import deepspeed.sequence.layer  # noqa: F401
     except ImportError as error:

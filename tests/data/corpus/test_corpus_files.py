@@ -90,11 +90,12 @@ def test_folders_globs_lists_and_urls(tmp_path):
 
 
 def test_what_a_folder_holds_beside_data_is_left_out(tmp_path):
-    """Hidden folders, metadata, and the folder of the blocks; a file that is named is read wherever it is."""
+    """Hidden and linked folders, metadata, and the folder of the blocks; a file that is named is read."""
     left_out = (".git/a.jsonl", "_temporary/b.jsonl", "dataset_info.json", "sub/dataset_infos.json", "rows/x.json")
     for name in ("a[1].jsonl", "sub/b.jsonl", *left_out):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(LINES)
+    (tmp_path / "linked").symlink_to(tmp_path / "sub")
 
     def names(path):
         return [str(Path(file).relative_to(tmp_path)) for file, _ in find_files(source(path), tmp_path / "rows")]
