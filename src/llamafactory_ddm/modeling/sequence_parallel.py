@@ -37,8 +37,8 @@ def check_shares_rows(model: nn.Module, size: int, world_size: int) -> None:
     if implementation(model) != "sdpa":
         # transformers' flash attention would look for a package of the name that is registered below.
         raise ValueError(
-            f"{key} needs flash_attn: sdpa, which runs PyTorch's own flash kernel where rows have no padding; this run "
-            f"has {implementation(model)}"
+            f"{key} needs flash_attn: sdpa, which runs a flash kernel of PyTorch's where rows have no padding; this "
+            f"run has {implementation(model)}"
         )
     try:
         import deepspeed.sequence.layer  # noqa: F401
