@@ -75,9 +75,8 @@ def _flash(machine: Machine, report: Report, name: str, implementation: str) -> 
     document = (position // 48).expand(4, -1)  # of 48, 48 and 32 tokens
     places = segments((4, 128), None, document)
     bounds = segment_arguments(places | {"cu_seq_lens": places["cu_seq_lens"].to(ids.device)})
-    mask = full_attention_mask(
-        dense, batch=4, length=128, document=document, visible=None, dtype=torch.bfloat16, device=ids.device
-    )
+    options = {"is_padding": None, "visible": None, "dtype": torch.bfloat16, "device": ids.device}
+    mask = full_attention_mask(dense, batch=4, length=128, document=document, **options)
 
     def packed(model: Any, x: Tensor, **arguments: Any) -> Tensor:
         positions = (position % 48).expand(4, -1)

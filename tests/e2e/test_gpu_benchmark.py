@@ -333,13 +333,38 @@ def test_too_little_memory_halves_the_batch(as_gpu, monkeypatch):
 
 
 def test_flash_attention_is_compared_where_it_is_installed(as_gpu, monkeypatch):
-    """With sdpa under its name, which does not refuse packed rows."""
+    """With sdpa under its name, which sees documents only in a mask, so they leak without one."""
     machine, report, rows = as_gpu
     from gpu_parts import attention
 
     monkeypatch.setitem(attention.FLASH, "FA2", ("sdpa", "is_torch_available"))
     attention.flash(machine, report)
     assert rows[-1].part and (rows[-1].what, rows[-1].note) == ("FA3", "not installed")
-    error, padding, refused, leaks = (row.value for row in rows[:4])
-    assert (error, padding, refused, leaks) == (0.0, 0.0, 0.0, "yes"), rows
-    assert [row.held for row in rows] == [True, True, False, None, None]
+    error, padding, packed, leaked = (row.value for row in rows[:4])
+    assert (error, padding) == (0.0, 0.0) and packed > attention.FLASH_LIMIT and leaked > 0.0, rows
+    assert [row.held for row in rows] == [True, True, False, False, None]
+
+
+def test_flash_attention_takes_documents_as_segments(as_gpu, monkeypatch):
+    """With kernels that sdpa computes, behind transformers' own code."""
+    from support.fake_flash import FakeKernels
+
+    machine, report, rows = as_gpu
+    from gpu_parts import attention
+
+    FakeKernels().install(monkeypatch)
+    monkeypatch.setattr(attention, "make_model", faked(attention.make_model))
+    monkeypatch.setitem(attention.FLASH, "FA2", ("flash_attention_2", "is_torch_available"))
+    attention.flash(machine, report)
+    assert [row.held for row in rows] == [True, True, True, True, None], rows
+
+
+def faked(make):
+    """Return `make_model` without transformers' search for a GPU and the package of flash attention."""
+
+    def make_model(*args, attn_implementation="sdpa", **rest):
+        model = make(*args, **rest)
+        model.config._attn_implementation_internal = attn_implementation
+        return model
+
+    return make_model
