@@ -59,6 +59,11 @@ class Waits(TorchDispatchMode):
         self.places, self._on_host = [], 0
         for name in ("tolist", "numpy", "cpu"):
             monkeypatch.setattr(Tensor, name, self._recording(getattr(Tensor, name)))
+        made, copied = torch.tensor, self._recording(torch.tensor)
+        # Numbers of the host are copied to the device, and `torch.tensor` waits for that.
+        monkeypatch.setattr(
+            torch, "tensor", lambda *args, **rest: (copied if "device" in rest else made)(*args, **rest)
+        )
 
     def _recording(self, plain):
         def call(tensor, *args, **kwargs):

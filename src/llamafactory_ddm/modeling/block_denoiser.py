@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.blocks import block_of, positions_of
+from ..utils.devices import integers_on
 from .bidirectional import NotBidirectionalError, additive_by_layer
 from .denoiser import Answers, ModelDenoiser, positions_in
 from .kv_cache import ColumnCache
@@ -93,7 +94,7 @@ class BlockDenoiser(ModelDenoiser):
     ) -> tuple[list[ModelPass], list[Tensor]]:
         """Return the passes over the fresh columns, each over rows with about as many; see `ModelDenoiser`."""
         length = z.shape[1]
-        low, high = torch.tensor(answers, dtype=torch.int64, device=z.device)[:, 1:].unbind(dim=1)
+        low, high = integers_on(z.device, answers)[:, 1:].unbind(dim=1)
         passes, order = [], []
         for numbers, one in self._parts(answers, low, high):
             here = torch.arange(len(head_index), device=z.device)
@@ -134,7 +135,7 @@ class BlockDenoiser(ModelDenoiser):
         """Yield the rows that share a pass over their fresh columns; the first row is in the first of them."""
         widths = [last - first for _, first, last in answers]
         for numbers in sorted(grouped(widths, columns_of_a_pass(low.device))):
-            rows = torch.tensor(numbers, device=low.device)
+            rows = integers_on(low.device, numbers)
             span = torch.arange(max(widths[number] for number in numbers), device=low.device)
             columns = low[rows][:, None] + span
             if self._is_cached:  # without a cache, all keys are those of the pass

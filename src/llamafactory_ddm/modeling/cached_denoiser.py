@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..utils.devices import integers_on
 from .bidirectional import full_attention_mask
 from .denoiser import Answers, ModelDenoiser, marked, positions_in
 from .kv_cache import ColumnCache
@@ -179,7 +180,7 @@ class CachedDenoiser(ModelDenoiser):
         branch.computed_from[rows] = torch.where(fresh, z, branch.computed_from[rows])
         branch.scope[rows] = scope
         for members, width in _of_like_width(widths, length):
-            index = torch.tensor(members, device=z.device)
+            index = integers_on(z.device, members)
             self._count(rows[index], width)
             yield members, _Part(index, None if width == length else _columns(fresh[index], width))
 

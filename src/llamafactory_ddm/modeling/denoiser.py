@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objectives.shift import source_index
+from ..utils.devices import integers_on
 from .bidirectional import full_attention_mask
 from .model_info import dtype_of
 from .model_runner import ModelPass, ModelRunner, PassOutput, Runner
@@ -166,7 +167,7 @@ class ModelDenoiser:
             return z, flat_index
         if requested != self._requested:
             self._mask = None
-            self._rows = torch.tensor(requested, dtype=torch.int64, device=z.device)
+            self._rows = integers_on(z.device, requested)
         self._requested = requested
         assert self._rows is not None
         row = torch.div(flat_index, length, rounding_mode="floor")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..utils.devices import integers_on
 from .prediction import Context
 from .state import Plan, SamplerState
 
@@ -40,7 +41,7 @@ def stack_plans(plans: Sequence[Plan]) -> Plan:
         if isinstance(getattr(first, field.name), Tensor) and field.name not in ("eos_ids", "seed")
     }
     seeds = [_wrapped(plan.seed) for plan in plans for _ in plan.sample_index]
-    seed = torch.tensor(seeds, dtype=torch.int64, device=first.sample_index.device)
+    seed = integers_on(first.sample_index.device, seeds)
     changes: dict[str, Any] = {**stacked, "seed": seed, "steps": max(plan.steps for plan in plans)}
     return replace(first, **changes)
 

@@ -23,6 +23,7 @@ from ..sampling.prediction import Context, Denoiser
 from ..sampling.rows import split_states, stack_contexts, stack_plans, stack_states
 from ..sampling.state import Plan, SamplerState
 from ..sampling.strategies import Strategy
+from ..utils.devices import integers_on
 
 # Runs passes, and returns the output of each or the error that it raised.
 RunPasses = Callable[[Sequence[ModelPass]], Sequence[PassOutput | Exception]]
@@ -191,7 +192,7 @@ class _Rows:
             calls.append((number, passes, order))
             computed[number] = sum(one.ids.numel() for one in passes)
             self.n_passes[number] += 1
-        self._computed += torch.tensor(computed, device=z.device)
+        self._computed += integers_on(z.device, computed)
         results = iter(self._run([one for _, passes, _ in calls for one in passes]))
         outputs = [self._output(number, [next(results) for _ in order], order) for number, _, order in calls]
         sample = next((output for output in outputs if output is not None), None)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 
 def check_float64(device: torch.device, purpose: str) -> None:
@@ -22,3 +26,17 @@ def check_float64(device: torch.device, purpose: str) -> None:
             f"{purpose} needs float64, which the device {str(device)!r} does not have; use device='cpu', or a GPU "
             "that has it"
         ) from error
+
+
+def copies_in_background(device: torch.device) -> bool:
+    """Tell whether copies between a device and the host do not make the host wait."""
+    return device.type == "cuda"
+
+
+def integers_on(device: torch.device, values: Sequence[Any]) -> Tensor:
+    """Return numbers of the host, perhaps nested, as an int64 tensor on a device; the host does not wait for a GPU.
+
+    `torch.tensor(values, device=device)` would wait until the GPU has done all that it was given before.
+    """
+    on_host = torch.tensor(values, dtype=torch.int64)
+    return on_host.to(device, non_blocking=copies_in_background(device))

@@ -9,14 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...utils.devices import copies_in_background
 from ..logs import get_logger
 
 logger = get_logger(__name__)
-
-
-def copies_in_background(device: torch.device) -> bool:
-    """Tell whether copies between a device and the host do not make the host wait."""
-    return device.type == "cuda"
 
 
 class LossNotFiniteError(ValueError):

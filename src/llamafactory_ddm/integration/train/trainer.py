@@ -30,13 +30,14 @@ from ...modeling.row_selecting_head import RowSelectingHead
 from ...modeling.sequence_parallel import SequenceParallel
 from ...modeling.sparse_attention import FLEX, attention_implementation
 from ...objectives.base import Objective
+from ...utils.devices import copies_in_background
 from ...utils.files import explain_disk_errors, published_together
 from ...utils.random_state import unchanged_random_state
 from ..logs import describe, get_logger
 from ..model.model_card import Origin, write_trained
 from ..resolve.run_settings import write_run_settings
 from .attention_inputs import PLACEMENT, AttentionInputs
-from .finite import FiniteLoss, LossNotFiniteError, copies_in_background, weights_are_finite
+from .finite import FiniteLoss, LossNotFiniteError, weights_are_finite
 from .step_loss import StepLoss
 from .step_metrics import StepMetrics
 from .tasks import TaskEvaluation
