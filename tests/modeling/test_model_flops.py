@@ -21,6 +21,7 @@ from llamafactory_ddm.objectives.block import BlockObjective
 from llamafactory_ddm.objectives.masked import MaskedObjective
 
 VOCABULARY, MASK_ID, LENGTH, BATCH, LAYERS, WIDTH = 41, 40, 16, 2, 3, 32
+LATENT = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4}
 
 
 def make_model(family, **settings):
@@ -102,6 +103,8 @@ def lora(model, **settings):
         ("llama", {"tie_word_embeddings": True}),
         ("llama", {"tie_word_embeddings": False, "attention_bias": True}),
         ("qwen3", {}),
+        # Its values are narrower than its queries and keys, and config.head_dim is a part of these.
+        ("youtu", {"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 6, **LATENT}),
     ],
 )
 def test_full_finetuning(family, settings):
@@ -232,8 +235,11 @@ def test_two_streams_of_packed_documents():
 
 
 def test_a_model_whose_operations_are_not_known():
-    model = make_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    experts = {"moe_intermediate_size": 16, "num_experts": 4}
+    model = make_model("qwen3_moe", **experts, num_experts_per_tok=2)
     assert ours(model) is None
+    model = make_model("gemma4_text", **experts, enable_moe_block=True, top_k_experts=2, global_head_dim=12)
+    assert ours(model) is None and not hasattr(model.config, "num_experts_per_tok")
     model = make_model("llama")
     model.model.layers[0].mlp.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
     assert ours(model) is None

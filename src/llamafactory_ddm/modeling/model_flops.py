@@ -97,11 +97,12 @@ def model_flops(model: nn.Module, head: nn.Module) -> ModelFlops | None:
         head: its output embedding, as the model gives it.
     """
     config = text_config(model)
-    if getattr(config, "num_experts_per_tok", None) or any("qweight" in m._buffers for m in model.modules()):
+    # Configs name the number of experts in several ways, and not every model calls them so.
+    is_mixture = bool(getattr(config, "num_experts_per_tok", None))
+    if is_mixture or any(_is_experts_or_packed(name, module) for name, module in model.named_modules()):
         return None
     of_head = {id(module) for module in head.modules()}
     layer_types = getattr(config, "layer_types", None) or ()
-    width = _attention_width(config)
     attention = {id(module) for module in attention_modules(model)}
     per_column = per_logit = per_pair = per_near_pair = n_layers = 0
     is_reached = False  # whether anything before is trained, so that gradients flow back to here
@@ -117,7 +118,7 @@ def model_flops(model: nn.Module, head: nn.Module) -> ModelFlops | None:
                 per_column += factor * _size(module)
         if id(module) in attention:
             has_gradient = is_reached or any(parameter.requires_grad for parameter in module.parameters())
-            operations = 2 * _PRODUCT * width * (3 if has_gradient else 1)
+            operations = _PRODUCT * _attention_widths(config, module) * (3 if has_gradient else 1)
             if _is_windowed(model, layer_types, n_layers):
                 per_near_pair += operations
             else:
@@ -135,10 +136,16 @@ def _size(module: Any) -> int:
     return int(shape[0] * shape[1]) if len(shape) == 2 else 0
 
 
-def _attention_width(config: Any) -> int:
-    """Return the numbers of all heads of a query together."""
+def _is_experts_or_packed(name: str, module: nn.Module) -> bool:
+    return name.rpartition(".")[2] == "experts" or "qweight" in module._buffers
+
+
+def _attention_widths(config: Any, module: Any) -> int:
+    """Return the numbers of all heads of a query together, plus those of a value; layers may differ in them."""
     heads = int(config.num_attention_heads)
-    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    width = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    of_query = int(getattr(module, "qk_head_dim", None) or width)
+    return heads * (of_query + int(getattr(module, "v_head_dim", None) or of_query))
 
 
 def _is_windowed(model: nn.Module, layer_types: Any, layer: int) -> bool:
