@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -83,6 +84,9 @@ def precision(machine: Machine, report: Report) -> None:
 
 def four_bit(machine: Machine, report: Report) -> None:
     """Compare the loss of LoRA on a base in 4 bits with that on the base itself, in bfloat16."""
+    if find_spec("bitsandbytes") is None:
+        report.leave_out("LoRA, 4 bits", "bitsandbytes is not installed")
+        return
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     shape, sizes = _shapes(machine)["Llama"], _sizes(machine)

@@ -332,6 +332,15 @@ def test_too_little_memory_halves_the_batch(as_gpu, monkeypatch):
         speed.lora_7b(machine, report)
 
 
+def test_4_bits_are_left_out_without_their_package(as_gpu, monkeypatch):
+    machine, report, rows = as_gpu
+    from gpu_parts import training
+
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    training.four_bit(machine, report)
+    assert [(row.state, row.note) for row in rows] == [("left out", "bitsandbytes is not installed")]
+
+
 def test_flash_attention_is_compared_where_it_is_installed(as_gpu, monkeypatch):
     """With sdpa under its name, which sees documents only in a mask, so they leak without one."""
     machine, report, rows = as_gpu
