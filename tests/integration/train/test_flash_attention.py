@@ -210,3 +210,14 @@ def test_what_needs_a_mask_is_refused(make_trainer, monkeypatch, settings, match
     FakeKernels().install(monkeypatch)
     with pytest.raises((ValueError, NotBidirectionalError), match=match):
         make_trainer(model=make_model("llama", "flash_attention_2"), **settings).train()
+
+
+@pytest.mark.parametrize("value", [0.1, 0.0])
+def test_dropout_that_version_3_lacks_is_said(monkeypatch, value):
+    from llamafactory_ddm.integration.model import loader
+
+    said = []
+    monkeypatch.setattr(loader.logger, "warning_rank0", said.append)
+    config = CONFIG_MAPPING["gpt2"](vocab_size=8, n_embd=8, n_layer=1, n_head=1, attn_pdrop=value)
+    loader._warn_of_dropout(AutoModelForCausalLM.from_config(config))
+    assert ["attn_pdrop: 0.1" in line for line in said] == ([True] if value else [])

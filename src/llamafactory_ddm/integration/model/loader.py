@@ -16,6 +16,7 @@ from ...checkpoints.families import find_diffusion_config
 from ...checkpoints.families.base import without_code
 from ...checkpoints.layouts import is_model_folder, layout_of_folder, stored_num_embeddings
 from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
+from ...modeling.model_info import text_config
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from ..logs import describe, get_logger
 from ..resolve.noise_process import with_noise_process
@@ -192,6 +193,8 @@ def load_diffusion_model(
         finetuning_args.stage, model_args.flash_attn = base_stage, attention
     if sets_flash3:
         _use_flash_attention_3(model)
+        if training_args.do_train:
+            _warn_of_dropout(model)
     return model
 
 
@@ -204,3 +207,14 @@ def _use_flash_attention_3(model: Any) -> None:
             "that it supports, or set flash_attn: fa2 or sdpa"
         ) from error
     logger.info_rank0("Using FlashAttention-3.")
+
+
+def _warn_of_dropout(model: Any) -> None:
+    """Warn of attention dropout, which transformers leaves out, as the kernels of FlashAttention-3 have none."""
+    config = text_config(model)
+    for name in ("attention_dropout", "attn_pdrop"):
+        if getattr(config, name, None):
+            logger.warning_rank0(
+                f"flash_attn: fa3 has no dropout, so {name}: {getattr(config, name)} of the model has no effect; set "
+                "flash_attn: fa2 or sdpa to train with it."
+            )
