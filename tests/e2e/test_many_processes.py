@@ -147,6 +147,7 @@ def test_fsdp2_in_bf16(trained):
 
 ATTENTIONS = {
     "annealed-packed": ("model_name_or_path=data/tiny_gpt2", "mask_token=10", "anneal_steps=8", "packing=true"),
+    "odd-rows": ("cutoff_len=63",),
     "block": ("attention=block", "train_block_length=8", "antithetic_time=false"),
 }
 

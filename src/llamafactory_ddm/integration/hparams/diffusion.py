@@ -108,7 +108,7 @@ class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKe
     sequence_parallel_size: int = key(
         1,
         "Number of processes that share each row in training, by DeepSpeed's Ulysses attention: a divisor of the "
-        "number of processes, of the model's key-value heads and of cutoff_len. Evaluations compute whole rows.",
+        "number of processes and of the model's key-value heads. Evaluations compute whole rows.",
         low=1,
     )
     eval_time_samples: int = key(

@@ -240,16 +240,16 @@ class DiffusionTrainer(CustomTrainer):
                 n_maskable=int(batch.n_maskable),
                 n_tokens=clean.n_tokens,
             )
-        head_index, scored = batch.head_index, batch.scored
+        z_t, head_index, scored = batch.z_t, batch.head_index, batch.scored
+        placement = clean.placement() if batch.placement is None else batch.placement
         if self._sequence is not None:
-            head_index, scored = self._sequence.scored(batch.z_t.shape, head_index, scored)
+            z_t, head_index, placement = self._sequence.padded(z_t, head_index, placement)
+            head_index, scored = self._sequence.scored(z_t.shape, head_index, scored)
         inputs: dict[str, Any] = {
-            "input_ids": batch.z_t,  # under this name transformers counts tokens and operations
+            "input_ids": z_t,  # under this name transformers counts tokens and operations
             "head_index": head_index,
             **scored,
-            **self._attention.on_host(
-                self.model, batch.z_t.shape, clean.placement() if batch.placement is None else batch.placement
-            ),
+            **self._attention.on_host(self.model, z_t.shape, placement),
         }
         return inputs, batch.denominator
 
