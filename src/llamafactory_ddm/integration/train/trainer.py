@@ -132,7 +132,7 @@ class DiffusionTrainer(CustomTrainer):
         """Refuse FSDP where accelerate would drop it, and have checkpoints hold the whole model.
 
         Raises:
-            ValueError: if the run asks for FSDP and accelerate does not shard.
+            ValueError: if the run asks for FSDP and accelerate does not shard, or for FSDP 2 and does not train.
         """
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
@@ -140,6 +140,11 @@ class DiffusionTrainer(CustomTrainer):
                 "keep a whole model in each process; remove fsdp and fsdp_config, or set deepspeed in their place"
             )
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            if not self.args.do_train:
+                raise ValueError(
+                    "fsdp: accelerate prepares a model for FSDP 2 with its optimizer only; to evaluate without "
+                    "do_train, remove fsdp and fsdp_config"
+                )
             # By default FSDP 2 saves shards alone, and so no model that can be loaded. accelerate keeps old configs.
             plugin = self.accelerator.state.fsdp_plugin
             plugin.state_dict_config = plugin.optim_state_dict_config = None
