@@ -37,8 +37,8 @@ def check_shares_rows(model: nn.Module, size: int, world_size: int) -> None:
     if implementation(model) != "sdpa":
         # transformers' flash attention would look for a package of the name that is registered below.
         raise ValueError(
-            f"{key} needs flash_attn: sdpa, which runs a flash kernel of PyTorch's where rows have no padding; this "
-            f"run has {implementation(model)}"
+            f"{key} needs flash_attn: sdpa (PyTorch's own flash kernel runs where no mask is needed); this run has "
+            f"{implementation(model)}"
         )
     try:
         import deepspeed.sequence.layer  # noqa: F401
@@ -100,8 +100,9 @@ class SequenceParallel:
         """
         if count % self.size:
             raise ValueError(
-                f"sequence_parallel_size: {self.size} does not divide the {count} tokens of a row; set cutoff_len to "
-                "a multiple of it, or a smaller sequence_parallel_size"
+                f"sequence_parallel_size: {self.size} does not divide {count}, the length of a batch; train on rows of "
+                "one length (packing: true or train_on_padding: true) and set cutoff_len to a multiple of it, or "
+                "remove sequence_parallel_size"
             )
         width = count // self.size
         return slice(self.rank * width, (self.rank + 1) * width)
