@@ -28,12 +28,12 @@ def check_shares_rows(model: nn.Module, size: int, world_size: int) -> None:
     """
     key = f"sequence_parallel_size: {size}"
     if world_size % size:
-        raise ValueError(f"{key} does not divide the number of processes, {world_size}")
+        raise ValueError(f"{key} does not divide the number of processes, {world_size}; set a divisor of it")
     config = text_config(model)
     heads = config.num_attention_heads
     for name, count in (("heads", heads), ("key-value heads", getattr(config, "num_key_value_heads", None) or heads)):
         if count % size:
-            raise ValueError(f"{key} does not divide the model's {count} {name}; take a divisor of them")
+            raise ValueError(f"{key} does not divide the model's {count} {name}; set a divisor of {count}")
     if implementation(model) != "sdpa":
         # transformers' flash attention would look for a package of the name that is registered below.
         raise ValueError(
@@ -100,8 +100,8 @@ class SequenceParallel:
         """
         if count % self.size:
             raise ValueError(
-                f"sequence_parallel_size: {self.size} does not divide {count}, the length of a batch; train on rows of "
-                "one length (packing: true or train_on_padding: true) and set cutoff_len to a multiple of it, or "
+                f"sequence_parallel_size: {self.size} does not divide {count}, the length of a batch; train on rows "
+                "of one length (packing: true or train_on_padding: true) and set cutoff_len to a multiple of it, or "
                 "remove sequence_parallel_size"
             )
         width = count // self.size
