@@ -29,17 +29,17 @@ def check_shares_rows(model: nn.Module, size: int, world_size: int) -> None:
     """
     key = f"sequence_parallel_size: {size}"
     if world_size % size:
-        raise ValueError(f"{key} does not divide the number of processes, {world_size}")
+        raise ValueError(f"{key} does not divide the number of processes, {world_size}; set a divisor of it")
     config = text_config(model)
     heads = config.num_attention_heads
     for name, count in (("heads", heads), ("key-value heads", getattr(config, "num_key_value_heads", None) or heads)):
         if count % size:
-            raise ValueError(f"{key} does not divide the model's {count} {name}; take a divisor of them")
+            raise ValueError(f"{key} does not divide the model's {count} {name}; set a divisor of {count}")
     if implementation(model) != "sdpa":
         # transformers' flash attention would look for a package of the name that is registered below.
         raise ValueError(
-            f"{key} needs flash_attn: sdpa, which runs a flash kernel of PyTorch's where rows have no padding; this "
-            f"run has {implementation(model)}"
+            f"{key} needs flash_attn: sdpa (PyTorch's own flash kernel runs where no mask is needed); this run has "
+            f"{implementation(model)}"
         )
     try:
         import deepspeed.sequence.layer  # noqa: F401

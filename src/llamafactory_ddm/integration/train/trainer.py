@@ -136,8 +136,8 @@ class DiffusionTrainer(CustomTrainer):
         """
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
-                f"fsdp: accelerate shards on GPUs only, and this run is on {self.args.device.type}, where it would "
-                "keep a whole model in each process; remove fsdp and fsdp_config, or set deepspeed in their place"
+                f"fsdp: accelerate shards on GPUs only; on {self.args.device.type} each process would keep the whole "
+                "model; remove fsdp and fsdp_config, or use deepspeed instead"
             )
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
             if not self.args.do_train:
