@@ -135,8 +135,19 @@ def test_zero3_with_offload(trained, checkpoint, small_data, tmp_path):
             assert b[key] == pytest.approx(a[key], rel=1e-4), key
 
 
+@pytest.mark.slow
+def test_fsdp2_in_bf16(trained):
+    out, reference = trained("fsdp2", "full", "bf16=true"), trained(None, "full", "bf16=true")
+    for a, b in zip(history(reference), history(out), strict=True):
+        for key in ("loss", "nll", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=0.02), key
+    dtypes = {value.dtype for value in weights(out, "full").values()}
+    assert dtypes == {torch.float32}
+
+
 ATTENTIONS = {
     "annealed-packed": ("model_name_or_path=data/tiny_gpt2", "mask_token=10", "anneal_steps=8", "packing=true"),
+    "odd-rows": ("cutoff_len=63",),
     "block": ("attention=block", "train_block_length=8", "antithetic_time=false"),
 }
 

@@ -42,9 +42,16 @@ def test_positions_of_documents_are_kept():
     assert attention["position_ids"].tolist() == [[1, 2, 3, 4]]
 
 
-def test_columns_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"sequence_parallel_size: 4 .*cutoff_len"):
-        member(0, 4).columns(30)
+def test_rows_are_padded_to_a_multiple():
+    z_t = torch.arange(10).reshape(2, 5)
+    index = torch.tensor([0, 4, 7, 9])
+    padded, moved, placement = member(0, 4).padded(z_t, index, {"position_ids": z_t % 5})
+    assert padded.shape == (2, 8) and torch.equal(padded.reshape(-1)[moved], z_t.reshape(-1)[index])
+    assert placement["is_padding"].tolist() == [[False] * 5 + [True] * 3] * 2
+    assert placement["position_ids"].shape == (2, 8)
+    _, _, placement = member(0, 4).padded(z_t, index, {"block": torch.arange(5)})
+    assert placement.keys() == {"block"} and placement["block"].tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
+    assert member(0, 5).padded(z_t, index, {})[2] == {}
 
 
 @pytest.mark.parametrize(

@@ -53,13 +53,3 @@ def test_values_are_checked():
         with_keywords(START, {"temperature": -1})
     with pytest.raises(ValueError, match=r"early_stop .*'never'"):
         with_keywords(START, {"early_stop": "never"})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "other"),
-    [("cache_refresh", 4, {"kv_cache": "dual"}), ("grow_length", 8, {"early_stop": "grow"})],
-)
-def test_a_setting_that_would_have_no_effect_is_refused(name, value, other):
-    assert getattr(SamplingSettings(**{name: value}, **other), name) == value
-    with pytest.raises(ValueError, match=f"{name}: {value} .*{next(iter(other))}"):
-        SamplingSettings(**{name: value})

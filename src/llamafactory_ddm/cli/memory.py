@@ -10,8 +10,8 @@ from .yaml_command import run_command
 
 USAGE = """usage: llamafactory-ddm memory x.yaml [gpus=8] [key=value ...]
 
-Estimate the memory that the training run of a YAML takes on each of so many GPUs, by the formula of docs/scale.md. It
-loads no weights: the config of model_name_or_path suffices, also as a folder that holds only config.json. Example:
+Estimate the memory that full training by a YAML takes on each of `gpus` GPUs, with the formula of docs/scale.md. No
+weights are loaded: model_name_or_path may be a folder that holds only config.json. Example:
 llamafactory-ddm memory examples/llama2_full_ddm.yaml gpus=8
 """
 
@@ -48,7 +48,7 @@ def run_of(keys: dict[str, Any]) -> Any:
 
     if keys.get("finetuning_type", "lora") != "full":
         raise ValueError(
-            f"finetuning_type: {keys.get('finetuning_type', 'lora')}: the formula is that of full training"
+            f"finetuning_type: {keys.get('finetuning_type', 'lora')} is not covered by the formula, only full is"
         )
     gpus, sequence = (_whole_number(keys, name) for name in ("gpus", "sequence_parallel_size"))
     sharding, offload = "none", ""
@@ -61,7 +61,7 @@ def run_of(keys: dict[str, Any]) -> Any:
         config = keys.get("fsdp_config") or {}
         config = json.loads(Path(config).read_text(encoding="utf-8")) if isinstance(config, str) else config
         if int(config.get("version", config.get("fsdp_version", 1))) != 2:
-            raise ValueError('fsdp_config: the formula is that of FSDP 2; set "version": 2')
+            raise ValueError('fsdp_config: the formula covers FSDP 2 only; set "version": 2')
         sharding, offload = "fsdp2", "wgo" if "offload" in str(keys["fsdp"]) else ""
     return Run(
         sharding=sharding,  # type: ignore[arg-type]

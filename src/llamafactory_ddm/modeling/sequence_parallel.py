@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,17 +29,17 @@ def check_shares_rows(model: nn.Module, size: int, world_size: int) -> None:
     """
     key = f"sequence_parallel_size: {size}"
     if world_size % size:
-        raise ValueError(f"{key} does not divide the number of processes, {world_size}")
+        raise ValueError(f"{key} does not divide the number of processes, {world_size}; set a divisor of it")
     config = text_config(model)
     heads = config.num_attention_heads
     for name, count in (("heads", heads), ("key-value heads", getattr(config, "num_key_value_heads", None) or heads)):
         if count % size:
-            raise ValueError(f"{key} does not divide the model's {count} {name}; take a divisor of them")
+            raise ValueError(f"{key} does not divide the model's {count} {name}; set a divisor of {count}")
     if implementation(model) != "sdpa":
         # transformers' flash attention would look for a package of the name that is registered below.
         raise ValueError(
-            f"{key} needs flash_attn: sdpa, which runs a flash kernel of PyTorch's where rows have no padding; this "
-            f"run has {implementation(model)}"
+            f"{key} needs flash_attn: sdpa (PyTorch's own flash kernel runs where no mask is needed); this run has "
+            f"{implementation(model)}"
         )
     try:
         import deepspeed.sequence.layer  # noqa: F401
@@ -92,17 +93,28 @@ class SequenceParallel:
 
         AttentionInterface.register(self.name, attention)
 
-    def columns(self, count: int) -> slice:
-        """Return this process's part of `count` columns.
+    def padded(
+        self, z_t: Tensor, head_index: Tensor, placement: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return a step's input with padding behind its rows, so that the processes can share the columns evenly.
 
-        Raises:
-            ValueError: if the processes cannot share them evenly.
+        Args:
+            z_t: [batch, columns] int64.
+            head_index: [n] int64, into [batch * columns].
+            placement: as `TrainingBatch.placement`, or `CleanBatch.placement`.
         """
-        if count % self.size:
-            raise ValueError(
-                f"sequence_parallel_size: {self.size} does not divide the {count} tokens of a row; set cutoff_len to "
-                "a multiple of it, or a smaller sequence_parallel_size"
-            )
+        columns = z_t.shape[1]
+        extra = -columns % self.size
+        if not extra:
+            return z_t, head_index, dict(placement)
+        values = {"block": -1, "is_padding": True}  # others: 0
+        if "block" not in placement:
+            placement = {"is_padding": torch.zeros(z_t.shape, dtype=torch.bool), **placement}
+        padded = {key: functional.pad(value, (0, extra), value=values.get(key, 0)) for key, value in placement.items()}
+        return functional.pad(z_t, (0, extra)), head_index + head_index // columns * extra, padded
+
+    def columns(self, count: int) -> slice:
+        """Return this process's part of `count` columns, a multiple of `size`."""
         width = count // self.size
         return slice(self.rank * width, (self.rank + 1) * width)
 

@@ -155,12 +155,6 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name, spec in keys_of(self).items():
-            if spec.needs is not None and spec.default is None and (value := getattr(self, name)) is not None:
-                other, readers = spec.needs
-                if getattr(self, other) not in readers:
-                    needed = f"{other}: {' or '.join(readers)}"
-                    raise ValueError(f"{name}: {value} has no effect without {needed}; set that, or remove {name}")
         if self.early_stop in ("predict", "grow") and self.logits.guidance_scale != 1.0:
             raise ValueError(
                 f"early_stop: {self.early_stop} is incompatible with guidance_scale: {self.logits.guidance_scale}, as "

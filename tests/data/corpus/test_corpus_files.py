@@ -189,6 +189,7 @@ def test_small_files_share_a_shard(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n', r"filters: .*no column 'score'"),
         ("a.json", b'[{"text": "x"},\n{"text": "y"}]', "byte 0 .*one object per line"),
         ("a.jsonl", b"3\n", "byte 0 is no object"),
+        ("state.json", b"{\n}", r"state\.json: the line at byte 0 is not JSON .*with a glob"),
     ],
 )
 def test_files_that_are_refused(tmp_path, name, content, words):

@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -633,3 +634,15 @@ def test_tied_weights_are_not_missing(make_trainer, caplog):
     result = torch.nn.modules.module._IncompatibleKeys(["lm_head.weight", "transformer.wte.weight"], [])
     again._issue_warnings_after_load(result)
     assert "['lm_head.weight', 'transformer.wte.weight']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("is_enabled", "trains", "pattern"), [(False, True, "fsdp: .* on cpu"), (True, False, "fsdp: .*do_train")]
+)
+def test_fsdp_that_cannot_work_is_refused(is_enabled, trains, pattern):
+    from llamafactory_ddm.integration.train.trainer import DiffusionTrainer
+
+    args = SimpleNamespace(fsdp=["full_shard"], do_train=trains, device=torch.device("cpu"))
+    run = SimpleNamespace(args=args, is_fsdp_enabled=is_enabled, accelerator=SimpleNamespace(is_fsdp2=True))
+    with pytest.raises(ValueError, match=pattern):
+        DiffusionTrainer._check_fsdp(run)

@@ -223,7 +223,8 @@ def _json_rows(path: str, file: IO[bytes], start: int, stop: int | None) -> Iter
                 row = json.loads(line)
             except ValueError as error:
                 raise ValueError(
-                    f"sources: {path}: the line at byte {position} is not JSON ({error}); write one object per line"
+                    f"sources: {path}: the line at byte {position} is not JSON ({error}); write one object per line, "
+                    "or leave out a file that holds no documents by naming the others with a glob"
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"sources: {path}: the line at byte {position} is no object; write one per line")

@@ -99,16 +99,17 @@ class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKe
     )
     logits_chunk: int | None = key(
         None,
-        "Number of scored tokens whose logits training holds at once; the loss and its gradients are sums over such "
-        "chunks. 0 holds all logits. Defaults to a number that suits the device, or 0 where chunks are not possible: "
-        "LoRA on the output embedding, a quantized one, logits that the model changes afterwards (soft-capping).",
+        "Number of scored tokens whose logits training holds at once; loss and gradients are summed over these "
+        "chunks. 0 holds the logits of all. Defaults to a number that suits the device, or 0 where chunks are not "
+        "possible: LoRA on the output embedding, a quantized one, logits that the model changes afterwards "
+        "(soft-capping).",
         kind="integer",
         low=0,
     )
     sequence_parallel_size: int = key(
         1,
-        "Number of processes that share each row in training, by DeepSpeed's Ulysses attention: a divisor of the "
-        "number of processes, of the model's key-value heads and of cutoff_len. Evaluations compute whole rows.",
+        "Sequence parallelism: number of processes that share each row in training, by DeepSpeed's Ulysses attention. "
+        "It must divide the number of processes and the model's key-value heads. Evaluations compute whole rows.",
         low=1,
     )
     eval_time_samples: int = key(
@@ -122,8 +123,8 @@ class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKe
     )
     peak_tflops: float | None = key(
         None,
-        "Peak speed of one device in 10^12 operations a second (dense, in the dtype of training), by which the logged "
-        "mfu is divided. Defaults to the data sheet's for known GPUs; without a peak no mfu is logged.",
+        "Peak speed of one device in TFLOP/s (without sparsity, in the dtype of training), to which mfu in the log "
+        "relates. Defaults to the data sheet's for known GPUs; for others no mfu is logged.",
         kind="number",
         low=0,
         above_low=True,

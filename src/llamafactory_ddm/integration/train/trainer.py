@@ -133,14 +133,19 @@ class DiffusionTrainer(CustomTrainer):
         """Refuse FSDP where accelerate would drop it, and have checkpoints hold the whole model.
 
         Raises:
-            ValueError: if the run asks for FSDP and accelerate does not shard.
+            ValueError: if the run asks for FSDP and accelerate does not shard, or for FSDP 2 and does not train.
         """
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
-                f"fsdp: accelerate shards on GPUs only, and this run is on {self.args.device.type}, where it would "
-                "keep a whole model in each process; remove fsdp and fsdp_config, or set deepspeed in their place"
+                f"fsdp: accelerate shards on GPUs only; on {self.args.device.type} each process would keep the whole "
+                "model; remove fsdp and fsdp_config, or use deepspeed instead"
             )
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            if not self.args.do_train:
+                raise ValueError(
+                    "fsdp: accelerate prepares a model for FSDP 2 with its optimizer only; to evaluate without "
+                    "do_train, remove fsdp and fsdp_config"
+                )
             # By default FSDP 2 saves shards alone, and so no model that can be loaded. accelerate keeps old configs.
             plugin = self.accelerator.state.fsdp_plugin
             plugin.state_dict_config = plugin.optim_state_dict_config = None
@@ -236,16 +241,16 @@ class DiffusionTrainer(CustomTrainer):
                 n_maskable=int(batch.n_maskable),
                 n_tokens=clean.n_tokens,
             )
-        head_index, scored = batch.head_index, batch.scored
+        z_t, head_index, scored = batch.z_t, batch.head_index, batch.scored
+        placement = clean.placement() if batch.placement is None else batch.placement
         if self._sequence is not None:
-            head_index, scored = self._sequence.scored(batch.z_t.shape, head_index, scored)
+            z_t, head_index, placement = self._sequence.padded(z_t, head_index, placement)
+            head_index, scored = self._sequence.scored(z_t.shape, head_index, scored)
         inputs: dict[str, Any] = {
-            "input_ids": batch.z_t,  # under this name transformers counts tokens and operations
+            "input_ids": z_t,  # under this name transformers counts tokens and operations
             "head_index": head_index,
             **scored,
-            **self._attention.on_host(
-                self.model, batch.z_t.shape, clean.placement() if batch.placement is None else batch.placement
-            ),
+            **self._attention.on_host(self.model, z_t.shape, placement),
         }
         return inputs, batch.denominator
 

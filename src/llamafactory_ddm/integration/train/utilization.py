@@ -58,7 +58,7 @@ def utilization(
     if peak is None:
         logger.info_rank0(
             f"MFU is not logged: the peak of {name} in {str(dtype).removeprefix('torch.')} is not known; set "
-            "peak_tflops to that of its data sheet, in 10^12 operations a second, without sparsity."
+            "peak_tflops to the TFLOP/s of its data sheet, without sparsity."
         )
         return None
     return Utilization(flops, peak * args.world_size)
