@@ -27,13 +27,15 @@ class Terminal:
         self.written = ""
         self._fd, inner = pty.openpty()
         self.resize(60, 20)
+        # They would fix the size, and whatever runs the tests may have set them.
+        outer = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             [SCRIPTS / words[0], *map(str, words[1:])],
             cwd=ROOT,
             stdin=inner,
             stdout=inner,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, **QUIET, "TERM": "xterm-256color", **env},
+            env={**outer, **QUIET, "TERM": "xterm-256color", **env},
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
