@@ -128,7 +128,7 @@ class Results:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def write(self, unfinished: Sequence[Row] = (), worker: Worker | None = None) -> None:
-        """Write all files anew, the log of `worker` at the end of the log; each is complete at any time."""
+        """Rewrite all files, with the log of `worker` at the end of the log; each is complete at any time."""
         rows = [*self.rows, *unfinished]
         whole = {"arguments": self.arguments, "seconds": self.seconds, "rows": [row.to_json() for row in rows]}
         for name, text in (("gpu.json", json.dumps(whole, indent=1) + "\n"), ("gpu.md", table(rows))):

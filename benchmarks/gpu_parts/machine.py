@@ -9,9 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bfloat16, in FLOP/s, by a part of the device's name; from the vendor's data sheets, of the SXM modules.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-_SLOWER = ("PCIe", "NVL")
+from llamafactory_ddm.modeling.device_peaks import peak_flops
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,10 @@ class Machine:
 
     @property
     def peak(self) -> float | None:
-        """Return the peak in FLOP/s; None if it is not known."""
+        """Return the peak in bfloat16 without sparsity, in FLOP/s; None if it is not known."""
         if self.peak_tflops is not None:
             return self.peak_tflops * 1e12
-        if any(word in self.name for word in _SLOWER):
-            return None
-        return next((peak for name, peak in PEAKS.items() if name in self.name), None)
+        return peak_flops(self.name, torch.bfloat16, tf32=False)
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""

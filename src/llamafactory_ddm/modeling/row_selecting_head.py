@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..diffusion.chunked_head import Cost, head_loss
 
 # Number of a head -> `head_index` of the forward that runs. torch.compile takes a tensor that it reaches through a
-# module, as a hook's attributes are, for one of fixed shape, and would compile each number of scored tokens anew.
+# module, as a hook's attributes are, for one of fixed shape, and would recompile for each number of scored tokens.
 _SELECTED: dict[int, Tensor] = {}
 _numbers = count()
 
