@@ -39,9 +39,11 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, GPT2Config, GPT
 from llamafactory_ddm.data.collators import ResponseCollator, StartTokenCollator, VariableLengthCollator
 from llamafactory_ddm.diffusion.schedules import get_schedule
 from llamafactory_ddm.integration.train.trainer import DiffusionTrainer
+from llamafactory_ddm.modeling.activations import fuse_gelu
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.model_flops import StepCounts
+from llamafactory_ddm.modeling.tiled_attention import TILED, takes_tiles
 from llamafactory_ddm.objectives.base import Objective
 from llamafactory_ddm.objectives.block import BlockObjective
 from llamafactory_ddm.objectives.masked import MaskedObjective
@@ -184,7 +186,8 @@ def make_trainer(
     make_bidirectional(model)
     if kind == "dense":
         return DenseTrainer(**common)
-    return DiffusionTrainer(
+    fuse_gelu(model)
+    trainer = DiffusionTrainer(
         objective=make_objective(kind, mask_id),
         diffusion_config=DiffusionConfig(
             mask_token="<|mask|>",
@@ -201,6 +204,9 @@ def make_trainer(
         eval_time_samples=1,
         **common,
     )
+    if takes_tiles(model, args.device):  # as within trainer.train()
+        model.set_attn_implementation(TILED)
+    return trainer
 
 
 def time_steps(shape: argparse.Namespace) -> bool:

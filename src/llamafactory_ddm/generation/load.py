@@ -16,6 +16,7 @@ from ..checkpoints.hub import local_folder, may_be_on_hub
 from ..checkpoints.layouts import unreadable_layout
 from ..checkpoints.load_model import load_whole
 from ..checkpoints.weights import verify_checkpoint
+from ..modeling.activations import fuse_gelu
 from ..modeling.bidirectional import make_bidirectional
 from ..modeling.diffusion_config import FILE_NAME
 from ..modeling.length_heads import LengthPredictors
@@ -86,5 +87,6 @@ def load(
         model = load_whole(AutoModelForCausalLM, pretrained_model_name_or_path=folder, dtype=dtype)
     model.to(device)  # type: ignore[arg-type]
     make_bidirectional(model)
+    fuse_gelu(model)
     generator = TextGenerator(model, tokenizer, config, lengths=LengthPredictors.find(folder))
     return generator.with_template(template) if raw or template is not None else generator

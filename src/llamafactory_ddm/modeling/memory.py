@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from ..diffusion.chunked_head import chunk_rows
+from .activations import fuse_gelu
 from .model_info import text_config
 
 Sharding = Literal["none", "zero1", "zero2", "zero3", "fsdp2"]
@@ -207,4 +208,6 @@ def _of_depth(config: Any, depth: int, dtype: torch.dtype) -> Any:
     if getattr(inner, "layer_types", None):
         inner.layer_types = inner.layer_types[:depth]
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_COUNTED).train()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_COUNTED).train()
+    fuse_gelu(model)
+    return model

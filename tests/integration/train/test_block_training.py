@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from llamafactory_ddm.data.collators import ResponseCollator
-from llamafactory_ddm.modeling import block_attention
+from llamafactory_ddm.modeling import block_attention, tiled_attention
 from llamafactory_ddm.modeling.bidirectional import NotBidirectionalError
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from llamafactory_ddm.modeling.model_info import implementation
 from support.blocks import loss_by_blocks, noised_ids
 from support.tiny import MASK_ID, Rows, tiny_model
 
@@ -46,6 +47,36 @@ def test_the_gradient_is_that_of_the_blocks_one_by_one(make_trainer, shift):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("settings", [{"objective": BLOCKS}, {}])
+def test_two_streams_are_trained_and_evaluated_over_tiles(make_trainer, monkeypatch, settings):
+    """Results are the dense ones. Full attention over rows without padding has no mask, so no tiles."""
+    results = []
+    for size in (2, 1000):
+        monkeypatch.setattr(tiled_attention, "_TILE", size)
+        monkeypatch.setattr(tiled_attention, "_LARGEST_SHARE", 0.99)
+        sizes = set()
+        dense = tiled_attention.ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+        def counted(layer, query, *rest, dense=dense, sizes=sizes, **keys):
+            sizes.add(query.shape[2])
+            return dense(layer, query, *rest, **keys)
+
+        with monkeypatch.context() as patch:
+            patch.setitem(tiled_attention.ALL_ATTENTION_FUNCTIONS, "sdpa", counted)
+            rows = {"train": Rows(8, lengths=[8] * 8), "evaluation": Rows(4, lengths=[8] * 4, seed=1)}
+            trainer = make_trainer(**rows, max_steps=1, folder=str(size), **settings)
+            gradients = first_step(trainer)
+            of_training = set(sizes)
+            sizes.clear()
+            metrics = trainer.evaluate()
+        assert implementation(trainer.model) == "sdpa"
+        results.append((gradients, metrics["eval_loss"]))
+        assert (2 in of_training, 2 in sizes) == ((size == 2,) * 2 if settings else (False, False))
+    for name, gradient in results[0][0].items():
+        torch.testing.assert_close(gradient, results[1][0][name], rtol=1e-4, atol=1e-6, msg=name)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", [{"norm": "sequence"}, {"block_noise": "times", "truncate_ratio": 0.5}])

@@ -16,6 +16,7 @@ from ...checkpoints.adapters import base_of, fit_embeddings
 from ...checkpoints.hub import origin_of
 from ...checkpoints.layouts import is_model_folder, layout_of_folder, stored_num_embeddings
 from ...checkpoints.weights import load_weights, stored_dtype
+from ...modeling.activations import fuse_gelu
 from ...modeling.bidirectional import make_bidirectional
 from ...modeling.embeddings import init_new_embeddings, num_embeddings, resize_embeddings
 from ...modeling.lora import resolve_lora_targets, tie_again
@@ -161,7 +162,7 @@ class AdapterSetup:
             ) from error
 
     def finish(self, model: Any) -> None:
-        """Tie embeddings again that PEFT untied, and make attention bidirectional.
+        """Tie embeddings again that PEFT untied, make attention bidirectional, and compute GELU in one kernel.
 
         Raises:
             ValueError: if trained weights in float32 need mixed precision, which is off.
@@ -178,3 +179,4 @@ class AdapterSetup:
                 "precision; set bf16: true, or start from a model that is stored in float32"
             )
         make_bidirectional(model)
+        fuse_gelu(model)

@@ -29,6 +29,7 @@ from ...modeling.quantization import evaluation_mode
 from ...modeling.row_selecting_head import RowSelectingHead
 from ...modeling.sequence_parallel import SequenceParallel
 from ...modeling.sparse_attention import FLEX, attention_implementation
+from ...modeling.tiled_attention import TILED, takes_tiles
 from ...objectives.base import Objective
 from ...utils.devices import copies_in_background
 from ...utils.files import explain_disk_errors, published_together
@@ -105,7 +106,8 @@ class DiffusionTrainer(CustomTrainer):
         )
         self._is_checked = False
         self._dense = implementation(self.model)
-        self._trained_with = FLEX if sparse_attention else self._dense
+        self._masked = TILED if takes_tiles(self.model, self.args.device) else self._dense
+        self._trained_with = FLEX if sparse_attention else self._masked
         world, rank = self.args.world_size, self.args.process_index
         self._sequence: SequenceParallel | None = None
         if sequence_parallel_size > 1:
@@ -347,7 +349,9 @@ class DiffusionTrainer(CustomTrainer):
         if is_whole:
             self._tasks_failed = False
             self._task_metrics = {} if self.tasks is None else self._run_tasks(self.tasks)
-        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        present = implementation(self.model)
+        with attention_implementation(self.model, self._masked if present == self._dense else present):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         if is_whole:
             self._last_metrics = None if self._tasks_failed else metrics
         return metrics
