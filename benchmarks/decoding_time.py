@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from llamafactory_ddm import SamplingSettings, TextGenerator
 from llamafactory_ddm.generation.autoregressive import AutoregressiveModel
+from llamafactory_ddm.modeling.activations import fuse_gelu
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 
@@ -41,6 +42,7 @@ def models(size: str, positions: int, device: torch.device) -> tuple[TextGenerat
         pair.append(GPT2LMHeadModel(GPT2Config(n_positions=positions, **SIZES[size])).eval().to(device))
     diffusion, autoregressive = pair
     make_bidirectional(diffusion)
+    fuse_gelu(diffusion)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_gpt2")
     mask_id = len(tokenizer)
     tokenizer.add_tokens(["<|mask|>"], special_tokens=True)

@@ -29,6 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from llamafactory_ddm import TextGenerator, load
 from llamafactory_ddm.data.canvas import Canvas
 from llamafactory_ddm.harness.scoring import SAMPLES, Answer, AnswerScorer
+from llamafactory_ddm.modeling.activations import fuse_gelu
 from llamafactory_ddm.modeling.bidirectional import full_attention_mask, make_bidirectional
 from llamafactory_ddm.modeling.model_info import dtype_of
 from llamafactory_ddm.sampling import SamplingSettings
@@ -138,6 +139,7 @@ def small(model: TextGenerator) -> TextGenerator:
     torch.manual_seed(0)
     network = GPT2LMHeadModel(GPT2Config(vocab_size=50258)).eval()
     make_bidirectional(network)
+    fuse_gelu(network)
     return TextGenerator(network, model.tokenizer, model.config)
 
 

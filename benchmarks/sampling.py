@@ -32,6 +32,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from llamafactory_ddm import SamplingSettings, TextGenerator, load
+from llamafactory_ddm.modeling.activations import fuse_gelu
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.denoiser import ModelDenoiser
 from llamafactory_ddm.sampling import LogitsConfig, get_strategy, sample
@@ -82,6 +83,7 @@ def make_model(shape: Shape) -> GPT2LMHeadModel:
     )
     model = GPT2LMHeadModel(config).eval()
     make_bidirectional(model)
+    fuse_gelu(model)
     return model
 
 

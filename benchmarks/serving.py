@@ -37,6 +37,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from llamafactory_ddm import SamplingSettings, TextGenerator
+from llamafactory_ddm.modeling.activations import fuse_gelu
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from llamafactory_ddm.modeling.model_runner import ModelRunner
@@ -114,6 +115,7 @@ def make_generator(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch
     """Return a diffusion model of a shape."""
     model = make_model(shape).to(device, dtype)
     make_bidirectional(model)
+    fuse_gelu(model)
     config = DiffusionConfig(MASK, shape.vocabulary, True, "masked", 0.0, "linear", 1.0)
     if shape.block is not None:
         config = replace(config, attention="block", train_block_length=shape.block)

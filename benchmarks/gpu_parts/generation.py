@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamafactory_ddm.modeling.activations import fuse_gelu
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser
 from llamafactory_ddm.modeling.cached_denoiser import CachedDenoiser
@@ -80,6 +81,7 @@ def greedy(machine: Machine, report: Report) -> None:
         if (device, dtype) not in models:
             models[device, dtype] = make_model(shape).to(device, dtype).eval()
             make_bidirectional(models[device, dtype])
+            fuse_gelu(models[device, dtype])
         cache, strategy, edits = case
         return _texts(models[device, dtype], shape, cache, strategy, edits)
 
