@@ -66,6 +66,30 @@ def test_the_divergence_of_mixed_noise(rows):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def draw_low_rank(n=N, dtype=torch.float64, rank=2):
+    generator = torch.Generator().manual_seed(5)
+    inner, outer = (torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in (n, VOCAB))
+    return inner.to(dtype).requires_grad_(), outer.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("rows", [1, 3, N, None])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_second_product_of_low_rank(rows, frozen):
+    hidden, weight, bias, x_0, row_weight = draw()
+    weight.requires_grad_(not frozen)
+    inner, outer = draw_low_rank()
+    leaves = [leaf for leaf in (hidden, weight, bias, inner, outer) if leaf.requires_grad]
+    logits = hidden @ weight.T + bias + inner @ outer.T
+    nll = logits.exp().sum(dim=1).log() - logits[torch.arange(N), x_0]
+    expected = torch.autograd.grad(3.0 * (nll * row_weight).sum(), leaves)
+    cost = cross_entropy_cost(x_0, row_weight)
+    loss, terms = head_loss(hidden, weight, bias, cost, low_rank=(inner, outer), rows=rows)
+    assert loss.item() == pytest.approx((nll * row_weight).sum().item(), rel=1e-6)
+    assert terms.item() == pytest.approx(nll.sum().item(), rel=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(3.0 * loss, leaves), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_without_rows_every_gradient_is_zero():
     hidden, weight, bias, x_0, row_weight = draw(0)
     loss, terms = head_loss(hidden, weight, bias, cross_entropy_cost(x_0, row_weight))

@@ -83,8 +83,8 @@ class StepLoss:
         """Return why the loss cannot be computed in chunks; empty if it can. Every rank must call it."""
         if self._rows == 0:
             return "logits_chunk is 0"
-        linear, reason = self._head.linear()
-        if linear is None:
+        layer, reason = self._head.layer()
+        if layer is None:
             return reason
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for this
         with (
