@@ -153,6 +153,32 @@ def test_many_chunks_of_half_precision_are_as_exact_as_one(dtype):
     assert chunked < 1.5 * dense < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_with_a_product_of_low_rank(dtype, autocast):
+    """Adapters in float32 on a frozen layer in half precision, as PEFT keeps them, and all in half precision."""
+    hidden, weight, bias, x_0, row_weight = draw(64, dtype)
+    low_rank = draw_low_rank(64, torch.float32 if autocast else dtype)
+    leaves = (hidden, *low_rank)
+    cost = cross_entropy_cost(x_0, row_weight)
+    exact = [value.detach().double().requires_grad_() for value in (hidden, weight, bias, *low_rank)]
+    logits = exact[0] @ exact[1].T + exact[2] + exact[3] @ exact[4].T
+    truth = torch.autograd.grad(8.0 * cost(logits, slice(None))[0], (exact[0], *exact[3:]))
+    errors = []
+    for rows in (None, 9):
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            if rows is None:
+                logits = functional.linear(hidden, weight, bias) + functional.linear(*low_rank)
+                loss, _ = cost(logits, slice(None))
+            else:
+                loss, _ = head_loss(hidden, weight, bias, cost, low_rank=low_rank, rows=rows)
+        gradients = torch.autograd.grad(8.0 * loss, leaves)
+        assert [value.dtype for value in gradients] == [leaf.dtype for leaf in leaves]
+        errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(gradients, truth, strict=True)])
+    for dense, chunked in zip(*errors, strict=True):
+        assert chunked < 1.5 * dense < 0.05
+
+
 def test_in_float16_the_factor_of_the_loss_keeps_small_gradients():
     hidden, weight, bias, x_0, _ = draw(16, torch.float16)
     tiny = torch.full((16,), 2.0**-26)  # as 1 / denominator; its gradient is 0 in float16
