@@ -38,7 +38,7 @@ def check_flash_attention(model_args: Any) -> None:
     Raises:
         ValueError: if `flash_attn: fa2` asks for it, and it cannot.
     """
-    from transformers.utils import is_flash_attn_2_available, is_torch_npu_available
+    from transformers.utils import is_flash_attn_2_available, is_torch_npu_available  # type: ignore[attr-defined]
 
     if model_args.flash_attn != "fa2" or is_flash_attn_2_available() or is_torch_npu_available():
         return
