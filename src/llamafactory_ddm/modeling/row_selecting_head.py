@@ -83,10 +83,8 @@ class RowSelectingHead:
             module = trained_copy(module)
         if "forward" in vars(module):
             return None, "the forward of the output embedding is replaced"
-        if type(module) is not nn.Linear:
-            reason = why_not_low_rank(module)
-            return (None, reason) if reason else (module, "")
-        return module, ""
+        reason = "" if type(module) is nn.Linear else why_not_low_rank(module)
+        return (None, reason) if reason else (module, "")
 
     def _call_instead(self, hidden: Tensor) -> Tensor:
         if self._instead is None:
