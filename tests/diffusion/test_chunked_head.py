@@ -66,6 +66,30 @@ def test_the_divergence_of_mixed_noise(rows):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def draw_low_rank(n=N, dtype=torch.float64, rank=2):
+    generator = torch.Generator().manual_seed(5)
+    inner, outer = (torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in (n, VOCAB))
+    return inner.to(dtype).requires_grad_(), outer.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("rows", [1, 3, N, None])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_second_product_of_low_rank(rows, frozen):
+    hidden, weight, bias, x_0, row_weight = draw()
+    weight.requires_grad_(not frozen)
+    inner, outer = draw_low_rank()
+    leaves = [leaf for leaf in (hidden, weight, bias, inner, outer) if leaf.requires_grad]
+    logits = hidden @ weight.T + bias + inner @ outer.T
+    nll = logits.exp().sum(dim=1).log() - logits[torch.arange(N), x_0]
+    expected = torch.autograd.grad(3.0 * (nll * row_weight).sum(), leaves)
+    cost = cross_entropy_cost(x_0, row_weight)
+    loss, terms = head_loss(hidden, weight, bias, cost, low_rank=(inner, outer), rows=rows)
+    assert loss.item() == pytest.approx((nll * row_weight).sum().item(), rel=1e-6)
+    assert terms.item() == pytest.approx(nll.sum().item(), rel=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(3.0 * loss, leaves), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_without_rows_every_gradient_is_zero():
     hidden, weight, bias, x_0, row_weight = draw(0)
     loss, terms = head_loss(hidden, weight, bias, cross_entropy_cost(x_0, row_weight))
@@ -127,6 +151,32 @@ def test_many_chunks_of_half_precision_are_as_exact_as_one(dtype):
     """A sum in half precision would lose the parts that are smaller than its last digit."""
     dense, chunked = gradient_errors(dtype, dtype, scale=8.0, n=2000, rows=1)
     assert chunked < 1.5 * dense < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_with_a_product_of_low_rank(dtype, autocast):
+    """Adapters in float32 on a frozen layer in half precision, as PEFT keeps them, and all in half precision."""
+    hidden, weight, bias, x_0, row_weight = draw(64, dtype)
+    low_rank = draw_low_rank(64, torch.float32 if autocast else dtype)
+    leaves = (hidden, *low_rank)
+    cost = cross_entropy_cost(x_0, row_weight)
+    exact = [value.detach().double().requires_grad_() for value in (hidden, weight, bias, *low_rank)]
+    logits = exact[0] @ exact[1].T + exact[2] + exact[3] @ exact[4].T
+    truth = torch.autograd.grad(8.0 * cost(logits, slice(None))[0], (exact[0], *exact[3:]))
+    errors = []
+    for rows in (None, 9):
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            if rows is None:
+                logits = functional.linear(hidden, weight, bias) + functional.linear(*low_rank)
+                loss, _ = cost(logits, slice(None))
+            else:
+                loss, _ = head_loss(hidden, weight, bias, cost, low_rank=low_rank, rows=rows)
+        gradients = torch.autograd.grad(8.0 * loss, leaves)
+        assert [value.dtype for value in gradients] == [leaf.dtype for leaf in leaves]
+        errors.append([((a - b).norm() / b.norm()).item() for a, b in zip(gradients, truth, strict=True)])
+    for dense, chunked in zip(*errors, strict=True):
+        assert chunked < 1.5 * dense < 0.05
 
 
 def test_in_float16_the_factor_of_the_loss_keeps_small_gradients():

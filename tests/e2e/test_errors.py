@@ -133,6 +133,18 @@ def test_annealing_under_flash_attention(train_small, tmp_path, monkeypatch):
     expect(train_small, tmp_path / "out", "^anneal_steps .*attention", anneal_steps=10)
 
 
+def test_flash_attention_2_is_not_installed(train_small, generate, checkpoint, tmp_path, monkeypatch):
+    """LLaMA-Factory would warn, and train with another attention."""
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
+    pattern = r"^flash_attn: fa2 cannot be used.*llamafactory-ddm\[flash-attn\].*flash_attn: sdpa"
+    expect(train_small, tmp_path / "out", pattern, flash_attn="fa2")
+    with pytest.raises(ValueError, match=pattern):
+        generate(tmp_path / "out", model_name_or_path=checkpoint, flash_attn="fa2")
+    rows = tmp_path / "rows"
+    train_small(tmp_path / "out", flash_attn="fa2", do_train=False, tokenized_path=rows)  # only prepares data
+    assert rows.is_dir()
+
+
 def test_flash_attention_3_is_not_installed(train_small, tmp_path):
     expect(train_small, tmp_path / "out", "^flash_attn: fa3 .*flash_attn: fa2 or sdpa", flash_attn="fa3")
 

@@ -40,6 +40,7 @@ WAYS = {
     "ulysses": (("per_device_train_batch_size=8", "sequence_parallel_size=2", "use_cpu=true"), True, 1e-5),
 }
 ONE_PROCESS = ("per_device_train_batch_size=8", "use_cpu=true")
+ADAPTED_HEAD = ("lora_target=c_attn,lm_head", "lora_dropout=0.0")
 RECIPES = {"full": "tiny_gpt2_full_ddm_sft.yaml", "lora": "tiny_gpt2_lora_ddm_sft.yaml"}
 
 
@@ -60,14 +61,14 @@ def trained(tmp_path_factory, checkpoint, small_data):
 
 
 def start(recipe, folder, checkpoint, data, *overrides, in_two=False, processes=2, launcher=None, env=None):
+    """Train, and return the finished processes."""
     arguments = (f"model_name_or_path={checkpoint}", f"dataset_dir={data}", f"output_dir={folder}")
     arguments = (f"examples/{RECIPES[recipe]}", *SMALL, *arguments, *overrides)
     if launcher is not None:
-        in_processes(processes, launcher, *arguments, env={"DS_ACCELERATOR": "cpu"})
-    elif in_two and env is None:
-        train_in_processes(processes, *arguments, env={"DS_ACCELERATOR": "cpu"})
-    else:
-        run("train", *arguments, env=env)
+        return in_processes(processes, launcher, *arguments, env={"DS_ACCELERATOR": "cpu"})
+    if in_two and env is None:
+        return train_in_processes(processes, *arguments, env={"DS_ACCELERATOR": "cpu"})
+    return [run("train", *arguments, env=env)]
 
 
 def eval_loss(folder):
@@ -87,7 +88,7 @@ def run_way(way, recipe, folder, checkpoint, data, *overrides, env=None):
     if way == "fsdp2":
         launcher = ROOT / "tests" / "e2e" / "fsdp_on_cpu.py"
         keys = (*keys, *(f"{key}={value}" for key, value in FSDP.items()))
-    start(recipe, folder, checkpoint, data, *keys, *overrides, in_two=in_two, launcher=launcher, env=env)
+    return start(recipe, folder, checkpoint, data, *keys, *overrides, in_two=in_two, launcher=launcher, env=env)
 
 
 @pytest.mark.slow
@@ -310,3 +311,28 @@ def test_published_weights_are_renamed_under_zero3(small_data, tmp_path):
     assert trained.keys() == expected.keys() and "model.embed_tokens.weight" in trained
     for key, value in expected.items():
         torch.testing.assert_close(trained[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
+
+
+@pytest.fixture(scope="module")
+def adapted_head_reference(tmp_path_factory, untied, small_data):
+    """One process with LoRA on the output embedding, with all logits at once."""
+    folder = tmp_path_factory.mktemp("adapted_head") / "out"
+    start("lora", folder, untied, small_data, *ONE_PROCESS, *ADAPTED_HEAD, "logits_chunk=0")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
+def test_lora_on_the_output_embedding(way, adapted_head_reference, untied, small_data, tmp_path):
+    """In chunks where the weights of the adapter are at hand: ZeRO-3 gathers them within its layers alone."""
+    finished = run_way(way, "lora", tmp_path / "out", untied, small_data, *ADAPTED_HEAD, "logits_chunk=3")
+    for a, b in zip(history(adapted_head_reference), history(tmp_path / "out"), strict=True):
+        for key in ("loss", "nll", "grad_norm"):
+            assert b[key] == pytest.approx(a[key], rel=WAYS[way][2]), key
+    assert any("holds the logits of all" in done.stdout + done.stderr for done in finished) == (way == "zero3")
+    actual = weights(tmp_path / "out", "lora")
+    # ZeRO-3 leaves out the frozen weight of the output embedding, which PEFT saves beside such an adapter.
+    adapters = {k: value for k, value in weights(adapted_head_reference, "lora").items() if "lora_" in k}
+    for key, value in adapters.items():
+        torch.testing.assert_close(actual[key].float(), value.float(), rtol=1e-2, atol=2e-4, msg=key)
+    assert sum("lm_head" in key for key in adapters) == 2

@@ -137,3 +137,20 @@ def test_what_the_formula_does_not_cover_is_an_error(word, name, capsys):
     assert main(["memory", "examples/llama2_full_ddm.yaml", word]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"llamafactory-ddm memory: {name}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("owner/nothing-of-this-name", "check the name, the connection and HF_HUB_OFFLINE, or give a folder"),
+        ("/nowhere/at/all", "is not a folder; check the path"),
+        ("{folder}", "give a folder that holds the config.json"),
+    ],
+)
+def test_a_model_whose_config_is_not_there(name, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    name = name.format(folder=tmp_path)
+    assert main(["memory", "examples/llama2_full_ddm.yaml", f"model_name_or_path={name}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("llamafactory-ddm memory: model_name_or_path: ") and error.count("\n") == 1
+    assert name in error and words in error and "installation" not in error

@@ -22,20 +22,44 @@ def main(argv: list[str]) -> int:
 
 
 def _print(keys: dict[str, Any]) -> None:
-    from transformers import AutoConfig
-
     from ..modeling.memory import parts, shape_of
 
     if not keys.get("model_name_or_path"):
         raise ValueError("model_name_or_path is missing; name the model, or a folder that holds its config.json")
     run = run_of(keys)
-    config = AutoConfig.from_pretrained(keys["model_name_or_path"])
+    config = _config(str(keys["model_name_or_path"]))
     row = int(keys.get("cutoff_len", 2048)) * (2 if keys.get("attention") == "block" else 1)
     sizes = parts(shape_of(config, row=row, half=run.half), run)
     for name, size in sizes.items():
         print(f"{name:22} {size / 1e9:7.2f} GB")
     total = sum(size for name, size in sizes.items() if not name.startswith("host: "))
     print(f"{'total on each GPU':22} {total / 1e9:7.2f} GB, without what CUDA, NCCL and the allocator take")
+
+
+def _config(name: str) -> Any:
+    """Return the config of a model.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    from ..checkpoints.hub import may_be_on_hub
+    from ..checkpoints.weights import first_line
+
+    if not (Path(name).is_dir() or may_be_on_hub(name)):
+        raise ValueError(
+            f"model_name_or_path: {name} is not a folder; check the path (it is relative to {Path.cwd()})"
+        )
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        cure = "check the name, the connection and HF_HUB_OFFLINE, or give a folder that holds its config.json"
+        if Path(name).is_dir():
+            cure = "give a folder that holds the config.json of a model that transformers knows"
+        raise ValueError(
+            f"model_name_or_path: the config of {name} cannot be read ({first_line(error)}); {cure}"
+        ) from error
 
 
 def run_of(keys: dict[str, Any]) -> Any:

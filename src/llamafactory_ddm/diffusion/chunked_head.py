@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ Cost = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 class _Plan:
     cost: Cost
     rows: int
-    dtype: torch.dtype  # of the logits
+    dtypes: tuple[torch.dtype, ...]  # of each product of a left and a right factor; the first is that of the logits
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
@@ -34,7 +34,13 @@ def chunk_rows(vocabulary: int, device: str) -> int:
 
 
 def head_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, cost: Cost, *, rows: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cost: Cost,
+    *,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of the logits `hidden @ weight.T + bias`, a sum over rows, and the sum of its terms.
 
@@ -52,44 +58,51 @@ def head_loss(
         weight: [vocab, width].
         bias: [vocab], or None.
         cost: gives the loss of some rows, differentiable in their logits; the parts of all rows add up to the loss.
+        low_rank: a second product `inner @ outer.T` that the logits contain, as LoRA adds it: inner [n, rank] and
+            outer [vocab, rank].
         rows: n logits at once, at least 1; by default as many as `chunk_rows` says.
     Returns:
         The loss, and the sum of the terms, detached; both scalars of the dtype that `cost` returns.
     """
     device = hidden.device.type
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    factors = [hidden, weight, *(low_rank or ())]
     if not torch.is_grad_enabled():
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    plan = _Plan(cost, rows or chunk_rows(len(weight), device), dtype)
-    loss, terms = _HeadLoss.apply(hidden, weight, bias, plan)  # type: ignore[no-untyped-call]
+        factors, bias = [factor.detach() for factor in factors], None if bias is None else bias.detach()
+    dtypes = tuple(_product_dtype(right, device) for right in factors[1::2])
+    plan = _Plan(cost, rows or chunk_rows(len(weight), device), dtypes)
+    loss, terms = _HeadLoss.apply(plan, bias, *factors)  # type: ignore[no-untyped-call]
     return loss, terms
+
+
+def _product_dtype(weight: Tensor, device: str) -> torch.dtype:
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 class _HeadLoss(torch.autograd.Function):
     """`head_loss` and its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, plan: _Plan, bias: Tensor | None, *factors: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss and the sum of the terms."""
-        needed = ctx.needs_input_grad[:3]
-        ctx.plan, ctx.recomputes, ctx.gradients = plan, plan.dtype == torch.float16, None
+        needed = ctx.needs_input_grad[1:]
+        ctx.plan, ctx.recomputes, ctx.gradients = plan, torch.float16 in plan.dtypes, None
         if ctx.recomputes:
-            ctx.save_for_backward(hidden, weight, bias)
-            needed = (False, False, False)
-        loss, terms, ctx.gradients = _run(hidden, weight, bias, plan, needed)
-        ctx.dtypes = [None if value is None else value.dtype for value in (hidden, weight, bias)]
+            ctx.save_for_backward(bias, *factors)
+            needed = (False,) * len(needed)
+        loss, terms, ctx.gradients = _run(plan, bias, factors, needed)
+        ctx.dtypes = [None if value is None else value.dtype for value in (bias, *factors)]
         ctx.mark_non_differentiable(terms)
         return loss, terms
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        """Return the gradients of hidden states, weight and bias."""
+        """Return the gradients of the bias and of the factors."""
         if ctx.recomputes:
-            hidden, weight, bias = ctx.saved_tensors
-            _, _, gradients = _run(hidden, weight, bias, ctx.plan, ctx.needs_input_grad[:3], grad)
+            bias, *factors = ctx.saved_tensors
+            _, _, gradients = _run(ctx.plan, bias, factors, ctx.needs_input_grad[1:], grad)
         elif ctx.gradients is None:
             raise RuntimeError("the gradients of head_loss can be taken once only")
         else:
@@ -97,48 +110,64 @@ class _HeadLoss(torch.autograd.Function):
             if grad.device.type != "cpu" or grad.item() != 1.0:  # reading a number of a device would wait for it
                 gradients = [None if value is None else value.mul_(grad) for value in gradients]
         pairs = zip(gradients, ctx.dtypes, strict=True)
-        return (*(None if value is None else value.to(dtype) for value, dtype in pairs), None)
+        return (None, *(None if value is None else value.to(dtype) for value, dtype in pairs))
 
 
 def _run(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: _Plan,
-    needed: tuple[bool, ...],
-    grad: Tensor | None = None,
+    plan: _Plan, bias: Tensor | None, factors: Sequence[Tensor], needed: Sequence[bool], grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Return the loss, the sum of the terms, and the `needed` gradients of hidden, weight and bias times `grad`."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        h, w = hidden.detach().to(plan.dtype), weight.detach().to(plan.dtype)
-        b = None if bias is None else bias.detach().to(plan.dtype)
-        grad_hidden = torch.empty_like(h) if needed[0] else None
-        sums = weight.dtype  # in half precision each addition would round, and small parts would be lost
-        if len(h) > plan.rows:
-            sums = torch.promote_types(sums, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=sums) if needed[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=sums) if bias is not None and needed[2] else None
+    """Return the loss, the sum of the terms, and the `needed` gradients of bias and factors times `grad`.
+
+    Args:
+        plan: how.
+        bias: [vocab], or None.
+        factors: for each product the left factor, [n, k], and the right one, [vocab, k].
+        needed: whether a gradient is needed, for the bias and for each factor.
+        grad: the gradient of the loss; None for 1.
+    """
+    with torch.autocast(factors[0].device.type, enabled=False):
+        lefts, rights = (
+            [factor.detach().to(dtype) for factor, dtype in zip(side, plan.dtypes, strict=True)]
+            for side in (factors[::2], factors[1::2])
+        )
+        b = None if bias is None else bias.detach().to(plan.dtypes[0])
+        n = len(lefts[0])
+
+        def zeros(value: Tensor) -> Tensor:
+            # In half precision each addition would round, and small parts would be lost.
+            dtype = torch.promote_types(value.dtype, torch.float32) if n > plan.rows else value.dtype
+            return torch.zeros_like(value, dtype=dtype)
+
+        of_bias = zeros(bias) if bias is not None and needed[0] else None
+        of_lefts = [torch.empty_like(left) if needs else None for left, needs in zip(lefts, needed[1::2], strict=True)]
+        of_rights = [zeros(right) if needs else None for right, needs in zip(factors[1::2], needed[2::2], strict=True)]
         losses, terms = [], []
-        for start in range(0, max(1, len(h)), plan.rows):
+        for start in range(0, max(1, n), plan.rows):
             rows = slice(start, start + plan.rows)
-            logits = functional.linear(h[rows], w, b)
+            logits = functional.linear(lefts[0][rows], rights[0], b)
+            for left, right in zip(lefts[1:], rights[1:], strict=True):
+                logits += functional.linear(left[rows], right)
             if not any(needed):
                 loss, term = plan.cost(logits, rows)
             else:
                 with torch.enable_grad():
                     loss, term = plan.cost(logits.requires_grad_(), rows)
                 (of_logits,) = torch.autograd.grad(loss, logits, grad)
-                if grad_hidden is not None:
-                    torch.mm(of_logits, w, out=grad_hidden[rows])
-                if grad_weight is not None:
-                    _add_product(grad_weight, of_logits, h[rows])
-                if grad_bias is not None:
-                    grad_bias += of_logits.sum(dim=0)
+                if of_bias is not None:
+                    of_bias += of_logits.sum(dim=0)
+                for left, right, of_left, of_right in zip(lefts, rights, of_lefts, of_rights, strict=True):
+                    of_product = of_logits.to(right.dtype)
+                    if of_left is not None:
+                        torch.mm(of_product, right, out=of_left[rows])
+                    if of_right is not None:
+                        _add_product(of_right, of_product, left[rows])
             losses.append(loss.detach())
             terms.append(term.detach())
-        if grad_weight is not None:  # it waits for the backward pass, so the float32 sum is not kept
-            grad_weight = grad_weight.to(weight.dtype)
-    return torch.stack(losses).sum(), torch.stack(terms).sum(), [grad_hidden, grad_weight, grad_bias]
+        for number, right in enumerate(factors[1::2]):  # they wait for the backward pass without the float32 sums
+            total = of_rights[number]
+            of_rights[number] = None if total is None else total.to(right.dtype)
+        gradients = [of_bias, *(value for pair in zip(of_lefts, of_rights, strict=True) for value in pair)]
+    return torch.stack(losses).sum(), torch.stack(terms).sum(), gradients
 
 
 def _add_product(total: Tensor, of_logits: Tensor, hidden: Tensor) -> None:

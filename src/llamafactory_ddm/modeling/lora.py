@@ -1,11 +1,12 @@
-"""LoRA on diffusion models: target modules, and embeddings that stay tied."""
+"""LoRA on diffusion models: target modules, embeddings that stay tied, and the parts of an adapted layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .embeddings import has_tied_embeddings
@@ -116,6 +117,59 @@ def tie_again(model: Any) -> None:
     head = head if inner is None else next(iter(inner.values()))
     if head.weight is not weight:
         head.weight = weight
+
+
+def trained_copy(wrapper: Any) -> nn.Module:
+    """Return the module that a `ModulesToSaveWrapper` of PEFT calls."""
+    names = wrapper.active_adapters
+    if wrapper.disable_adapters or not names or any(name not in wrapper.modules_to_save for name in names):
+        return wrapper.original_module  # type: ignore[no-any-return]
+    return wrapper.modules_to_save[names[0]]  # type: ignore[no-any-return]
+
+
+def why_not_low_rank(layer: nn.Module) -> str:
+    """Return why `low_rank_parts` does not describe an output embedding; empty if it does."""
+    from peft.tuners.lora import Linear
+
+    if type(layer) is not Linear:
+        return f"the output embedding is a {type(layer).__name__}"
+    if layer.lora_variant or any(layer.lora_bias.values()):
+        return "the LoRA of the output embedding is DoRA or another variant"
+    parts: list[Any] = [layer.get_base_layer(), *layer.lora_B.values()]
+    others = [type(part).__name__ for part in parts if type(part) is not nn.Linear]
+    if others:
+        return f"the LoRA of the output embedding has a {others[0]}"
+    if any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in parts):
+        return "parts of the output embedding's LoRA have hooks, as ZeRO-3 adds to gather their weights"
+    return ""
+
+
+def low_rank_parts(layer: Any, hidden: Tensor) -> tuple[nn.Linear, tuple[Tensor, Tensor] | None]:
+    """Return what a LoRA layer adds up: a linear layer, and a product of two thin matrices.
+
+    The output is `base(hidden) + inner @ outer.T`, where inner is A of the hidden states after dropout, times the
+    scaling, and outer is B; those of several active adapters stand side by side. Dropout draws as in the layer's own
+    forward.
+
+    Args:
+        layer: a PEFT layer for which `why_not_low_rank` is empty.
+        hidden: [n, width].
+    Returns:
+        The linear layer, and inner [n, rank] and outer [outputs, rank]; None if no adapter is active, or is merged.
+    Source: LoRA (arXiv 2106.09685), section 4.1.
+    """
+    base: nn.Linear = layer.get_base_layer()
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
+    names = [] if layer.disable_adapters or layer.merged else [n for n in layer.active_adapters if n in layer.lora_A]
+    if not names:
+        return base, None
+    inner = []
+    for name in names:
+        down = layer.lora_A[name]
+        inner.append(down(layer.lora_dropout[name](hidden.to(down.weight.dtype))) * layer.scaling[name])
+    outer = [layer.lora_B[name].weight for name in names]
+    return base, (inner[0], outer[0]) if len(names) == 1 else (torch.cat(inner, dim=1), torch.cat(outer, dim=1))
 
 
 def _check_names(key: str, targets: list[str], modules: list[str], names: list[str]) -> None:

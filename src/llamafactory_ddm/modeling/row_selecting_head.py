@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.chunked_head import Cost, head_loss
+from .lora import low_rank_parts, trained_copy, why_not_low_rank
 
 # Number of a head -> `head_index` of the forward that runs. torch.compile takes a tensor that it reaches through a
 # module, as a hook's attributes are, for one of fixed shape, and would recompile for each number of scored tokens.
@@ -71,16 +72,19 @@ class RowSelectingHead:
         """Let torch.compile leave out what `losing` and `constant` put in place of the output embedding."""
         self._forward = torch.compiler.disable(self._call_instead)
 
-    def linear(self) -> tuple[nn.Linear | None, str]:
-        """Return the linear layer that computes the logits; or None and why `losing` cannot replace its forward."""
+    def layer(self) -> tuple[Any | None, str]:
+        """Return the layer that computes the logits, linear or LoRA on such a one.
+
+        Returns:
+            The layer and an empty text; or None and why `losing` cannot replace its forward.
+        """
         module: Any = self.module
-        if hasattr(module, "modules_to_save") and hasattr(module, "active_adapter"):  # PEFT's trained copy
-            module = module.modules_to_save[module.active_adapter]
-        if type(module) is not nn.Linear:  # an adapter's or a quantized layer
-            return None, f"the output embedding is a {type(module).__name__}"
+        if hasattr(module, "modules_to_save") and hasattr(module, "active_adapters"):
+            module = trained_copy(module)
         if "forward" in vars(module):
             return None, "the forward of the output embedding is replaced"
-        return module, ""
+        reason = "" if type(module) is nn.Linear else why_not_low_rank(module)
+        return (None, reason) if reason else (module, "")
 
     def _call_instead(self, hidden: Tensor) -> Tensor:
         if self._instead is None:
@@ -88,16 +92,16 @@ class RowSelectingHead:
         return self._instead(hidden)
 
     @contextmanager
-    def _replaced(self, forward: Callable[[nn.Linear, Tensor], Tensor]) -> Iterator[None]:
-        linear, reason = self.linear()
-        if linear is None:
+    def _replaced(self, forward: Callable[[Any, Tensor], Tensor]) -> Iterator[None]:
+        layer, reason = self.layer()
+        if layer is None:
             raise RuntimeError(reason)
-        self._instead = lambda hidden: forward(linear, hidden)
-        vars(linear)["forward"] = self._forward
+        self._instead = lambda hidden: forward(layer, hidden)
+        vars(layer)["forward"] = self._forward
         try:
             yield
         finally:
-            del vars(linear)["forward"]
+            del vars(layer)["forward"]
             self._instead = None
 
     @contextmanager
@@ -115,8 +119,10 @@ class RowSelectingHead:
         """
         values: list[Tensor] = []
 
-        def forward(linear: nn.Linear, hidden: Tensor) -> Tensor:
-            loss, terms = head_loss(_select(hidden, head_index), linear.weight, linear.bias, cost, rows=rows)
+        def forward(layer: Any, hidden: Tensor) -> Tensor:
+            hidden = _select(hidden, head_index)
+            linear, low_rank = (layer, None) if type(layer) is nn.Linear else low_rank_parts(layer, hidden)
+            loss, terms = head_loss(hidden, linear.weight, linear.bias, cost, low_rank=low_rank, rows=rows)
             values[:] = [loss.detach(), terms]
             return loss.reshape(1, 1)
 
@@ -129,11 +135,11 @@ class RowSelectingHead:
 
         So the caller sees whether the model, or a hook, changes the logits behind the output embedding.
         """
-        linear, _ = self.linear()
-        vocabulary = 0 if linear is None else linear.out_features
+        layer, _ = self.layer()
+        vocabulary = 0 if layer is None else layer.out_features
         values = torch.arange(vocabulary, device=device) % 255 - 127  # exact in bfloat16
 
-        def forward(linear: nn.Linear, hidden: Tensor) -> Tensor:
+        def forward(layer: Any, hidden: Tensor) -> Tensor:
             return values.to(hidden.dtype)[None]
 
         with self._replaced(forward):

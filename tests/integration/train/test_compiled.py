@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -120,12 +121,18 @@ def test_one_graph_serves_every_number_of_scored_tokens(run, kind, make, logits_
     assert kind == "mixed" or len(set(scored)) > 2  # so the number of scored tokens has changed
 
 
+def adapted():
+    return get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["c_attn", "lm_head"]))
+
+
 @pytest.mark.slow
-def test_a_compiled_step_is_the_plain_one(run, make_trainer):
+@pytest.mark.parametrize("make", [tiny_model, adapted])
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_is_the_plain_one(run, make_trainer, make):
     """With the graphs of autograd, for chunks of three logits."""
     settings = {"logits_chunk": 3, "anneal_steps": 4, "learning_rate": 1e-3}
-    compiled, counts = run(data=Rows(64), backend="aot_eager", **settings)
-    plain = make_trainer(max_steps=STEPS, folder="plain", train=Rows(64), **settings)
+    compiled, counts = run(model=make(), data=Rows(64), backend="aot_eager", **settings)
+    plain = make_trainer(model=make(), max_steps=STEPS, folder="plain", train=Rows(64), **settings)
     plain.finetuning_args.disable_shuffling = True
     plain.train()
     for name in ("loss", "grad_norm", "nll"):

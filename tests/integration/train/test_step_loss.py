@@ -98,23 +98,51 @@ def test_a_hook_that_changes_the_logits_needs_all(make_trainer):
     check_equal(make_trainer, make, in_chunks=False)
 
 
+def lora_model(settings, *more, base=tiny_model):
+    """Return a model with adapters whose B is not 0; `more` are those of further adapters, all of them active."""
+    model = get_peft_model(base(), LoraConfig(r=2, **{"target_modules": ["c_attn"], **settings}))
+    for number, others in enumerate(more):
+        model.add_adapter(f"more_{number}", LoraConfig(**{"target_modules": ["c_attn"], **others}))
+    if more:
+        model.base_model.set_adapter(list(model.peft_config))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+ON_HEAD = {"target_modules": ["c_attn", "lm_head"]}
+
+
 @pytest.mark.parametrize(
     ("settings", "in_chunks"),
-    [({}, True), ({"modules_to_save": ["lm_head"]}, True), ({"target_modules": ["c_attn", "lm_head"]}, False)],
+    [
+        ({}, True),
+        ({"modules_to_save": ["lm_head"]}, True),
+        (ON_HEAD, True),
+        ({**ON_HEAD, "lora_dropout": 0.3}, True),
+        ({**ON_HEAD, "use_rslora": True, "lora_alpha": 5}, True),
+        ({**ON_HEAD, "use_dora": True}, False),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_lora(make_trainer, settings, in_chunks):
-    settings = {"target_modules": ["c_attn"], **settings}
+    check_equal(make_trainer, lambda: lora_model(settings), in_chunks=in_chunks)
 
-    def make():
-        model = get_peft_model(tiny_model(), LoraConfig(r=2, **settings))
-        torch.manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter)
-        return model
 
-    check_equal(make_trainer, make, in_chunks=in_chunks)
+@pytest.mark.parametrize(
+    "settings", [{"objective": {"uniform_ratio": 0.2}}, {"bf16": True, "rtol": 2e-2, "atol": 1e-2}]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_lora_on_the_output_embedding_with(make_trainer, settings):
+    check_equal(make_trainer, lambda: lora_model(ON_HEAD), **settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_adapters_on_the_output_embedding(make_trainer):
+    more = ({**ON_HEAD, "r": 3, "use_rslora": True}, {}, {"target_modules": ["lm_head"], "r": 1})
+    check_equal(make_trainer, lambda: lora_model(ON_HEAD, *more))
 
 
 @pytest.mark.parametrize("objective", [{}, {"uniform_ratio": 0.2}])
@@ -133,9 +161,11 @@ def test_accumulation_and_gradient_checkpointing(make_trainer):
     )
 
 
-def test_the_most_logits_at_once(make_trainer, monkeypatch):
+@pytest.mark.parametrize("make", [tiny_model, lambda: lora_model(ON_HEAD)])
+@pytest.mark.filterwarnings("ignore")
+def test_the_most_logits_at_once(make_trainer, monkeypatch, make):
     """A step holds the logits of as many tokens as the key says, and the evaluation is not in chunks."""
-    trainer = make_trainer(evaluation=Rows(4), logits_chunk=5)
+    trainer = make_trainer(model=make(), evaluation=Rows(4), logits_chunk=5)
     inner, counts = type(trainer.objective).loss, []
 
     def counted(self, logits, *rest):
@@ -146,18 +176,73 @@ def test_the_most_logits_at_once(make_trainer, monkeypatch):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert max(counts) == 5 and len(counts) > 10
-    assert make_trainer(evaluation=Rows(4), logits_chunk=0).evaluate()["eval_loss"] == before
+    assert make_trainer(model=make(), evaluation=Rows(4), logits_chunk=0).evaluate()["eval_loss"] == before
+
+
+class Quantized(torch.nn.Linear):
+    """As those of bitsandbytes, a subclass."""
 
 
 def test_only_a_plain_linear_layer_is_computed_in_chunks():
-    class Quantized(torch.nn.Linear):
-        """As those of bitsandbytes, a subclass."""
-
     model = tiny_model()
     head = RowSelectingHead(model)
-    assert head.linear() == (model.lm_head, "")
+    assert head.layer() == (model.lm_head, "")
     model.lm_head.forward = model.lm_head.forward  # as accelerate's hooks of a device map do
-    assert head.linear()[0] is None
+    assert head.layer()[0] is None
     model.set_output_embeddings(Quantized(32, VOCABULARY, bias=False))
-    layer, reason = RowSelectingHead(model).linear()
+    layer, reason = RowSelectingHead(model).layer()
     assert layer is None and "Quantized" in reason
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_on_the_output_embedding_that_needs_all_logits():
+    def reason(change, base=tiny_model, **settings):
+        model = lora_model({**ON_HEAD, **settings}, base=base)
+        change(model.get_output_embeddings())
+        layer, reason = RowSelectingHead(model).layer()
+        assert layer is None
+        return reason
+
+    def quantized():
+        model = tiny_model()
+        model.set_output_embeddings(Quantized(32, VOCABULARY, bias=False))
+        return model
+
+    assert "DoRA" in reason(lambda head: None, use_dora=True)
+    assert "Quantized" in reason(lambda head: None, base=quantized)
+    assert "hooks" in reason(lambda head: head.base_layer.register_forward_hook(lambda *_: None))
+    assert "hooks" in reason(lambda head: head.lora_B["default"].register_forward_pre_hook(lambda *_: None))
+    assert "hooks" in reason(lambda head: vars(head.base_layer).update(forward=head.base_layer.forward))
+    assert "replaced" in reason(lambda head: vars(head).update(forward=head.forward))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [ON_HEAD, {"modules_to_save": ["lm_head"]}])
+def test_adapters_that_are_off_or_merged(make_trainer, settings):
+    """The first step's loss is that of all logits."""
+
+    def off(model):
+        model.base_model.disable_adapter_layers()
+
+    def merged(model):
+        model.merge_adapter()
+
+    def merged_and_off(model):
+        model.merge_adapter()
+        model.base_model.disable_adapter_layers()
+
+    for number, change in enumerate((off, merged, merged_and_off)):
+
+        def make(change=change):
+            model = lora_model(settings)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "modules_to_save" in name:
+                        parameter.mul_(2.0)
+            change(model)
+            model.get_input_embeddings().weight.requires_grad_()  # a step needs something that it trains
+            return model
+
+        logs = [first_step(make_trainer, make(), rows, f"{number}-{rows}", learning_rate=0.0) for rows in (0, 3)]
+        assert [in_chunks for *_, in_chunks in logs] == [False, True]
+        assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=1e-5)

@@ -101,8 +101,8 @@ class DiffusionArguments(FinetuningKeys, AttentionKeys, LengthKeys, MonitoringKe
         None,
         "Number of scored tokens whose logits training holds at once; loss and gradients are summed over these "
         "chunks. 0 holds the logits of all. Defaults to a number that suits the device, or 0 where chunks are not "
-        "possible: LoRA on the output embedding, a quantized one, logits that the model changes afterwards "
-        "(soft-capping).",
+        "possible: an output embedding that is quantized, has DoRA, or has LoRA sharded by ZeRO-3; logits that the "
+        "model changes afterwards (soft-capping).",
         kind="integer",
         low=0,
     )

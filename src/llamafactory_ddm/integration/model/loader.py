@@ -19,6 +19,7 @@ from ...modeling.diffusion_config import FILE_NAME, DiffusionConfig
 from ...modeling.model_info import text_config
 from ...modeling.special_tokens import ResolvedMaskToken, resolve_mask_token
 from ..logs import describe, get_logger
+from ..resolve.checks import check_flash_attention
 from ..resolve.noise_process import with_noise_process
 from ..resolve.vocabulary import Additions, RunTokenizer, Vocabulary, restore_stored_tokens, resumes_adapter
 from .adapter import AdapterSetup, loading_with
@@ -168,8 +169,9 @@ def load_diffusion_model(
 
     Raises:
         ValueError: if weights are missing, an adapter does not fit, attention cannot be made bidirectional, or
-            FlashAttention-3 is not installed.
+            FlashAttention is not installed.
     """
+    check_flash_attention(model_args)
     config, attention = load_config(model_args), model_args.flash_attn
     # LLaMA-Factory knows FlashAttention-3 for gpt-oss alone.
     sets_flash3 = attention == "fa3" and config.model_type != "gpt_oss"

@@ -18,7 +18,7 @@ from .output_folder import check_output_folder
 
 
 def check_inputs(model_args: Any, training_args: Any, finetuning_args: Any, *, prepares: bool) -> None:
-    """Check the folders of the model, the keys of generation and output_dir.
+    """Check the folders of the model, the keys of generation, output_dir, and that flash attention is installed.
 
     Raises:
         ValueError: for a mistake, naming the key and the remedy.
@@ -27,8 +27,28 @@ def check_inputs(model_args: Any, training_args: Any, finetuning_args: Any, *, p
     check_checkpoint_folders(model_args, finetuning_args, training_args)
     check_predict(training_args, finetuning_args.parsed.user_keys)
     if not prepares:
+        check_flash_attention(model_args)
         check_monitoring(training_args, finetuning_args)
         check_output_folder(model_args, training_args, finetuning_args)
+
+
+def check_flash_attention(model_args: Any) -> None:
+    """Check that FlashAttention-2 can be used; without it LLaMA-Factory warns, and takes another attention.
+
+    Raises:
+        ValueError: if `flash_attn: fa2` asks for it, and it cannot.
+    """
+    from transformers.utils import is_flash_attn_2_available, is_torch_npu_available  # type: ignore[attr-defined]
+
+    if model_args.flash_attn != "fa2" or is_flash_attn_2_available() or is_torch_npu_available():
+        return
+    cause = "there is no GPU, or flash-attn is too old"
+    if importlib.util.find_spec("flash_attn") is None:
+        cause = "the package flash-attn is not installed"
+    raise ValueError(
+        f"flash_attn: fa2 cannot be used, as {cause}; on a machine with a GPU run pip install --no-build-isolation "
+        '"llamafactory-ddm[flash-attn]", or set flash_attn: sdpa'
+    )
 
 
 def check_checkpoint_folders(model_args: Any, finetuning_args: Any, training_args: Any) -> None:

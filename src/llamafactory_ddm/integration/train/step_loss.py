@@ -22,9 +22,9 @@ _NOT_SCORED = ("input_ids", "head_index", *PLACEMENT)  # the other inputs of a s
 class StepLoss:
     """Computes the loss of micro-batches, without holding the logits of all scored tokens where that is possible.
 
-    It is not possible where the output embedding is no plain linear layer (LoRA on it, quantization), where the model
-    or a hook changes the logits behind it (soft-capping). torch.compile leaves the output embedding out where it is
-    possible; elsewhere it compiles one graph for every number of scored tokens.
+    It is not possible where the output embedding is neither a linear layer nor plain LoRA on one (quantization, DoRA),
+    or where the model or a hook changes the logits behind it (soft-capping). torch.compile leaves the output embedding
+    out where it is possible; elsewhere it compiles one graph for every number of scored tokens.
     """
 
     def __init__(self, head: RowSelectingHead, objective: Objective, rows: int | None, *, is_compiled: bool) -> None:
@@ -83,8 +83,8 @@ class StepLoss:
         """Return why the loss cannot be computed in chunks; empty if it can. Every rank must call it."""
         if self._rows == 0:
             return "logits_chunk is 0"
-        linear, reason = self._head.linear()
-        if linear is None:
+        layer, reason = self._head.layer()
+        if layer is None:
             return reason
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for this
         with (
