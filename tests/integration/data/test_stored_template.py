@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 from llamafactory.data import get_template_and_fix_tokenizer
+from llamafactory.data.formatter import EmptyFormatter
 from llamafactory.data.processor import SupervisedDatasetProcessor
 from llamafactory.data.template import TEMPLATES
 from transformers import AutoTokenizer
 
+from llamafactory_ddm.integration.data import stored_template
 from llamafactory_ddm.integration.data.stored_template import load_template, record_template
 from llamafactory_ddm.integration.data.templates import register_templates
 from llamafactory_ddm.modeling.prompt_template import PromptTemplate
@@ -30,6 +32,7 @@ def prepared(name, *, bos=True, **keys):
         default_system=None,
         enable_thinking=True,
         preserve_thinking=False,
+        reasoning_effort="xhigh",
         cutoff_len=10**6,
     )
     vars(args).update(keys)
@@ -83,6 +86,18 @@ def test_thinking_and_system_prompts(name, keys, monkeypatch):
         TEMPLATES[name], "default_system", TEMPLATES[name].default_system
     )  # LLaMA-Factory overwrites it
     check(name, **keys)
+
+
+def test_a_template_that_reads_how_much_the_model_shall_think(monkeypatch):
+    """LLaMA-Factory has such templates from 0.9.6 on."""
+
+    def get_template(tokenizer, args):
+        template = get_template_and_fix_tokenizer(tokenizer, args)
+        return dataclasses.replace(template, format_prefix=EmptyFormatter(slots=[args.reasoning_effort]))
+
+    monkeypatch.setattr(stored_template, "get_template_and_fix_tokenizer", get_template)
+    template, _ = load_template("alpaca", AutoTokenizer.from_pretrained("data/tiny_gpt2"))
+    assert template.parts[0].text == ("xhigh",)
 
 
 def test_a_template_by_its_name():

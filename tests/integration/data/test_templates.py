@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
-from llamafactory.data.template import TEMPLATES
+from llamafactory.data.template import TEMPLATES, Template
 
 from llamafactory_ddm.integration.data.templates import register_templates, without_truncation
 from support.tiny import tiny_tokenizer
@@ -30,6 +30,22 @@ def test_prompt_and_response_are_truncated_as_published(prompt, response, cutoff
     keep = cutoff_len - 3 - len(target)
     source = source[-keep:] if keep else []
     assert encode(prompt, response, cutoff_len) == [([END, *source, SEP], [*target, END])]
+
+
+def test_the_format_does_not_depend_on_what_upstreams_helper_returns(monkeypatch):
+    """LLaMA-Factory may come to return the parts of a chat together with a set, as one of its drafts does."""
+
+    def encode_multiturn(self, tokenizer, messages, system=None, tools=None, discarding_history_cot=False):
+        parts, _ = self._encode(tokenizer, messages, system, tools)
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    monkeypatch.setattr(Template, "encode_multiturn", encode_multiturn)
+    monkeypatch.setattr(Template, "encode_oneturn", lambda self, *args: encode_multiturn(self, *args)[0])
+    turn = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]
+    cat, dog = (TOKENIZER.encode(text, add_special_tokens=False) for text in ("cat", "dog"))
+    pair = [END, *cat, SEP], [*dog, END]
+    assert TEMPLATE.encode_oneturn(TOKENIZER, turn) == pair
+    assert TEMPLATE.encode_multiturn(TOKENIZER, turn, None, None, True) == [pair]
 
 
 def test_without_truncation_nothing_is_lost():

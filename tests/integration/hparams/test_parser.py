@@ -136,13 +136,14 @@ def test_trainers_that_not_every_version_has(upstream, basic, key):
         parser.get_train_args(basic(**{key: True}))
 
 
-def test_the_key_of_a_trainer_that_a_later_version_adds_is_refused(upstream, basic):
+@pytest.mark.parametrize(("key", "value"), [("use_megatron_bridge", True), ("num_mtp_layers", 1)])
+def test_a_key_that_a_later_version_adds_is_refused(upstream, basic, key, value):
     from llamafactory_ddm.integration.hparams.parser import check_supported
 
     _, _, training_args, finetuning_args, _ = upstream[0].get_train_args(basic())
     check_supported(finetuning_args, training_args)
-    finetuning_args.use_megatron_bridge = True
-    with pytest.raises(ValueError, match=r"^use_megatron_bridge: True .*stage: ddm"):
+    setattr(finetuning_args, key, value)
+    with pytest.raises(ValueError, match=f"^{key}: {value} .*stage: ddm"):
         check_supported(finetuning_args, training_args)
 
 

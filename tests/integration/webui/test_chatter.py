@@ -106,6 +106,31 @@ def test_the_fields_of_the_page_are_keys_of_the_request():
     assert engine.server.requests[0].shows_canvas
 
 
+@pytest.mark.parametrize(("theirs", "ours", "expected"), [(None, "", None), (5, "", 5), (None, "3", 3), (5, "3", 3)])
+def test_a_seed_of_upstreams_page_counts_unless_ours_is_set(monkeypatch, theirs, ours, expected):
+    """Upstream's page has one from 0.9.6 on, and passes on None for a random one."""
+    from llamafactory.webui.engine import WebChatModel
+
+    original = WebChatModel.__mro__[1]
+    names = [name for name in inspect.signature(original.stream).parameters if name not in ("self", "lang")]
+
+    def stream_with_seed(self, chatbot, messages, lang, seed):
+        arguments = dict.fromkeys(names) | {"chatbot": chatbot, "messages": messages, "lang": lang}
+        chat = SimpleNamespace(
+            engine=self.engine, stream_chat=lambda *args, **keys: self.stream_chat(*args, **keys, seed=seed)
+        )
+        yield from upstream_stream(chat, **arguments)
+
+    upstream_stream = original.stream
+    monkeypatch.setattr(original, "stream", stream_with_seed)
+    engine = Engine(*answer("A"))
+    values = dict.fromkeys(CHAT_KEYS, "") | {"seed": ours, "chat_steps": 16, "denoising_strategy": "random"}
+    pages = chat_model(engine).stream([*QUESTION], [*QUESTION], "en", theirs, *values.values())
+    *_, (page, _) = pages
+    assert page[-1]["content"] == "A"
+    assert engine.prepared[0]["seed"] == expected
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 def test_the_switch_of_thinking_reaches_the_template(thinking):
     engine = Engine(*answer("<think>\nWhy?\n</think>\nSo."))

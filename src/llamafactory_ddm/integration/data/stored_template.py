@@ -49,6 +49,7 @@ def load_template(name: str, tokenizer: Any) -> tuple[PromptTemplate, tuple[str,
         default_system=None,
         enable_thinking=True,
         preserve_thinking=False,
+        reasoning_effort="xhigh",  # upstream's default, from 0.9.6 on
     )
     template = get_template_and_fix_tokenizer(extended, template_args)
     recorded = record_template(template, extended, name)

@@ -30,10 +30,10 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
     sep_token: str | None = None
     cutoff_len: int | None = None
 
-    def _encode(
-        self, tokenizer: Any, messages: list[dict[str, str]], system: str | None, tools: str | None
-    ) -> list[list[int]]:
-        """Return the ids `[bos] prompt [sep]` and `response [eos]`.
+    def encode_oneturn(
+        self, tokenizer: Any, messages: list[dict[str, str]], system: str | None = None, tools: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids `[bos] prompt [sep]` and `response [eos]`, without upstream's helpers, which may change.
 
         Raises:
             ValueError: if the example is not one prompt and one response, or sep_token is not set.
@@ -53,7 +53,18 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
             prompt = prompt[max(0, len(prompt) - (room - len(response))) :]
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
         sep = tokenizer.convert_tokens_to_ids(self.sep_token)
-        return [[*bos, *prompt, sep], [*response, tokenizer.eos_token_id]]
+        return [*bos, *prompt, sep], [*response, tokenizer.eos_token_id]
+
+    def encode_multiturn(
+        self,
+        tokenizer: Any,
+        messages: list[dict[str, str]],
+        system: str | None = None,
+        tools: str | None = None,
+        discarding_history_cot: bool = False,
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of the only turn."""
+        return [self.encode_oneturn(tokenizer, messages, system, tools)]
 
     def fix_jinja_template(self, tokenizer: Any) -> None:
         """Store the format as the tokenizer's chat template, once sep_token is set.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class AdapterSetup:
     new_adapter: bool
     do_train: bool
     autocast: bool
+    _tied: list[Any] = field(default_factory=list, init=False)  # configs that say that embeddings are tied
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -75,6 +76,11 @@ class AdapterSetup:
         Raises:
             ValueError: if an adapter cannot hold a new token, lora_target matches no module, or weights do not fit.
         """
+        self._tied = [
+            config
+            for config in (model.config, model.config.get_text_config())
+            if getattr(config, "tie_word_embeddings", False)
+        ]
         base = self.model_args.model_name_or_path
         origin = origin_of(base)
         if origin != base:
@@ -167,6 +173,8 @@ class AdapterSetup:
         Raises:
             ValueError: if trained weights in float32 need mixed precision, which is off.
         """
+        for config in self._tied:
+            config.tie_word_embeddings = True  # LLaMA-Factory may unset it, as a merge leaves two weights
         tie_again(model)
         dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" not in name and p.is_floating_point()}
         targets = self.finetuning_args.additional_target
