@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from random import Random
@@ -15,9 +12,9 @@ import pytest
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 
-from support.cli import ABSENT, ROOT, SCRIPTS, history, in_processes, run, train_here
+from support.cli import ABSENT, ROOT, history, in_processes, run, start, train_here
 from support.corpus import TEXTS, write
-from support.warm import QUIET
+from support.limits import LIMIT
 
 MODEL = ("model_name_or_path=data/tiny_gpt2", "mask_token=<|mask|>")
 # A plugin that writes which rows each step sees, before and after noise, and ends the process as kill -9 does.
@@ -98,20 +95,14 @@ def test_the_blocks_are_those_of_a_run_that_prepares_its_data(yaml, tmp_path):
 def test_kill_9_loses_only_what_is_not_finished(yaml, tmp_path):
     """With two processes, which end with the first one."""
     command = ("prepare-data", yaml, "shard_size=0.003", "preprocessing_num_workers=2")
-    out, env = tmp_path / "rows", {**os.environ, **QUIET}
-    process = subprocess.Popen(
-        [sys.executable, SCRIPTS / "llamafactory-ddm", *map(str, command), f"tokenized_path={out}"],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    end = time.monotonic() + 120
+    out = tmp_path / "rows"
+    process = start("llamafactory-ddm", *command, f"tokenized_path={out}")
+    end = time.monotonic() + LIMIT
     while not (finished := sorted((out / "unfinished").glob("0*.json"))):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(LIMIT)
     assert (out / "unfinished").is_dir()
     keys = {"eval_dataset": ABSENT, "eval_strategy": "no", "do_eval": False, "packing": True}
     with pytest.raises(ValueError, match=r"tokenized_path: .*rows is half written"):

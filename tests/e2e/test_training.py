@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from support.cli import QUIET, ROOT, SCRIPTS, evaluations, history, predictions, run, train_here
+from support.cli import evaluations, history, predictions, run, start, train_here
 from support.fake_flash import FakeKernels
 from support.limits import LIMIT
 
@@ -239,16 +238,10 @@ def test_a_killed_run_resumes_bit_for_bit(small_data, tmp_path):
     """kill -9 while it saves; the same command continues from the last complete checkpoint."""
     out = tmp_path / "killed"
     command = words(out, small_data, *SAVING)
-    process = subprocess.Popen(
-        [SCRIPTS / "llamafactory-cli", *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, **QUIET},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start("llamafactory-cli", *command)
     wait_for(out / "checkpoint-6", process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(LIMIT)
     newest = max(int(p.name.split("-")[1]) for p in out.glob("checkpoint-*"))
     # The kill may have come after the newest checkpoint was complete.
     (out / f"checkpoint-{newest}" / "trainer_state.json").unlink(missing_ok=True)
