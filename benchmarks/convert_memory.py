@@ -13,8 +13,6 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
-import re
 import shutil
 import struct
 import sys
@@ -23,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peak import peak_kib
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -115,16 +114,13 @@ def write_checkpoint(folder: Path, kind: str, gigabytes: float, shards: int) -> 
 def peak(source: Path, target: Path, way: str) -> tuple[float, float]:
     """Return the peak resident memory of a process that converts, in GB, and its seconds."""
     start = time.perf_counter()
-    with multiprocessing.get_context("fork").Pool(1) as pool:  # of this one, which has imported what it needs
-        kib = pool.apply(_convert, (source, target, way))
+    kib = peak_kib(_convert, source, target, way == "back")
     return kib * 1024 / 1e9, time.perf_counter() - start
 
 
-def _convert(source: Path, target: Path, way: str) -> int:
-    """Convert, and return the peak resident memory of this process in KiB."""
+def _convert(source: Path, target: Path, to_published: bool) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
-        convert(source, target, to_published=way == "back")
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        convert(source, target, to_published=to_published)
 
 
 def main() -> int:
