@@ -3,34 +3,31 @@
     python benchmarks/convert_memory.py [--kind llada] [--gigabytes 2] [--shards 4] [--folder DIR]
 
 Writes a synthetic checkpoint in bfloat16 to a temporary folder (which needs twice its size), converts it, and converts
-the result back, each in a fresh process. It prints the peak resident memory of each process, and that of a process
-that converts a checkpoint of a few kilobytes. The embedding has 32,000 rows of width 2,048; layers make up the rest.
+the result back, each in a process of its own. It prints the peak resident memory of each process, and that of one that
+converts a checkpoint of a few kilobytes. The embedding has 32,000 rows of width 2,048; layers make up the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from peak import peak_kib
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-CLAIM = 0.25  # GB more than for a few kilobytes, whatever the size of the checkpoint
-_CONVERT = """
-import re, sys
-from pathlib import Path
 from llamafactory_ddm.checkpoints.convert import convert
-convert(sys.argv[1], sys.argv[2], to_published=sys.argv[3] == "back")
-print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-"""
+
+CLAIM = 0.25  # GB more than for a few kilobytes, whatever the size of the checkpoint
 _ZEROS = b"\0" * 2**24
 
 
@@ -117,12 +114,13 @@ def write_checkpoint(folder: Path, kind: str, gigabytes: float, shards: int) -> 
 def peak(source: Path, target: Path, way: str) -> tuple[float, float]:
     """Return the peak resident memory of a process that converts, in GB, and its seconds."""
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", _CONVERT, str(source), str(target), way], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise SystemExit(done.stderr[-3000:])
-    return int(done.stdout.split()[-1]) * 1024 / 1e9, time.perf_counter() - start
+    kib = peak_kib(_convert, source, target, way == "back")
+    return kib * 1024 / 1e9, time.perf_counter() - start
+
+
+def _convert(source: Path, target: Path, to_published: bool) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        convert(source, target, to_published=to_published)
 
 
 def main() -> int:

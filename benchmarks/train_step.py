@@ -1,7 +1,7 @@
 """The cost of a training step of `stage: ddm`, relative to baselines timed interleaved in the same process.
 
     python benchmarks/train_step.py            times, a minute or two
-    python benchmarks/train_step.py --memory   also peak resident memory, each kind of step in a fresh process
+    python benchmarks/train_step.py --memory   also peak resident memory, each kind of step in a process of its own
     python benchmarks/train_step.py --data     only what is done before the model: collating rows, and noise
 
 Kinds of step, all on the same Hugging Face GPT-2 with random weights, run by the trainers that users run:
@@ -19,10 +19,7 @@ round.
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +30,7 @@ from typing import Any
 import torch
 from llamafactory.hparams import FinetuningArguments, TrainingArguments
 from llamafactory.train.pt.trainer import CustomTrainer
+from peak import peak_kib
 from torch.nn import functional
 from transformers import AutoTokenizer, DataCollatorWithPadding, GPT2Config, GPT2LMHeadModel
 
@@ -274,14 +272,12 @@ def time_data(shape: argparse.Namespace) -> None:
             print(f"noise of {name}, {kind:<{24 - len(name)}} {milliseconds(noise):7.3f}", flush=True)
 
 
-def peak_memory(kind: str, shape: argparse.Namespace) -> float:
-    """Return the peak resident memory of a fresh process that takes three steps, in KiB (Linux)."""
-    words = [sys.executable, __file__, "--child", kind]
-    for name in ("batch", "length", "layers", "width", "threads"):
-        words += [f"--{name}", str(getattr(shape, name))]
-    # Return freed memory to the system at once; otherwise the peak would include what the allocator keeps.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-    return float(subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1])
+def three_steps(kind: str, shape: argparse.Namespace) -> None:
+    """Take three steps, of which the peak of memory is measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = make_step(kind, shape, folder)
+        for _ in range(3):
+            step()
 
 
 def main() -> int:
@@ -295,23 +291,16 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
     shape = parser.parse_args()
     torch.set_num_threads(shape.threads)
-    if shape.child:
-        with tempfile.TemporaryDirectory() as folder:
-            step = make_step(shape.child, shape, folder)
-            for _ in range(3):
-                step()
-        # ru_maxrss would include the parent's memory.
-        print(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1))
-        return 0
     if shape.data:
         time_data(shape)
         return 0
+    kinds = ("ar", "dense", "full", "mixed", "block") if shape.memory else ()
+    # First, while this process holds imports alone.
+    peak = {kind: peak_kib(three_steps, kind, shape, threshold=262144) for kind in kinds}
     good = time_steps(shape)
     if shape.memory:
-        peak = {kind: peak_memory(kind, shape) for kind in ("ar", "dense", "full", "mixed", "block")}
         for kind, baseline, limit in MEMORY_CLAIMS:
             good &= _report(f"peak resident memory, {kind} / {baseline}", peak[kind] / peak[baseline], limit)
     return 0 if good else 1

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from llamafactory_ddm.checkpoints.weights import stored_dtype
 from llamafactory_ddm.cli.main import main
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
+from support.cli import run
 from support.published import (
     DREAM_CONFIG,
     LLADA_CONFIG,
@@ -184,7 +183,8 @@ def test_renaming_changes_no_bit_of_the_weights(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_converting_takes_little_memory(tmp_path):
     """A checkpoint of 400 MB in two files, compared with the conversion of a small one."""
-    script = (
+    script = tmp_path / "convert.py"
+    script.write_text(
         "import re, sys\n"
         "from pathlib import Path\n"
         "from llamafactory_ddm.checkpoints.convert import convert\n"
@@ -195,13 +195,7 @@ def test_converting_takes_little_memory(tmp_path):
     def peak_mb(name, num_embeddings):
         weights = {**llada_weights(), **{k: torch.zeros(num_embeddings, WIDTH) for k in BIG}}
         folder = write_llada(tmp_path / name, weights, embedding_size=num_embeddings, vocab_size=num_embeddings)
-        done = subprocess.run(
-            [sys.executable, "-c", script, folder, tmp_path / f"{name}-out"],
-            capture_output=True,
-            text=True,
-            check=True,
-            stdin=subprocess.DEVNULL,
-        )
+        done = run(folder, tmp_path / f"{name}-out", program=script)
         assert "custom code" not in done.stdout + done.stderr
         return int(done.stdout.split()[-1]) // 1024
 

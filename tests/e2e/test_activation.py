@@ -59,19 +59,6 @@ def test_help():
 
 
 @pytest.mark.slow
-def test_doctor():
-    done = run("doctor", program="llamafactory-ddm", fresh=True)
-    assert re.search("^active: ", done.stdout, re.MULTILINE)
-    done = run("doctor", program="llamafactory-ddm", env=OFF, check=False, fresh=True)
-    assert done.returncode == 1
-    assert "NOT ACTIVE" in done.stdout and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.stdout
-    env = {"LLAMAFACTORY_DDM_DISABLE": "1"}
-    done = run("doctor", program="llamafactory-ddm", env=env, check=False, fresh=True)
-    assert done.returncode == 1
-    assert "NOT ACTIVE" in done.stdout and "LLAMAFACTORY_DDM_DISABLE" in done.stdout
-
-
-@pytest.mark.slow
 def test_the_explicit_launcher_needs_no_autoload():
     """The others do, as `test_doctor` shows."""
     assert ACTIVE in run("env", program="llamafactory-ddm", env=OFF, fresh=True).stdout
@@ -211,6 +198,17 @@ def test_an_upstream_of_another_structure(stub):
     done = run("-c", "import llamafactory.hparams.parser", program=sys.executable, env=path)
     assert "parsed by torch" in done.stdout
     assert len(re.findall(r"NOT ACTIVE: llamafactory\.hparams\.parser .*\btorch\b", done.stderr)) == 1
+
+
+@pytest.mark.slow
+def test_doctor(stub):
+    done = run("doctor", program="llamafactory-ddm", fresh=True)
+    assert re.search("^active: ", done.stdout, re.MULTILINE)
+    path = {"PYTHONPATH": f"{stub}{os.pathsep}{ROOT / 'src'}"}  # where the plugin is off, upstream need not be whole
+    for name, value in (*OFF.items(), ("LLAMAFACTORY_DDM_DISABLE", "1")):
+        done = run("doctor", program="llamafactory-ddm", env={name: value, **path}, check=False, fresh=True)
+        assert done.returncode == 1
+        assert "NOT ACTIVE" in done.stdout and f"{name}{'=0' if value == '0' else ''} turns it off" in done.stdout
 
 
 @pytest.mark.slow

@@ -6,15 +6,13 @@ import pty
 import re
 import select
 import struct
-import subprocess
 import termios
 import time
 
 import pytest
 
-from support.cli import ROOT, SCRIPTS, run
+from support.cli import run, start
 from support.limits import ANSWER, LIMIT
-from support.warm import QUIET
 
 QUESTION = "Sam has 3 eggs. He gets 2 more. How many eggs does he have?"
 SMALL = ("--cutoff_len", "64", "--diffusion_steps", "8", "--logits_temp", "0")
@@ -28,18 +26,10 @@ class Terminal:
         self._fd, inner = pty.openpty()
         self.resize(60, 20)
         # They would fix the size, and whatever runs the tests may have set them.
-        outer = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-        self.process = subprocess.Popen(
-            [SCRIPTS / words[0], *map(str, words[1:])],
-            cwd=ROOT,
-            stdin=inner,
-            stdout=inner,
-            stderr=subprocess.DEVNULL,
-            env={**outer, **QUIET, "TERM": "xterm-256color", **env},
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        os.close(inner)
+        unset = dict.fromkeys(("COLUMNS", "LINES"))
+        own = os.ttyname(inner)
+        self.process = start(*words, env={**unset, "TERM": "xterm-256color", **env}, stdin=own, stdout=own)
+        self._inner = inner  # kept open: a terminal that nobody has open yet is at its end
 
     def resize(self, columns, lines):
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
@@ -70,7 +60,7 @@ class Terminal:
                 assert self.process.wait(ANSWER) == 0, self.written[-2000:]
         finally:
             self.process.kill()
-            self.process.wait()
+            os.close(self._inner)
             os.close(self._fd)
 
 

@@ -1,14 +1,13 @@
 """Generation from YAML: every kind, its files and metrics, interruption, and several processes."""
 
 import json
-import os
 import re
 import tracemalloc
 
 import pytest
 
 from llamafactory_ddm.integration.predict import runner
-from support.cli import ROOT, predictions, run
+from support.cli import ROOT, predictions, run, train_in_processes
 
 KINDS = {
     "prefix": "tiny_gpt2_prefix_inference.yaml",
@@ -275,10 +274,9 @@ def test_two_processes_generate_the_texts_of_one(generate, checkpoint, tmp_path)
     keys = {"recipe": KINDS["prefix"], "max_samples": 5, "diffusion_steps": 12, "cutoff_len": 40}
     one = generate(tmp_path / "one", **keys)
     both = tmp_path / "both"
-    env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(29300 + os.getpid() % 300)}
     words = [f"{key}={value}" for key, value in keys.items() if key != "recipe"]
     words += [f"output_dir={both}", f"model_name_or_path={checkpoint}", "use_cpu=true", "per_device_eval_batch_size=1"]
-    run("train", f"examples/{KINDS['prefix']}", *words, env=env)
+    train_in_processes(2, f"examples/{KINDS['prefix']}", *words)
     assert predictions(both) == one
     assert metrics(both)["predict_samples"] == 5
 

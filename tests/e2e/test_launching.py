@@ -1,4 +1,4 @@
-"""The Slurm script of docs/scale.md, with two nodes that are this machine."""
+"""The Slurm script of docs/scale.md on two nodes that are this machine; `llamafactory-cli` starts torchrun on each."""
 
 import re
 

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
 from support.cli import ROOT, history, in_processes, run, train_in_processes
 from support.published import write_llada
-from support.warm import free_port
 
 SMALL = (
     "max_steps=4",
@@ -60,15 +59,15 @@ def trained(tmp_path_factory, checkpoint, small_data):
     return get
 
 
-def start(recipe, folder, checkpoint, data, *overrides, in_two=False, processes=2, launcher=None, env=None):
+def start(recipe, folder, checkpoint, data, *overrides, in_two=False, processes=2, launcher=None):
     """Train, and return the finished processes."""
     arguments = (f"model_name_or_path={checkpoint}", f"dataset_dir={data}", f"output_dir={folder}")
     arguments = (f"examples/{RECIPES[recipe]}", *SMALL, *arguments, *overrides)
     if launcher is not None:
         return in_processes(processes, launcher, *arguments, env={"DS_ACCELERATOR": "cpu"})
-    if in_two and env is None:
+    if in_two:
         return train_in_processes(processes, *arguments, env={"DS_ACCELERATOR": "cpu"})
-    return [run("train", *arguments, env=env)]
+    return [run("train", *arguments)]
 
 
 def eval_loss(folder):
@@ -80,7 +79,7 @@ def weights(folder, recipe):
     return load_file(folder / name)
 
 
-def run_way(way, recipe, folder, checkpoint, data, *overrides, env=None):
+def run_way(way, recipe, folder, checkpoint, data, *overrides):
     keys, in_two, _ = WAYS[way]
     if way.startswith("zero") or way == "ulysses":
         pytest.importorskip("deepspeed")
@@ -88,7 +87,7 @@ def run_way(way, recipe, folder, checkpoint, data, *overrides, env=None):
     if way == "fsdp2":
         launcher = ROOT / "tests" / "e2e" / "fsdp_on_cpu.py"
         keys = (*keys, *(f"{key}={value}" for key, value in FSDP.items()))
-    return start(recipe, folder, checkpoint, data, *keys, *overrides, in_two=in_two, launcher=launcher, env=env)
+    return start(recipe, folder, checkpoint, data, *keys, *overrides, in_two=in_two, launcher=launcher)
 
 
 @pytest.mark.slow
@@ -190,15 +189,6 @@ def test_fsdp_that_would_not_shard_is_refused(checkpoint, small_data, tmp_path):
     keys = tuple(f"{key}={value}" for key, value in FSDP.items())
     with pytest.raises(AssertionError, match="error: fsdp: "):
         start("full", tmp_path / "out", checkpoint, small_data, *WAYS["fsdp2"][0], *keys, in_two=True)
-
-
-@pytest.mark.slow
-def test_as_torchrun_starts_it(trained, checkpoint, small_data, tmp_path):
-    """Including the exit of the interpreter, which the other tests leave out."""
-    env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
-    run_way("ddp", "full", tmp_path / "out", checkpoint, small_data, env=env)
-    losses = [[log["loss"] for log in history(folder)] for folder in (trained(None, "full"), tmp_path / "out")]
-    assert losses[1] == pytest.approx(losses[0], rel=WAYS["fsdp2"][2])
 
 
 @pytest.mark.slow

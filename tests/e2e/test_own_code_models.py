@@ -12,7 +12,7 @@ from llamafactory_ddm import load
 from llamafactory_ddm.cli.main import main
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from support.cli import ABSENT, history, predictions, run, train_here
+from support.cli import ABSENT, history, predictions, run, train_here, train_in_processes
 from support.published import MASK_ID, all_weights, by_formula, dream_by_formula, in_hub, write_dream, write_llada
 
 IDS = torch.tensor([5, 9, MASK_ID, 7, 30, MASK_ID, 11, 200, 3])
@@ -186,14 +186,8 @@ def test_two_processes_find_it_by_its_hub_name(small_data, tmp_path):
     keys = {"model_name_or_path": "owner/LLaDA-mini", "cache_dir": hub, "dataset_dir": small_data, "use_cpu": "true"}
     keys |= {**SMALL, "output_dir": tmp_path / "out", "max_steps": 1, "save_strategy": "steps"}
     arguments = [f"{key}={value}" for key, value in keys.items()]
-    done = run(
-        "train",
-        "examples/llada_lora_ddm_sft.yaml",
-        *arguments,
-        "trust_remote_code=true",
-        env={"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"},
-    )
-    printed = done.stdout + done.stderr
+    done = train_in_processes(2, "examples/llada_lora_ddm_sft.yaml", *arguments, "trust_remote_code=true")
+    printed = "".join(one.stdout + one.stderr for one in done)
     assert f"owner/LLaDA-mini is used from {snapshot}" in printed
     assert printed.count("loaded as a plain LlamaForCausalLM") == 1  # the published code, which fails, is not run
     # Not the Hub name, which would not be looked up in cache_dir.

@@ -1,7 +1,6 @@
 """The commands of README and docs/serving.md that serve a model, or ask it."""
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -15,9 +14,9 @@ from contextlib import contextmanager
 import pytest
 
 from e2e.test_readme import DOCS, SERVING
-from support.cli import ROOT, SCRIPTS, run
+from support.cli import run, start
 from support.limits import LIMIT
-from support.warm import QUIET, free_port
+from support.warm import free_port
 
 ADDRESS = "127.0.0.1:8000"
 (API,) = {line for line in SERVING if " api " in line}
@@ -28,15 +27,7 @@ CURL = sorted({line for line in SERVING if line.startswith("curl ")})
 def serving(line, *words, log):
     """Run a command that serves a model, and end it at the end; returns the address of its API."""
     port = free_port()
-    program, *rest = shlex.split(line)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [SCRIPTS / program, *rest, *map(str, words)],
-            cwd=ROOT,
-            env={**os.environ, **QUIET, "API_PORT": str(port)},
-            stdout=file,
-            stderr=file,
-        )
+    process = start(*shlex.split(line), *words, env={"API_PORT": str(port)}, stdout=log, stderr=log)
     try:
         end = time.monotonic() + LIMIT
         while True:

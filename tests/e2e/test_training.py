@@ -1,11 +1,8 @@
 """Training as users run it: every way to start it, accumulation and ranks, resuming, kills and full disks."""
 
 import json
-import os
-import resource
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -14,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamafactory_ddm.modeling.diffusion_config import DiffusionConfig
-from support.cli import QUIET, ROOT, SCRIPTS, evaluations, history, predictions, run, train_here
+from support.cli import evaluations, history, predictions, run, start, train_here
 from support.fake_flash import FakeKernels
 from support.limits import LIMIT
+from support.warm import free_port
 
 RECIPE = "examples/tiny_gpt2_full_ddm.yaml"
 SMALL = (
@@ -82,17 +80,17 @@ def test_a_run_leaves_an_ordinary_model_logs_plots_and_metrics(small_data, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["llamafactory-cli", "llamafactory-ddm"])
-def test_two_ranks_give_the_gradient_of_one_big_batch(program, small_data, tmp_path, train_small):
-    """The second program runs without PyTorch's autoload, so its torchrun children come from our launcher."""
-    env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(29600 + os.getpid() % 300)}
-    if program == "llamafactory-ddm":
-        env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+def test_two_ranks_give_the_gradient_of_one_big_batch(small_data, tmp_path, train_small):
+    """Without PyTorch's autoload, so that torchrun's children come from our launcher.
+
+    The script of `test_launching.py` shows those of `llamafactory-cli`.
+    """
+    env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     two_ranks = tmp_path / "two_ranks"
     keys = ("per_device_train_batch_size=4", "use_cpu=true", "do_predict=true", "num_samples=3", "diffusion_steps=2")
     evaluate = ("do_eval=true", "eval_strategy=steps", "eval_steps=2", "per_device_eval_batch_size=2")
-    is_fresh = program == "llamafactory-ddm"
-    run(*words(two_ranks, small_data, *keys, *evaluate), program=program, env=env, fresh=is_fresh)
+    run(*words(two_ranks, small_data, *keys, *evaluate), program="llamafactory-ddm", env=env, fresh=True)
     same = {
         "max_steps": 2,
         "anneal_steps": 4,
@@ -239,16 +237,10 @@ def test_a_killed_run_resumes_bit_for_bit(small_data, tmp_path):
     """kill -9 while it saves; the same command continues from the last complete checkpoint."""
     out = tmp_path / "killed"
     command = words(out, small_data, *SAVING)
-    process = subprocess.Popen(
-        [SCRIPTS / "llamafactory-cli", *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, **QUIET},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start("llamafactory-cli", *command)
     wait_for(out / "checkpoint-6", process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.wait(LIMIT)
     newest = max(int(p.name.split("-")[1]) for p in out.glob("checkpoint-*"))
     # The kill may have come after the newest checkpoint was complete.
     (out / f"checkpoint-{newest}" / "trainer_state.json").unlink(missing_ok=True)
@@ -280,8 +272,12 @@ def test_resuming_by_name(small_data, tmp_path, train_small):
         train_small(tmp_path / "new", **keys, resume_from_checkpoint=True)
 
 
-def limit_file_size():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+WITH_A_FULL_DISK = """
+import resource
+from llamafactory.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+main()
+"""
 
 
 @pytest.mark.slow
@@ -289,7 +285,8 @@ def test_a_full_disk_leaves_the_earlier_model_usable(checkpoint, small_data, tmp
     out = tmp_path / "out"
     shutil.copytree(checkpoint, out)
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    done = run(*words(out, small_data), check=False, preexec_fn=limit_file_size)
+    (tmp_path / "llamafactory-cli.py").write_text(WITH_A_FULL_DISK)
+    done = run(*words(out, small_data), program=tmp_path / "llamafactory-cli.py", check=False)
     assert done.returncode != 0
     assert str(out) in done.stderr and "resume_from_checkpoint: true" in done.stderr
     for name in ("model.safetensors", "config.json", "diffusion_config.json", "tokenizer.json"):

@@ -1,18 +1,15 @@
 """A headless Chromium, and LLaMA-Factory's web pages served by the command that a user starts."""
 
-import os
 import shutil
-import signal
-import subprocess
 import time
 import urllib.request
 from contextlib import contextmanager
 
 import pytest
 
-from .cli import SCRIPTS
+from .cli import start
 from .limits import ANSWER, LIMIT
-from .warm import QUIET, free_port
+from .warm import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
@@ -39,16 +36,8 @@ def web_pages(command, *words, folder):
     """The address of `llamafactory-cli webchat` or `webui`, started in a folder and ended with what it started."""
     port, log = free_port(), folder / f"{command}.log"
     served = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
-    env = {**os.environ, **QUIET, **served, "BROWSER": "true", "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [SCRIPTS / "llamafactory-cli", command, *map(str, words)],
-            cwd=folder,
-            env=env,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    env = {**served, "BROWSER": "true"}
+    process = start("llamafactory-cli", command, *words, cwd=folder, env=env, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + LIMIT
@@ -57,8 +46,7 @@ def web_pages(command, *words, folder):
             time.sleep(0.2)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
 
 
 def _answers(address):

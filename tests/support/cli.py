@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from .limits import LIMIT
-from .warm import QUIET, free_port, run_warm
+from .warm import QUIET, WarmProgram, free_port, run_warm
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -27,7 +27,7 @@ PROGRAMS = ("llamafactory-cli", "llamafactory-ddm")
 ABSENT = _Absent()  # as an override: the key is taken out of the recipe
 
 
-def run(*words, check=True, env=None, program="llamafactory-cli", timeout=LIMIT, fresh=False, **rest):
+def run(*words, check=True, env=None, program="llamafactory-cli", timeout=LIMIT, fresh=False, input=None, **rest):
     """Run a program of this environment, or a .py file of the repository, from its root; returns the finished process.
 
     A console script or file runs in a process that has imported the libraries already, unless it is to be a `fresh`
@@ -39,12 +39,13 @@ def run(*words, check=True, env=None, program="llamafactory-cli", timeout=LIMIT,
     cwd = rest.pop("cwd", ROOT)
     everything = {**os.environ, **QUIET, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", **(env or {})}
     if (program in PROGRAMS or is_file) and not rest and not fresh:
-        (done,) = run_warm([{"words": words, "cwd": str(cwd), "env": everything}], timeout)
+        (done,) = run_warm([{"words": words, "cwd": str(cwd), "env": everything, "input": input}], timeout)
     else:
         done = subprocess.run(
             [sys.executable, *words] if is_file else words,
             cwd=cwd,
             env=everything,
+            input=input,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -54,6 +55,19 @@ def run(*words, check=True, env=None, program="llamafactory-cli", timeout=LIMIT,
     if check:
         verify(done)
     return done
+
+
+def start(program, *words, cwd=ROOT, env=None, **files):
+    """Start a program of this environment in a process that has imported the libraries already.
+
+    Args:
+        cwd: its folder, by default the repository's root.
+        env: further variables; one that is None is taken away.
+        files: the paths of its `stdin`, `stdout` and `stderr`; what is missing is /dev/null.
+    """
+    everything = {**os.environ, **QUIET, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", **(env or {})}
+    everything = {key: value for key, value in everything.items() if value is not None}
+    return WarmProgram(SCRIPTS / program, *words, cwd=cwd, env=everything, **files)
 
 
 def verify(done):

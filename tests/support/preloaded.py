@@ -2,6 +2,8 @@
 
 import gc
 import importlib
+import importlib.util
+import os
 
 MODULES = (
     "torch",  # first, as its import activates the plugin
@@ -28,6 +30,9 @@ def load():
     gc.disable()
     for name in MODULES:
         importlib.import_module(name)
+    if importlib.util.find_spec("deepspeed"):  # then accelerate imports it in every run
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        importlib.import_module("deepspeed")
     from transformers import AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform
 
     for auto in (AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform):

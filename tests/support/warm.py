@@ -1,10 +1,10 @@
 """Processes that have imported everything already, so that a test of a command waits for the command alone.
 
 The standard library's fork server imports PyTorch, transformers and LLaMA-Factory once, with the plugin active as in
-any process, and forks a child for each program to run. The child takes the arguments, environment, folder and outputs
-that it would have got from a shell, and runs the program's own script as `__main__`. What an import reads or says, and
-the seed of hashes, are the server's, and an interpreter's teardown, which takes seconds, is left out: a test that is
-about those takes a fresh process.
+any process, and forks a child for each program to run. The child takes the arguments, environment, folder, input and
+outputs that it would have got from a shell, and runs the program's own script as `__main__`. What an import reads or
+says, and the seed of hashes, are the server's, and an interpreter's teardown, which takes seconds, is left out: a test
+that is about those takes a fresh process.
 """
 
 from __future__ import annotations
@@ -44,28 +44,24 @@ def run_warm(jobs, timeout):
     """Run programs side by side, each in a process of its own, to their ends; one that fails ends all.
 
     Args:
-        jobs: for each program its words, the first of which is the path of a Python script, with `cwd` and `env`.
+        jobs: for each program its words, the first of which is the path of a Python script, with `cwd` and `env`, and
+            the text that it reads as `input` if it reads any.
         timeout: in seconds, after which all are killed.
     Returns:
         The finished processes with what they wrote.
     Raises:
         subprocess.TimeoutExpired: if one did not end in time.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.preloaded"])
-    path = [one for one in sys.path if Path(one) not in OF_PYTEST and not Path(one).is_relative_to(TESTS)]
     with tempfile.TemporaryDirectory() as folder:
         logs = [{kind: Path(folder, f"{n}.{kind}") for kind in ("stdout", "stderr")} for n in range(len(jobs))]
-        processes = [
-            context.Process(target=_main, args=(job, path, *log.values())) for job, log in zip(jobs, logs, strict=True)
-        ]
-        # Without a __main__ that a child would import; the server takes its environment from here.
-        no_main = mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")})
-        of_server = {**QUIET, "PYTHONPATH": f"{TESTS}{os.pathsep}{QUIET['PYTHONPATH']}"}
+        inputs = [Path(folder, f"{n}.stdin") if job.get("input") else Path(os.devnull) for n, job in enumerate(jobs)]
+        for job, file in zip(jobs, inputs, strict=True):
+            if job.get("input"):
+                file.write_text(job["input"])
+        files = [(given, *log.values()) for given, log in zip(inputs, logs, strict=True)]
+        processes = []
         try:
-            with no_main, mock.patch.dict(os.environ, of_server):
-                for process in processes:
-                    process.start()
+            _start(jobs, files, processes)
             is_over = _wait(processes, timeout)
         finally:
             _kill(processes)
@@ -82,11 +78,54 @@ def run_warm(jobs, timeout):
         ]
 
 
+class WarmProgram:
+    """A program that runs beside the test, with the methods of `subprocess.Popen` that tests use."""
+
+    def __init__(self, *words, cwd, env, stdin=os.devnull, stdout=os.devnull, stderr=os.devnull):
+        """Start the Python script of the first word; its files are paths, of which a terminal becomes its own."""
+        self._processes = []
+        job = {"words": [*map(str, words)], "cwd": str(cwd), "env": env}
+        _start([job], [(stdin, stdout, stderr)], self._processes)
+
+    def poll(self):
+        """Return the exit status, negative after a signal; None of one that runs."""
+        return self._processes[0].exitcode
+
+    def wait(self, timeout):
+        """Return the exit status at the end; raise TimeoutError if that takes more seconds."""
+        self._processes[0].join(timeout)
+        if self.poll() is None:
+            raise TimeoutError(f"the program did not end within {timeout} s")
+        return self.poll()
+
+    def send_signal(self, number):
+        """Send a signal to it alone."""
+        os.kill(self._processes[0].pid, number)
+
+    def kill(self):
+        """Kill it with what it started."""
+        _kill(self._processes)
+
+
 def free_port():
     """Return a port that nothing listens at."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def _start(jobs, files, processes):
+    """Start each job with the paths of its standard files, and add its process to `processes`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.preloaded"])
+    path = [one for one in sys.path if Path(one) not in OF_PYTEST and not Path(one).is_relative_to(TESTS)]
+    # Without a __main__ that a child would import; the server takes its environment from here.
+    no_main = mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")})
+    of_server = {**QUIET, "PYTHONPATH": f"{TESTS}{os.pathsep}{QUIET['PYTHONPATH']}"}
+    with no_main, mock.patch.dict(os.environ, of_server):
+        for job, (stdin, stdout, stderr) in zip(jobs, files, strict=True):
+            processes.append(context.Process(target=_main, args=(job, path, stdin, stdout, stderr)))
+            processes[-1].start()
 
 
 def _wait(processes, timeout):
@@ -110,12 +149,16 @@ def _kill(processes):
             process.join()
 
 
-def _main(job, path, stdout, stderr):
+def _main(job, path, stdin, stdout, stderr):
     os.setsid()
     _end_with_tests()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     multiprocessing.set_start_method(None, force=True)  # the system's, as in any program
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)  # a terminal becomes that of the new session
     for number, file in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
