@@ -149,8 +149,8 @@ def test_measures_are_of_the_models_own_distribution(config):
 def test_uniform_numbers_have_48_bits():
     x = torch.zeros(2, 500, dtype=torch.int64)
     _, plan = start(x, editable=x == 0, mask_id=1, steps=3, seed=5)
-    u = plan.token_draws(torch.zeros(2, dtype=torch.int64), tries=2)
-    assert u.shape == (2, 500, 2) and u.dtype == torch.float64
+    u = plan.token_draws(torch.zeros(2, dtype=torch.int64), torch.arange(1000), tries=2)
+    assert u.shape == (1000, 2) and u.dtype == torch.float64
     grains = u * 2.0**48
     assert torch.equal(grains, grains.round()) and not torch.equal(u * 2.0**24, (u * 2.0**24).round())
     assert float(u.min()) >= 0.0 and float(u.max()) < 1.0
