@@ -229,7 +229,7 @@ class StackedBlocks(BlockDenoiser):
                         None if whole.position_ids is None else whole.position_ids[row, columns],
                         own,
                         cache,
-                        None if cache is None else one.columns[row, columns],
+                        None if cache is None else slice(low, high),
                         None,
                         None if cache is None else high,
                     ),

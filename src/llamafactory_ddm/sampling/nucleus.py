@@ -261,8 +261,7 @@ def _are_inside(values: Tensor, weights: Weights, ids: Tensor, top_p: float) -> 
 
 def _mass_where(compare: Callable[..., Tensor], values: Tensor, weights: Weights, level: Tensor) -> Tensor:
     """Return [n] float32, the weight of the tokens whose logits compare with `level`, [n, 1]."""
-    mass: Tensor = torch.linalg.vecdot(compare(values, level, out=torch.empty_like(values)), weights.values)
-    return mass
+    return compare(values, level, out=torch.empty_like(values)).mul_(weights.values).sum(dim=1)
 
 
 def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Tensor:

@@ -18,7 +18,7 @@ from .nucleus import (
 )
 
 # Elements of the logits that are processed at once. On a CPU the chunk is small enough to stay in the cache.
-_ELEMENTS_AT_ONCE = {"cpu": 2**19}
+_ELEMENTS_AT_ONCE = {"cpu": 2**20}
 _ELEMENTS_ELSEWHERE = 2**24
 _N_CANDIDATES = 4096  # most probable tokens among which an accelerator looks for the end of a nucleus first
 
