@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llamafactory_ddm.sampling import start
 from llamafactory_ddm.sampling.logits import LogitsConfig, filtered_log_probs, guided_logits, penalise_repetition
-from llamafactory_ddm.sampling.nucleus import Weights, in_nucleus, nucleus_mask, sample_weights
+from llamafactory_ddm.sampling.nucleus import Weights, draw_by_rejection, in_nucleus, nucleus_mask, sample_weights
 from llamafactory_ddm.sampling.tokens import draw_tokens
 
 ALL = frozenset({"log_prob", "margin", "entropy", "argmax", "top_log_prob"})
@@ -60,6 +60,13 @@ def test_the_nucleus_equals_a_full_sort_ties_included(seed, vocab, top_p, grain)
             values[row].expand(vocab, -1), weights[row].expand(vocab, -1), torch.arange(vocab), top_p
         )
         assert one_by_one.nonzero()[:, 0].tolist() == sorted(expected)
+        # Every token is drawn first; one outside gives way to a draw from the nucleus itself.
+        ids = torch.arange(vocab)[weights[row] > 0]
+        ends = weights[row].double().cumsum(dim=0)
+        u = torch.stack([(ends - weights[row].double() / 2)[ids] / ends[-1], torch.zeros(len(ids))], dim=1)
+        every = values[row].expand(len(ids), -1)
+        drawn = draw_by_rejection(every, Weights(weights[row].expand(len(ids), -1)), u, top_p).tolist()
+        assert drawn == [token if token in expected else min(expected) for token in ids.tolist()]
 
 
 def test_equal_tokens_fill_the_nucleus_from_the_lowest_id():

@@ -191,15 +191,15 @@ class _Rows:
             self.n_passes[number] += 1
             self._computed[number] += one.ids.numel()
         results = self._run(passes)
-        good = [result for result in results if not isinstance(result, Exception)]
-        outputs = []
-        for number, result in zip(numbers, results, strict=True):
-            if isinstance(result, Exception):
-                self._errors[number] = result
-                if not good:
-                    raise result
-                result = _zeros(good[0], answers[number][0])
-            outputs.append(result)
+        failed = {n: one for n, one in zip(numbers, results, strict=True) if isinstance(one, Exception)}
+        self._errors.update(failed)
+        sample = next((one for one in results if not isinstance(one, Exception)), None)
+        if sample is None:
+            raise failed[numbers[0]]
+        outputs = [
+            _zeros(sample, answers[number][0]) if isinstance(result, Exception) else result
+            for number, result in zip(numbers, results, strict=True)
+        ]
         yield from self._joined(outputs)
 
     def _joined(self, outputs: Sequence[PassOutput]) -> Iterator[Tensor]:
