@@ -60,13 +60,12 @@ def test_the_nucleus_equals_a_full_sort_ties_included(seed, vocab, top_p, grain)
             values[row].expand(vocab, -1), weights[row].expand(vocab, -1), torch.arange(vocab), top_p
         )
         assert one_by_one.nonzero()[:, 0].tolist() == sorted(expected)
-        # Every token is drawn first; one outside gives way to a draw from the nucleus itself.
-        ids = torch.arange(vocab)[weights[row] > 0]
-        ends = weights[row].double().cumsum(dim=0)
-        u = torch.stack([(ends - weights[row].double() / 2)[ids] / ends[-1], torch.zeros(len(ids))], dim=1)
-        every = values[row].expand(len(ids), -1)
-        drawn = draw_by_rejection(every, Weights(weights[row].expand(len(ids), -1)), u, top_p).tolist()
-        assert drawn == [token if token in expected else min(expected) for token in ids.tolist()]
+        # About every token is drawn first; one outside gives way to a draw from the nucleus itself.
+        u = torch.stack([torch.linspace(0, 0.999, vocab, dtype=torch.float64), torch.zeros(vocab)], dim=1)
+        table = Weights(weights[row].expand(vocab, -1))
+        first = sample_weights(table, u[:, 0]).tolist()
+        drawn = draw_by_rejection(values[row].expand(vocab, -1), table, u, top_p).tolist()
+        assert drawn == [token if token in expected else min(expected) for token in first]
 
 
 def test_equal_tokens_fill_the_nucleus_from_the_lowest_id():

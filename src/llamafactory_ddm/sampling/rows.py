@@ -71,7 +71,7 @@ def own_steps(stacked: SamplerState, states: Sequence[SamplerState]) -> SamplerS
 
 def restacked(stacked: SamplerState) -> SamplerState:
     """Return the state after a joint step, see `own_steps`, as what `stack_states` returns before the next."""
-    return replace(stacked, step=_STEP, nfe=0)
+    return replace(stacked, step=_STEP, nfe=0, finished=False)
 
 
 def split_states(stacked: SamplerState, states: Sequence[SamplerState]) -> list[SamplerState]:
