@@ -34,6 +34,14 @@ def test_a_draw_depends_on_its_own_key_alone(seed, row, length):
     assert bool(((alone >= 0) & (alone < 1)).all())
 
 
+@pytest.mark.parametrize("length", [1, 2, 16])
+def test_numbers_from_a_column_on_are_those_of_the_whole_row(length):
+    rows, first = torch.tensor([7, 7, 2, 2, 0]), torch.tensor([0, 5, 2, 19, 48])
+    whole = keyed_uniform(3, 2, rows, 64, steps=rows)
+    found = keyed_uniform(3, 2, rows, length, steps=rows, first=first)
+    assert torch.equal(found, whole.gather(1, first[:, None] + torch.arange(length)))
+
+
 def test_seeds_streams_rows_and_columns_differ():
     rows = torch.arange(64)
     base = keyed_uniform(1, 2, rows, 64)

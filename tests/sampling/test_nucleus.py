@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llamafactory_ddm.sampling import start
 from llamafactory_ddm.sampling.logits import LogitsConfig, filtered_log_probs, guided_logits, penalise_repetition
-from llamafactory_ddm.sampling.nucleus import Weights, in_nucleus, nucleus_mask, sample_weights
+from llamafactory_ddm.sampling.nucleus import Weights, draw_by_rejection, in_nucleus, nucleus_mask, sample_weights
 from llamafactory_ddm.sampling.tokens import draw_tokens
 
 ALL = frozenset({"log_prob", "margin", "entropy", "argmax", "top_log_prob"})
@@ -60,6 +60,12 @@ def test_the_nucleus_equals_a_full_sort_ties_included(seed, vocab, top_p, grain)
             values[row].expand(vocab, -1), weights[row].expand(vocab, -1), torch.arange(vocab), top_p
         )
         assert one_by_one.nonzero()[:, 0].tolist() == sorted(expected)
+        # About every token is drawn first; one outside gives way to a draw from the nucleus itself.
+        u = torch.stack([torch.linspace(0, 0.999, vocab, dtype=torch.float64), torch.zeros(vocab)], dim=1)
+        table = Weights(weights[row].expand(vocab, -1))
+        first = sample_weights(table, u[:, 0]).tolist()
+        drawn = draw_by_rejection(values[row].expand(vocab, -1), table, u, top_p).tolist()
+        assert drawn == [token if token in expected else min(expected) for token in first]
 
 
 def test_equal_tokens_fill_the_nucleus_from_the_lowest_id():
@@ -149,8 +155,8 @@ def test_measures_are_of_the_models_own_distribution(config):
 def test_uniform_numbers_have_48_bits():
     x = torch.zeros(2, 500, dtype=torch.int64)
     _, plan = start(x, editable=x == 0, mask_id=1, steps=3, seed=5)
-    u = plan.token_draws(torch.zeros(2, dtype=torch.int64), tries=2)
-    assert u.shape == (2, 500, 2) and u.dtype == torch.float64
+    u = plan.token_draws(torch.zeros(2, dtype=torch.int64), torch.arange(1000), tries=2)
+    assert u.shape == (1000, 2) and u.dtype == torch.float64
     grains = u * 2.0**48
     assert torch.equal(grains, grains.round()) and not torch.equal(u * 2.0**24, (u * 2.0**24).round())
     assert float(u.min()) >= 0.0 and float(u.max()) < 1.0

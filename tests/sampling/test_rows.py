@@ -9,7 +9,7 @@ from llamafactory_ddm.diffusion.rng import keyed_uniform
 from llamafactory_ddm.modeling.denoiser import ModelDenoiser
 from llamafactory_ddm.sampling import STRATEGIES, Context, Edits, LogitsConfig, get_strategy
 from llamafactory_ddm.sampling.loop import denoising_step
-from llamafactory_ddm.sampling.rows import split_states, stack_contexts, stack_plans, stack_states
+from llamafactory_ddm.sampling.rows import own_steps, split_states, stack_contexts, stack_plans, stack_states
 from llamafactory_ddm.sampling.state import start
 from support.tiny import MASK_ID, tiny_model
 
@@ -86,7 +86,8 @@ def test_a_step_of_several_calls_is_that_of_each(name, edits, guidance):
             for state, (_, plan, one) in zip(alone, together, strict=True)
         ]
         denoiser.close()
-        states = split_states(denoising_step(padded, stack_states(states), plan, context=context, **options), states)
+        after = denoising_step(padded, stack_states(states), plan, context=context, **options)
+        states = split_states(own_steps(after, states), states)
         for number, (one, other) in enumerate(zip(alone, states, strict=True)):
             is_open[number] &= not one.finished
             if not is_open[number]:

@@ -50,7 +50,13 @@ def philox4x32(
 
 
 def keyed_uniform(
-    seed: int | Tensor, stream: int, sample_index: Tensor, length: int, *, steps: Tensor | None = None
+    seed: int | Tensor,
+    stream: int,
+    sample_index: Tensor,
+    length: int,
+    *,
+    steps: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
     """Return uniform numbers in [0, 1) that depend only on (seed, stream, sample index, step, column).
 
@@ -62,6 +68,7 @@ def keyed_uniform(
         length: how many numbers each row gets.
         steps: [n_rows] int64 in [0, 2**32), index of a row's repeated draw. Draw from a stream always with `steps` or
             always without.
+        first: [n_rows] int64, the column of each row's first number; None for 0.
     Returns:
         [n_rows, length] float32, a multiple of 2**-24, on the device of `sample_index`.
     Raises:
@@ -73,14 +80,21 @@ def keyed_uniform(
         raise ValueError(f"stream must lie in [0, 2**32), got {stream}")
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
-    blocks = torch.arange((length + 3) // 4, device=sample_index.device, dtype=torch.int64)
+    n_blocks = (length + 3) // 4 if first is None else (length + 6) // 4  # of four numbers
+    blocks = torch.arange(n_blocks, device=sample_index.device, dtype=torch.int64)[None]
+    if first is not None:
+        blocks = blocks + (first >> 2)[:, None]
     row = sample_index.to(torch.int64)[:, None]
     third = row >> 32 if steps is None else steps.to(torch.int64)[:, None]
-    counter = (blocks[None, :], row & _MASK32, third & _MASK32, torch.full_like(row, stream))
+    counter = (blocks, row & _MASK32, third & _MASK32, torch.full_like(row, stream))
     if isinstance(seed, Tensor):
         key: Any = (seed[:, None] & _MASK32, (seed[:, None] >> 32) & _MASK32)
     else:
         key = (seed & _MASK32, seed >> 32)
     words = philox4x32(counter, key)
-    bits = torch.stack(words, dim=-1).flatten(start_dim=1)[:, :length]
+    bits = torch.stack(words, dim=-1).flatten(start_dim=1)
+    if first is None:
+        bits = bits[:, :length]
+    else:
+        bits = bits.gather(1, (first & 3)[:, None] + torch.arange(length, device=first.device))
     return (bits >> 8).to(torch.float32) * 2.0**-24

@@ -8,12 +8,13 @@ changes no logit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..diffusion.blocks import block_of, positions_of
 from ..utils.devices import integers_on
@@ -30,11 +31,13 @@ class _Part:
     """Rows and columns that share a forward pass.
 
     Attributes:
-        rows: [n_rows] int64, rows of the call.
+        numbers: rows of the call, ascending.
+        rows: [n_rows] int64, the same.
         columns: [n_rows, n_fresh] int64, the columns of each; a row with fewer than others repeats its last.
         end: number of columns that its queries see, from the first.
     """
 
+    numbers: list[int]
     rows: Tensor
     columns: Tensor
     end: int
@@ -66,6 +69,11 @@ class BlockDenoiser(ModelDenoiser):
         self._block = self._position = self._ids = torch.empty(0, 0, dtype=torch.int64)
         self._cache: ColumnCache | None = None
 
+    @property
+    def stack_key(self) -> Any:
+        """Return what denoisers of a `StackedBlocks` must share."""
+        return self._block_length, self._is_cached, self._shift
+
     def questions(self, z: Tensor, asked: Tensor, scope: Tensor, branch: int = 0) -> Tensor:
         """Return [batch, 3] int64: how many positions are asked for, the first fresh column, the one after the last.
 
@@ -93,20 +101,24 @@ class BlockDenoiser(ModelDenoiser):
         self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int, answers: Answers
     ) -> tuple[list[ModelPass], list[Tensor]]:
         """Return the passes over the fresh columns, each over rows with about as many; see `ModelDenoiser`."""
-        length = z.shape[1]
-        low, high = integers_on(z.device, answers)[:, 1:].unbind(dim=1)
         passes, order = [], []
-        for numbers, one in self._parts(answers, low, high):
-            here = torch.arange(len(head_index), device=z.device)
-            if len(numbers) < len(z):
-                here = positions_in(one.rows, head_index, length, sum(answers[number][0] for number in numbers))
-            row = torch.div(head_index[here], length, rounding_mode="floor")
-            number, first = torch.searchsorted(one.rows, row), one.columns[:, 0]
-            index = number * one.columns.shape[1] + head_index[here] - row * length - first[number]
+        for one, here, index in self._asked_parts(z, head_index, answers):
             passes.append(self._pass(z, one, index))
             order.append(here)
-        self._note(z, low, high)
         return passes, order
+
+    def _asked_parts(self, z: Tensor, head_index: Tensor, answers: Answers) -> Iterator[tuple[_Part, Tensor, Tensor]]:
+        """Yield each part, which entries of `head_index` lie in it, and where among its columns, [n] int64 each."""
+        length = z.shape[1]
+        low, high = integers_on(z.device, answers)[:, 1:].unbind(dim=1)
+        for one in self._parts(answers, low, high):
+            here = torch.arange(len(head_index), device=z.device)
+            if len(one.numbers) < len(z):
+                here = positions_in(one.rows, head_index, length, sum(answers[number][0] for number in one.numbers))
+            row = torch.div(head_index[here], length, rounding_mode="floor")
+            number, first = torch.searchsorted(one.rows, row), one.columns[:, 0]
+            yield one, here, number * one.columns.shape[1] + head_index[here] - row * length - first[number]
+        self._note(z, low, high)
 
     def _canvas_rows(self) -> Tensor:
         """Return [n_rows] int64, the rows of the canvas that this call computes."""
@@ -131,7 +143,7 @@ class BlockDenoiser(ModelDenoiser):
         first_changed = torch.where(first_changed < high, first_changed, first)
         return (block < block.gather(1, first_changed[:, None])).sum(dim=1).clamp(max=first), high
 
-    def _parts(self, answers: Answers, low: Tensor, high: Tensor) -> Iterator[tuple[list[int], _Part]]:
+    def _parts(self, answers: Answers, low: Tensor, high: Tensor) -> Iterator[_Part]:
         """Yield the rows that share a pass over their fresh columns; the first row is in the first of them."""
         widths = [last - first for _, first, last in answers]
         for numbers in sorted(grouped(widths, columns_of_a_pass(low.device))):
@@ -140,7 +152,7 @@ class BlockDenoiser(ModelDenoiser):
             columns = low[rows][:, None] + span
             if self._is_cached:  # without a cache, all keys are those of the pass
                 columns = columns.minimum(high[rows][:, None] - 1)
-            yield numbers, _Part(rows, columns, max(answers[number][2] for number in numbers))
+            yield _Part(numbers, rows, columns, max(answers[number][2] for number in numbers))
 
     def _pass(self, z: Tensor, one: _Part, head_index: Tensor) -> ModelPass:
         """Return the forward pass of a part; `head_index` is into its columns."""
@@ -160,6 +172,83 @@ class BlockDenoiser(ModelDenoiser):
         column, rows = torch.arange(z.shape[1], device=z.device), self._canvas_rows()
         ids = torch.where(column < low[:, None], self._ids[rows], z)
         self._ids[rows] = ids.masked_fill(column >= high[:, None], -1)
+
+
+class StackedBlocks(BlockDenoiser):
+    """The denoisers of several canvases of one row as one, whose passes are those of each row.
+
+    What is known of the columns is kept here and seen by the denoisers, each of which has its own cache.
+    """
+
+    def __init__(self, denoisers: Sequence[BlockDenoiser], lengths: Sequence[int], device: torch.device) -> None:
+        """Stack denoisers of one model that agree in `stack_key`; of each another stack is obsolete then.
+
+        Args:
+            denoisers: one for each row.
+            lengths: of the rows; columns behind them are padding.
+            device: of the rows.
+        """
+        first, width = denoisers[0], max(lengths)
+        super().__init__(
+            first._model,
+            block_length=first._block_length,
+            cached=first._is_cached,
+            shift=first._shift,
+            runner=first._runner,
+        )
+        for denoiser, length in zip(denoisers, lengths, strict=True):
+            denoiser._prepare(torch.empty(1, length, dtype=torch.int64, device=device))
+        # A block that no query sees, and ids that never change.
+        self._block = _stacked([one._block for one in denoisers], width, width)
+        self._position = _stacked([one._position for one in denoisers], width, 0)
+        self._ids = _stacked([one._ids for one in denoisers], width, -1)
+        self._caches = [one._cache for one in denoisers]
+        for row, (denoiser, length) in enumerate(zip(denoisers, lengths, strict=True)):
+            denoiser._ids = self._ids[row : row + 1, :length]
+
+    def _prepare(self, z: Tensor) -> None:
+        """Do nothing: the blocks are laid out."""
+
+    def _passes_of(
+        self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int, answers: Answers
+    ) -> tuple[list[ModelPass], list[Tensor]]:
+        """Return a pass for each row with a requested position, and the entries of `head_index` that lie in it."""
+        numbers = range(len(self._ids)) if self._requested is None else self._requested
+        by_row: dict[int, tuple[ModelPass, Tensor]] = {}
+        for one, here, index in self._asked_parts(z, head_index, answers):
+            counts = [answers[number][0] for number in one.numbers]
+            whole, heads = self._pass(z, one, index), (index % one.columns.shape[1]).split(counts)
+            for place, (number, own, order) in enumerate(zip(one.numbers, heads, here.split(counts), strict=True)):
+                _, low, high = answers[number]
+                row, columns = slice(place, place + 1), slice(high - low)
+                cache = self._caches[numbers[number]]
+                by_row[number] = (
+                    ModelPass(
+                        whole.ids[row, columns],
+                        _part_of_mask(whole.mask, row, columns, high),
+                        None if whole.position_ids is None else whole.position_ids[row, columns],
+                        own,
+                        cache,
+                        None if cache is None else slice(low, high),
+                        None,
+                        None if cache is None else high,
+                    ),
+                    order,
+                )
+        passes, orders = zip(*(by_row[number] for number in range(len(answers))), strict=True)
+        return list(passes), list(orders)
+
+
+def _stacked(rows: Sequence[Tensor], width: int, padding: int) -> Tensor:
+    """Return [n_rows, width], rows [1, length] padded on the right."""
+    return torch.cat([functional.pad(row, (0, width - row.shape[1]), value=padding) for row in rows])
+
+
+def _part_of_mask(mask: Any, row: slice, columns: slice, end: int) -> Any:
+    """Return what an additive mask, or one by layer type, has for a row, some of its queries and its first keys."""
+    if isinstance(mask, dict):
+        return {name: _part_of_mask(one, row, columns, end) for name, one in mask.items()}
+    return mask[row, :, columns, :end]
 
 
 def check_block_attention(model: nn.Module) -> None:

@@ -114,13 +114,16 @@ def _joint_additive(
     for part, mask in zip(parts, masks, strict=True):
         own = joint[first : first + part.n_rows]
         first += part.n_rows
-        own[:, :, part.n_columns :] = 0.0  # what these queries see is never read
+        if part.n_columns < n_columns:
+            own[:, :, part.n_columns :] = 0.0  # what these queries see is never read
         own[:, :, : part.n_columns, : part.n_keys] = 0.0 if mask is None else mask
     return joint
 
 
 def _padded(value: Tensor, n_columns: int) -> Tensor:
     """Return [n_rows, n_columns], padded with zeros on the right."""
+    if value.shape[1] == n_columns:
+        return value
     return functional.pad(value, (0, n_columns - value.shape[1]))
 
 
@@ -133,11 +136,11 @@ def _positions(part: ModelPass) -> Tensor:
 def _head_indices(parts: Sequence[ModelPass], n_columns: int) -> Iterator[Tensor]:
     first = 0
     for part in parts:
-        row, column = (
-            torch.div(part.head_index, part.n_columns, rounding_mode="floor"),
-            part.head_index % part.n_columns,
-        )
-        yield (first + row) * n_columns + column
+        index = part.head_index + first * n_columns
+        if part.n_rows > 1 and part.n_columns < n_columns:
+            row = torch.div(part.head_index, part.n_columns, rounding_mode="floor")
+            index = index + row * (n_columns - part.n_columns)
+        yield index
         first += part.n_rows
 
 
@@ -162,16 +165,20 @@ class _JointCache(Cache):
         Returns:
             Keys and values that the queries see, [rows, heads, n_keys, width] each.
         """
-        first, seen = 0, []
-        for part in self._parts:
-            rows = slice(first, first + part.n_rows)
-            first += part.n_rows
-            states = key_states[rows, :, : part.n_columns], value_states[rows, :, : part.n_columns]
+        sizes = [part.n_rows for part in self._parts]
+        seen: list[tuple[Tensor, Tensor]] = []
+        for part, *own in zip(self._parts, key_states.split(sizes), value_states.split(sizes), strict=True):
+            keys, values = (states[:, :, : part.n_columns] for states in own)
             if part.cache is not None:
-                states = part.cache.update(*states, layer_idx)
-            seen.append([functional.pad(value, (0, 0, 0, self._n_keys - value.shape[2])) for value in states])
-        keys, values = zip(*seen, strict=True)
-        return torch.cat(keys), torch.cat(values)
+                keys, values = part.cache.update(keys, values, layer_idx)
+            seen.append((self._padded(keys), self._padded(values)))
+        all_keys, all_values = zip(*seen, strict=True)
+        return torch.cat(all_keys), torch.cat(all_values)
+
+    def _padded(self, states: Tensor) -> Tensor:
+        """Return [n_rows, heads, n_keys, width], padded with zeros."""
+        missing = self._n_keys - states.shape[2]
+        return functional.pad(states, (0, 0, 0, missing)) if missing else states
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         """Return the number of keys and the first key's column."""

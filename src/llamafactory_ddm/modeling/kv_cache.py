@@ -24,13 +24,13 @@ class _Pass:
     Attributes:
         size: (rows, columns) of the canvas.
         end: number of columns that its queries see, from the first.
-        columns: [n_rows, n_fresh] int64, the columns that it computes; None for 0 .. end - 1.
+        columns: the columns that it computes, see `ColumnCache.writing`.
         rows: [n_rows] int64, its rows of the canvas; None for all.
     """
 
     size: tuple[int, int]
     end: int
-    columns: Tensor | None = None
+    columns: Tensor | slice | None = None
     rows: Tensor | None = None
 
 
@@ -80,8 +80,11 @@ class ColumnLayer(CacheLayerMixin):
             else:
                 stored[rows, :, :end] = fresh
             return fresh  # as without a cache, so that the result is the same bit for bit
-        index = torch.arange(len(stored), device=stored.device) if rows is None else rows
-        stored[index[:, None], :, columns] = fresh.transpose(1, 2)
+        if isinstance(columns, slice):
+            stored[slice(None) if rows is None else rows, :, columns] = fresh
+        else:
+            index = torch.arange(len(stored), device=stored.device) if rows is None else rows
+            stored[index[:, None], :, columns] = fresh.transpose(1, 2)
         seen = stored[:, :, :end]
         return seen if rows is None else seen[rows]
 
@@ -118,7 +121,7 @@ class ColumnCache(Cache):
 
     @contextmanager
     def writing(
-        self, columns: Tensor | None = None, *, rows: Tensor | None = None, end: int | None = None
+        self, columns: Tensor | slice | None = None, *, rows: Tensor | None = None, end: int | None = None
     ) -> Iterator[None]:
         """Within the block, a forward pass computes these columns.
 
@@ -126,8 +129,8 @@ class ColumnCache(Cache):
         n_fresh, end].
 
         Args:
-            columns: [n_rows, n_fresh] int64, below `end`; a row with fewer fresh columns than others repeats one.
-                None for 0 .. end - 1.
+            columns: [n_rows, n_fresh] int64, below `end`; a row with fewer fresh columns than others repeats one. A
+                slice if they are a range that all rows share, None for 0 .. end - 1.
             rows: [n_rows] int64, the rows that the pass computes; None for all.
             end: number of columns that its queries see, from the first; None for all.
         """

@@ -50,7 +50,7 @@ class ModelPass:
     position_ids: Tensor | None
     head_index: Tensor
     cache: ColumnCache | None = None
-    columns: Tensor | None = None
+    columns: Tensor | slice | None = None
     cache_rows: Tensor | None = None
     end: int | None = None
 

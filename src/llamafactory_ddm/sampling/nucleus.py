@@ -7,6 +7,7 @@ fixed costs.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 _CHUNK = 256
 _INFINITY_BITS = 0x7F800000
 _WORD = 2**32
+_ROUNDING = 1e-5  # relative, of float32 sums over a vocabulary
 
 
 class Weights:
@@ -32,10 +34,16 @@ class Weights:
         sums = values[:, :whole].reshape(len(values), whole // _CHUNK, _CHUNK).sum(dim=2)
         if whole < values.shape[1]:
             sums = torch.cat([sums, values[:, whole:].sum(dim=1, keepdim=True)], dim=1)
-        self.values = values
-        self.sums = sums
-        self.cumulative = sums.cumsum(dim=1, dtype=torch.float64)
-        self.total = self.cumulative[:, -1]
+        self._set(values, sums, sums.cumsum(dim=1, dtype=torch.float64))
+
+    def _set(self, values: Tensor, sums: Tensor, cumulative: Tensor) -> None:
+        self.values, self.sums, self.cumulative, self.total = values, sums, cumulative, cumulative[:, -1]
+
+    def rows(self, index: Tensor) -> Weights:
+        """Return the weights of some rows, [n_rows] int64."""
+        chosen = Weights.__new__(Weights)
+        chosen._set(self.values[index], self.sums[index], self.cumulative[index])
+        return chosen
 
 
 def sample_weights(weights: Weights, u: Tensor) -> Tensor:
@@ -210,6 +218,50 @@ def draw_from_top(values: Tensor, weights: Weights, u: Tensor, top_p: float, wid
     is_outside = rank[:, width:] > last.masked_fill(is_open, -1)
     first = is_outside.min(dim=1, keepdim=True).indices
     return drawn.masked_fill(is_outside, -1).gather(1, first)[:, 0]
+
+
+def draw_by_rejection(values: Tensor, weights: Weights, u: Tensor, top_p: float) -> Tensor:
+    """Draw as `draw_from_nucleus` does, without looking for the nucleus unless all drawn tokens lie outside.
+
+    Args:
+        values: [n, vocab] float32 logits, the highest of a row being 0.
+        weights: of n rows, increasing with `values`.
+        u: [n, tries] float64 in [0, 1); the last column draws from the nucleus itself.
+        top_p: mass to reach, in (0, 1].
+    Returns:
+        [n] int64.
+    """
+    rows = torch.arange(len(u), device=u.device)
+    ids = torch.zeros_like(rows)
+    for column in range(u.shape[1] - 1):
+        drawn = sample_weights(weights, u[rows, column])
+        ids[rows] = drawn
+        outside = (~_are_inside(values, weights, drawn, top_p)).nonzero()[:, 0]
+        if not len(outside):
+            return ids
+        rows, values, weights = rows[outside], values[outside], weights.rows(outside)
+    ids[rows] = sample_weights(Weights(weights.values * nucleus_mask(values, weights.values, top_p)), u[rows, -1])
+    return ids
+
+
+def _are_inside(values: Tensor, weights: Weights, ids: Tensor, top_p: float) -> Tensor:
+    """Do what `in_nucleus` does; float32 sums decide where rounding and ties cannot change the answer."""
+    level = values.gather(1, ids[:, None])
+    own, bound = weights.values.gather(1, ids[:, None])[:, 0], top_p * weights.total
+    inside: Tensor = _mass_where(torch.ge, values, weights, level) - own < bound * (1.0 - _ROUNDING)
+    rest = (~inside).nonzero()[:, 0]
+    if len(rest):
+        values, weights = values[rest], weights.rows(rest)
+        outside = _mass_where(torch.gt, values, weights, level[rest]) >= bound[rest] * (1.0 + _ROUNDING)
+        near = (~outside).nonzero()[:, 0]
+        if len(near):
+            inside[rest[near]] = in_nucleus(values[near], weights.values[near], ids[rest[near]], top_p)
+    return inside
+
+
+def _mass_where(compare: Callable[..., Tensor], values: Tensor, weights: Weights, level: Tensor) -> Tensor:
+    """Return [n] float32, the weight of the tokens whose logits compare with `level`, [n, 1]."""
+    return compare(values, level, out=torch.empty_like(values)).mul_(weights.values).sum(dim=1)
 
 
 def in_nucleus(values: Tensor, weights: Tensor, ids: Tensor, top_p: float) -> Tensor:

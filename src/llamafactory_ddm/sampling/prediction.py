@@ -146,7 +146,7 @@ def predict_tokens(
     u = torch.zeros(n, 1, dtype=torch.float64, device=z.device)
     if config.temperature > 0.0:
         tries = TRIES if config.top_p < 1.0 and config.top_k is None else 1
-        u = plan.token_draws(view.row_step, tries=tries).flatten(0, 1)[flat_index]
+        u = plan.token_draws(view.row_step, flat_index, tries=tries)
     draws: list[TokenDraws] = []
     n_done = 0
     for conditional, unconditional in _logit_parts(denoisers, branches.inputs, flat_index):

@@ -58,11 +58,27 @@ def stack_contexts(contexts: Sequence[Context | None], states: Sequence[SamplerS
     return Context(no_text=_stack(no_text, True), prompt=prompt)
 
 
+def own_steps(stacked: SamplerState, states: Sequence[SamplerState]) -> SamplerState:
+    """Return the state after a joint step with each call's own number of the step in `committed`.
+
+    Args:
+        stacked: after the step.
+        states: of the calls before it.
+    """
+    steps = integers_on(stacked.z.device, [[state.step] for state in states for _ in range(len(state.z))])
+    return replace(stacked, committed=torch.where(stacked.committed == _STEP, steps, stacked.committed))
+
+
+def restacked(stacked: SamplerState) -> SamplerState:
+    """Return the state after a joint step, see `own_steps`, as what `stack_states` returns before the next."""
+    return replace(stacked, step=_STEP, nfe=0, finished=False)
+
+
 def split_states(stacked: SamplerState, states: Sequence[SamplerState]) -> list[SamplerState]:
     """Return the states of the calls after a joint step.
 
     Args:
-        stacked: after the step.
+        stacked: after the step, from `own_steps`.
         states: of the calls before it.
     """
     sizes = [len(state.z) for state in states]
@@ -72,9 +88,7 @@ def split_states(stacked: SamplerState, states: Sequence[SamplerState]) -> list[
         own: dict[str, Any] = {name: columns[name][number] for name in _TENSORS}
         for name in _STATE_PADDING:
             own[name] = own[name][:, : state.z.shape[1]]
-        own["committed"] = torch.where(own["committed"] == _STEP, state.step, own["committed"])
-        nfe = int(stacked.nfe) + state.nfe
-        result.append(SamplerState(**own, step=state.step + 1, nfe=nfe))
+        result.append(SamplerState(**own, step=state.step + 1, nfe=int(stacked.nfe) + state.nfe))
     return result
 
 

@@ -59,22 +59,36 @@ class Plan:
     eos_last: bool = False
     edit_steps: int = 0
 
-    def uniform(self, stream: Stream, row_step: Tensor, *, depth: int = 1) -> Tensor:
-        """Return [batch, length, depth] uniform numbers, a function of seed, sample index, stream and row step alone.
+    def uniform(self, stream: Stream, row_step: Tensor) -> Tensor:
+        """Return [batch, length] uniform numbers, a function of seed, sample index, stream and row step alone.
 
         Numbers go to editable positions in order, so padding in front of a text changes nothing.
         """
         width = int(self.editable_index.shape[1])
-        u = keyed_uniform(self.seed, stream, self.sample_index, width * depth, steps=self.steps_taken + row_step)
-        return u.view(-1, width, depth).gather(1, self.editable_index[:, :, None].expand(-1, -1, depth))
+        u = keyed_uniform(self.seed, stream, self.sample_index, width, steps=self.steps_taken + row_step)
+        return u.gather(1, self.editable_index)
 
-    def token_draws(self, row_step: Tensor, *, tries: int = TRIES) -> Tensor:
-        """Return [batch, length, tries] float64 in [0, 1), multiples of 2**-48, for the draws of tokens.
+    def token_draws(self, row_step: Tensor, flat_index: Tensor, *, tries: int = TRIES) -> Tensor:
+        """Return [n, tries] float64 in [0, 1), multiples of 2**-48, for the draws of tokens at `flat_index`.
 
         A large vocabulary has many tokens less probable than 2**-24, the resolution of one number, so two are joined.
+        As in `uniform`, the numbers go to editable positions in order.
+
+        Args:
+            row_step: [batch] int64, see `StepView`.
+            flat_index: [n] int64 into [batch * length].
+            tries: uniform numbers of a position.
         """
-        pair = self.uniform(Stream.SAMPLE_TOKEN, row_step, depth=2 * tries).double()
-        return pair[..., 0::2] + pair[..., 1::2] * 2.0**-24
+        row = torch.div(flat_index, self.editable_index.shape[1], rounding_mode="floor")
+        pair = keyed_uniform(
+            self.seed if isinstance(self.seed, int) else self.seed[row],
+            Stream.SAMPLE_TOKEN,
+            self.sample_index[row],
+            2 * tries,
+            steps=(self.steps_taken + row_step)[row],
+            first=self.editable_index.flatten()[flat_index] * (2 * tries),
+        ).double()
+        return pair[:, 0::2] + pair[:, 1::2] * 2.0**-24
 
 
 @dataclass(frozen=True)

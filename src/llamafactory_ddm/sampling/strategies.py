@@ -99,7 +99,7 @@ class RandomOrder:
 
     def candidates(self, view: StepView) -> Tensor:
         """Return the masked positions whose draw falls below the step's reveal probability."""
-        u = view.plan.uniform(Stream.SAMPLE_ORDER, view.row_step)[..., 0]
+        u = view.plan.uniform(Stream.SAMPLE_ORDER, view.row_step)
         return view.is_masked & (u.double() < view.of_step(view.plan.reveal_probability))
 
     def commit(self, view: StepView, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
@@ -306,7 +306,7 @@ class Remdm:
     def candidates(self, view: StepView) -> Tensor:
         """Return the masked positions whose draw falls below the step's reveal probability."""
         _, extra = remask_probability(view.step, view.steps, view.plan.schedule, self.remask_cap)
-        u = view.plan.uniform(Stream.SAMPLE_ORDER, view.row_step)[..., 0]
+        u = view.plan.uniform(Stream.SAMPLE_ORDER, view.row_step)
         return view.is_masked & (u.double() < view.of_step(view.plan.reveal_probability) + extra[:, None])
 
     def commit(self, view: StepView, candidate: Tensor, score: Callable[[Measure], Tensor]) -> Tensor:
@@ -316,7 +316,7 @@ class Remdm:
     def remask(self, view: StepView) -> Tensor:
         """Return the decoded positions whose draw falls below sigma."""
         sigma, _ = remask_probability(view.step, view.steps, view.plan.schedule, self.remask_cap)
-        u = view.plan.uniform(Stream.REMASK, view.row_step)[..., 0]
+        u = view.plan.uniform(Stream.REMASK, view.row_step)
         return view.is_decoded & (u.double() < sigma[:, None])
 
     def stays(self, view: StepView) -> Tensor:

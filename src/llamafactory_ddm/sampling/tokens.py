@@ -10,16 +10,15 @@ from torch import Tensor
 from .logits import LogitsConfig, Measure, check_logits, clamped, filtered_scores, from_highest, top_k_scores
 from .nucleus import (
     Weights,
+    draw_by_rejection,
     draw_from_nucleus,
     draw_from_top,
-    in_nucleus,
     is_sequential,
-    nucleus_mask,
     sample_weights,
 )
 
 # Elements of the logits that are processed at once. On a CPU the chunk is small enough to stay in the cache.
-_ELEMENTS_AT_ONCE = {"cpu": 2**19}
+_ELEMENTS_AT_ONCE = {"cpu": 2**20}
 _ELEMENTS_ELSEWHERE = 2**24
 _N_CANDIDATES = 4096  # most probable tokens among which an accelerator looks for the end of a nucleus first
 
@@ -91,7 +90,7 @@ def draw_tokens(
     elements = _ELEMENTS_AT_ONCE.get(logits.device.type, _ELEMENTS_ELSEWHERE)
     n_at_once = max(1, elements // max(1, logits.shape[1]))
     in_two_passes = config.uses_nucleus(logits.shape[1]) and u.shape[1] > 1
-    in_two_passes &= is_sequential(logits.device) or logits.shape[1] > _N_CANDIDATES
+    in_two_passes &= not is_sequential(logits.device) and logits.shape[1] > _N_CANDIDATES
     parts = [slice(low, low + n_at_once) for low in range(0, max(len(u), 1), n_at_once)]
     draws = concatenate([_draw(logits[part], config, u[part], suppress, measures, in_two_passes) for part in parts])
     deferred = (draws.ids < 0).nonzero()[:, 0] if in_two_passes else draws.ids[:0]
@@ -157,39 +156,12 @@ def _draw(
 
 
 def _draw_nucleus(values: Tensor, weights: Tensor, top_p: float, u: Tensor, may_defer: bool) -> Tensor:
-    """Draw [n] ids from the nucleus: by rejection with all columns of `u` but the last, then from the nucleus itself.
-
-    With `may_defer` the cheapest path is taken, and rows that it does not finish get the id -1. A second call draws
-    them: on a CPU the few such rows of all chunks are faster together.
-    """
+    """Draw [n] ids from the nucleus; with `may_defer` the id is -1 where the most probable tokens do not suffice."""
     table = Weights(weights)
     if top_p == 1.0:
         return sample_weights(table, u[:, 0])
-    if not is_sequential(u.device):
-        if may_defer:
-            return draw_from_top(values, table, u, top_p, _N_CANDIDATES)
-        return draw_from_nucleus(values, table, u, top_p)
+    if is_sequential(u.device):
+        return draw_by_rejection(values, table, u, top_p)
     if may_defer:
-        drawn = sample_weights(table, u[:, 0])
-        return torch.where(_surely_inside(values, table, drawn, top_p), drawn, -1)
-    rows = torch.arange(len(u), device=u.device)
-    ids = torch.zeros(len(u), dtype=torch.int64, device=u.device)
-    for column in range(u.shape[1] - 1):
-        drawn = sample_weights(table, u[rows, column])
-        inside = in_nucleus(values, table.values, drawn, top_p)
-        ids[rows] = torch.where(inside, drawn, ids[rows])
-        rejected = (~inside).nonzero()[:, 0]
-        if not len(rejected):
-            return ids
-        rows, values, table = rows[rejected], values[rejected], Weights(table.values[rejected])
-    ids[rows] = sample_weights(Weights(table.values * nucleus_mask(values, table.values, top_p)), u[rows, -1])
-    return ids
-
-
-def _surely_inside(values: Tensor, table: Weights, drawn: Tensor, top_p: float) -> Tensor:
-    """Return [n] bool, whether `drawn` is inside even if all ties precede it, with a tolerance for float32 sums."""
-    index = drawn[:, None]
-    not_after = torch.ge(values, values.gather(1, index), out=torch.empty_like(values))
-    before = torch.linalg.vecdot(not_after, table.values) - table.values.gather(1, index)[:, 0]
-    inside: Tensor = before < top_p * (1.0 - 1e-5) * table.total
-    return inside
+        return draw_from_top(values, table, u, top_p, _N_CANDIDATES)
+    return draw_from_nucleus(values, table, u, top_p)

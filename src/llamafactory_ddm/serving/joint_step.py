@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ..modeling.denoiser import Answers, ModelDenoiser, in_order
+from ..modeling.denoiser import Answers, ModelDenoiser
+from ..modeling.denoiser_rows import DenoiserRows
 from ..modeling.model_runner import ModelPass, PassOutput
 from ..sampling.edits import Edits
 from ..sampling.logits import LogitsConfig
 from ..sampling.loop import denoising_step
 from ..sampling.prediction import Context, Denoiser
-from ..sampling.rows import split_states, stack_contexts, stack_plans, stack_states
+from ..sampling.rows import own_steps, restacked, split_states, stack_contexts, stack_plans, stack_states
 from ..sampling.state import Plan, SamplerState
 from ..sampling.strategies import Strategy
 from ..utils.devices import integers_on
@@ -77,7 +77,8 @@ class JointSteps:
             project: yields the logits of hidden states, see `ModelRunner.logits`.
         """
         self._outputs, self._project = outputs, project
-        self._stacked: tuple[list[Plan], Plan, Context] | None = None
+        self._constants: tuple[list[Plan], Plan, Context, DenoiserRows] | None = None
+        self._latest: tuple[list[SamplerState], SamplerState] | None = None
 
     def take(self, requests: Sequence[StepRequest], run: RunPasses) -> list[StepResult | Exception]:
         """Return the result of each request, or the error that it ended with."""
@@ -95,27 +96,41 @@ class JointSteps:
         self, requests: Sequence[StepRequest], run: RunPasses, errors: dict[int, Exception]
     ) -> list[StepResult | Exception]:
         first, states = requests[0], [request.state for request in requests]
-        state = stack_states(states)
-        plan, context = self._plan(requests)
-        rows = _Rows(requests, self._outputs, self._project, run, errors)
+        plan, context, denoisers = self._constants_of(requests)
+        if self._latest is not None and _same(self._latest[0], states):
+            state = self._latest[1]
+        else:
+            state = stack_states(states)
+        rows = _Rows(denoisers, state.z, self._outputs, self._project, run, errors)
         after = denoising_step(
             rows, state, plan, strategy=first.strategy, logits=first.logits, edits=first.edits, context=context
         )
-        results: list[StepResult | Exception] = []
+        after = own_steps(after, states)
         on_host = after.z.cpu()  # one wait for all rows, whose texts are read next
-        for number, new in enumerate(split_states(after, states)):
-            new = replace(new, on_host=on_host[number : number + 1, : new.z.shape[1]])
-            state = new if rows.goes_on[number] else replace(states[number], finished=True)
-            results.append(errors.get(number) or StepResult(state, rows.n_passes[number]))
-        return results
+        news = [
+            replace(new, on_host=on_host[number : number + 1, : new.z.shape[1]])
+            if rows.goes_on[number]
+            else replace(states[number], finished=True)
+            for number, new in enumerate(split_states(after, states))
+        ]
+        self._latest = (news, restacked(after))
+        return [
+            errors.get(number) or StepResult(new, n_passes)
+            for number, (new, n_passes) in enumerate(zip(news, rows.n_passes, strict=True))
+        ]
 
-    def _plan(self, requests: Sequence[StepRequest]) -> tuple[Plan, Context]:
+    def _constants_of(self, requests: Sequence[StepRequest]) -> tuple[Plan, Context, DenoiserRows]:
         plans = [request.plan for request in requests]
-        if self._stacked is None or not _same(self._stacked[0], plans):
+        if self._constants is None or not _same(self._constants[0], plans):
             states = [request.state for request in requests]
             context = stack_contexts([request.context for request in requests], states)
-            self._stacked = (plans, stack_plans(plans), context)
-        return self._stacked[1:]
+            denoisers = DenoiserRows(
+                [request.denoiser for request in requests],
+                [state.z.shape[1] for state in states],
+                states[0].z.device,
+            )
+            self._constants = (plans, stack_plans(plans), context, denoisers)
+        return self._constants[1:]
 
 
 def _same(one: Sequence[Any], two: Sequence[Any]) -> bool:
@@ -123,7 +138,7 @@ def _same(one: Sequence[Any], two: Sequence[Any]) -> bool:
 
 
 class _Rows:
-    """Joins the denoisers of several samples into one `CachingDenoiser`, for one step.
+    """The denoisers of several samples as one `CachingDenoiser`, for one step.
 
     Attributes:
         n_passes: forward passes of each row.
@@ -132,30 +147,25 @@ class _Rows:
 
     def __init__(
         self,
-        requests: Sequence[StepRequest],
+        denoisers: DenoiserRows,
+        z: Tensor,
         outputs: int | None,
         project: Callable[[Tensor, int | None], Iterator[Tensor]],
         run: RunPasses,
         errors: dict[int, Exception],
     ) -> None:
         """Prepare; `errors` takes those of rows whose forward pass failed, whose logits are zeros."""
-        self._errors = errors
-        self.n_passes = [0] * len(requests)
-        self.goes_on = [False] * len(requests)
+        self._denoisers, self._errors = denoisers, errors
+        self.n_passes = [0] * len(z)
+        self.goes_on = [False] * len(z)
         self._outputs, self._project, self._run = outputs, project, run
-        self._denoisers = [request.denoiser for request in requests]
-        self._lengths = [request.state.z.shape[1] for request in requests]
-        self._computed = torch.zeros_like(torch.cat([request.state.edits for request in requests]))
+        self._computed = [0] * len(z)
+        self._device = z.device
 
     def questions(self, z: Tensor, asked: Tensor, scope: Tensor, branch: int = 0) -> Tensor:
         """Return [batch, n] int64: whether the row is unfinished, then the numbers that its denoiser needs."""
-        own = [
-            denoiser.questions(z[row, :length], asked[row, :length], scope[row, :length], branch)
-            for row, length, denoiser in self._rows()
-        ]
-        width = max(numbers.shape[1] for numbers in own)
-        padded = torch.cat([functional.pad(numbers, (0, width - numbers.shape[1])) for numbers in own])
-        return torch.cat([scope.any(dim=1, keepdim=True).long(), padded], dim=1)
+        own = self._denoisers.questions(z, asked, scope, branch)
+        return torch.cat([scope.any(dim=1, keepdim=True).long(), own], dim=1)
 
     def step(self, scope: Tensor, branch: int = 0, answers: Answers | None = None) -> Denoiser:
         """Return the denoiser of the step, see `CachingDenoiser`."""
@@ -169,48 +179,28 @@ class _Rows:
 
         return denoise
 
-    def _rows(self) -> Iterator[tuple[slice, int, ModelDenoiser]]:
-        """Yield the row, the length and the denoiser of each sample."""
-        for number, (length, denoiser) in enumerate(zip(self._lengths, self._denoisers, strict=True)):
-            yield slice(number, number + 1), length, denoiser
-
     def take_computed(self) -> Tensor:
         """Return [batch] int64, the tokens of each row that went through the model."""
-        return self._computed
+        return integers_on(self._device, self._computed)
 
     def _logits(self, z: Tensor, flat_index: Tensor, scope: Tensor, branch: int, answers: Answers) -> Iterator[Tensor]:
-        counts = [answer[0] for answer in answers]
-        columns = torch.split(flat_index % z.shape[1], counts)
-        calls: list[tuple[int, list[ModelPass], list[Tensor]]] = []
-        computed = [0] * len(z)
-        for number, (row, length, denoiser) in enumerate(self._rows()):
-            if not counts[number]:
-                continue
-            passes, order = denoiser.passes(
-                z[row, :length], columns[number], scope[row, :length], branch, answers[number : number + 1]
-            )
-            calls.append((number, passes, order))
-            computed[number] = sum(one.ids.numel() for one in passes)
+        by_row = self._denoisers.passes(z, flat_index, scope, branch, answers)
+        numbers = [number for number, one in enumerate(by_row) if one is not None]
+        passes = [one for one in by_row if one is not None]
+        for number, one in zip(numbers, passes, strict=True):
             self.n_passes[number] += 1
-        self._computed += integers_on(z.device, computed)
-        results = iter(self._run([one for _, passes, _ in calls for one in passes]))
-        outputs = [self._output(number, [next(results) for _ in order], order) for number, _, order in calls]
-        sample = next((output for output in outputs if output is not None), None)
+            self._computed[number] += one.ids.numel()
+        results = self._run(passes)
+        failed = {n: one for n, one in zip(numbers, results, strict=True) if isinstance(one, Exception)}
+        self._errors.update(failed)
+        sample = next((one for one in results if not isinstance(one, Exception)), None)
         if sample is None:
-            raise self._errors[calls[0][0]]
-        for index, (number, _, _) in enumerate(calls):
-            outputs[index] = outputs[index] or _zeros(sample, counts[number])
-        yield from self._joined([output for output in outputs if output is not None])
-
-    def _output(
-        self, number: int, results: Sequence[PassOutput | Exception], order: Sequence[Tensor]
-    ) -> PassOutput | None:
-        """Return the output of a row's passes in order, or None if one failed."""
-        good = [result for result in results if not isinstance(result, Exception)]
-        for result in results:
-            if isinstance(result, Exception):
-                self._errors[number] = result
-        return in_order(good, order) if len(good) == len(results) else None
+            raise failed[numbers[0]]
+        outputs = [
+            _zeros(sample, answers[number][0]) if isinstance(result, Exception) else result
+            for number, result in zip(numbers, results, strict=True)
+        ]
+        yield from self._joined(outputs)
 
     def _joined(self, outputs: Sequence[PassOutput]) -> Iterator[Tensor]:
         """Yield the logits of all rows."""

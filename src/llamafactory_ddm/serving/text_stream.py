@@ -45,6 +45,7 @@ class TextStream:
         gaps = [is_gap for is_gap, _ in itertools.groupby(editable)]
         # Several gaps are joined by line breaks, and the text after one gap tells where it ends.
         self._streams = gaps.count(True) == 1
+        self._final: list[int] = []  # of the latest call of `advance`
         self._end = len(editable) - editable[::-1].index(True) if not editable[-1] else None
 
     def final_ids(self, canvas: Canvas, ids: Sequence[int]) -> list[int]:
@@ -69,6 +70,9 @@ class TextStream:
         if not self._streams or self.stopped is not None:
             return ""
         final = self.final_ids(canvas, ids)
+        if final == self._final:
+            return ""
+        self._final = list(final)
         # An invalid byte after them would make all bytes invalid, even after a token without text.
         while final and (self.codec.is_byte(final[-1]) or self.codec.is_silent(final[-1])):
             final.pop()
