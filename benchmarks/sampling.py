@@ -1,7 +1,7 @@
 """The cost of sampling, relative to the trunk of the model alone, timed interleaved in the same process.
 
     python benchmarks/sampling.py             the claims: CPU seconds of each strategy, batch 1 and 4
-    python benchmarks/sampling.py --memory    peak memory of a step, each in a process of its own
+    python benchmarks/sampling.py --memory    peak memory of a step, each in a fresh process
     python benchmarks/sampling.py --table     cost against length, steps, batch and vocabulary
     python benchmarks/sampling.py --quality saves/tiny_gpt2/full/ddm
                                               the table of docs/performance.md
@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peak import peak_kib
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from llamafactory_ddm import SamplingSettings, TextGenerator, load
@@ -141,12 +143,19 @@ def measure(shape: Shape, strategies: list[str], rounds: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in ratios.items()}
 
 
-def run_alone(shape: Shape, kind: str) -> None:
-    """Run `kind` alone in this process."""
+def peak_mib() -> float:
+    """Return the peak resident memory of this process so far, in MiB."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return int(re.search(r"VmHWM:\s+(\d+)", file.read())[1]) / 1024  # type: ignore[index]
+
+
+def report_memory(shape: Shape, kind: str) -> None:
+    """Run `kind` alone in this process and print its peak."""
     model = make_model(shape)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of making the model
     short = replace(shape, steps=2)
     (trunk(model, short) if kind == "trunk" else sampler(model, short, kind))()
+    print(peak_mib())
 
 
 def claim(text: str, value: float, limit: float) -> bool:
@@ -157,7 +166,15 @@ def claim(text: str, value: float, limit: float) -> bool:
 
 def memory(shape: Shape) -> bool:
     """Compare the memory that a fully masked step adds to the trunk with the size of its float32 logits."""
-    peaks = {kind: peak_kib(run_alone, shape, kind, threshold=65536) / 1024 for kind in ("trunk", "low_confidence")}
+    # Return freed memory to the system at once; otherwise the peak would include what the allocator keeps.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    peaks = {}
+    for kind in ("trunk", "low_confidence"):
+        words = [sys.executable, __file__, "--peak", kind, "--batch", str(shape.batch), "--layers", str(shape.layers)]
+        words += ["--width", str(shape.width), "--vocabulary", str(shape.vocabulary), "--length", str(shape.length)]
+        words += ["--threads", str(torch.get_num_threads())]
+        done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
+        peaks[kind] = float(done.stdout.strip().splitlines()[-1])
     logits = shape.batch * (shape.length - 1) * shape.vocabulary * 4 / 2**20
     added = peaks["low_confidence"] - peaks["trunk"]
     return claim(f"batch {shape.batch}: memory beyond the trunk / masked logits", added / logits, MEMORY_CLAIM)
@@ -257,6 +274,7 @@ def main() -> int:
     parser.add_argument("--revising", metavar="CHECKPOINT")
     parser.add_argument("--samples", type=int, default=64, help="texts for --quality and --revising")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--strategies", default=",".join(TIME_CLAIMS))
     parser.add_argument("--batches", default="1,4")
     for name, value in Shape().__dict__.items():
@@ -264,6 +282,9 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shape = Shape(**{name: getattr(arguments, name) for name in Shape().__dict__})
+    if arguments.peak:
+        report_memory(shape, arguments.peak)
+        return 0
     if arguments.table:
         table(shape, arguments.rounds)
         return 0
