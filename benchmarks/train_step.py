@@ -51,13 +51,13 @@ KINDS = ("ar", "dense", "full", "annealed", "mixed", "block")
 BLOCK_LENGTH = 32
 # (kind, baseline, upper bound on the ratio)
 TIME_CLAIMS = (
-    ("full", "ar", 0.90),
-    ("full", "dense", 0.82),
-    ("annealed", "full", 1.08),
-    ("mixed", "ar", 1.30),
-    ("block", "full", 2.60),
+    ("full", "ar", 0.80),
+    ("full", "dense", 0.80),
+    ("annealed", "full", 1.20),
+    ("mixed", "ar", 1.05),
+    ("block", "full", 2.20),
 )
-MEMORY_CLAIMS = (("full", "ar", 0.88), ("full", "dense", 0.88), ("mixed", "ar", 0.88), ("block", "full", 1.55))
+MEMORY_CLAIMS = (("full", "ar", 0.75), ("full", "dense", 0.75), ("mixed", "ar", 0.75), ("block", "full", 1.70))
 OVERHEAD_CLAIM = 0.02
 
 

@@ -85,7 +85,7 @@ def test_the_decoding_time_benchmark_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_decoding_benchmark_runs(checkpoint):
+def test_the_decoding_benchmark_runs(checkpoint, finetuned):
     words = ["--rounds", "1", "--layers", "1", "--width", "64", "--vocabulary", "300", "--threads", "1"]
     words += ["--prompt", "12", "--written", "8", "--block", "4"]
     path = "benchmarks/decoding.py"
@@ -94,6 +94,9 @@ def test_the_decoding_benchmark_runs(checkpoint):
     assert done.stdout.count("claimed <=") == 8, done.stdout + done.stderr[-2000:]
     quality = run("--quality", checkpoint, "--samples", "1", "--threads", "1", program=path).stdout
     assert quality.count("\n| confidence_threshold 0.9 | ") == 4 and quality.count("dual, refresh 8") == 3
+    words = ("--answers", finetuned, "--questions", "2", "--rounds", "1", "--threads", "1")
+    answers = run(*words, program=path).stdout
+    assert answers.count("\n| ") == 2 and "\n| 8 | " in answers, answers
 
 
 @pytest.mark.slow
