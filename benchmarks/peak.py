@@ -15,14 +15,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def peak_kib(function: Callable[..., Any], *arguments: Any, threshold: int | None = None) -> int:
     """Return the peak in KiB of a process that is forked from this one and calls the function.
 
-    It holds the imports of this process, and what else this process holds: it is to hold little, and to have computed
-    nothing with several threads.
+    The child starts with the memory of this process. So call this while little but imports is loaded, and before
+    anything is computed with several threads.
 
     Args:
         function: a function of a module.
-        arguments: of the function.
-        threshold: bytes above which the allocator returns what is freed to the system at once. Otherwise the peak
-            would include what it keeps.
+        arguments: those of the function.
+        threshold: bytes above which the allocator returns freed memory to the system at once. With None the peak
+            includes the freed memory that it keeps.
     """
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(_peak, (function, arguments, threshold))

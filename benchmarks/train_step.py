@@ -273,7 +273,7 @@ def time_data(shape: argparse.Namespace) -> None:
 
 
 def three_steps(kind: str, shape: argparse.Namespace) -> None:
-    """Take three steps, of which the peak of memory is measured."""
+    """Take the three steps whose peak memory is measured."""
     with tempfile.TemporaryDirectory() as folder:
         step = make_step(kind, shape, folder)
         for _ in range(3):
@@ -297,7 +297,7 @@ def main() -> int:
         time_data(shape)
         return 0
     kinds = ("ar", "dense", "full", "mixed", "block") if shape.memory else ()
-    # First, while this process holds imports alone.
+    # Before the timing: a child starts with the memory of this process, which is now little more than imports.
     peak = {kind: peak_kib(three_steps, kind, shape, threshold=262144) for kind in kinds}
     good = time_steps(shape)
     if shape.memory:

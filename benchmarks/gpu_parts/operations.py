@@ -1,7 +1,7 @@
 """The floating-point operations of a training step, of the diffusion stages and of `stage: pt`.
 
-What each token, logit and pair of tokens takes is the plugin's own count, from which its training logs the MFU. Rows
-are whole here, and with causal attention a query sees half of the keys. Elementwise work, the optimiser and what a
+Operations per token, logit and pair of tokens are the plugin's own counts, from which training logs the MFU. Rows have
+no padding here, and with causal attention a query sees half of the keys. Elementwise work, the optimiser and what a
 kernel computes a second time are not counted, so the fraction of the peak is that of the model (MFU), not of the
 hardware.
 """
@@ -23,7 +23,7 @@ def training_operations(model: Any, *, rows: int, length: int, scored: float, is
         scored: tokens of the batch whose logits are computed, or their mean over several steps.
         is_causal: whether a token sees only those before it.
     Raises:
-        ValueError: if the model's layers do not tell their operations.
+        ValueError: if the operations of the model's layers are not known.
     """
     flops = model_flops(model, model.get_output_embeddings())
     if flops is None:

@@ -204,7 +204,7 @@ def test_an_upstream_of_another_structure(stub):
 def test_doctor(stub):
     done = run("doctor", program="llamafactory-ddm", fresh=True)
     assert re.search("^active: ", done.stdout, re.MULTILINE)
-    path = {"PYTHONPATH": f"{stub}{os.pathsep}{ROOT / 'src'}"}  # where the plugin is off, upstream need not be whole
+    path = {"PYTHONPATH": f"{stub}{os.pathsep}{ROOT / 'src'}"}  # where the plugin is off, a stub will do
     for name, value in (*OFF.items(), ("LLAMAFACTORY_DDM_DISABLE", "1")):
         done = run("doctor", program="llamafactory-ddm", env={name: value, **path}, check=False, fresh=True)
         assert done.returncode == 1

@@ -42,7 +42,7 @@ def api(folder, *words, **environment):
 
 
 def is_up(address):
-    """Tell whether it listens; each request of httpx would read certificates first, which takes the server's time."""
+    """Return whether the server listens, without httpx: its requests read certificates first, which costs CPU time."""
     host, port = address.removeprefix("http://").split(":")
     with socket.socket() as connection:
         return connection.connect_ex((host, int(port))) == 0

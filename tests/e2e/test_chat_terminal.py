@@ -29,7 +29,7 @@ class Terminal:
         unset = dict.fromkeys(("COLUMNS", "LINES"))
         own = os.ttyname(inner)
         self.process = start(*words, env={**unset, "TERM": "xterm-256color", **env}, stdin=own, stdout=own)
-        self._inner = inner  # kept open: a terminal that nobody has open yet is at its end
+        self._inner = inner  # kept open: else reading fails until the program opens the terminal
 
     def resize(self, columns, lines):
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))

@@ -314,7 +314,7 @@ def adapted_head_reference(tmp_path_factory, untied, small_data):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
 def test_lora_on_the_output_embedding(way, adapted_head_reference, untied, small_data, tmp_path):
-    """In chunks where the weights of the adapter are at hand: ZeRO-3 gathers them within its layers alone."""
+    """In chunks, except with ZeRO-3, which gathers the adapter's weights only within the adapter's layers."""
     finished = run_way(way, "lora", tmp_path / "out", untied, small_data, *ADAPTED_HEAD, "logits_chunk=3")
     for a, b in zip(history(adapted_head_reference), history(tmp_path / "out"), strict=True):
         for key in ("loss", "nll", "grad_norm"):

@@ -1,4 +1,4 @@
-"""Attention over tiles is dense attention, in values and gradients, and computes the tiles that the mask needs."""
+"""Attention over tiles has the values and gradients of dense attention, and computes only the tiles it needs."""
 
 import math
 

@@ -60,7 +60,7 @@ def test_the_nucleus_equals_a_full_sort_ties_included(seed, vocab, top_p, grain)
             values[row].expand(vocab, -1), weights[row].expand(vocab, -1), torch.arange(vocab), top_p
         )
         assert one_by_one.nonzero()[:, 0].tolist() == sorted(expected)
-        # About every token is drawn first; one outside gives way to a draw from the nucleus itself.
+        # The first tries draw nearly every token; where one lies outside, a draw from the nucleus itself replaces it.
         u = torch.stack([torch.linspace(0, 0.999, vocab, dtype=torch.float64), torch.zeros(vocab)], dim=1)
         table = Weights(weights[row].expand(vocab, -1))
         first = sample_weights(table, u[:, 0]).tolist()

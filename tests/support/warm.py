@@ -82,28 +82,31 @@ class WarmProgram:
     """A program that runs beside the test, with the methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, *words, cwd, env, stdin=os.devnull, stdout=os.devnull, stderr=os.devnull):
-        """Start the Python script of the first word; its files are paths, of which a terminal becomes its own."""
+        """Start the Python script whose path is the first word.
+
+        Its files are paths; if that of stdin is a terminal, it becomes the program's controlling terminal.
+        """
         self._processes = []
         job = {"words": [*map(str, words)], "cwd": str(cwd), "env": env}
         _start([job], [(stdin, stdout, stderr)], self._processes)
 
     def poll(self):
-        """Return the exit status, negative after a signal; None of one that runs."""
+        """Return the exit status, negative after a signal, or None while the program runs."""
         return self._processes[0].exitcode
 
     def wait(self, timeout):
-        """Return the exit status at the end; raise TimeoutError if that takes more seconds."""
+        """Wait for the end and return the exit status; raise TimeoutError after `timeout` seconds."""
         self._processes[0].join(timeout)
         if self.poll() is None:
             raise TimeoutError(f"the program did not end within {timeout} s")
         return self.poll()
 
     def send_signal(self, number):
-        """Send a signal to it alone."""
+        """Send a signal to the program, not to the processes that it started."""
         os.kill(self._processes[0].pid, number)
 
     def kill(self):
-        """Kill it with what it started."""
+        """Kill the program and the processes that it started."""
         _kill(self._processes)
 
 
@@ -119,7 +122,7 @@ def _start(jobs, files, processes):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.preloaded"])
     path = [one for one in sys.path if Path(one) not in OF_PYTEST and not Path(one).is_relative_to(TESTS)]
-    # Without a __main__ that a child would import; the server takes its environment from here.
+    # Without a __main__, which a child would import. The fork server inherits this environment.
     no_main = mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")})
     of_server = {**QUIET, "PYTHONPATH": f"{TESTS}{os.pathsep}{QUIET['PYTHONPATH']}"}
     with no_main, mock.patch.dict(os.environ, of_server):
@@ -152,9 +155,9 @@ def _kill(processes):
 def _main(job, path, stdin, stdout, stderr):
     os.setsid()
     _end_with_tests()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
     multiprocessing.set_start_method(None, force=True)  # the system's, as in any program
-    os.dup2(os.open(stdin, os.O_RDONLY), 0)  # a terminal becomes that of the new session
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)  # a terminal becomes the controlling one
     for number, file in ((1, stdout), (2, stderr)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)

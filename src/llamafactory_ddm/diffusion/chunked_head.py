@@ -24,7 +24,7 @@ Cost = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 class _Plan:
     cost: Cost
     rows: int
-    dtypes: tuple[torch.dtype, ...]  # of each product of a left and a right factor; the first is that of the logits
+    dtypes: tuple[torch.dtype, ...]  # one for each pair of factors; the first is also that of the logits
 
 
 def chunk_rows(vocabulary: int, device: str) -> int:
@@ -58,8 +58,8 @@ def head_loss(
         weight: [vocab, width].
         bias: [vocab], or None.
         cost: gives the loss of some rows, differentiable in their logits; the parts of all rows add up to the loss.
-        low_rank: a second product `inner @ outer.T` that the logits contain, as LoRA adds it: inner [n, rank] and
-            outer [vocab, rank].
+        low_rank: the factors of a second product `inner @ outer.T` that is added to the logits, as by LoRA: inner
+            [n, rank] and outer [vocab, rank].
         rows: n logits at once, at least 1; by default as many as `chunk_rows` says.
     Returns:
         The loss, and the sum of the terms, detached; both scalars of the dtype that `cost` returns.
@@ -119,9 +119,9 @@ def _run(
     """Return the loss, the sum of the terms, and the `needed` gradients of bias and factors times `grad`.
 
     Args:
-        plan: how.
+        plan: the cost, the size of a chunk and the dtypes.
         bias: [vocab], or None.
-        factors: for each product the left factor, [n, k], and the right one, [vocab, k].
+        factors: left factor [n, k] and right factor [vocab, k] of the first product, then of the next.
         needed: whether a gradient is needed, for the bias and for each factor.
         grad: the gradient of the loss; None for 1.
     """
@@ -163,7 +163,7 @@ def _run(
                         _add_product(of_right, of_product, left[rows])
             losses.append(loss.detach())
             terms.append(term.detach())
-        for number, right in enumerate(factors[1::2]):  # they wait for the backward pass without the float32 sums
+        for number, right in enumerate(factors[1::2]):  # the float32 sums are not kept until the backward pass
             total = of_rights[number]
             of_rights[number] = None if total is None else total.to(right.dtype)
         gradients = [of_bias, *(value for pair in zip(of_lefts, of_rights, strict=True) for value in pair)]

@@ -1,7 +1,8 @@
-"""GELU in one kernel, for models that transformers gives a formula of eight operations (GPT-2, Phi, CodeGen, GPT-J).
+"""GELU in one kernel, where transformers computes it in eight operations (GPT-2, Phi, CodeGen, GPT-J).
 
-In training the formula keeps four tensors as wide as its input for the backward pass, 16 values for each position and
-unit of GPT-2's width; the kernel keeps its input alone. In half precision the kernel computes in float32.
+In training these operations keep four tensors of the input's shape for the backward pass. GPT-2's MLP is four times as
+wide as its hidden states, so these are 16 values for each hidden unit of a position. The kernel keeps its input alone.
+In half precision the kernel computes in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ def fuse_gelu(model: nn.Module) -> None:
 
         gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
 
-    Results differ by rounding alone.
+    Results are the same up to rounding.
     """
     for parent in model.modules():
         for name, child in parent.named_children():

@@ -108,7 +108,10 @@ class BlockDenoiser(ModelDenoiser):
         return passes, order
 
     def _asked_parts(self, z: Tensor, head_index: Tensor, answers: Answers) -> Iterator[tuple[_Part, Tensor, Tensor]]:
-        """Yield each part, which entries of `head_index` lie in it, and where among its columns, [n] int64 each."""
+        """Yield each part, the entries of `head_index` that lie in it, and their places in it, [n] int64 each.
+
+        Entries are given by their number in `head_index`, places as indices into the part's [n_rows * n_fresh].
+        """
         length = z.shape[1]
         low, high = integers_on(z.device, answers)[:, 1:].unbind(dim=1)
         for one in self._parts(answers, low, high):
@@ -175,13 +178,13 @@ class BlockDenoiser(ModelDenoiser):
 
 
 class StackedBlocks(BlockDenoiser):
-    """The denoisers of several canvases of one row as one, whose passes are those of each row.
+    """Several block denoisers of one row each, used as one, with a separate pass for each row.
 
-    What is known of the columns is kept here and seen by the denoisers, each of which has its own cache.
+    The ids that columns were computed from are stored here; the denoisers hold views of them, and caches of their own.
     """
 
     def __init__(self, denoisers: Sequence[BlockDenoiser], lengths: Sequence[int], device: torch.device) -> None:
-        """Stack denoisers of one model that agree in `stack_key`; of each another stack is obsolete then.
+        """Stack denoisers of one model that agree in `stack_key`; earlier stacks of them must not be used any more.
 
         Args:
             denoisers: one for each row.
@@ -198,7 +201,7 @@ class StackedBlocks(BlockDenoiser):
         )
         for denoiser, length in zip(denoisers, lengths, strict=True):
             denoiser._prepare(torch.empty(1, length, dtype=torch.int64, device=device))
-        # A block that no query sees, and ids that never change.
+        # Padding has a block that no query sees, and the id -1, which no token has.
         self._block = _stacked([one._block for one in denoisers], width, width)
         self._position = _stacked([one._position for one in denoisers], width, 0)
         self._ids = _stacked([one._ids for one in denoisers], width, -1)
@@ -207,7 +210,7 @@ class StackedBlocks(BlockDenoiser):
             denoiser._ids = self._ids[row : row + 1, :length]
 
     def _prepare(self, z: Tensor) -> None:
-        """Do nothing: the blocks are laid out."""
+        """Do nothing: `__init__` has laid out the blocks."""
 
     def _passes_of(
         self, z: Tensor, head_index: Tensor, scope: Tensor | None, branch: int, answers: Answers
@@ -245,7 +248,7 @@ def _stacked(rows: Sequence[Tensor], width: int, padding: int) -> Tensor:
 
 
 def _part_of_mask(mask: Any, row: slice, columns: slice, end: int) -> Any:
-    """Return what an additive mask, or one by layer type, has for a row, some of its queries and its first keys."""
+    """Return one row, some of its queries and its first `end` keys of an additive mask, or of one by layer type."""
     if isinstance(mask, dict):
         return {name: _part_of_mask(one, row, columns, end) for name, one in mask.items()}
     return mask[row, :, columns, :end]

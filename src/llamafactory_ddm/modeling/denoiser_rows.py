@@ -1,4 +1,4 @@
-"""Denoisers of one row each as one denoiser of all rows, each of which keeps a forward pass of its own."""
+"""Several denoisers of one row each, used as one; each row keeps a forward pass of its own."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .model_runner import ModelPass
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows with one denoiser.
+    """Rows that share a denoiser.
 
     Attributes:
-        numbers: of the rows, ascending.
-        rows: the same as a slice, or [n_rows] int64.
-        length: of the longest.
-        denoiser: of these rows, with a pass for each.
+        numbers: those of the rows in the batch, ascending.
+        rows: the same numbers as a slice, or [n_rows] int64.
+        length: that of the longest row.
+        denoiser: computes these rows, with a pass for each.
     """
 
     numbers: list[int]
@@ -41,7 +41,7 @@ class DenoiserRows:
     """Several denoisers of one row each; those of block models are computed together."""
 
     def __init__(self, denoisers: Sequence[ModelDenoiser], lengths: Sequence[int], device: torch.device) -> None:
-        """Stack what can be stacked; of each denoiser, other stacks are obsolete then.
+        """Stack the denoisers of block models; earlier stacks of them must not be used any more.
 
         Args:
             denoisers: one for each row.
@@ -63,12 +63,12 @@ class DenoiserRows:
                 _Group(numbers, rows if is_range else integers_on(device, numbers), max(own), denoiser)
             )
         order = [number for group in self._groups for number in group.numbers]
-        # Where each row is among those of the groups; None if that is its number.
+        # Where each row is in the groups' rows one after another; None if they are in order.
         places = sorted(range(len(order)), key=order.__getitem__)
         self._places = None if order == sorted(order) else integers_on(device, places)
 
     def questions(self, z: Tensor, asked: Tensor, scope: Tensor, branch: int) -> Tensor:
-        """Return [batch, n] int64, see `ModelDenoiser.questions`; rows of some denoisers end with zeros.
+        """Return [batch, n] int64, see `ModelDenoiser.questions`; rows with fewer numbers are padded with zeros.
 
         Args:
             z: [batch, length] int64.

@@ -145,17 +145,18 @@ def why_not_low_rank(layer: nn.Module) -> str:
 
 
 def low_rank_parts(layer: Any, hidden: Tensor) -> tuple[nn.Linear, tuple[Tensor, Tensor] | None]:
-    """Return what a LoRA layer adds up: a linear layer, and a product of two thin matrices.
+    """Return the two summands of a LoRA layer: its linear layer, and the factors of a product of low rank.
 
-    The output is `base(hidden) + inner @ outer.T`, where inner is A of the hidden states after dropout, times the
-    scaling, and outer is B; those of several active adapters stand side by side. Dropout draws as in the layer's own
-    forward.
+    The output is `base(hidden) + inner @ outer.T`. Here inner is the scaled output of A on the hidden states after
+    dropout, and outer is B; several active adapters are concatenated along the rank. Dropout draws the same random
+    numbers as in the layer's own forward.
 
     Args:
         layer: a PEFT layer for which `why_not_low_rank` is empty.
         hidden: [n, width].
     Returns:
-        The linear layer, and inner [n, rank] and outer [outputs, rank]; None if no adapter is active, or is merged.
+        The linear layer, and (inner [n, rank], outer [outputs, rank]); None for these if no adapter is active or
+        they are merged.
     Source: LoRA (arXiv 2106.09685), section 4.1.
     """
     base: nn.Linear = layer.get_base_layer()

@@ -73,7 +73,7 @@ class RowSelectingHead:
         self._forward = torch.compiler.disable(self._call_instead)
 
     def layer(self) -> tuple[Any | None, str]:
-        """Return the layer that computes the logits, linear or LoRA on such a one.
+        """Return the layer that computes the logits: a linear layer, or LoRA on one.
 
         Returns:
             The layer and an empty text; or None and why `losing` cannot replace its forward.

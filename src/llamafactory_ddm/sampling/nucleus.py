@@ -15,7 +15,7 @@ from torch import Tensor
 _CHUNK = 256
 _INFINITY_BITS = 0x7F800000
 _WORD = 2**32
-_ROUNDING = 1e-5  # relative, of float32 sums over a vocabulary
+_ROUNDING = 1e-5  # more than the relative rounding error of float32 sums over a vocabulary
 
 
 class Weights:
@@ -221,12 +221,12 @@ def draw_from_top(values: Tensor, weights: Weights, u: Tensor, top_p: float, wid
 
 
 def draw_by_rejection(values: Tensor, weights: Weights, u: Tensor, top_p: float) -> Tensor:
-    """Draw as `draw_from_nucleus` does, without looking for the nucleus unless all drawn tokens lie outside.
+    """Draw from the nucleus by rejection; the nucleus itself is computed only for rows whose tries all lie outside it.
 
     Args:
         values: [n, vocab] float32 logits, the highest of a row being 0.
         weights: of n rows, increasing with `values`.
-        u: [n, tries] float64 in [0, 1); the last column draws from the nucleus itself.
+        u: [n, tries] float64 in [0, 1); the last column is for the draw from the computed nucleus.
         top_p: mass to reach, in (0, 1].
     Returns:
         [n] int64.
@@ -245,7 +245,7 @@ def draw_by_rejection(values: Tensor, weights: Weights, u: Tensor, top_p: float)
 
 
 def _are_inside(values: Tensor, weights: Weights, ids: Tensor, top_p: float) -> Tensor:
-    """Do what `in_nucleus` does; float32 sums decide where rounding and ties cannot change the answer."""
+    """Return what `in_nucleus` returns, by float32 sums except where rounding or ties could change the answer."""
     level = values.gather(1, ids[:, None])
     own, bound = weights.values.gather(1, ids[:, None])[:, 0], top_p * weights.total
     inside: Tensor = _mass_where(torch.ge, values, weights, level) - own < bound * (1.0 - _ROUNDING)
@@ -260,7 +260,7 @@ def _are_inside(values: Tensor, weights: Weights, ids: Tensor, top_p: float) -> 
 
 
 def _mass_where(compare: Callable[..., Tensor], values: Tensor, weights: Weights, level: Tensor) -> Tensor:
-    """Return [n] float32, the weight of the tokens whose logits compare with `level`, [n, 1]."""
+    """Return [n] float32, the sum of the weights where `compare` holds between a logit and `level`, [n, 1]."""
     return compare(values, level, out=torch.empty_like(values)).mul_(weights.values).sum(dim=1)
 
 

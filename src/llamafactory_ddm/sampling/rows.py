@@ -59,18 +59,18 @@ def stack_contexts(contexts: Sequence[Context | None], states: Sequence[SamplerS
 
 
 def own_steps(stacked: SamplerState, states: Sequence[SamplerState]) -> SamplerState:
-    """Return the state after a joint step with each call's own number of the step in `committed`.
+    """Return the state after a joint step, with the joint step's number in `committed` replaced by each call's own.
 
     Args:
-        stacked: after the step.
-        states: of the calls before it.
+        stacked: the state after the step.
+        states: those of the calls, before the step.
     """
     steps = integers_on(stacked.z.device, [[state.step] for state in states for _ in range(len(state.z))])
     return replace(stacked, committed=torch.where(stacked.committed == _STEP, steps, stacked.committed))
 
 
 def restacked(stacked: SamplerState) -> SamplerState:
-    """Return the state after a joint step, see `own_steps`, as what `stack_states` returns before the next."""
+    """Turn the state after a joint step, from `own_steps`, into what `stack_states` would return for the next step."""
     return replace(stacked, step=_STEP, nfe=0, finished=False)
 
 

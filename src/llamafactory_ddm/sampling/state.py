@@ -77,7 +77,7 @@ class Plan:
         Args:
             row_step: [batch] int64, see `StepView`.
             flat_index: [n] int64 into [batch * length].
-            tries: uniform numbers of a position.
+            tries: draws for each position.
         """
         row = torch.div(flat_index, self.editable_index.shape[1], rounding_mode="floor")
         pair = keyed_uniform(

@@ -138,7 +138,7 @@ def _same(one: Sequence[Any], two: Sequence[Any]) -> bool:
 
 
 class _Rows:
-    """The denoisers of several samples as one `CachingDenoiser`, for one step.
+    """The denoisers of several samples, used as one `CachingDenoiser` for one step.
 
     Attributes:
         n_passes: forward passes of each row.

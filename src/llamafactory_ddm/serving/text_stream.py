@@ -45,7 +45,7 @@ class TextStream:
         gaps = [is_gap for is_gap, _ in itertools.groupby(editable)]
         # Several gaps are joined by line breaks, and the text after one gap tells where it ends.
         self._streams = gaps.count(True) == 1
-        self._final: list[int] = []  # of the latest call of `advance`
+        self._final: list[int] = []  # final ids at the latest call of `advance`
         self._end = len(editable) - editable[::-1].index(True) if not editable[-1] else None
 
     def final_ids(self, canvas: Canvas, ids: Sequence[int]) -> list[int]:

@@ -33,7 +33,7 @@ def test_prompt_and_response_are_truncated_as_published(prompt, response, cutoff
 
 
 def test_the_format_does_not_depend_on_what_upstreams_helper_returns(monkeypatch):
-    """LLaMA-Factory may come to return the parts of a chat together with a set, as one of its drafts does."""
+    """A later LLaMA-Factory may return a set beside the parts of a chat, as a draft of it does."""
 
     def encode_multiturn(self, tokenizer, messages, system=None, tools=None, discarding_history_cot=False):
         parts, _ = self._encode(tokenizer, messages, system, tools)

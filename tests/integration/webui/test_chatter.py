@@ -108,7 +108,7 @@ def test_the_fields_of_the_page_are_keys_of_the_request():
 
 @pytest.mark.parametrize(("theirs", "ours", "expected"), [(None, "", None), (5, "", 5), (None, "3", 3), (5, "3", 3)])
 def test_a_seed_of_upstreams_page_counts_unless_ours_is_set(monkeypatch, theirs, ours, expected):
-    """Upstream's page has one from 0.9.6 on, and passes on None for a random one."""
+    """Upstream's page has a seed from 0.9.6 on, and passes None for a random seed."""
     from llamafactory.webui.engine import WebChatModel
 
     original = WebChatModel.__mro__[1]

@@ -63,7 +63,7 @@ class AdapterSetup:
     new_adapter: bool
     do_train: bool
     autocast: bool
-    _tied: list[Any] = field(default_factory=list, init=False)  # configs that say that embeddings are tied
+    _tied: list[Any] = field(default_factory=list, init=False)  # configs whose embeddings are tied
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -174,7 +174,7 @@ class AdapterSetup:
             ValueError: if trained weights in float32 need mixed precision, which is off.
         """
         for config in self._tied:
-            config.tie_word_embeddings = True  # LLaMA-Factory may unset it, as a merge leaves two weights
+            config.tie_word_embeddings = True  # LLaMA-Factory may unset it where a merge leaves two weights
         tie_again(model)
         dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" not in name and p.is_floating_point()}
         targets = self.finetuning_args.additional_target

@@ -33,10 +33,10 @@ def check_inputs(model_args: Any, training_args: Any, finetuning_args: Any, *, p
 
 
 def check_flash_attention(model_args: Any) -> None:
-    """Check that FlashAttention-2 can be used; without it LLaMA-Factory warns, and takes another attention.
+    """Check that FlashAttention-2 can be used; LLaMA-Factory would warn and fall back to another attention.
 
     Raises:
-        ValueError: if `flash_attn: fa2` asks for it, and it cannot.
+        ValueError: if `flash_attn: fa2` is set, and FlashAttention-2 cannot be used.
     """
     from transformers.utils import is_flash_attn_2_available, is_torch_npu_available  # type: ignore[attr-defined]
 

@@ -23,8 +23,8 @@ class StepLoss:
     """Computes the loss of micro-batches, without holding the logits of all scored tokens where that is possible.
 
     It is not possible where the output embedding is neither a linear layer nor plain LoRA on one (quantization, DoRA),
-    or where the model or a hook changes the logits behind it (soft-capping). torch.compile leaves the output embedding
-    out where it is possible; elsewhere it compiles one graph for every number of scored tokens.
+    or where the model or a hook changes the logits behind it (soft-capping). Where it is possible, torch.compile skips
+    the output embedding; elsewhere it compiles one graph for every number of scored tokens.
     """
 
     def __init__(self, head: RowSelectingHead, objective: Objective, rows: int | None, *, is_compiled: bool) -> None:
