@@ -28,7 +28,7 @@ _REFUSED = {
     "use_mca": "Megatron trains autoregressively only",
     "use_megatron_bridge": "Megatron trains autoregressively only",
     "use_hyper_parallel": "its trainer is autoregressive",
-    "num_mtp_layers": "the layers predict further next tokens",
+    "num_mtp_layers": "multi-token prediction is autoregressive",
     "use_unsloth": "its kernels are causal",
     "use_unsloth_gc": "its kernels are causal",
     "use_kt": "its kernels are causal",
