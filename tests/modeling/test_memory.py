@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 
 from llamafactory_ddm.cli.main import main
 from llamafactory_ddm.diffusion.chunked_head import head_loss
+from llamafactory_ddm.modeling.activations import fuse_gelu
 from llamafactory_ddm.modeling.memory import Run, kept_bytes, parts, shape_of
 from support.cli import ROOT, in_processes
 
@@ -27,6 +28,7 @@ def test_what_layers_keep_is_what_they_keep_on_a_device(name, half):
     shape = shape_of(CONFIGS[name], row=32, half=half)
     dtype = torch.bfloat16 if half else torch.float32
     model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype, attn_implementation="sdpa").train()
+    fuse_gelu(model)
     kept = kept_bytes(model, torch.zeros((2, 32), dtype=torch.int64))
     assert 2 * (shape.layers * shape.layer_bytes + shape.other_bytes) == pytest.approx(kept, rel=0.01)
 

@@ -35,25 +35,40 @@ def counted():
     ledger, views, plans = Ledger(), [], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(philox, "philox4x32", ledger.philox)
-        view_step, uniform = loop.view_step, state.Plan.uniform
+        view_step, uniform, token_draws = loop.view_step, state.Plan.uniform, state.Plan.token_draws
 
         def watched(*arguments):
             views[:] = [view_step(*arguments)]
             return views[0]
 
-        def noted(plan, stream, row_step, *, depth=1):
-            u = uniform(plan, stream, row_step, depth=depth)
+        def note(plan, stream, row_step, numbers):
+            """Note the numbers of each row and position, of rows that are at work and positions of their block."""
             if not any(plan is other for other in plans):
                 plans.append(plan)
             part = next(number for number, other in enumerate(plans) if plan is other)
             view = views[0]
             at_work = view.scope & ((view.steps > 0) & (view.edit_step == 0))[:, None]
-            for row, place in at_work.nonzero().tolist():
-                sample, step = int(plan.sample_index[row]), (part, int(row_step[row]))
-                for nth, number in enumerate(u[row, place].tolist()):
-                    ledger.note(number, (plan.seed, sample, step, place, nth, stream))
+            for (row, place), drawn in numbers:
+                if at_work[row, place]:
+                    sample, step = int(plan.sample_index[row]), (part, int(row_step[row]))
+                    for nth, number in enumerate(drawn):
+                        ledger.note(number, (plan.seed, sample, step, place, nth, stream))
+
+        def noted(plan, stream, row_step):
+            u = uniform(plan, stream, row_step)
+            places = ((row, place) for row in range(u.shape[0]) for place in range(u.shape[1]))
+            note(plan, stream, row_step, ((at, [float(u[at])]) for at in places))
+            return u
+
+        def noted_draws(plan, row_step, flat_index, *, tries):
+            u = token_draws(plan, row_step, flat_index, tries=tries)
+            first = (u * 2.0**24).floor() * 2.0**-24
+            numbers = philox.torch.stack([first, (u - first) * 2.0**24], dim=2).flatten(1).tolist()
+            places = (divmod(index, plan.editable_index.shape[1]) for index in flat_index.tolist())
+            note(plan, state.Stream.SAMPLE_TOKEN, row_step, zip(places, numbers, strict=True))
             return u
 
         patch.setattr(loop, "view_step", watched)
         patch.setattr(state.Plan, "uniform", noted)
+        patch.setattr(state.Plan, "token_draws", noted_draws)
         yield ledger
