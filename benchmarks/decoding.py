@@ -151,6 +151,7 @@ def make_model(shape: Shape) -> GPT2LMHeadModel:
 def autoregressive(shape: Shape) -> Decoder:
     """Return the autoregressive model of the same shape, which writes one token a pass."""
     model = make_model(shape)
+    fuse_gelu(model)  # as in the others
 
     @torch.inference_mode()
     def run() -> int:
@@ -347,6 +348,7 @@ def answers(checkpoint: str, questions: int, rounds: int) -> None:
     problems = [json.loads(line) for line in lines]
     prompts = [one["instruction"] for one in problems]
     model, baseline = load(checkpoint), AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    fuse_gelu(baseline)  # as in the model
     n_ids = sum(len(model.tokenizer(prompt).input_ids) for prompt in prompts) // len(prompts)
 
     def solve(batch: int) -> tuple[float, list[Any]]:

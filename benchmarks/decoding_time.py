@@ -42,7 +42,8 @@ def models(size: str, positions: int, device: torch.device) -> tuple[TextGenerat
         pair.append(GPT2LMHeadModel(GPT2Config(n_positions=positions, **SIZES[size])).eval().to(device))
     diffusion, autoregressive = pair
     make_bidirectional(diffusion)
-    fuse_gelu(diffusion)
+    for model in pair:
+        fuse_gelu(model)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny_gpt2")
     mask_id = len(tokenizer)
     tokenizer.add_tokens(["<|mask|>"], special_tokens=True)

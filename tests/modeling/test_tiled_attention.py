@@ -110,9 +110,7 @@ def test_a_mask_that_leaves_little_out_is_computed_as_a_whole(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name", known(["gpt2", "llama", "qwen2", "gpt_neox", "phi", "gemma2", "qwen3_moe", "stablelm"])
-)
+@pytest.mark.parametrize("name", known(FAMILIES))
 def test_models_compute_the_same(name):
     model = build(name)
     make_bidirectional(model)
@@ -129,6 +127,33 @@ def test_models_compute_the_same(name):
     torch.testing.assert_close(tiled, dense, rtol=1e-4, atol=1e-4)
     of_layers = mask["full_attention"] if isinstance(mask, dict) else mask
     assert of_layers.tiles is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_mask_of_padding_is_that_of_sdpa(name):
+    """As a callback passes it that uses the model between two steps."""
+    model, ids = build(name), torch.arange(3, 15).view(2, 6)
+    keep = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    for switch in (lambda: None, lambda: make_bidirectional(model)):
+        switch()
+        expected = model(input_ids=ids, attention_mask=keep, use_cache=False).logits
+        with attention_implementation(model, TILED):
+            actual = model(input_ids=ids, attention_mask=keep, use_cache=False).logits
+        torch.testing.assert_close(actual[keep > 0], expected[keep > 0])
+        unmasked = model(input_ids=ids, attention_mask=torch.ones_like(keep), use_cache=False).logits
+        assert not torch.allclose(actual[0, 2:], unmasked[0, 2:])
+
+
+def test_attention_dropout_keeps_means():
+    """Of constant values, the mean over heads and queries with dropout is the value."""
+    torch.manual_seed(0)
+    parts = [torch.randn(1, 200, 30, 4) for _ in range(2)]
+    out, _ = tiled_attention(
+        nn.Module(), *parts, torch.ones(1, 200, 30, 4), streams(torch.float32), scaling=1.0, dropout=0.5
+    )
+    assert out.mean().item() == pytest.approx(1.0, abs=0.03)
+    assert out.std().item() > 0.1
 
 
 def test_which_models_take_tiles():

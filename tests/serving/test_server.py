@@ -382,9 +382,12 @@ def test_a_batch_that_does_not_fit_is_divided(gpt2, monkeypatch):
     assert [receiver.answers[0].text for receiver in receivers] == expected
 
 
-@pytest.mark.parametrize("keys", [{}, {"kv_cache": "dual", "block_length": 6}], ids=["none", "dual"])
-def test_a_text_that_fails_leaves_the_others_alone(gpt2, monkeypatch, keys):
+@pytest.mark.parametrize("kind", ["none", "dual", "block"])
+def test_a_text_that_fails_leaves_the_others_alone(folders, monkeypatch, kind):
     """One text's pass raises, another's logits are NaN: both fail, and the others are what they are alone."""
+    gpt2 = load(folders["gpt2", 4 if kind == "block" else None])
+    keys = {"kv_cache": "dual", "block_length": 6} if kind == "dual" else {}
+    patience = 0 if kind == "block" else 4  # the first pass of a block model has the start of the prompt, and no other
     canvases = [gpt2.from_prompt(PROMPTS[n % 5], 12) for n in range(6)]
     settings = [SamplingSettings(seed=n, **keys) for n in range(6)]
     expected = [alone(gpt2, Request(canvas, one))[0].predict for canvas, one in zip(canvases, settings, strict=True)]
@@ -396,7 +399,7 @@ def test_a_text_that_fails_leaves_the_others_alone(gpt2, monkeypatch, keys):
         hidden, logits = forward(runner, one, cache)
         if any(row == list(raising.ids[:6]) for row in starts):
             counts["steps"] += 1
-            if counts["steps"] > 4:
+            if counts["steps"] > patience:
                 raise OutOfMemory("out of memory")
         for number, row in enumerate(starts):
             if row == list(bad.ids[:6]):

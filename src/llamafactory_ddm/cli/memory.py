@@ -53,7 +53,7 @@ def _config(name: str) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # any: transformers checks a config in many ways
         cure = "check the name, the connection and HF_HUB_OFFLINE, or give a folder that holds its config.json"
         if Path(name).is_dir():
             cure = "give a folder that holds the config.json of a model that transformers knows"

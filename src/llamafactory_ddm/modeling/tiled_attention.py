@@ -2,7 +2,8 @@
 
 The mask is cut into tiles of queries and keys. A tile is computed only if some of its queries sees some of its keys.
 For rows of 512 tokens, as two streams of short blocks, that is 3/8 of all pairs. The other keys have no weight in the
-softmax, so results are the same up to rounding.
+softmax, so results are the same up to rounding. With attention dropout the probabilities are the same, but each tile
+draws random numbers of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .model_info import implementation
@@ -39,18 +41,17 @@ def tiled_attention(
         query: [batch, heads, queries, width].
         key: [batch, key-value heads, keys, width].
         value: the same.
-        attention_mask: [1 or batch, 1, queries, keys], additive; None if every query sees every key.
+        attention_mask: [1 or batch, 1, queries, keys], additive; None if every query sees every key. Any other that
+            `sdpa` takes is used as a whole.
         rest: what else transformers passes.
     """
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    shape = (query.shape[2], key.shape[2])
+    tiles, shape = None, (query.shape[2], key.shape[2])
     # torch.compile needs one graph for all masks.
-    if attention_mask is None or torch.compiler.is_compiling() or attention_mask.shape[2:] != shape:
-        result: tuple[Tensor, None] = sdpa(module, query, key, value, attention_mask, **rest)
-        return result
-    tiles = tiles_of(attention_mask)
+    if attention_mask is not None and attention_mask.shape[2:] == shape and not torch.compiler.is_compiling():
+        tiles = tiles_of(attention_mask) if attention_mask.is_floating_point() else None
     if tiles is None:
-        result = sdpa(module, query, key, value, attention_mask, **rest)
+        result: tuple[Tensor, None] = sdpa(module, query, key, value, attention_mask, **rest)
         return result
     queries, keys, values = (part.split(_TILE, dim=2) for part in (query, key, value))
     parts = [
@@ -70,7 +71,7 @@ def tiled_attention(
 def tiles_of(mask: Tensor) -> Tiles | None:
     """Return the tiles of a mask in which some query sees some key; None if skipping the others gains nothing.
 
-    They are kept with the mask, which all layers share.
+    They are kept with the mask, which all layers share and nothing may change afterwards.
 
     Args:
         mask: [1 or batch, 1, queries, keys], additive; a pair whose entry is the smallest number is not seen.
@@ -96,3 +97,5 @@ def _tiles_of(mask: Tensor) -> Tiles | None:
 
 
 AttentionInterface.register(TILED, tiled_attention)
+# For masks that transformers makes itself, from one of [batch, keys].
+AttentionMaskInterface.register(TILED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -326,7 +326,9 @@ class DiffusionTrainer(CustomTrainer):
         """
         keep_half_logits(self.model)  # each time, because training and evaluation prepare the model again
         if not self._is_checked:
-            with self._whole_rows():
+            # In whole rows, and with the name of the attention that the run asked for in errors.
+            present = implementation(self.model)
+            with attention_implementation(self.model, present if present == FLEX else self._dense):
                 self._attention.probe(getattr(model, "_orig_mod", model), self.model)
             self._is_checked = True
 
