@@ -184,7 +184,7 @@ def test_a_trained_copy_of_tied_embeddings_stays_tied(checkpoint, finetune, tmp_
     assert exported.lm_head.weight is exported.transformer.wte.weight
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert not torch.equal(exported.transformer.wte.weight, base.transformer.wte.weight.float())
-    torch.testing.assert_close(logits(exported), logits(load(out).model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(exported), logits(load(out).model), rtol=1e-5, atol=1e-5)
     # Further training starts from the same loss.
     again = finetune(tmp_path / "again", recipe=LORA, model_name_or_path=tmp_path / "out", learning_rate=0.0)
     same = finetune(tmp_path / "same", recipe=LORA, adapter_name_or_path=str(out), learning_rate=0.0)
@@ -199,7 +199,7 @@ def test_llamafactorys_variants_of_lora(key, adapter, checkpoint, finetune, tmp_
     assert losses(out)[-1] != losses(adapter)[-1]
     export(tmp_path / "merged", checkpoint, out)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    torch.testing.assert_close(logits(exported), logits(merged(checkpoint, out)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(exported), logits(merged(checkpoint, out)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_module_name_that_matches_nothing_is_an_error(finetune, tmp_path):
