@@ -105,7 +105,8 @@ class TextGenerator:
         self.eos_ids = tuple(sorted({*eos, *padding}))  # a text ends before the first of them
         self.codec = TextCodec(tokenizer, config.mask_token_id, self.eos_ids, [i for i in padding if i not in eos])
         self._n_with_control = 0
-        n_ids = max(tokenizer.get_vocab().values()) + 1  # the model may have more embeddings
+        ids = set(tokenizer.get_vocab().values())
+        self._n_tokens, n_ids = len(ids), max(ids) + 1  # the model may have more embeddings
         self.sizer = CanvasSizer(model, config, eos_ids=self.eos_ids, n_ids=n_ids, lengths=lengths)
         self.writer = Writer(self.sizer)
         if config.train_block_length is not None:
@@ -262,7 +263,9 @@ class TextGenerator:
             self._n_with_control = 0
         settings.strategy()
         never_text = {*settings.logits.suppress, *self.eos_ids, self.config.mask_token_id}
-        if settings.logits.suppress and never_text.issuperset(self.tokenizer.get_vocab().values()):
+        # Few settings suppress so much that the vocabulary must be listed, which takes tens of milliseconds.
+        is_large = len(settings.logits.suppress) > 0 and len(never_text) >= self._n_tokens
+        if is_large and never_text.issuperset(self.tokenizer.get_vocab().values()):
             raise ValueError(
                 f"suppress_tokens: {len(set(settings.logits.suppress))} suppressed tokens leave only EOS to generate; "
                 "suppress fewer"
