@@ -150,9 +150,9 @@ def decoding(machine: Machine, report: Report) -> None:
         (replace(large, batch=8), "greedy"),
         (replace(shape, logits=benchmark.LOGITS), "top-p 0.9"),
     ):
-        for decoder in benchmark.decoders(replace(used, written=used.block)).values():
+        for decoder in benchmark.decoders(replace(used, written=used.block), benchmark.DIFFUSION).values():
             decoder.run()  # the first calls are slower
-        decoders = benchmark.decoders(used)
+        decoders = benchmark.decoders(used, benchmark.DIFFUSION)
         seconds: dict[str, list[float]] = {name: [] for name in decoders}
         for _ in range(1 if machine.is_toy else 3):
             for name, decoder in decoders.items():

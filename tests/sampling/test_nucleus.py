@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ddm.sampling import start
+from llamafactory_ddm.sampling import nucleus, start
 from llamafactory_ddm.sampling.logits import LogitsConfig, filtered_log_probs, guided_logits, penalise_repetition
 from llamafactory_ddm.sampling.nucleus import Weights, draw_by_rejection, in_nucleus, nucleus_mask, sample_weights
 from llamafactory_ddm.sampling.tokens import draw_tokens
@@ -64,8 +64,30 @@ def test_the_nucleus_equals_a_full_sort_ties_included(seed, vocab, top_p, grain)
         u = torch.stack([torch.linspace(0, 0.999, vocab, dtype=torch.float64), torch.zeros(vocab)], dim=1)
         table = Weights(weights[row].expand(vocab, -1))
         first = sample_weights(table, u[:, 0]).tolist()
-        drawn = draw_by_rejection(values[row].expand(vocab, -1), table, u, top_p).tolist()
-        assert drawn == [token if token in expected else min(expected) for token in first]
+        for wide in (1, vocab + 1):  # each row alone, and all rows at once
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(nucleus, "_WIDE", wide)
+                drawn = draw_by_rejection(values[row].expand(vocab, -1), table, u, top_p).tolist()
+            assert drawn == [token if token in expected else min(expected) for token in first]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_of_a_real_vocabulary_are_drawn_as_by_the_nucleus_itself(dtype):
+    """Rounding to bfloat16 makes most logits equal to others."""
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(12, 50257, generator=generator) * torch.linspace(0.01, 4, 12)[:, None]).to(dtype).float()
+    values -= values.amax(dim=1, keepdim=True)
+    u = torch.rand(12, 8, generator=generator, dtype=torch.float64)
+    for top_p in (0.05, 0.5, 0.9):
+        weights = Weights(values.exp())
+        is_inside = nucleus_mask(values, weights.values, top_p)
+        tries = torch.stack([sample_weights(weights, u[:, column]) for column in range(7)], dim=1)
+        last = sample_weights(Weights(weights.values * is_inside), u[:, 7])
+        expected = [
+            next((token for token in row if is_inside[number, token]), int(last[number]))
+            for number, row in enumerate(tries.tolist())
+        ]
+        assert draw_by_rejection(values, weights, u, top_p).tolist() == expected
 
 
 def test_equal_tokens_fill_the_nucleus_from_the_lowest_id():
