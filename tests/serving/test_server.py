@@ -501,6 +501,7 @@ time.sleep(0.3)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", [("gpt2", None), ("llama", 4)], ids=str, indirect=True)
 def test_many_clients_at_random_times(model):
     """200 requests of 16 clients, a third cancelled: the others are what they are alone, and nothing is kept."""
     requests = [
