@@ -154,10 +154,12 @@ def test_a_draw_depends_on_its_own_row_only():
 @pytest.mark.parametrize(
     "config", [LogitsConfig(), LogitsConfig(0.0), LogitsConfig(0.5, 0.3), LogitsConfig(2.0, 1.0, 3)]
 )
-def test_measures_are_of_the_models_own_distribution(config):
+@pytest.mark.parametrize("wide", [1, 31])
+def test_measures_are_of_the_models_own_distribution(config, wide, monkeypatch):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(6, 30, generator=generator)
     logits[0, 5] = -torch.inf
+    monkeypatch.setattr(nucleus, "_WIDE", wide)
     draws = draw_tokens(logits, config, torch.rand(6, 8, generator=generator), suppress=(4, 29, 77), measures=ALL)
     allowed = [i for i in range(30) if i not in (4, 29)]
     p = logits.double()[:, allowed].softmax(dim=1)

@@ -14,7 +14,7 @@ from .nucleus import (
     draw_from_nucleus,
     draw_from_top,
     is_sequential,
-    log_sums,
+    log_probs,
     sample_weights,
 )
 
@@ -138,12 +138,12 @@ def _draw(
         ids = _draw_nucleus(values, weights, config.top_p, u, may_defer)
     log_prob = margin = entropy = top_log_prob = None
     if "top_log_prob" in measures:
-        top_log_prob = -log_sums(values)  # the highest logit is 0
+        top_log_prob = -values.logsumexp(dim=1)  # the highest logit is 0
     if is_filtered and measures & {"log_prob", "margin", "entropy"}:
         values = filtered_scores(values, config)
         probs = values.softmax(dim=1)
     if "log_prob" in measures:
-        log_prob = values.gather(1, ids.clamp(min=0)[:, None])[:, 0] - log_sums(values)
+        log_prob = log_probs(values, ids.clamp(min=0))
     if probs is not None and "entropy" in measures:
         # H = log Z - sum p v. The highest logit is 0, so log Z = -log p_max. 0 times a logit of -inf would be NaN.
         energy = torch.linalg.vecdot(probs, values.clamp(min=torch.finfo(torch.float32).min))
