@@ -1,8 +1,8 @@
 """The output embedding with its loss: all logits at once, in chunks of rows, and by fused kernels of other packages.
 
-The batch is that of a GPU in examples/llama2_full_ddm.yaml: 8 rows of 2,048 tokens. Their times t are spread evenly over
-(0, 1), so half of all tokens are masked. The loss of a token has the weight 1/t. Liger computes weighted losses with a
-second forward pass; its usual path, a sum without weights, is measured too.
+The batch is that of a GPU in examples/llama2_full_ddm.yaml: 8 rows of 2,048 tokens. Their times t are spread evenly
+over (0, 1), so half of all tokens are masked. The loss of a token has the weight 1/t. For weighted losses Liger
+computes the logits twice; its usual path, a sum without weights, is measured too.
 """
 
 from __future__ import annotations

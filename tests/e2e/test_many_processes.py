@@ -207,7 +207,7 @@ def test_fsdp_that_would_not_shard_is_refused(checkpoint, small_data, tmp_path):
 @pytest.mark.slow
 def test_zero_with_use_cpu_is_refused(checkpoint, small_data, tmp_path):
     pytest.importorskip("deepspeed")
-    with pytest.raises(AssertionError, match="error: deepspeed: .*DS_ACCELERATOR=cpu"):
+    with pytest.raises(AssertionError, match=r"error: deepspeed: .*DS_ACCELERATOR=cpu"):
         start("full", tmp_path / "out", checkpoint, small_data, *WAYS["zero2"][0], "use_cpu=true", in_two=True)
     assert not (tmp_path / "out").exists()
 

@@ -15,11 +15,11 @@ def training_args(**changes):
 
 def test_keys_for_cpus_are_refused(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    with pytest.raises(ValueError, match="^deepspeed: .*remove use_cpu.*DS_ACCELERATOR=cpu") as raised:
+    with pytest.raises(ValueError, match=r"^deepspeed: .*remove use_cpu.*DS_ACCELERATOR=cpu") as raised:
         checks.check_deepspeed_device(training_args(use_cpu=True))
     assert "\n" not in str(raised.value)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(ValueError, match="^deepspeed: .*remove ACCELERATE_USE_CPU"):
+    with pytest.raises(ValueError, match=r"^deepspeed: .*remove ACCELERATE_USE_CPU"):
         checks.check_deepspeed_device(training_args())
 
 

@@ -664,5 +664,5 @@ def test_fsdp_with_offload_needs_a_backend_for_the_host(backend, monkeypatch):
         DiffusionTrainer._check_fsdp(run)
         assert types == ["FULL_STATE_DICT"]
         return
-    with pytest.raises(ValueError, match="^fsdp: offload .*ddp_backend: cuda:nccl,cpu:gloo"):
+    with pytest.raises(ValueError, match=r"^fsdp: offload .*ddp_backend: cuda:nccl,cpu:gloo"):
         DiffusionTrainer._check_fsdp(run)

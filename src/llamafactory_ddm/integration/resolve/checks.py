@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import strtobool
 
 from ...checkpoints.adapters import ADAPTER_CONFIG, check_adapter, check_model_or_adapter
 from ...checkpoints.families import detect_family, raw_config
@@ -45,7 +44,7 @@ def check_deepspeed_device(training_args: Any) -> None:
         return
     for name, is_set in (
         ("use_cpu: true", training_args.use_cpu),
-        ("ACCELERATE_USE_CPU", strtobool(os.environ.get("ACCELERATE_USE_CPU", "false"))),
+        ("ACCELERATE_USE_CPU", parse_flag_from_env("ACCELERATE_USE_CPU")),
     ):
         if is_set:
             raise ValueError(
