@@ -32,16 +32,17 @@ TIMED = 5
 
 @dataclass(frozen=True)
 class Size:
-    """The size of an output embedding and of a batch."""
+    """The size of an output embedding and of a batch; `chunk` is that of our head, by default as in training."""
 
     width: int
     vocabulary: int
     rows: int
     length: int
+    chunk: int | None = None
 
 
 SIZES = (Size(4096, 32000, 8, 2048), Size(4096, 151936, 8, 2048))
-TOY_SIZES = (Size(32, 64, 4, 16), Size(32, 160, 4, 16))
+TOY_SIZES = (Size(32, 64, 4, 16, chunk=12), Size(32, 160, 4, 16, chunk=12))
 
 
 @dataclass
@@ -53,12 +54,14 @@ class Batch:
         weight: [vocabulary, width] bfloat16, of the output embedding.
         targets: [n] int64.
         weights: [n] float32, of the losses of the tokens; with the factor 1 / tokens of the batch.
+        chunk: rows of the logits that our head computes at once; None for as many as in training.
     """
 
     hidden: Tensor
     weight: Tensor
     targets: Tensor
     weights: Tensor
+    chunk: int | None
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor]:
@@ -83,7 +86,7 @@ def make_batch(size: Size, device: str) -> Batch:
     rows = weight[targets].float()
     towards = rows * (math.log(size.vocabulary) / rows.square().sum(dim=1, keepdim=True))
     hidden = (torch.randn_like(rows) + towards).bfloat16()
-    return Batch(hidden.requires_grad_(), weight.requires_grad_(), targets, weights)
+    return Batch(hidden.requires_grad_(), weight.requires_grad_(), targets, weights, size.chunk)
 
 
 def all_at_once(batch: Batch) -> Tensor:
@@ -99,7 +102,7 @@ def in_chunks(batch: Batch) -> Tensor:
         losses = masked_cross_entropy(logits, batch.targets[rows])
         return (losses * batch.weights[rows]).sum(), losses.sum()
 
-    return head_loss(batch.hidden, batch.weight, None, cost)[0]
+    return head_loss(batch.hidden, batch.weight, None, cost, rows=batch.chunk)[0]
 
 
 def liger(batch: Batch, *, is_weighted: bool = True, **options: Any) -> Tensor:
