@@ -34,6 +34,7 @@ PARTS = (
     Part("decoding", "generation", 90, ("decoding",)),
     Part("waits", "waits", 45, _TRAINER),
     Part("lora-7b", "speed", 90, (*_TRAINER, "peft")),
+    Part("head", "head", 60, _TRAINER),
     Part("serving", "generation", 75, ("serving",)),
     Part("four-bit", "training", 60, (*_TRAINER, "peft")),
     Part("flash", "attention", 45, _TRAINER),

@@ -21,6 +21,8 @@ PACKAGES = (
     "bitsandbytes",
     "flash-attn",
     "flash-attn-3",
+    "liger-kernel",
+    "cut-cross-entropy",
 )
 
 

@@ -46,8 +46,10 @@ def activate() -> None:
             if module is None:
                 continue
             if getattr(getattr(module, "__spec__", None), "_initializing", False):
-                # It is being loaded without the finder, so no hook would run after it.
-                not_active(f"{name} was imported before torch; import torch first")
+                # It is being loaded without the finder, so no hook would run after it. The processes of torchrun load
+                # the tuner first, which then loads the parser; when a diffusion stage is parsed, the tuner is patched.
+                if name != "llamafactory.train.tuner":
+                    not_active(f"{name} was imported before torch; import torch first")
             else:
                 _call_hook(module)
     except Exception as error:

@@ -11,6 +11,7 @@ import runpy
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 
 def enable():
@@ -26,6 +27,9 @@ def enable():
             PartialState._shared_state.update(shared)
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            if isinstance(fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+                fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # only a GPU's driver pins memory
+                print("FSDP offloads to the host")
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = init

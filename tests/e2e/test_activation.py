@@ -200,6 +200,26 @@ def test_an_upstream_of_another_structure(stub):
     assert len(re.findall(r"NOT ACTIVE: llamafactory\.hparams\.parser .*\btorch\b", done.stderr)) == 1
 
 
+@pytest.mark.parametrize("name", ["llamafactory.train.tuner", "llamafactory.hparams.parser"])
+def test_a_module_that_imports_torch_itself(name, monkeypatch, capsys):
+    """torchrun's processes import the tuner first; it is patched when a diffusion stage is parsed."""
+    from types import ModuleType, SimpleNamespace
+
+    from llamafactory_ddm import _autoload
+
+    module = ModuleType(name)
+    module.__spec__ = SimpleNamespace(_initializing=True)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(_autoload, "HOOKS", {name: "nowhere:nothing"})
+    monkeypatch.setattr(_autoload, "_printed", set())
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, _autoload._Finder)])
+    monkeypatch.setattr(_autoload._errors, "install", lambda: None)
+    monkeypatch.delenv(_autoload.DISABLE, raising=False)
+    _autoload.activate()
+    assert isinstance(sys.meta_path[0], _autoload._Finder)
+    assert ("NOT ACTIVE" in capsys.readouterr().err) == name.endswith("parser")
+
+
 @pytest.mark.slow
 def test_doctor(stub):
     done = run("doctor", program="llamafactory-ddm", fresh=True)

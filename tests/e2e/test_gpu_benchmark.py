@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -246,6 +247,7 @@ TOY_RUNS = {
     "decoding": (44, 0),
     "waits": (13, 0),
     "lora-7b": (8, 0),
+    "head": (22, 12),
     "serving": (8, 0),
     "four-bit": (4, 2),
     "flash": (2, 0),
@@ -380,3 +382,72 @@ def faked(make):
         return model
 
     return make_model
+
+
+def liger_loss(is_old):
+    """Return Liger's class with its signature, computed by PyTorch; an old one scales all gradients by the first."""
+
+    class Loss(torch.nn.Module):
+        def __init__(self, ce_weight=None, ignore_index=-100, reduction="mean", accum_dtype=None):
+            super().__init__()
+            self.reduction, self.accum_dtype = reduction, accum_dtype
+
+        def forward(self, lin_weight, _input, target, bias=None):
+            losses = torch.nn.functional.cross_entropy(
+                _input.float() @ lin_weight.float().T, target, reduction=self.reduction
+            )
+            if is_old and self.reduction == "none":
+                losses.register_hook(lambda grad: grad[:1].expand_as(grad))
+            return losses
+
+    return Loss
+
+
+def cut_loss(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="auto"):
+    """Compute cut cross-entropy by PyTorch, with its signature."""
+    return torch.nn.functional.cross_entropy(e.float() @ c.float().T, targets, reduction=reduction)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_fused_heads_are_compared_where_they_are_installed(is_old, as_gpu, monkeypatch):
+    machine, report, rows = as_gpu
+    from gpu_parts import head
+
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", ModuleType("transformers"))
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", ModuleType("cut_cross_entropy"))
+    sys.modules["liger_kernel.transformers"].LigerFusedLinearCrossEntropyLoss = liger_loss(is_old)
+    sys.modules["cut_cross_entropy"].linear_cross_entropy = cut_loss
+    monkeypatch.setattr(head, "find_spec", lambda name: name)
+    monkeypatch.setattr(type(machine), "peak_memory", lambda self, run: (run(), 10**9)[1])
+    head.head(machine, report)
+    assert not [row for row in rows if row.state != "measured"], rows
+    assert len(rows) == 2 * 5 * 8 and sum(row.held is True for row in rows) == 12
+    for row in rows:
+        if "error" in row.what:
+            # With a factor of its own for each token, the gradient of an old Liger is another one.
+            is_wrong = is_old and "gradient" in row.what and "Liger" in row.what and "no weights" not in row.what
+            assert row.value > 0.3 if is_wrong else row.value < 0.01, row
+    assert {row.value for row in rows if "memory" in row.what} == {1.0}
+
+
+def test_fused_heads_without_their_package(as_gpu, monkeypatch):
+    machine, report, rows = as_gpu
+    from gpu_parts import head
+
+    monkeypatch.setattr(head, "find_spec", lambda name: None)
+    monkeypatch.setattr(type(machine), "peak_memory", lambda self, run: (run(), 0)[1])
+    head.head(machine, report)
+    left_out = [(row.what, row.note) for row in rows if row.state == "left out"]
+    assert left_out == [(name, f"{name} is not installed") for name in ("liger_kernel", "cut_cross_entropy")]
+    assert len(rows) == 22
+
+
+def test_the_weights_of_the_heads_are_those_of_the_bound(parts):
+    """Half of the tokens are scored, and the mean over all tokens of what is masked, times 1/t, is 1."""
+    from gpu_parts import head
+
+    batch = head.make_batch(head.TOY_SIZES[0], "cpu")
+    assert len(batch.targets) == 32 and batch.hidden.shape == (32, 32) and batch.weight.shape == (64, 32)
+    assert float(batch.weights.sum()) == pytest.approx(1.0, rel=1e-6)
+    logits = (batch.hidden @ batch.weight.T).detach()
+    assert float((logits.argmax(dim=1) == batch.targets).float().mean()) > 0.5

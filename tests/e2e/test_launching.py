@@ -31,7 +31,8 @@ def test_the_slurm_script_trains_as_two_processes(small_data, tmp_path):
         (tmp_path / name).chmod(0o755)
     at_first = f'PATH="{tmp_path}:$PATH" bash job.sh'
     env = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "a,b", "NPROC_PER_NODE": "1"}
-    run("-c", at_first, program="bash", env=env, cwd=tmp_path, fresh=True)
+    done = run("-c", at_first, program="bash", env=env, cwd=tmp_path, fresh=True)
+    assert "NOT ACTIVE" not in done.stdout + done.stderr
     train_in_processes(2, tmp_path / "torchrun.yaml")
     for a, b in zip(history(by_torchrun), history(by_slurm), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)

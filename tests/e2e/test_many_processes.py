@@ -123,16 +123,29 @@ def test_chunks_of_logits_with_a_sharded_head(way, trained):
 
 
 @pytest.mark.slow
-def test_zero3_with_offload(trained, checkpoint, small_data, tmp_path):
-    """With PyTorch's optimizer: DeepSpeed would compile its own, which takes minutes."""
-    pytest.importorskip("deepspeed")
-    config = json.loads((ROOT / "examples" / "deepspeed" / "ds_z3_offload_config.json").read_text())
-    (tmp_path / "offload.json").write_text(json.dumps({**config, "zero_force_ds_cpu_optimizer": False}))
-    keys = ("per_device_train_batch_size=4", f"deepspeed={tmp_path / 'offload.json'}")
-    start("full", tmp_path / "out", checkpoint, small_data, *keys, in_two=True)
-    for a, b in zip(history(trained(None, "full")), history(tmp_path / "out"), strict=True):
+@pytest.mark.parametrize("way", ["zero3", "fsdp2"])
+def test_offload(way, trained, checkpoint, small_data, tmp_path):
+    """ZeRO-3 with PyTorch's optimizer: DeepSpeed would compile its own, which takes minutes.
+
+    With FSDP 2 on CPUs nothing has to move, but all of its code for offload runs.
+    """
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    if way == "zero3":
+        config = json.loads((ROOT / "examples" / "deepspeed" / "ds_z3_offload_config.json").read_text())
+        (tmp_path / "offload.json").write_text(json.dumps({**config, "zero_force_ds_cpu_optimizer": False}))
+        keys = (f"deepspeed={tmp_path / 'offload.json'}",)
+    else:
+        keys = ("fsdp=full_shard auto_wrap offload",)
+    finished = run_way(way, "full", whole, checkpoint, small_data, *keys)
+    assert all("FSDP offloads to the host" in done.stdout for done in finished) == (way == "fsdp2")
+    half.mkdir()
+    shutil.copytree(whole / "checkpoint-2", half / "checkpoint-2")
+    run_way(way, "full", half, checkpoint, small_data, *keys, f"resume_from_checkpoint={half / 'checkpoint-2'}")
+    for a, b in zip(history(trained(None, "full")), history(whole), strict=True):
         for key in ("loss", "nll", "grad_norm"):
             assert b[key] == pytest.approx(a[key], rel=1e-4), key
+    for a, b in zip(history(whole), history(half), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -189,6 +202,14 @@ def test_fsdp_that_would_not_shard_is_refused(checkpoint, small_data, tmp_path):
     keys = tuple(f"{key}={value}" for key, value in FSDP.items())
     with pytest.raises(AssertionError, match="error: fsdp: "):
         start("full", tmp_path / "out", checkpoint, small_data, *WAYS["fsdp2"][0], *keys, in_two=True)
+
+
+@pytest.mark.slow
+def test_zero_with_use_cpu_is_refused(checkpoint, small_data, tmp_path):
+    pytest.importorskip("deepspeed")
+    with pytest.raises(AssertionError, match=r"error: deepspeed: .*DS_ACCELERATOR=cpu"):
+        start("full", tmp_path / "out", checkpoint, small_data, *WAYS["zero2"][0], "use_cpu=true", in_two=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -646,3 +646,23 @@ def test_fsdp_that_cannot_work_is_refused(is_enabled, trains, pattern):
     run = SimpleNamespace(args=args, is_fsdp_enabled=is_enabled, accelerator=SimpleNamespace(is_fsdp2=True))
     with pytest.raises(ValueError, match=pattern):
         DiffusionTrainer._check_fsdp(run)
+
+
+@pytest.mark.parametrize("backend", ["cuda:nccl", "cuda:nccl,cpu:gloo"])
+def test_fsdp_with_offload_needs_a_backend_for_the_host(backend, monkeypatch):
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    from llamafactory_ddm.integration.train.trainer import DiffusionTrainer
+
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backend)
+    types = []
+    plugin = SimpleNamespace(cpu_offload=CPUOffloadPolicy(), set_state_dict_type=types.append)
+    accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
+    args = SimpleNamespace(fsdp=["full_shard", "offload"], do_train=True)
+    run = SimpleNamespace(args=args, is_fsdp_enabled=True, accelerator=accelerator)
+    if "cpu" in backend:
+        DiffusionTrainer._check_fsdp(run)
+        assert types == ["FULL_STATE_DICT"]
+        return
+    with pytest.raises(ValueError, match=r"^fsdp: offload .*ddp_backend: cuda:nccl,cpu:gloo"):
+        DiffusionTrainer._check_fsdp(run)

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ...checkpoints.adapters import ADAPTER_CONFIG, check_adapter, check_model_or_adapter
@@ -27,9 +28,29 @@ def check_inputs(model_args: Any, training_args: Any, finetuning_args: Any, *, p
     check_checkpoint_folders(model_args, finetuning_args, training_args)
     check_predict(training_args, finetuning_args.parsed.user_keys)
     if not prepares:
+        check_deepspeed_device(training_args)
         check_flash_attention(model_args)
         check_monitoring(training_args, finetuning_args)
         check_output_folder(model_args, training_args, finetuning_args)
+
+
+def check_deepspeed_device(training_args: Any) -> None:
+    """Check that DeepSpeed is not combined with a key for CPUs, with which accelerate would set up plain DDP.
+
+    Raises:
+        ValueError: if it is.
+    """
+    if not training_args.deepspeed:
+        return
+    for name, is_set in (
+        ("use_cpu: true", training_args.use_cpu),
+        ("ACCELERATE_USE_CPU", parse_flag_from_env("ACCELERATE_USE_CPU")),
+    ):
+        if is_set:
+            raise ValueError(
+                f"deepspeed: with {name}, accelerate does not set up DeepSpeed's processes; remove {name}, and on a "
+                "machine without a GPU set the environment variable DS_ACCELERATOR=cpu instead"
+            )
 
 
 def check_flash_attention(model_args: Any) -> None:

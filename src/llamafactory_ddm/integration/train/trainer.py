@@ -135,7 +135,8 @@ class DiffusionTrainer(CustomTrainer):
         """Refuse FSDP where accelerate would drop it, and have checkpoints hold the whole model.
 
         Raises:
-            ValueError: if the run asks for FSDP and accelerate does not shard, or for FSDP 2 and does not train.
+            ValueError: if the run asks for FSDP and accelerate does not shard, for FSDP 2 and does not train, or for
+                offload with processes that exchange no tensors of the host.
         """
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
@@ -143,13 +144,21 @@ class DiffusionTrainer(CustomTrainer):
                 "model; remove fsdp and fsdp_config, or use deepspeed instead"
             )
         if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            from torch.distributed import get_backend_config
+            from torch.distributed.fsdp import CPUOffloadPolicy
+
             if not self.args.do_train:
                 raise ValueError(
                     "fsdp: accelerate prepares a model for FSDP 2 with its optimizer only; to evaluate without "
                     "do_train, remove fsdp and fsdp_config"
                 )
-            # By default FSDP 2 saves shards alone, and so no model that can be loaded. accelerate keeps old configs.
             plugin = self.accelerator.state.fsdp_plugin
+            if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and "cpu:" not in get_backend_config():
+                raise ValueError(
+                    "fsdp: offload keeps gradients in the host's memory, and the processes, which are connected by "
+                    f"{get_backend_config()} only, cannot compute their norm; set ddp_backend: cuda:nccl,cpu:gloo"
+                )
+            # By default FSDP 2 saves shards alone, and so no model that can be loaded. accelerate keeps old configs.
             plugin.state_dict_config = plugin.optim_state_dict_config = None
             plugin.set_state_dict_type("FULL_STATE_DICT")
 
