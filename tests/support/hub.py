@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
             r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info|resolve)/([^/]+)/?(.*))?", address.path
         )
         if not match:
-            return self._error(404, "EntryNotFound")
+            return self._error(401, "RepoNotFound")
         name, action, revision, path = match[1], match[2], unquote(match[3] or "main"), unquote(match[4] or "")
         known = self.headers.get("Authorization") == "Bearer " + TOKEN
         if not any(key.split("@")[0] == name for key in self.hub.repositories) or (

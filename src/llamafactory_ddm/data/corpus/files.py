@@ -76,7 +76,7 @@ def find_files(source: Source, skipped: str | Path | None = None) -> list[tuple[
             roots = sorted(system.glob(root)) if is_glob else [root]
             names = [name for one in roots for name in _below(system, one, inner) if _is_data(name)]
             sizes = [int(system.size(name) or 0) for name in names]
-        except _errors(ValueError, ImportError) as error:
+        except _errors(ValueError, ImportError, NotImplementedError) as error:
             hint = _hint(path, error) if remote else ""
             raise ValueError(f"sources: {path} cannot be reached ({_one_line(error)}){hint}") from error
         if not names:
@@ -93,7 +93,8 @@ def find_files(source: Source, skipped: str | Path | None = None) -> list[tuple[
 def _hint(path: str, error: BaseException) -> str:
     """Return what to do about an error of a remote file system."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if path.startswith("hf://") and (isinstance(error, FileNotFoundError | ValueError) or status in (401, 403, 404)):
+    is_name = isinstance(error, FileNotFoundError | ValueError | NotImplementedError)
+    if path.startswith("hf://") and (is_name or status in (401, 403, 404)):
         return (
             "; check the name, as in hf://datasets/OWNER/NAME/FOLDER; if the data set is private or gated, ask for "
             "access on its page, then log in with `hf auth login` or set HF_TOKEN"
