@@ -54,6 +54,9 @@ setup(
         "qlora": ["bitsandbytes>=0.49,<0.51"],
         # `default` has the server that LLaMA-Factory asks for the nodes of the cluster.
         "ray": ["ray[default,train]>=2.40,<3"],
+        # Filters before `prepare-data`, for English; datatrove's own extras are for all languages and sources. Its
+        # hashes of strings fail under xxhash 4.
+        "datatrove": ["datatrove>=0.10.1,<0.11", "orjson", "regex", "spacy>=3.8,<4", "xxhash<4"],
         # ROUGE of generated texts, and lm-evaluation-harness.
         "eval": ["rouge-score>=0.1.2", "lm-eval>=0.4.13,<0.5"],
         "dev": [

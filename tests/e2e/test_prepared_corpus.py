@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from support.cli import ABSENT, ROOT, history, in_processes, run, start, train_here
 from support.corpus import TEXTS, write
+from support.hub import serving_hub
 from support.limits import LIMIT
 
 MODEL = ("model_name_or_path=data/tiny_gpt2", "mask_token=<|mask|>")
@@ -90,6 +91,19 @@ def test_the_blocks_are_those_of_a_run_that_prepares_its_data(yaml, tmp_path):
     stored = [json.loads((tmp_path / name / "llamafactory_ddm.json").read_text()) for name in ("rows", "upstream")]
     assert stored[0] == stored[1]
     assert f"{len(ours):,}" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_source_on_the_hub(yaml, tmp_path):
+    """The same blocks as from the file itself."""
+    words = ("shard_size=0.01", "preprocessing_num_workers=2")
+    prepare(yaml, *words, f"tokenized_path={tmp_path / 'here'}")
+    with serving_hub({"org/set": yaml.parent / "in"}) as hub:
+        sources = "sources=hf://datasets/org/set/corpus.jsonl"
+        prepare(yaml, *words, sources, f"tokenized_path={tmp_path / 'there'}", env=hub.env(), fresh=True)
+        assert len(hub.reads) > 2
+    here, there = (load_from_disk(str(tmp_path / name))["train"]["input_ids"][:] for name in ("here", "there"))
+    assert here == there and len(here) > 100
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from .keys import Source
 
@@ -28,6 +29,9 @@ _ROWS = 256  # rows of parquet that are in memory at a time, at most
 _ROW_BYTES = 1 << 24  # their size
 _CHECKED_ROWS = 1000  # of a file of lines, among which each column must occur
 _BUFFER = 1 << 20  # bytes
+# How remote files are fetched: a few kilobytes to check them, then whole blocks, of which a process holds 32 MB.
+_CHECKING: dict[str, Any] = {"block_size": 1 << 16, "cache_type": "readahead"}
+_FETCHING: dict[str, Any] = {"block_size": 1 << 23, "cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
 # Errors of remote file systems that are no OSError, by the module that defines them.
 _REMOTE_ERRORS = {"httpx": "HTTPError", "aiohttp": "ClientError", "botocore.exceptions": "BotoCoreError"}
 Row = dict[str, Any]
@@ -72,8 +76,9 @@ def find_files(source: Source, skipped: str | Path | None = None) -> list[tuple[
             roots = sorted(system.glob(root)) if is_glob else [root]
             names = [name for one in roots for name in _below(system, one, inner) if _is_data(name)]
             sizes = [int(system.size(name) or 0) for name in names]
-        except _errors(ValueError, ImportError) as error:
-            raise ValueError(f"sources: {path} cannot be reached ({error}){_REMOTE_HINT if remote else ''}") from error
+        except _errors(ValueError, ImportError, NotImplementedError) as error:
+            hint = _hint(path, error) if remote else ""
+            raise ValueError(f"sources: {path} cannot be reached ({_one_line(error)}){hint}") from error
         if not names:
             on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists()
             hint = f"; for a data set of the Hub write hf://datasets/{path}/FOLDER/*.parquet" if on_hub else ""
@@ -85,7 +90,20 @@ def find_files(source: Source, skipped: str | Path | None = None) -> list[tuple[
     return list(found.items())
 
 
-_REMOTE_HINT = "; check the address and the network, or download the files and name their folder"
+def _hint(path: str, error: BaseException) -> str:
+    """Return what to do about an error of a remote file system."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    is_name = isinstance(error, FileNotFoundError | ValueError | NotImplementedError)
+    if path.startswith("hf://") and (is_name or status in (401, 403, 404)):
+        return (
+            "; check the name, as in hf://datasets/OWNER/NAME/FOLDER; if the data set is private or gated, ask for "
+            "access on its page, then log in with `hf auth login` or set HF_TOKEN"
+        )
+    return "; check the address and the network, or download the files and name their folder"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
@@ -99,7 +117,9 @@ def _below(system: Any, root: str, skipped: str | None) -> list[str]:
     if not system.isdir(root):
         try:
             system.info(root)  # `exists` also returns False if the file system cannot be reached
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if error.__cause__ is not None:  # on the Hub, that there is no such data set, or none for this user
+                raise
             return []
         return [root]
     names = sorted(system.find(root))
@@ -147,7 +167,7 @@ def divide(source: Source, files: Sequence[tuple[str, int]], shard_bytes: float)
 
 def _pieces(source: Source, path: str, size: int, shard_bytes: int) -> Iterator[Piece]:
     columns = [source.text_column, *source.filters.columns]
-    with _reading(path), _open(path) as (file, _):
+    with _reading(path), _open(path, _CHECKING) as (file, _):
         if path.endswith(".parquet"):
             table = pyarrow.parquet.ParquetFile(file)
             _check_columns(source, path, columns, table.schema_arrow.names)
@@ -188,14 +208,14 @@ def read_rows(piece: Piece, columns: Sequence[str]) -> Iterator[tuple[Row, float
     Raises:
         ValueError: if the file cannot be read, naming it.
     """
-    with _reading(piece.path), _open(piece.path) as (file, stored):
+    with _reading(piece.path), _open(piece.path, _FETCHING) as (file, stored):
         if not piece.path.endswith(".parquet"):
             is_compressed = _codec(piece.path) is not None
             for row, position in _json_rows(piece.path, file, piece.start, None if is_compressed else piece.stop):
                 done = stored.tell() if is_compressed else position - piece.start
                 yield row, min(1.0, done / max(1, piece.stop - piece.start))
             return
-        table = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER)
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
         groups = list(range(piece.start, piece.stop))
         metadata = table.metadata
         n_rows, n_read = sum(metadata.row_group(index).num_rows for index in groups), 0
@@ -237,15 +257,28 @@ def _codec(path: str) -> str | None:
 
 
 @contextmanager
-def _open(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Yield the content of a file, decompressed, and the file as it is stored."""
-    with fsspec.open(path, "rb") as file:
-        codec = _codec(path)
-        if codec is None:
-            yield file, file
-        else:
-            with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), codec) as stream:
-                yield io.BufferedReader(stream, _BUFFER), file
+def _open(path: str, fetching: dict[str, Any]) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Yield the content of a file, decompressed, and the file as it is stored.
+
+    Args:
+        path: the file, or its URL.
+        fetching: how much of a remote file is fetched at once.
+    """
+    system, name = fsspec.core.url_to_fs(path)
+    codec, buffer = _codec(path), min(_BUFFER, fetching["block_size"])
+    with system.open(name, "rb", **fetching) as file:
+        cache = vars(file.cache) if isinstance(file, AbstractBufferedFile) else None
+        try:
+            if codec is not None:
+                with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), codec) as stream:
+                    yield io.BufferedReader(stream, buffer), file
+            elif cache is not None and not path.endswith(".parquet"):
+                yield io.BufferedReader(file, buffer), file  # `readline` of fsspec copies a block for each line
+            else:
+                yield file, file
+        finally:
+            if cache is not None:
+                cache.clear()  # it refers to itself, which would keep its blocks
 
 
 @contextmanager
@@ -254,4 +287,5 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except _errors(pyarrow.ArrowException) as error:
-        raise ValueError(f"sources: {path} cannot be read ({' '.join(str(error).split())})") from error
+        hint = _hint(path, error) if "://" in path else ""
+        raise ValueError(f"sources: {path} cannot be read ({_one_line(error)}){hint}") from error
