@@ -1,5 +1,6 @@
 """The scripts that make tables and plots for README and docs/ run, on models of a few steps."""
 
+import json
 import re
 
 import pytest
@@ -17,44 +18,60 @@ def test_the_comparisons_of_docs_are_made(checkpoint, finetuned, tmp_path):
     assert (tmp_path / "docs" / "parallelism.png").stat().st_size > 5000
 
 
+# Runs scripts in one process, which starts a single fork server for their trainings.
+DRIVER = """
+import json, runpy, sys
+sys.path.insert(0, "docs")
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_the_scripts_of_docs_run(checkpoint, tmp_path):
-    done = run(checkpoint, "--length", "8", "--steps", "4", "--show", "2", program="docs/make_trace.py")
-    assert [line[:8] for line in done.stdout.splitlines()] == ["step   1", "step   4"]
-    words = (
-        "--steps",
-        "1",
-        "--seeds",
-        "1",
-        "--variants",
-        "1",
-        "--work",
-        tmp_path / "w",
-        "--out",
-        tmp_path / "page.md",
-    )
-    run(*words, "--override", "cutoff_len=16", program="docs/make_adaptation_table.py")
+    one = ("--steps", "1", "--seeds", "1")
+    calls = {
+        "make_trace": (checkpoint, "--length", "8", "--steps", "4", "--show", "2"),
+        "make_adaptation_table": (
+            *one,
+            "--variants",
+            "1",
+            "--out",
+            tmp_path / "page.md",
+            "--override",
+            "cutoff_len=16",
+        ),
+        "make_ends_table": (
+            *("--steps", "2", "--questions", "2", "--only", "none", "rainbow-annealed-window", "--model", checkpoint),
+            *("--out", tmp_path),
+        ),
+        "make_finetuning_plot": (
+            *("--steps", "1", "--every", "1", "--problems", "2", "--starts", "1", "--model", checkpoint),
+            *("--out", tmp_path / "docs"),
+        ),
+        "make_mixed_table": (
+            *("--continue-steps", "1", "--seeds", "1", "--denoising-steps", "2", "--questions", "2", "--texts", "2"),
+            *("--model", checkpoint, "--out", tmp_path / "docs"),
+        ),
+        "make_block_table": (
+            *(*one, "--rows", "16", "--blocks", "4", "--questions", "2", "--texts", "8", "--out", tmp_path),
+        ),
+    }
+    words = [[f"docs/{name}.py", *map(str, rest)] for name, rest in calls.items()]
+    for line in words[1:]:
+        line += ["--work", str(tmp_path / line[0])]
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    done = run(json.dumps(words), program=driver)
+
+    assert re.findall("^step  +[0-9]+", done.stdout, re.M) == ["step   1", "step   4"]
     assert "| autoregressive | yes | yes |" in (tmp_path / "page.md").read_text()
-    small = ("--steps", "2", "--questions", "2", "--only", "none", "rainbow-annealed-window", "--model", checkpoint)
-    folders = ("--work", tmp_path / "ends", "--out", tmp_path)
-    run(*small, *folders, program="docs/make_ends_table.py")
     assert (tmp_path / "ends_table.md").read_text().count("| rainbow | yes | yes |") == 1
-    small = ("--steps", "1", "--every", "1", "--problems", "2", "--starts", "1", "--model", checkpoint)
-    folders = ("--work", tmp_path / "finetuning", "--out", tmp_path / "docs")
-    run(*small, *folders, program="docs/make_finetuning_plot.py")
     assert "| adapted weights, full | " in (tmp_path / "docs" / "finetuning_table.md").read_text()
     assert (tmp_path / "docs" / "finetuning.png").stat().st_size > 5000
-    small = ("--continue-steps", "1", "--seeds", "1", "--denoising-steps", "2", "--questions", "2", "--texts", "2")
-    folders = ("--model", checkpoint, "--work", tmp_path / "mixed", "--out", tmp_path / "docs")
-    run(*small, *folders, program="docs/make_mixed_table.py")
     assert (tmp_path / "docs" / "mixed_table.md").read_text().count("| mixed, with edits | ") == 3
     assert (tmp_path / "docs" / "mixed.png").stat().st_size > 5000
-
-
-@pytest.mark.slow
-def test_the_table_of_block_models_is_made(tmp_path):
-    words = ("--steps", "1", "--rows", "16", "--seeds", "1", "--blocks", "4", "--questions", "2", "--texts", "8")
-    run(*words, "--work", tmp_path / "work", "--out", tmp_path, program="docs/make_block_table.py")
     lines = (tmp_path / "block_table.md").read_text().splitlines()
     names = ["autoregressive", "blocks of 4", "full attention, kv_cache: none", "full attention, kv_cache: dual"]
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in names]
