@@ -96,9 +96,7 @@ def _end_by_sigint() -> None:
     Python does so by itself only where KeyboardInterrupt is the exception itself, and not even there if a string is
     evaluated afterwards, as in defining a namedtuple at exit: the status is 1 then.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]  # wakes idle pools, such as that of LLaMA-Factory's log, too
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

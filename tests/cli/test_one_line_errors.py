@@ -83,6 +83,13 @@ except KeyboardInterrupt:
 atexit.register(lambda: exec("1"))
 raise KeyboardInterrupt
 """,
+    # LLaMA-Factory's log has one from the first logged step to the end of training.
+    "while a pool of threads is idle": """
+from concurrent.futures import ThreadPoolExecutor
+pool = ThreadPoolExecutor(1)
+pool.submit(int).result()
+raise KeyboardInterrupt
+""",
 }
 
 
@@ -90,7 +97,8 @@ raise KeyboardInterrupt
 def test_it_ends_the_process_by_sigint_after_the_exit_handlers(name):
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     code = START + "atexit.register(print, 'exit handlers', end='')\n" + INTERRUPTIONS[name]
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == -signal.SIGINT, done.stderr
     assert done.stderr.strip() == "interrupted."
     assert done.stdout == "exit handlers"
@@ -166,7 +174,7 @@ def test_a_file_that_is_not_yaml(tmp_path):
 def test_an_interrupted_run_prints_how_to_resume(tmp_path):
     out = tmp_path / "out"
     argv = ["train", "examples/tiny_gpt2_full_ddm.yaml", f"output_dir={out}", "save_steps=1", "max_steps=1000"]
-    argv += ["per_device_train_batch_size=1", "max_samples=50"]
+    argv += ["per_device_train_batch_size=1", "max_samples=50", "logging_steps=1"]
     process = subprocess.Popen(
         [SCRIPTS / "llamafactory-cli", *argv],
         cwd=ROOT,

@@ -365,6 +365,7 @@ def test_lora_on_a_published_checkpoint(checkpoint, finetune, tmp_path):
         ({"sep_token": "<|mask|>"}, r"sep_token: '<\|mask\|>' .*mask token"),
         ({"sep_token": "two words"}, "sep_token: 'two words' "),
         ({"template": "alpaca"}, r"sep_token: '\\n' .*template is alpaca"),
+        ({"template": ABSENT}, r"sep_token: '\\n' .*no template .*template: diffullama"),
         ({"packing": True, "train_on_padding": True}, "train_on_padding: true .*packing: true"),
         ({"split_digits": False}, "split_digits: false "),
         ({"train_on_padding": "maybe"}, "train_on_padding .*true or false"),

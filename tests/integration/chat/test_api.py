@@ -439,6 +439,22 @@ def test_a_key_protects_every_route(tmp_path, monkeypatch):
         assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 200
 
 
+def test_a_port_in_use_is_an_error_before_the_model_is_loaded(monkeypatch):
+    from llamafactory_ddm.integration.chat.api import run
+
+    class Upstream:
+        def __getattr__(self, name):
+            raise AssertionError(name)
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("API_HOST", "127.0.0.1")
+        monkeypatch.setenv("API_PORT", str(other.getsockname()[1]))
+        with pytest.raises(OSError, match=r"^API_PORT: .*port \d+ of 127\.0\.0\.1"):
+            run(Upstream())
+    with pytest.raises(AssertionError, match="ChatModel"):  # the port is free now
+        run(Upstream())
+
+
 @pytest.mark.parametrize(
     ("host", "origin", "status"),
     [

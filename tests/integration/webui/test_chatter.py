@@ -86,6 +86,24 @@ def test_an_error_is_shown_and_the_question_forgotten(error):
         assert history == [*QUESTION, {"role": "assistant", "content": "Hello"}]
 
 
+@pytest.mark.parametrize("n_before", [0, 1, 2])
+def test_a_template_of_one_question_gets_the_last_message_and_the_page_says_so_once(n_before, monkeypatch):
+    from llamafactory.data.template import TEMPLATES
+
+    from llamafactory_ddm.integration.data.templates import register_templates
+
+    register_templates()
+    notes = []
+    monkeypatch.setattr(gr, "Info", notes.append)
+    engine = Engine(*answer("A"))
+    engine.template = TEMPLATES["diffullama"]
+    before = [{"role": "user", "content": "Ho"}, {"role": "assistant", "content": "Hello"}] * n_before
+    *_, (page, history) = stream(engine, messages=[*before, *QUESTION])
+    assert [prepared["messages"] for prepared in engine.prepared] == [QUESTION]
+    assert len(page) == len(history) == len(before) + 2
+    assert len(notes) == (n_before == 1)
+
+
 def test_the_fields_of_the_page_are_keys_of_the_request():
     engine = Engine(*answer("A"))
     values = {"chat_steps": 16, "denoising_strategy": "random", "confidence_threshold": 0.5, "seed": "3"}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import math
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -210,9 +212,10 @@ def run(upstream: Any) -> None:
     Args:
         upstream: the module llamafactory.api.app.
     """
+    host, port = bound_host(), int(os.getenv("API_PORT", "8000"))
+    check_port(host, port)
     chat_model = upstream.ChatModel()
     app = upstream.create_app(chat_model)
-    host, port = bound_host(), int(os.getenv("API_PORT", "8000"))
     logger.info_rank0(f"Serving on http://{host}:{port}; http://{host}:{port}/docs describes the API.")
     # uvicorn raises the signal again once it is done, which would end the process with the signal's status.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
@@ -221,6 +224,22 @@ def run(upstream: Any) -> None:
     finally:
         signal.signal(signal.SIGTERM, previous)
         chat_model.engine.close(drain=True)
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that a port is free, before a model is loaded for nothing.
+
+    Raises:
+        OSError: if another program listens on it.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(
+                f"API_PORT: another program uses port {port} of {host}; stop it, or set API_PORT to another port"
+            ) from error
 
 
 def _drain_seconds(engine: DiffusionEngine) -> int:

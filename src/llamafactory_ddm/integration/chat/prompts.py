@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...data.protected_text import ProtectedText, special_texts, without_marks
-from ..data.templates import without_truncation
+from ..data.templates import takes_one_question, without_truncation
 
 _A_TOOL = '[{"name": "a", "description": "a", "parameters": {"type": "object", "properties": {}}}]'
 _FORMATS = ("prefix", "system", "user", "assistant", "observation", "function")
@@ -74,6 +74,8 @@ class PromptEncoder:
             ValueError: if the template cannot format them, naming what and why.
         """
         _check_turns(messages)
+        if takes_one_question(self.template):
+            _check_one_question(messages, tools)
         turns = [{"role": turn["role"], "content": self._protected(turn)} for turn in messages]
         system, tools = (None if text is None else self._text.protect(text) for text in (system, tools))
         try:
@@ -90,6 +92,16 @@ class PromptEncoder:
         # An earlier answer of the model may hold the marks of its thoughts and of its calls of tools.
         own = turn["role"] == "assistant"
         return self._text.protect(turn["content"], self._special if own else None)
+
+
+def _check_one_question(messages: Sequence[dict[str, str]], tools: str | None) -> None:
+    if len(messages) > 1:
+        raise ValueError(
+            "messages: the template of this model takes one question at a time, and nothing before it but a system "
+            f"prompt, got {len(messages)} messages; send the last one alone"
+        )
+    if tools:
+        raise ValueError("tools: the template of this model has no place for tools; remove them")
 
 
 def _check_turns(messages: Sequence[dict[str, str]]) -> None:

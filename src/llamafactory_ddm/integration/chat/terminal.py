@@ -14,7 +14,7 @@ from ..._errors import TRACEBACK
 from ...generation.terminal import TerminalAnimation, printable
 from ...serving.request import Answer, Event, Progress, Request
 from ...serving.server import ServerBusy, Ticket
-from ..data.templates import DiffuLlamaTemplate
+from ..data.templates import takes_one_question
 
 if TYPE_CHECKING:
     from .engine import DiffusionEngine
@@ -38,7 +38,7 @@ class TerminalChat:
         """
         self._engine = engine
         self._stream = sys.stdout if stream is None else stream
-        self._has_history = not isinstance(engine.template, DiffuLlamaTemplate)
+        self._has_history = not takes_one_question(engine.template)
         self._messages: list[dict[str, str]] = []
 
     def run(self) -> None:

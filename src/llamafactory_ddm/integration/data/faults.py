@@ -15,7 +15,9 @@ from datasets.arrow_writer import SchemaInferenceError
 from datasets.exceptions import DatasetsError
 from llamafactory.data.converter import DATASET_CONVERTERS
 from llamafactory.data.parser import get_dataset_list
-from llamafactory.extras.constants import FILEEXT2TYPE
+from llamafactory.extras.constants import DATA_CONFIG, FILEEXT2TYPE
+
+from ...utils.registry import did_you_mean
 
 _TEXT_COLUMNS = ("prompt", "query", "response", "system", "tools")
 _TAGS = ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
@@ -79,6 +81,7 @@ def _check_data_set(name: str, data_args: Any, *, check_dropped: bool) -> None:
 
 
 def _load_entry(name: str, data_args: Any) -> Any:
+    _check_listed(name, data_args.dataset_dir)
     try:
         (attr,) = get_dataset_list([name], data_args.dataset_dir)
     except (KeyError, TypeError, AttributeError) as error:
@@ -92,6 +95,21 @@ def _load_entry(name: str, data_args: Any) -> Any:
             f"{', '.join(DATASET_CONVERTERS)}"
         )
     return attr
+
+
+def _check_listed(name: str, folder: str | dict[str, Any]) -> None:
+    """Check that a data set has an entry in the dataset_info.json of a local folder."""
+    if isinstance(folder, dict) or folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return
+    path = Path(folder) / DATA_CONFIG
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataFault(f"{path} cannot be read ({error}); correct dataset_dir, or the file") from error
+    if name not in known:
+        raise DataFault(
+            f"{path} has no entry of this name{did_you_mean(name, known)}; correct the name, or add an entry"
+        )
 
 
 def _read_examples(attr: Any, data_args: Any) -> Iterator[dict[str, Any]]:

@@ -97,6 +97,11 @@ class DiffuLlamaTemplate(Template):  # type: ignore[misc]
         )
 
 
+def takes_one_question(template: Any) -> bool:
+    """Tell whether a template formats one question without the messages before it."""
+    return isinstance(template, DiffuLlamaTemplate)
+
+
 def without_truncation(template: Any) -> Any:
     """Return the template without truncation of prompt and response."""
     return replace(template, cutoff_len=None) if isinstance(template, DiffuLlamaTemplate) else template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +74,7 @@ def _value(args: Any, key: str) -> Any:
     if isinstance(args, dict):
         return args.get(key)
     value, option = None, f"--{key}"
-    for argument, following in zip(args, [*args[1:], None], strict=True):
+    for argument, following in pairwise([*args, None]):
         if argument == option:
             value = following
         elif str(argument).startswith(f"{option}="):

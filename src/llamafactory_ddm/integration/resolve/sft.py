@@ -48,9 +48,10 @@ def resolve_template(
     requested = finetuning_args.sep_token
     if not isinstance(template, DiffuLlamaTemplate):
         if requested is not None:
+            given = "no template is set" if data_args.template is None else f"template is {data_args.template}"
             raise ValueError(
-                f"sep_token: {requested!r} is a key of template: {DIFFULLAMA}, but template is {data_args.template}; "
-                "remove one of them"
+                f"sep_token: {requested!r} is a key of template: {DIFFULLAMA}, but {given}; set template: "
+                f"{DIFFULLAMA}, or remove sep_token"
             )
         return template
     stored = None if config is None else config.sep_token

@@ -13,10 +13,11 @@ from typing import Any
 
 from ...serving.request import Answer, Event, Failure, Progress, Request
 from ...serving.server import ServerBusy
+from ..data.templates import takes_one_question
 from ..logs import get_logger
 from .fields import CHAT_KEYS, chat_keys
 from .live_canvas import LiveCanvas, escaped
-from .texts import failed_caption, step_caption
+from .texts import failed_caption, one_question_caption, step_caption
 
 logger = get_logger(__name__)
 MAX_UPDATES = 16  # of the page, a second
@@ -121,6 +122,12 @@ class _Answering:
         engine = self._chat_model.engine
         keywords.pop("skip_special_tokens", None)  # its field is hidden, as a canvas has no other text
         overrides = {**keywords, **chat_keys(self._ours)}
+        if takes_one_question(engine.template) and len(messages) > 1:
+            if len(messages) == 3:  # the second question of a chat
+                import gradio as gr
+
+                gr.Info(one_question_caption(self._lang))
+            messages = messages[-1:]
         with _template_lock:  # upstream sets the switch on the template, which all pages share
             if self._enable_thinking is not None:
                 engine.template.enable_thinking = self._enable_thinking

@@ -64,6 +64,10 @@ _LABELS = {"chat_steps": "Diffusion steps"}
 _ACRONYMS = {"eos": "EOS", "kv": "KV"}
 _STEP = {"en": "step {step}: {n} of {total} tokens", "zh": "第 {step} 步：{n} / {total} 个词元"}
 _FAILED = {"en": "Not answered", "zh": "未能回答"}
+_ONE_QUESTION = {
+    "en": "The template of this model takes one question at a time: it does not see the messages before.",
+    "zh": "该模型的模板一次只接受一个问题：它看不到之前的消息。",
+}
 
 
 def english_label(name: str) -> str:
@@ -105,3 +109,8 @@ def step_caption(lang: str, step: int, n: int, total: int) -> str:
 def failed_caption(lang: str) -> str:
     """Return what stands before the reason why a message was not answered."""
     return _FAILED.get(lang, _FAILED["en"])
+
+
+def one_question_caption(lang: str) -> str:
+    """Return the note that a model answers each message without those before it."""
+    return _ONE_QUESTION.get(lang, _ONE_QUESTION["en"])
