@@ -79,8 +79,8 @@ SHAPES = {
     "tiny-full": TINY,
     "tiny-block": replace(TINY, block=4, gain=3.0),
     "small-full": replace(SMALL, overhead=0.10),
-    "small-block": replace(SMALL, block=4, overhead=0.25),
-    "small-pairs": replace(SMALL, block=2, gain=4.0, overhead=0.25),
+    "small-block": replace(SMALL, block=4, overhead=0.15),
+    "small-pairs": replace(SMALL, block=2, gain=4.0, overhead=0.15),
 }
 FIRST_TEXT_BLOCKS, N_FIRST_TEXTS = (4, 8, 16, 32), 8
 

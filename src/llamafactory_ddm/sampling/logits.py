@@ -167,10 +167,10 @@ def check_logits(logits: Tensor, suppress: tuple[int, ...]) -> None:
         raise ValueError(f"suppress must hold token ids of at least 0, got {suppress}")
 
 
-def from_highest(logits: Tensor, suppress: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return new float32 logits minus the highest allowed one of each row, [n, vocab], and that highest one, [n].
+def from_highest(logits: Tensor, suppress: tuple[int, ...], *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return float32 logits minus the highest allowed one of each row, [n, vocab], and that highest one, [n].
 
-    Suppressed ids, ascending, become -inf.
+    Suppressed ids, ascending, become -inf. `out` is the first result's memory; None for a new tensor.
     """
     vocab = logits.shape[1]
     suppress = tuple(token for token in suppress if token < vocab)
@@ -178,7 +178,8 @@ def from_highest(logits: Tensor, suppress: tuple[int, ...]) -> tuple[Tensor, Ten
     maxima = [logits[:, low:high].amax(dim=1) for low, high in bounds if low < high]
     highest = reduce(torch.maximum, maxima) if maxima else logits.new_full((len(logits),), -torch.inf)
     highest = highest.float()
-    values = (logits.float() if logits.dtype == torch.float64 else logits) - highest[:, None]
+    narrow = logits.float() if logits.dtype == torch.float64 else logits
+    values = torch.sub(narrow, highest[:, None], out=out)
     for token in suppress:
         values[:, token].fill_(-torch.inf)
     return values, highest

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .scratch import scratch
+
 _CHUNK = 256
 _INFINITY_BITS = 0x7F800000
 _WORD = 2**32
@@ -65,7 +67,7 @@ def log_probs(values: Tensor, ids: Tensor) -> Tensor:
     index = ids[:, None]
     if values.shape[1] < _WIDE or not is_sequential(values.device):
         return values.log_softmax(dim=1).gather(1, index)[:, 0]
-    total = _chunk_sums(values.exp()).sum(dim=1, dtype=torch.float64)
+    total = _chunk_sums(torch.exp(values, out=scratch(values, 1))).sum(dim=1, dtype=torch.float64)
     return values.gather(1, index)[:, 0] - total.log().float()
 
 

@@ -17,6 +17,7 @@ from .nucleus import (
     log_probs,
     sample_weights,
 )
+from .scratch import scratch
 
 # Elements of the logits that are processed at once. On a CPU the chunk is small enough to stay in the cache.
 _ELEMENTS_AT_ONCE = {"cpu": 2**20}
@@ -122,7 +123,7 @@ def _draw(
 ) -> TokenDraws:
     """Draw for one chunk of rows; with `may_defer` an id is -1 where a second pass has to draw it."""
     u = u.double()
-    values, highest = from_highest(logits, tuple(sorted({*config.suppress, *suppress})))
+    values, highest = from_highest(logits, tuple(sorted({*config.suppress, *suppress})), out=scratch(logits, 0))
     is_filtered = config.score_distribution == "filtered"
     top = values.argmax(dim=1) if config.temperature == 0.0 or "argmax" in measures else None
     probs = values.softmax(dim=1) if not is_filtered and measures & {"margin", "entropy"} else None
@@ -132,9 +133,10 @@ def _draw(
         candidates, scores = top_k_scores(values, config, config.top_k)
         ids = candidates.gather(1, sample_weights(Weights(scores.exp()), u[:, -1])[:, None])[:, 0]
     elif config.temperature == 1.0:
-        ids = _draw_nucleus(values, values.exp() if probs is None else probs, config.top_p, u, may_defer)
+        weights = torch.exp(values, out=scratch(values, 1)) if probs is None else probs
+        ids = _draw_nucleus(values, weights, config.top_p, u, may_defer)
     else:
-        weights = values.mul(1.0 / clamped(config.temperature)).exp_()
+        weights = torch.mul(values, 1.0 / clamped(config.temperature), out=scratch(values, 1)).exp_()
         ids = _draw_nucleus(values, weights, config.top_p, u, may_defer)
     log_prob = margin = entropy = top_log_prob = None
     if "top_log_prob" in measures:
