@@ -49,6 +49,10 @@ def test_the_benchmark_runs():
     done = run(*words, program="benchmarks/train_step.py", check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert done.stdout.count("claimed <=") == 10, done.stdout + done.stderr[-2000:]
+    some = run(
+        "--kinds", "full", "block", *words[:-3], "--threads", "1", program="benchmarks/train_step.py", check=False
+    )
+    assert some.stdout.count("claimed <=") == 2 and some.stdout.count(" in 1 rounds") == 1, some.stdout
     done = run("--data", *words, program="benchmarks/train_step.py")
     assert done.stdout.count("collating ") == 4 and done.stdout.count("noise of ") == 6, done.stdout
 
@@ -92,6 +96,8 @@ def test_the_decoding_benchmark_runs(checkpoint, finetuned):
     done = run(*words, program=path, check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert done.stdout.count("claimed <=") == 8, done.stdout + done.stderr[-2000:]
+    done = run(*words, "--batch", "2", "--decoders", "block-8", program=path, check=False)
+    assert done.stdout.count("claimed <=") == 2 and "dual" not in done.stdout, done.stdout + done.stderr[-2000:]
     quality = run("--quality", checkpoint, "--samples", "1", "--threads", "1", program=path).stdout
     assert quality.count("\n| confidence_threshold 0.9 | ") == 4 and quality.count("dual, refresh 8") == 3
     words = ("--answers", finetuned, "--questions", "2", "--rounds", "1", "--threads", "1")
