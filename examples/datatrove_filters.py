@@ -5,9 +5,10 @@
     llamafactory-ddm prepare-data x.yaml sources=OUT/kept
 
 CORPUS is a folder of parquet files with a column `text`, or its URL, such as
-hf://datasets/HuggingFaceFW/fineweb/sample/10BT. OUT/kept gets parquet files with the same columns, OUT/dropped what
-each filter drops, as JSON lines, and the rest of OUT holds intermediate results. The same command with the same number
-of workers resumes an interrupted run.
+hf://datasets/HuggingFaceFW/fineweb/sample/10BT. OUT/kept gets parquet files with the same columns, `id` and
+`file_path`, OUT/dropped the documents that each filter drops, as JSON lines, and the rest of OUT holds intermediate
+results. C4's rules also delete lines from the documents that they keep. The same command with the same number of
+workers resumes an interrupted run.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def activate() -> None:
             if module is None:
                 continue
             if getattr(getattr(module, "__spec__", None), "_initializing", False):
-                # It is being loaded without the finder, so no hook would run after it. The processes of torchrun load
-                # the tuner first, which then loads the parser; when a diffusion stage is parsed, the tuner is patched.
+                # It is being loaded without the finder, so no hook would run after it. The tuner needs no warning:
+                # torchrun's processes load it first, and it loads the parser, whose hook patches it.
                 if name != "llamafactory.train.tuner":
                     not_active(f"{name} was imported before torch; import torch first")
             else:

@@ -17,7 +17,7 @@ from .scratch import scratch
 _CHUNK = 256
 _INFINITY_BITS = 0x7F800000
 _WORD = 2**32
-_WIDE = 2**14  # tokens of a vocabulary from which on fewer passes over a row matter more than the number of operations
+_WIDE = 2**14  # vocabulary size from which reading a row costs more than starting an operation
 _ROUNDING = 1e-5  # more than the relative rounding error of float32 sums over a vocabulary
 
 
@@ -46,7 +46,7 @@ class Weights:
 
 
 def _chunk_sums(values: Tensor) -> Tensor:
-    """Return [n, n_chunks], the sums over chunks of [n, vocab]; they do not depend on the other rows.
+    """Return [n, n_chunks], the sums over chunks of [n, vocab]; those of a row do not depend on other rows.
 
     The sum of 256 float32 numbers is accurate to a few rounding errors; only running sums and totals need float64.
     """
@@ -58,7 +58,7 @@ def _chunk_sums(values: Tensor) -> Tensor:
 
 
 def log_probs(values: Tensor, ids: Tensor) -> Tensor:
-    """Return [n] float32, the log-probability of each id, in nats.
+    """Return [n] float32, the log-probability of each id, in nats; overwrites the `scratch` of slot 1.
 
     Args:
         values: [n, vocab] float32 logits, the highest of a row being 0.
@@ -272,7 +272,7 @@ def draw_by_rejection(values: Tensor, weights: Weights, u: Tensor, top_p: float)
 def _are_inside(values: Tensor, weights: Weights, ids: Tensor, top_p: float) -> Tensor:
     """Return what `in_nucleus` returns, by float32 sums except where rounding or ties could change the answer."""
     own, bound = weights.values.gather(1, ids[:, None])[:, 0], top_p * weights.total
-    # Equal logits have equal weights, but rounding can make weights of unequal logits equal too.
+    # An upper bound of the mass before the id: it counts all ids of equal weight, whose logits may be lower.
     before = _mass_above(weights, own.nextafter(torch.zeros_like(own))) - own
     inside: Tensor = before < bound * (1.0 - _ROUNDING)
     rest = (~inside).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Memory that draws of tokens on a CPU use again, as fresh pages of memory cost as much time as the arithmetic."""
+"""Memory that draws of tokens on a CPU reuse, as the first write to a new page of memory is slow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scratch(like: Tensor, slot: int) -> Tensor | None:
     Its memory is that of the thread's last tensor of the same slot, which must not be read any more.
 
     Args:
-        like: what it is computed from.
+        like: input of that operation, which gives the shape.
         slot: number of the buffer.
     Returns:
         None where the operation shall make its own result: on other devices, with gradients, or if it is large.

@@ -236,7 +236,7 @@ def check_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+        if error.errno == errno.EADDRINUSE:  # uvicorn reports other errors
             raise OSError(
                 f"API_PORT: another program uses port {port} of {host}; stop it, or set API_PORT to another port"
             ) from error

@@ -97,8 +97,8 @@ class PromptEncoder:
 def _check_one_question(messages: Sequence[dict[str, str]], tools: str | None) -> None:
     if len(messages) > 1:
         raise ValueError(
-            "messages: the template of this model takes one question at a time, and nothing before it but a system "
-            f"prompt, got {len(messages)} messages; send the last one alone"
+            f"messages: this model's template takes one question, got {len(messages)} messages; send only the last, "
+            "with or without a system prompt"
         )
     if tools:
         raise ValueError("tools: the template of this model has no place for tools; remove them")

@@ -35,7 +35,7 @@ def check_inputs(model_args: Any, training_args: Any, finetuning_args: Any, *, p
 
 
 def check_deepspeed_device(training_args: Any) -> None:
-    """Check that DeepSpeed is not combined with a key for CPUs, with which accelerate would set up plain DDP.
+    """Check that neither use_cpu nor ACCELERATE_USE_CPU is set with DeepSpeed; accelerate would use plain DDP.
 
     Raises:
         ValueError: if it is.
@@ -44,12 +44,12 @@ def check_deepspeed_device(training_args: Any) -> None:
         return
     for name, is_set in (
         ("use_cpu: true", training_args.use_cpu),
-        ("ACCELERATE_USE_CPU", parse_flag_from_env("ACCELERATE_USE_CPU")),
+        ("the environment variable ACCELERATE_USE_CPU", parse_flag_from_env("ACCELERATE_USE_CPU")),
     ):
         if is_set:
             raise ValueError(
-                f"deepspeed: with {name}, accelerate does not set up DeepSpeed's processes; remove {name}, and on a "
-                "machine without a GPU set the environment variable DS_ACCELERATOR=cpu instead"
+                f"deepspeed: with {name}, accelerate would use plain DDP instead; remove {name}, and on a machine "
+                "without a GPU set the environment variable DS_ACCELERATOR=cpu"
             )
 
 

@@ -50,8 +50,8 @@ def resolve_template(
         if requested is not None:
             given = "no template is set" if data_args.template is None else f"template is {data_args.template}"
             raise ValueError(
-                f"sep_token: {requested!r} is a key of template: {DIFFULLAMA}, but {given}; set template: "
-                f"{DIFFULLAMA}, or remove sep_token"
+                f"sep_token ({requested!r}) needs template: {DIFFULLAMA}, but {given}; set template: {DIFFULLAMA}, or "
+                "remove sep_token"
             )
         return template
     stored = None if config is None else config.sep_token

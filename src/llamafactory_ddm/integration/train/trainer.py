@@ -136,7 +136,7 @@ class DiffusionTrainer(CustomTrainer):
 
         Raises:
             ValueError: if the run asks for FSDP and accelerate does not shard, for FSDP 2 and does not train, or for
-                offload with processes that exchange no tensors of the host.
+                FSDP 2 with offload without a backend for CPU tensors.
         """
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
@@ -155,8 +155,8 @@ class DiffusionTrainer(CustomTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and "cpu:" not in get_backend_config():
                 raise ValueError(
-                    "fsdp: offload keeps gradients in the host's memory, and the processes, which are connected by "
-                    f"{get_backend_config()} only, cannot compute their norm; set ddp_backend: cuda:nccl,cpu:gloo"
+                    f"fsdp: offload keeps gradients on the CPU, where the backend {get_backend_config()} cannot "
+                    "compute their norm; set ddp_backend: cuda:nccl,cpu:gloo"
                 )
             # By default FSDP 2 saves shards alone, and so no model that can be loaded. accelerate keeps old configs.
             plugin.state_dict_config = plugin.optim_state_dict_config = None

@@ -65,7 +65,7 @@ _ACRONYMS = {"eos": "EOS", "kv": "KV"}
 _STEP = {"en": "step {step}: {n} of {total} tokens", "zh": "第 {step} 步：{n} / {total} 个词元"}
 _FAILED = {"en": "Not answered", "zh": "未能回答"}
 _ONE_QUESTION = {
-    "en": "The template of this model takes one question at a time: it does not see the messages before.",
+    "en": "The template of this model takes one question at a time: it does not see earlier messages.",
     "zh": "该模型的模板一次只接受一个问题：它看不到之前的消息。",
 }
 
