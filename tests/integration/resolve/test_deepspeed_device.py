@@ -19,7 +19,7 @@ def test_keys_for_cpus_are_refused(monkeypatch):
         checks.check_deepspeed_device(training_args(use_cpu=True))
     assert "\n" not in str(raised.value)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(ValueError, match=r"^deepspeed: .*remove ACCELERATE_USE_CPU"):
+    with pytest.raises(ValueError, match=r"^deepspeed: .*remove the environment variable ACCELERATE_USE_CPU"):
         checks.check_deepspeed_device(training_args())
 
 
