@@ -298,6 +298,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of step that are timed")
     shape = parser.parse_args()
+    if not any({kind, baseline} <= set(shape.kinds) for kind, baseline, _ in TIME_CLAIMS):
+        parser.error(f"--kinds: compare two of {', '.join(f'{kind} {base}' for kind, base, _ in TIME_CLAIMS)}")
     torch.set_num_threads(shape.threads)
     if shape.data:
         time_data(shape)

@@ -46,9 +46,9 @@ def activate() -> None:
             if module is None:
                 continue
             if getattr(getattr(module, "__spec__", None), "_initializing", False):
-                # It is being loaded without the finder, so no hook would run after it. The tuner needs no warning:
-                # torchrun's processes load it first, and it loads the parser, whose hook patches it.
-                if name != "llamafactory.train.tuner":
+                # It is being loaded without the finder, so no hook would run after it. torchrun's processes load the
+                # tuner first; it loads the parser, whose hook patches it before it trains.
+                if name != "llamafactory.train.tuner" or "TORCHELASTIC_RUN_ID" not in os.environ:
                     not_active(f"{name} was imported before torch; import torch first")
             else:
                 _call_hook(module)

@@ -200,8 +200,9 @@ def test_an_upstream_of_another_structure(stub):
     assert len(re.findall(r"NOT ACTIVE: llamafactory\.hparams\.parser .*\btorch\b", done.stderr)) == 1
 
 
+@pytest.mark.parametrize("by_torchrun", [True, False])
 @pytest.mark.parametrize("name", ["llamafactory.train.tuner", "llamafactory.hparams.parser"])
-def test_a_module_that_imports_torch_itself(name, monkeypatch, capsys):
+def test_a_module_that_imports_torch_itself(name, by_torchrun, monkeypatch, capsys):
     """torchrun's processes import the tuner first; it is patched when a diffusion stage is parsed."""
     from types import ModuleType, SimpleNamespace
 
@@ -215,9 +216,12 @@ def test_a_module_that_imports_torch_itself(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, _autoload._Finder)])
     monkeypatch.setattr(_autoload._errors, "install", lambda: None)
     monkeypatch.delenv(_autoload.DISABLE, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     _autoload.activate()
     assert isinstance(sys.meta_path[0], _autoload._Finder)
-    assert ("NOT ACTIVE" in capsys.readouterr().err) == name.endswith("parser")
+    assert ("NOT ACTIVE" in capsys.readouterr().err) == (name.endswith("parser") or not by_torchrun)
 
 
 @pytest.mark.slow

@@ -58,3 +58,19 @@ def test_other_devices_gradients_and_large_results_have_none():
     assert scratch(torch.zeros(2, 3, device="meta"), 0) is None
     assert scratch(torch.zeros(2, 3, requires_grad=True), 0) is None
     assert scratch(torch.zeros(1).expand(2**20 + 1), 0) is None
+
+
+@pytest.mark.parametrize("vocab", [700, 2**14])
+def test_no_row_gives_no_draw(vocab):
+    ids, *measures = draws(0, LogitsConfig(top_p=0.9), rows=0, vocab=vocab)
+    assert len(ids) == 0 and all(len(value) == 0 for value in measures)
+
+
+def test_the_default_device_does_not_matter():
+    module._buffers.by_slot.clear()
+    expected = draws(5, LogitsConfig(0.7, 0.9))
+    module._buffers.by_slot.clear()
+    logits, u = torch.randn(2, 700), torch.rand(2, 8, dtype=torch.float64)
+    with torch.device("meta"):
+        draw_tokens(logits, LogitsConfig(0.7, 0.9), u)
+    assert all(torch.equal(a, b) for a, b in zip(expected, draws(5, LogitsConfig(0.7, 0.9)), strict=True))

@@ -288,7 +288,7 @@ def _are_inside(values: Tensor, weights: Weights, ids: Tensor, top_p: float) -> 
 def _mass_above(weights: Weights, level: Tensor) -> Tensor:
     """Return [n] float32, the sum of each row's weights above `level`, [n]."""
     values = weights.values
-    if values.shape[1] < _WIDE:
+    if values.shape[1] < _WIDE or not len(values):
         return torch.gt(values, level[:, None], out=torch.empty_like(values)).mul_(values).sum(dim=1)
     return torch.stack(
         [functional.hardshrink(row, lowest).sum() for row, lowest in zip(values, level.tolist(), strict=True)]

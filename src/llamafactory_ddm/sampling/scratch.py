@@ -34,6 +34,6 @@ def scratch(like: Tensor, slot: int) -> Tensor | None:
     buffer = _buffers.by_slot.get(slot)
     if buffer is None or buffer.numel() < like.numel():
         with torch.inference_mode(False):  # so that it can be written to outside inference mode too
-            buffer = torch.empty(like.numel(), dtype=torch.float32)
+            buffer = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
         _buffers.by_slot[slot] = buffer
     return buffer[: like.numel()].view(like.shape)

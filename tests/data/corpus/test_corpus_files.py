@@ -6,9 +6,12 @@ import json
 import random
 from pathlib import Path
 
+import fsspec
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from llamafactory_ddm.data.corpus.files import Piece, divide, find_files, read_rows
 from llamafactory_ddm.data.corpus.filters import Filters
@@ -212,3 +215,38 @@ def test_a_name_of_the_hub_is_explained():
         find_files(source("HuggingFaceFW/fineweb"))
     with pytest.raises(ValueError, match="nosuch://x cannot be reached"):
         find_files(source("nosuch://x"))
+
+
+class CountedFile(AbstractBufferedFile):
+    """A local file whose ranges are fetched as those of a remote one."""
+
+    n_bytes = 0
+
+    def _fetch_range(self, start, end):
+        CountedFile.n_bytes += end - start
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+
+class Counted(AbstractFileSystem):
+    def info(self, path, **rest):
+        return {"name": path, "size": Path(path).stat().st_size, "type": "file"}
+
+    def _open(self, path, mode="rb", **rest):
+        return CountedFile(self, path, mode, size=Path(path).stat().st_size, **rest)
+
+
+@pytest.mark.parametrize("n_columns", [1, 6])
+def test_columns_of_remote_parquet_are_fetched_once(n_columns, tmp_path):
+    """Each column is read at a place of its own, and none must push the blocks of another out of memory."""
+    fsspec.register_implementation("counted", Counted, clobber=True)
+    names = [f"column{number}" for number in range(6)]
+    random = np.random.default_rng(0)
+    columns = {name: [random.bytes(1250).hex() for _ in range(4000)] for name in names}
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="none", use_dictionary=False)
+    CountedFile.n_bytes = 0
+    rows = [row for row, _ in read_rows(Piece(f"counted://{path}", 1, 0, 1), names[:n_columns])]
+    assert [row["column0"] for row in rows] == columns["column0"]
+    assert CountedFile.n_bytes <= 10e6 * n_columns + 2**21 * (n_columns + 2)

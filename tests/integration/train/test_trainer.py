@@ -648,8 +648,8 @@ def test_fsdp_that_cannot_work_is_refused(is_enabled, trains, pattern):
         DiffusionTrainer._check_fsdp(run)
 
 
-@pytest.mark.parametrize("backend", ["cuda:nccl", "cuda:nccl,cpu:gloo"])
-def test_fsdp_with_offload_needs_a_backend_for_the_host(backend, monkeypatch):
+@pytest.mark.parametrize(("backend", "norm"), [("cuda:nccl", 1.0), ("cuda:nccl", 0.0), ("cuda:nccl,cpu:gloo", 1.0)])
+def test_fsdp_with_offload_needs_a_backend_for_the_host(backend, norm, monkeypatch):
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     from llamafactory_ddm.integration.train.trainer import DiffusionTrainer
@@ -658,9 +658,9 @@ def test_fsdp_with_offload_needs_a_backend_for_the_host(backend, monkeypatch):
     types = []
     plugin = SimpleNamespace(cpu_offload=CPUOffloadPolicy(), set_state_dict_type=types.append)
     accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
-    args = SimpleNamespace(fsdp=["full_shard", "offload"], do_train=True)
+    args = SimpleNamespace(fsdp=["full_shard", "offload"], do_train=True, max_grad_norm=norm)
     run = SimpleNamespace(args=args, is_fsdp_enabled=True, accelerator=accelerator)
-    if "cpu" in backend:
+    if "cpu" in backend or not norm:
         DiffusionTrainer._check_fsdp(run)
         assert types == ["FULL_STATE_DICT"]
         return

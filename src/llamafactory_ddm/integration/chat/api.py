@@ -230,8 +230,10 @@ def check_port(host: str, port: int) -> None:
     """Check that a port is free, before a model is loaded for nothing.
 
     Raises:
-        OSError: if another program listens on it.
+        OSError: if another program listens on it, or it is no port.
     """
+    if not 0 <= port < 2**16:
+        raise OSError(f"API_PORT: {port} is not a port; set a number from 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()

@@ -106,7 +106,7 @@ def _check_listed(name: str, folder: str | dict[str, Any]) -> None:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataFault(f"{path} cannot be read ({error}); correct dataset_dir, or the file") from error
-    if name not in known:
+    if isinstance(known, dict) and name not in known:
         raise DataFault(
             f"{path} has no entry of this name{did_you_mean(name, known)}; correct the name, or add an entry"
         )

@@ -153,10 +153,12 @@ class DiffusionTrainer(CustomTrainer):
                     "do_train, remove fsdp and fsdp_config"
                 )
             plugin = self.accelerator.state.fsdp_plugin
-            if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and "cpu:" not in get_backend_config():
+            clips = self.args.max_grad_norm is not None and self.args.max_grad_norm > 0
+            if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and clips and "cpu:" not in get_backend_config():
+                backend = get_backend_config()
                 raise ValueError(
-                    f"fsdp: offload keeps gradients on the CPU, where the backend {get_backend_config()} cannot "
-                    "compute their norm; set ddp_backend: cuda:nccl,cpu:gloo"
+                    f"fsdp: offload keeps gradients on the CPU, where the backend {backend} cannot compute their "
+                    f"norm; set ddp_backend: {backend},cpu:gloo"
                 )
             # By default FSDP 2 saves shards alone, and so no model that can be loaded. accelerate keeps old configs.
             plugin.state_dict_config = plugin.optim_state_dict_config = None
