@@ -454,7 +454,7 @@ def test_a_port_in_use_is_an_error_before_the_model_is_loaded(monkeypatch):
     with pytest.raises(AssertionError, match="ChatModel"):  # the port is free now
         run(Upstream())
     monkeypatch.setenv("API_PORT", "70000")
-    with pytest.raises(OSError, match="^API_PORT: 70000 .*65535"):
+    with pytest.raises(OSError, match=r"^API_PORT: 70000 .*65535"):
         run(Upstream())
 
 
