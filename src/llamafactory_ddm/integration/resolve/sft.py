@@ -50,7 +50,7 @@ def resolve_template(
         if requested is not None:
             given = "no template is set" if data_args.template is None else f"template is {data_args.template}"
             raise ValueError(
-                f"sep_token ({requested!r}) needs template: {DIFFULLAMA}, but {given}; set template: {DIFFULLAMA}, or "
+                f"sep_token: {requested!r} needs template: {DIFFULLAMA}, but {given}; set template: {DIFFULLAMA}, or "
                 "remove sep_token"
             )
         return template
