@@ -48,6 +48,7 @@ from llamafactory_ddm.objectives.base import Objective
 from llamafactory_ddm.objectives.block import BlockObjective
 from llamafactory_ddm.objectives.masked import MaskedObjective
 from llamafactory_ddm.objectives.mixed import MixedObjective
+from llamafactory_ddm.utils.host_memory import keep_freed_memory
 
 KINDS = ("ar", "dense", "full", "annealed", "mixed", "block")
 BLOCK_LENGTH = 32
@@ -204,7 +205,8 @@ def make_trainer(
         eval_time_samples=1,
         **common,
     )
-    if takes_tiles(model, args.device):  # as within trainer.train()
+    keep_freed_memory()  # this and the tiles as within trainer.train()
+    if takes_tiles(model, args.device):
         model.set_attn_implementation(TILED)
     return trainer
 

@@ -666,3 +666,14 @@ def test_fsdp_with_offload_needs_a_backend_for_the_host(backend, norm, monkeypat
         return
     with pytest.raises(ValueError, match=r"^fsdp: offload .*ddp_backend: cuda:nccl,cpu:gloo"):
         DiffusionTrainer._check_fsdp(run)
+
+
+def test_training_on_a_cpu_keeps_freed_memory_before_its_first_step(make_trainer, monkeypatch):
+    from llamafactory_ddm.integration.train import trainer as module
+
+    steps = []
+    trainer = make_trainer()
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: steps.append(trainer.state.global_step))
+    trainer.train()
+    assert steps == [0]
+    assert trainer.state.global_step > 0

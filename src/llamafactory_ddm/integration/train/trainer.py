@@ -33,6 +33,7 @@ from ...modeling.tiled_attention import TILED, takes_tiles
 from ...objectives.base import Objective
 from ...utils.devices import copies_in_background
 from ...utils.files import explain_disk_errors, published_together
+from ...utils.host_memory import keep_freed_memory
 from ...utils.random_state import unchanged_random_state
 from ..logs import describe, get_logger
 from ..model.model_card import Origin, write_trained
@@ -279,6 +280,8 @@ class DiffusionTrainer(CustomTrainer):
         self._best_ratio, self._last_metrics, self.steps_taken = None, None, 0
         dtype = self._mask_dtype(self.args.device)
         self._utilization = utilization(self.model, self._head.module, self.args, self._peak_tflops, dtype)
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         with attention_implementation(self.model, self._trained_with):
             return super().train(*args, **kwargs)
 
