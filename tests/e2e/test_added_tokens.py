@@ -131,6 +131,27 @@ def test_new_embeddings_are_the_mean_of_the_trained_ones(base, train):
     torch.testing.assert_close(after[KNOWN:], before.mean(dim=0).expand(3, -1))
 
 
+def test_trained_embeddings_of_added_tokens_are_kept(base, train, monkeypatch):
+    """From 0.9.6 on, LLaMA-Factory gives every token that its keys name a new embedding, trained or not."""
+    from llamafactory.model import loader
+
+    patch_model, named = loader.patch_model, []
+
+    def with_new_embeddings(model, tokenizer, model_args, *rest):
+        patch_model(model, tokenizer, model_args, *rest)
+        named.append((model_args.add_tokens or []) + (model_args.add_special_tokens or []))
+        for token in named[-1]:
+            model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(token)] = 6.0 + len(named)
+
+    monkeypatch.setattr(loader, "patch_model", with_new_embeddings)
+    keys = {"add_tokens": "abc", "add_special_tokens": "<a>", "resize_vocab": True, "learning_rate": 0.0}
+    first = train(base(), "first", **keys)
+    further = train(first, "further", **{**keys, "add_special_tokens": "<a>,<b>"}, mask_token=None)
+    assert named == [["abc", "<a>"], ["<b>"]]
+    ids = AutoTokenizer.from_pretrained(further).convert_tokens_to_ids(["abc", "<a>"])
+    assert (AutoModelForCausalLM.from_pretrained(further).get_input_embeddings().weight[ids] == 7).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ddm", "ddm-sft"])
 def test_a_diffusion_checkpoint_and_a_template_that_adds_tokens(base, train, stage):
