@@ -131,6 +131,26 @@ def test_new_embeddings_are_the_mean_of_the_trained_ones(base, train):
     torch.testing.assert_close(after[KNOWN:], before.mean(dim=0).expand(3, -1))
 
 
+@pytest.mark.parametrize("rows", [None, KNOWN + 9], ids=["resized", "spare rows"])
+def test_only_the_tokens_of_its_keys_get_embeddings_upstream(base, train, monkeypatch, rows):
+    """So it is from 0.9.6 on, also in rows that the model had; the template's start as the mean."""
+    from llamafactory.model import patcher
+
+    original = patcher.resize_embedding_layer
+
+    def resize(model, tokenizer, new_tokens=None, **keys):
+        original(model, tokenizer, **keys)
+        model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("<a>")] = 7.0
+
+    monkeypatch.setattr(patcher, "resize_embedding_layer", resize)
+    model = base(rows=rows)
+    out = train(model, template="chatml", add_special_tokens="<a>", learning_rate=0.0)
+    before, after = (AutoModelForCausalLM.from_pretrained(f).get_input_embeddings().weight for f in (model, out))
+    ids = AutoTokenizer.from_pretrained(out).convert_tokens_to_ids(["<a>", *CHATML, "<|mask|>"])
+    assert (after[ids[0]] == 7).all()
+    torch.testing.assert_close(after[ids[1:]], before[:KNOWN].mean(dim=0).expand(3, -1))
+
+
 def test_trained_embeddings_of_added_tokens_are_kept(base, train, monkeypatch):
     """From 0.9.6 on, LLaMA-Factory gives every token that its keys name a new embedding, trained or not."""
     from llamafactory.model import loader
