@@ -131,6 +131,47 @@ def test_new_embeddings_are_the_mean_of_the_trained_ones(base, train):
     torch.testing.assert_close(after[KNOWN:], before.mean(dim=0).expand(3, -1))
 
 
+@pytest.mark.parametrize("rows", [None, KNOWN + 9], ids=["resized", "spare rows"])
+def test_only_the_tokens_of_its_keys_get_embeddings_upstream(base, train, monkeypatch, rows):
+    """So it is from 0.9.6 on, also in rows that the model had; the template's start as the mean."""
+    from llamafactory.model import patcher
+
+    original = patcher.resize_embedding_layer
+
+    def resize(model, tokenizer, new_tokens=None, **keys):
+        original(model, tokenizer, **keys)
+        model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("<a>")] = 7.0
+
+    monkeypatch.setattr(patcher, "resize_embedding_layer", resize)
+    model = base(rows=rows)
+    out = train(model, template="chatml", add_special_tokens="<a>", learning_rate=0.0)
+    before, after = (AutoModelForCausalLM.from_pretrained(f).get_input_embeddings().weight for f in (model, out))
+    ids = AutoTokenizer.from_pretrained(out).convert_tokens_to_ids(["<a>", *CHATML, "<|mask|>"])
+    assert (after[ids[0]] == 7).all()
+    torch.testing.assert_close(after[ids[1:]], before[:KNOWN].mean(dim=0).expand(3, -1))
+
+
+def test_trained_embeddings_of_added_tokens_are_kept(base, train, monkeypatch):
+    """From 0.9.6 on, LLaMA-Factory gives every token that its keys name a new embedding, trained or not."""
+    from llamafactory.model import loader
+
+    patch_model, named = loader.patch_model, []
+
+    def with_new_embeddings(model, tokenizer, model_args, *rest):
+        patch_model(model, tokenizer, model_args, *rest)
+        named.append((model_args.add_tokens or []) + (model_args.add_special_tokens or []))
+        for token in named[-1]:
+            model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(token)] = 6.0 + len(named)
+
+    monkeypatch.setattr(loader, "patch_model", with_new_embeddings)
+    keys = {"add_tokens": "abc", "add_special_tokens": "<a>", "resize_vocab": True, "learning_rate": 0.0}
+    first = train(base(), "first", **keys)
+    further = train(first, "further", **{**keys, "add_special_tokens": "<a>,<b>"}, mask_token=None)
+    assert named == [["abc", "<a>"], ["<b>"]]
+    ids = AutoTokenizer.from_pretrained(further).convert_tokens_to_ids(["abc", "<a>"])
+    assert (AutoModelForCausalLM.from_pretrained(further).get_input_embeddings().weight[ids] == 7).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ddm", "ddm-sft"])
 def test_a_diffusion_checkpoint_and_a_template_that_adds_tokens(base, train, stage):

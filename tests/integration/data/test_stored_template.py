@@ -89,10 +89,11 @@ def test_thinking_and_system_prompts(name, keys, monkeypatch):
 
 
 def test_a_template_that_reads_how_much_the_model_shall_think(monkeypatch):
-    """LLaMA-Factory has such templates from 0.9.6 on."""
+    """LLaMA-Factory has such templates from 0.9.6 on. Given None, they choose whether earlier thoughts stay."""
 
     def get_template(tokenizer, args):
         template = get_template_and_fix_tokenizer(tokenizer, args)
+        assert args.preserve_thinking is None
         return dataclasses.replace(template, format_prefix=EmptyFormatter(slots=[args.reasoning_effort]))
 
     monkeypatch.setattr(stored_template, "get_template_and_fix_tokenizer", get_template)

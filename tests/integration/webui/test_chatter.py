@@ -19,10 +19,28 @@ pytestmark = pytest.mark.usefixtures("patched_pages")
 QUESTION = [{"role": "user", "content": "Hi"}]
 
 
-def stream(engine, *ours, messages=QUESTION, system="", tools="", escape=True, thinking=True, lang="en"):
+def fields_of_upstream(lang="en", system="", tools="", escape=True, thinking=True):
+    """Return the values of upstream's fields in the order of its parameters, among which 0.9.6 has a seed."""
+    from llamafactory.webui.engine import WebChatModel
+
+    values = {
+        "lang": lang,
+        "system": system,
+        "tools": tools,
+        "max_new_tokens": 40,
+        "top_p": 0.9,
+        "temperature": 0.6,
+        "skip_special_tokens": True,
+        "escape_html": escape,
+        "enable_thinking": thinking,
+    }
+    _self, _chatbot, _messages, *names = inspect.signature(WebChatModel.__mro__[1].stream).parameters
+    return [values.get(name) for name in names]
+
+
+def stream(engine, *ours, messages=QUESTION, **fields):
     """Return the pages of one answer: copies of the shown messages, and of those that the model gets."""
-    chat = chat_model(engine)
-    upstream = (lang, system, tools, None, None, None, 40, 0.9, 0.6, True, escape, thinking)
+    chat, upstream = chat_model(engine), fields_of_upstream(**fields)
     shown = [dict(message) for message in messages]
     pages = chat.stream(shown, list(messages), *upstream, *ours)
     return [([dict(message) for message in page], list(history)) for page, history in pages]
@@ -57,9 +75,7 @@ def test_each_change_is_shown_when_events_are_slow():
     seen.set()
     engine.server.submit = submit
     chat, contents = chat_model(engine), []
-    for page, _ in chat.stream(
-        [*QUESTION], [*QUESTION], "en", "", "", None, None, None, 40, 0.9, 0.6, True, True, True
-    ):
+    for page, _ in chat.stream([*QUESTION], [*QUESTION], *fields_of_upstream()):
         contents.append(page[-1]["content"])
         seen.set()
     assert [content.count(BLANK) for content in contents] == [3, 2, 1, 0, 0]
@@ -135,7 +151,7 @@ def test_a_seed_of_upstreams_page_counts_unless_ours_is_set(monkeypatch, theirs,
     def stream_with_seed(self, chatbot, messages, lang, seed):
         arguments = dict.fromkeys(names) | {"chatbot": chatbot, "messages": messages, "lang": lang}
         chat = SimpleNamespace(
-            engine=self.engine, stream_chat=lambda *args, **keys: self.stream_chat(*args, **keys, seed=seed)
+            engine=self.engine, stream_chat=lambda *args, **keys: self.stream_chat(*args, **{**keys, "seed": seed})
         )
         yield from upstream_stream(chat, **arguments)
 
@@ -169,7 +185,7 @@ def test_a_call_of_a_tool_is_shown_as_upstream_shows_it():
 def test_a_page_that_is_closed_cancels_its_request():
     engine = Engine(Progress(0, 0, "", ("A", None)), *(Progress(0, n, "", ("A", None)) for n in range(1, 3)))
     chat = chat_model(engine)
-    pages = chat.stream([*QUESTION], [*QUESTION], "en", "", "", None, None, None, 40, 0.9, 0.6, True, True, True)
+    pages = chat.stream([*QUESTION], [*QUESTION], *fields_of_upstream())
     next(pages)
     assert not engine.server.cancelled
     pages.close()
@@ -183,8 +199,8 @@ def test_other_models_are_served_as_before():
     chat = chat_model(other)
     chat.stream_chat = lambda messages, *args, **keywords: iter(["A", "B"])
     ours = [16, "random", 0.9, "", UNSET, ""]
-    upstream = ("en", "", "", None, None, None, 40, 0.9, 0.6, True, True, True)
-    contents = [page[-1]["content"] for page, _ in chat.stream([*QUESTION], [*QUESTION], *upstream, *ours)]
+    pages = chat.stream([*QUESTION], [*QUESTION], *fields_of_upstream(), *ours)
+    contents = [page[-1]["content"] for page, _ in pages]
     assert contents == ["A", "AB"] and not is_diffusion(other) and not is_diffusion(None)
     assert interface.Engine is not None
 

@@ -28,7 +28,11 @@ _REFUSED = {
     "use_mca": "Megatron trains autoregressively only",
     "use_megatron_bridge": "Megatron trains autoregressively only",
     "use_hyper_parallel": "its trainer is autoregressive",
+    "hyper_parallel_args": "its trainer is autoregressive",
+    "hyper_parallel_cp_size": "its trainer is autoregressive",
+    "ulysses_context_parallel_size": "its trainer is autoregressive (sequence_parallel_size splits rows)",
     "num_mtp_layers": "multi-token prediction is autoregressive",
+    "mtp_loss_weight": "multi-token prediction is autoregressive",
     "use_unsloth": "its kernels are causal",
     "use_unsloth_gc": "its kernels are causal",
     "use_kt": "its kernels are causal",
@@ -43,6 +47,8 @@ _REFUSED = {
     "neat_packing": "rows of this stage are continuous text, which packing: true makes",
     "label_smoothing_factor": "the diffusion loss is a likelihood bound, which smoothing would invalidate",
 }
+# Sizes with which these change nothing; the other keys change nothing where they are empty, zero or false.
+_NEUTRAL = {"hyper_parallel_cp_size": 1, "ulysses_context_parallel_size": 1}
 
 
 @dataclass
@@ -160,10 +166,10 @@ def check_supported(finetuning_args: Any, *other_args: Any) -> None:
     stage = STAGES[finetuning_args.diffusion_stage]
     for arguments in (finetuning_args, *other_args):
         for key, reason in _REFUSED.items():
-            if getattr(arguments, key, None) and not (key == "neat_packing" and stage.base == "sft"):
-                raise ValueError(
-                    f"{key}: {getattr(arguments, key)} does not work with stage: {stage.name}, as {reason}; remove it"
-                )
+            value = getattr(arguments, key, None)
+            is_set = bool(value) and value != _NEUTRAL.get(key)
+            if is_set and not (key == "neat_packing" and stage.base == "sft"):
+                raise ValueError(f"{key}: {value} does not work with stage: {stage.name}, as {reason}; remove it")
     sft_keys = [key for key in FINETUNING_KEYS if getattr(finetuning_args, key) is not None]
     if sft_keys and stage.base != "sft":
         raise ValueError(f"{', '.join(sft_keys)}: read by stage: ddm-sft only, but stage is {stage.name}; remove it")

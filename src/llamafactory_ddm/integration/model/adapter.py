@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ class AdapterSetup:
             resolve_lora_targets(model, self.finetuning_args)
             self._warn_of_stacked_adapters()
         checkpoint = self.finetuning_args.checkpoint_dir
-        if checkpoint and not is_model_folder(checkpoint):
+        if self._has_other_weights():
             # LLaMA-Factory converts trained weights to float32 later; they must not be rounded before.
             model.to(stored_dtype(checkpoint))
             layout = layout_of_folder(checkpoint)
@@ -118,16 +119,34 @@ class AdapterSetup:
         if self.do_train and (self.new_adapter or self.finetuning_args.finetuning_type == "freeze"):
             check_embeddings_trained(vocabulary, model, num_stored, self.model_args, self.finetuning_args)
         new_tokens = vocabulary.untrained(num_stored)
-        if self.model_args.resize_vocab and num_embeddings(model) > num_stored:
-            # LLaMA-Factory has initialised the embeddings it added, except those of [MASK] and padding.
+        if self.model_args.resize_vocab:
             initialised_here = {vocabulary.mask.token, *vocabulary.pad_tokens}
-            size = num_embeddings(model)
-            new_tokens = {t: i for t, i in new_tokens.items() if t in initialised_here or i >= size}
+            theirs = self._initialised_upstream(new_tokens, num_stored, num_embeddings(model)) - initialised_here
+            new_tokens = {t: i for t, i in new_tokens.items() if t not in theirs}
         if new_tokens:
             logger.info_rank0(
                 f"{vocabulary.describe(new_tokens)}: new to the model; their embeddings start as the mean of the rest."
             )
         init_new_embeddings(model, new_tokens.values(), known=min(vocabulary.additions.n_before, num_stored))
+
+    def _initialised_upstream(self, new_tokens: dict[str, int], num_stored: int, size: int) -> set[str]:
+        """Return the new tokens to which LLaMA-Factory gave an embedding that the model, of `size`, still has.
+
+        Until 0.9.5 these are all that it added. From 0.9.6 on, where its keys name new tokens, it initialises those
+        alone, also in rows that the model had.
+        """
+        from llamafactory.model import patcher
+
+        within = {token for token, index in new_tokens.items() if index < size}
+        named = {*(self.model_args.add_tokens or ()), *(self.model_args.add_special_tokens or ())}
+        if named and "new_tokens" in inspect.signature(patcher.resize_embedding_layer).parameters:
+            return set() if self._has_other_weights() else within & named
+        return within if size > num_stored else set()
+
+    def _has_other_weights(self) -> bool:
+        """Tell whether checkpoint_dir replaces the base model's weights; a whole model has become the base itself."""
+        checkpoint = self.finetuning_args.checkpoint_dir
+        return bool(checkpoint) and not is_model_folder(checkpoint)
 
     def _warn_of_other_base(self, base: str, origin: str) -> None:
         """Warn of adapters that were trained on another base model."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from .adapter import AdapterSetup, loading_with
 
 logger = get_logger(__name__)
 _TOKEN_KEYS = ("add_tokens", "add_special_tokens")
+_DESCRIPTIONS = "_special_token_descriptions"  # of new_special_tokens_config, which overrides add_special_tokens
 
 
 def _newest_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> DiffusionConfig | None:
@@ -189,7 +192,7 @@ def load_diffusion_model(
     if sets_flash3:
         model_args.flash_attn = type(attention)("auto")
     try:
-        with loading_with(setup):
+        with loading_with(setup), _only_new_tokens(model_args, vocabulary.additions):
             model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     finally:
         finetuning_args.stage, model_args.flash_attn = base_stage, attention
@@ -198,6 +201,24 @@ def load_diffusion_model(
         if training_args.do_train:
             _warn_of_dropout(model)
     return model
+
+
+@contextmanager
+def _only_new_tokens(model_args: Any, additions: Additions) -> Iterator[None]:
+    """Within the block, LLaMA-Factory's keys name only those tokens that are new to the checkpoint.
+
+    From 0.9.6 on, LLaMA-Factory gives every token that they name a new embedding, even if the model has learned one.
+    """
+    saved = {key: getattr(model_args, key, None) for key in (*_TOKEN_KEYS, _DESCRIPTIONS)}
+    for key in _TOKEN_KEYS:
+        setattr(model_args, key, [token for token in saved[key] or () if token in additions.ids] or None)
+    described = {token: text for token, text in (saved[_DESCRIPTIONS] or {}).items() if token in additions.ids}
+    setattr(model_args, _DESCRIPTIONS, described or None)
+    try:
+        yield
+    finally:
+        for key, value in saved.items():
+            setattr(model_args, key, value)
 
 
 def _use_flash_attention_3(model: Any) -> None:
