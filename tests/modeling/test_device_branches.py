@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llamafactory_ddm.diffusion import losses
-from llamafactory_ddm.modeling import bidirectional, model_runner, pass_widths
+from llamafactory_ddm.modeling import bidirectional, kv_cache, model_runner, pass_widths
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser
 from llamafactory_ddm.modeling.cached_denoiser import CachedDenoiser
@@ -38,7 +38,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(tokens, "_N_CANDIDATES", 8)
         monkeypatch.setattr(tokens, "_ELEMENTS_AT_ONCE", {})
         monkeypatch.setattr(losses, "_ELEMENTS_AT_ONCE", {})
-        monkeypatch.setattr(model_runner, "_has_slow_products", lambda device: False)
+        monkeypatch.setattr(kv_cache, "_looks_for_ranges", lambda device: False)
+        monkeypatch.setattr(model_runner, "_projects_into_buffers", lambda device: False)
         monkeypatch.setattr(pass_widths, "_COLUMNS_OF_A_PASS", {})
 
     return switch

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from llamafactory_ddm.modeling import kv_cache
 from llamafactory_ddm.modeling.bidirectional import make_bidirectional
 from llamafactory_ddm.modeling.block_denoiser import BlockDenoiser
 from llamafactory_ddm.modeling.cached_denoiser import CachedDenoiser
@@ -34,6 +35,7 @@ def model():
 
 @pytest.fixture
 def waits(monkeypatch):
+    monkeypatch.setattr(kv_cache, "_looks_for_ranges", lambda device: False)
     return Waits(monkeypatch)
 
 

@@ -34,6 +34,11 @@ class _Pass:
     rows: Tensor | None = None
 
 
+def _looks_for_ranges(device: torch.device) -> bool:
+    """Tell whether to test if columns are a range; the host would wait for a GPU."""
+    return device.type == "cpu"
+
+
 def _as_slice(columns: Tensor) -> Tensor | slice:
     """Return [n_rows, n_fresh] columns as a slice, which is faster, if they are a range that all rows share."""
     if columns.numel() == 0:
@@ -144,7 +149,7 @@ class ColumnCache(Cache):
             end: number of columns that its queries see, from the first; None for all.
         """
         current = self._pass
-        if isinstance(columns, Tensor) and columns.device.type == "cpu":  # a GPU would have to wait for the answer
+        if isinstance(columns, Tensor) and _looks_for_ranges(columns.device):
             columns = _as_slice(columns)
         current.columns, current.rows = columns, rows
         current.end = current.size[1] if end is None else end

@@ -20,13 +20,11 @@ from .model_info import text_config
 from .row_selecting_head import RowSelectingHead
 
 ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
-# On a CPU a product of few rows with many outputs is about 1.5 times faster with the weight as the left factor, 1,024
-# outputs at a time, and the number of rows a multiple of 16. Up to 8 rows it is not.
-_OUTPUTS_AT_ONCE, _ROWS_MULTIPLE, _FEW_ROWS = 1024, 16, 8
+_SLOW_ROWS = range(5, 16)  # on a CPU their product with many outputs takes up to twice as long as that of 16 rows
 
 
-def _has_slow_products(device: torch.device) -> bool:
-    """Tell whether a product of few rows with many outputs is faster in parts on a device."""
+def _projects_into_buffers(device: torch.device) -> bool:
+    """Tell whether logits are written to memory that is reused, and `_SLOW_ROWS` are padded."""
     return device.type == "cpu"
 
 
@@ -162,23 +160,20 @@ class ModelRunner:
         """Return the logits [n, outputs] of [n, width] hidden states; their memory is reused after the block."""
         head = self._head.module
         is_plain = type(head) is nn.Linear and not head._forward_hooks and hidden.dtype == head.weight.dtype
-        is_plain &= _has_slow_products(hidden.device)
-        if not (is_plain and isinstance(head, nn.Linear)) or len(hidden) <= _FEW_ROWS:
+        if not (is_plain and isinstance(head, nn.Linear) and _projects_into_buffers(hidden.device)):
             with torch.inference_mode():
                 logits = self._capped(head(hidden))[:, :outputs]
             yield logits
             return
         n, outputs = len(hidden), min(head.weight.shape[0], outputs or head.weight.shape[0])
-        n_elements = n * outputs
+        n_rows = _SLOW_ROWS.stop if n in _SLOW_ROWS else n
         buffer = self._buffers.pop() if self._buffers else hidden.new_empty(0)
         with torch.inference_mode():
-            if buffer.numel() < n_elements:
-                buffer = hidden.new_empty(n_elements)
-            logits = buffer[:n_elements].view(n, outputs)
-            columns = functional.pad(hidden, (0, 0, 0, -n % _ROWS_MULTIPLE)).T.contiguous()
-            for low in range(0, outputs, _OUTPUTS_AT_ONCE):
-                part = slice(low, min(low + _OUTPUTS_AT_ONCE, outputs))
-                logits[:, part] = torch.mm(head.weight[part], columns)[:, :n].T
+            if buffer.numel() < n_rows * outputs:
+                buffer = hidden.new_empty(n_rows * outputs)
+            room = buffer[: n_rows * outputs].view(n_rows, outputs)
+            hidden = functional.pad(hidden, (0, 0, 0, n_rows - n))
+            logits = torch.mm(hidden, head.weight[:outputs].T, out=room)[:n]
             if head.bias is not None:
                 logits += head.bias[:outputs]
             logits = self._capped(logits)
