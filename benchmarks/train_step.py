@@ -58,7 +58,7 @@ TIME_CLAIMS = (
     ("full", "dense", 0.80),
     ("annealed", "full", 1.20),
     ("mixed", "ar", 1.05),
-    ("block", "full", 2.20),
+    ("block", "full", 1.90),
 )
 MEMORY_CLAIMS = (("full", "ar", 0.75), ("full", "dense", 0.75), ("mixed", "ar", 0.75), ("block", "full", 1.70))
 OVERHEAD_CLAIM = 0.02
