@@ -205,7 +205,7 @@ def make_trainer(
         eval_time_samples=1,
         **common,
     )
-    keep_freed_memory()  # this and the tiles as within trainer.train()
+    keep_freed_memory()  # trainer.train() does this, and selects the tiles
     if takes_tiles(model, args.device):
         model.set_attn_implementation(TILED)
     return trainer
@@ -308,7 +308,7 @@ def main() -> int:
         return 0
     kinds = [kind for kind in shape.kinds if kind != "annealed"] if shape.memory else []
     # Before the timing: a child starts with the memory of this process, which is now little more than imports.
-    peak = {kind: peak_kib(three_steps, kind, shape, threshold=262144) for kind in kinds}
+    peak = {kind: peak_kib(three_steps, kind, shape) for kind in kinds}
     good = time_steps(shape)
     if shape.memory:
         for kind, baseline, limit in MEMORY_CLAIMS:

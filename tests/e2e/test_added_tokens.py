@@ -133,7 +133,7 @@ def test_new_embeddings_are_the_mean_of_the_trained_ones(base, train):
 
 @pytest.mark.parametrize("rows", [None, KNOWN + 9], ids=["resized", "spare rows"])
 def test_only_the_tokens_of_its_keys_get_embeddings_upstream(base, train, monkeypatch, rows):
-    """So it is from 0.9.6 on, also in rows that the model had; the template's start as the mean."""
+    """From 0.9.6 on; also in existing rows. The template's tokens start as the mean."""
     from llamafactory.model import patcher
 
     original = patcher.resize_embedding_layer
@@ -152,7 +152,7 @@ def test_only_the_tokens_of_its_keys_get_embeddings_upstream(base, train, monkey
 
 
 def test_trained_embeddings_of_added_tokens_are_kept(base, train, monkeypatch):
-    """From 0.9.6 on, LLaMA-Factory gives every token that its keys name a new embedding, trained or not."""
+    """From 0.9.6 on, LLaMA-Factory initialises every token that its keys name, even trained ones."""
     from llamafactory.model import loader
 
     patch_model, named = loader.patch_model, []

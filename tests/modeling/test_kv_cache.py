@@ -76,7 +76,7 @@ def test_a_layer_holds_the_columns_as_they_were_written():
             ([2, 0], [[3, 1, 1], [0, 1, 2]], 4),
             ([1], None, 6),
             (None, None, 3),
-            (None, [[1, 2], [1, 2], [1, 2]], 6),  # a range, that all rows share or not
+            (None, [[1, 2], [1, 2], [1, 2]], 6),  # one range for all rows; then ranges that differ
             (None, [[1, 2], [1, 2], [2, 3]], 6),
             ([2, 0], [[3, 4, 5], [3, 4, 5]], 6),
             ([1], [[0]], 4),

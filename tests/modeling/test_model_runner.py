@@ -41,7 +41,7 @@ def test_logits_are_those_of_the_output_embedding(name):
     with torch.inference_mode():
         expected = head(hidden)
         expected = expected if cap is None else cap * torch.tanh(expected / cap)
-    # A later call gets the memory of an earlier one, which may be of another size.
+    # Later calls reuse buffers of earlier ones, whose sizes differ.
     for n in (70, *range(20), 33):
         for outputs in (None, 30, 50, 1000):
             with runner.project(hidden[:n], outputs) as logits:
@@ -51,7 +51,7 @@ def test_logits_are_those_of_the_output_embedding(name):
     runner.close()
 
 
-def test_rows_that_a_cpu_pads_are_the_same_alone_and_among_others():
+def test_padded_rows_get_the_logits_that_they_get_in_a_full_batch():
     model = tiny_model().eval()
     runner = ModelRunner(model)
     hidden = torch.randn(16, model.config.n_embd, generator=torch.Generator().manual_seed(0))

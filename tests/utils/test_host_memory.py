@@ -18,13 +18,13 @@ def new_pages():
 new_pages()
 before = new_pages()
 kept = keep_freed_memory()
-for _ in range(8):  # until the heap has room for one in any case
+for _ in range(8):  # until the heap holds a free block of this size
     new_pages()
 print(kept, before, new_pages())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_large_tensors_reuse_the_pages_of_earlier_ones():
     output = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True, timeout=300)
     kept, before, after = output.stdout.split()

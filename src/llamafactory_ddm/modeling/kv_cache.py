@@ -35,12 +35,12 @@ class _Pass:
 
 
 def _looks_for_ranges(device: torch.device) -> bool:
-    """Tell whether to test if columns are a range; the host would wait for a GPU."""
+    """Tell whether to test columns for a range: on a CPU only, as the host would wait for a GPU's answer."""
     return device.type == "cpu"
 
 
 def _as_slice(columns: Tensor) -> Tensor | slice:
-    """Return [n_rows, n_fresh] columns as a slice, which is faster, if they are a range that all rows share."""
+    """Return columns [n_rows, n_fresh] as a slice if all rows share one range, as slices are faster to write."""
     if columns.numel() == 0:
         return columns
     first, n_fresh = int(columns[0, 0]), columns.shape[1]
@@ -143,8 +143,8 @@ class ColumnCache(Cache):
         n_fresh, end].
 
         Args:
-            columns: [n_rows, n_fresh] int64, below `end`; a row with fewer fresh columns than others repeats one. A
-                slice if they are a range that all rows share, None for 0 .. end - 1.
+            columns: [n_rows, n_fresh] int64, below `end`; a row with fewer fresh columns than others repeats one. Or a
+                slice, if all rows share one range (on a CPU it is found in a tensor too), or None for 0 .. end - 1.
             rows: [n_rows] int64, the rows that the pass computes; None for all.
             end: number of columns that its queries see, from the first; None for all.
         """

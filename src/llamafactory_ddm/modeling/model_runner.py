@@ -20,11 +20,11 @@ from .model_info import text_config
 from .row_selecting_head import RowSelectingHead
 
 ELEMENTS_AT_ONCE = 2**25  # 128 MiB in float32
-_SLOW_ROWS = range(5, 16)  # on a CPU their product with many outputs takes up to twice as long as that of 16 rows
+_SLOW_ROWS = range(5, 16)  # on the CPUs measured, their logits take up to twice as long as those of 16 rows
 
 
 def _projects_into_buffers(device: torch.device) -> bool:
-    """Tell whether logits are written to memory that is reused, and `_SLOW_ROWS` are padded."""
+    """Tell whether logits are written to reused buffers, and `_SLOW_ROWS` are padded: on a CPU."""
     return device.type == "cpu"
 
 

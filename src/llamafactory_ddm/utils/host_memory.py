@@ -1,24 +1,24 @@
-"""What the C library does with memory that tensors on the CPU no longer need."""
+"""Has the C library keep freed memory for later tensors on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 
-_KEPT = 2**27  # bytes of the largest block that is kept: the memory of larger ones is often more than their time
+_KEPT = 2**27  # bytes of the largest block that is kept; keeping larger ones takes more memory and saves little time
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def keep_freed_memory() -> bool:
     """Have the C library keep freed blocks of up to 128 MiB for later tensors, for the rest of the process.
 
-    Otherwise glibc gives blocks above 32 MiB back to the kernel at once. A training step would get each of its large
-    tensors as new pages, and the first write to a new page is slow.
+    By default glibc returns blocks above 32 MiB to the kernel at once. Then each large tensor of a training step needs
+    new pages, and the first write to a new page is slow.
 
     Returns:
-        Whether it does so from now on: glibc alone can, from a version that takes this limit.
+        Whether both limits were accepted; False with another C library, or a glibc that refuses so large a limit.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT) and mallopt(_M_TRIM_THRESHOLD, -1))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT) and mallopt(_M_TRIM_THRESHOLD, -1))  # -1: the heap never shrinks

@@ -89,7 +89,7 @@ def test_thinking_and_system_prompts(name, keys, monkeypatch):
 
 
 def test_a_template_that_reads_how_much_the_model_shall_think(monkeypatch):
-    """LLaMA-Factory has such templates from 0.9.6 on. Given None, they choose whether earlier thoughts stay."""
+    """From 0.9.6 on. With preserve_thinking=None the template decides whether to keep earlier thoughts."""
 
     def get_template(tokenizer, args):
         template = get_template_and_fix_tokenizer(tokenizer, args)

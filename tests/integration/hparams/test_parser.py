@@ -120,7 +120,7 @@ def known(parser, key):
         ({"moe_aux_loss_coef": 0.01}, "^moe_aux_loss_coef: 0.01 .*stage: ddm"),
         ({"label_smoothing_factor": 0.1}, "^label_smoothing_factor: 0.1 .*stage: ddm"),
         ({"use_dft_loss": True}, "^use_dft_loss: True .*stage: ddm"),
-        ({"hyper_parallel_args": "a.json"}, "hyper_parallel_args"),  # 0.9.4 does not know it
+        ({"hyper_parallel_args": "a.json"}, "hyper_parallel_args"),  # 0.9.4 rejects it as unknown
     ],
 )
 def test_wrong_keys(upstream, basic, tmp_path, keys, pattern):
@@ -173,7 +173,7 @@ def test_environment_variables_that_select_another_trainer(upstream, basic, monk
 
 
 def test_environment_variables_are_checked_under_an_abbreviated_stage(upstream, basic, monkeypatch):
-    monkeypatch.setenv("USE_V1", "1")  # with the others, 0.9.6 looks for their packages first
+    monkeypatch.setenv("USE_V1", "1")  # for the other variables, 0.9.6 first requires their packages
     argv = to_argv(basic())
     argv[argv.index("--stage")] = "--stag"
     with pytest.raises(ValueError, match=r"^USE_V1=1 "):

@@ -20,7 +20,7 @@ QUESTION = [{"role": "user", "content": "Hi"}]
 
 
 def fields_of_upstream(lang="en", system="", tools="", escape=True, thinking=True):
-    """Return the values of upstream's fields in the order of its parameters, among which 0.9.6 has a seed."""
+    """Return the values of upstream's fields in the order of its parameters; 0.9.6 adds a seed."""
     from llamafactory.webui.engine import WebChatModel
 
     values = {

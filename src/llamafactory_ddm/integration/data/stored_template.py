@@ -48,7 +48,7 @@ def load_template(name: str, tokenizer: Any) -> tuple[PromptTemplate, tuple[str,
         tool_format=None,
         default_system=None,
         enable_thinking=True,
-        preserve_thinking=None,  # upstream's default from 0.9.6 on: the template's; in 0.9.5, no
+        preserve_thinking=None,  # upstream's default from 0.9.6 on: the template decides; in 0.9.5: False
         reasoning_effort="xhigh",  # upstream's default from 0.9.6 on
     )
     template = get_template_and_fix_tokenizer(extended, template_args)

@@ -27,10 +27,10 @@ _ENVIRONMENT = {
 _REFUSED = {
     "use_mca": "Megatron trains autoregressively only",
     "use_megatron_bridge": "Megatron trains autoregressively only",
-    "use_hyper_parallel": "its trainer is autoregressive",
-    "hyper_parallel_args": "its trainer is autoregressive",
-    "hyper_parallel_cp_size": "its trainer is autoregressive",
-    "ulysses_context_parallel_size": "its trainer is autoregressive (sequence_parallel_size splits rows)",
+    "use_hyper_parallel": "HyperParallel's trainer is autoregressive",
+    "hyper_parallel_args": "HyperParallel's trainer is autoregressive",
+    "hyper_parallel_cp_size": "HyperParallel's trainer is autoregressive",
+    "ulysses_context_parallel_size": "its trainer is autoregressive (use sequence_parallel_size instead)",
     "num_mtp_layers": "multi-token prediction is autoregressive",
     "mtp_loss_weight": "multi-token prediction is autoregressive",
     "use_unsloth": "its kernels are causal",
@@ -47,7 +47,7 @@ _REFUSED = {
     "neat_packing": "rows of this stage are continuous text, which packing: true makes",
     "label_smoothing_factor": "the diffusion loss is a likelihood bound, which smoothing would invalidate",
 }
-# Sizes with which these change nothing; the other keys change nothing where they are empty, zero or false.
+# Values that leave a key without effect, besides None, 0, False and "".
 _NEUTRAL = {"hyper_parallel_cp_size": 1, "ulysses_context_parallel_size": 1}
 
 

@@ -121,8 +121,8 @@ class AdapterSetup:
         new_tokens = vocabulary.untrained(num_stored)
         if self.model_args.resize_vocab:
             initialised_here = {vocabulary.mask.token, *vocabulary.pad_tokens}
-            theirs = self._initialised_upstream(new_tokens, num_stored, num_embeddings(model)) - initialised_here
-            new_tokens = {t: i for t, i in new_tokens.items() if t not in theirs}
+            upstream = self._initialised_upstream(new_tokens, num_stored, num_embeddings(model)) - initialised_here
+            new_tokens = {t: i for t, i in new_tokens.items() if t not in upstream}
         if new_tokens:
             logger.info_rank0(
                 f"{vocabulary.describe(new_tokens)}: new to the model; their embeddings start as the mean of the rest."
@@ -130,10 +130,10 @@ class AdapterSetup:
         init_new_embeddings(model, new_tokens.values(), known=min(vocabulary.additions.n_before, num_stored))
 
     def _initialised_upstream(self, new_tokens: dict[str, int], num_stored: int, size: int) -> set[str]:
-        """Return the new tokens to which LLaMA-Factory gave an embedding that the model, of `size`, still has.
+        """Return the new tokens whose embeddings LLaMA-Factory initialised and the model, of `size` rows, still has.
 
-        Until 0.9.5 these are all that it added. From 0.9.6 on, where its keys name new tokens, it initialises those
-        alone, also in rows that the model had.
+        Up to 0.9.5 it initialises every row that it adds. From 0.9.6 on, if its keys name new tokens, it initialises
+        these alone, also in existing rows. Weights that checkpoint_dir loads afterwards replace them.
         """
         from llamafactory.model import patcher
 
@@ -144,7 +144,7 @@ class AdapterSetup:
         return within if size > num_stored else set()
 
     def _has_other_weights(self) -> bool:
-        """Tell whether checkpoint_dir replaces the base model's weights; a whole model has become the base itself."""
+        """Tell whether checkpoint_dir replaces the base's weights; a whole model there was loaded as the base."""
         checkpoint = self.finetuning_args.checkpoint_dir
         return bool(checkpoint) and not is_model_folder(checkpoint)
 
