@@ -133,12 +133,16 @@ class AdapterSetup:
         """Return the new tokens to which LLaMA-Factory gave an embedding that the model, of `size`, still has.
 
         Until 0.9.5 these are all that it added. From 0.9.6 on, where its keys name new tokens, it initialises those
-        alone, also in rows that the model had.
+        alone, also in rows that the model had; from descriptions, those that are described.
         """
         from llamafactory.model import patcher
 
+        args = self.model_args
         within = {token for token, index in new_tokens.items() if index < size}
-        named = {*(self.model_args.add_tokens or ()), *(self.model_args.add_special_tokens or ())}
+        named = {*(args.add_tokens or ()), *(args.add_special_tokens or ())}
+        described = getattr(args, "_special_token_descriptions", None)
+        if described and args.init_special_tokens.startswith("desc"):
+            named = {*described}
         if named and "new_tokens" in inspect.signature(patcher.resize_embedding_layer).parameters:
             return set() if self._has_other_weights() else within & named
         return within if size > num_stored else set()
