@@ -80,6 +80,7 @@ def test_a_layer_holds_the_columns_as_they_were_written():
             (None, [[1, 2], [1, 2], [2, 3]], 6),
             ([2, 0], [[3, 4, 5], [3, 4, 5]], 6),
             ([1], [[0]], 4),
+            (None, [[], [], []], 6),
         ):
             n_rows = 3 if rows is None else len(rows)
             fresh = torch.randn(2, n_rows, 2, end if columns is None else len(columns[0]), 5)
@@ -90,7 +91,7 @@ def test_a_layer_holds_the_columns_as_they_were_written():
                         fresh[:, k, :, i] = fresh[:, k, :, names[k].index(column)]
                     expected[:, row, :, column] = fresh[:, k, :, i]
             index = None if rows is None else torch.tensor(rows)
-            with cache.writing(None if columns is None else torch.tensor(columns), rows=index, end=end):
+            with cache.writing(None if columns is None else torch.tensor(columns).long(), rows=index, end=end):
                 seen = cache.update(*fresh, 0)
                 assert cache.get_mask_sizes(1, 0) == (end, 0)
             for part, whole in zip(seen, expected, strict=True):

@@ -44,7 +44,7 @@ def _as_slice(columns: Tensor) -> Tensor | slice:
     if columns.numel() == 0:
         return columns
     first, n_fresh = int(columns[0, 0]), columns.shape[1]
-    is_range = torch.equal(columns, torch.arange(first, first + n_fresh).expand_as(columns))
+    is_range = torch.equal(columns, torch.arange(first, first + n_fresh, device=columns.device).expand_as(columns))
     return slice(first, first + n_fresh) if is_range else columns
 
 

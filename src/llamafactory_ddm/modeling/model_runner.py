@@ -24,8 +24,11 @@ _SLOW_ROWS = range(5, 16)  # on the CPUs measured, their logits take up to twice
 
 
 def _projects_into_buffers(device: torch.device) -> bool:
-    """Tell whether logits are written to reused buffers, and `_SLOW_ROWS` are padded: on a CPU."""
-    return device.type == "cpu"
+    """Tell whether logits are written to memory that is reused, and `_SLOW_ROWS` are padded.
+
+    Autocast does not reach a product with an output argument.
+    """
+    return device.type == "cpu" and not torch.is_autocast_enabled(device.type)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +163,7 @@ class ModelRunner:
         """Return the logits [n, outputs] of [n, width] hidden states; their memory is reused after the block."""
         head = self._head.module
         is_plain = type(head) is nn.Linear and not head._forward_hooks and hidden.dtype == head.weight.dtype
+        is_plain &= "forward" not in vars(head)  # which accelerate replaces where it offloads the weight
         if not (is_plain and isinstance(head, nn.Linear) and _projects_into_buffers(hidden.device)):
             with torch.inference_mode():
                 logits = self._capped(head(hidden))[:, :outputs]

@@ -132,13 +132,17 @@ class AdapterSetup:
     def _initialised_upstream(self, new_tokens: dict[str, int], num_stored: int, size: int) -> set[str]:
         """Return the new tokens whose embeddings LLaMA-Factory initialised and the model, of `size` rows, still has.
 
-        Up to 0.9.5 it initialises every row that it adds. From 0.9.6 on, if its keys name new tokens, it initialises
-        these alone, also in existing rows. Weights that checkpoint_dir loads afterwards replace them.
+        Until 0.9.5 these are all that it added. From 0.9.6 on, where its keys name new tokens, it initialises those
+        alone, also in rows that the model had; from descriptions, those that are described.
         """
         from llamafactory.model import patcher
 
+        args = self.model_args
         within = {token for token, index in new_tokens.items() if index < size}
-        named = {*(self.model_args.add_tokens or ()), *(self.model_args.add_special_tokens or ())}
+        named = {*(args.add_tokens or ()), *(args.add_special_tokens or ())}
+        described = getattr(args, "_special_token_descriptions", None)
+        if described and args.init_special_tokens.startswith("desc"):
+            named = {*described}
         if named and "new_tokens" in inspect.signature(patcher.resize_embedding_layer).parameters:
             return set() if self._has_other_weights() else within & named
         return within if size > num_stored else set()

@@ -194,7 +194,7 @@ def load_diffusion_model(
     if sets_flash3:
         model_args.flash_attn = type(attention)("auto")
     try:
-        with loading_with(setup), _only_new_tokens(model_args, vocabulary.additions):
+        with loading_with(setup), _only_new_tokens(model_args, tokenizer, vocabulary.additions, setup.num_stored):
             model = load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     finally:
         finetuning_args.stage, model_args.flash_attn = base_stage, attention
@@ -206,15 +206,18 @@ def load_diffusion_model(
 
 
 @contextmanager
-def _only_new_tokens(model_args: Any, additions: Additions) -> Iterator[None]:
-    """Within the block, LLaMA-Factory's keys for new tokens lack those that the checkpoint already has.
+def _only_new_tokens(model_args: Any, tokenizer: Any, additions: Additions, n_embeddings: int) -> Iterator[None]:
+    """Within the block, LLaMA-Factory's keys name only those tokens that are new to the checkpoint.
 
-    From 0.9.6 on, LLaMA-Factory initialises every token that these keys name, even trained ones.
+    From 0.9.6 on, LLaMA-Factory gives every token that they name a new embedding, even if the model has learned one.
+    A token of the checkpoint's tokenizer that lies beyond its `n_embeddings` is new, too.
     """
+    beyond = {token for token, index in tokenizer.get_vocab().items() if index >= n_embeddings}
+    new = beyond | additions.ids.keys()
     saved = {key: getattr(model_args, key, None) for key in (*_TOKEN_KEYS, _DESCRIPTIONS)}
     for key in _TOKEN_KEYS:
-        setattr(model_args, key, [token for token in saved[key] or () if token in additions.ids] or None)
-    described = {token: text for token, text in (saved[_DESCRIPTIONS] or {}).items() if token in additions.ids}
+        setattr(model_args, key, [token for token in saved[key] or () if token in new] or None)
+    described = {token: text for token, text in (saved[_DESCRIPTIONS] or {}).items() if token in new}
     setattr(model_args, _DESCRIPTIONS, described or None)
     try:
         yield
