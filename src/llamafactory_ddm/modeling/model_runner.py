@@ -24,9 +24,9 @@ _SLOW_ROWS = range(5, 16)  # on the CPUs measured, their logits take up to twice
 
 
 def _projects_into_buffers(device: torch.device) -> bool:
-    """Tell whether logits are written to memory that is reused, and `_SLOW_ROWS` are padded.
+    """Tell whether logits are written to reused buffers, and `_SLOW_ROWS` are padded: on a CPU.
 
-    Autocast does not reach a product with an output argument.
+    Not under autocast, which does not reach a product with an output argument.
     """
     return device.type == "cpu" and not torch.is_autocast_enabled(device.type)
 

@@ -132,8 +132,9 @@ class AdapterSetup:
     def _initialised_upstream(self, new_tokens: dict[str, int], num_stored: int, size: int) -> set[str]:
         """Return the new tokens whose embeddings LLaMA-Factory initialised and the model, of `size` rows, still has.
 
-        Until 0.9.5 these are all that it added. From 0.9.6 on, where its keys name new tokens, it initialises those
-        alone, also in rows that the model had; from descriptions, those that are described.
+        Up to 0.9.5 it initialises every row that it adds. From 0.9.6 on, if its keys name new tokens, it initialises
+        these alone, also in existing rows; from descriptions, those that are described. Weights that checkpoint_dir
+        loads afterwards replace them.
         """
         from llamafactory.model import patcher
 

@@ -28,9 +28,7 @@ from .adapter import AdapterSetup, loading_with
 
 logger = get_logger(__name__)
 _TOKEN_KEYS = ("add_tokens", "add_special_tokens")
-_DESCRIPTIONS = (
-    "_special_token_descriptions"  # from new_special_tokens_config, which overrides the latter
-)
+_DESCRIPTIONS = "_special_token_descriptions"  # from new_special_tokens_config, which overrides the latter
 
 
 def _newest_diffusion_config(model_args: Any, checkpoint_dir: str | None) -> DiffusionConfig | None:
@@ -207,9 +205,9 @@ def load_diffusion_model(
 
 @contextmanager
 def _only_new_tokens(model_args: Any, tokenizer: Any, additions: Additions, n_embeddings: int) -> Iterator[None]:
-    """Within the block, LLaMA-Factory's keys name only those tokens that are new to the checkpoint.
+    """Within the block, LLaMA-Factory's keys for new tokens lack those that the checkpoint already has.
 
-    From 0.9.6 on, LLaMA-Factory gives every token that they name a new embedding, even if the model has learned one.
+    From 0.9.6 on, LLaMA-Factory initialises every token that these keys name, even trained ones.
     A token of the checkpoint's tokenizer that lies beyond its `n_embeddings` is new, too.
     """
     beyond = {token for token, index in tokenizer.get_vocab().items() if index >= n_embeddings}
