@@ -13,7 +13,9 @@
 
 All decoders have the shape of GPT-2 small, random weights (fp32), top-p 0.9, and are timed interleaved in one process.
 `ar` computes the prompt once and then one token a pass; the others commit `--per-pass` tokens a pass, two by default,
-for which the claims are made. Figures are CPU seconds (process time): the median over rounds of the ratio within a
+for which the claims are made. `bare-uncached` and `bare-dual` are the passes of `uncached` and `dual` by transformers
+alone, with its `DynamicCache` and causal attention, and without a sampler: the ratio of the two is what this machine
+allows. Figures are CPU seconds (process time): the median over rounds of the ratio within a
 round. The sampler's overhead is what a decoder takes beyond the forward passes and the output embedding of the tokens
 asked for, divided by these.
 """
@@ -33,7 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from llamafactory_ddm import SamplingSettings, load
 from llamafactory_ddm.evaluation.quality import Judge
@@ -50,10 +52,18 @@ from llamafactory_ddm.sampling.budget import split_by_position
 ROOT = Path(__file__).resolve().parents[1]
 LOGITS = LogitsConfig(temperature=0.95, top_p=0.9)
 # (decoder, baseline, upper bound on the ratio of their CPU seconds)
-TIME_CLAIMS = (("prefix", "uncached", 0.40), ("dual", "uncached", 0.24), ("block-8", "ar", 1.10))
+TIME_CLAIMS: tuple[tuple[str, str, float | None], ...] = (
+    ("prefix", "uncached", 0.40),
+    ("dual", "uncached", 0.30),
+    ("bare-dual", "bare-uncached", None),
+    ("uncached", "bare-uncached", 1.20),
+    ("dual", "bare-dual", 1.20),
+    ("block-8", "ar", 1.10),
+)
 OVERHEAD_CLAIM = 0.15
 BLOCKS = (8, 32)  # of block models
 DIFFUSION = ("uncached", "prefix", "dual", *(f"block-{length}" for length in BLOCKS))
+BARE = ("bare-uncached", "bare-dual")
 
 
 @dataclass(frozen=True)
@@ -222,12 +232,44 @@ def block_model(shape: Shape, length: int) -> Decoder:
     return Decoder(run, model)
 
 
+def bare(shape: Shape, kind: str) -> Decoder:
+    """Return the passes of `uncached` or `dual` (`kind`) by transformers alone, with logits but without a sampler.
+
+    In each step the last columns, as many as the block has masks then, get logits. With `dual` the passes that follow
+    the first of a block compute `block` columns; where the decoder computes one more, for the shift, they take less.
+    """
+    model = make_model(shape)
+    fuse_gelu(model)  # as in the others
+
+    @torch.inference_mode()
+    def run() -> int:
+        ids, cache, computed = shape.canvas, None, 0
+        for n_written in range(0, shape.written, shape.per_pass):
+            n_masked = shape.block - n_written % shape.block
+            if kind == "uncached":
+                fresh = ids
+            elif n_masked == shape.block or cache is None:
+                fresh, cache = ids, DynamicCache()
+            else:
+                fresh = ids[:, : shape.block]
+                cache.crop(ids.shape[1] - shape.block)
+            model(input_ids=fresh, past_key_values=cache, use_cache=cache is not None, logits_to_keep=n_masked)
+            computed += fresh.numel()
+        return computed
+
+    return Decoder(run, model)
+
+
 def decoders(shape: Shape, names: Sequence[str]) -> dict[str, Decoder]:
-    """Return `ar` and the diffusion decoders `names`."""
+    """Return `ar` and the decoders `names`."""
     ways = {"ar": autoregressive(shape)}
     for name in names:
-        length = name.removeprefix("block-")
-        ways[name] = full_attention(shape, name) if length == name else block_model(shape, int(length))
+        if name in BARE:
+            ways[name] = bare(shape, name.removeprefix("bare-"))
+        elif name.startswith("block-"):
+            ways[name] = block_model(shape, int(name.removeprefix("block-")))
+        else:
+            ways[name] = full_attention(shape, name)
     return ways
 
 
@@ -240,7 +282,7 @@ def claim(text: str, value: float, limit: float | None = None) -> bool:
     return value <= limit
 
 
-def measure(shape: Shape, rounds: int, names: Sequence[str] = DIFFUSION) -> bool:
+def measure(shape: Shape, rounds: int, names: Sequence[str] = (*DIFFUSION, *BARE)) -> bool:
     """Time `ar` and the decoders `names`, and print their ratios; return whether every claim holds."""
     ways = decoders(shape, names)
     warm = Shape(**{**shape.__dict__, "written": shape.block})
@@ -273,9 +315,10 @@ def measure(shape: Shape, rounds: int, names: Sequence[str] = DIFFUSION) -> bool
         held &= claim(f"{label} CPU seconds, {name} / {base}", ratio(name, base), bound)
     for name in names:
         claim(f"{label} CPU seconds, {name} / ar", ratio(name, "ar"))
-    for name in names:
+    diffusion = [name for name in names if name not in BARE]
+    for name in diffusion:
         claim(f"{label} the model alone, {name} / ar", statistics.median(each[name] / each["ar"] for each in own))
-    for name in names:
+    for name in diffusion:
         held &= claim(f"{label} sampler beyond the model, {name}", statistics.median(overheads[name]), OVERHEAD_CLAIM)
     return held
 
@@ -395,7 +438,9 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=64, help="problems for --answers")
     parser.add_argument("--samples", type=int, default=64, help="texts for --quality")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
-    parser.add_argument("--decoders", nargs="+", choices=DIFFUSION, default=DIFFUSION, help="those beside `ar`")
+    parser.add_argument(
+        "--decoders", nargs="+", choices=(*DIFFUSION, *BARE), default=(*DIFFUSION, *BARE), help="those beside `ar`"
+    )
     sizes = {name: value for name, value in Shape().__dict__.items() if isinstance(value, int)}
     for name, value in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
