@@ -4,6 +4,9 @@ import bz2
 import gzip
 import json
 import random
+import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -13,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
+from llamafactory_ddm.data.corpus import files
 from llamafactory_ddm.data.corpus.files import Piece, divide, find_files, read_rows
 from llamafactory_ddm.data.corpus.filters import Filters
 from llamafactory_ddm.data.corpus.keys import Source
@@ -167,18 +171,57 @@ def test_a_remote_file_system():
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), stream, row_group_size=10)
     system.pipe("/corpus/2.jsonl.gz", gzip.compress(LINES.encode()))
     of = source("memory://corpus/*")
-    files = find_files(of)
-    assert [path for path, _ in files] == ["memory:///corpus/1.parquet", "memory:///corpus/2.jsonl.gz"]
-    assert texts_of(divide(of, files, 100)) == 2 * [row["text"] for row in ROWS]
+    found = find_files(of)
+    assert [path for path, _ in found] == ["memory:///corpus/1.parquet", "memory:///corpus/2.jsonl.gz"]
+    assert texts_of(divide(of, found, 100)) == 2 * [row["text"] for row in ROWS]
+
+
+def test_files_are_checked_at_once_and_kept_in_order(tmp_path, monkeypatch):
+    n_files = 8
+    for n in range(n_files):
+        (tmp_path / f"{n}.jsonl").write_text(json.dumps({"text": str(n)}) + "\n")
+    together, opened = threading.Barrier(n_files), files._open
+
+    @contextmanager
+    def opened_together(path, fetching):
+        together.wait(timeout=60)  # raises unless all files are opened at once
+        time.sleep(0.02 * (n_files - int(Path(path).stem)))  # the last is ready first
+        with opened(path, fetching) as both:
+            yield both
+
+    of = source(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_open", opened_together)
+        shards = divide(of, find_files(of), 1)
+    assert texts_of(shards) == [str(n) for n in range(n_files)]
+
+
+def test_the_first_of_several_bad_files_is_named_and_the_rest_left(tmp_path, monkeypatch):
+    for n in range(500):
+        (tmp_path / f"{n:03}.jsonl").write_text(json.dumps({"text" if n < 3 else "body": "x"}) + "\n")
+    checked, opened = [], files._open
+
+    @contextmanager
+    def counted(path, fetching):
+        checked.append(path)
+        time.sleep(0.01)
+        with opened(path, fetching) as both:
+            yield both
+
+    monkeypatch.setattr(files, "_open", counted)
+    of = source(tmp_path)
+    with pytest.raises(ValueError, match=r"text_column: .*/003\.jsonl .*has no column 'text'"):
+        divide(of, find_files(of), 1e6)
+    assert len(checked) < 250
 
 
 def test_small_files_share_a_shard(tmp_path):
     for n in range(6):
         write_parquet(tmp_path / f"{n}.parquet", ROWS[n : n + 1])
     of = source(tmp_path)
-    files = find_files(of)
+    found = find_files(of)
     size = pyarrow.parquet.read_metadata(tmp_path / "0.parquet").row_group(0).total_byte_size
-    assert [len(shard) for shard in divide(of, files, 2.5 * size)] == [3, 3]
+    assert [len(shard) for shard in divide(of, found, 2.5 * size)] == [3, 3]
 
 
 @pytest.mark.parametrize(

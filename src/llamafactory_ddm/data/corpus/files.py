@@ -8,9 +8,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +28,7 @@ _CODECS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd"}
 _METADATA = ("dataset_info.json", "dataset_infos.json")  # that lie beside the files of many data sets
 _ROWS = 256  # rows of parquet that are in memory at a time, at most
 _ROW_BYTES = 1 << 24  # their size
+_CHECKED_AT_ONCE = 16  # files, as a check of a remote one mostly waits
 _CHECKED_ROWS = 1000  # of a file of lines, among which each column must occur
 _BUFFER = 1 << 20  # bytes
 # Remote files are checked in blocks of 64 KB. Lines are read in blocks of 8 MB, parquet, whose columns lie in
@@ -143,6 +145,8 @@ def _is_data(name: str) -> bool:
 def divide(source: Source, files: Sequence[tuple[str, int]], shard_bytes: float) -> list[tuple[Piece, ...]]:
     """Check the columns of the files and return the shards: pieces of about `shard_bytes` together.
 
+    Files are checked in several threads; of several errors, that of the first file is raised.
+
     Raises:
         ValueError: if a file cannot be read or lacks a column, or the source has no document.
     """
@@ -150,11 +154,12 @@ def divide(source: Source, files: Sequence[tuple[str, int]], shard_bytes: float)
     shards: list[tuple[Piece, ...]] = []
     shard: list[Piece] = []
     n_bytes = 0
-    for path, size in files:
-        for piece in _pieces(source, path, size, shard_bytes):
+    with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
+        checked = pool.map(lambda file: _pieces(source, file[0], file[1], shard_bytes), files)
+        for piece in chain.from_iterable(checked):
             last = shard[-1] if shard else None
-            if last is not None and (last.path, last.stop) == (path, piece.start):
-                shard[-1] = Piece(path, last.n_bytes + piece.n_bytes, last.start, piece.stop)
+            if last is not None and (last.path, last.stop) == (piece.path, piece.start):
+                shard[-1] = Piece(last.path, last.n_bytes + piece.n_bytes, last.start, piece.stop)
             else:
                 shard.append(piece)
             n_bytes += piece.n_bytes
@@ -167,17 +172,19 @@ def divide(source: Source, files: Sequence[tuple[str, int]], shard_bytes: float)
     return shards
 
 
-def _pieces(source: Source, path: str, size: int, shard_bytes: int) -> Iterator[Piece]:
+def _pieces(source: Source, path: str, size: int, shard_bytes: int) -> list[Piece]:
+    """Check the columns of a file, and return it in pieces."""
     columns = [source.text_column, *source.filters.columns]
     with _reading(path), _open(path, _CHECKING) as (file, _):
         if path.endswith(".parquet"):
             table = pyarrow.parquet.ParquetFile(file)
             _check_columns(source, path, columns, table.schema_arrow.names)
             groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
-            for index, group in enumerate(groups):
-                if group.num_rows:
-                    yield Piece(path, group.total_byte_size, index, index + 1)
-            return
+            return [
+                Piece(path, group.total_byte_size, index, index + 1)
+                for index, group in enumerate(groups)
+                if group.num_rows
+            ]
         present: dict[str, None] = {}
         n_rows = 0
         for row, _ in islice(_json_rows(path, file, 0, None), _CHECKED_ROWS):
@@ -186,12 +193,10 @@ def _pieces(source: Source, path: str, size: int, shard_bytes: int) -> Iterator[
             if present.keys() >= set(columns):
                 break
         if not n_rows:
-            return
+            return []
         _check_columns(source, path, columns, list(present))
     step = size if _codec(path) else shard_bytes
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        yield Piece(path, stop - start, start, stop)
+    return [Piece(path, min(step, size - start), start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _check_columns(source: Source, path: str, needed: Sequence[str], present: Sequence[str]) -> None:
