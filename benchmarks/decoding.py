@@ -13,11 +13,10 @@
 
 All decoders have the shape of GPT-2 small, random weights (fp32), top-p 0.9, and are timed interleaved in one process.
 `ar` computes the prompt once and then one token a pass; the others commit `--per-pass` tokens a pass, two by default,
-for which the claims are made. `bare-uncached` and `bare-dual` are the passes of `uncached` and `dual` by transformers
-alone, with its `DynamicCache` and causal attention, and without a sampler: the ratio of the two is what this machine
-allows. Figures are CPU seconds (process time): the median over rounds of the ratio within a
-round. The sampler's overhead is what a decoder takes beyond the forward passes and the output embedding of the tokens
-asked for, divided by these.
+for which the claims are made. `bare-uncached` and `bare-dual` run similar forward passes and logits with transformers
+alone: its `DynamicCache`, causal attention, no sampler. They are a reference for `uncached` and `dual`. Figures are
+CPU seconds (process time): the median over rounds of the ratio within a round. The sampler's overhead is what a
+decoder takes beyond the forward passes and the output embedding of the tokens asked for, divided by these.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from llamafactory_ddm.sampling.budget import split_by_position
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGITS = LogitsConfig(temperature=0.95, top_p=0.9)
-# (decoder, baseline, upper bound on the ratio of their CPU seconds)
+# (decoder, baseline, upper bound on the ratio of their CPU seconds; None: printed only)
 TIME_CLAIMS: tuple[tuple[str, str, float | None], ...] = (
     ("prefix", "uncached", 0.40),
     ("dual", "uncached", 0.30),
@@ -233,11 +232,20 @@ def block_model(shape: Shape, length: int) -> Decoder:
 
 
 def bare(shape: Shape, kind: str) -> Decoder:
-    """Return the passes of `uncached` or `dual` (`kind`) by transformers alone, with logits but without a sampler.
+    """Return passes like those of `uncached` or `dual` (`kind`) by transformers alone, without a sampler.
 
-    In each step the last columns, as many as the block has masks then, get logits. With `dual` the passes that follow
-    the first of a block compute `block` columns; where the decoder computes one more, for the shift, they take less.
+    Each computes logits for the last n columns, where n is the number of masks left in the block. With `dual`, the
+    first pass of a block computes all columns, and later ones the last `block`; `dual` itself sometimes computes one
+    more, because of the shift. Otherwise than there, attention is causal, the cache copies keys and values in each
+    pass, and few logits are not padded to a faster number of rows.
+
+    Raises:
+        ValueError: if the passes would not be those of the decoders.
     """
+    if shape.block % shape.per_pass or shape.written % shape.block:
+        raise ValueError(
+            "--decoders: bare-… needs --per-pass to divide --block, and --block to divide --written; leave it out"
+        )
     model = make_model(shape)
     fuse_gelu(model)  # as in the others
 
@@ -453,7 +461,10 @@ def main() -> int:
         answers(arguments.answers, arguments.questions, arguments.rounds)
         return 0
     shape = Shape(**{name: getattr(arguments, name) for name in sizes})
-    return 0 if measure(shape, arguments.rounds, arguments.decoders) else 1
+    try:
+        return 0 if measure(shape, arguments.rounds, arguments.decoders) else 1
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

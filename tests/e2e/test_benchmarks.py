@@ -19,6 +19,8 @@ def test_the_sampling_benchmark_runs(checkpoint):
         assert done.stdout.count("claimed <=") == count, done.stdout + done.stderr[-2000:]
     table = run(*words, "--table", program=path).stdout
     assert table.count("\n| ") == 13
+    done = run(*words, "--block", "3", program=path, check=False)
+    assert done.returncode == 2 and "needs --per-pass to divide --block" in done.stderr.splitlines()[-1]
     quality = run("--quality", checkpoint, "--samples", "1", *threads, program=path).stdout
     assert quality.count("| confidence_threshold: ") == 4
     revising = run(*words, "--revising", checkpoint, "--samples", "1", program=path).stdout
