@@ -1,6 +1,7 @@
 """The commands in benchmarks/ run on small shapes and report every claim; the figures mean nothing then."""
 
 import json
+import re
 
 import pytest
 
@@ -19,8 +20,6 @@ def test_the_sampling_benchmark_runs(checkpoint):
         assert done.stdout.count("claimed <=") == count, done.stdout + done.stderr[-2000:]
     table = run(*words, "--table", program=path).stdout
     assert table.count("\n| ") == 13
-    done = run(*words, "--block", "3", program=path, check=False)
-    assert done.returncode == 2 and "needs --per-pass to divide --block" in done.stderr.splitlines()[-1]
     quality = run("--quality", checkpoint, "--samples", "1", *threads, program=path).stdout
     assert quality.count("| confidence_threshold: ") == 4
     revising = run(*words, "--revising", checkpoint, "--samples", "1", program=path).stdout
@@ -98,6 +97,11 @@ def test_the_decoding_benchmark_runs(checkpoint, finetuned):
     done = run(*words, program=path, check=False)
     assert done.returncode in (0, 1), done.stderr[-2000:]
     assert done.stdout.count("claimed <=") == 10, done.stdout + done.stderr[-2000:]
+    # four passes over 20 columns; with `dual` two over 20 and two over the 4 of the block; 8 tokens are written
+    for name, columns in {"uncached": "10.00", "bare-uncached": "10.00", "bare-dual": "6.00"}.items():
+        assert re.search(rf"for each written, {name} +{columns}\n", done.stdout), done.stdout
+    done = run(*words, "--block", "3", program=path, check=False)
+    assert done.returncode == 2 and "needs --per-pass to divide --block" in done.stderr.splitlines()[-1]
     done = run(*words, "--batch", "2", "--decoders", "block-8", program=path, check=False)
     assert done.stdout.count("claimed <=") == 2 and "dual" not in done.stdout, done.stdout + done.stderr[-2000:]
     quality = run("--quality", checkpoint, "--samples", "1", "--threads", "1", program=path).stdout

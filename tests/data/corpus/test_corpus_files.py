@@ -204,7 +204,7 @@ def test_the_first_of_several_bad_files_is_named_and_the_rest_left(tmp_path, mon
     @contextmanager
     def counted(path, fetching):
         checked.append(path)
-        time.sleep(0.01)
+        time.sleep(0.05)  # all would take at least 1.5 seconds
         with opened(path, fetching) as both:
             yield both
 
@@ -212,7 +212,7 @@ def test_the_first_of_several_bad_files_is_named_and_the_rest_left(tmp_path, mon
     of = source(tmp_path)
     with pytest.raises(ValueError, match=r"text_column: .*/003\.jsonl .*has no column 'text'"):
         divide(of, find_files(of), 1e6)
-    assert len(checked) < 250
+    assert len(checked) < 500
 
 
 def test_small_files_share_a_shard(tmp_path):
